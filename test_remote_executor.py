@@ -1,0 +1,2943 @@
+"""The tests of remote_executor.py: a real daemon as a subprocess, its API spoken over real sockets.
+
+    python3 test_remote_executor.py [pytest's arguments]   fetches pytest into .venv where this Python has none
+    python3 -m pytest                                      the same, where it has
+    python3 -m pytest -m slow                              minutes, and gigabytes of output
+    python3 -m pytest -m bench -s                          the benchmark, which prints its table
+
+A test waits for a condition, never for a time. Whatever daemon it starts ends in order, without a traceback and without
+a process left behind; the fixtures see to that.
+
+Every fenced block of README.md is tested too. Its info string says how, after the language:
+
+    sh run         runs by `sh -e` against a daemon that stands in for localhost:2376, in the README's order
+    json answer    equals what the block above answered; ids, times, durations and ports may differ.
+                   A block that only reads is repeated until it answers so
+    json shape     has the keys and the types of what the block above answered
+    text output    equals what the block above printed, ids and times aside
+    sh serve       its last line starts a daemon, which prints its ready line
+    sh suite       the test commands; CI calls the first
+    text help      equals what `remote_executor.py help` prints
+    sh, json, ini, xml, python, powershell: not run, but they parse, and the flags in them exist
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+if __name__ == "__main__":  # stands above the import of pytest, which this Python may lack
+    from pathlib import Path
+
+    here = Path(__file__).resolve().parent
+    interpreter = sys.executable
+    if importlib.util.find_spec("pytest") is None:
+        interpreter = str(here / ".venv" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
+        if not Path(interpreter).exists():
+            subprocess.run([sys.executable, "-m", "venv", str(here / ".venv")], check=True)
+        if subprocess.run([interpreter, "-c", "import pytest"], stderr=subprocess.DEVNULL).returncode:
+            subprocess.run([interpreter, "-m", "pip", "install", "--quiet", "pytest"], check=True)
+    sys.exit(subprocess.run([interpreter, "-m", "pytest", *sys.argv[1:]], cwd=here).returncode)
+
+import ast
+import collections
+import concurrent.futures
+import configparser
+import contextlib
+import functools
+import http.client
+import io
+import itertools
+import json
+import os
+import plistlib
+import re
+import select
+import shutil
+import signal
+import socket
+import statistics
+import struct
+import symtable
+import time
+import urllib.parse
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = HERE / "remote_executor.py"
+README = HERE / "README.md"
+WINDOWS = sys.platform == "win32"
+LINUX = sys.platform.startswith("linux")
+SHELL = "cmd" if WINDOWS else "sh"
+posix_only = pytest.mark.skipif(WINDOWS, reason="POSIX signals, sessions or shell")
+linux_only = pytest.mark.skipif(not LINUX, reason="reads /proc")
+
+PENDING = "The current step only proceeds if the previous step succeeds."
+RUNNING = "The step is running"
+SUCCEED = "execution succeed"
+STOPPED = "artificial force termination"
+TIMED_OUT = "forced termination by timeout"
+MISSING = "task does not exist, no data"
+GO_DURATION = r"(?:\d+h)?(?:\d+m)?\d+(?:\.\d+)?(?:s|ms|µs|ns)"
+LOCAL_TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:Z|[+-]\d\d:\d\d)"
+UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+
+# ======================================================================================================================
+# harness: a daemon as a subprocess, a client, steps that both systems run
+# ======================================================================================================================
+
+
+def wait_until(condition: Callable[[], Any], what: str = "", deadline_s: float = 60, pause_s: float = 0.01) -> Any:
+    """The first true value of `condition`; fails when there is none before the deadline."""
+    end = time.monotonic() + deadline_s
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not within {deadline_s} s: {what or condition}"
+        time.sleep(pause_s)
+    return value
+
+
+class Answer(NamedTuple):
+    """What came back for one request."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> int:
+        return self.json["code"]
+
+    @property
+    def message(self) -> str:
+        return self.json["message"]
+
+    @property
+    def data(self) -> Any:
+        return self.json["data"]
+
+    @property
+    def head(self) -> tuple[int, int, str]:
+        return self.status, self.code, self.message
+
+
+def check_envelope(answer: Answer) -> Answer:
+    """Holds every JSON answer of the suite to the contract's envelope."""
+    if answer.headers.get("Content-Type", "").startswith("application/json") and answer.body:
+        assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
+        envelope = answer.json
+        assert set(envelope) - {"data"} == {"code", "message"}, envelope
+        assert isinstance(envelope["message"], str)
+        assert answer.status == (200 if envelope["code"] in (0, 1001, 1002, 1003) else envelope["code"]), envelope
+    return answer
+
+
+class Daemon:
+    """One daemon on a root of its own: started, asked, ended, and checked for what it left behind."""
+
+    def __init__(self, root: Path, *flags: str, env: dict[str, str] | None = None) -> None:
+        self.root, self.flags = root, flags
+        self.env = {**os.environ, **(env or {})}
+        self.stdout, self.stderr = root.parent / f"{root.name}.out", root.parent / f"{root.name}.err"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.port = 0
+
+    def start(self) -> Daemon:
+        command = [sys.executable, str(PROGRAM), "run", f"--root={self.root}", *self.flags]
+        if not any(flag.startswith("--addr") for flag in self.flags):
+            command.append("--addr=127.0.0.1:0")
+        with open(self.stdout, "wb") as out, open(self.stderr, "ab") as err:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=self.env)
+        wait_until(lambda: b"\n" in self.stdout.read_bytes() or not self.alive(), "ready line", pause_s=0.005)
+        ready = re.fullmatch(r"listening on http://\S+:(\d+)\n", self.stdout.read_text(encoding="utf-8"))
+        assert ready, self.log() or "neither a ready line nor a word on standard error"
+        self.port = int(ready[1])
+        return self
+
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def log(self) -> str:
+        return self.stderr.read_text(encoding="utf-8", errors="replace")
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Asks the daemon to end; its exit code."""
+        assert self.process
+        self.process.terminate() if WINDOWS else self.process.send_signal(number)
+        wait_until(lambda: not self.alive(), "the daemon's end", 30)
+        return self.process.returncode
+
+    def kill(self) -> None:
+        assert self.process
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self, kill: bool = False) -> Daemon:
+        self.kill() if kill else self.end()
+        return self.start()
+
+    def processes(self, mark: str = "") -> dict[int, str]:
+        """Live processes of steps, by pid, with the command line: those that name this root and `mark` (on Linux)."""
+        root, found = os.fsencode(self.root), {}
+        for entry in Path("/proc").glob("[0-9]*") if LINUX else ():
+            with contextlib.suppress(OSError):
+                command = (entry / "cmdline").read_bytes()
+                text = command + (entry / "environ").read_bytes()
+                if (
+                    root in text
+                    and os.fsencode(mark) in text
+                    and (not self.process or int(entry.name) != self.process.pid)
+                ):
+                    found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")
+        return found
+
+    def retire(self) -> None:
+        """Stops what runs, ends the daemon, and asserts that nothing is left: no process, no traceback."""
+        try:
+            if self.alive():
+                for task in self.get("/api/v1/task").data["tasks"]:
+                    if task["state"] in (1, 2):
+                        self.put(f"/api/v1/task/{task['id']}")
+                wait_until(lambda: self.get("/api/v1/pool").data["running"] == 0, "the pool to empty")
+                assert self.end() == (1 if WINDOWS else 0), self.log()
+            wait_until(lambda: not self.processes(), f"the end of {self.processes()}", 15)
+            assert "Traceback" not in self.log(), self.log()
+        finally:
+            if self.alive():
+                self.kill()
+            for pid in self.processes():
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGTERM if WINDOWS else signal.SIGKILL)
+
+    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return check_envelope(Answer(response.status, response.headers, response.read()))
+
+    def get(self, path: str) -> Answer:
+        return self.request("GET", path)
+
+    def put(self, path: str) -> Answer:
+        return self.request("PUT", path)
+
+    def post(self, path: str, value: Any) -> Answer:
+        return self.request("POST", path, json.dumps(value).encode())
+
+    def raw(self, data: bytes, deadline_s: float = 60) -> bytes:
+        """What comes back for these bytes until the daemon closes; empty when it resets the connection."""
+        received = b""
+        with (
+            socket.create_connection(("127.0.0.1", self.port), deadline_s) as link,
+            contextlib.suppress(ConnectionError),
+        ):
+            link.sendall(data)
+            while chunk := link.recv(65536):
+                received += chunk
+        return received
+
+    def try_submit(self, steps: Any, **query: Any) -> Answer:
+        return self.post("/api/v1/task?" + urllib.parse.urlencode(query, doseq=True), steps)
+
+    def submit(self, *steps: dict[str, Any], **query: Any) -> str:
+        """Submits a task; its id."""
+        answer = self.try_submit(steps, **query)
+        assert answer.head == (200, 0, "success"), answer
+        return answer.data["id"]
+
+    def detail(self, task: str) -> Answer:
+        return self.get(f"/api/v1/task/{task}")
+
+    def steps(self, task: str) -> list[dict[str, Any]]:
+        return self.detail(task).data
+
+    def console(self, task: str, step: int | str = 0) -> Answer:
+        return self.get(f"/api/v1/task/{task}/{urllib.parse.quote(str(step), safe='')}/console")
+
+    def row(self, task: str) -> dict[str, Any]:
+        """The task as the list shows it."""
+        return next(row for row in self.get("/api/v1/task").data["tasks"] if row["id"] == task)
+
+    def ended(self, task: str, deadline_s: float = 60) -> Answer:
+        """The detail of the task once it has ended."""
+        return wait_until(lambda: (answer := self.detail(task)).code != 1001 and answer, f"end of {task}", deadline_s)
+
+    def run(self, *steps: dict[str, Any], **query: Any) -> Answer:
+        return self.ended(self.submit(*steps, **query))
+
+    def output(self, *steps: dict[str, Any], **query: Any) -> list[str]:
+        """Runs a task; the lines that its first step wrote."""
+        task = self.submit(*steps, **query)
+        self.ended(task)
+        return self.console(task).data
+
+    def until_running(self, task: str, *steps: int) -> None:
+        wait_until(lambda: all(self.steps(task)[step]["state"] == 1 for step in steps or (0,)), f"{task} to run")
+
+    def until_printed(self, task: str, line: str) -> None:
+        wait_until(lambda: line in self.console(task).json.get("data", []), f"{task} to print {line}")
+
+
+def script(posix: str, windows: str) -> str:
+    """A command both systems have, each in its own words."""
+    return windows if WINDOWS else posix
+
+
+def step(content: str = "exit 0", kind: str = SHELL, **fields: Any) -> dict[str, Any]:
+    return {"command_type": kind, "command_content": content, **fields}
+
+
+def python(content: str, **fields: Any) -> dict[str, Any]:
+    return step(content, "python", **fields)
+
+
+def writes(data: bytes) -> dict[str, Any]:
+    """A step that writes these bytes to its standard output."""
+    return python(f"import sys\nsys.stdout.buffer.write({data!r})")
+
+
+def held(gate: Path, **fields: Any) -> dict[str, Any]:
+    """A step that prints `held`, then lasts until the gate is opened (or swept away with its directory)."""
+    posix = f'echo held; while [ -d "{gate.parent}" ] && [ ! -e "{gate}" ]; do sleep 0.02; done'
+    windows = (
+        f"import os, time\nprint('held', flush=True)\nd, f = {str(gate.parent)!r}, {str(gate)!r}\n"
+        "while os.path.isdir(d) and not os.path.exists(f):\n    time.sleep(0.02)"
+    )
+    return python(windows, **fields) if WINDOWS else step(posix, **fields)
+
+
+def mark(file: Path, word: str, **fields: Any) -> dict[str, Any]:
+    """A step that appends a line to a file."""
+    return step(script(f'echo {word} >>"{file}"', f'echo {word}>>"{file}"'), **fields)
+
+
+def marks(file: Path) -> list[str]:
+    return file.read_text().split() if file.exists() else []
+
+
+def cli(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(PROGRAM), *arguments]
+    environment = {**os.environ, "PYTHONUTF8": "1", **(env or {})}
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", timeout=60, env=environment
+    )
+
+
+def refused(result: subprocess.CompletedProcess[str], code: int) -> str:
+    """The one line with which the program refuses to start."""
+    assert (result.returncode, result.stdout) == (code, ""), result
+    assert result.stderr.endswith("\n") and len(result.stderr.splitlines()) == 1, result.stderr
+    return result.stderr.strip()
+
+
+def memory_bytes(pid: int, field: str = "VmRSS") -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+@functools.cache
+def source() -> str:
+    return PROGRAM.read_text(encoding="utf-8")
+
+
+def version() -> str:
+    found = re.search(r'^__version__(?:: \w+)? = "(.+)"$', source(), re.MULTILINE)
+    assert found
+    return found[1]
+
+
+@pytest.fixture(scope="session")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """The daemon that tests share which neither restart it nor need flags; its root has a space and an umlaut."""
+    shared = Daemon(tmp_path_factory.mktemp("shared") / "a röot").start()
+    yield shared
+    shared.retire()
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """Starts daemons of the test's own."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*flags: str, root: Path = tmp_path / "root", env: dict[str, str] | None = None) -> Daemon:
+            own = Daemon(root, *flags, env=env)
+            stack.callback(own.retire)
+            return own.start()
+
+        yield start
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Path]:
+    """The file that ends `held` steps; there at the test's end, whatever happened."""
+    file = tmp_path / "gate"
+    yield file
+    file.touch()
+
+
+# ======================================================================================================================
+# submission: the three modes, fields, ids, what is refused
+# ======================================================================================================================
+
+
+def test_submit_answers_the_envelope_of_the_readme(daemon: Daemon) -> None:
+    before = time.time_ns()
+    answer = daemon.try_submit([step(), step()])
+    assert answer.head == (200, 0, "success")
+    assert set(answer.data) == {"count", "id", "url", "timestamp"}
+    assert answer.data["count"] == 2
+    assert uuid.UUID(answer.data["id"]).version == 4 and answer.headers["X-Task-ID"] == answer.data["id"]
+    assert before <= answer.data["timestamp"] <= time.time_ns()
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_submit_and_reads_build_urls_from_the_host_header(daemon: Daemon, host: str) -> None:
+    headers = {"Host": f"{host}:{daemon.port}"}
+    answer = daemon.request("POST", "/api/v1/task", json.dumps([step()]), headers)
+    url = f"http://{host}:{daemon.port}/api/v1/task/{answer.data['id']}"
+    assert answer.data["url"] == url
+    assert daemon.request("GET", urllib.parse.urlsplit(url).path, None, headers).data[0]["url"] == f"{url}/0/console"
+    assert url in [row["url"] for row in daemon.request("GET", "/api/v1/task", None, headers).data["tasks"]]
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "application/json", "text/plain; charset=x", ""])
+def test_submit_takes_the_body_whatever_its_content_type(daemon: Daemon, kind: str) -> None:
+    answer = daemon.request("POST", "/api/v1/task", json.dumps([step()]), {"Content-Type": kind})
+    assert answer.head == (200, 0, "success")
+
+
+def test_submit_takes_a_chunked_body(daemon: Daemon) -> None:
+    body = json.dumps([step()]).encode()
+    answer = daemon.request("POST", "/api/v1/task", iter([body[:7], body[7:]]), {"Transfer-Encoding": "chunked"})
+    assert answer.head == (200, 0, "success")
+
+
+def test_submit_answers_expect_100_continue(daemon: Daemon) -> None:
+    body = json.dumps([step()]).encode()
+    head = f"POST /api/v1/task HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", daemon.port), 30) as link:
+        link.sendall(head.encode() + b"Connection: close\r\n\r\n")
+        assert link.recv(65536).startswith(b"HTTP/1.1 100 ")
+        link.sendall(body)
+        assert link.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_sequential_steps_run_one_after_another(daemon: Daemon, tmp_path: Path) -> None:
+    file = tmp_path / "order"
+    answer = daemon.run(*(mark(file, str(n)) for n in range(8)))
+    assert answer.head == (200, 0, "success")
+    assert marks(file) == [str(n) for n in range(8)]
+
+
+def test_sequential_steps_depend_on_the_step_before(daemon: Daemon) -> None:
+    task = daemon.submit(step(), step(name="middle"), step())
+    steps = daemon.ended(task).data
+    assert [one["name"] for one in steps] == [f"{task}-0", "middle", f"{task}-2"]
+    assert [one.get("depets_on") for one in steps] == [None, [f"{task}-0"], ["middle"]]
+
+
+def test_sequential_steps_after_a_failure_never_run(daemon: Daemon, tmp_path: Path) -> None:
+    file = tmp_path / "order"
+    answer = daemon.run(mark(file, "a"), step("exit 2", name="b"), mark(file, "c"), mark(file, "d"))
+    assert answer.head == (200, 1002, "execution failed: [Step: 1, Name: b, Exit Code: 2]")
+    assert [(one["state"], one["code"]) for one in answer.data] == [(0, 0), (0, 2), (2, 0), (2, 0)]
+    assert [one["msg"] for one in answer.data] == [SUCCEED, "Step: 1, Name: b, Exit Code: 2", PENDING, PENDING]
+    assert marks(file) == ["a"]
+
+
+def test_sequential_dependencies_that_agree_with_the_order_are_taken(daemon: Daemon) -> None:
+    answer = daemon.run(step(name="a"), step(name="b", depets_on=["a"]), step(name="c", depends_on=["a"]))
+    assert answer.head == (200, 0, "success")
+    assert "b" in answer.data[2]["depets_on"]
+
+
+@posix_only
+def test_parallel_steps_start_at_once(daemon: Daemon, tmp_path: Path) -> None:
+    meet = 'touch "{0}/{1}"; while [ ! -e "{0}/{2}" ]; do sleep 0.02; done'.format
+    answer = daemon.run(step(meet(tmp_path, "a", "b")), step(meet(tmp_path, "b", "a")), ansync="true")
+    assert answer.head == (200, 0, "success")
+    assert [one for one in answer.data if "depets_on" in one] == []
+
+
+@pytest.mark.parametrize("name", ["ansync", "async"])
+@pytest.mark.parametrize(
+    "value", ["1", "t", "T", "true", "True", "TRUE", "tRuE", "0", "f", "F", "false", "False", "FALSE"]
+)
+def test_ansync_is_spelled_in_any_of_these_ways(daemon: Daemon, name: str, value: str) -> None:
+    steps = daemon.steps(daemon.submit(step(), step(), **{name: value}))
+    assert ("depets_on" in steps[1]) is (value.lower() in ("0", "f", "false"))
+
+
+def test_dag_steps_wait_for_what_they_depend_on(daemon: Daemon, tmp_path: Path) -> None:
+    file = tmp_path / "order"
+    names = {"d": ["b", "c"], "b": ["a"], "c": ["a"], "a": []}
+    answer = daemon.run(*(mark(file, name, name=name, depets_on=needs) for name, needs in names.items()), ansync="1")
+    order = marks(file)
+    assert answer.head == (200, 0, "success")
+    assert (order[0], sorted(order[1:3]), order[3]) == ("a", ["b", "c"], "d")
+    assert [one.get("depets_on") for one in answer.data] == [["b", "c"], ["a"], ["a"], None]
+
+
+def test_dag_branches_that_do_not_depend_on_a_failure_go_on(daemon: Daemon) -> None:
+    answer = daemon.run(
+        step("exit 3", name="bad"),
+        step(name="after-bad", depets_on=["bad"]),
+        step(name="far-after-bad", depets_on=["after-bad", "good"]),
+        step(name="good"),
+        step(name="after-good", depets_on=["good"]),
+        ansync="true",
+    )
+    assert answer.head == (200, 1002, "execution failed: [Step: 0, Name: bad, Exit Code: 3]")
+    assert [(one["state"], one["code"]) for one in answer.data] == [(0, 3), (2, 0), (2, 0), (0, 0), (0, 0)]
+    assert [one["msg"] for one in answer.data[1:3]] == [PENDING, PENDING]
+
+
+@pytest.mark.parametrize("field", ["depets_on", "depends_on"])
+def test_dag_takes_both_spellings_of_the_field(daemon: Daemon, field: str) -> None:
+    answer = daemon.run(step("exit 1", name="a"), step(name="b", **{field: ["a"]}), ansync="true")
+    assert answer.data[1]["depets_on"] == ["a"]
+    assert answer.data[1]["state"] == 2
+
+
+def test_dag_takes_both_spellings_at_once_when_they_agree(daemon: Daemon) -> None:
+    answer = daemon.run(step(name="a"), step(name="b", depets_on=["a"], depends_on=["a"]), ansync="true")
+    assert answer.data[1]["depets_on"] == ["a"]
+
+
+def test_optional_fields_null_or_empty_are_as_absent(daemon: Daemon) -> None:
+    nothing = {"name": None, "env_vars": None, "depets_on": None, "timeout": None}
+    task = daemon.submit(step(**nothing), step(name="", env_vars=[], depets_on=[], timeout=""), ansync="true")
+    assert [one["name"] for one in daemon.ended(task).data] == [f"{task}-0", f"{task}-1"]
+
+
+def test_fields_nobody_knows_are_ignored(daemon: Daemon) -> None:
+    assert daemon.run(step(colour="green"), colour="green").head == (200, 0, "success")
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "größe-世界", "n" * 128, "a/b?c#d%20e", '"quoted" \\ back', "..", "Step: 0, Name"]
+)
+def test_names_of_any_printable_text_work_in_paths(daemon: Daemon, name: str) -> None:
+    task = daemon.submit(step("echo x", name=name))
+    answer = daemon.ended(task)
+    assert answer.data[0]["name"] == name
+    assert json.dumps(name, ensure_ascii=False).encode() in answer.body
+    assert daemon.console(task, name).data == ["x"]
+
+
+def test_names_that_look_like_an_index_yield_to_the_index(daemon: Daemon) -> None:
+    task = daemon.submit(step("echo zero", name="1"), step("echo one", name="0"))
+    daemon.ended(task)
+    assert daemon.console(task, 1).data == ["one"]
+
+
+@pytest.mark.parametrize(
+    "text", ["90s", "1h30m", "500ms", "1.5h", "2000000us", "2000000µs", "9e9"[:1] + "s", ".5h", "1h0s"]
+)
+def test_timeouts_are_go_durations(daemon: Daemon, text: str) -> None:
+    assert daemon.try_submit([step(timeout=text)], timeout=text).head == (200, 0, "success")
+
+
+@pytest.mark.parametrize("id", ["a", "0", "A-1_b.c", "x" * 64, "console", "nul-x", "com10", "a..b", "a-"])
+def test_id_is_taken(daemon: Daemon, id: str) -> None:
+    answer = daemon.try_submit([step("echo hi")], id=id)
+    assert (answer.code, answer.data["id"], answer.headers["X-Task-ID"]) == (0, id, id)
+    assert daemon.ended(id).head == (200, 0, "success")
+    assert daemon.console(id).data == ["hi"]
+
+
+BAD_IDS = ["x" * 65, ".a", "-a", "_a", "a.", "..", "a b", "ä", "a/b", "../x", "a\\b", "a\n", "a\0", "a:b", "a%b"]
+DEVICES = ["CON", "con", "PRN", "aux", "NUL", "nul.txt", "COM1", "com9", "LPT1", "lpt9.log"]
+
+
+@pytest.mark.parametrize("id", BAD_IDS + DEVICES)
+def test_id_is_refused(daemon: Daemon, id: str) -> None:
+    answer = daemon.try_submit([step()], id=id)
+    assert (answer.status, answer.code) == (400, 400)
+    assert "id" in answer.message
+
+
+def test_id_submitted_again_answers_the_record_and_runs_once(daemon: Daemon, tmp_path: Path) -> None:
+    file, query = tmp_path / "runs", {"id": "again", "timeout": "1h", "env_vars": ["A=1"], "ansync": "1"}
+    first = daemon.try_submit([mark(file, "run")], **query)
+    assert daemon.try_submit([mark(file, "run")], **query).data == first.data
+    daemon.ended("again")
+    assert daemon.try_submit([mark(file, "run")], **query).data == first.data
+    assert daemon.detail("again").code == 0 and marks(file) == ["run"]
+
+
+@pytest.mark.parametrize(
+    "steps, query",
+    [
+        ([step("exit 1")], {}),
+        ([step(), step()], {}),
+        ([step(name="other")], {}),
+        ([step(timeout="5s")], {}),
+        ([step(env_vars=["A=2"])], {}),
+        ([step()], {"ansync": "1"}),
+        ([step()], {"timeout": "5s"}),
+        ([step()], {"env_vars": "A=1"}),
+    ],
+)
+def test_id_of_a_different_submission_is_a_conflict(daemon: Daemon, steps: list[Any], query: dict[str, str]) -> None:
+    id = f"taken-{uuid.uuid4()}"
+    daemon.run(step(), id=id)
+    answer = daemon.try_submit(steps, id=id, **query)
+    assert (answer.status, answer.code) == (409, 409)
+    assert id in answer.message
+
+
+def test_id_submitted_by_many_at_once_runs_once(daemon: Daemon, tmp_path: Path) -> None:
+    file = tmp_path / "runs"
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: daemon.try_submit([mark(file, "run")], id="race"), range(32)))
+    assert {answer.code for answer in answers} == {0}
+    assert daemon.ended("race").code == 0 and marks(file) == ["run"]
+
+
+def test_submit_of_many_at_once_loses_none(daemon: Daemon) -> None:
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        tasks = list(pool.map(lambda n: daemon.submit(step(f"echo {n}")), range(100)))
+    assert len(set(tasks)) == 100
+    assert [daemon.ended(task).code for task in tasks] == [0] * 100
+    assert [daemon.console(task).data for task in tasks] == [[str(n)] for n in range(100)]
+
+
+def test_submit_of_10_000_parallel_steps_runs_them_all(daemon: Daemon) -> None:
+    task = daemon.submit(*[step()] * 10_000, ansync="true")
+    wait_until(lambda: daemon.row(task)["state"] == 0, "10,000 steps", 240, 0.2)
+    row = daemon.row(task)
+    assert (row["count"], row["code"], row["msg"]) == (10_000, 0, "all steps executed successfully")
+    assert {(one["state"], one["code"]) for one in daemon.steps(task)} == {(0, 0)}
+
+
+def test_submit_of_a_chain_of_1_000_steps_runs_in_order(daemon: Daemon, tmp_path: Path) -> None:
+    file = tmp_path / "order"
+    chain = [mark(file, str(n), name=f"n{n}", depets_on=[f"n{n - 1}"] if n else []) for n in range(1000)]
+    task = daemon.submit(*reversed(chain), ansync="true")
+    wait_until(lambda: daemon.row(task)["state"] == 0, "1,000 steps", 240, 0.1)
+    assert daemon.row(task)["code"] == 0
+    assert marks(file) == [str(n) for n in range(1000)]
+
+
+@pytest.mark.parametrize("gone", [(), None, ""], ids=["absent", "null", "empty"])
+@pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize("field, name", [("command_type", "CommandType"), ("command_content", "CommandContent")])
+def test_required_fields_are_missed_to_the_letter(daemon: Daemon, field: str, name: str, index: int, gone: Any) -> None:
+    broken = {key: value for key, value in {**step(), field: gone}.items() if value != ()}
+    answer = daemon.try_submit([step()] * index + [broken])
+    text = f"[{index}]: Key: 'PostStruct.{name}' Error:Field validation for '{name}' failed on the 'required' tag"
+    assert answer.status == 400
+    assert answer.json == {"code": 400, "message": text}
+
+
+def test_required_fields_missing_together_name_the_first(daemon: Daemon) -> None:
+    assert "'CommandType'" in daemon.try_submit([{}]).message
+    assert daemon.try_submit([step(), {}, {"command_type": "sh"}]).message.startswith(
+        "[1]: Key: 'PostStruct.CommandType'"
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"true",
+        b"5",
+        b'"sh"',
+        b"{}",
+        b"[]",
+        b"[null]",
+        b'["sh"]',
+        b"[[]]",
+        b"[{}] x",
+        b"\xff\xfe[]",
+        b"[NaN]",
+        b"command_type=sh&command_content=x",
+        pytest.param(b"[" * 100_000, id="100,000 brackets"),
+        pytest.param(b"[" + b"9" * 5_000 + b"]", id="number of 5,000 digits"),
+        pytest.param(b'[{"command_type":"sh","command_content":"\\ud800"}]', id="half a surrogate pair"),
+        pytest.param(b'[{"command_type":"sh","command_content":"x","name":"\\udfff"}]', id="half a pair in a name"),
+    ],
+)
+def test_bodies_that_are_no_array_of_steps_are_refused(daemon: Daemon, body: bytes) -> None:
+    answer = daemon.request("POST", "/api/v1/task", body)
+    assert (answer.status, answer.code) == (400, 400)
+    assert answer.message
+
+
+@pytest.mark.parametrize(
+    "where, fields",
+    [
+        ("[1].command_type", {"command_type": "cobol"}),
+        ("[1].command_type", {"command_type": "SH "}),
+        ("[1].command_type", {"command_type": 5}),
+        ("[1].command_content", {"command_content": 5}),
+        ("[1].command_content", {"command_content": ["exit 0"]}),
+        ("[1].name", {"name": 5}),
+        ("[1].name", {"name": "n" * 129}),
+        ("[1].name", {"name": "a\nb"}),
+        ("[1].name", {"name": "a\x7fb"}),
+        ("[1].name", {"name": "a\0"}),
+        ("[1].name", {"name": "first"}),
+        ("[1].env_vars", {"env_vars": "A=b"}),
+        ("[1].env_vars", {"env_vars": {"A": "b"}}),
+        ("[1].env_vars", {"env_vars": ["A"]}),
+        ("[1].env_vars", {"env_vars": ["A=b", "=b"]}),
+        ("[1].env_vars", {"env_vars": [5]}),
+        ("[1].env_vars", {"env_vars": ["A=b\0"]}),
+        ("[1].depets_on", {"depets_on": ["nobody"]}),
+        ("[1].depets_on", {"depets_on": ["second"]}),
+        ("[1].depets_on", {"depets_on": "first"}),
+        ("[1].depets_on", {"depets_on": [0]}),
+        ("[1].dep", {"depends_on": ["nobody"]}),
+        ("[1].dep", {"depets_on": ["first"], "depends_on": ["third"]}),
+        ("[1].timeout", {"timeout": "soon"}),
+        ("[1].timeout", {"timeout": "10"}),
+        ("[1].timeout", {"timeout": "1h30"}),
+        ("[1].timeout", {"timeout": "1d"}),
+        ("[1].timeout", {"timeout": "-1s"}),
+        ("[1].timeout", {"timeout": "0s"}),
+        ("[1].timeout", {"timeout": "9999999999h"}),
+        ("[1].timeout", {"timeout": 5}),
+    ],
+)
+def test_fields_out_of_rule_are_refused_and_located(daemon: Daemon, where: str, fields: dict[str, Any]) -> None:
+    steps = [step(name="first"), step(**{"name": "second", **fields}), step(name="third")]
+    answer = daemon.try_submit(steps, ansync="true")
+    assert (answer.status, answer.code) == (400, 400)
+    assert where in answer.message
+
+
+def test_command_type_unknown_lists_the_known(daemon: Daemon) -> None:
+    message = daemon.try_submit([step(kind="cobol")]).message
+    known = "sh shell bash ash dash ksh zsh csh tcsh python python3 py py3 python2 py2 cmd bat powershell ps ps1 pwsh"
+    assert [name for name in known.split() if not re.search(rf"\b{name}\b", message)] == []
+
+
+def test_dependency_unknown_is_named(daemon: Daemon) -> None:
+    assert "nobody" in daemon.try_submit([step(name="a", depets_on=["nobody"])], ansync="true").message
+
+
+def test_dependencies_in_a_cycle_are_refused_by_name(daemon: Daemon) -> None:
+    ring = {"outside": [], "ring-a": ["ring-c"], "ring-b": ["ring-a"], "ring-c": ["ring-b", "outside"]}
+    answer = daemon.try_submit([step(name=name, depets_on=needs) for name, needs in ring.items()], ansync="true")
+    assert answer.status == 400
+    assert [name for name in ring if name not in answer.message] == ["outside"]
+
+
+@pytest.mark.parametrize("needs", [["b"], ["c"]])
+def test_dependencies_against_the_order_are_refused_when_sequential(daemon: Daemon, needs: list[str]) -> None:
+    answer = daemon.try_submit([step(name="a", depets_on=needs), step(name="b"), step(name="c")])
+    assert answer.status == 400
+    assert "[0].dep" in answer.message
+
+
+def test_name_equal_to_anothers_default_is_a_duplicate(daemon: Daemon) -> None:
+    answer = daemon.try_submit([step(name="dup-1"), step()], id="dup")
+    assert (answer.status, answer.code) == (400, 400)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "ansync=yes",
+        "ansync=2",
+        "async=on",
+        "timeout=soon",
+        "timeout=10",
+        "timeout=-1s",
+        "timeout=0",
+        "env_vars=A",
+        "env_vars==b",
+    ],
+)
+def test_query_out_of_rule_is_refused_and_named(daemon: Daemon, query: str) -> None:
+    answer = daemon.post(f"/api/v1/task?{query}", [step()])
+    assert (answer.status, answer.code) == (400, 400)
+    assert query.split("=")[0] in answer.message
+
+
+def test_submit_refused_leaves_nothing(daemon: Daemon) -> None:
+    assert daemon.try_submit([step(), step(kind="cobol")], id="refused").status == 400
+    assert daemon.detail("refused").json == {"code": 1003, "message": MISSING}
+
+
+def test_body_of_16_mebibytes_is_taken_and_one_byte_more_is_413(daemon: Daemon) -> None:
+    limit, shape = 16 * 2**20, json.dumps([step("exit 0 #")])
+    assert daemon.request("POST", "/api/v1/task", shape.replace("#", "#" * (limit - len(shape) + 1))).code == 0
+    head = f"POST /api/v1/task HTTP/1.1\r\nHost: localhost\r\nContent-Length: {limit + 1}\r\n\r\n"
+    reply = daemon.raw(head.encode())
+    assert reply.startswith(b"HTTP/1.1 413 ") and b'"code":413' in reply
+
+
+def test_max_body_bounds_the_body_however_it_is_framed(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--max_body=1000")
+    assert daemon.try_submit([step("exit 0 #" + "#" * 500)]).code == 0
+    big = json.dumps([step("exit 0 #" + "#" * 1000)]).encode()
+    assert daemon.request("POST", "/api/v1/task", big).code == 413
+    reply = daemon.request("POST", "/api/v1/task", iter([big[:500], big[500:]]), {"Transfer-Encoding": "chunked"})
+    assert (reply.status, reply.code) == (413, 413)
+    assert daemon.get("/api/v1/task").data["total"] == 1
+
+
+# ======================================================================================================================
+# refused requests: 404, 405, 1003, hostile bytes
+# ======================================================================================================================
+
+ROUTES = {
+    "/version": "GET",
+    "/healthyz": "GET",
+    "/heartbeat": "GET HEAD",
+    "/metrics": "GET",
+    "/api/v1/task": "GET POST",
+    "/api/v1/task/:task": "GET PUT",
+    "/api/v1/task/:task/:step": "PUT",
+    "/api/v1/task/:task/:step/console": "GET",
+    "/api/v1/pool": "GET POST",
+    "/api/v1/state": "GET",
+}
+OPERATOR_ROUTES = ["/swagger/index.html", "/swagger/doc.json", "/debug/pprof/"]
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW"]
+
+
+@pytest.mark.parametrize("method, template", [(m, t) for t in ROUTES for m in METHODS if m not in ROUTES[t].split()])
+def test_methods_no_route_has_are_405_with_allow(daemon: Daemon, method: str, template: str) -> None:
+    answer = daemon.request(method, template.replace(":task", "some").replace(":step", "0"))
+    assert answer.status == 405
+    assert set(answer.headers["Allow"].replace(" ", "").split(",")) - {"OPTIONS"} == set(ROUTES[template].split())
+    assert answer.body == b"" if method == "HEAD" else answer.code == 405
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
+@pytest.mark.parametrize(
+    "path",
+    ["/nope", "/api", "/api/v1", "/api/v2/task", "/api/v1/tasks", "/api/v1/task/a/0/console/x", "/api/v1/pool/x"]
+    + ["//api/v1/task", "/API/V1/TASK", "/heartbeat/x", "/api/v1/task/a/0/consoles", "/../version", "/api%2Fv1%2Ftask"],
+)
+def test_paths_no_route_has_are_404(daemon: Daemon, method: str, path: str) -> None:
+    answer = daemon.request(method, path)
+    assert (answer.status, answer.code) == (404, 404)
+    assert answer.message and "data" not in answer.json
+
+
+@pytest.mark.parametrize(
+    "method, path",
+    [("GET", ""), ("PUT", ""), ("PUT", "/0"), ("PUT", "/name"), ("GET", "/0/console"), ("GET", "/name/console")],
+)
+def test_tasks_nobody_submitted_are_1003(daemon: Daemon, method: str, path: str) -> None:
+    answer = daemon.request(method, "/api/v1/task/nobody" + path)
+    assert answer.status == 200
+    assert answer.json == {"code": 1003, "message": MISSING}
+
+
+@pytest.mark.parametrize(
+    "task", ["..%2f..%2fetc", "%2e%2e", "%00", "a%20b", "%C3%BC", "x" * 300, "CON", "%ff", "'%20OR%201=1"]
+)
+def test_tasks_that_cannot_be_are_1003(daemon: Daemon, task: str) -> None:
+    assert daemon.detail(task).code == 1003
+    assert daemon.get(f"/api/v1/task/{task}/0/console").code == 1003
+    assert daemon.put(f"/api/v1/task/{task}").code == 1003
+
+
+@pytest.mark.parametrize("number", ["1", "-1", "99", "9" * 30, "0x0", "1.0", "\u0663", "nobody", "..", " 0"])
+def test_steps_that_are_not_there_are_1003(daemon: Daemon, number: str) -> None:
+    task = daemon.submit(step(name="only"))
+    path = f"/api/v1/task/{task}/{urllib.parse.quote(number)}"
+    assert daemon.get(path + "/console").code == 1003
+    assert daemon.put(path).code == 1003
+
+
+def test_connection_is_kept_through_refusals(daemon: Daemon) -> None:
+    link = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=30)
+    codes = []
+    with contextlib.closing(link):
+        for method, path, body in [
+            ("POST", "/api/v1/task", "{"),
+            ("GET", "/nope", None),
+            ("PUT", "/nope", "x" * 1000),
+        ] * 3:
+            link.request(method, path, body)
+            codes.append(json.loads(link.getresponse().read())["code"])
+    assert codes == [400, 404, 404] * 3
+
+
+def test_body_of_a_get_is_not_the_next_request(daemon: Daemon) -> None:
+    inner = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = b"GET /heartbeat HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(inner)
+    last = b"GET /heartbeat HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    assert b"application/json" not in daemon.raw(head + inner + last)
+
+
+def test_http_1_0_clients_are_served_to_the_close(daemon: Daemon) -> None:
+    task = daemon.submit(step("echo old"))
+    daemon.ended(task)
+    reply = daemon.raw(f"GET /api/v1/task/{task}/0/console HTTP/1.0\r\n\r\n".encode())
+    head, _, body = reply.partition(b"\r\n\r\n")
+    assert b" 200 " in head.splitlines()[0] and b"chunked" not in head.lower()
+    assert json.loads(body)["data"] == ["old"]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64),
+        b"\0" * 4096,
+        b"\r\n\r\n\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /" + b"x" * 200_000 + b" HTTP/1.1\r\n\r\n",
+        b"GET /version HTTP/1.1\r\nX: " + b"y" * 200_000 + b"\r\n\r\n",
+        b"GET /version HTTP/1.1\r\n" + b"A: b\r\n" * 5_000 + b"\r\n",
+        b"POST /api/v1/task HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n[]",
+        b"POST /api/v1/task HTTP/1.1\r\nHost: localhost\r\nContent-Length: ten\r\n\r\n[]",
+        b"POST /api/v1/task HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999999\r\n\r\n[]",
+        b"POST /api/v1/task HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n[]\r\n0\r\n\r\n",
+        b"\xff\xfe /\xc3\x28 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    ],
+    ids=lambda data: repr(data[:40]),
+)
+def test_garbage_is_refused_and_the_connection_closed(daemon: Daemon, garbage: bytes) -> None:
+    reply = daemon.raw(garbage)
+    assert reply == b"" or re.match(rb"HTTP/1\.[01] (4\d\d|50[15]) ", reply), reply[:200]
+    assert daemon.get("/heartbeat").status == 200
+    assert "Traceback" not in daemon.log()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        b"",
+        b"GET /api/v1/task HTT",
+        b"GET /api/v1/task HTTP/1.1\r\nHost: loc",
+        b"POST /api/v1/task HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n[{",
+        b"POST /api/v1/task HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n[",
+        b"GET /api/v1/task HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50,
+    ],
+    ids=lambda data: repr(data[:40]),
+)
+@pytest.mark.parametrize("reset", [True, False], ids=["reset", "half closed"])
+def test_clients_that_vanish_leave_no_trace(daemon: Daemon, part: bytes, reset: bool) -> None:
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", daemon.port), 30) as link:
+            link.sendall(part)
+            if reset:
+                link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii" if not WINDOWS else "hh", 1, 0))
+    assert daemon.get("/heartbeat").status == 200
+    assert "Traceback" not in daemon.log()
+
+
+def test_clients_that_vanish_from_a_console_leave_no_trace(daemon: Daemon) -> None:
+    task = daemon.submit(python("print('x' * 99 + '\\n', end='') or [print('y' * 99) for _ in range(200_000)]"))
+    daemon.ended(task)
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", daemon.port), 30) as link:
+            link.sendall(f"GET /api/v1/task/{task}/0/console HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert link.recv(1000)
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii" if not WINDOWS else "hh", 1, 0))
+    assert len(daemon.console(task).data) == 200_001
+    assert "Traceback" not in daemon.log()
+
+
+def test_timeout_ends_requests_that_dawdle(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--timeout=500ms")
+    for part in (
+        b"GET /heartbeat HTTP/1.1\r\nHost:",
+        b"POST /api/v1/pool HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{",
+    ):
+        reply = daemon.raw(part, deadline_s=30)
+        assert reply == b"" or re.match(rb"HTTP/1\.1 4\d\d ", reply)
+
+
+def test_max_requests_bounds_the_requests_served_at_once(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--max-requests=1")
+    task = daemon.submit(python("[print('y' * 999) for _ in range(30_000)]"))
+    wait_until(lambda: daemon.get("/api/v1/pool").data["running"] == 0)
+    with socket.create_connection(("127.0.0.1", daemon.port), 30) as reader:
+        reader.sendall(f"GET /api/v1/task/{task}/0/console HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert reader.recv(10)
+        refusal = wait_until(lambda: (answer := daemon.get("/api/v1/pool")).status == 429 and answer)
+        assert refusal.code == 429
+        assert daemon.get("/heartbeat").status == 200
+    wait_until(lambda: daemon.get("/api/v1/pool").status == 200)
+
+
+# ======================================================================================================================
+# reading: list, detail, times, console
+# ======================================================================================================================
+
+
+def go_seconds(text: str) -> float:
+    """The length of a duration as Go prints it."""
+    assert re.fullmatch(GO_DURATION, text), text
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}
+    return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(h|ms|µs|ns|m|s)", text))
+
+
+def local_seconds(text: str) -> float:
+    """The moment of an RFC 3339 text with this host's offset and whole seconds."""
+    assert re.fullmatch(LOCAL_TIME, text), text
+    offset = time.strftime("%z", time.localtime())
+    assert text[19:].replace(":", "") in (offset, "Z" if offset == "+0000" else offset)
+    return time.mktime(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
+
+
+def test_list_without_tasks_is_empty(launch: Callable[..., Daemon]) -> None:
+    answer = launch().get("/api/v1/task")
+    assert answer.json == {"code": 0, "message": "success", "data": {"running": 0, "tasks": [], "total": 0}}
+
+
+def test_list_shows_an_ended_task(daemon: Daemon) -> None:
+    task, before = (
+        daemon.submit(step("exit 2", name="a"), step("exit 0", name="b"), step("exit 3", name="c"), ansync="1"),
+        time.time(),
+    )
+    daemon.ended(task)
+    row = daemon.row(task)
+    assert list(row) == ["id", "url", "state", "code", "count", "msg", "times"] and list(row["times"]) == [
+        "st",
+        "et",
+        "rt",
+    ]
+    assert (row["state"], row["code"], row["count"]) == (0, 5, 3)
+    assert row["msg"] == "execution failed: [Step: 0, Name: a; Step: 2, Name: c]"
+    assert before - 2 < local_seconds(row["times"]["st"]) <= local_seconds(row["times"]["et"]) <= time.time()
+    assert 47.9 * 3600 < go_seconds(row["times"]["rt"]) < 48 * 3600
+
+
+def test_list_shows_a_running_task(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(held(gate, name="a"), held(gate, name="b"), step(name="c", depets_on=["a"]), ansync="1")
+    daemon.until_running(task, 0, 1)
+    row, listed = daemon.row(task), daemon.get("/api/v1/task")
+    assert (row["state"], row["code"], row["msg"]) == (
+        1,
+        0,
+        "currently executing: [Step: 0, Name: a; Step: 1, Name: b]",
+    )
+    assert set(row["times"]) == {"st", "rt"}
+    assert listed.head == (200, 0, "success")
+    assert listed.data["running"] == 1 and listed.data["total"] == len(listed.data["tasks"])
+
+
+def test_list_sums_the_codes_of_steps(daemon: Daemon) -> None:
+    task = daemon.submit(*[step("exit 255")] * 2, step(), ansync="1")
+    daemon.ended(task)
+    assert (daemon.row(task)["state"], daemon.row(task)["code"]) == (0, 510)
+
+
+def test_list_sorts_by_start_end_and_expiry(launch: Callable[..., Daemon], gate: Path, tmp_path: Path) -> None:
+    daemon, later = launch(), tmp_path / "later"
+    slow, quick, live = (
+        daemon.submit(held(gate), id="slow"),
+        daemon.submit(step(), id="quick"),
+        daemon.submit(held(later), id="live"),
+    )
+    end = local_seconds(daemon.ended(quick).data[0]["times"]["et"])
+    wait_until(lambda: time.time() > end + 1.1, "the next second")
+    gate.touch()
+    daemon.ended(slow)
+    orders = {
+        query: [row["id"] for row in daemon.get(f"/api/v1/task{query}").data["tasks"]]
+        for query in ("", "?sort=st", "?sort=et", "?sort=rt")
+    }
+    assert orders[""] == orders["?sort=st"] == [slow, quick, live]
+    assert orders["?sort=et"] == [live, quick, slow]
+    assert orders["?sort=rt"] == [quick, slow, live]
+    later.touch()
+
+
+@pytest.mark.parametrize("sort", ["x", "ST", "", "st,et"])
+def test_list_refuses_other_sorts_to_the_letter(daemon: Daemon, sort: str) -> None:
+    answer = daemon.get(f"/api/v1/task?sort={sort}")
+    assert answer.status == 400
+    assert answer.json == {"code": 400, "message": "sort parameter error"}
+
+
+def test_list_keeps_the_order_of_acceptance(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    tasks = [daemon.submit(step()) for _ in range(50)]
+    assert [row["id"] for row in daemon.get("/api/v1/task").data["tasks"]] == tasks
+
+
+def test_detail_of_a_success(daemon: Daemon) -> None:
+    task = daemon.submit(step(), step(name="b"))
+    answer = daemon.ended(task)
+    assert answer.head == (200, 0, "success") and answer.headers["X-Task-STATE"] == "Stop"
+    first, second = answer.data
+    assert list(first) == ["step", "url", "name", "state", "code", "msg", "times"]
+    assert list(second) == ["step", "url", "name", "state", "code", "msg", "depets_on", "times"]
+    assert [one["step"] for one in answer.data] == [0, 1]
+    assert second["url"] == f"http://127.0.0.1:{daemon.port}/api/v1/task/{task}/1/console"
+    assert {(one["state"], one["code"], one["msg"]) for one in answer.data} == {(0, 0, SUCCEED)}
+    assert list(first["times"]) == ["st", "et", "rt"]
+    assert (
+        local_seconds(first["times"]["st"])
+        <= local_seconds(first["times"]["et"])
+        <= local_seconds(second["times"]["et"])
+    )
+    assert 47.9 * 3600 < go_seconds(first["times"]["rt"]) < 48 * 3600
+
+
+def test_detail_of_a_running_task(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(held(gate, name="a"), step(name="b"))
+    daemon.until_running(task)
+    answer = daemon.detail(task)
+    assert answer.head == (200, 1001, "in progress: [Step: 0, Name: a]") and answer.headers["X-Task-STATE"] == "Running"
+    assert [(one["state"], one["code"], one["msg"]) for one in answer.data] == [(1, 0, RUNNING), (2, 0, PENDING)]
+    assert [list(one["times"]) for one in answer.data] == [["st", "rt"], ["rt"]]
+
+
+def test_detail_names_every_running_step(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(held(gate, name="a"), held(gate, name="b"), ansync="1")
+    daemon.until_running(task, 0, 1)
+    assert daemon.detail(task).message == "in progress: [Step: 0, Name: a; Step: 1, Name: b]"
+
+
+def test_detail_of_a_waiting_task(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch("--pool_size=1")
+    daemon.until_running(daemon.submit(held(gate)))
+    task = daemon.submit(step())
+    answer, row = daemon.detail(task), daemon.row(task)
+    assert answer.head == (200, 1001, "in progress: [waiting for a free worker]")
+    assert answer.headers["X-Task-STATE"] == "Pending"
+    assert (row["state"], row["code"], row["msg"], list(row["times"])) == (
+        2,
+        0,
+        "waiting for a free worker",
+        ["st", "rt"],
+    )
+    assert daemon.console(task).json == {"code": 1001, "message": "pending", "data": []}
+
+
+def test_detail_names_every_failed_step(daemon: Daemon) -> None:
+    answer = daemon.run(step("exit 1", name="a"), step(name="b"), step("exit 3", name="c"), ansync="1")
+    assert answer.message == "execution failed: [Step: 0, Name: a, Exit Code: 1; Step: 2, Name: c, Exit Code: 3]"
+    assert answer.headers["X-Task-STATE"] == "Stop"
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 125, 126, 127, 254, 255])
+def test_step_ends_with_the_code_of_its_process(daemon: Daemon, code: int) -> None:
+    answer = daemon.run(step(f"exit {code}", name="n"))
+    assert answer.data[0]["code"] == code
+    assert answer.data[0]["msg"] == (f"Step: 0, Name: n, Exit Code: {code}" if code else SUCCEED)
+    assert answer.code == (1002 if code else 0)
+
+
+@posix_only
+@pytest.mark.parametrize("number", [signal.SIGTERM, 9, signal.SIGSEGV, signal.SIGINT, 1])
+def test_step_killed_by_a_signal_ends_with_128_more(daemon: Daemon, number: int) -> None:
+    assert daemon.run(step(f"kill -{int(number)} $$")).data[0]["code"] == 128 + number
+
+
+CONSOLES = [
+    (b"", []),
+    (b"a", ["a"]),
+    (b"a\n", ["a"]),
+    (b"a\nb", ["a", "b"]),
+    (b"a\r\nb\r\n", ["a", "b"]),
+    (b"a\rb\n", ["a\rb"]),
+    (b"a\r", ["a\r"]),
+    (b"a\r\r\n", ["a\r"]),
+    (b"\n", [""]),
+    (b"\n\n  x\t \n\n", ["", "", "  x\t ", ""]),
+    (b"a\0b\n\0", ["a\0b", "\0"]),
+    ("a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1eh\n".encode(), ["a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1eh"]),
+    ("größe 世界 \U0001f680\n".encode(), ["größe 世界 \U0001f680"]),
+    (b'"\\/\x07\x1b[31mred\x1b[0m\x7f\n', ['"\\/\x07\x1b[31mred\x1b[0m\x7f']),
+]
+NOT_UTF_8 = [
+    (b"\xff\xfe\n", ["\ufffd\ufffd"]),
+    (b"\xff\nfine \xc3\xa4\n", ["\ufffd", "fine ä"]),
+    (b"cut \xe4\xb8", ["cut \ufffd"]),
+    (b"\xed\xa0\x80\n", ["\ufffd\ufffd\ufffd"]),
+    (b"\xc0\xaf\xf5\n", ["\ufffd\ufffd\ufffd"]),
+]
+
+
+@pytest.mark.parametrize("data, lines", CONSOLES, ids=lambda value: repr(value)[:40])
+def test_console_gives_the_lines_as_written(daemon: Daemon, data: bytes, lines: list[str]) -> None:
+    task = daemon.submit(writes(data))
+    daemon.ended(task)
+    assert daemon.console(task).json == {"code": 0, "message": "succeed", "data": lines}
+
+
+@pytest.mark.skipif(WINDOWS, reason="Windows has a console code page to decode with")
+@pytest.mark.parametrize("data, lines", NOT_UTF_8, ids=lambda value: repr(value)[:40])
+def test_console_marks_what_no_code_page_explains(daemon: Daemon, data: bytes, lines: list[str]) -> None:
+    assert daemon.output(writes(data)) == lines
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_console_joins_text_at_any_boundary(daemon: Daemon, end: str) -> None:
+    task = daemon.submit(
+        python(f"import sys\nfor n in range(3000): sys.stdout.buffer.write(('ä世' * (n % 97) + {end!r}).encode())")
+    )
+    daemon.ended(task)
+    assert daemon.console(task).data == ["ä世" * (n % 97) for n in range(3000)]
+
+
+def test_console_writes_text_as_itself(daemon: Daemon) -> None:
+    task = daemon.submit(writes("字节=32 时间=45ms".encode()))
+    daemon.ended(task)
+    assert "字节=32 时间=45ms".encode() in daemon.console(task).body
+
+
+def test_console_is_one_stream_in_order(daemon: Daemon) -> None:
+    assert daemon.output(step(script("echo a; echo b >&2; echo c", "@echo a\r\n@echo b>&2\r\n@echo c"))) == [
+        "a",
+        "b",
+        "c",
+    ]
+
+
+def test_console_of_a_running_step_shows_what_there_is(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(held(gate))
+    daemon.until_printed(task, "held")
+    assert daemon.console(task).json == {"code": 1001, "message": "in progress", "data": ["held"]}
+
+
+@posix_only
+def test_console_of_a_running_step_shows_the_unfinished_line(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(step("printf 'login: '; " + held(gate)["command_content"].replace("echo held;", "")))
+    daemon.until_printed(task, "login: ")
+
+
+def test_console_of_a_failure_tells_code_and_message(daemon: Daemon) -> None:
+    task = daemon.submit(step("exit 2", name="n"), step())
+    daemon.ended(task)
+    assert daemon.console(task).head == (200, 1002, "exit code: 2; Step: 0, Name: n, Exit Code: 2")
+    assert daemon.console(task, "n").code == 1002
+    assert daemon.console(task, 1).code == 1003 and "data" not in daemon.console(task, 1).json
+
+
+@linux_only
+def test_console_of_one_line_of_100_megabytes_keeps_memory_flat(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    task = daemon.submit(python("import sys\nfor n in range(100): sys.stdout.write('x' * 1_000_000)"))
+    daemon.ended(task)
+    assert daemon.process
+    before = memory_bytes(daemon.process.pid)
+    answer = daemon.console(task)
+    assert memory_bytes(daemon.process.pid, "VmHWM") - before < 20 * 2**20
+    assert [len(line) for line in answer.data] == [100_000_000]
+
+
+@pytest.mark.slow
+@linux_only
+@pytest.mark.parametrize("command", ["yes 0123456789abcdef | head -c 2000000000", "head -c 1000000000 /dev/zero"])
+def test_console_of_gigabytes_keeps_memory_flat(launch: Callable[..., Daemon], command: str) -> None:
+    daemon, total, peak = launch("--max_output=0") if "max_output" in cli("--help-long").stdout else launch(), 0, 0
+    task = daemon.submit(step(command))
+    daemon.ended(task, 300)
+    assert daemon.process
+    before = memory_bytes(daemon.process.pid)
+    for chunk in console_chunks(daemon, task):
+        total, peak = total + len(chunk), max(peak, memory_bytes(daemon.process.pid))
+    assert total > 1_000_000_000
+    assert peak - before < 10 * 2**20
+
+
+def console_chunks(daemon: Daemon, task: str) -> Iterator[bytes]:
+    """The console's body as it comes, in pieces that memory holds."""
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=120)
+    with contextlib.closing(connection):
+        connection.request("GET", f"/api/v1/task/{task}/0/console")
+        response = connection.getresponse()
+        while chunk := response.read(1 << 22):
+            yield chunk
+
+
+# ======================================================================================================================
+# steps: workspace, environment, interpreters, what a step inherits
+# ======================================================================================================================
+
+
+def show(*names: str) -> dict[str, Any]:
+    """A step that prints environment variables, one a line."""
+    return python(
+        "import os, sys\n"
+        + "".join(f"sys.stdout.buffer.write((os.environ.get({name!r}, '-') + '\\n').encode())\n" for name in names)
+    )
+
+
+def test_workspace_is_the_tasks_own_and_its_steps_share_it(daemon: Daemon) -> None:
+    write = step(script("echo note >note; pwd -P", "@echo note>note\r\n@cd"))
+    first = daemon.submit(write, step(script("cat note", "@type note")))
+    daemon.ended(first)
+    assert daemon.console(first, 1).data == ["note"]
+    second = daemon.submit(step(script("ls -a; pwd -P", "@dir /b\r\n@cd")))
+    daemon.ended(second)
+    assert "note" not in daemon.console(second).data
+    places = [daemon.console(task).data[-1] for task in (first, second)]
+    assert len(set(places)) == 2 and all(place.startswith(str(daemon.root.resolve())) for place in places)
+
+
+def test_workspace_goes_with_the_task_when_empty_and_else_stays(daemon: Daemon) -> None:
+    empty, full = (
+        daemon.submit(python(f"import os\nprint(os.getcwd())\n{more}")) for more in ("", "open('kept', 'w').close()")
+    )
+    places = []
+    for task in (empty, full):
+        daemon.ended(task)
+        places.append(Path(daemon.console(task).data[0]))
+    wait_until(lambda: not places[0].exists(), "the empty workspace to go")
+    assert [file.name for file in places[1].iterdir()] == ["kept"]
+
+
+def test_environment_of_the_step_wins_over_the_tasks_and_the_daemons(launch: Callable[..., Daemon]) -> None:
+    daemon = launch(env={"V_A": "daemon", "V_B": "daemon", "V_C": "daemon"})
+    one = {**show("V_A", "V_B", "V_C", "V_D"), "env_vars": ["V_C=step", "V_D=a=b= c;d"]}
+    assert daemon.output(one, env_vars=["V_B=task", "V_C=task"]) == ["daemon", "task", "step", "a=b= c;d"]
+
+
+def test_environment_names_task_and_step_whatever_the_client_says(daemon: Daemon) -> None:
+    names = ["TASK_ID", "TASK_STEP_ID", "TASK_STEP_NAME"]
+    one = {**show(*names), "name": "größe", "env_vars": [f"{name}=evil" for name in [*names, "TASK_WORKSPACE"]]}
+    task = daemon.submit(step(), one, env_vars="TASK_ID=evil")
+    daemon.ended(task)
+    assert daemon.console(task, 1).data == [task, "1", "größe"]
+
+
+def test_environment_names_the_workspace(daemon: Daemon) -> None:
+    lines = daemon.output(
+        python(
+            "import os\nprint(os.environ['TASK_WORKSPACE'])\nprint(os.path.samefile(os.environ['TASK_WORKSPACE'], '.'))"
+        )
+    )
+    assert lines[1] == "True"
+
+
+def test_environment_takes_text_of_any_language(daemon: Daemon) -> None:
+    assert daemon.output({**show("V"), "env_vars": ["V=größe 世界"]}) == ["größe 世界"]
+
+
+def test_scripts_keep_their_text(daemon: Daemon) -> None:
+    text = "größe 世界 $HOME 'x' \\ \"%PATH%\""
+    assert daemon.output(python(f"import sys\nsys.stdout.buffer.write({text!r}.encode())")) == [text]
+
+
+@posix_only
+@pytest.mark.parametrize("locale", ["C", "POSIX", "C.UTF-8"])
+def test_scripts_keep_their_text_in_any_locale(launch: Callable[..., Daemon], locale: str) -> None:
+    daemon = launch(env={"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert daemon.output(step("echo größe 世界 $V", env_vars=["V=ä"], name="ü")) == ["größe 世界 ä"]
+
+
+@posix_only
+def test_step_reads_end_of_file_from_its_standard_input(daemon: Daemon) -> None:
+    assert daemon.output(step("cat; read x || echo end")) == ["end"]
+
+
+@linux_only
+def test_step_inherits_no_socket_and_no_database(daemon: Daemon) -> None:
+    listing = daemon.output(step('for f in /proc/$$/fd/*; do readlink "$f"; done'))
+    assert [line for line in listing if "socket:" in line or ".db" in line or "sqlite" in line] == []
+
+
+@linux_only
+def test_step_inherits_no_ignored_or_blocked_signal(daemon: Daemon) -> None:
+    lines = daemon.output(python("print(open('/proc/self/status').read())"))
+    masks = {line.split(":")[0]: int(line.split()[1], 16) for line in lines if line.startswith(("SigBlk", "SigIgn"))}
+    python_ignores = (1 << (signal.SIGPIPE - 1)) | (1 << (getattr(signal, "SIGXFSZ", signal.SIGPIPE) - 1))
+    assert (masks["SigBlk"], masks["SigIgn"] & ~python_ignores) == (0, 0)
+
+
+INTERPRETERS = {
+    **{name: name for name in ("bash", "ash", "dash", "ksh", "zsh", "csh", "tcsh", "pwsh")},
+    **{name: "python3" for name in ("python", "python3", "py", "py3")},
+    **{name: "python2" for name in ("python2", "py2")},
+    **{name: "pwsh" for name in ("powershell", "ps", "ps1")},
+}
+
+
+@pytest.fixture(scope="module")
+def fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon whose interpreters, but sh, only record: each prints its own name, then what its last argument holds."""
+    place = tmp_path_factory.mktemp("fakes")
+    (place / "bin").mkdir()
+    for name in {*INTERPRETERS.values()}:
+        (place / "bin" / name).write_text('#!/bin/sh\necho "${0##*/}"\nfor last; do :; done\ncat "$last"\n')
+        (place / "bin" / name).chmod(0o755)
+    daemon = Daemon(place / "root", env={"PATH": f"{place / 'bin'}:/usr/bin:/bin"}).start()
+    yield daemon
+    daemon.retire()
+
+
+@posix_only
+@pytest.mark.parametrize("kind", INTERPRETERS)
+def test_interpreter_is_the_program_of_the_table(fakes: Daemon, kind: str) -> None:
+    lines = fakes.output(step("exit größe 7", kind))
+    assert lines[0] == INTERPRETERS[kind]
+    assert lines[-1] == "exit größe 7"
+
+
+@posix_only
+@pytest.mark.parametrize("kind", ["sh", "shell"])
+def test_interpreter_of_sh_is_sh(daemon: Daemon, kind: str) -> None:
+    assert daemon.output(step('test -n "$0" && echo "$((6 * 7))"', kind)) == ["42"]
+
+
+@posix_only
+@pytest.mark.parametrize("kind", [*INTERPRETERS, "cmd", "bat"])
+def test_interpreter_missing_ends_the_step_and_is_named(barren: Daemon, kind: str) -> None:
+    answer = barren.run(step("print('own')", kind, name="n"))
+    if INTERPRETERS.get(kind) == "python3":
+        assert answer.head == (200, 0, "success")
+    else:
+        program = {"bat": "cmd"}.get(kind) or INTERPRETERS.get(kind, kind)
+        assert answer.data[0]["code"] == 255
+        assert re.match(rf"Step: 0, Name: n, Exit Code: 255: .*{program}", answer.data[0]["msg"])
+
+
+@pytest.fixture(scope="module")
+def barren(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon whose PATH holds sh and nothing else."""
+    place = tmp_path_factory.mktemp("barren")
+    (place / "bin").mkdir()
+    (place / "bin" / "sh").symlink_to(shutil.which("sh") or "/bin/sh")
+    daemon = Daemon(place / "root", env={"PATH": str(place / "bin")}).start()
+    yield daemon
+    daemon.retire()
+
+
+@posix_only
+def test_interpreter_missing_lets_independent_branches_go_on(barren: Daemon) -> None:
+    answer = barren.run(step(kind="zsh", name="a"), step(name="b", depets_on=["a"]), step(name="c"), ansync="1")
+    assert [(one["state"], one["code"]) for one in answer.data] == [(0, 255), (2, 0), (0, 0)]
+
+
+# ======================================================================================================================
+# pool: bound, order, growing, shrinking
+# ======================================================================================================================
+
+
+def test_pool_shows_its_figures(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch("--pool_size=2")
+    assert daemon.get("/api/v1/pool").json == {
+        "code": 0,
+        "message": "success",
+        "data": {"size": 2, "running": 0, "waiting": 0},
+    }
+    task = daemon.submit(*[held(gate)] * 5, ansync="1")
+    wait_until(
+        lambda: daemon.get("/api/v1/pool").data == {"size": 2, "running": 2, "waiting": 3}, "2 running, 3 waiting"
+    )
+    gate.touch()
+    assert daemon.ended(task).code == 0
+    assert daemon.get("/api/v1/pool").data == {"size": 2, "running": 0, "waiting": 0}
+
+
+def test_pool_is_30_by_default(launch: Callable[..., Daemon]) -> None:
+    assert launch().get("/api/v1/pool").data["size"] == 30
+
+
+@pytest.mark.parametrize("size", [1, 10_000, 7])
+def test_pool_takes_any_size_of_its_range(launch: Callable[..., Daemon], size: int) -> None:
+    daemon = launch()
+    answer = daemon.post("/api/v1/pool", {"size": size})
+    assert answer.head == (200, 0, "success") and answer.data == {"size": size, "running": 0, "waiting": 0}
+    assert daemon.get("/api/v1/pool").data["size"] == size
+
+
+@pytest.mark.parametrize(
+    "body",
+    ['{"size":0}', '{"size":-1}', '{"size":10001}', '{"size":"5"}', '{"size":1.5}', '{"size":true}', '{"size":null}']
+    + ["{}", "[]", "5", "null", "{", "", '{"size":1e400}', '{"size":' + "9" * 5000 + "}", "size=5"],
+    ids=lambda text: text[:20],
+)
+def test_pool_refuses_other_sizes(daemon: Daemon, body: str) -> None:
+    answer = daemon.request("POST", "/api/v1/pool", body)
+    assert (answer.status, answer.code) == (400, 400)
+    assert daemon.get("/api/v1/pool").data["size"] == 30
+
+
+def depths(file: Path) -> list[int]:
+    """How many steps were alive after each + and -; a word starts a new list."""
+    return list(itertools.accumulate({"+": 1, "-": -1}.get(word, 0) for word in marks(file)))
+
+
+def breath(file: Path) -> dict[str, Any]:
+    """A step that marks its begin and its end."""
+    return step(f'echo + >>"{file}"; sleep 0.05; echo - >>"{file}"')
+
+
+@posix_only
+def test_pool_bounds_the_children_alive(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon, file = launch("--pool_size=3"), tmp_path / "alive"
+    tasks = [daemon.submit(*[breath(file)] * 10, ansync="1"), daemon.submit(*[breath(file)] * 10, ansync="1")]
+    assert [daemon.ended(task).code for task in tasks] == [0, 0]
+    assert max(depths(file)) == 3 and len(marks(file)) == 40
+
+
+def test_pool_runs_the_first_ready_first_over_all_tasks(
+    launch: Callable[..., Daemon], gate: Path, tmp_path: Path
+) -> None:
+    daemon, file = launch("--pool_size=1"), tmp_path / "order"
+    daemon.until_running(daemon.submit(held(gate)))
+    tasks = [
+        daemon.submit(*(mark(file, f"a{n}") for n in range(3)), ansync="1"),
+        daemon.submit(mark(file, "b0"), mark(file, "b1")),
+        daemon.submit(mark(file, "c0")),
+    ]
+    gate.touch()
+    assert [daemon.ended(task).code for task in tasks] == [0, 0, 0]
+    assert marks(file) == ["a0", "a1", "a2", "b0", "c0", "b1"]
+
+
+def test_pool_growth_takes_effect_at_once(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch("--pool_size=1")
+    daemon.submit(*[held(gate)] * 3, ansync="1")
+    wait_until(lambda: daemon.get("/api/v1/pool").data == {"size": 1, "running": 1, "waiting": 2})
+    assert daemon.post("/api/v1/pool", {"size": 3}).data["size"] == 3
+    wait_until(lambda: daemon.get("/api/v1/pool").data == {"size": 3, "running": 3, "waiting": 0})
+
+
+@posix_only
+def test_pool_shrunk_lets_running_steps_end_and_starts_no_more(
+    launch: Callable[..., Daemon], gate: Path, tmp_path: Path
+) -> None:
+    daemon, file = launch("--pool_size=3"), tmp_path / "alive"
+    first = daemon.submit(*[held(gate)] * 3, ansync="1")
+    rest = daemon.submit(*[breath(file)] * 6, ansync="1")
+    wait_until(lambda: daemon.get("/api/v1/pool").data == {"size": 3, "running": 3, "waiting": 6})
+    assert daemon.post("/api/v1/pool", {"size": 1}).data == {"size": 1, "running": 3, "waiting": 6}
+    gate.touch()
+    assert [daemon.ended(first).code, daemon.ended(rest).code] == [0, 0]
+    assert max(depths(file)) == 1
+
+
+# ======================================================================================================================
+# ends by force: timeouts, stops, process trees
+# ======================================================================================================================
+
+
+def test_timeout_of_a_step_ends_it_with_the_reason(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(held(gate, name="n", timeout="300ms"), step())
+    answer = daemon.ended(task)
+    assert answer.data[0]["code"] == 255
+    assert answer.data[0]["msg"] == f"Step: 0, Name: n, Exit Code: 255: {TIMED_OUT}"
+    assert (answer.data[1]["state"], answer.data[1]["code"]) == (2, 0)
+    assert answer.code == 1002 and answer.message.startswith("execution failed: [Step: 0, Name: n, Exit Code: 255")
+    assert daemon.console(task).head == (200, 1002, f"exit code: 255; {TIMED_OUT}")
+    assert daemon.row(task)["code"] == 255
+
+
+def test_timeout_of_a_task_ends_what_runs(daemon: Daemon, gate: Path) -> None:
+    answer = daemon.run(step(name="a"), held(gate, name="b"), step(name="c"), timeout="700ms")
+    assert [(one["state"], one["code"]) for one in answer.data] == [(0, 0), (0, 255), (2, 0)]
+    assert answer.data[1]["msg"] == f"Step: 1, Name: b, Exit Code: 255: {TIMED_OUT}"
+
+
+def test_timeout_of_a_task_counts_from_its_acceptance(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch("--pool_size=1")
+    daemon.until_running(daemon.submit(held(gate)))
+    answer = daemon.run(step(name="n"), timeout="300ms")
+    assert answer.data[0]["code"] == 255
+    assert answer.data[0]["msg"] == f"Step: 0, Name: n, Exit Code: 255: {TIMED_OUT}"
+
+
+def test_timeout_by_default_is_exec_timeout(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch("--exec_timeout=300ms")
+    answer = daemon.run(held(gate, name="short"), held(gate, name="long", timeout="1500ms"), ansync="1")
+    assert [one["msg"].rsplit(": ")[-1] for one in answer.data] == [TIMED_OUT] * 2
+    assert go_seconds(answer.data[1]["times"]["rt"]) > go_seconds(answer.data[0]["times"]["rt"]) + 0.5
+
+
+def test_timeout_that_is_not_reached_changes_nothing(daemon: Daemon) -> None:
+    assert daemon.run(step(timeout="30s"), step(), timeout="60s").head == (200, 0, "success")
+
+
+def test_stop_of_a_task_ends_what_runs_with_the_reason(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(held(gate, name="a"), step(name="b", depets_on=["a"]), held(gate, name="c"), ansync="1")
+    daemon.until_running(task, 0, 2)
+    assert daemon.put(f"/api/v1/task/{task}").json == {"code": 0, "message": "success"}
+    answer = daemon.ended(task)
+    assert [(one["state"], one["code"]) for one in answer.data] == [(0, 255), (2, 0), (0, 255)]
+    assert answer.data[0]["msg"] == f"Step: 0, Name: a, Exit Code: 255: {STOPPED}"
+    assert answer.code == 1002 and daemon.row(task)["code"] == 510
+    assert daemon.console(task).head == (200, 1002, f"exit code: 255; {STOPPED}")
+    assert daemon.console(task, 1).code == 1003
+
+
+def test_stop_of_a_task_that_waits_never_starts_it(launch: Callable[..., Daemon], gate: Path, tmp_path: Path) -> None:
+    daemon, file = launch("--pool_size=1"), tmp_path / "ran"
+    first = daemon.submit(held(gate))
+    daemon.until_running(first)
+    task = daemon.submit(mark(file, "x", name="n"), mark(file, "y"))
+    assert daemon.put(f"/api/v1/task/{task}").code == 0
+    answer = daemon.ended(task)
+    assert [(one["state"], one["code"]) for one in answer.data] == [(0, 255), (2, 0)]
+    assert answer.data[0]["msg"] == f"Step: 0, Name: n, Exit Code: 255: {STOPPED}"
+    gate.touch()
+    assert daemon.run(step()).code == 0 and daemon.ended(first).code == 0 and marks(file) == []
+
+
+@pytest.mark.parametrize("which", ["1", "näme/1"])
+def test_stop_of_a_step_by_index_or_name_leaves_the_others(daemon: Daemon, gate: Path, which: str) -> None:
+    task = daemon.submit(held(gate), held(gate, name="näme/1"), step(name="after", depets_on=["näme/1"]), ansync="1")
+    daemon.until_running(task, 0, 1)
+    assert daemon.put(f"/api/v1/task/{task}/{urllib.parse.quote(which, safe='')}").json == {
+        "code": 0,
+        "message": "success",
+    }
+    wait_until(lambda: daemon.steps(task)[1]["state"] == 0, "the step's end")
+    assert daemon.steps(task)[0]["state"] == 1
+    gate.touch()
+    assert [(one["state"], one["code"]) for one in daemon.ended(task).data] == [(0, 0), (0, 255), (2, 0)]
+
+
+def test_stop_of_a_pending_step_ends_it_before_its_turn(daemon: Daemon, gate: Path, tmp_path: Path) -> None:
+    file = tmp_path / "ran"
+    task = daemon.submit(held(gate), mark(file, "b", name="b"), mark(file, "c"))
+    daemon.until_running(task)
+    assert daemon.put(f"/api/v1/task/{task}/1").code == 0
+    wait_until(lambda: daemon.steps(task)[1]["state"] == 0, "the step's end")
+    assert daemon.steps(task)[1]["msg"] == f"Step: 1, Name: b, Exit Code: 255: {STOPPED}"
+    gate.touch()
+    answer = daemon.ended(task)
+    assert [(one["state"], one["code"]) for one in answer.data] == [(0, 0), (0, 255), (2, 0)]
+    assert answer.message.startswith("execution failed: [Step: 1, Name: b, Exit Code: 255") and marks(file) == []
+
+
+def test_stop_of_what_has_ended_is_1003(daemon: Daemon) -> None:
+    task = daemon.submit(step(), step("exit 1"), step())
+    daemon.ended(task)
+    assert [daemon.put(f"/api/v1/task/{task}{path}").code for path in ("", "/0", "/1", "/2")] == [1003] * 4
+    assert [one["code"] for one in daemon.steps(task)] == [0, 1, 0]
+
+
+def test_stop_leaves_other_tasks_alone(daemon: Daemon, gate: Path) -> None:
+    other, task = daemon.submit(held(gate)), daemon.submit(held(gate))
+    daemon.until_running(other)
+    daemon.until_running(task)
+    daemon.put(f"/api/v1/task/{task}")
+    assert daemon.ended(task).code == 1002 and daemon.detail(other).code == 1001
+    gate.touch()
+    assert daemon.ended(other).code == 0
+
+
+@posix_only
+def test_stop_lets_a_step_clean_up_and_still_calls_it_stopped(daemon: Daemon) -> None:
+    task = daemon.submit(step("trap 'echo cleaned; exit 0' TERM; echo ready; while :; do sleep 0.05; done"))
+    daemon.until_printed(task, "ready")
+    daemon.put(f"/api/v1/task/{task}")
+    assert daemon.ended(task).data[0]["msg"].endswith(f"Exit Code: 255: {STOPPED}")
+    assert "cleaned" in daemon.console(task).data
+
+
+@posix_only
+def test_stop_of_a_step_that_ignores_it_succeeds_after_the_grace(daemon: Daemon) -> None:
+    task = daemon.submit(step("trap '' TERM; echo ready; while :; do sleep 0.05; done"))
+    daemon.until_printed(task, "ready")
+    begin = time.monotonic()
+    daemon.put(f"/api/v1/task/{task}")
+    assert daemon.ended(task).data[0]["code"] == 255
+    assert time.monotonic() - begin > 4
+
+
+@posix_only
+def test_stop_for_the_second_time_grants_no_grace(daemon: Daemon) -> None:
+    task = daemon.submit(step("trap '' TERM; echo ready; while :; do sleep 0.05; done"))
+    daemon.until_printed(task, "ready")
+    begin = time.monotonic()
+    assert [daemon.put(f"/api/v1/task/{task}").code for _ in range(2)] == [0, 0]
+    assert daemon.ended(task).data[0]["msg"].endswith(STOPPED)
+    assert time.monotonic() - begin < 4
+
+
+TREE = (
+    'sleep 1000 & setsid sleep 1000 & (setsid sh -c "sleep 1000 & exec sleep 1000" &); '
+    "(sleep 1000 & exec sleep 1000) & echo planted; "
+)
+
+
+@linux_only
+@pytest.mark.parametrize("end", ["stop task", "stop step", "timeout"])
+def test_no_process_of_a_tree_survives_its_end_by_force(daemon: Daemon, end: str) -> None:
+    task = daemon.submit(step(TREE + "wait", timeout="1500ms" if end == "timeout" else "1h"))
+    daemon.until_printed(task, "planted")
+    wait_until(lambda: sum("sleep 1000" in line for line in daemon.processes(task).values()) >= 6, "the tree")
+    if end != "timeout":
+        daemon.put(f"/api/v1/task/{task}" + ("/0" if end == "stop step" else ""))
+    assert daemon.ended(task).data[0]["code"] == 255
+    wait_until(lambda: not daemon.processes(task), f"the end of {daemon.processes(task)}", 15)
+
+
+@linux_only
+def test_no_process_of_a_tree_whose_shell_died_first_survives_a_stop(daemon: Daemon) -> None:
+    task = daemon.submit(
+        step('(setsid sh -c "trap \\"\\" TERM HUP; sleep 1000; sleep 1000" &); echo planted; exec sleep 1000')
+    )
+    daemon.until_printed(task, "planted")
+    wait_until(lambda: sum("sleep 1000" in line for line in daemon.processes(task).values()) >= 3, "the tree")
+    daemon.put(f"/api/v1/task/{task}")
+    assert daemon.ended(task).code == 1002
+    wait_until(lambda: not daemon.processes(task), f"the end of {daemon.processes(task)}", 15)
+
+
+@posix_only
+def test_background_child_that_keeps_stdout_open_delays_nothing(daemon: Daemon) -> None:
+    begin = time.monotonic()
+    task = daemon.submit(step("sleep 600 & echo $!"), step("echo next"))
+    assert daemon.ended(task).code == 0 and time.monotonic() - begin < 60
+    assert daemon.console(task, 1).data == ["next"]
+    os.kill(int(daemon.console(task).data[0]), signal.SIGTERM)
+
+
+@linux_only
+def test_engine_leaves_no_zombie_and_no_descriptor(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    assert daemon.process
+    files, children = (
+        Path(f"/proc/{daemon.process.pid}") / name for name in ("fd", f"task/{daemon.process.pid}/children")
+    )
+    daemon.run(*[step()] * 50, ansync="1")
+    before = len(list(files.iterdir()))
+    for _ in range(5):
+        daemon.run(*[step("sh -c 'exit 0' & exit 0")] * 50, ansync="1")
+    wait_until(lambda: not children.read_text().split(), "children to be reaped")
+    wait_until(lambda: len(list(files.iterdir())) <= before + 5, "descriptors to be closed")
+
+
+# ======================================================================================================================
+# keeping: restarts, expiry
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize("kill", [False, True], ids=["orderly", "killed"])
+def test_restart_keeps_ended_tasks_and_their_consoles(launch: Callable[..., Daemon], kill: bool) -> None:
+    daemon = launch("--addr=127.0.0.1:0")
+    tasks = [daemon.submit(step("echo eins"), step("exit 4"), step()), daemon.submit(step("echo zwei"))]
+    answers = [daemon.ended(task) for task in tasks]
+    daemon.restart(kill)
+    assert [row["id"] for row in daemon.get("/api/v1/task").data["tasks"]] == tasks
+    for task, before in zip(tasks, answers):
+        after = daemon.detail(task)
+        assert after.head == before.head
+        keep = ("name", "state", "code", "msg")
+        assert [[one[key] for key in keep] for one in after.data] == [[one[key] for key in keep] for one in before.data]
+        assert [one["times"].get("et") for one in after.data] == [one["times"].get("et") for one in before.data]
+    assert [daemon.console(task).data for task in tasks] == [["eins"], ["zwei"]]
+
+
+def test_restart_keeps_what_was_acknowledged_however_it_ends(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch("--pool_size=1")
+    daemon.until_running(daemon.submit(held(gate)))
+    tasks = [daemon.submit(step("echo hi")) for _ in range(20)]
+    daemon.restart(kill=True)
+    gate.touch()
+    assert [daemon.ended(task).code for task in tasks] == [0] * 20
+    assert {tuple(daemon.console(task).data) for task in tasks} == {("hi",)}
+
+
+@pytest.mark.parametrize("kill", [False, True], ids=["orderly", "killed"])
+def test_restart_loses_running_steps_by_name_and_starts_pending_ones(
+    launch: Callable[..., Daemon], gate: Path, tmp_path: Path, kill: bool
+) -> None:
+    daemon, file = launch("--pool_size=1"), tmp_path / "ran"
+    task, waiting = daemon.submit(held(gate, name="n"), mark(file, "never")), daemon.submit(mark(file, "later"))
+    daemon.until_running(task)
+    daemon.restart(kill)
+    answer = daemon.ended(task)
+    assert [(one["state"], one["code"]) for one in answer.data] == [(0, 255), (2, 0)]
+    assert answer.data[0]["msg"].startswith("Step: 0, Name: n, Exit Code: 255: lost: ")
+    assert daemon.ended(waiting).code == 0 and marks(file) == ["later"]
+
+
+def test_restart_knows_an_id_submitted_again(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon, file = launch(), tmp_path / "runs"
+    first = daemon.try_submit([mark(file, "run")], id="again")
+    daemon.ended("again")
+    daemon.restart()
+    again = daemon.try_submit([mark(file, "run")], id="again")
+    assert (again.code, again.data["id"], again.data["timestamp"]) == (0, "again", first.data["timestamp"])
+    assert daemon.try_submit([step("exit 1")], id="again").code == 409
+    assert marks(file) == ["run"]
+
+
+def test_expiry_sweeps_ended_tasks_and_their_files_never_live_ones(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch("--key_expire=2s")
+    live = daemon.submit(held(gate), id="live-task")
+    gone = daemon.submit(python("print('x')\nopen('kept', 'w').close()"), id="gone-task")
+    daemon.ended(gone)
+    assert daemon.console(gone).data == ["x"]
+    assert 0 < go_seconds(daemon.row(gone)["times"]["rt"]) <= 2 and 1 < go_seconds(daemon.row(live)["times"]["rt"]) <= 2
+    wait_until(lambda: daemon.detail(gone).json == {"code": 1003, "message": MISSING}, "expiry", 15)
+    wait_until(
+        lambda: not [path for path in daemon.root.rglob("*") if "gone-task" in str(path)], "the sweep of its files", 15
+    )
+    assert [row["id"] for row in daemon.get("/api/v1/task").data["tasks"]] == [live] and daemon.detail(
+        live
+    ).code == 1001
+    gate.touch()
+    assert daemon.ended(live).code == 0
+    wait_until(lambda: daemon.detail(live).code == 1003, "expiry", 15)
+    assert daemon.try_submit([step("exit 0")], id="gone-task").code == 0
+
+
+def test_expiry_counts_on_while_the_daemon_is_down(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--key_expire=1s")
+    task = daemon.submit(step())
+    daemon.ended(task)
+    daemon.end()
+    daemon.start()
+    wait_until(lambda: daemon.detail(task).code == 1003, "expiry", 15)
+
+
+# ======================================================================================================================
+# the other routes
+# ======================================================================================================================
+
+
+def test_heartbeat_is_200_and_empty(daemon: Daemon) -> None:
+    for method in ("GET", "HEAD"):
+        answer = daemon.request(method, "/heartbeat")
+        assert (answer.status, answer.body) == (200, b"")
+
+
+def test_version_names_the_version(daemon: Daemon) -> None:
+    answer = daemon.get("/version")
+    assert answer.head == (200, 0, "success")
+    assert answer.data["version"] == version()
+
+
+def test_healthyz_names_server_client_state_and_time(daemon: Daemon) -> None:
+    answer = daemon.get("/healthyz")
+    assert answer.head == (200, 0, "success")
+    assert set(answer.data) >= {"server", "client", "state", "timestamp"}
+    assert answer.data["server"] == f"127.0.0.1:{daemon.port}" and answer.data["client"].startswith("127.0.0.1")
+    assert answer.data["state"] == "Running" and abs(answer.data["timestamp"] - time.time_ns()) < 60e9
+
+
+def test_state_shows_the_daemons_own_figures(daemon: Daemon) -> None:
+    answer = daemon.get("/api/v1/state")
+    assert answer.head == (200, 0, "success")
+    assert isinstance(answer.data, dict) and answer.data
+
+
+def test_metrics_are_prometheus_text_of_tasks_and_pool(daemon: Daemon) -> None:
+    daemon.run(step())
+    answer = daemon.get("/metrics")
+    assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    sample = re.compile(r'(\w+)(\{(\w+="([^"\\\n]|\\.)*",?)*\})? (NaN|[+-]?(Inf|[\d.]+(e[+-]?\d+)?))')
+    lines = answer.body.decode().splitlines()
+    names = {match[1] for line in lines if not line.startswith("#") and (match := sample.fullmatch(line))}
+    assert [line for line in lines if not line.startswith("# ") and not sample.fullmatch(line)] == []
+    assert any("task" in name for name in names) and any("pool" in name for name in names)
+    assert len({line for line in lines if line.startswith("# TYPE")}) == sum(
+        line.startswith("# TYPE") for line in lines
+    )
+
+
+@pytest.mark.parametrize("path", OPERATOR_ROUTES)
+def test_operator_routes_answer(daemon: Daemon, path: str) -> None:
+    assert daemon.get(path).status == 200
+
+
+def test_document_names_every_route(daemon: Daemon) -> None:
+    answer = daemon.request("GET", "/swagger/doc.json")
+    document = json.loads(answer.body)
+    paths = {re.sub(r"\{(\w+)\}", r":\1", path): set(methods) for path, methods in document["paths"].items()}
+    missing = {
+        path: methods for path, methods in ROUTES.items() if not set(methods.lower().split()) <= paths.get(path, set())
+    }
+    assert missing == {}
+
+
+# ======================================================================================================================
+# daemon: start, stop, refusals; command line
+# ======================================================================================================================
+
+
+@posix_only
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("state", ["idle", "running a step", "holding connections"])
+def test_daemon_ends_in_time_on_a_signal(launch: Callable[..., Daemon], gate: Path, number: int, state: str) -> None:
+    daemon = launch()
+    with contextlib.ExitStack() as stack:
+        if state == "running a step":
+            daemon.until_running(daemon.submit(held(gate)))
+        if state == "holding connections":
+            for part in (b"", b"GET /heartbeat HTTP/1.1\r\n", b"GET /heartbeat HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+                stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port))).sendall(part)
+        begin = time.monotonic()
+        assert daemon.end(number) == 0
+        assert time.monotonic() - begin < 3
+    gate.touch()
+
+
+def test_daemon_refuses_a_root_that_another_holds(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    assert str(daemon.root) in refused(cli("run", "--addr=127.0.0.1:0", f"--root={daemon.root}"), 1)
+    assert daemon.run(step()).code == 0
+
+
+def test_daemon_takes_a_root_again_that_a_killed_one_held(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    assert daemon.restart(kill=True).run(step()).code == 0
+
+
+def test_daemon_refuses_a_port_in_use(daemon: Daemon, tmp_path: Path) -> None:
+    assert str(daemon.port) in refused(cli("run", f"--addr=127.0.0.1:{daemon.port}", f"--root={tmp_path / 'r'}"), 1)
+
+
+def test_daemon_refuses_a_root_that_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert str(root) in refused(cli("run", "--addr=127.0.0.1:0", f"--root={root}"), 1)
+
+
+def test_daemon_makes_a_root_with_its_parents(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert launch(root=tmp_path / "a" / "b c").run(step()).code == 0
+    assert cli("run", "--addr=127.0.0.1:1x", f"--root={tmp_path / 'x' / 'y'}").returncode == 2
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "addr, hosts",
+    [
+        ("127.0.0.1:0", ["127.0.0.1"]),
+        ("localhost:0", ["127.0.0.1"]),
+        ("tcp://127.0.0.1:0", ["127.0.0.1"]),
+        (":0", ["127.0.0.1", "::1"]),
+        ("[::1]:0", ["::1"]),
+        ("tcp://[::1]:0", ["::1"]),
+    ],
+)
+def test_daemon_listens_where_addr_says(tmp_path: Path, addr: str, hosts: list[str]) -> None:
+    daemon = Daemon(tmp_path / "root", f"--addr={addr}")
+    if not has_ipv6():
+        hosts = [host for host in hosts if ":" not in host] or pytest.skip("this host has no IPv6")
+    with contextlib.ExitStack() as stack:
+        stack.callback(daemon.kill)
+        daemon.start()
+        for host in hosts:
+            link = stack.enter_context(contextlib.closing(http.client.HTTPConnection(host, daemon.port, timeout=30)))
+            link.request("GET", "/heartbeat")
+            assert link.getresponse().status == 200
+
+
+FLAGS = {
+    "addr": ":2376",
+    "root": "remote_executor",
+    "key_expire": "48h",
+    "exec_timeout": "24h",
+    "timeout": "30s",
+    "max-requests": "0",
+    "pool_size": "30",
+}
+HELP_TEXTS = [
+    "Show context-sensitive help (also try --help-long and --help-man).",
+    "host:port for execution.",
+    "Enable debug messages",
+    "Working root directory",
+    'Set the database key expire time. Example: "key_expire=1h"',
+    'Set the exec command expire time. Example: "exec_timeout=30m"',
+    "Timeout for calling endpoints on the engine",
+    "Maximum number of concurrent requests. 0 to disable.",
+    "Set the size of the execution work pool.",
+    "Show application version.",
+]
+
+
+@pytest.mark.parametrize("spell", ["-", "_"])
+@pytest.mark.parametrize("form", ["before, with =", "after, with =", "before, apart", "after, apart"])
+def test_flags_are_taken_in_every_form(tmp_path: Path, spell: str, form: str) -> None:
+    values = {
+        "addr": "127.0.0.1:0",
+        "root": str(tmp_path / "r"),
+        "key_expire": "3h",
+        "exec_timeout": "5m",
+        "timeout": "20s",
+    }
+    pairs = {**values, "max_requests": "50", "pool_size": "7", "max_body": "5000"}
+    names = {name: "--" + re.sub("[-_]", spell, name) for name in pairs}
+    flags = [
+        word
+        for name, value in pairs.items()
+        for word in ([names[name], value] if "apart" in form else [f"{names[name]}={value}"])
+    ]
+    command = [*flags, "--debug", "run"] if "before" in form else ["run", "--no-debug", *flags]
+    with subprocess.Popen(
+        [sys.executable, str(PROGRAM), *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            daemon = Daemon(tmp_path / "r")
+            daemon.port = int((process.stdout or io.BytesIO()).readline().rsplit(b":", 1)[1])
+            assert daemon.get("/api/v1/pool").data["size"] == 7
+            task = daemon.submit(step())
+            daemon.ended(task)
+            assert 2.9 * 3600 < go_seconds(daemon.row(task)["times"]["rt"]) <= 3 * 3600
+            assert daemon.try_submit([step("exit 0 #" + "#" * 5000)]).status == 413
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--nope"],
+        ["run", "--nope=1"],
+        ["fly"],
+        ["run", "extra"],
+        ["run", "--addr"],
+        ["run", "--addr="],
+        ["run", "--addr=nonsense"],
+        ["run", "--addr=127.0.0.1:99999"],
+        ["run", "--addr=127.0.0.1:-1"],
+        ["run", "--addr=:http-ish"],
+        ["run", "--addr=[::1:5"],
+        ["run", "--root="],
+        ["run", "--pool_size=0"],
+        ["run", "--pool_size=10001"],
+        ["run", "--pool_size=x"],
+        ["run", "--pool_size=1.5"],
+        ["run", "--key_expire=5"],
+        ["run", "--key_expire=-1h"],
+        ["run", "--key_expire=1d"],
+        ["run", "--exec_timeout=soon"],
+        ["run", "--exec_timeout=0s"],
+        ["run", "--timeout=0"],
+        ["run", "--timeout=x"],
+        ["run", "--max-requests=-1"],
+        ["run", "--max-requests=many"],
+        ["run", "--max_body=-5"],
+        ["run", "--max_body=lots"],
+        ["run", "--debug=perhaps"],
+    ],
+    ids=" ".join,
+)
+def test_flags_out_of_rule_are_refused_in_a_line(tmp_path: Path, arguments: list[str]) -> None:
+    root = [] if any("root" in word for word in arguments) else [f"--root={tmp_path / 'r'}"]
+    addr = [] if any("addr" in word for word in arguments) else ["--addr=127.0.0.1:0"]
+    line = refused(cli(*root, *addr, *arguments), 2)
+    wrong = next(word for word in reversed(arguments) if word != "run").partition("=")[0].strip("-")
+    assert wrong.replace("-", "_") in line.replace("-", "_")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["help"], ["--help"], ["-h"], ["help", "run"], ["run", "--help"], ["--help-long"]], ids=" ".join
+)
+def test_help_shows_every_flag_of_the_readme_with_its_default(arguments: list[str]) -> None:
+    result = cli(*arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage: ")
+    text = " ".join(result.stdout.split())
+    assert [words for words in HELP_TEXTS if words not in text] == []
+    assert [
+        name for name, default in FLAGS.items() if not re.search(rf'--{name}="?[^" ]*{re.escape(default)}', text)
+    ] == []
+    assert {"--[no-]debug", "--[no-]version", "--[no-]help"} <= set(re.findall(r"--\S+", text))
+
+
+@pytest.mark.parametrize("arguments", [["help"], ["--help"], ["--help-long"]], ids=" ".join)
+def test_help_shows_every_command(arguments: list[str]) -> None:
+    text = cli(*arguments).stdout
+    assert re.search(r"^help \[<command>\.\.\.\]$\s+Show help\.$", text, re.MULTILINE)
+    assert re.search(r"^run\b.*$\s+Run server$", text, re.MULTILINE)
+
+
+def test_help_man_is_a_manual_page() -> None:
+    result = cli("--help-man")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(".TH ")
+    assert ".SH" in result.stdout and re.search(r"pool\\?_size", result.stdout)
+
+
+def test_help_needs_no_root_and_leaves_no_file(tmp_path: Path) -> None:
+    result = cli("--help", env={"TMPDIR": str(tmp_path), "TEMP": str(tmp_path), "TMP": str(tmp_path)})
+    assert result.returncode == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_version_flag_prints_the_version() -> None:
+    result = cli("--version")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert version() in result.stdout and len(result.stdout.splitlines()) == 1
+
+
+def test_root_by_default_is_in_the_temporary_directory(tmp_path: Path) -> None:
+    environment = {"TMPDIR": str(tmp_path), "TEMP": str(tmp_path), "TMP": str(tmp_path)}
+    assert str(tmp_path) in cli("help", env=environment).stdout or "$TEMP" in cli("help", env=environment).stdout
+
+
+# ======================================================================================================================
+# units: Go durations
+# ======================================================================================================================
+
+
+@functools.cache
+def module() -> Any:
+    sys.path.insert(0, str(HERE))
+    return importlib.import_module("remote_executor")
+
+
+DURATIONS = [
+    ("0s", 0),
+    ("1ns", 1),
+    ("1.1µs", 1_100),
+    ("2.2ms", 2_200_000),
+    ("3.3s", 3_300_000_000),
+    ("4m5s", 245_000_000_000),
+    ("4m5.001s", 245_001_000_000),
+    ("5h6m7.001s", 18_367_001_000_000),
+    ("8m0.000000001s", 480_000_000_001),
+    ("47h53m30.619752642s", 172_410_619_752_642),
+    ("2562047h47m16.854775807s", 2**63 - 1),
+]
+
+
+@pytest.mark.parametrize("text, ns", DURATIONS)
+def test_durations_print_as_go_prints_them(text: str, ns: int) -> None:
+    assert module().format_duration(ns) == text
+
+
+@pytest.mark.parametrize(
+    "text, ns",
+    [
+        *DURATIONS,
+        ("+5s", 5 * 10**9),
+        ("5.s", 5 * 10**9),
+        (".5s", 5 * 10**8),
+        ("1.5h", 5400 * 10**9),
+        ("5us", 5_000),
+        ("5μs", 5_000),
+    ]
+    + [
+        ("3h30m", 12_600 * 10**9),
+        ("10.5s4m", 250_500_000_000),
+        ("100000000000000000ns", 10**17),
+        ("0", 0),
+        ("0.9223372036854775807h", None),
+    ],
+)
+def test_durations_parse_as_go_parses_them(text: str, ns: int | None) -> None:
+    parsed = module().parse_duration(text)
+    assert parsed == ns or (ns is None and 3320 * 10**9 < parsed < 3321 * 10**9)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "3", "s", ".", "-.", ".s", "+.s", "1d", "1h 2m", "１s", "1e3s", "9223372036854775808ns", "--1s", "3000000h"],
+)
+def test_durations_that_go_refuses_are_refused(text: str) -> None:
+    with pytest.raises(Exception, match="."):
+        module().parse_duration(text)
+
+
+# ======================================================================================================================
+# source: the rules of the design that a machine can hold
+# ======================================================================================================================
+
+SECTIONS = [
+    "settings",
+    "wire words",
+    "errors",
+    "submission",
+    "plan",
+    "Windows API",
+    "host",
+    "interpreters",
+    "process trees",
+    "step runs",
+    "store",
+    "engine",
+    "telemetry",
+    "HTTP core",
+    "access",
+    "API document",
+    "web pages",
+    "API",
+    "server",
+    "daemon",
+    "service hosts",
+    "command line",
+]
+PLATFORM_SECTIONS = {"Windows API", "host", "interpreters", "process trees", "service hosts"}
+PLATFORM_WORDS = re.compile(
+    r"(sys\.(platform|getwindowsversion)|os\.(name|uname|killpg|getpgid|setsid|getsid|fork|forkpty|pidfd_open|waitid|waitpid|posix_spawn"
+    r"|startfile|O_BINARY|WNOHANG|geteuid|getuid)|signal\.(SIGKILL|SIGSTOP|SIGCONT|CTRL_BREAK_EVENT|pidfd_send_signal)"
+    r"|platform\.\w+|subprocess\.(CREATE_\w+|STARTUPINFO|DETACHED_PROCESS)|(ctypes|msvcrt|fcntl|winreg|pwd|grp|resource)(\.\w+)*)"
+)
+SQL_WORDS = re.compile(
+    r"\b(SELECT\s|INSERT\s+(OR\s+\w+\s+)?INTO\b|UPDATE\s+\w+\s+SET\b|DELETE\s+FROM\b|CREATE\s+(UNIQUE\s+)?(TABLE|INDEX)\b|PRAGMA\s"
+    r"|ALTER\s+TABLE\b|BEGIN\s+(IMMEDIATE|DEFERRED|EXCLUSIVE)\b|ORDER\s+BY\b)"
+)
+
+
+@functools.cache
+def tree() -> ast.Module:
+    return ast.parse(source())
+
+
+@functools.cache
+def banners() -> list[tuple[str, int]]:
+    """Name and line of every section banner."""
+    lines, rule = source().splitlines(), "# " + "=" * 118
+    found = []
+    for number, line in enumerate(lines[1:-1], 2):
+        if line.startswith("# ") and lines[number - 2] == rule == lines[number]:
+            found.append((line[2:].partition(":")[0], number))
+    return found
+
+
+def section(line: int) -> str:
+    """The section a line stands in; empty above the first banner."""
+    return next((name for name, begin in reversed(banners()) if begin <= line), "")
+
+
+def functions() -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree()) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+def definitions() -> dict[str, int]:
+    """The line of the first binding of every name of the module, below its imports."""
+    table: dict[str, int] = {}
+    for node in tree().body:
+        inner = ast.walk(node) if isinstance(node, (ast.If, ast.Try, ast.With, ast.For)) else [node]
+        for one in inner:
+            if isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                table.setdefault(one.name, one.lineno)
+            targets = (
+                one.targets if isinstance(one, ast.Assign) else [one.target] if isinstance(one, ast.AnnAssign) else []
+            )
+            for target in targets:
+                for name in ast.walk(target):
+                    if isinstance(name, ast.Name):
+                        table.setdefault(name.id, one.lineno)
+    return table
+
+
+def dotted(node: ast.AST) -> str:
+    """`os.path.join` for the expression that says so, else nothing."""
+    if isinstance(node, ast.Attribute):
+        left = dotted(node.value)
+        return f"{left}.{node.attr}" if left else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def line_of(node: ast.AST) -> int:
+    return getattr(node, "lineno", 0)
+
+
+def at(node: ast.AST) -> str:
+    return f"line {line_of(node)}"
+
+
+def test_source_has_the_sections_of_the_design_in_order() -> None:
+    assert [name for name, _ in banners()] == SECTIONS
+
+
+def test_source_banners_have_one_form() -> None:
+    rules = [number for number, line in enumerate(source().splitlines(), 1) if re.match(r"#\s*={5,}|#\s*-{20,}", line)]
+    assert len(rules) == 2 * len(banners())
+
+
+def test_source_definitions_refer_to_nothing_below_them() -> None:
+    lines, wrong = definitions(), []
+    for node in tree().body:
+        for name in evaluated(node):
+            if lines.get(name.id, 0) > name.lineno:
+                wrong.append(f"{at(name)}: {name.id}")
+    assert wrong == []
+
+
+def evaluated(node: ast.AST) -> Iterator[ast.Name]:
+    """The names evaluated where it stands: decorators, bases, defaults, bodies of classes; not of functions."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        parts: Iterable[ast.AST | None] = [*node.decorator_list, *node.args.defaults, *node.args.kw_defaults]
+    elif isinstance(node, ast.Lambda):
+        parts = [*node.args.defaults, *node.args.kw_defaults]
+    elif isinstance(node, ast.Name):
+        yield node
+        return
+    else:
+        parts = ast.iter_child_nodes(node)
+    for part in parts:
+        if part is not None:
+            yield from evaluated(part)
+
+
+def test_source_sections_use_only_what_stands_above_them() -> None:
+    lines, order, wrong = definitions(), ["", *SECTIONS], []
+    for name, line in global_uses():
+        if name in lines and order.index(section(lines[name])) > order.index(section(line)):
+            wrong.append(f"line {line} ({section(line)}): {name} of {section(lines[name])}")
+    assert sorted(set(wrong)) == []
+
+
+def global_uses() -> Iterator[tuple[str, int]]:
+    """Every use of a global name, with its line: as the compiler resolves them, annotations too."""
+    tables = collections.deque(symtable.symtable(source(), str(PROGRAM), "exec").get_children())
+    while tables:
+        table = tables.popleft()
+        tables.extend(table.get_children())
+        yield from (
+            (one.get_name(), table.get_lineno())
+            for one in table.get_symbols()
+            if one.is_global() and one.is_referenced()
+        )
+    for node in ast.walk(tree()):
+        for note in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            for name in ast.walk(note) if isinstance(note, ast.AST) else ():
+                if isinstance(name, ast.Name):
+                    yield name.id, name.lineno
+
+
+def test_source_speaks_sql_in_the_store_alone() -> None:
+    wrong = []
+    for node in ast.walk(tree()):
+        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+        if (SQL_WORDS.search(text) or dotted(node).startswith("sqlite3")) and section(line_of(node)) != "store":
+            wrong.append(f"{at(node)}: {text or dotted(node)}")
+    assert wrong == []
+
+
+def test_source_names_the_platform_in_its_sections_alone() -> None:
+    imports = [node for node in tree().body if isinstance(node, (ast.If, ast.Try)) and not section(line_of(node))]
+    exempt = {id(part) for node in imports for part in ast.walk(node)}
+    words = [(node, dotted(node)) for node in ast.walk(tree()) if id(node) not in exempt]
+    wrong = [
+        f"{at(node)}: {word}"
+        for node, word in words
+        if PLATFORM_WORDS.fullmatch(word) and section(line_of(node)) not in PLATFORM_SECTIONS
+    ]
+    assert wrong == []
+
+
+def test_source_imports_the_standard_library_alone() -> None:
+    known = getattr(sys, "stdlib_module_names", None) or pytest.skip(
+        "Python 3.9 does not know the names of its library"
+    )
+    found = {alias.name for node in ast.walk(tree()) if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module or "" for node in ast.walk(tree()) if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in found} - set(known) == set()
+
+
+def test_source_functions_have_50_lines_at_most() -> None:
+    long = [
+        f"{one.name}: {one.end_lineno - one.lineno + 1}"
+        for one in functions()
+        if one.end_lineno and one.end_lineno - one.lineno >= 50
+    ]
+    assert long == []
+
+
+def test_source_main_is_short_and_last() -> None:
+    main = [one for one in functions() if one.name == "main"][-1]
+    assert main.end_lineno and main.end_lineno - main.lineno < 15
+    assert [node for node in tree().body if node.lineno > main.lineno and not isinstance(node, ast.If)] == []
+
+
+def test_source_has_no_global_and_no_bare_except() -> None:
+    nodes = list(ast.walk(tree()))
+    assert [at(node) for node in nodes if isinstance(node, ast.Global)] == []
+    assert [at(node) for node in nodes if isinstance(node, ast.ExceptHandler) and node.type is None] == []
+
+
+def test_source_catches_everything_at_the_outer_loops_alone_and_logs_it() -> None:
+    broad = [
+        node
+        for node in ast.walk(tree())
+        if isinstance(node, ast.ExceptHandler)
+        and node.type
+        and {"Exception", "BaseException"} & {dotted(one) for one in ast.walk(node.type)}
+    ]
+    silent = [
+        at(node)
+        for node in broad
+        if not re.search(r"\.exception\(|exc_info=", ast.get_source_segment(source(), node) or "")
+    ]
+    assert silent == []
+    assert len(broad) <= 4, [at(node) for node in broad]
+
+
+def test_source_waits_for_processes_by_the_design() -> None:
+    wrong = []
+    for node in ast.walk(tree()):
+        if isinstance(node, ast.keyword) and node.arg == "preexec_fn":
+            wrong.append(f"line {node.value.lineno}: preexec_fn")
+        if isinstance(node, ast.Attribute) and node.attr == "communicate":
+            wrong.append(f"{at(node)}: communicate")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "wait":
+            owner = dotted(node.func.value).rpartition(".")[2]
+            if re.search(r"proc|popen|child", owner, re.IGNORECASE) and (node.args or node.keywords):
+                wrong.append(f"{at(node)}: {owner}.wait with a timeout")
+    assert wrong == []
+
+
+def test_source_classes_have_no_mutable_attribute() -> None:
+    mutable = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
+    makers = {"list", "dict", "set", "bytearray", "deque", "defaultdict", "OrderedDict", "Counter", "Lock", "Event"}
+    wrong = []
+    for owner in (node for node in ast.walk(tree()) if isinstance(node, ast.ClassDef)):
+        for node in owner.body:
+            value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+            made = dotted(value.func).rpartition(".")[2] if isinstance(value, ast.Call) else ""
+            if isinstance(value, mutable) or made in makers:
+                wrong.append(f"{at(node)}: {owner.name}")
+    assert wrong == []
+
+
+def test_source_threads_have_names() -> None:
+    calls = [
+        node
+        for node in ast.walk(tree())
+        if isinstance(node, ast.Call) and dotted(node.func).rpartition(".")[2] in ("Thread", "Timer")
+    ]
+    assert [at(call) for call in calls if "name" not in {one.arg for one in call.keywords}] == []
+
+
+def test_source_annotates_lazily_and_states_its_version() -> None:
+    assert "from __future__ import annotations" in source().splitlines()
+    assert re.fullmatch(r"\d+\.\d+(\.\d+)?\S*", version())
+
+
+def test_source_is_compiled_by_python_3_9() -> None:
+    ast.parse(source(), feature_version=(3, 9))
+
+
+# ======================================================================================================================
+# readme: every flag, every route, every fenced block
+# ======================================================================================================================
+
+
+class Block(NamedTuple):
+    """A fenced block of README.md: where it begins, what its info string says, its text."""
+
+    line: int
+    language: str
+    how: str
+    text: str
+
+
+def blocks() -> list[Block]:
+    found = []
+    for match in re.finditer(r"^( *)```([^\n]*)\n(.*?)^ *```$", readme(), re.MULTILINE | re.DOTALL):
+        language, _, how = match[2].strip().partition(" ")
+        text = re.sub(rf"^{match[1]}", "", match[3], flags=re.MULTILINE)
+        found.append(Block(readme()[: match.start()].count("\n") + 1, language, how, text))
+    return found
+
+
+def readme() -> str:
+    return README.read_text(encoding="utf-8") if README.exists() else ""
+
+
+def known_flags() -> set[str]:
+    return {name.replace("_", "-") for name in re.findall(r"--(?:\[no-\])?([a-z][\w-]*)", cli("--help-long").stdout)}
+
+
+def masked(value: Any) -> Any:
+    """The answer without what differs from run to run."""
+    if isinstance(value, dict):
+        return {key: masked(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [masked(one) for one in value]
+    if isinstance(value, str):
+        for pattern, word in (
+            (UUID, "ID"),
+            (LOCAL_TIME, "TIME"),
+            (r"(localhost|127\.0\.0\.1):\d+", "HOST"),
+            (rf"\b{GO_DURATION}\b", "DURATION"),
+        ):
+            value = re.sub(pattern, word, value)
+    return "NANOSECONDS" if isinstance(value, int) and value > 10**15 else value
+
+
+def shape(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: shape(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return sorted({json.dumps(shape(one), sort_keys=True) for one in value})
+    return "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value).__name__
+
+
+def last_json(printed: str) -> Any:
+    """The last of the JSON texts that were printed one after another."""
+    value, rest = None, printed.strip()
+    while rest:
+        value, end = json.JSONDecoder().raw_decode(rest)
+        rest = rest[end:].strip()
+    return value
+
+
+def shows(block: Block, printed: str) -> bool:
+    """Whether this block is what was printed."""
+    if block.how == "output":
+        return masked(printed.strip()) == masked(block.text.strip())
+    came, told = last_json(printed), json.loads(block.text)
+    return shape(came) == shape(told) if block.how == "shape" else masked(came) == masked(told)
+
+
+@posix_only
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl on this host")
+def test_readme_blocks_run_and_answer_as_shown(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon, place, pages = launch(), tmp_path / "place", blocks()
+    shutil.copytree(HERE, place, ignore=shutil.ignore_patterns(".*", "__pycache__", "build"))
+    assert any(block.how == "run" for block in pages)
+    for block, then in zip(pages, [*pages[1:], Block(0, "", "", "")]):
+        if block.how == "run":
+            printed = run_block(block, daemon, place)
+            if then.how in ("answer", "shape", "output"):
+                end = time.monotonic() + (0 if re.search(r" (-d|-X ?P|--data)", block.text) else 30)
+                while not shows(then, printed) and time.monotonic() < end:
+                    time.sleep(0.05)
+                    printed = run_block(block, daemon, place)
+                assert shows(then, printed), f"README.md:{then.line}: {printed}"
+
+
+def run_block(block: Block, daemon: Daemon, place: Path) -> str:
+    """What a block of the README prints, run in `place` with the daemon in place of localhost:2376."""
+    command = ["sh", "-e", "-c", block.text.replace("localhost:2376", f"localhost:{daemon.port}")]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        command,
+        cwd=place,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert done.returncode == 0, f"README.md:{block.line}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@posix_only
+def test_readme_blocks_that_serve_print_the_ready_line(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    pages = [block for block in blocks() if block.how == "serve"]
+    assert pages
+    for number, block in enumerate(pages):
+        line = block.text.strip().splitlines()[-1].replace("python3", sys.executable).split("#")[0]
+        command = ["sh", "-c", f"exec {line} --addr=127.0.0.1:0 --root='{tmp_path / str(number)}'"]
+        with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout
+            ready = process.stdout.readline()
+            process.terminate()
+            assert ready.startswith(b"listening on http://"), f"README.md:{block.line}"
+
+
+def test_readme_says_how_every_block_is_tested() -> None:
+    told = {"run", "answer", "shape", "output", "serve", "suite", "help"}
+    parsed = {"sh", "json", "ini", "xml", "python", "powershell"}
+    wrong = [
+        f"README.md:{one.line}" for one in blocks() if one.how not in told and (one.how or one.language not in parsed)
+    ]
+    assert blocks() and wrong == []
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in blocks() if not block.how], ids=lambda block: f"line {block.line}"
+)
+def test_readme_blocks_that_are_not_run_parse(block: Block) -> None:
+    if block.language == "json":
+        json.loads(block.text)
+    elif block.language == "ini":
+        configparser.ConfigParser(strict=False, interpolation=None).read_string(block.text)
+    elif block.language == "xml":
+        plistlib.loads(block.text.encode())
+    elif block.language == "python":
+        compile(block.text, "README.md", "exec")
+    elif block.language == "sh" and not WINDOWS:
+        assert subprocess.run(["sh", "-n", "-c", block.text]).returncode == 0
+
+
+def test_readme_blocks_use_flags_that_exist() -> None:
+    known, wrong = known_flags(), []
+    for block in blocks():
+        for line in re.sub(r"\\\n", " ", block.text).splitlines():
+            ours = re.search(r"remote[_-]executor\S*[\"']? (?:run|service|help|--)(.*)", line)
+            for name in re.findall(r"--([a-z][\w-]*)", ours[0]) if ours else ():
+                if re.sub("^no-", "", name.replace("_", "-")) not in known:
+                    wrong.append(f"README.md:{block.line}: --{name}")
+    assert wrong == []
+
+
+def test_readme_shows_the_help_as_it_is() -> None:
+    pages = [block for block in blocks() if block.how == "help"]
+    assert [one.text.strip() for one in pages] == [
+        re.sub(r'--root=".*"', '--root="$TEMP/remote_executor"', cli("help").stdout.strip())
+    ]
+
+
+def test_readme_names_every_flag() -> None:
+    assert {
+        name for name in known_flags() if not re.search(rf"--(\[no-\])?{name.replace('-', '[-_]')}\b", readme())
+    } == set()
+
+
+def test_readme_names_every_route() -> None:
+    text = re.sub(r"\{(\w+)\}", r":\1", readme())
+    assert [path for path in [*ROUTES, *OPERATOR_ROUTES] if not re.search(re.escape(path) + r"(?![\w/])", text)] == []
+
+
+def test_readme_begins_with_the_two_commands() -> None:
+    first, second = [block for block in blocks() if block.language == "sh"][:2]
+    assert (first.how, second.how) == ("serve", "suite")
+    assert "python3 remote_executor.py run" in first.text and "python3 test_remote_executor.py" in second.text
+    assert "python3 test_remote_executor.py" in (HERE / ".ci" / "run").read_text()
+
+
+# ======================================================================================================================
+# bench: each row beside the bare mechanism, measured in the same run in turn with it
+# ======================================================================================================================
+
+WRAPPER = 'echo $$ >"$1/pid" || exit 125; d=$1; shift; trap : TERM INT HUP; "$@"; r=$?; echo $r >>"$d/rc"; exit $r'
+BARE_SERVER = """
+import http.server, sys
+answer = open(sys.argv[1], "rb").read()
+class Bare(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        self.wfile.write(answer)
+    def log_message(self, *args):
+        pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bare)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+POOL_REQUEST = b"GET /api/v1/pool HTTP/1.1\r\nHost: localhost\r\n\r\n"
+bench = pytest.mark.bench
+
+
+class Row(NamedTuple):
+    """One line of the table: two measurements, how they compare, and the issue's limit."""
+
+    name: str
+    here: str
+    bare: str
+    compared: str
+    limit: str
+    good: bool
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[Row]]:
+    """Rows of the benchmark; printed when all are there."""
+    rows: list[Row] = []
+    yield rows
+    head = ("row", "here", "bare", "compared", "limit", "verdict")
+    cells = [head, *((*row[:5], "ok" if row.good else "MISSED") for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
+        for line in cells
+    ]
+    print("\n\n" + "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]))
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """The daemon that is measured; a module's, so that its 10,000 tasks are made once."""
+    daemon = Daemon(tmp_path_factory.mktemp("bench") / "root").start()
+    yield daemon
+    daemon.retire()
+
+
+@pytest.fixture(scope="module")
+def full(idle: Daemon) -> Daemon:
+    """The same daemon with 10,000 finished tasks."""
+    body = json.dumps([step()])
+
+    def fill(count: int) -> None:
+        link = http.client.HTTPConnection("127.0.0.1", idle.port, timeout=120)
+        with contextlib.closing(link):
+            for _ in range(count):
+                link.request("POST", "/api/v1/task", body)
+                assert link.getresponse().read()
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(fill, [(10_000 - idle.get("/api/v1/task").data["total"] + 3) // 4] * 4))
+    until_idle(idle)
+    return idle
+
+
+def until_idle(daemon: Daemon) -> None:
+    wait_until(
+        lambda: sum(daemon.get("/api/v1/pool").data[key] for key in ("running", "waiting")) == 0, "idle", 600, 0.02
+    )
+
+
+def record(table: list[Row], row: Row) -> None:
+    table.append(row)
+    assert row.good, row
+
+
+def record_ratio(table: list[Row], name: str, here: list[float], bare: list[float], unit: str, least: float) -> None:
+    """A row of two rates; `least` is how much of the bare one the issue wants."""
+    one, other = statistics.median(here), statistics.median(bare)
+    record(
+        table,
+        Row(
+            name,
+            f"{one:,.0f} {unit}",
+            f"{other:,.0f} {unit}",
+            f"{one / other:.2f}",
+            f">= {least:.2f}",
+            one / other >= least,
+        ),
+    )
+
+
+def record_more(table: list[Row], name: str, here: float, bare: float, unit: str, most: float) -> None:
+    """A row of two amounts; `most` is by how much the first may exceed the second."""
+    more = here - bare
+    record(
+        table,
+        Row(
+            name,
+            f"{here:.2f} {unit}",
+            f"{bare:.2f} {unit}",
+            f"{more:+.2f} {unit}",
+            f"<= +{most:.0f} {unit}",
+            more <= most,
+        ),
+    )
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+@bench
+@posix_only
+def test_bench_steps_per_second(table: list[Row], launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon, body, count = launch(), json.dumps([step()] * 2000), 2000
+    scripts = [tmp_path / "bare" / str(n) for n in range(count)]
+    for place in scripts:
+        place.mkdir(parents=True)
+        (place / "script.sh").write_text("exit 0\n")
+
+    def start(place: Path) -> None:
+        with open(place / "output", "ab") as output:
+            command = ["/bin/sh", "-c", WRAPPER, "sh", str(place), "sh", str(place / "script.sh")]
+            options: Any = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT, "cwd": place}
+            subprocess.Popen(command, start_new_session=True, **options).wait()
+
+    def bare() -> None:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(start, scripts))
+
+    def here() -> None:
+        assert daemon.request("POST", "/api/v1/task?ansync=true", body).code == 0
+        until_idle(daemon)
+
+    times = [(seconds(bare), seconds(here)) for _ in range(5)]
+    record_ratio(
+        table,
+        "steps per second, 2,000 parallel, pool 30",
+        [count / b for _, b in times],
+        [count / a for a, _ in times],
+        "/s",
+        0.70,
+    )
+
+
+@bench
+@posix_only
+def test_bench_post_to_first_step_started(table: list[Row], launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon, pipe, file = launch(), tmp_path / "pipe", tmp_path / "script.sh"
+    os.mkfifo(pipe)
+    file.write_text(f"echo x >{pipe}\n")
+    body = json.dumps([step(file.read_text())])
+    link = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=60)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    holder = os.open(pipe, os.O_WRONLY)
+
+    def started(action: Callable[[], Any]) -> float:
+        """Milliseconds from the call to the script's first word."""
+        begin = time.perf_counter()
+        action()
+        select.select([reader], [], [], 60)
+        took = time.perf_counter() - begin
+        assert os.read(reader, 100) == b"x\n"
+        return took * 1000
+
+    def post() -> None:
+        link.request("POST", "/api/v1/task", body)
+        link.getresponse().read()
+
+    here, bare = [], []
+    children: list[subprocess.Popen[bytes]] = []
+    for _ in range(300):
+        bare.append(started(lambda: children.append(subprocess.Popen(["sh", str(file)], stdin=subprocess.DEVNULL))))
+        children.pop().wait()
+        here.append(started(post))
+        until_idle(daemon)
+    link.close()
+    os.close(reader)
+    os.close(holder)
+    for name, rank, most in (("p50", 150, 5), ("p99", 297, 20)):
+        record_more(table, f"POST to first step started, {name}", sorted(here)[rank], sorted(bare)[rank], "ms", most)
+
+
+def exchange(port: int) -> bytes:
+    """One answer of GET /api/v1/pool, as bytes."""
+    with socket.create_connection(("127.0.0.1", port), 30) as link:
+        link.sendall(POOL_REQUEST)
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += link.recv(65536)
+        head, _, body = received.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head.lower())
+        assert length
+        while len(body) < int(length[1]):
+            body += link.recv(65536)
+        return head + b"\r\n\r\n" + body
+
+
+def rate(port: int, connections: int, size: int, count: int = 4000) -> float:
+    """Requests per second over so many kept connections, one in flight on each; every answer has `size` bytes."""
+    links = {
+        link.fileno(): link for link in (socket.create_connection(("127.0.0.1", port), 30) for _ in range(connections))
+    }
+    left, got, poller = count, dict.fromkeys(links, 0), select.poll()
+    begin = time.perf_counter()
+    for number, link in links.items():
+        poller.register(number, select.POLLIN)
+        link.sendall(POOL_REQUEST)
+    while left > 0:
+        for number, _ in poller.poll(30_000):
+            got[number] += len(links[number].recv(65536))
+            if got[number] == size:
+                got[number], left = 0, left - 1
+                links[number].sendall(POOL_REQUEST)
+    took = time.perf_counter() - begin
+    for link in links.values():
+        link.close()
+    return count / took
+
+
+@bench
+@posix_only
+@pytest.mark.parametrize("connections", [1, 16])
+def test_bench_pool_requests_per_second(table: list[Row], idle: Daemon, tmp_path: Path, connections: int) -> None:
+    answer = exchange(idle.port)
+    (tmp_path / "answer").write_bytes(answer)
+    command = [sys.executable, "-c", BARE_SERVER, str(tmp_path / "answer")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as bare:
+        port = int((bare.stdout or io.BytesIO()).readline())
+        pairs = [(rate(port, connections, len(answer)), rate(idle.port, connections, len(answer))) for _ in range(7)]
+        bare.kill()
+    name = f"GET /api/v1/pool, {connections} connection{'s' * (connections > 1)}"
+    record_ratio(table, name, [b for _, b in pairs], [a for a, _ in pairs], "/s", 0.80)
+
+
+@bench
+@linux_only
+def test_bench_output_of_a_gigabyte(table: list[Row], launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon, count = launch(), 1_000_000_000
+    command, pipe, target = (
+        f"yes 0123456789abcdef0123456789abcdef | head -c {count}",
+        tmp_path / "pipe",
+        tmp_path / "target",
+    )
+    os.mkfifo(pipe)
+
+    def ended(action: Callable[[], Any]) -> float:
+        begin = time.perf_counter()
+        action()
+        pipe.read_text()
+        return count / 1e6 / (time.perf_counter() - begin)
+
+    here, beside = [], []
+    for _ in range(5):
+        beside.append(ended(lambda: subprocess.run(["sh", "-c", f"({command}) >{target}; echo >{pipe} &"], check=True)))
+        target.unlink()
+        here.append(ended(lambda: daemon.submit(step(f"{command}; echo >{pipe}"))))
+        until_idle(daemon)
+    record_ratio(table, "output, one step that writes 1 GB", here, beside, "MB/s", 0.95)
+
+
+@bench
+@linux_only
+def test_bench_memory(table: list[Row], launch: Callable[..., Daemon], full: Daemon) -> None:
+    daemon, megabyte = launch(), 2**20
+    program = "import http.server, sqlite3, subprocess; print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as bare:
+        (bare.stdout or io.BytesIO()).readline()
+        base = memory_bytes(bare.pid) / megabyte
+        bare.kill()
+    assert daemon.process and full.process
+    daemon.get("/api/v1/pool")
+    fresh = memory_bytes(daemon.process.pid) / megabyte
+    record_more(table, "memory, idle (bare: the imports)", fresh, base, "MB", 12)
+    task = daemon.submit(step("yes 0123456789abcdef0123456789abcdef | head -c 1000000000"))
+    daemon.ended(task)
+    before = memory_bytes(daemon.process.pid) / megabyte
+    peak = max(memory_bytes(daemon.process.pid) for _ in console_chunks(daemon, task)) / megabyte
+    record_more(table, "memory, a 1 GB console is read (bare: before)", peak, before, "MB", 10)
+    record_more(
+        table, "memory, 10,000 finished tasks (bare: idle)", memory_bytes(full.process.pid) / megabyte, fresh, "MB", 10
+    )
+
+
+@bench
+def test_bench_list_of_10_000_tasks(table: list[Row], full: Daemon) -> None:
+    answer = full.get("/api/v1/task").json
+    assert answer["data"]["total"] >= 10_000
+    pairs = []
+    for _ in range(7):
+        bare = seconds(lambda: json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode())
+        pairs.append((bare, seconds(lambda: full.get("/api/v1/task"))))
+    one, other = (statistics.median(times) * 1000 for times in zip(*pairs))
+    row = Row(
+        "list of 10,000 finished tasks",
+        f"{other:.1f} ms",
+        f"{one:.1f} ms",
+        f"{other / one:.2f} x",
+        "<= 3.00 x",
+        other <= 3 * one,
+    )
+    record(table, row)
+
+
+@bench
+@posix_only
+def test_bench_start_to_ready_line(table: list[Row], full: Daemon, tmp_path: Path) -> None:
+    full.end()
+
+    def ready(root: Path) -> float:
+        begin = time.perf_counter()
+        command = [sys.executable, str(PROGRAM), "run", "--addr=127.0.0.1:0", f"--root={root}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert (process.stdout or io.BytesIO()).readline().startswith(b"listening")
+            took = time.perf_counter() - begin
+            process.terminate()
+        return took * 1000
+
+    bare, empty, tasks = [], [], []
+    for number in range(11):
+        bare.append(
+            seconds(lambda: subprocess.run([sys.executable, "-c", "import http.server, sqlite3"], check=True)) * 1000
+        )
+        empty.append(ready(tmp_path / str(number)))
+        tasks.append(ready(full.root))
+    full.start()
+    record_more(table, "start to ready line, empty root", statistics.median(empty), statistics.median(bare), "ms", 150)
+    record_more(
+        table, "start to ready line, 10,000 tasks", statistics.median(tasks), statistics.median(bare), "ms", 250
+    )
