@@ -1,0 +1,3105 @@
+#!/usr/bin/env python3
+"""remote_executor: turns a host into a remote executor of scripts, by an HTTP/JSON API; one file, no dependency.
+
+    python3 remote_executor.py run --addr=:2376
+
+A task is a directed acyclic graph of steps; a step is one script. A pool runs the steps, each behind a small wrapper that
+writes its pid and its result into the step's own directory, so that a step outlives the daemon that started it.
+
+The file reads from top to bottom; a section uses only what stands above it:
+
+    settings       the flags, their defaults and help     telemetry      metrics and profiles
+    wire words     codes, states, messages, times         HTTP core      strict requests, answers, routes
+    errors         what can be refused, and as what       access         who may call what
+    submission     JSON to specs                          API document   OpenAPI, derived from the routes
+    plan           which step may run next                web pages      the page that shows it
+    Windows API    ctypes prototypes                      API            one method a route
+    host           files, clocks and facts of the host    server         sockets, connections, limits
+    interpreters   command type to command line           daemon         wiring, start, stop, signals
+    process trees  start, adopt, wait, stop               service hosts  systemd, launchd, Windows services
+    step runs      one step's directory                   command line   flags, commands, main
+    store          sqlite
+    engine         the pool, stops, timeouts, recovery
+
+Threads: `main` waits for signals; `listener` accepts connections; one `connection` a client; one `step` a running step;
+`store` commits, many changes at a time; `timekeeper` enforces the deadlines of tasks, limits of output, and expiry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import datetime
+import errno
+import functools
+import graphlib
+import hashlib
+import heapq
+import http.server
+import itertools
+import json
+import logging
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import socketserver
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import urllib.parse
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import IntEnum
+from typing import Any, Callable, NamedTuple
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("remote_executor")
+
+# ======================================================================================================================
+# settings: one table that the command line, the help and the README come from
+# ======================================================================================================================
+
+
+class Option(NamedTuple):
+    """A flag: its name as the help shows it, the kind of its value, its default, what it is for."""
+
+    name: str
+    kind: str  # flag, address, path, duration, count, size or one of `choices`
+    default: str
+    help: str
+    least: int = 0
+    most: int = 2**63 - 1
+    choices: tuple[str, ...] = ()
+
+    @property
+    def field(self) -> str:
+        """Its attribute in Settings."""
+        return self.name.replace("-", "_")
+
+
+OPTIONS = (
+    Option("addr", "address", ":2376", "host:port for execution."),
+    Option("debug", "flag", "", "Enable debug messages"),
+    Option("root", "path", "$TEMP/remote_executor", "Working root directory"),
+    Option("key_expire", "duration", "48h", 'Set the database key expire time. Example: "key_expire=1h"', least=1),
+    Option("exec_timeout", "duration", "24h", 'Set the exec command expire time. Example: "exec_timeout=30m"', least=1),
+    Option("timeout", "duration", "30s", "Timeout for calling endpoints on the engine", least=1),
+    Option("max-requests", "count", "0", "Maximum number of concurrent requests. 0 to disable."),
+    Option("pool_size", "count", "30", "Set the size of the execution work pool.", least=1, most=10000),
+    Option("max_body", "size", "16MiB", "Largest body of a request. Larger ones get 413.", least=1),
+    Option("max_output", "size", "1GiB", "Largest output of a step, which is then stopped. 0 to disable."),
+    Option(
+        "on_exit",
+        "choice",
+        "leave",
+        "What an orderly exit does with running steps: leave, wait or stop.",
+        choices=("leave", "wait", "stop"),
+    ),
+)
+
+
+class Settings(NamedTuple):
+    """The value of every option; durations in nanoseconds, sizes in bytes."""
+
+    addr: str
+    debug: bool
+    root: str
+    key_expire: int
+    exec_timeout: int
+    timeout: int
+    max_requests: int
+    pool_size: int
+    max_body: int
+    max_output: int
+    on_exit: str
+
+
+# ======================================================================================================================
+# wire words: codes, states, messages, durations and times as clients read them
+# ======================================================================================================================
+
+
+class Code(IntEnum):
+    """The `code` of an answer that is no refusal."""
+
+    SUCCESS = 0
+    IN_PROGRESS = 1001
+    FAILED = 1002
+    NOT_FOUND = 1003
+
+
+class State(IntEnum):
+    """Where a task or a step stands. Stored, never renumbered."""
+
+    ENDED = 0
+    RUNNING = 1
+    PENDING = 2
+    ERROR = 255
+
+
+STATE_NAMES = {State.ENDED: "Stop", State.RUNNING: "Running", State.PENDING: "Pending", State.ERROR: "System Error"}
+
+NOT_FOUND = "task does not exist, no data"
+TASK_SUCCEEDED = "all steps executed successfully"
+WAITING = "waiting for a free worker"
+STEP_PENDING = "The current step only proceeds if the previous step succeeds."
+STEP_RUNNING = "The step is running"
+STEP_SUCCEEDED = "execution succeed"
+STOPPED = "artificial force termination"
+TIMED_OUT = "forced termination by timeout"
+OUTPUT_EXCEEDED = "output limit exceeded"
+FORCED_CODE = 255  # of a step that could not start, was stopped, timed out or was lost
+
+
+def name_steps(steps: Iterable[tuple[int, str]]) -> str:
+    return "; ".join(f"Step: {index}, Name: {name}" for index, name in steps)
+
+
+def failure_text(index: int, name: str, code: int, reason: str) -> str:
+    """How a failed step is told, in its own message and in its task's."""
+    return f"Step: {index}, Name: {name}, Exit Code: {code}" + (f": {reason}" if reason else "")
+
+
+def step_message(index: int, name: str, state: int, code: int, reason: str) -> str:
+    """The `msg` of a step."""
+    if state == State.PENDING:
+        return STEP_PENDING
+    if state == State.RUNNING:
+        return STEP_RUNNING
+    return failure_text(index, name, code, reason) if code else STEP_SUCCEEDED
+
+
+_UNIT_NS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
+_DURATION_PART = re.compile(r"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?(ns|us|µs|μs|ms|s|m|h)")
+_MOST_NS = 2**63 - 1
+
+
+def parse_duration(text: str) -> int:
+    """The nanoseconds of a duration without a sign or with a plus, as Go's time.ParseDuration reads it; else ValueError."""
+    rest = text[1:] if text.startswith("+") else text
+    total, end = 0, 0
+    while part := _DURATION_PART.match(rest, end):
+        whole, fraction, unit = part.groups()
+        total += int(whole or 0) * _UNIT_NS[unit] + int(fraction or 0) * _UNIT_NS[unit] // 10 ** len(fraction or "")
+        end = part.end()
+    if rest != "0" and (not rest or end < len(rest) or total > _MOST_NS):
+        raise ValueError(f"{text!r} is no duration; right would be 90s, 1h30m or 500ms")
+    return total
+
+
+def format_duration(ns: int) -> str:
+    """A duration of 0 ns or more as Go's time.Duration prints it: 47h53m30.619752642s, 1.5ms, 0s."""
+    if ns < 10**9:
+        for unit, scale in (("ms", 10**6), ("µs", 10**3)):
+            if ns >= scale:
+                return _decimal(ns, scale) + unit
+        return f"{ns}ns" if ns else "0s"
+    minutes, rest = divmod(ns, 60 * 10**9)
+    if not minutes:
+        return _decimal(rest, 10**9) + "s"
+    hours, minutes = divmod(minutes, 60)
+    return (f"{hours}h" if hours else "") + f"{minutes}m{_decimal(rest, 10**9)}s"
+
+
+def _decimal(value: int, scale: int) -> str:
+    whole, rest = divmod(value, scale)
+    return f"{whole}.{rest:0{len(str(scale)) - 1}d}".rstrip("0") if rest else str(whole)
+
+
+@functools.lru_cache(maxsize=4096)
+def format_time(seconds: int) -> str:
+    """A moment, in whole seconds since the epoch, as RFC 3339 with the local offset."""
+    return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat()
+
+
+# ======================================================================================================================
+# errors: what the daemon refuses, and as what
+# ======================================================================================================================
+
+
+class ApiError(Exception):
+    """An answer that refuses: `status` is its HTTP status, `code` the code of its body, `headers` go with it."""
+
+    status = 500
+    code = 500
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class NotFound(ApiError):
+    status = 200  # clients of the original read the body; PowerShell's Invoke-RestMethod throws on a 4xx
+    code = Code.NOT_FOUND
+
+
+class Malformed(ApiError):
+    status = code = 400
+
+
+class Unauthorized(ApiError):
+    status = code = 401
+    headers = (("WWW-Authenticate", 'Bearer realm="remote_executor"'),)
+
+
+class Forbidden(ApiError):
+    status = code = 403
+
+
+class NoRoute(ApiError):
+    status = code = 404
+
+
+class WrongMethod(ApiError):
+    status = code = 405
+
+    def __init__(self, message: str, allow: str) -> None:
+        super().__init__(message)
+        self.headers = (("Allow", allow),)
+
+
+class Conflict(ApiError):
+    status = code = 409
+
+
+class TooLarge(ApiError):
+    status = code = 413
+
+
+class TooMany(ApiError):
+    status = code = 429
+    headers = (("Retry-After", "1"),)
+
+
+class Unavailable(ApiError):
+    status = code = 503
+
+
+class StorageFull(ApiError):
+    status = code = 507
+
+
+class LaunchError(Exception):
+    """A step could not start; the text is its reason."""
+
+
+class StartupError(Exception):
+    """The daemon cannot start; the text is the one line that says why."""
+
+
+# ======================================================================================================================
+# submission: JSON to frozen specs; an error says where
+# ======================================================================================================================
+
+
+class StepSpec(NamedTuple):
+    """A step as submitted; `needs` are indexes of steps, `timeout_ns` is 0 for the default."""
+
+    name: str
+    command_type: str
+    content: str
+    env: tuple[str, ...]
+    needs: tuple[int, ...]
+    timeout_ns: int
+
+
+class TaskSpec(NamedTuple):
+    """A task as submitted; `digest` tells one submission from another, `timeout_ns` is 0 for none."""
+
+    id: str
+    steps: tuple[StepSpec, ...]
+    env: tuple[str, ...]
+    timeout_ns: int
+    digest: str
+
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # Windows opens these as devices
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_TRUTH = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+_NAME_LIMIT = 128
+
+Pairs = Sequence[tuple[str, str]]
+
+
+def parse_json(body: bytes) -> Any:
+    """The value of a body; raises Malformed."""
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise Malformed("the body is not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise Malformed(f"the body is not JSON: {error}") from None
+    return value
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
+def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) -> TaskSpec:
+    """What a POST asks for; raises Malformed with the place of the first error, such as [2].timeout."""
+    given = _query_values(query)
+    task_id = _task_id(given["id"])
+    parallel = _truth("ansync", given["ansync"])
+    timeout_ns = _timeout("timeout", given["timeout"])
+    task_env = _environment("env_vars", [value for name, value in query if name == "env_vars"])
+    items = parse_json(body)
+    if not isinstance(items, list) or not items:
+        raise Malformed("the body must be a JSON array of one step or more")
+    known = tuple(command_types)
+    drafts = [_step(index, item, f"{task_id}-{index}", known) for index, item in enumerate(items)]
+    steps = _with_needs(drafts, [_needed_names(index, item) for index, item in enumerate(items)], parallel)
+    content = json.dumps([parallel, timeout_ns, task_env, [step._replace(name="") for step in steps]])
+    names = json.dumps([items[index].get("name") or None for index in range(len(items))])
+    return TaskSpec(task_id, steps, task_env, timeout_ns, hashlib.sha256((content + names).encode()).hexdigest())
+
+
+def _query_values(query: Pairs) -> dict[str, str]:
+    """The single values of a submission's query; `async` is `ansync`, `time_out` is `timeout`."""
+    spelled = {"id": "id", "timeout": "timeout", "time_out": "timeout", "ansync": "ansync", "async": "ansync"}
+    given = {"id": "", "timeout": "", "ansync": ""}
+    for name, value in query:
+        field = spelled.get(name)
+        if field and given[field] not in ("", value):
+            raise Malformed(f"{name}: given twice, as {given[field]!r} and as {value!r}")
+        if field:
+            given[field] = value
+    return given
+
+
+def _task_id(text: str) -> str:
+    if not text:
+        return str(uuid.uuid4())
+    if not _ID.fullmatch(text) or text.endswith(".") or _DEVICE.fullmatch(text):
+        raise Malformed(
+            f"id: {text!r} is no id; right would be 1 to 64 of A-Z a-z 0-9 . _ -, the first a letter or a digit, "
+            "the last no dot, and no name of a Windows device"
+        )
+    return text
+
+
+def _truth(where: str, text: str) -> bool:
+    if text and text.lower() not in _TRUTH:
+        raise Malformed(f"{where}: {text!r} is no truth value; right would be true or false")
+    return _TRUTH[text.lower()] if text else False
+
+
+def _timeout(where: str, value: Any) -> int:
+    if value is None or value == "":
+        return 0
+    if not isinstance(value, str):
+        raise Malformed(f"{where}: must be a string, a duration such as 90s, 1h30m or 500ms")
+    try:
+        timeout_ns = parse_duration(value)
+    except ValueError as error:
+        raise Malformed(f"{where}: {error}") from None
+    if not timeout_ns:
+        raise Malformed(f"{where}: must be more than 0")
+    return timeout_ns
+
+
+def _text(where: str, value: Any) -> str:
+    """A string that can be written to a file or an environment."""
+    if not isinstance(value, str):
+        raise Malformed(f"{where}: must be a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Malformed(f"{where}: holds half of a surrogate pair, which no text has") from None
+    return value
+
+
+def _environment(where: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise Malformed(f"{where}: must be a list of KEY=value")
+    for index, entry in enumerate(value):
+        text = _text(f"{where}[{index}]", entry)
+        if text.find("=") < 1 or "\0" in text:
+            raise Malformed(f"{where}[{index}]: {text!r} is no KEY=value")
+    return tuple(value)
+
+
+def _step(index: int, item: Any, default_name: str, known: tuple[str, ...]) -> StepSpec:
+    """The step of one element, its needs left out."""
+    where = f"[{index}]"
+    if not isinstance(item, dict):
+        raise Malformed(f"{where}: a step must be a JSON object")
+    for field, key in (("CommandType", "command_type"), ("CommandContent", "command_content")):
+        if item.get(key) in (None, ""):
+            tag = f"Error:Field validation for '{field}' failed on the 'required' tag"
+            raise Malformed(f"{where}: Key: 'PostStruct.{field}' {tag}")
+    command_type = _text(f"{where}.command_type", item["command_type"])
+    if command_type not in known:
+        raise Malformed(f"{where}.command_type: {command_type!r} is unknown; known are {', '.join(known)}")
+    name = default_name if item.get("name") in (None, "") else _text(f"{where}.name", item["name"])
+    if len(name) > _NAME_LIMIT or _CONTROL.search(name):
+        raise Malformed(f"{where}.name: must have at most {_NAME_LIMIT} characters and no control characters")
+    content = _text(f"{where}.command_content", item["command_content"])
+    env = _environment(f"{where}.env_vars", item.get("env_vars"))
+    return StepSpec(name, command_type, content, env, (), _timeout(f"{where}.timeout", item.get("timeout")))
+
+
+def _needed_names(index: int, item: dict[str, Any]) -> tuple[str, list[str]]:
+    """The path of a step's dependencies and the names in it."""
+    given = {key: item[key] for key in ("depets_on", "depends_on") if item.get(key)}
+    for key, names in given.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise Malformed(f"[{index}].{key}: must be a list of names of steps")
+    if len(given) == 2 and given["depets_on"] != given["depends_on"]:
+        raise Malformed(f"[{index}].depends_on: differs from depets_on, which is the same field; give one of them")
+    for key, names in given.items():
+        return f"[{index}].{key}", names
+    return f"[{index}].depets_on", []
+
+
+def _with_needs(drafts: list[StepSpec], needed: list[tuple[str, list[str]]], parallel: bool) -> tuple[StepSpec, ...]:
+    """The steps with their needs; raises Malformed for what cannot be, cycles with the names in them."""
+    indexes: dict[str, int] = {}
+    for index, step in enumerate(drafts):
+        if indexes.setdefault(step.name, index) != index:
+            raise Malformed(f"[{index}].name: {step.name!r} is the name of [{indexes[step.name]}] already")
+    steps = []
+    for index, (step, (where, names)) in enumerate(zip(drafts, needed)):
+        needs = [_needed(where, name, index, indexes, parallel) for name in names]
+        if not parallel and index:
+            needs.append(index - 1)
+        steps.append(step._replace(needs=tuple(dict.fromkeys(needs))))
+    try:
+        graphlib.TopologicalSorter({index: step.needs for index, step in enumerate(steps)}).prepare()
+    except graphlib.CycleError as error:
+        ring = " -> ".join(steps[index].name for index in reversed(error.args[1]))
+        raise Malformed(f"depets_on: the steps wait for each other: {ring}") from None
+    return tuple(steps)
+
+
+def _needed(where: str, name: str, index: int, indexes: Mapping[str, int], parallel: bool) -> int:
+    need = indexes.get(name)
+    if need is None:
+        raise Malformed(f"{where}: {name!r} is the name of no step")
+    if need == index:
+        raise Malformed(f"{where}: {name!r} is the step itself")
+    if need > index and not parallel:
+        raise Malformed(f"{where}: {name!r} comes later; steps run in the order given, unless ansync=true")
+    return need
+
+
+# ======================================================================================================================
+# plan: which step may run next
+# ======================================================================================================================
+
+
+class Plan:
+    """The order of one task's steps, by index; not for several threads at once.
+
+    A step is handed out by `ready()` once, when all that it needs has succeeded, and comes back by `done()` or `fail()`.
+    """
+
+    def __init__(self, needs: Sequence[Sequence[int]]) -> None:
+        self._sorter: graphlib.TopologicalSorter[int] = graphlib.TopologicalSorter(dict(enumerate(needs)))
+        self._sorter.prepare()
+        self._followers: dict[int, list[int]] = {}
+        for index, needed in enumerate(needs):
+            for need in needed:
+                self._followers.setdefault(need, []).append(index)
+        self._open = set(range(len(needs)))
+
+    def ready(self) -> list[int]:
+        """The steps that became ready since the last call, in order of index."""
+        return [index for index in sorted(self._sorter.get_ready()) if index in self._open]
+
+    def done(self, index: int) -> None:
+        """A step that was ready has succeeded."""
+        self._open.discard(index)
+        self._sorter.done(index)
+
+    def fail(self, index: int) -> None:
+        """A step, ready or not, has failed: what follows it, directly or not, never runs."""
+        lost = [index]
+        while lost:
+            index = lost.pop()
+            if index in self._open:
+                self._open.discard(index)
+                lost.extend(self._followers.get(index, ()))
+
+    def is_open(self, index: int) -> bool:
+        """Whether the step has yet to end and still may run."""
+        return index in self._open
+
+    @property
+    def over(self) -> bool:
+        """Whether no step is left that may run."""
+        return not self._open
+
+
+# ======================================================================================================================
+# Windows API: constants, structures and prototypes
+# ======================================================================================================================
+
+ON_WINDOWS = sys.platform == "win32"
+ON_LINUX = sys.platform.startswith("linux")
+
+# ======================================================================================================================
+# host: its clocks, files, directories and facts
+# ======================================================================================================================
+
+_SECOND_NS = 10**9
+
+
+class Clock:
+    """The daemon's time in nanoseconds since the epoch, which never jumps; any thread may ask.
+
+    Every stored time is of this clock, so that timeouts and expiry do not care what happens to the wall clock. `offset_ns`
+    is what the wall clock says beyond it; it is added where a time is shown.
+    """
+
+    def __init__(self, base_ns: int, offset_ns: int = 0) -> None:
+        self.base_ns = base_ns  # what the monotonic clock, which starts anew with each boot, lacks
+        self._offset_ns = offset_ns
+
+    @classmethod
+    def resume(cls, memory: Mapping[str, str], latest_ns: int) -> Clock:
+        """The clock of an earlier daemon that left this memory, or a new one; `latest_ns` is the last time it stored."""
+        wall_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
+        offset_ns = int(memory.get("clock_offset_ns", "0"))
+        if memory.get("boot") == boot_id():
+            return cls(int(memory["clock_base_ns"]), offset_ns)
+        return cls(max(latest_ns, wall_ns - offset_ns) - monotonic_ns, offset_ns)
+
+    def memory(self) -> dict[str, str]:
+        """What `resume` needs."""
+        return {
+            "boot": boot_id(),
+            "clock_base_ns": str(self.base_ns),
+            "clock_offset_ns": str(self.offset_ns()),
+        }
+
+    def now_ns(self) -> int:
+        return time.monotonic_ns() + self.base_ns
+
+    def monotonic_s(self, at_ns: int) -> float:
+        """The moment as time.monotonic() will tell it."""
+        return (at_ns - self.base_ns) / _SECOND_NS
+
+    def offset_ns(self) -> int:
+        """What to add to show a time; changes only when the wall clock was set, so that a time shown stays what it was."""
+        offset_ns = time.time_ns() - self.now_ns()
+        if abs(offset_ns - self._offset_ns) > _SECOND_NS:
+            self._offset_ns = offset_ns
+        return self._offset_ns
+
+
+@functools.lru_cache(maxsize=1)
+def boot_id() -> str:
+    """What this boot of the host has and no other; a date where the system has no such word."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+    booted_s = time.time() - time.monotonic()
+    return f"about {round(booted_s / 600)}"  # the wall clock drifts, hence the coarse grain
+
+
+def temporary_directory() -> str:
+    return tempfile.gettempdir()
+
+
+def private_umask() -> int:
+    """Makes what this process creates its own user's alone; the umask that was, which steps get back."""
+    return os.umask(0o077)
+
+
+def private_directory(path: str) -> None:
+    """Makes a directory that is ours alone; raises StartupError where it is a link, someone else's, or cannot be."""
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        found = os.lstat(path)
+        if stat.S_ISLNK(found.st_mode):
+            raise StartupError(f"--root: {path} is a link; give the directory itself")
+        if not ON_WINDOWS and found.st_uid != os.geteuid():
+            raise StartupError(f"--root: {path} belongs to another user (uid {found.st_uid}); give one of your own")
+        if not ON_WINDOWS and found.st_mode & 0o077:
+            os.chmod(path, 0o700)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise StartupError(f"--root: {path} cannot be used: {error.strerror or error}") from None
+
+
+def lock_file(path: str) -> int:
+    """The descriptor that holds an exclusive lock on the file as long as the process lives; raises StartupError if held."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise StartupError(f"--root: {os.path.dirname(path)} is in use by another daemon; give another root") from None
+    return descriptor
+
+
+def remove_tree(path: str) -> bool:
+    """Removes a directory with all that is in it, follows no link; False when something of it is still there."""
+
+    def retry(action: Callable[..., Any], name: str, _: Any) -> None:
+        with contextlib.suppress(OSError):
+            os.chmod(os.path.dirname(name), 0o700)  # a step may have made its own directory read-only
+            if not os.path.islink(name):
+                os.chmod(name, 0o700)
+            action(name)
+
+    shutil.rmtree(path, onerror=retry)
+    return not os.path.lexists(path)
+
+
+def fallback_encoding() -> str:
+    """The encoding of a step's output that is not UTF-8: the console's code page where there is one."""
+    return "utf-8"
+
+
+def use_all_descriptors() -> None:
+    """Raises the soft limit of open files to the hard one: each running step takes a few."""
+    if sys.platform != "win32":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# ======================================================================================================================
+# interpreters: from a command type to the command line that runs a script, and the bytes of the script
+# ======================================================================================================================
+
+
+class Interpreter(NamedTuple):
+    """How scripts of a command type run: the first of `programs` that is on PATH, with `arguments` and the file."""
+
+    programs: tuple[str, ...]
+    suffix: str = ""
+    arguments: tuple[str, ...] = ()
+
+
+_PYTHON = Interpreter(("python", "py") if ON_WINDOWS else ("python3",), ".py")
+_CMD = Interpreter(("cmd",), ".bat")
+_POWERSHELL_ARGUMENTS = ("-NoLogo", "-NoProfile", "-NonInteractive", "-ExecutionPolicy", "Bypass", "-File")
+_PWSH = Interpreter(("pwsh",), ".ps1", _POWERSHELL_ARGUMENTS)
+_POWERSHELL = Interpreter(("powershell" if ON_WINDOWS else "pwsh",), ".ps1", _POWERSHELL_ARGUMENTS)
+
+INTERPRETERS: Mapping[str, Interpreter] = {
+    "sh": Interpreter(("sh",), ".sh"),
+    "shell": Interpreter(("sh",), ".sh"),
+    **{name: Interpreter((name,), ".sh") for name in ("bash", "ash", "dash", "ksh", "zsh", "csh", "tcsh")},
+    **{name: _PYTHON for name in ("python", "python3", "py", "py3")},
+    **{name: Interpreter(("python2",), ".py") for name in ("python2", "py2")},
+    **{name: _CMD for name in ("cmd", "bat")},
+    **{name: _POWERSHELL for name in ("powershell", "ps", "ps1")},
+    "pwsh": _PWSH,
+}
+
+
+def interpreter_command(command_type: str, file: str, path: str) -> list[str]:
+    """The command line that runs the file; `path` is the PATH to search. Raises LaunchError where the program is missing."""
+    interpreter = INTERPRETERS[command_type]
+    for program in interpreter.programs if command_type not in ("cmd", "bat") or ON_WINDOWS else ():
+        found = find_program(program, path)
+        if found:
+            return [found, *interpreter.arguments, file]
+    if interpreter is _PYTHON and not getattr(sys, "frozen", False) and sys.executable:
+        return [sys.executable, file]
+    raise LaunchError(f"{' or '.join(interpreter.programs)} is not on the PATH of this host")
+
+
+@functools.lru_cache(maxsize=256)
+def _found_program(program: str, path: str, minute: int) -> str | None:
+    return shutil.which(program, path=path)
+
+
+def find_program(program: str, path: str) -> str | None:
+    """Where the program is on this PATH; looked up once a minute, a step would pay for it else."""
+    found = _found_program(program, path, int(time.monotonic() // 60))
+    return found if found and os.access(found, os.X_OK) else shutil.which(program, path=path)
+
+
+def script_name(command_type: str) -> str:
+    """The name of the script's file."""
+    return "script" + INTERPRETERS[command_type].suffix
+
+
+def encode_script(command_type: str, text: str) -> bytes:
+    """The bytes of the script's file."""
+    return text.encode()
+
+
+# ======================================================================================================================
+# process trees: one step's process and all that it started
+# ======================================================================================================================
+
+COOKIE = "REMOTE_EXECUTOR_STEP"  # in the environment of every process of a step; its value is the step's directory
+
+# The pid first: no pid file, no run. `trap :` and not `trap ''`: children get the default handlers, while the wrapper
+# survives a SIGTERM to its group and tells the result. Its own stderr is nowhere: a shell says "Killed" of its child there.
+# $1 is the step's directory, $2 the umask that the daemon was started with.
+_WRAPPER = (
+    'echo $$ >"$1/pid" || exit 125; d=$1; umask $2; shift 2; trap : TERM INT HUP; '
+    '"$@" 2>&1; r=$?; umask 077; echo $r >>"$d/rc"; exit $r'
+)
+
+
+class _Member(NamedTuple):
+    """A process as a scan saw it; the start time tells it from a later one with the same pid."""
+
+    pid: int
+    parent: int
+    group: int
+    session: int
+    start: str
+
+
+class PosixTree:
+    """One step's wrapper and what it started, in a session of its own. `wake` is for any thread, the rest for one.
+
+    A process that is no member is never signalled: before every signal the start time is compared.
+    """
+
+    def __init__(self, step_dir: str, pid: int, child: subprocess.Popen[bytes] | None) -> None:
+        self.pid = pid
+        self._step_dir = os.fsencode(step_dir)
+        self._child = child  # None when an earlier daemon started it
+        self._start = "" if child else _start_time(pid)
+        self._ended = False
+        self._wake_out, self._wake_in = os.pipe()
+        self._pidfd = _open_pidfd(pid)
+        self._known: dict[tuple[int, str], bool] = {}  # processes met, and whether they are of the tree
+        self._closing = threading.Lock()  # guards _wake_in: a closed descriptor's number may be another's
+
+    def wait(self, deadline_s: float | None) -> bool:
+        """Waits for the wrapper's end, until time.monotonic() is `deadline_s` or a `wake`; whether it has ended."""
+        poller = select.poll()
+        poller.register(self._wake_out, select.POLLIN)
+        if self._pidfd >= 0:
+            poller.register(self._pidfd, select.POLLIN)
+        while not self._has_ended():
+            left_s = _FOREVER_S if deadline_s is None else deadline_s - time.monotonic()
+            if left_s <= 0:
+                return False
+            pause_s = left_s if self._pidfd >= 0 else min(left_s, _POLL_S)
+            ready = poller.poll(min(pause_s, _FOREVER_S) * 1000 + 0.999)
+            if any(number == self._wake_out for number, _ in ready):
+                os.read(self._wake_out, 4096)
+                return self._has_ended()
+        return True
+
+    def wake(self) -> None:
+        """Makes `wait` return."""
+        with self._closing:
+            if self._wake_in >= 0:
+                os.write(self._wake_in, b"w")
+
+    def exit_code(self) -> int | None:
+        """The code of an ended child, 128+n for a signal; None for an adopted one, which only its result file knows."""
+        code = self._child.poll() if self._child else None
+        return code if code is None or code >= 0 else 128 - code
+
+    def stop(self, grace_s: float) -> None:
+        """Ends the tree: SIGTERM to the group, after the grace SIGKILL to all that is left; a `wake` cuts the grace."""
+        self._members()  # to know them again when they have lost their parents
+        if grace_s > 0 and not self._has_ended():
+            _signal_group(self.pid, signal.SIGTERM)
+            _signal_group(self.pid, signal.SIGCONT)
+            self.wait(time.monotonic() + grace_s)
+        if not self._has_ended():
+            _signal_group(self.pid, signal.SIGKILL)
+        quiet, end_s = 0, time.monotonic() + _SWEEP_S
+        while quiet < 3 and time.monotonic() < end_s:
+            quiet = 0 if self._kill_members() else quiet + 1
+
+    def close(self) -> None:
+        """Gives back the descriptors."""
+        with self._closing:
+            for descriptor in (self._pidfd, self._wake_in, self._wake_out):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            self._pidfd = self._wake_in = self._wake_out = -1
+
+    def _has_ended(self) -> bool:
+        """Whether the wrapper has ended. It stays a zombie until `exit_code`, so that its pid, group and session stay ours."""
+        if not self._ended:
+            if self._child is None:
+                self._ended = _start_time(self.pid) != self._start
+            elif _KEEP_ZOMBIES:
+                self._ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+            else:
+                self._ended = self._child.poll() is not None
+        return self._ended
+
+    def _owns_session(self) -> bool:
+        """Whether the number of the session is certain to be ours."""
+        return not self._has_ended() or (self._child is not None and _KEEP_ZOMBIES and self._child.returncode is None)
+
+    def _kill_members(self) -> int:
+        """Kills what a scan finds of the tree; how many processes that were."""
+        members = self._members()
+        for member in members:
+            if _start_time(member.pid) == member.start:
+                with contextlib.suppress(OSError):
+                    os.kill(member.pid, signal.SIGKILL)
+        return len(members)
+
+    def _members(self) -> list[_Member]:
+        """The live processes of the tree: its session, what carries its mark, what was one before, and all descendants."""
+        everyone, owns_session = list(_scan_processes()), self._owns_session()
+        found = {one for one in everyone if (owns_session and one.session == self.pid) or self._is_known(one)}
+        fresh = found
+        while fresh:
+            parents = {one.pid for one in fresh}
+            fresh = {one for one in everyone if one.parent in parents} - found
+            found |= fresh
+        for one in found:
+            self._known[one.pid, one.start] = True
+        return [one for one in found if one.pid != os.getpid()]
+
+    def _is_known(self, one: _Member) -> bool:
+        """Whether the process was found a member, or carries the step's mark; looked up once a process."""
+        key = (one.pid, one.start)
+        if key not in self._known:
+            self._known[key] = _carries(one.pid, self._step_dir)
+        return self._known[key]
+
+
+_KEEP_ZOMBIES = hasattr(os, "waitid")  # not on every Mac
+_FOREVER_S = 86400.0
+_POLL_S = 0.02  # between looks at a process that no descriptor stands for
+_SWEEP_S = 10.0
+
+
+def _open_pidfd(pid: int) -> int:
+    """A descriptor that becomes readable at the process's end; -1 where the system has none (pidfd_open(2))."""
+    opener: Callable[[int], int] | None = getattr(os, "pidfd_open", None)
+    with contextlib.suppress(OSError):
+        return opener(pid) if opener else -1
+    return -1
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(OSError):
+        os.killpg(group, number)
+
+
+def _stat_fields(pid: int | str) -> list[str]:
+    """The fields of /proc/PID/stat from the state on (proc_pid_stat(5)); none when there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].decode("ascii").split()
+    except (OSError, ValueError):
+        return []
+
+
+def _start_time(pid: int) -> str:
+    """When the process started, in the system's words; empty when it is gone or a zombie."""
+    if ON_LINUX:
+        fields = _stat_fields(pid)
+        return fields[19] if fields and fields[0] not in "ZX" else ""
+    return _ask_ps("-o", "lstart=", "-p", str(pid)).strip()
+
+
+def _scan_processes() -> Iterator[_Member]:
+    """Every live process of the host."""
+    if ON_LINUX:
+        for name in os.listdir("/proc"):
+            fields = _stat_fields(name) if name.isdigit() else []
+            if fields and fields[0] not in "ZX":
+                yield _Member(int(name), int(fields[1]), int(fields[2]), int(fields[3]), fields[19])
+        return
+    for line in _ask_ps("-axo", "pid=,ppid=,pgid=,lstart=").splitlines():
+        pid, parent, group, start = line.split(None, 3)
+        yield _Member(int(pid), int(parent), int(group), int(group), start.strip())
+
+
+def _carries(pid: int, step_dir: bytes) -> bool:
+    """Whether the process has the step's directory in its environment or command line, or holds the step's output."""
+    cookie = COOKIE.encode() + b"=" + step_dir
+    if not ON_LINUX:
+        words = _ask_ps("-Eww", "-o", "command=", "-p", str(pid)).split()
+        return os.fsdecode(cookie) in words or os.fsdecode(step_dir) in words
+    with contextlib.suppress(OSError):
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            if cookie in file.read().split(b"\0"):
+                return True
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            if step_dir in file.read().split(b"\0"):
+                return True
+        output = step_dir + b"/output"
+        return any(os.readlink(f"/proc/{pid}/fd/{number}".encode()) == output for number in (1, 2))
+    return False
+
+
+def _ask_ps(*arguments: str) -> str:
+    """What ps says, where there is no /proc."""
+    command = ["/bin/ps", *arguments]
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ).stdout.decode(errors="replace")
+
+
+class PosixProcesses:
+    """Starts, adopts and collects trees; any thread may call it."""
+
+    def __init__(self, umask: int) -> None:
+        self._umask = f"{umask:03o}"
+        self._children: set[int] = set()  # of one step each, until `forget`
+        self._orphans: set[int] = set()  # zombies that were not among them at the last look
+
+    def become_reaper(self) -> None:
+        """Orphans of steps become children of this process, where a stop can find them (prctl(2), PR_SET_CHILD_SUBREAPER)."""
+        if ON_LINUX:
+            import ctypes
+
+            ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0)
+
+    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> PosixTree:
+        """Starts the command behind the wrapper, its output into the step's file; raises LaunchError."""
+        wrapped = ["/bin/sh", "-c", _WRAPPER, "sh", step_dir, self._umask, *command]
+        output = os.open(os.path.join(step_dir, "output"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            child = subprocess.Popen(
+                wrapped,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.DEVNULL,
+                cwd=cwd,
+                env={**env, COOKIE: step_dir},
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:
+            raise LaunchError(f"could not start: {error}") from error
+        finally:
+            os.close(output)
+        self._children.add(child.pid)
+        return PosixTree(step_dir, child.pid, child)
+
+    def adopt(self, step_dir: str) -> PosixTree | None:
+        """The live tree of a step that an earlier daemon started; None when its wrapper is gone."""
+        with contextlib.suppress(OSError, ValueError), open(os.path.join(step_dir, "pid"), encoding="ascii") as file:
+            pid = int(file.read())
+            if pid > 0 and _carries(pid, os.fsencode(step_dir)) and _start_time(pid):
+                return PosixTree(step_dir, pid, None)
+        return None
+
+    def is_marked(self, step_dir: str) -> bool:
+        """Whether a live process carries the mark of the step."""
+        mark = os.fsencode(step_dir)
+        return any(_carries(one.pid, mark) for one in _scan_processes())
+
+    def forget(self, tree: PosixTree) -> None:
+        """Gives back what the tree holds; it has ended, or runs on without us."""
+        self._children.discard(tree.pid)
+        tree.close()
+
+    def reap(self) -> None:
+        """Collects orphans of steps that have ended; for one thread.
+
+        Only what was a zombie at the last look too: a child that Popen has not yet told of is no orphan.
+        """
+        if not ON_LINUX or not _has_zombie_child():
+            return
+        own = str(os.getpid())
+        pids = (int(name) for name in os.listdir("/proc") if name.isdigit() and _stat_fields(name)[:2] == ["Z", own])
+        zombies = set(pids) - self._children
+        for pid in zombies & self._orphans:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        self._orphans = zombies
+
+
+def _has_zombie_child() -> bool:
+    with contextlib.suppress(ChildProcessError):
+        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return False
+
+
+ProcessTree = PosixTree
+Processes = PosixProcesses
+
+# ======================================================================================================================
+# step runs: one step's directory, with its script, its output, its pid and its result
+# ======================================================================================================================
+
+_BLOCK_BYTES = 1 << 17
+
+
+class StepDirectory:
+    """The files of one step; any thread may read them, one prepares."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._output = os.path.join(path, "output")
+
+    def prepare(self, name: str, content: bytes) -> str:
+        """Makes the directory with the script in it; the script's path. Raises OSError."""
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(self.path)
+        script = os.path.join(self.path, name)
+        with open(script, "wb", buffering=0) as file:
+            file.write(content)
+        return script
+
+    def exit_code(self) -> int | None:
+        """The result that the wrapper left; None while there is none. Only a whole line counts."""
+        with contextlib.suppress(OSError, ValueError), open(os.path.join(self.path, "rc"), "rb", buffering=0) as file:
+            result = file.read(64)
+            return int(result) if result.endswith(b"\n") else None
+        return None
+
+    def has_started(self) -> bool:
+        """Whether the wrapper has run; where it has not, nothing of the script did."""
+        return os.path.exists(os.path.join(self.path, "pid")) or os.path.exists(os.path.join(self.path, "rc"))
+
+    def output_bytes(self) -> int:
+        """How much the step has written."""
+        with contextlib.suppress(OSError):
+            return os.stat(self._output).st_size
+        return 0
+
+    def read_output(self) -> Iterator[bytes]:
+        """What the step has written so far, in blocks."""
+        with contextlib.suppress(FileNotFoundError), open(self._output, "rb", buffering=0) as file:
+            left = os.fstat(file.fileno()).st_size
+            while left > 0 and (block := file.read(min(left, _BLOCK_BYTES))):
+                left -= len(block)
+                yield block
+
+
+# ======================================================================================================================
+# store: sqlite; every statement, one place that writes
+# ======================================================================================================================
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE task (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of acceptance, and the name of its directory
+    id TEXT NOT NULL UNIQUE,
+    digest TEXT NOT NULL,                   -- of the submission, to know it again
+    count INTEGER NOT NULL,
+    timeout_ns INTEGER NOT NULL,
+    accepted_ns INTEGER NOT NULL,
+    ended_ns INTEGER,
+    state INTEGER NOT NULL DEFAULT 2,
+    code INTEGER NOT NULL DEFAULT 0,
+    message TEXT NOT NULL DEFAULT '',       -- of an ended task
+    stop TEXT NOT NULL DEFAULT ''           -- why it is to be stopped
+);
+CREATE INDEX task_ended ON task (ended_ns, seq);
+CREATE TABLE step (
+    task INTEGER NOT NULL,
+    idx INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    needs TEXT NOT NULL,                    -- JSON, indexes
+    timeout_ns INTEGER NOT NULL,
+    state INTEGER NOT NULL DEFAULT 2,
+    code INTEGER NOT NULL DEFAULT 0,
+    reason TEXT NOT NULL DEFAULT '',
+    stop TEXT NOT NULL DEFAULT '',          -- why it is to be stopped
+    started_ns INTEGER,
+    ended_ns INTEGER,
+    PRIMARY KEY (task, idx)
+) WITHOUT ROWID;
+CREATE INDEX step_running ON step (task, idx) WHERE state = 1;
+CREATE TABLE script (                       -- of a task that has not ended
+    task INTEGER NOT NULL,
+    idx INTEGER NOT NULL,
+    command_type TEXT NOT NULL,
+    env TEXT NOT NULL,                      -- JSON, KEY=value; the task's, then the step's
+    content TEXT NOT NULL,
+    PRIMARY KEY (task, idx)
+);
+PRAGMA user_version = 1;
+"""
+_SCHEMA_VERSION = 1
+_BATCH = 500
+
+
+class Accepted(NamedTuple):
+    """A task as the answer to its submission tells it; `is_new` is False when it was there before."""
+
+    seq: int
+    id: str
+    step_count: int
+    accepted_ns: int
+    is_new: bool
+
+
+class TaskRow(NamedTuple):
+    """A task; `message` is set when it has ended."""
+
+    seq: int
+    id: str
+    step_count: int
+    state: int
+    code: int
+    message: str
+    accepted_ns: int
+    ended_ns: int | None
+
+
+class StepRow(NamedTuple):
+    """A step; `needs` is JSON."""
+
+    idx: int
+    name: str
+    needs: str
+    state: int
+    code: int
+    reason: str
+    started_ns: int | None
+    ended_ns: int | None
+
+
+class OpenStep(NamedTuple):
+    """What the engine needs of a step whose task has not ended."""
+
+    idx: int
+    name: str
+    needs: tuple[int, ...]
+    timeout_ns: int
+    state: int
+    code: int
+    started_ns: int | None
+    stop: str
+
+
+class OpenTask(NamedTuple):
+    """A task that has not ended."""
+
+    seq: int
+    id: str
+    timeout_ns: int
+    accepted_ns: int
+    stop: str
+    steps: list[OpenStep]
+
+
+class Script(NamedTuple):
+    """What a step runs; `env` is the task's entries, then the step's."""
+
+    command_type: str
+    content: str
+    env: list[str]
+
+
+class _Change:
+    """A change of the database: `apply` makes it, `wait` waits until it is committed."""
+
+    __slots__ = ("_committed", "_error", "_result", "apply", "is_durable", "is_kept")
+
+    def __init__(self, apply: Callable[[sqlite3.Connection], Any], is_durable: bool, is_kept: bool) -> None:
+        self.apply = apply
+        self.is_durable = is_durable  # it must survive a loss of power
+        self.is_kept = is_kept  # it is tried again until it succeeds: it tells of something that has happened
+        self._committed = threading.Lock()
+        self._committed.acquire()
+        self._result: Any = None
+        self._error: Exception | None = None
+
+    def resolve(self, result: Any = None, error: Exception | None = None) -> None:
+        self._result, self._error = result, error
+        self._committed.release()
+
+    def wait(self) -> Any:
+        """What `apply` returned; raises what it or the commit raised."""
+        with self._committed:
+            if self._error:
+                raise self._error
+            return self._result
+
+
+class Store:
+    """The database; any thread may call it. One thread of its own writes, all waiting changes in one transaction.
+
+    Raises StorageFull and Unavailable where a change is not kept, and Conflict.
+    """
+
+    def __init__(self, path: str, committed: Callable[[float, int], None]) -> None:
+        self._path = path
+        self._committed = committed  # told of each commit: seconds, changes
+        self._readers: list[sqlite3.Connection] = []
+        self._queue: list[_Change] = []
+        self._is_closing = False
+        self._waiting = threading.Condition()  # guards _queue, _readers and _is_closing
+        self._thread = threading.Thread(target=self._write, name="store", daemon=True)
+
+    def start(self) -> None:
+        """Opens the database, or makes it; raises StartupError."""
+        try:
+            connection = self._connect()
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > _SCHEMA_VERSION:
+                raise StartupError(
+                    f"--root: {self._path} is of a later version of this program; use that, or another root"
+                )
+            connection.execute("PRAGMA journal_mode = WAL")
+            if not version:
+                connection.executescript("BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;")
+        except sqlite3.Error as error:
+            raise StartupError(f"--root: {self._path} cannot be used: {error}") from None
+        self._readers.append(connection)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Commits what waits, and closes."""
+        with self._waiting:
+            self._is_closing = True
+            self._waiting.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        with self._waiting:
+            while self._readers:
+                self._readers.pop().close()
+
+    # -- changes
+
+    def remember(self, memory: Mapping[str, str]) -> None:
+        """Keeps words about the daemon."""
+        rows = list(memory.items())
+        self._change(lambda db: db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)).wait()
+
+    def accept(self, spec: TaskSpec, now_ns: int) -> Accepted:
+        """Adds a task, or finds the one that the same submission made; raises Conflict if another has its id."""
+        accepted: Accepted = self._change(lambda db: _accept(db, spec, now_ns), is_durable=True).wait()
+        return accepted
+
+    def begin(self, seq: int, idx: int, now_ns: int) -> _Change:
+        """The step is about to start. Not synced: after a loss of power it has not run."""
+
+        def apply(db: sqlite3.Connection) -> None:
+            db.execute("UPDATE step SET state = 1, started_ns = ? WHERE task = ? AND idx = ?", (now_ns, seq, idx))
+            db.execute("UPDATE task SET state = 1 WHERE seq = ? AND state = 2", (seq,))
+
+        return self._change(apply, is_kept=True)
+
+    def note_stop(self, seq: int, idx: int | None, reason: str) -> None:
+        """The task, or a step of it, is to be stopped."""
+        table, where = ("task", "seq = ?") if idx is None else ("step", "task = ? AND idx = ?")
+        key = (seq,) if idx is None else (seq, idx)
+        statement = f"UPDATE {table} SET stop = ? WHERE {where}"
+        self._change(lambda db: db.execute(statement, (reason, *key)), is_durable=True).wait()
+
+    def end(self, seq: int, ends: Sequence[tuple[int, int, str]], now_ns: int, is_over: bool) -> _Change:
+        """Steps (index, code, reason) have ended, and with them their task when it `is_over`."""
+        rows = [(code, reason, now_ns, seq, idx) for idx, code, reason in ends]
+
+        def apply(db: sqlite3.Connection) -> None:
+            db.executemany(
+                "UPDATE step SET state = 0, code = ?, reason = ?, ended_ns = ? WHERE task = ? AND idx = ?", rows
+            )
+            if is_over:
+                _end_task(db, seq, now_ns)
+
+        return self._change(apply, is_durable=True, is_kept=True)
+
+    def expire(self, ended_before_ns: int) -> list[int]:
+        """Forgets some tasks that ended before; which."""
+
+        def apply(db: sqlite3.Connection) -> list[int]:
+            rows = db.execute(
+                "SELECT seq FROM task WHERE ended_ns < ? ORDER BY ended_ns LIMIT ?", (ended_before_ns, _BATCH)
+            )
+            seqs = rows.fetchall()
+            db.executemany("DELETE FROM step WHERE task = ?", seqs)
+            db.executemany("DELETE FROM task WHERE seq = ?", seqs)
+            return [seq for (seq,) in seqs]
+
+        if not self._read("SELECT 1 FROM task WHERE ended_ns < ? LIMIT 1", (ended_before_ns,)):
+            return []
+        expired: list[int] = self._change(apply).wait()
+        return expired
+
+    # -- reads
+
+    def memory(self) -> dict[str, str]:
+        """What `remember` kept."""
+        return dict(self._read("SELECT key, value FROM meta"))
+
+    def latest_ns(self) -> int:
+        """The latest time that is stored."""
+        rows = self._read("SELECT max(ifnull(max(accepted_ns), 0), ifnull(max(ended_ns), 0)) FROM task")
+        return int(rows[0][0] or 0)
+
+    def seqs(self, sort: str = "st") -> list[int]:
+        """All tasks by acceptance (st), end (et) or expiry (rt)."""
+        order = {"st": "accepted_ns", "et": "ended_ns", "rt": "ended_ns IS NULL, ended_ns"}[sort]
+        return [seq for (seq,) in self._read(f"SELECT seq FROM task ORDER BY {order}, seq")]
+
+    def tasks(self, seqs: Sequence[int]) -> Iterator[list[TaskRow]]:
+        """These tasks in this order, in blocks; what has expired meanwhile is left out."""
+        for begin in range(0, len(seqs), _BATCH):
+            block = seqs[begin : begin + _BATCH]
+            found = {row[0]: row for row in self._read(f"{_TASK} WHERE seq IN ({','.join(map(str, block))})")}
+            yield [TaskRow._make(found[seq]) for seq in block if seq in found]
+
+    def task(self, task_id: str) -> TaskRow:
+        """Raises NotFound."""
+        rows = self._read(f"{_TASK} WHERE id = ?", (task_id,))
+        if not rows:
+            raise NotFound(NOT_FOUND)
+        return TaskRow._make(rows[0])
+
+    def steps(self, seq: int) -> list[StepRow]:
+        """The steps of a task, in order."""
+        return [StepRow._make(row) for row in self._read(f"{_STEP} WHERE task = ? ORDER BY idx", (seq,))]
+
+    def step(self, seq: int, key: str) -> StepRow:
+        """A step by its index or its name; raises NotFound."""
+        rows = self._read(f"{_STEP} WHERE task = ? AND idx = ?", (seq, int(key))) if _INDEX.fullmatch(key) else []
+        rows = rows or self._read(f"{_STEP} WHERE task = ? AND name = ?", (seq, key))
+        if not rows:
+            raise NotFound(NOT_FOUND)
+        return StepRow._make(rows[0])
+
+    def running_steps(self) -> dict[int, list[tuple[int, str]]]:
+        """Index and name of the running steps, by task."""
+        found: dict[int, list[tuple[int, str]]] = {}
+        for seq, idx, name in self._read("SELECT task, idx, name FROM step WHERE state = 1 ORDER BY task, idx"):
+            found.setdefault(seq, []).append((idx, name))
+        return found
+
+    def script(self, seq: int, idx: int) -> Script:
+        """What the step runs; LookupError when its task has ended."""
+        rows = self._read("SELECT command_type, content, env FROM script WHERE task = ? AND idx = ?", (seq, idx))
+        if not rows:
+            raise LookupError(f"no script of step {idx} of task number {seq}")
+        return Script(rows[0][0], rows[0][1], json.loads(rows[0][2]))
+
+    def counts(self) -> dict[int, int]:
+        """How many tasks there are, by state."""
+        return dict(self._read("SELECT state, count(*) FROM task GROUP BY state"))
+
+    def oldest_ns(self) -> int | None:
+        """When the oldest task was accepted."""
+        oldest: int | None = self._read("SELECT min(accepted_ns) FROM task")[0][0]
+        return oldest
+
+    def size_bytes(self) -> int:
+        """What the database takes on disk."""
+        total = 0
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(OSError):
+                total += os.stat(self._path + suffix).st_size
+        return total
+
+    def open_tasks(self) -> Iterator[OpenTask]:
+        """The tasks that have not ended, in order of acceptance."""
+        for row in self._read(f"SELECT {_OPEN_TASK} FROM task WHERE ended_ns IS NULL ORDER BY seq"):
+            found = self._read(f"SELECT {_OPEN_STEP} FROM step WHERE task = ? ORDER BY idx", row[:1])
+            steps = [OpenStep._make((idx, name, tuple(json.loads(needs)), *rest)) for idx, name, needs, *rest in found]
+            yield OpenTask._make((*row, steps))
+
+    # -- inside
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=5, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA cache_size = -1024")
+        return connection
+
+    def _read(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self._waiting:
+            connection = self._readers.pop() if self._readers else None
+        try:
+            connection = connection or self._connect()
+            rows = connection.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise _storage_error(error) from error
+        with self._waiting:
+            self._readers.append(connection)
+        return rows
+
+    def _change(
+        self, apply: Callable[[sqlite3.Connection], Any], is_durable: bool = False, is_kept: bool = False
+    ) -> _Change:
+        change = _Change(apply, is_durable, is_kept)
+        with self._waiting:
+            if self._is_closing:
+                change.resolve(error=Unavailable("the daemon is ending; send the request again to the next one"))
+            else:
+                self._queue.append(change)
+                self._waiting.notify()
+        return change
+
+    def _write(self) -> None:
+        """The thread that writes."""
+        connection = self._connect()
+        kept: list[_Change] = []  # failed, to be tried again
+        while True:
+            with self._waiting:
+                if not self._queue and not self._is_closing:
+                    self._waiting.wait(_RETRY_S if kept else None)
+                batch, self._queue = kept + self._queue, []
+                is_last = self._is_closing
+            kept = self._commit(connection, batch) if batch else []
+            if is_last:
+                for change in kept:
+                    change.resolve(error=Unavailable("the daemon ended before this could be stored"))
+                connection.close()
+                return
+
+    def _commit(self, connection: sqlite3.Connection, batch: list[_Change]) -> list[_Change]:
+        """Commits the changes together, else one by one; what is to be tried again."""
+        begin_s = time.perf_counter()
+        error = self._try_commit(connection, batch)
+        self._committed(time.perf_counter() - begin_s, len(batch))
+        if error is None:
+            return []
+        if len(batch) > 1:
+            kept: list[_Change] = []
+            for change in batch:  # once a kept change fails, the kept ones after it must not overtake it
+                kept += [change] if kept and change.is_kept else self._commit(connection, [change])
+            return kept
+        if batch[0].is_kept:
+            log.error("cannot write to %s, will try again: %s", self._path, error)
+            return batch
+        batch[0].resolve(error=_storage_error(error))
+        return []
+
+    def _try_commit(self, connection: sqlite3.Connection, batch: list[_Change]) -> sqlite3.Error | None:
+        """The one place that writes; the error that undid all of it, or None."""
+        results: list[tuple[_Change, Any, Exception | None]] = []
+        try:
+            connection.execute(f"PRAGMA synchronous = {'FULL' if any(one.is_durable for one in batch) else 'NORMAL'}")
+            connection.execute("BEGIN IMMEDIATE")
+            for change in batch:
+                try:
+                    results.append((change, change.apply(connection), None))
+                except ApiError as error:  # refused before it changed anything
+                    results.append((change, None, error))
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            return error
+        for change, result, refusal in results:
+            change.resolve(result, refusal)
+        return None
+
+
+_RETRY_S = 0.5
+_TASK = "SELECT seq, id, count, state, code, message, accepted_ns, ended_ns FROM task"
+_STEP = "SELECT idx, name, needs, state, code, reason, started_ns, ended_ns FROM step"
+_OPEN_TASK = "seq, id, timeout_ns, accepted_ns, stop"
+_OPEN_STEP = "idx, name, needs, timeout_ns, state, code, started_ns, stop"
+_INDEX = re.compile("0|[1-9][0-9]{0,8}")
+
+
+def _accept(db: sqlite3.Connection, spec: TaskSpec, now_ns: int) -> Accepted:
+    found = db.execute("SELECT seq, count, accepted_ns, digest FROM task WHERE id = ?", (spec.id,)).fetchone()
+    if found and found[3] != spec.digest:
+        raise Conflict(f"id: {spec.id!r} is the id of a task that was submitted otherwise; use another id")
+    if found:
+        return Accepted(found[0], spec.id, found[1], found[2], False)
+    row = (spec.id, spec.digest, len(spec.steps), spec.timeout_ns, now_ns)
+    seq = db.execute(
+        "INSERT INTO task (id, digest, count, timeout_ns, accepted_ns) VALUES (?, ?, ?, ?, ?)", row
+    ).lastrowid
+    assert seq is not None
+    db.executemany(
+        "INSERT INTO step (task, idx, name, needs, timeout_ns) VALUES (?, ?, ?, ?, ?)",
+        ((seq, idx, step.name, json.dumps(step.needs), step.timeout_ns) for idx, step in enumerate(spec.steps)),
+    )
+    db.executemany(
+        "INSERT INTO script VALUES (?, ?, ?, ?, ?)",
+        (
+            (seq, idx, step.command_type, json.dumps(spec.env + step.env), step.content)
+            for idx, step in enumerate(spec.steps)
+        ),
+    )
+    return Accepted(seq, spec.id, len(spec.steps), now_ns, True)
+
+
+def _end_task(db: sqlite3.Connection, seq: int, now_ns: int) -> None:
+    failed = db.execute("SELECT idx, name, code FROM step WHERE task = ? AND code != 0 ORDER BY idx", (seq,)).fetchall()
+    code = sum(row[2] for row in failed)
+    message = f"execution failed: [{name_steps(row[:2] for row in failed)}]" if failed else TASK_SUCCEEDED
+    db.execute(
+        "UPDATE task SET state = 0, code = ?, message = ?, ended_ns = ? WHERE seq = ?", (code, message, now_ns, seq)
+    )
+    db.execute("DELETE FROM script WHERE task = ?", (seq,))
+
+
+def _storage_error(error: sqlite3.Error) -> ApiError:
+    if "full" in str(error):
+        return StorageFull(f"the disk of the root is full; make room, or give another --root ({error})")
+    return Unavailable(f"the store cannot be used now, try again ({error})")
+
+
+# ======================================================================================================================
+# engine: the pool, the live tasks, stops, timeouts, recovery, expiry
+# ======================================================================================================================
+
+GRACE_S = 5.0  # between asking a tree to end and ending it
+_TICK_S = 0.5  # between looks at outputs and at what has expired
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+class PoolFigures(NamedTuple):
+    """The pool: its size, the steps that run, the steps that are ready and wait."""
+
+    size: int
+    running: int
+    waiting: int
+
+
+class Observer:
+    """What is told of the daemon's work, from any thread; does nothing with it."""
+
+    def commit(self, seconds: float, changes: int) -> None:
+        """The store has committed."""
+
+    def step_started(self, waited_s: float) -> None:
+        """A step has started, so long after it was ready."""
+
+    def step_ended(self, result: str, seconds: float, output_bytes: int) -> None:
+        """A step has ended: succeeded, failed, or forced."""
+
+
+class _ActiveStep:
+    """A step that occupies a place of the pool. Guarded by the engine's lock, but for `tree`, its worker's."""
+
+    def __init__(self, task: _LiveTask, idx: int, ready_s: float) -> None:
+        self.task = task
+        self.idx = idx
+        self.ready_s = ready_s
+        self.tree: ProcessTree | None = None
+        self.started_ns = 0
+        self.reason = ""  # why it is stopped
+        self.stops = 0  # how often that was asked for
+
+    def __str__(self) -> str:
+        return f"task {self.task.id} step {self.idx}"
+
+
+class _LiveTask:
+    """A task that has not ended. Guarded by the engine's lock."""
+
+    def __init__(self, seq: int, task_id: str, steps: Sequence[StepSpec | OpenStep]) -> None:
+        self.seq = seq
+        self.id = task_id
+        self.plan = Plan([step.needs for step in steps])
+        self.timeouts_ns = [step.timeout_ns for step in steps]
+        self.names = [step.name for step in steps]
+        self.stop = ""  # why all of it is stopped
+        self.active: dict[int, _ActiveStep] = {}
+
+
+class Engine:
+    """Runs the steps of all tasks that have not ended. `start` and `stop` are the daemon's, the rest any thread's.
+
+    At most `size` steps run at once, in the order in which they became ready. Each has a thread while it runs.
+    """
+
+    def __init__(
+        self, store: Store, processes: Processes, clock: Clock, root: str, settings: Settings, observer: Observer
+    ) -> None:
+        self._store = store
+        self._processes = processes
+        self._clock = clock
+        self._tasks_dir = os.path.join(root, "tasks")
+        self._settings = settings
+        self._observer = observer
+        self._environment = {key: value for key, value in os.environ.items() if not key.startswith("REMOTE_EXECUTOR_")}
+        self._lock = threading.Lock()  # guards all below, and what the live tasks hold
+        self._size = settings.pool_size
+        self._tasks: dict[int, _LiveTask] = {}
+        self._ready: collections.OrderedDict[tuple[int, int], float] = collections.OrderedDict()  # since when
+        self._active: set[_ActiveStep] = set()
+        self._workers: set[threading.Thread] = set()
+        self._deadlines: list[tuple[int, int]] = []  # of tasks, a heap
+        self._rubbish: collections.deque[str] = collections.deque()  # directories to remove; the sweeper's
+        self._is_paused = True  # no step starts, as until `start` is done
+        self._is_leaving = False  # workers leave what they watch
+        self._stopping = threading.Event()
+        self._deadline_came = threading.Event()
+        self._sweep_now = threading.Event()
+        self._keepers = [
+            threading.Thread(
+                target=self._keep, args=(self._enforce, self._deadline_came), name="timekeeper", daemon=True
+            ),
+            threading.Thread(target=self._keep, args=(self._sweep, self._sweep_now), name="sweeper", daemon=True),
+        ]
+
+    # -- the daemon's
+
+    def start(self) -> None:
+        """Settles what an earlier daemon left, and starts what is ready."""
+        os.makedirs(self._tasks_dir, exist_ok=True)
+        self._processes.become_reaper()
+        known = {str(seq) for seq in self._store.seqs()}
+        self._rubbish.extend(
+            os.path.join(self._tasks_dir, name) for name in os.listdir(self._tasks_dir) if name not in known
+        )
+        adopted = [active for task in self._store.open_tasks() for active in self._recover(task)]
+        with self._lock:
+            self._is_paused = False
+            for active in adopted:
+                self._hire(active)
+            self._fill()
+        for keeper in self._keepers:
+            keeper.start()
+
+    def pause(self) -> int:
+        """Starts no more steps; how many run."""
+        with self._lock:
+            self._is_paused = True
+            return len(self._active)
+
+    def stop_running(self) -> None:
+        """Stops by force what runs."""
+        with self._lock:
+            self._stop_active(list(self._active), STOPPED)
+
+    def stop(self) -> None:
+        """Ends every thread; steps that run still run on without a daemon."""
+        with self._lock:
+            self._is_paused = self._is_leaving = True
+            for active in self._active:
+                if active.tree:
+                    active.tree.wake()
+            workers = [*self._workers]
+        for event in (self._stopping, self._deadline_came, self._sweep_now):
+            event.set()
+        end_s = time.monotonic() + 1.5
+        for thread in (*workers, *self._keepers):
+            if thread.is_alive():
+                thread.join(max(0, end_s - time.monotonic()))
+
+    # -- for the API
+
+    def submit(self, spec: TaskSpec) -> Accepted:
+        """Takes a task; returns when it is stored. Raises Conflict, StorageFull, Unavailable."""
+        if self._is_paused:
+            raise Unavailable("the daemon is ending; send the task again to the next one")
+        accepted = self._store.accept(spec, self._clock.now_ns())
+        if accepted.is_new:
+            task = _LiveTask(accepted.seq, spec.id, spec.steps)
+            with self._lock:
+                self._tasks[task.seq] = task
+                self._enqueue(task, task.plan.ready())
+                self._set_deadline(task, accepted.accepted_ns, spec.timeout_ns)
+        return accepted
+
+    def stop_task(self, seq: int, reason: str = STOPPED) -> None:
+        """Stops all steps of a task by force; returns when that is recorded. Raises NotFound if it has ended."""
+        with self._lock:
+            task = self._tasks.get(seq)
+            if task is None:
+                raise NotFound("the task has ended already")
+            task.stop = task.stop or reason
+            for active in task.active.values():
+                active.reason = active.reason or reason
+        self._note_stop(seq, None, reason)
+        with self._lock:
+            queued = [idx for task_seq, idx in self._ready if task_seq == seq]
+            self._stop_active(list(task.active.values()), reason)
+        self._end(task, [(idx, FORCED_CODE, reason) for idx in queued])
+
+    def stop_step(self, seq: int, idx: int) -> None:
+        """Stops a step by force; returns when that is recorded. Raises NotFound if it has ended, or never will run."""
+        with self._lock:
+            task = self._tasks.get(seq)
+            if task is None or not task.plan.is_open(idx):
+                raise NotFound("the step has ended already")
+            active = task.active.get(idx)
+            if active:
+                active.reason = active.reason or STOPPED
+        self._note_stop(seq, idx, STOPPED)
+        self._end(task, [(idx, FORCED_CODE, STOPPED)])  # unless it runs
+        with self._lock:
+            self._stop_active([task.active[idx]] if idx in task.active else [], STOPPED)
+
+    def pool(self) -> PoolFigures:
+        with self._lock:
+            return PoolFigures(self._size, len(self._active), len(self._ready))
+
+    def resize(self, size: int) -> PoolFigures:
+        """Sets the size of the pool: more steps start at once, or running ones end before others start."""
+        with self._lock:
+            self._size = size
+            self._fill()
+            return PoolFigures(self._size, len(self._active), len(self._ready))
+
+    def read_output(self, seq: int, idx: int) -> Iterator[bytes]:
+        """What a step has written so far, in blocks."""
+        return self._directory(seq, idx).read_output()
+
+    # -- workers; each owns the active step that it runs
+
+    def _enqueue(self, task: _LiveTask, indexes: Iterable[int]) -> None:
+        """Steps have become ready; the lock is held."""
+        now_s = time.monotonic()
+        for idx in indexes:
+            self._ready[task.seq, idx] = now_s
+        self._fill()
+
+    def _fill(self) -> None:
+        """Gives free places of the pool to steps that are ready; the lock is held."""
+        while (active := self._take()) is not None:
+            self._hire(active)
+
+    def _take(self) -> _ActiveStep | None:
+        """The next step to run, None when there is none or no place; the lock is held."""
+        if self._is_paused or not self._ready or len(self._active) >= self._size:
+            return None
+        (seq, idx), ready_s = self._ready.popitem(last=False)
+        active = _ActiveStep(self._tasks[seq], idx, ready_s)
+        self._activate(active)
+        return active
+
+    def _activate(self, active: _ActiveStep) -> None:
+        active.task.active[active.idx] = active
+        self._active.add(active)
+
+    def _hire(self, active: _ActiveStep) -> None:
+        """Starts a thread for an active step; the lock is held."""
+        worker = threading.Thread(target=self._work, args=(active,), name="step", daemon=True)
+        self._workers.add(worker)
+        worker.start()
+
+    def _work(self, first: _ActiveStep) -> None:
+        """The thread of one step after another."""
+        active: _ActiveStep | None = first
+        while active is not None:
+            try:
+                result = self._run(active)
+            except Exception as error:
+                log.exception("%s: the daemon failed", active)
+                result = (FORCED_CODE, f"the daemon failed: {error}")
+            if active.tree:
+                tree, active.tree = active.tree, None
+                self._processes.forget(tree)
+            if result is not None:
+                self._end_active(active, *result)
+            with self._lock:
+                active = self._take() if result is not None else None
+                if active is None:
+                    self._workers.discard(threading.current_thread())
+
+    def _run(self, active: _ActiveStep) -> tuple[int, str] | None:
+        """Runs a step, or goes on with an adopted one; its code and reason, None when left to run without a daemon."""
+        directory = self._directory(active.task.seq, active.idx)
+        try:
+            while active.tree is None:
+                if active.reason:
+                    return FORCED_CODE, active.reason
+                if self._is_leaving:
+                    return None
+                self._launch(active, directory)
+            if not self._watch(active, active.tree):
+                return None
+        except LaunchError as error:
+            return FORCED_CODE, str(error)
+        child_code = active.tree.exit_code()  # collects the child
+        code = directory.exit_code()
+        if code is None:
+            code = child_code
+        if not active.reason and not directory.has_started():
+            return FORCED_CODE, f"could not start: nothing could be written to {directory.path}"
+        return (FORCED_CODE, _LOST) if code is None else (code, "")
+
+    def _launch(self, active: _ActiveStep, directory: StepDirectory) -> None:
+        """Starts the step's process, unless the disk is full or it has been stopped meanwhile. Raises LaunchError."""
+        seq, idx = active.task.seq, active.idx
+        try:
+            script = self._store.script(seq, idx)
+            active.started_ns = self._clock.now_ns()
+            begun = self._store.begin(seq, idx, active.started_ns)
+            workspace = os.path.join(self._tasks_dir, str(seq), "workspace")
+            file = directory.prepare(
+                script_name(script.command_type), encode_script(script.command_type, script.content)
+            )
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(workspace)
+            env = self._environment_of(active, script.env, workspace)
+            command = interpreter_command(script.command_type, file, env.get("PATH", os.defpath))
+            begun.wait()  # only what is known to have begun may run
+            if active.reason or self._is_leaving:
+                return
+            tree = self._processes.start(command, directory.path, workspace, env)
+        except (OSError, StorageFull, Unavailable) as error:
+            if isinstance(error, OSError) and error.errno not in _FULL:
+                raise LaunchError(f"could not start: {error}") from error
+            log.error("%s: waits until it can be written: %s", active, error)
+            self._stopping.wait(_TICK_S)
+            return
+        with self._lock:
+            active.tree = tree
+        self._observer.step_started(time.monotonic() - active.ready_s)
+        log.debug("%s: started, pid %d", active, tree.pid)
+
+    def _environment_of(self, active: _ActiveStep, entries: Sequence[str], workspace: str) -> dict[str, str]:
+        env = dict(self._environment)
+        env.update(entry.split("=", 1) for entry in entries)  # type: ignore[misc]
+        env["TASK_ID"] = active.task.id
+        env["TASK_STEP_ID"] = str(active.idx)
+        env["TASK_STEP_NAME"] = active.task.names[active.idx]
+        env["TASK_WORKSPACE"] = workspace
+        return env
+
+    def _watch(self, active: _ActiveStep, tree: ProcessTree) -> bool:
+        """Waits for the step's end, and brings it about where need be; False when it is left to run."""
+        timeout_ns = active.task.timeouts_ns[active.idx] or self._settings.exec_timeout
+        deadline_s = self._clock.monotonic_s(active.started_ns + timeout_ns)
+        while not active.reason and not self._is_leaving:
+            if tree.wait(deadline_s):
+                return True
+            if time.monotonic() >= deadline_s:
+                with self._lock:
+                    active.reason = active.reason or TIMED_OUT
+        if not active.reason:
+            return False
+        log.info("%s: %s", active, active.reason)
+        tree.stop(GRACE_S if active.stops < 2 else 0)
+        return True
+
+    def _end_active(self, active: _ActiveStep, code: int, reason: str) -> None:
+        """A step has run: its end is stored, its place is free."""
+        directory, seconds = self._directory(active.task.seq, active.idx), 0.0
+        if active.started_ns:
+            seconds = (self._clock.now_ns() - active.started_ns) / _SECOND_NS
+        with self._lock:
+            if active.reason:
+                code, reason = FORCED_CODE, active.reason
+            self._active.discard(active)
+            del active.task.active[active.idx]
+        result = "forced" if reason else "failed" if code else "succeeded"
+        self._observer.step_ended(result, seconds, directory.output_bytes())
+        log.debug("%s: ended with code %d %s", active, code, reason)
+        self._end(active.task, [(active.idx, code, reason)])
+
+    def _end(self, task: _LiveTask, ends: list[tuple[int, int, str]]) -> None:
+        """Stores the end of steps that do not run, then starts what waited for them."""
+        with self._lock:
+            ends = [end for end in ends if task.plan.is_open(end[0]) and end[0] not in task.active]
+            for idx, code, _ in ends:
+                self._ready.pop((task.seq, idx), None)
+                task.plan.fail(idx) if code else task.plan.done(idx)
+            ready = task.plan.ready()
+            is_over = task.plan.over and self._tasks.pop(task.seq, None) is not None
+        if is_over:
+            with contextlib.suppress(OSError):  # it is not empty
+                os.rmdir(os.path.join(self._tasks_dir, str(task.seq), "workspace"))
+        if ends or is_over:
+            self._store.end(task.seq, ends, self._clock.now_ns(), is_over)
+        with self._lock:
+            if not task.stop:
+                self._enqueue(task, ready)
+        if task.stop and ready:
+            self._end(task, [(idx, FORCED_CODE, task.stop) for idx in ready])
+
+    # -- stops
+
+    def _note_stop(self, seq: int, idx: int | None, reason: str) -> None:
+        try:
+            self._store.note_stop(seq, idx, reason)
+        except (StorageFull, Unavailable) as error:  # to stop matters more: the step's end will tell of it
+            log.error("cannot store a stop: %s", error)
+
+    def _stop_active(self, steps: Iterable[_ActiveStep], reason: str) -> None:
+        """Has the workers stop their steps; the lock is held."""
+        for active in steps:
+            active.reason = active.reason or reason
+            active.stops += 1
+            if active.tree:
+                active.tree.wake()
+
+    # -- deadlines of tasks, limits of output, expiry
+
+    def _keep(self, action: Callable[[], float], alarm: threading.Event) -> None:
+        """The thread that acts again and again, after the pause that the action says or at the alarm."""
+        while not self._stopping.is_set():
+            pause_s = _TICK_S
+            try:
+                pause_s = action()
+            except Exception:
+                log.exception("%s: will try again", threading.current_thread().name)
+            alarm.wait(pause_s)
+            alarm.clear()
+
+    def _set_deadline(self, task: _LiveTask, accepted_ns: int, timeout_ns: int) -> None:
+        """The task ends in time; the lock is held."""
+        if timeout_ns:
+            heapq.heappush(self._deadlines, (accepted_ns + timeout_ns, task.seq))
+            self._deadline_came.set()
+
+    def _enforce(self) -> float:
+        """Stops the tasks whose time is over and the steps that write too much; the pause until the next look."""
+        now_ns, overdue = self._clock.now_ns(), []
+        with self._lock:
+            while self._deadlines and self._deadlines[0][0] <= now_ns:
+                overdue.append(heapq.heappop(self._deadlines)[1])
+            limit = self._settings.max_output
+            active = [one for one in self._active if one.tree and not one.reason] if limit else []
+        for seq in overdue:
+            with contextlib.suppress(NotFound):
+                self.stop_task(seq, TIMED_OUT)
+        excessive = [one for one in active if self._directory(one.task.seq, one.idx).output_bytes() > limit]
+        with self._lock:
+            self._stop_active(excessive, OUTPUT_EXCEEDED)
+            left_ns = self._deadlines[0][0] - self._clock.now_ns() if self._deadlines else _SECOND_NS
+        return max(0.0, min(_TICK_S, left_ns / _SECOND_NS))
+
+    def _sweep(self) -> float:
+        """Forgets what has expired, and removes its files; the pause until the next look."""
+        self._processes.reap()
+        expired = self._store.expire(self._clock.now_ns() - self._settings.key_expire)
+        self._rubbish.extend(os.path.join(self._tasks_dir, str(seq)) for seq in expired)
+        for _ in range(len(self._rubbish)):
+            path = self._rubbish.popleft()
+            if not remove_tree(path):
+                self._rubbish.append(path)  # held by a process or a virus scanner: later
+            if self._stopping.is_set():
+                break
+        return 0 if len(expired) == _BATCH else _TICK_S
+
+    # -- after a restart
+
+    def _recover(self, found: OpenTask) -> list[_ActiveStep]:
+        """Takes up a task that an earlier daemon left; the steps of it that still run. No other thread is there yet."""
+        task = _LiveTask(found.seq, found.id, found.steps)
+        task.stop = found.stop
+        self._tasks[task.seq] = task
+        adopted: list[_ActiveStep] = []
+        ends: list[tuple[int, int, str]] = []
+        for step in found.steps:
+            if step.state == State.ENDED and step.code:
+                task.plan.fail(step.idx)
+        ready = collections.deque(task.plan.ready())
+        while ready:
+            step = found.steps[ready.popleft()]
+            if step.state == State.ENDED:
+                task.plan.done(step.idx)
+                ready.extend(task.plan.ready())
+            elif step.state == State.RUNNING and (active := self._adopt(task, step)):
+                adopted.append(active)
+            elif step.state == State.RUNNING and (end := self._settle(task, step)):
+                ends.append(end)
+            elif found.stop or step.stop:
+                ends.append((step.idx, FORCED_CODE, found.stop or step.stop))
+            else:
+                self._ready[task.seq, step.idx] = time.monotonic()
+        self._set_deadline(task, found.accepted_ns, found.timeout_ns)
+        self._end(task, ends)
+        return adopted
+
+    def _adopt(self, task: _LiveTask, step: OpenStep) -> _ActiveStep | None:
+        """The step if it still runs."""
+        tree = self._processes.adopt(self._directory(task.seq, step.idx).path)
+        if tree is None:
+            return None
+        active = _ActiveStep(task, step.idx, time.monotonic())
+        active.tree, active.started_ns, active.reason = tree, step.started_ns or 0, task.stop or step.stop
+        self._activate(active)
+        log.info("%s: still runs, pid %d", active, tree.pid)
+        return active
+
+    def _settle(self, task: _LiveTask, step: OpenStep) -> tuple[int, int, str] | None:
+        """How a step that had begun ended without a daemon; None when it never ran."""
+        directory = self._directory(task.seq, step.idx)
+        stopped, code = task.stop or step.stop, directory.exit_code()
+        if stopped:
+            return step.idx, FORCED_CODE, stopped
+        if code is not None:
+            return step.idx, code, ""
+        if directory.has_started() or self._processes.is_marked(directory.path):
+            return step.idx, FORCED_CODE, _LOST
+        return None
+
+    def _directory(self, seq: int, idx: int) -> StepDirectory:
+        return StepDirectory(os.path.join(self._tasks_dir, str(seq), str(idx)))
+
+
+_LOST = "lost: it ended without a result, as when it is killed or the host restarts"
+
+
+# ======================================================================================================================
+# telemetry: metrics
+# ======================================================================================================================
+
+# ======================================================================================================================
+# HTTP core: requests read strictly, answers, routes
+# ======================================================================================================================
+
+_HEAD_LIMIT_BYTES = 32 * 1024
+_HEADERS_LIMIT = 100
+_BODY_RATE_BYTES_PER_S = 64 * 1024  # what a client must reach while it sends a body
+_LINE_LIMIT_BYTES = 256  # of a chunk's size
+_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/1\.([01])")
+_FIELD_LINE = re.compile(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)")
+_STRAY = re.compile(rb"(?<!\r)\n|\r[^\n]|\0")
+_AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(?::[0-9]{1,5})?")
+_ABSOLUTE = re.compile(r"https?://([^/?#]+)(/[^#]*|(?:\?[^#]*)?)", re.IGNORECASE)
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,12})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+
+JSON_TYPE = ("Content-Type", "application/json; charset=utf-8")
+
+
+def to_json(value: Any) -> str:
+    """JSON as every answer has it: compact, text as itself."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+class Request(NamedTuple):
+    """A request: `segments` and `query` are decoded, header names in lower case, `host` is what the client calls us."""
+
+    method: str
+    segments: tuple[str, ...]
+    query: tuple[tuple[str, str], ...]
+    headers: Mapping[str, str]
+    host: str
+    is_old: bool  # HTTP/1.0
+    body: bytes = b""
+    peer: str = ""
+    scheme: str = "http"
+    params: Mapping[str, str] = types.MappingProxyType({})
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.scheme}://{self.host}"
+
+    @property
+    def keeps_alive(self) -> bool:
+        words = {word.strip().lower() for word in self.headers.get("connection", "").split(",")}
+        return "keep-alive" in words if self.is_old else "close" not in words
+
+
+class Response(NamedTuple):
+    """An answer; a body of several blocks is streamed."""
+
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes | Iterable[bytes] = b""
+
+
+_NO_DATA = object()
+
+
+def json_response(
+    data: Any = _NO_DATA,
+    code: int = Code.SUCCESS,
+    message: str = "success",
+    status: int = 200,
+    headers: tuple[tuple[str, str], ...] = (),
+) -> Response:
+    """The envelope; `data` is left out where there is none."""
+    envelope = {"code": int(code), "message": message, "data": data}
+    if data is _NO_DATA:
+        del envelope["data"]
+    return Response(status, (JSON_TYPE, *headers), to_json(envelope).encode())
+
+
+def refusal(error: ApiError) -> Response:
+    """The answer that an error is."""
+    return json_response(code=error.code, message=error.message, status=error.status, headers=error.headers)
+
+
+class Route(NamedTuple):
+    """What answers a method on a path; {names} in the template are parameters."""
+
+    method: str
+    template: str
+    handle: Callable[[Request], Response]
+    is_counted: bool = True  # by --max-requests
+    is_public: bool = False  # for those too who may call nothing else
+
+
+class Router:
+    """Finds the route of a request."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self.routes = tuple(routes)
+        self._fixed: dict[tuple[str, ...], dict[str, Route]] = {}
+        self._variable: dict[tuple[str, ...], dict[str, Route]] = {}
+        for route in self.routes:
+            segments = tuple(route.template.split("/")[1:])
+            table = self._variable if "{" in route.template else self._fixed
+            table.setdefault(segments, {})[route.method] = route
+
+    def match(self, request: Request) -> tuple[Route, dict[str, str]]:
+        """The route and its parameters; raises NoRoute and WrongMethod."""
+        params: dict[str, str] = {}
+        methods = self._fixed.get(request.segments)
+        if methods is None:
+            methods, params = self._match_variable(request.segments)
+        route = methods.get(request.method)
+        if route is None:
+            allow = ", ".join(methods)
+            raise WrongMethod(f"{request.method} is no method of this path; right would be {allow}", allow)
+        return route, params
+
+    def _match_variable(self, segments: tuple[str, ...]) -> tuple[dict[str, Route], dict[str, str]]:
+        for pattern, methods in self._variable.items():
+            if len(pattern) == len(segments) and all(p == s or p[0] == "{" for p, s in zip(pattern, segments)):
+                return methods, {p[1:-1]: s for p, s in zip(pattern, segments) if p[0] == "{"}
+        raise NoRoute(f"no route has the path /{'/'.join(segments)}")
+
+
+class ConnectionEnded(Exception):
+    """The client has closed, reset or left the connection."""
+
+
+class Stream:
+    """What a client sends, read with absolute deadlines; for the connection's thread."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+        self._buffer = bytearray()
+        self._deadline_s = 0.0
+        self._scanned = 0
+
+    def expect(self, within_s: float) -> None:
+        """From now on, all that is read must have come within this time."""
+        self._deadline_s = time.monotonic() + within_s
+
+    def wait(self) -> None:
+        """Until there is a first byte; raises ConnectionEnded."""
+        if not self._buffer:
+            self._fill()
+
+    def head(self) -> list[str]:
+        """The lines of a request's head, without the empty one; raises Malformed and ConnectionEnded."""
+        self._scanned = 0
+        while (end := self._buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))) < 0 and self._is_clean(
+            len(self._buffer)
+        ):
+            self._scanned = len(self._buffer)
+            self._fill()
+        if not self._is_clean(end + 4):
+            raise Malformed("the request's head holds a stray CR, LF or NUL, or is larger than 32 KB")
+        return self._take(end + 4)[:-4].decode("latin-1").split("\r\n")
+
+    def line(self) -> bytes:
+        """The bytes up to a CRLF, which is taken too; raises Malformed and ConnectionEnded."""
+        while (end := self._buffer.find(b"\r\n", 0, _LINE_LIMIT_BYTES)) < 0:
+            if len(self._buffer) >= _LINE_LIMIT_BYTES:
+                raise Malformed("a line of the chunked body is too long")
+            self._fill()
+        return self._take(end + 2)[:-2]
+
+    def exactly(self, count: int) -> bytes:
+        """So many bytes; raises ConnectionEnded."""
+        while len(self._buffer) < count:
+            self._fill()
+        return self._take(count)
+
+    def has(self, count: int) -> bool:
+        """Whether so many bytes are there already."""
+        return len(self._buffer) >= count
+
+    def drain(self, within_s: float) -> None:
+        """Reads and drops what comes, until the client closes or the time is over: a close before that resets it."""
+        self.expect(within_s)
+        with contextlib.suppress(ConnectionEnded):
+            while True:
+                self._buffer.clear()
+                self._fill()
+
+    def _is_clean(self, end: int) -> bool:
+        return end <= _HEAD_LIMIT_BYTES and not _STRAY.search(self._buffer, max(0, self._scanned - 1), end)
+
+    def _take(self, count: int) -> bytes:
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return taken
+
+    def _fill(self) -> None:
+        left_s = self._deadline_s - time.monotonic()
+        try:
+            self._link.settimeout(max(left_s, 0.001))
+            data = self._link.recv(1 << 16)
+        except OSError as error:
+            raise ConnectionEnded(str(error)) from None
+        if not data or left_s <= 0:
+            raise ConnectionEnded("the client has closed" if not data else "the client is too slow")
+        self._buffer += data
+
+
+def read_request(stream: Stream, timeout_s: float, body_limit: int, go_on: Callable[[], None]) -> Request:
+    """The next request (RFC 9112, read strictly); `go_on` tells a client that waits to send its body.
+
+    Raises ApiError for what is refused, after which the connection's rest cannot be trusted, and ConnectionEnded.
+    """
+    stream.expect(timeout_s)
+    lines = stream.head()
+    found = _REQUEST_LINE.fullmatch(lines[0])
+    if not found:
+        raise Malformed("the first line is no request of HTTP/1.0 or HTTP/1.1")
+    method, target, minor = found.groups()
+    fields = _parse_fields(lines[1:])
+    path, host = _split_target(target, fields, is_old=minor == "0")
+    body = _read_body(stream, fields, minor == "0", timeout_s, body_limit, go_on)
+    path, _, query = path.partition("?")
+    return Request(
+        method,
+        tuple(_unquote(segment) for segment in path.split("/")[1:]),
+        tuple(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace")) if query else (),
+        fields,
+        host,
+        minor == "0",
+        body,
+    )
+
+
+def _parse_fields(lines: Sequence[str]) -> dict[str, str]:
+    """The header fields; a repeated one is joined by commas, unless it may stand only once."""
+    if len(lines) > _HEADERS_LIMIT:
+        raise Malformed(f"more than {_HEADERS_LIMIT} header fields")
+    fields: dict[str, str] = {}
+    for line in lines:
+        found = _FIELD_LINE.fullmatch(line)
+        if not found:
+            raise Malformed("a header field is no `name: value`")
+        name, value = found[1].lower(), found[2].strip(" \t")
+        if name in fields and name in _SINGLE_FIELDS:
+            raise Malformed(f"{found[1]} stands twice")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
+
+
+_SINGLE_FIELDS = {"host", "content-length", "transfer-encoding", "authorization", "origin", "expect"}
+
+
+def _split_target(target: str, fields: Mapping[str, str], is_old: bool) -> tuple[str, str]:
+    """Path with query, and the authority."""
+    host = fields.get("host", "")
+    if "host" not in fields and not is_old:
+        raise Malformed("no Host, which HTTP/1.1 must have")
+    if absolute := _ABSOLUTE.fullmatch(target):
+        host, target = absolute[1], "/" + absolute[2].lstrip("/") if absolute[2][:1] != "/" else absolute[2]
+    if target[0] != "/" or "#" in target or _BAD_ESCAPE.search(target):
+        raise Malformed("the target of the request is no path")
+    if host and not _AUTHORITY.fullmatch(host):
+        raise Malformed("Host is no host:port")
+    return target, host
+
+
+def _unquote(segment: str) -> str:
+    return urllib.parse.unquote(segment, errors="replace") if "%" in segment else segment
+
+
+def _read_body(
+    stream: Stream, fields: Mapping[str, str], is_old: bool, timeout_s: float, limit: int, go_on: Callable[[], None]
+) -> bytes:
+    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
+    if length is None and coding is None:
+        return b""
+    if length is not None and (coding is not None or not re.fullmatch("[0-9]{1,18}", length)):
+        raise Malformed("Content-Length is no number, or stands beside Transfer-Encoding")
+    if coding is not None and (coding.lower() != "chunked" or is_old):
+        raise Malformed("Transfer-Encoding is not chunked, or in HTTP/1.0")
+    size = int(length or 0)
+    if size > limit:
+        raise TooLarge(f"the body has {size} bytes; at most {limit} are taken (--max_body)")
+    expectation = fields.get("expect", "").lower()
+    if expectation not in ("", "100-continue"):
+        raise Malformed("Expect is not 100-continue")
+    if expectation and not is_old and not stream.has(max(size, 1)):
+        go_on()
+    stream.expect(timeout_s + (size if coding is None else limit) / _BODY_RATE_BYTES_PER_S)
+    return stream.exactly(size) if coding is None else _read_chunks(stream, limit)
+
+
+def _read_chunks(stream: Stream, limit: int) -> bytes:
+    """A chunked body (RFC 9112, 7.1); its trailer is dropped."""
+    body = bytearray()
+    while True:
+        found = _CHUNK_SIZE.fullmatch(stream.line())
+        if not found:
+            raise Malformed("a chunk of the body has no size")
+        size = int(found[1], 16)
+        if len(body) + size > limit:
+            raise TooLarge(f"the body has more than {limit} bytes, which are the most (--max_body)")
+        if not size:
+            break
+        body += stream.exactly(size)
+        if stream.exactly(2) != b"\r\n":
+            raise Malformed("a chunk of the body is longer than its size")
+    for _ in range(_HEADERS_LIMIT):
+        if not stream.line():
+            return bytes(body)
+    raise Malformed("the trailer of the body is too long")
+
+
+# ======================================================================================================================
+# access: who may call what
+# ======================================================================================================================
+
+# ======================================================================================================================
+# API document: OpenAPI, derived from the routes
+# ======================================================================================================================
+
+# ======================================================================================================================
+# web pages: what a browser shows
+# ======================================================================================================================
+
+# ======================================================================================================================
+# API: one short method a route
+# ======================================================================================================================
+
+_POOL_MOST = next(option.most for option in OPTIONS if option.name == "pool_size")
+_LONG_LINE_BYTES = 1 << 20  # beyond this a line is answered piece by piece
+
+
+class Api:
+    """Answers the routes of tasks and of the pool; any thread may call it."""
+
+    def __init__(self, store: Store, engine: Engine, clock: Clock, key_expire_ns: int) -> None:
+        self._store = store
+        self._engine = engine
+        self._clock = clock
+        self._key_expire_ns = key_expire_ns
+
+    def routes(self) -> list[Route]:
+        task, step = "/api/v1/task/{task}", "/api/v1/task/{task}/{step}"
+        return [
+            Route("GET", "/api/v1/task", self.list_tasks),
+            Route("POST", "/api/v1/task", self.submit_task),
+            Route("GET", task, self.show_task),
+            Route("PUT", task, self.stop_task),
+            Route("PUT", step, self.stop_step),
+            Route("GET", step + "/console", self.show_console),
+            Route("GET", "/api/v1/pool", self.show_pool),
+            Route("POST", "/api/v1/pool", self.resize_pool),
+        ]
+
+    def list_tasks(self, request: Request) -> Response:
+        sorts = [value for name, value in request.query if name == "sort"] or ["st"]
+        if sorts not in (["st"], ["et"], ["rt"]):
+            raise Malformed("sort parameter error")
+        return Response(headers=(JSON_TYPE,), body=self._task_list(self._store.seqs(sorts[0]), request.base_url))
+
+    def submit_task(self, request: Request) -> Response:
+        accepted = self._engine.submit(parse_submission(request.body, request.query, INTERPRETERS))
+        data = {
+            "count": accepted.step_count,
+            "id": accepted.id,
+            "url": f"{request.base_url}/api/v1/task/{accepted.id}",
+            "timestamp": accepted.accepted_ns + self._clock.offset_ns(),
+        }
+        return json_response(data, headers=(("X-Task-ID", accepted.id),))
+
+    def show_task(self, request: Request) -> Response:
+        task = self._store.task(request.params["task"])
+        rows = self._store.steps(task.seq)
+        if task.ended_ns is None:
+            code, message = Code.IN_PROGRESS, f"in progress: [{_running_text(rows)}]"
+        elif failed := [row for row in rows if row.code]:
+            texts = (failure_text(row.idx, row.name, row.code, row.reason) for row in failed)
+            code, message = Code.FAILED, f"execution failed: [{'; '.join(texts)}]"
+        else:
+            code, message = Code.SUCCESS, "success"
+        url = f"{request.base_url}/api/v1/task/{task.id}"
+        data = [self._step_json(task, row, rows, url) for row in rows]
+        return json_response(data, code, message, headers=(("X-Task-STATE", STATE_NAMES[State(task.state)]),))
+
+    def stop_task(self, request: Request) -> Response:
+        self._engine.stop_task(self._store.task(request.params["task"]).seq)
+        return json_response()
+
+    def stop_step(self, request: Request) -> Response:
+        task = self._store.task(request.params["task"])
+        self._engine.stop_step(task.seq, self._store.step(task.seq, request.params["step"]).idx)
+        return json_response()
+
+    def show_console(self, request: Request) -> Response:
+        task = self._store.task(request.params["task"])
+        step = self._store.step(task.seq, request.params["step"])
+        if step.state == State.PENDING:
+            if task.ended_ns is not None:
+                raise NotFound(NOT_FOUND)
+            return json_response([], Code.IN_PROGRESS, "pending")
+        if step.state == State.RUNNING:
+            code, message = Code.IN_PROGRESS, "in progress"
+        elif step.code:
+            why = step.reason or failure_text(step.idx, step.name, step.code, "")
+            code, message = Code.FAILED, f"exit code: {step.code}; {why}"
+        else:
+            code, message = Code.SUCCESS, "succeed"
+        lines = encode_lines(self._engine.read_output(task.seq, step.idx), fallback_encoding())
+        head = f'{{"code":{int(code)},"message":{to_json(message)},"data":['.encode()
+        return Response(headers=(JSON_TYPE,), body=itertools.chain([head], lines, [b"]}"]))
+
+    def show_pool(self, _: Request) -> Response:
+        return json_response(self._engine.pool()._asdict())
+
+    def resize_pool(self, request: Request) -> Response:
+        body = parse_json(request.body)
+        size = body.get("size") if isinstance(body, dict) else None
+        if type(size) is not int or not 1 <= size <= _POOL_MOST:
+            raise Malformed(f'the body must be {{"size": n}}, n from 1 to {_POOL_MOST}')
+        return json_response(self._engine.resize(size)._asdict())
+
+    def _task_list(self, seqs: Sequence[int], base_url: str) -> Iterator[bytes]:
+        """The answer of the list, block by block."""
+        running, total = self._store.running_steps(), 0
+        yield b'{"code":0,"message":"success","data":{"running":%d,"tasks":[' % len(running)
+        for rows in self._store.tasks(seqs):
+            if rows:
+                block = [self._task_json(row, running.get(row.seq, ()), base_url) for row in rows]
+                yield (b"," if total else b"") + to_json(block)[1:-1].encode()
+                total += len(rows)
+        yield b'],"total":%d}}' % total
+
+    def _task_json(self, task: TaskRow, running: Sequence[tuple[int, str]], base_url: str) -> dict[str, Any]:
+        message = task.message
+        if task.ended_ns is None:
+            message = f"currently executing: [{name_steps(running)}]" if running else WAITING
+        return {
+            "id": task.id,
+            "url": f"{base_url}/api/v1/task/{task.id}",
+            "state": task.state,
+            "code": task.code,
+            "count": task.step_count,
+            "msg": message,
+            "times": self._times(task.accepted_ns, task.ended_ns, task.ended_ns),
+        }
+
+    def _step_json(self, task: TaskRow, row: StepRow, rows: Sequence[StepRow], url: str) -> dict[str, Any]:
+        needs = [rows[idx].name for idx in json.loads(row.needs)]
+        return {
+            "step": row.idx,
+            "url": f"{url}/{row.idx}/console",
+            "name": row.name,
+            "state": row.state,
+            "code": row.code,
+            "msg": step_message(row.idx, row.name, row.state, row.code, row.reason),
+            **({"depets_on": needs} if needs else {}),
+            "times": self._times(row.started_ns, row.ended_ns, row.ended_ns or task.ended_ns),
+        }
+
+    def _times(self, begin_ns: int | None, end_ns: int | None, kept_since_ns: int | None) -> dict[str, str]:
+        """Begin and end where there are, and the time left before the record expires, which a live one's does not yet lose."""
+        times, offset_ns = {}, self._clock.offset_ns()
+        if begin_ns is not None:
+            times["st"] = format_time((begin_ns + offset_ns) // _SECOND_NS)
+        if end_ns is not None:
+            times["et"] = format_time((end_ns + offset_ns) // _SECOND_NS)
+        age_ns = 0 if kept_since_ns is None else self._clock.now_ns() - kept_since_ns
+        times["rt"] = format_duration(max(0, self._key_expire_ns - age_ns))
+        return times
+
+
+class OperatorApi:
+    """Answers the routes that tell of the daemon itself; any thread may call it."""
+
+    def __init__(self, store: Store, engine: Engine, clock: Clock) -> None:
+        self._store = store
+        self._engine = engine
+        self._clock = clock
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("GET", "/version", self.show_version, is_counted=False),
+            Route("GET", "/healthyz", self.show_health, is_counted=False, is_public=True),
+            Route("GET", "/heartbeat", self.beat, is_counted=False, is_public=True),
+            Route("HEAD", "/heartbeat", self.beat, is_counted=False, is_public=True),
+            Route("GET", "/metrics", self.show_metrics, is_counted=False),
+            Route("GET", "/api/v1/state", self.show_state),
+        ]
+
+    def show_version(self, _: Request) -> Response:
+        return json_response({"version": __version__})
+
+    def show_health(self, request: Request) -> Response:
+        """The envelope, and its data beside it too, where clients of the original look."""
+        data = {"server": request.host, "client": request.peer, "state": "Running", "timestamp": time.time_ns()}
+        return Response(
+            headers=(JSON_TYPE,), body=to_json({"code": 0, "message": "success", "data": data, **data}).encode()
+        )
+
+    def beat(self, _: Request) -> Response:
+        return Response()
+
+    def show_metrics(self, _: Request) -> Response:
+        pool, counts = self._engine.pool(), self._store.counts()
+        lines = ["# HELP remote_executor_tasks Tasks kept, by state.", "# TYPE remote_executor_tasks gauge"]
+        lines += [
+            f'remote_executor_tasks{{state="{STATE_NAMES[state]}"}} {counts.get(state, 0)}' for state in STATE_NAMES
+        ]
+        for name, value in pool._asdict().items():
+            lines += [
+                f"# HELP remote_executor_pool_{name} The pool: {name}.",
+                f"# TYPE remote_executor_pool_{name} gauge",
+            ]
+            lines.append(f"remote_executor_pool_{name} {value}")
+        return Response(
+            headers=(("Content-Type", "text/plain; version=0.0.4; charset=utf-8"),),
+            body="\n".join([*lines, ""]).encode(),
+        )
+
+    def show_state(self, _: Request) -> Response:
+        counts = {STATE_NAMES[State(state)]: count for state, count in self._store.counts().items()}
+        return json_response(
+            {"pool": self._engine.pool()._asdict(), "tasks": counts, "store_bytes": self._store.size_bytes()}
+        )
+
+
+def _running_text(rows: Sequence[StepRow]) -> str:
+    return name_steps((row.idx, row.name) for row in rows if row.state == State.RUNNING) or WAITING
+
+
+def encode_lines(blocks: Iterable[bytes], fallback: str) -> Iterator[bytes]:
+    """The lines of an output as elements of a JSON array, in pieces; memory stays flat whatever the output is.
+
+    A line ends in LF or CRLF. It is UTF-8, else of the fallback encoding with replacement marks.
+    """
+    rest, comma, is_open = b"", b"", False  # is_open: of a long line the first pieces have been given out
+    for block in blocks:
+        whole, newline, rest = (rest + block).rpartition(b"\n")
+        if newline:
+            lines = _decode_lines(whole, fallback)
+            if is_open:
+                yield to_json(lines.pop(0))[1:].encode()
+                is_open = False
+            if lines:
+                yield comma + to_json(lines)[1:-1].encode()
+            comma = b","
+        if len(rest) > _LONG_LINE_BYTES:
+            cut = _cut(rest)
+            yield (b"" if is_open else comma + b'"') + to_json(_decode(rest[:cut], fallback))[1:-1].encode()
+            rest, comma, is_open = rest[cut:], b",", True
+    if is_open:
+        yield to_json(_decode(rest, fallback))[1:].encode()
+    elif rest:
+        yield comma + to_json(_decode(rest, fallback)).encode()
+
+
+def _decode_lines(data: bytes, fallback: str) -> list[str]:
+    try:
+        lines = data.decode().split("\n")
+    except UnicodeDecodeError:
+        lines = [_decode(line, fallback) for line in data.split(b"\n")]
+    return [line[:-1] if line.endswith("\r") else line for line in lines]
+
+
+def _decode(line: bytes, fallback: str) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return line.decode(fallback, "replace")
+
+
+def _cut(line: bytes) -> int:
+    """Where a long line may be cut: not within a character, nor before a CR that may belong to the line's end."""
+    cut = len(line) - line.endswith(b"\r")
+    for back in range(1, 4):
+        lead = line[cut - back]
+        if lead >= 0xC0:
+            return cut - back if back < (2 if lead < 0xE0 else 3 if lead < 0xF0 else 4) else cut
+        if lead < 0x80:
+            break
+    return cut
+
+
+# ======================================================================================================================
+# server: sockets, connections, limits
+# ======================================================================================================================
+
+_IDLE_S = 60.0
+_BACKLOG = 1024
+_LINGER_S = 5.0
+_REASONS = {status.value: status.phrase for status in http.HTTPStatus}
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host, empty for every address, and port of host:port, [::1]:port or tcp://host:port; raises ValueError."""
+    found = re.fullmatch(r"(?:tcp://)?(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]]*)):([0-9]{1,5})", text)
+    if not found or int(found[3]) > 65535:
+        raise ValueError(f"{text!r} is no address; right would be :2376, 127.0.0.1:2376 or [::1]:2376")
+    return found[1] or found[2] or "", int(found[3])
+
+
+class Connection(socketserver.BaseRequestHandler):
+    """One client's connection, in a thread of its own."""
+
+    server: Server
+
+    def handle(self) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        stream = Stream(self.request)
+        try:
+            while True:
+                stream.expect(_IDLE_S)
+                stream.wait()
+                if not self._exchange(stream):
+                    return
+        except (OSError, ConnectionEnded) as error:
+            log.debug("connection of %s: %s", self.client_address[0], error)
+
+    def _exchange(self, stream: Stream) -> bool:
+        """One request and its answer; whether another may follow."""
+        server, begin_s = self.server, time.perf_counter()
+        try:
+            request = read_request(stream, server.timeout_s, server.body_limit, self._go_on)
+        except ApiError as error:
+            self._send(None, refusal(error))
+            self.request.shutdown(socket.SHUT_WR)
+            stream.drain(_LINGER_S)
+            return False
+        request = request._replace(peer=self.client_address[0], host=request.host or server.authority)
+        with server.serve(request) as (route, response):
+            is_kept, sent = self._send(request, response)
+        server.told(request, route, response.status, time.perf_counter() - begin_s, sent)
+        return is_kept
+
+    def _go_on(self) -> None:
+        self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _send(self, request: Request | None, response: Response) -> tuple[bool, int]:
+        """Sends the answer; whether the connection lives on, and the bytes of the body."""
+        is_kept = request is not None and request.keeps_alive and not self.server.is_stopping
+        is_streamed = not isinstance(response.body, bytes)
+        is_chunked = is_streamed and request is not None and not request.is_old
+        head = [f"HTTP/1.1 {response.status} {_REASONS[response.status]}", _date_line(int(time.time()))]
+        head += [f"{name}: {value}" for name, value in response.headers]
+        if is_chunked:
+            head.append("Transfer-Encoding: chunked")
+        elif not is_streamed:
+            head.append(f"Content-Length: {len(response.body)}")  # type: ignore[arg-type]
+        is_kept = is_kept and (is_chunked or not is_streamed)
+        head.append(
+            ""
+            if is_kept and request and not request.is_old
+            else f"Connection: {'keep-alive' if is_kept else 'close'}\r\n"
+        )
+        start = "\r\n".join(head).encode("latin-1") + b"\r\n"
+        self.request.settimeout(self.server.timeout_s)
+        if isinstance(response.body, bytes):
+            self.request.sendall(start + response.body if request is None or request.method != "HEAD" else start)
+            return is_kept, len(response.body)
+        return is_kept, self._send_blocks(start, response.body, is_chunked)
+
+    def _send_blocks(self, start: bytes, blocks: Iterable[bytes], is_chunked: bool) -> int:
+        """Sends the head and the blocks as they come; the bytes of the body."""
+        sent = 0
+        for block in blocks:
+            if block:
+                framed = b"%x\r\n%b\r\n" % (len(block), block) if is_chunked else block
+                self.request.sendall(start + framed)
+                sent, start = sent + len(block), b""
+        self.request.sendall(start + (b"0\r\n\r\n" if is_chunked else b""))
+        return sent
+
+
+@functools.lru_cache(maxsize=2)
+def _date_line(seconds: int) -> str:
+    return time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT", time.gmtime(seconds))
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """The listening socket and the connections; `start` and `stop` are the daemon's, the rest the connections'."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = _BACKLOG
+    allow_reuse_address = not hasattr(socket, "SO_EXCLUSIVEADDRUSE")  # on Windows it would share the port
+
+    def __init__(self, settings: Settings, router: Router, observer: Observer) -> None:
+        self.timeout_s = settings.timeout / _SECOND_NS
+        self.body_limit = settings.max_body
+        self.authority = ""
+        self.is_stopping = False
+        self._settings = settings
+        self._router = router
+        self._observer = observer
+        self._links: set[socket.socket] = set()
+        self._lock = threading.Lock()  # guards _links and _counted
+        self._counted = 0
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), name="listener", daemon=True)
+        host, port = parse_address(settings.addr)
+        self.address_family = socket.AF_INET6 if ":" in host or (not host and socket.has_ipv6) else socket.AF_INET
+        super().__init__((host, port), Connection, bind_and_activate=False)
+
+    def open(self) -> None:
+        """Takes the port; raises StartupError."""
+        try:
+            self._bind()
+        except OSError as error:
+            self.server_close()
+            raise StartupError(
+                f"--addr: {self._settings.addr} cannot be used: {error.strerror or error}; give another, port 0 takes a free one"
+            ) from None
+        host = self._settings.addr.rpartition(":")[0].rpartition("//")[2] or "localhost"
+        self.authority = f"{host}:{self.server_address[1]}"
+
+    def _bind(self) -> None:
+        try:
+            self.server_bind()
+        except OSError as error:
+            if self.server_address[0] or self.address_family != socket.AF_INET6 or error.errno == errno.EADDRINUSE:
+                raise
+            self.socket.close()  # a host whose IPv6 is switched off
+            self.address_family = socket.AF_INET
+            self.socket = socket.socket(self.address_family, self.socket_type)
+            self.server_bind()
+        self.server_activate()
+
+    def server_bind(self) -> None:
+        """Binds without asking the name service for our name, as the base does."""
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        if self.address_family == socket.AF_INET6 and not self.server_address[0]:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = "", self.server_address[1]
+
+    def start(self) -> None:
+        """Accepts connections from now on."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Accepts no more, lets requests in work end within a moment, closes the rest."""
+        self.is_stopping = True
+        if self._thread.is_alive():
+            self.shutdown()
+        self.server_close()
+        with self._lock:
+            links = [*self._links]
+        for link in links:
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RD)
+
+    @contextlib.contextmanager
+    def serve(self, request: Request) -> Iterator[tuple[Route | None, Response]]:
+        """The route of a request and the answer to it, which counts as in work until it is sent."""
+        route, counted = None, 0
+        try:
+            try:
+                route, params = self._router.match(request)
+                counted = self._count(route)
+                response = route.handle(request._replace(params=params))
+            except ApiError as error:
+                response = refusal(error)
+            except Exception:
+                log.exception("%s /%s failed", request.method, "/".join(request.segments))
+                response = refusal(ApiError("the daemon failed; its log says how"))
+            yield route, response
+        finally:
+            with self._lock:
+                self._counted -= counted
+
+    def _count(self, route: Route) -> int:
+        if not self._settings.max_requests or not route.is_counted:
+            return 0
+        with self._lock:
+            if self._counted >= self._settings.max_requests:
+                raise TooMany(f"{self._counted} requests are in work, the most that --max-requests allows; try again")
+            self._counted += 1
+        return 1
+
+    def told(self, request: Request, route: Route | None, status: int, seconds: float, sent: int) -> None:
+        """A request has been answered."""
+        log.debug(
+            '%s "%s /%s" %d %d B %.1f ms',
+            request.peer,
+            request.method,
+            "/".join(request.segments),
+            status,
+            sent,
+            seconds * 1000,
+        )
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serves a connection in a thread of its own."""
+        with self._lock:
+            self._links.add(request)
+        args = (request, client_address)
+        threading.Thread(target=self.process_request_thread, args=args, name="connection", daemon=True).start()
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._links.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """An answer broke off."""
+        log.error("connection of %s: the answer broke off", client_address[0], exc_info=True)
+
+
+# ======================================================================================================================
+# daemon: wiring, start, stop, signals
+# ======================================================================================================================
+
+_EXIT_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+
+
+class Daemon:
+    """The whole of it; for the main thread, but `end` is for any, and for a signal handler."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._root = os.path.realpath(settings.root)
+        self._ends = 0  # how often the end was asked for
+        self._ending = threading.Event()
+
+    def run(self) -> int:
+        """Serves until the end is asked for; the exit code. Raises StartupError."""
+        for number in _EXIT_SIGNALS:
+            signal.signal(number, lambda *_: self.end())
+        self._configure_log()
+        with contextlib.ExitStack() as closing:
+            self._start(closing)
+            while not self._ending.wait(_LOOK_S):  # a wait without an end would keep Windows from seeing Ctrl-C
+                pass
+        return 0
+
+    def end(self) -> None:
+        """Ends the daemon in order; asked for again, without waiting for steps."""
+        self._ends += 1
+        self._ending.set()
+
+    def _start(self, closing: contextlib.ExitStack) -> None:
+        """Opens the root, takes up the work, opens the port; `closing` undoes it, the last first."""
+        umask, settings = private_umask(), self._settings
+        private_directory(self._root)
+        closing.callback(os.close, lock_file(os.path.join(self._root, "lock")))
+        use_all_descriptors()
+        observer = Observer()
+        store = Store(os.path.join(self._root, "remote_executor.db"), observer.commit)
+        store.start()
+        closing.callback(store.stop)
+        clock = Clock.resume(store.memory(), store.latest_ns())
+        store.remember(clock.memory())
+        engine = Engine(store, Processes(umask), clock, self._root, settings, observer)
+        router = Router(
+            [*Api(store, engine, clock, settings.key_expire).routes(), *OperatorApi(store, engine, clock).routes()]
+        )
+        server = Server(settings, router, observer)
+        closing.callback(server.stop)
+        server.open()
+        closing.callback(self._end_steps, engine)
+        engine.start()
+        server.start()
+        print(f"listening on http://{server.authority}", flush=True)
+
+    def _end_steps(self, engine: Engine) -> None:
+        """Does with the running steps what --on_exit says."""
+        engine.pause()
+        if self._settings.on_exit == "stop":
+            engine.stop_running()
+        if self._settings.on_exit != "leave":
+            while engine.pool().running and self._ends < 2:
+                time.sleep(_LOOK_S / 10)
+        running = engine.pool().running
+        if running:
+            log.warning(
+                "%d %s; the next start adopts them", running, "step runs on" if running == 1 else "steps run on"
+            )
+        engine.stop()
+
+    def _configure_log(self) -> None:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.DEBUG if self._settings.debug else logging.INFO)
+        log.propagate = False
+
+
+_LOOK_S = 0.5
+
+
+def version_line() -> str:
+    """The version of the program and of its Python, in a line."""
+    return f"remote_executor {__version__} (Python {sys.version.split()[0]})"
+
+
+# ======================================================================================================================
+# service hosts: what starts and watches the daemon
+# ======================================================================================================================
+
+# ======================================================================================================================
+# command line: flags, commands, main
+# ======================================================================================================================
+
+_PROGRAM = "remote_executor"
+_SUMMARY = "Turns this host into a remote executor of scripts, by an HTTP/JSON API."
+_COMMANDS = (("help [<command>...]", "Show help."), ("run", "Run server"))
+_SWITCHES = (
+    ("help", "Show context-sensitive help (also try --help-long and --help-man)."),
+    ("version", "Show application version."),
+)
+_SIZE = re.compile(r"([0-9]{1,15}) ?(?:([KMGT])i?)?B?", re.IGNORECASE)
+
+
+class UsageError(Exception):
+    """What was typed cannot be meant; the text is the one line that says what can."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that raises instead of ending the program."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(message)
+
+
+def parse_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The command with its words, and the flags that were given, by field; raises UsageError."""
+    parser = _Parser(prog=_PROGRAM, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("words", nargs="*", default=[])
+    parser.add_argument("-h", "--help", dest="help", action="store_true")
+    for name in ("help_long", "help_man", "version"):
+        parser.add_argument(f"--{name}", dest=name, action="store_true")
+    for name in ("help", "version"):
+        parser.add_argument(f"--no_{name}", dest=name, action="store_false")
+    for option in OPTIONS:
+        if option.kind == "flag":
+            parser.add_argument(f"--{option.field}", dest=option.field, action="store_true")
+            parser.add_argument(f"--no_{option.field}", dest=option.field, action="store_false")
+        else:
+            parser.add_argument(f"--{option.field}", dest=option.field, type=functools.partial(_typed_value, option))
+    given = vars(parser.parse_intermixed_args([_spell(word) for word in arguments]))
+    return given.pop("words"), given
+
+
+def _spell(word: str) -> str:
+    """A flag with `_` between its words, as the table of options has it in its fields."""
+    flag, equals, value = word.partition("=")
+    return flag[:2] + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else word
+
+
+def _typed_value(option: Option, text: str) -> Any:
+    try:
+        value = _value(option, text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if isinstance(value, int) and not option.least <= value <= option.most:
+        most = f" to {option.most}" if option.most < 2**63 - 1 else " or more"
+        least = "more than 0" if option.kind != "count" and option.least else f"{option.least}{most}"
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range; right would be {least}")
+    return value
+
+
+def _value(option: Option, text: str) -> Any:
+    """The value of a flag; raises ValueError that says what would be right."""
+    if option.kind == "duration":
+        return parse_duration(text)
+    if option.kind == "count" or option.kind == "size":
+        found = _SIZE.fullmatch(text) if option.kind == "size" else re.fullmatch("([0-9]{1,15})()", text)
+        if not found:
+            right = "a size such as 16MiB or 1GiB" if option.kind == "size" else "a number such as 30"
+            raise ValueError(f"{text!r} is no {option.kind}; right would be {right}")
+        return int(found[1]) << 10 * " KMGT".index((found[2] or " ").upper())
+    if option.kind == "choice" and text not in option.choices:
+        raise ValueError(f"{text!r} is none of {', '.join(option.choices)}")
+    if option.kind == "address":
+        parse_address(text)
+    if not text:
+        raise ValueError("must not be empty")
+    return text
+
+
+def make_settings(given: Mapping[str, Any]) -> Settings:
+    """The settings with what was given in place of the defaults."""
+    defaults = {
+        option.field: False if option.kind == "flag" else _value(option, _default(option)) for option in OPTIONS
+    }
+    return Settings(**{**defaults, **{field: value for field, value in given.items() if field in defaults}})
+
+
+def _default(option: Option) -> str:
+    return option.default.replace("$TEMP", temporary_directory())
+
+
+def _flag_rows() -> Iterator[tuple[str, str]]:
+    """Each flag as the help shows it, and what it is for."""
+    yield "-h, --[no-]help", _SWITCHES[0][1]
+    for option in OPTIONS:
+        if option.kind == "flag":
+            yield f"    --[no-]{option.name}", option.help
+        else:
+            default = _default(option)
+            quoted = f'"{default}"' if option.kind in ("address", "path") else default
+            yield f"    --{option.name}={quoted}", option.help
+    yield "    --[no-]version", _SWITCHES[1][1]
+
+
+def help_text(words: Sequence[str] = (), is_long: bool = False) -> str:
+    """The help, of one command where it is named; raises UsageError."""
+    commands = [row for row in _COMMANDS if not words or row[0].split()[0] == words[0]]
+    if not commands:
+        raise UsageError(
+            f"unknown command {words[0]!r}; commands are {', '.join(row[0].split()[0] for row in _COMMANDS)}"
+        )
+    usage = f"usage: {_PROGRAM} {commands[0][0].split()[0] + ' ' if words else ''}[<flags>]"
+    lines = [usage if words else usage + " <command> [<args> ...]", "", _SUMMARY, "", "Flags:"]
+    for flag, text in _flag_rows():
+        lines += [f"  {flag:<24}{text}"] if len(flag) < 23 else [f"  {flag}  ", " " * 26 + text]
+    if not words or is_long:
+        lines += ["", "Commands:"]
+        for command, text in commands:
+            lines += [command, f"    {text}", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def manual_text() -> str:
+    """The manual page, in the language of man(7)."""
+    lines = [
+        f'.TH {_PROGRAM} 1 "" "{__version__}"',
+        ".SH NAME",
+        f"{_PROGRAM} \\- {_SUMMARY[0].lower()}{_SUMMARY[1:-1]}",
+    ]
+    lines += [".SH SYNOPSIS", f".B {_PROGRAM}", "[<flags>] <command> [<args> ...]", ".SH OPTIONS"]
+    for flag, text in _flag_rows():
+        lines += [".TP", ".B " + flag.strip().replace("-", r"\-"), text]
+    lines.append(".SH COMMANDS")
+    for command, text in _COMMANDS:
+        lines += [".TP", f".B {command}", text]
+    return "\n".join(lines) + "\n"
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Does what the command line says; the exit code. Raises UsageError and StartupError."""
+    words, given = parse_command_line(arguments)
+    if given.get("version"):
+        print(version_line())
+    elif given.get("help_man"):
+        print(manual_text(), end="")
+    elif given.get("help") or given.get("help_long") or not words or words[0] == "help":
+        print(help_text(words[1:] if words[:1] == ["help"] else words, "help_long" in given), end="")
+    elif words == ["run"]:
+        return Daemon(make_settings(given)).run()
+    else:
+        help_text(words)
+        raise UsageError(f"{words[0]} takes no {words[1]!r}; see {_PROGRAM} help {words[0]}")
+    return 0
+
+
+def main() -> int:
+    """The program; its exit code: 0, 1 when the daemon cannot start, 2 for a wrong command line."""
+    try:
+        return run_command(sys.argv[1:])
+    except UsageError as error:
+        print(f"{_PROGRAM}: {error}; see {_PROGRAM} help", file=sys.stderr)
+        return 2
+    except StartupError as error:
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
