@@ -3,8 +3,8 @@
 
     python3 remote_executor.py run --addr=:2376
 
-A task is a directed acyclic graph of steps; a step is one script. A pool runs the steps, each behind a small wrapper that
-writes its pid and its result into the step's own directory, so that a step outlives the daemon that started it.
+A task is a directed acyclic graph of steps; a step is one script. A pool runs the steps, each behind a small wrapper
+that writes its pid and its result into the step's own directory, so that a step outlives the daemon that started it.
 
 The file reads from top to bottom; a section uses only what stands above it:
 
@@ -149,7 +149,7 @@ class State(IntEnum):
 
 STATE_NAMES = {State.ENDED: "Stop", State.RUNNING: "Running", State.PENDING: "Pending", State.ERROR: "System Error"}
 
-NOT_FOUND = "task does not exist, no data"
+NO_TASK = "task does not exist, no data"
 TASK_SUCCEEDED = "all steps executed successfully"
 WAITING = "waiting for a free worker"
 STEP_PENDING = "The current step only proceeds if the previous step succeeds."
@@ -185,7 +185,7 @@ _MOST_NS = 2**63 - 1
 
 
 def parse_duration(text: str) -> int:
-    """The nanoseconds of a duration without a sign or with a plus, as Go's time.ParseDuration reads it; else ValueError."""
+    """The nanoseconds of a duration that is not negative, as Go's time.ParseDuration reads it; raises ValueError."""
     rest = text[1:] if text.startswith("+") else text
     total, end = 0, 0
     while part := _DURATION_PART.match(rest, end):
@@ -351,9 +351,9 @@ def _refuse_constant(word: str) -> None:
 def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) -> TaskSpec:
     """What a POST asks for; raises Malformed with the place of the first error, such as [2].timeout."""
     given = _query_values(query)
-    task_id = _task_id(given["id"])
-    parallel = _truth("ansync", given["ansync"])
-    timeout_ns = _timeout("timeout", given["timeout"])
+    task_id = _task_id(given["id"][1])
+    parallel = _truth(*given["ansync"])
+    timeout_ns = _timeout(*given["timeout"])
     task_env = _environment("env_vars", [value for name, value in query if name == "env_vars"])
     items = parse_json(body)
     if not isinstance(items, list) or not items:
@@ -366,16 +366,16 @@ def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) ->
     return TaskSpec(task_id, steps, task_env, timeout_ns, hashlib.sha256((content + names).encode()).hexdigest())
 
 
-def _query_values(query: Pairs) -> dict[str, str]:
-    """The single values of a submission's query; `async` is `ansync`, `time_out` is `timeout`."""
+def _query_values(query: Pairs) -> dict[str, tuple[str, str]]:
+    """The single values of a submission's query, each with the name it was given by: `async` is `ansync`."""
     spelled = {"id": "id", "timeout": "timeout", "time_out": "timeout", "ansync": "ansync", "async": "ansync"}
-    given = {"id": "", "timeout": "", "ansync": ""}
+    given = {field: (field, "") for field in spelled.values()}
     for name, value in query:
         field = spelled.get(name)
-        if field and given[field] not in ("", value):
-            raise Malformed(f"{name}: given twice, as {given[field]!r} and as {value!r}")
+        if field and given[field][1] not in ("", value):
+            raise Malformed(f"{name}: given twice, as {given[field][1]!r} and as {value!r}")
         if field:
-            given[field] = value
+            given[field] = name, value
     return given
 
 
@@ -505,7 +505,7 @@ def _needed(where: str, name: str, index: int, indexes: Mapping[str, int], paral
 class Plan:
     """The order of one task's steps, by index; not for several threads at once.
 
-    A step is handed out by `ready()` once, when all that it needs has succeeded, and comes back by `done()` or `fail()`.
+    `ready()` hands a step out once, when all that it needs has succeeded; it comes back by `done()` or `fail()`.
     """
 
     def __init__(self, needs: Sequence[Sequence[int]]) -> None:
@@ -562,8 +562,8 @@ _SECOND_NS = 10**9
 class Clock:
     """The daemon's time in nanoseconds since the epoch, which never jumps; any thread may ask.
 
-    Every stored time is of this clock, so that timeouts and expiry do not care what happens to the wall clock. `offset_ns`
-    is what the wall clock says beyond it; it is added where a time is shown.
+    Every stored time is of this clock, so that timeouts and expiry do not care what happens to the wall clock.
+    `offset_ns` is what the wall clock says beyond it; it is added where a time is shown.
     """
 
     def __init__(self, base_ns: int, offset_ns: int = 0) -> None:
@@ -572,7 +572,7 @@ class Clock:
 
     @classmethod
     def resume(cls, memory: Mapping[str, str], latest_ns: int) -> Clock:
-        """The clock of an earlier daemon that left this memory, or a new one; `latest_ns` is the last time it stored."""
+        """The clock of an earlier daemon that left this memory, or a new one; `latest_ns` is the last stored time."""
         wall_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
         offset_ns = int(memory.get("clock_offset_ns", "0"))
         if memory.get("boot") == boot_id():
@@ -595,7 +595,7 @@ class Clock:
         return (at_ns - self.base_ns) / _SECOND_NS
 
     def offset_ns(self) -> int:
-        """What to add to show a time; changes only when the wall clock was set, so that a time shown stays what it was."""
+        """What to add to show a time. It changes only when the wall clock was set: a time shown stays what it was."""
         offset_ns = time.time_ns() - self.now_ns()
         if abs(offset_ns - self._offset_ns) > _SECOND_NS:
             self._offset_ns = offset_ns
@@ -638,7 +638,7 @@ def private_directory(path: str) -> None:
 
 
 def lock_file(path: str) -> int:
-    """The descriptor that holds an exclusive lock on the file as long as the process lives; raises StartupError if held."""
+    """The descriptor that holds an exclusive lock on the file while the process lives; raises StartupError if held."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if sys.platform == "win32":
@@ -672,6 +672,16 @@ def remove_tree(path: str) -> bool:
 def fallback_encoding() -> str:
     """The encoding of a step's output that is not UTF-8: the console's code page where there is one."""
     return "utf-8"
+
+
+def inherited_environment() -> dict[str, str]:
+    """The daemon's environment as its steps get it: without what is meant for the daemon, UTF-8 whatever the locale."""
+    if sys.platform == "win32":
+        pairs = list(os.environ.items())
+    else:
+        decode = functools.partial(bytes.decode, errors="surrogateescape")
+        pairs = [(decode(key), decode(value)) for key, value in os.environb.items()]
+    return {key: value for key, value in pairs if not key.startswith("REMOTE_EXECUTOR_")}
 
 
 def use_all_descriptors() -> None:
@@ -716,7 +726,7 @@ INTERPRETERS: Mapping[str, Interpreter] = {
 
 
 def interpreter_command(command_type: str, file: str, path: str) -> list[str]:
-    """The command line that runs the file; `path` is the PATH to search. Raises LaunchError where the program is missing."""
+    """The command line that runs the file; `path` is the PATH to search. Raises LaunchError for a missing program."""
     interpreter = INTERPRETERS[command_type]
     for program in interpreter.programs if command_type not in ("cmd", "bat") or ON_WINDOWS else ():
         found = find_program(program, path)
@@ -755,7 +765,7 @@ def encode_script(command_type: str, text: str) -> bytes:
 COOKIE = "REMOTE_EXECUTOR_STEP"  # in the environment of every process of a step; its value is the step's directory
 
 # The pid first: no pid file, no run. `trap :` and not `trap ''`: children get the default handlers, while the wrapper
-# survives a SIGTERM to its group and tells the result. Its own stderr is nowhere: a shell says "Killed" of its child there.
+# survives a SIGTERM to its group and tells the result. Its own stderr is nowhere: a shell says "Killed" there.
 # $1 is the step's directory, $2 the umask that the daemon was started with.
 _WRAPPER = (
     'echo $$ >"$1/pid" || exit 125; d=$1; umask $2; shift 2; trap : TERM INT HUP; '
@@ -840,7 +850,7 @@ class PosixTree:
             self._pidfd = self._wake_in = self._wake_out = -1
 
     def _has_ended(self) -> bool:
-        """Whether the wrapper has ended. It stays a zombie until `exit_code`, so that its pid, group and session stay ours."""
+        """Whether the wrapper has ended. It stays a zombie until `exit_code`: its pid, group and session stay ours."""
         if not self._ended:
             if self._child is None:
                 self._ended = _start_time(self.pid) != self._start
@@ -864,7 +874,7 @@ class PosixTree:
         return len(members)
 
     def _members(self) -> list[_Member]:
-        """The live processes of the tree: its session, what carries its mark, what was one before, and all descendants."""
+        """The live processes of the tree: its session, what carries its mark, what was found before, descendants."""
         everyone, owns_session = list(_scan_processes()), self._owns_session()
         found = {one for one in everyone if (owns_session and one.session == self.pid) or self._is_known(one)}
         fresh = found
@@ -968,7 +978,7 @@ class PosixProcesses:
         self._orphans: set[int] = set()  # zombies that were not among them at the last look
 
     def become_reaper(self) -> None:
-        """Orphans of steps become children of this process, where a stop can find them (prctl(2), PR_SET_CHILD_SUBREAPER)."""
+        """Orphans of steps become children of this process, where a stop finds them (prctl(2))."""
         if ON_LINUX:
             import ctypes
 
@@ -985,7 +995,7 @@ class PosixProcesses:
                 stdout=output,
                 stderr=subprocess.DEVNULL,
                 cwd=cwd,
-                env={**env, COOKIE: step_dir},
+                env={_env_bytes(key): _env_bytes(value) for key, value in {**env, COOKIE: step_dir}.items()},
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
@@ -1027,6 +1037,11 @@ class PosixProcesses:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         self._orphans = zombies
+
+
+def _env_bytes(text: str) -> bytes:
+    """Text of an environment as UTF-8, whatever the locale; what came as other bytes goes as these."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _has_zombie_child() -> bool:
@@ -1358,7 +1373,7 @@ class Store:
         """Raises NotFound."""
         rows = self._read(f"{_TASK} WHERE id = ?", (task_id,))
         if not rows:
-            raise NotFound(NOT_FOUND)
+            raise NotFound(NO_TASK)
         return TaskRow._make(rows[0])
 
     def steps(self, seq: int) -> list[StepRow]:
@@ -1370,7 +1385,7 @@ class Store:
         rows = self._read(f"{_STEP} WHERE task = ? AND idx = ?", (seq, int(key))) if _INDEX.fullmatch(key) else []
         rows = rows or self._read(f"{_STEP} WHERE task = ? AND name = ?", (seq, key))
         if not rows:
-            raise NotFound(NOT_FOUND)
+            raise NotFound(NO_TASK)
         return StepRow._make(rows[0])
 
     def running_steps(self) -> dict[int, list[tuple[int, str]]]:
@@ -1621,7 +1636,7 @@ class Engine:
         self._tasks_dir = os.path.join(root, "tasks")
         self._settings = settings
         self._observer = observer
-        self._environment = {key: value for key, value in os.environ.items() if not key.startswith("REMOTE_EXECUTOR_")}
+        self._environment = inherited_environment()
         self._lock = threading.Lock()  # guards all below, and what the live tasks hold
         self._size = settings.pool_size
         self._tasks: dict[int, _LiveTask] = {}
@@ -2431,7 +2446,7 @@ class Api:
         step = self._store.step(task.seq, request.params["step"])
         if step.state == State.PENDING:
             if task.ended_ns is not None:
-                raise NotFound(NOT_FOUND)
+                raise NotFound(NO_TASK)
             return json_response([], Code.IN_PROGRESS, "pending")
         if step.state == State.RUNNING:
             code, message = Code.IN_PROGRESS, "in progress"
@@ -2493,7 +2508,7 @@ class Api:
         }
 
     def _times(self, begin_ns: int | None, end_ns: int | None, kept_since_ns: int | None) -> dict[str, str]:
-        """Begin and end where there are, and the time left before the record expires, which a live one's does not yet lose."""
+        """Begin and end where there are, and the time left before the record expires; a live one loses none yet."""
         times, offset_ns = {}, self._clock.offset_ns()
         if begin_ns is not None:
             times["st"] = format_time((begin_ns + offset_ns) // _SECOND_NS)
@@ -2634,83 +2649,6 @@ def parse_address(text: str) -> tuple[str, int]:
     return found[1] or found[2] or "", int(found[3])
 
 
-class Connection(socketserver.BaseRequestHandler):
-    """One client's connection, in a thread of its own."""
-
-    server: Server
-
-    def handle(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        stream = Stream(self.request)
-        try:
-            while True:
-                stream.expect(_IDLE_S)
-                stream.wait()
-                if not self._exchange(stream):
-                    return
-        except (OSError, ConnectionEnded) as error:
-            log.debug("connection of %s: %s", self.client_address[0], error)
-
-    def _exchange(self, stream: Stream) -> bool:
-        """One request and its answer; whether another may follow."""
-        server, begin_s = self.server, time.perf_counter()
-        try:
-            request = read_request(stream, server.timeout_s, server.body_limit, self._go_on)
-        except ApiError as error:
-            self._send(None, refusal(error))
-            self.request.shutdown(socket.SHUT_WR)
-            stream.drain(_LINGER_S)
-            return False
-        request = request._replace(peer=self.client_address[0], host=request.host or server.authority)
-        with server.serve(request) as (route, response):
-            is_kept, sent = self._send(request, response)
-        server.told(request, route, response.status, time.perf_counter() - begin_s, sent)
-        return is_kept
-
-    def _go_on(self) -> None:
-        self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def _send(self, request: Request | None, response: Response) -> tuple[bool, int]:
-        """Sends the answer; whether the connection lives on, and the bytes of the body."""
-        is_kept = request is not None and request.keeps_alive and not self.server.is_stopping
-        is_streamed = not isinstance(response.body, bytes)
-        is_chunked = is_streamed and request is not None and not request.is_old
-        head = [f"HTTP/1.1 {response.status} {_REASONS[response.status]}", _date_line(int(time.time()))]
-        head += [f"{name}: {value}" for name, value in response.headers]
-        if is_chunked:
-            head.append("Transfer-Encoding: chunked")
-        elif not is_streamed:
-            head.append(f"Content-Length: {len(response.body)}")  # type: ignore[arg-type]
-        is_kept = is_kept and (is_chunked or not is_streamed)
-        head.append(
-            ""
-            if is_kept and request and not request.is_old
-            else f"Connection: {'keep-alive' if is_kept else 'close'}\r\n"
-        )
-        start = "\r\n".join(head).encode("latin-1") + b"\r\n"
-        self.request.settimeout(self.server.timeout_s)
-        if isinstance(response.body, bytes):
-            self.request.sendall(start + response.body if request is None or request.method != "HEAD" else start)
-            return is_kept, len(response.body)
-        return is_kept, self._send_blocks(start, response.body, is_chunked)
-
-    def _send_blocks(self, start: bytes, blocks: Iterable[bytes], is_chunked: bool) -> int:
-        """Sends the head and the blocks as they come; the bytes of the body."""
-        sent = 0
-        for block in blocks:
-            if block:
-                framed = b"%x\r\n%b\r\n" % (len(block), block) if is_chunked else block
-                self.request.sendall(start + framed)
-                sent, start = sent + len(block), b""
-        self.request.sendall(start + (b"0\r\n\r\n" if is_chunked else b""))
-        return sent
-
-
-@functools.lru_cache(maxsize=2)
-def _date_line(seconds: int) -> str:
-    return time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT", time.gmtime(seconds))
-
-
 class Server(http.server.ThreadingHTTPServer):
     """The listening socket and the connections; `start` and `stop` are the daemon's, the rest the connections'."""
 
@@ -2742,7 +2680,7 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as error:
             self.server_close()
             raise StartupError(
-                f"--addr: {self._settings.addr} cannot be used: {error.strerror or error}; give another, port 0 takes a free one"
+                f"--addr: {self._settings.addr} cannot be used: {error.strerror or error}; port 0 takes a free one"
             ) from None
         host = self._settings.addr.rpartition(":")[0].rpartition("//")[2] or "localhost"
         self.authority = f"{host}:{self.server_address[1]}"
@@ -2839,6 +2777,83 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An answer broke off."""
         log.error("connection of %s: the answer broke off", client_address[0], exc_info=True)
+
+
+@functools.lru_cache(maxsize=2)
+def _date_line(seconds: int) -> str:
+    return time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT", time.gmtime(seconds))
+
+
+class Connection(socketserver.BaseRequestHandler):
+    """One client's connection, in a thread of its own."""
+
+    server: Server
+
+    def handle(self) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        stream = Stream(self.request)
+        try:
+            while True:
+                stream.expect(_IDLE_S)
+                stream.wait()
+                if not self._exchange(stream):
+                    return
+        except (OSError, ConnectionEnded) as error:
+            log.debug("connection of %s: %s", self.client_address[0], error)
+
+    def _exchange(self, stream: Stream) -> bool:
+        """One request and its answer; whether another may follow."""
+        server, begin_s = self.server, time.perf_counter()
+        try:
+            request = read_request(stream, server.timeout_s, server.body_limit, self._go_on)
+        except ApiError as error:
+            self._send(None, refusal(error))
+            self.request.shutdown(socket.SHUT_WR)
+            stream.drain(_LINGER_S)
+            return False
+        request = request._replace(peer=self.client_address[0], host=request.host or server.authority)
+        with server.serve(request) as (route, response):
+            is_kept, sent = self._send(request, response)
+        server.told(request, route, response.status, time.perf_counter() - begin_s, sent)
+        return is_kept
+
+    def _go_on(self) -> None:
+        self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _send(self, request: Request | None, response: Response) -> tuple[bool, int]:
+        """Sends the answer; whether the connection lives on, and the bytes of the body."""
+        is_kept = request is not None and request.keeps_alive and not self.server.is_stopping
+        is_streamed = not isinstance(response.body, bytes)
+        is_chunked = is_streamed and request is not None and not request.is_old
+        head = [f"HTTP/1.1 {response.status} {_REASONS[response.status]}", _date_line(int(time.time()))]
+        head += [f"{name}: {value}" for name, value in response.headers]
+        if is_chunked:
+            head.append("Transfer-Encoding: chunked")
+        elif not is_streamed:
+            head.append(f"Content-Length: {len(response.body)}")  # type: ignore[arg-type]
+        is_kept = is_kept and (is_chunked or not is_streamed)
+        head.append(
+            ""
+            if is_kept and request and not request.is_old
+            else f"Connection: {'keep-alive' if is_kept else 'close'}\r\n"
+        )
+        start = "\r\n".join(head).encode("latin-1") + b"\r\n"
+        self.request.settimeout(self.server.timeout_s)
+        if isinstance(response.body, bytes):
+            self.request.sendall(start + response.body if request is None or request.method != "HEAD" else start)
+            return is_kept, len(response.body)
+        return is_kept, self._send_blocks(start, response.body, is_chunked)
+
+    def _send_blocks(self, start: bytes, blocks: Iterable[bytes], is_chunked: bool) -> int:
+        """Sends the head and the blocks as they come; the bytes of the body."""
+        sent = 0
+        for block in blocks:
+            if block:
+                framed = b"%x\r\n%b\r\n" % (len(block), block) if is_chunked else block
+                self.request.sendall(start + framed)
+                sent, start = sent + len(block), b""
+        self.request.sendall(start + (b"0\r\n\r\n" if is_chunked else b""))
+        return sent
 
 
 # ======================================================================================================================

@@ -84,6 +84,7 @@ SUCCEED = "execution succeed"
 STOPPED = "artificial force termination"
 TIMED_OUT = "forced termination by timeout"
 MISSING = "task does not exist, no data"
+HEALTH = ("server", "client", "state", "timestamp")  # of /healthyz, beside the envelope too
 GO_DURATION = r"(?:\d+h)?(?:\d+m)?\d+(?:\.\d+)?(?:s|ms|µs|ns)"
 LOCAL_TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:Z|[+-]\d\d:\d\d)"
 UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
@@ -135,7 +136,7 @@ def check_envelope(answer: Answer) -> Answer:
     if answer.headers.get("Content-Type", "").startswith("application/json") and answer.body:
         assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
         envelope = answer.json
-        assert set(envelope) - {"data"} == {"code", "message"}, envelope
+        assert set(envelope) - {"data"} - set(HEALTH) == {"code", "message"}, envelope
         assert isinstance(envelope["message"], str)
         assert answer.status == (200 if envelope["code"] in (0, 1001, 1002, 1003) else envelope["code"]), envelope
     return answer
@@ -419,7 +420,7 @@ def test_submit_takes_the_body_whatever_its_content_type(daemon: Daemon, kind: s
 
 def test_submit_takes_a_chunked_body(daemon: Daemon) -> None:
     body = json.dumps([step()]).encode()
-    answer = daemon.request("POST", "/api/v1/task", iter([body[:7], body[7:]]), {"Transfer-Encoding": "chunked"})
+    answer = daemon.request("POST", "/api/v1/task", iter([body[:7], body[7:]]))
     assert answer.head == (200, 0, "success")
 
 
@@ -789,7 +790,7 @@ def test_max_body_bounds_the_body_however_it_is_framed(launch: Callable[..., Dae
     assert daemon.try_submit([step("exit 0 #" + "#" * 500)]).code == 0
     big = json.dumps([step("exit 0 #" + "#" * 1000)]).encode()
     assert daemon.request("POST", "/api/v1/task", big).code == 413
-    reply = daemon.request("POST", "/api/v1/task", iter([big[:500], big[500:]]), {"Transfer-Encoding": "chunked"})
+    reply = daemon.request("POST", "/api/v1/task", iter([big[:500], big[500:]]))
     assert (reply.status, reply.code) == (413, 413)
     assert daemon.get("/api/v1/task").data["total"] == 1
 
@@ -1817,7 +1818,8 @@ def test_version_names_the_version(daemon: Daemon) -> None:
 def test_healthyz_names_server_client_state_and_time(daemon: Daemon) -> None:
     answer = daemon.get("/healthyz")
     assert answer.head == (200, 0, "success")
-    assert set(answer.data) >= {"server", "client", "state", "timestamp"}
+    assert set(answer.data) >= set(HEALTH)
+    assert {key: answer.json[key] for key in HEALTH} == {key: answer.data[key] for key in HEALTH}
     assert answer.data["server"] == f"127.0.0.1:{daemon.port}" and answer.data["client"].startswith("127.0.0.1")
     assert answer.data["state"] == "Running" and abs(answer.data["timestamp"] - time.time_ns()) < 60e9
 
