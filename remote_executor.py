@@ -49,6 +49,7 @@ import socket
 import socketserver
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -204,11 +205,13 @@ def format_duration(ns: int) -> str:
             if ns >= scale:
                 return _decimal(ns, scale) + unit
         return f"{ns}ns" if ns else "0s"
-    minutes, rest = divmod(ns, 60 * 10**9)
+    seconds, rest = divmod(ns, 10**9)
+    minutes, seconds = divmod(seconds, 60)
+    text = f"{seconds}.{rest:09d}".rstrip("0").rstrip(".") if rest else str(seconds)
     if not minutes:
-        return _decimal(rest, 10**9) + "s"
+        return f"{text}s"
     hours, minutes = divmod(minutes, 60)
-    return (f"{hours}h" if hours else "") + f"{minutes}m{_decimal(rest, 10**9)}s"
+    return f"{hours}h{minutes}m{text}s" if hours else f"{minutes}m{text}s"
 
 
 def _decimal(value: int, scale: int) -> str:
@@ -684,6 +687,22 @@ def inherited_environment() -> dict[str, str]:
     return {key: value for key, value in pairs if not key.startswith("REMOTE_EXECUTOR_")}
 
 
+def socket_timeout(seconds: float) -> bytes:
+    """The value of the socket options SO_RCVTIMEO and SO_SNDTIMEO: a timeval, on Windows milliseconds."""
+    if ON_WINDOWS:
+        return struct.pack("I", max(1, int(seconds * 1000)))
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000) or int(seconds < 1))
+
+
+def keep_descriptors() -> None:
+    """Keeps what whoever started us left open from our steps; what Python opens itself is closed at exec (PEP 446)."""
+    if sys.platform != "win32":
+        for name in os.listdir("/dev/fd"):
+            with contextlib.suppress(OSError):
+                if int(name) > 2:
+                    os.set_inheritable(int(name), False)
+
+
 def use_all_descriptors() -> None:
     """Raises the soft limit of open files to the hard one: each running step takes a few."""
     if sys.platform != "win32":
@@ -763,6 +782,8 @@ def encode_script(command_type: str, text: str) -> bytes:
 # ======================================================================================================================
 
 COOKIE = "REMOTE_EXECUTOR_STEP"  # in the environment of every process of a step; its value is the step's directory
+
+NOTHING_RAN = 125  # of the wrapper, when there is no pid file
 
 # The pid first: no pid file, no run. `trap :` and not `trap ''`: children get the default handlers, while the wrapper
 # survives a SIGTERM to its group and tells the result. Its own stderr is nowhere: a shell says "Killed" there.
@@ -997,6 +1018,7 @@ class PosixProcesses:
                 cwd=cwd,
                 env={_env_bytes(key): _env_bytes(value) for key, value in {**env, COOKIE: step_dir}.items()},
                 start_new_session=True,
+                close_fds=False,  # all are closed at exec already, `keep_descriptors` saw to it
             )
         except (OSError, ValueError) as error:
             raise LaunchError(f"could not start: {error}") from error
@@ -1069,8 +1091,12 @@ class StepDirectory:
 
     def prepare(self, name: str, content: bytes) -> str:
         """Makes the directory with the script in it; the script's path. Raises OSError."""
-        with contextlib.suppress(FileExistsError):
-            os.makedirs(self.path)
+        try:
+            os.mkdir(self.path)
+        except FileNotFoundError:
+            os.makedirs(self.path, exist_ok=True)
+        except FileExistsError:
+            pass  # an earlier daemon made it, and did not start the step
         script = os.path.join(self.path, name)
         with open(script, "wb", buffering=0) as file:
             file.write(content)
@@ -1367,7 +1393,7 @@ class Store:
         for begin in range(0, len(seqs), _BATCH):
             block = seqs[begin : begin + _BATCH]
             found = {row[0]: row for row in self._read(f"{_TASK} WHERE seq IN ({','.join(map(str, block))})")}
-            yield [TaskRow._make(found[seq]) for seq in block if seq in found]
+            yield [TaskRow(*found[seq]) for seq in block if seq in found]
 
     def task(self, task_id: str) -> TaskRow:
         """Raises NotFound."""
@@ -1831,7 +1857,7 @@ class Engine:
         code = directory.exit_code()
         if code is None:
             code = child_code
-        if not active.reason and not directory.has_started():
+        if code == NOTHING_RAN and not active.reason and not directory.has_started():
             return FORCED_CODE, f"could not start: nothing could be written to {directory.path}"
         return (FORCED_CODE, _LOST) if code is None else (code, "")
 
@@ -1846,8 +1872,9 @@ class Engine:
             file = directory.prepare(
                 script_name(script.command_type), encode_script(script.command_type, script.content)
             )
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(workspace)
+            if not os.path.isdir(workspace):
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(workspace)
             env = self._environment_of(active, script.env, workspace)
             command = interpreter_command(script.command_type, file, env.get("PATH", os.defpath))
             begun.wait()  # only what is known to have begun may run
@@ -1892,22 +1919,23 @@ class Engine:
 
     def _end_active(self, active: _ActiveStep, code: int, reason: str) -> None:
         """A step has run: its end is stored, its place is free."""
-        directory, seconds = self._directory(active.task.seq, active.idx), 0.0
-        if active.started_ns:
-            seconds = (self._clock.now_ns() - active.started_ns) / _SECOND_NS
-        with self._lock:
-            if active.reason:
-                code, reason = FORCED_CODE, active.reason
-            self._active.discard(active)
-            del active.task.active[active.idx]
-        result = "forced" if reason else "failed" if code else "succeeded"
-        self._observer.step_ended(result, seconds, directory.output_bytes())
-        log.debug("%s: ended with code %d %s", active, code, reason)
-        self._end(active.task, [(active.idx, code, reason)])
+        seconds = (self._clock.now_ns() - active.started_ns) / _SECOND_NS if active.started_ns else 0.0
+        output_bytes = self._directory(active.task.seq, active.idx).output_bytes()
+        end = self._end(active.task, [(active.idx, code, reason)], active)
+        result = "forced" if end[2] else "failed" if end[1] else "succeeded"
+        self._observer.step_ended(result, seconds, output_bytes)
+        log.debug("%s: ended with code %d %s", active, *end[1:])
 
-    def _end(self, task: _LiveTask, ends: list[tuple[int, int, str]]) -> None:
-        """Stores the end of steps that do not run, then starts what waited for them."""
+    def _end(
+        self, task: _LiveTask, ends: list[tuple[int, int, str]], active: _ActiveStep | None = None
+    ) -> tuple[int, int, str]:
+        """Stores the end of steps that run no more, then starts what waited for them; the last end as stored."""
         with self._lock:
+            if active:
+                if active.reason:  # recorded before the end was
+                    ends = [(active.idx, FORCED_CODE, active.reason)]
+                self._active.discard(active)
+                del task.active[active.idx]
             ends = [end for end in ends if task.plan.is_open(end[0]) and end[0] not in task.active]
             for idx, code, _ in ends:
                 self._ready.pop((task.seq, idx), None)
@@ -1919,11 +1947,14 @@ class Engine:
                 os.rmdir(os.path.join(self._tasks_dir, str(task.seq), "workspace"))
         if ends or is_over:
             self._store.end(task.seq, ends, self._clock.now_ns(), is_over)
-        with self._lock:
-            if not task.stop:
-                self._enqueue(task, ready)
-        if task.stop and ready:
-            self._end(task, [(idx, FORCED_CODE, task.stop) for idx in ready])
+        if ready:
+            with self._lock:
+                stopped = task.stop
+                if not stopped:
+                    self._enqueue(task, ready)
+            if stopped:
+                self._end(task, [(idx, FORCED_CODE, stopped) for idx in ready])
+        return ends[-1] if ends else (0, 0, "")
 
     # -- stops
 
@@ -2074,9 +2105,12 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,12})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*
 JSON_TYPE = ("Content-Type", "application/json; charset=utf-8")
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
+
+
 def to_json(value: Any) -> str:
     """JSON as every answer has it: compact, text as itself."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 class Request(NamedTuple):
@@ -2185,6 +2219,7 @@ class Stream:
         self._link = link
         self._buffer = bytearray()
         self._deadline_s = 0.0
+        self._limit_s = 0.0  # that the kernel holds a single read to; it costs less than a timeout of Python's
         self._scanned = 0
 
     def expect(self, within_s: float) -> None:
@@ -2245,7 +2280,9 @@ class Stream:
     def _fill(self) -> None:
         left_s = self._deadline_s - time.monotonic()
         try:
-            self._link.settimeout(max(left_s, 0.001))
+            if left_s < self._limit_s or left_s > self._limit_s + 1:
+                self._limit_s = max(left_s, 0.001)
+                self._link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(self._limit_s))
             data = self._link.recv(1 << 16)
         except OSError as error:
             raise ConnectionEnded(str(error)) from None
@@ -2429,7 +2466,8 @@ class Api:
         else:
             code, message = Code.SUCCESS, "success"
         url = f"{request.base_url}/api/v1/task/{task.id}"
-        data = [self._step_json(task, row, rows, url) for row in rows]
+        now = self._now()
+        data = [self._step_json(task, row, rows, url, now) for row in rows]
         return json_response(data, code, message, headers=(("X-Task-STATE", STATE_NAMES[State(task.state)]),))
 
     def stop_task(self, request: Request) -> Response:
@@ -2475,12 +2513,15 @@ class Api:
         yield b'{"code":0,"message":"success","data":{"running":%d,"tasks":[' % len(running)
         for rows in self._store.tasks(seqs):
             if rows:
-                block = [self._task_json(row, running.get(row.seq, ()), base_url) for row in rows]
+                now = self._now()
+                block = [self._task_json(row, running.get(row.seq, ()), base_url, now) for row in rows]
                 yield (b"," if total else b"") + to_json(block)[1:-1].encode()
                 total += len(rows)
         yield b'],"total":%d}}' % total
 
-    def _task_json(self, task: TaskRow, running: Sequence[tuple[int, str]], base_url: str) -> dict[str, Any]:
+    def _task_json(
+        self, task: TaskRow, running: Sequence[tuple[int, str]], base_url: str, now: tuple[int, int]
+    ) -> dict[str, Any]:
         message = task.message
         if task.ended_ns is None:
             message = f"currently executing: [{name_steps(running)}]" if running else WAITING
@@ -2491,10 +2532,12 @@ class Api:
             "code": task.code,
             "count": task.step_count,
             "msg": message,
-            "times": self._times(task.accepted_ns, task.ended_ns, task.ended_ns),
+            "times": self._times(now, task.accepted_ns, task.ended_ns, task.ended_ns),
         }
 
-    def _step_json(self, task: TaskRow, row: StepRow, rows: Sequence[StepRow], url: str) -> dict[str, Any]:
+    def _step_json(
+        self, task: TaskRow, row: StepRow, rows: Sequence[StepRow], url: str, now: tuple[int, int]
+    ) -> dict[str, Any]:
         needs = [rows[idx].name for idx in json.loads(row.needs)]
         return {
             "step": row.idx,
@@ -2504,18 +2547,25 @@ class Api:
             "code": row.code,
             "msg": step_message(row.idx, row.name, row.state, row.code, row.reason),
             **({"depets_on": needs} if needs else {}),
-            "times": self._times(row.started_ns, row.ended_ns, row.ended_ns or task.ended_ns),
+            "times": self._times(now, row.started_ns, row.ended_ns, row.ended_ns or task.ended_ns),
         }
 
-    def _times(self, begin_ns: int | None, end_ns: int | None, kept_since_ns: int | None) -> dict[str, str]:
-        """Begin and end where there are, and the time left before the record expires; a live one loses none yet."""
-        times, offset_ns = {}, self._clock.offset_ns()
+    def _now(self) -> tuple[int, int]:
+        """The moment of an answer, and what to add to show a time."""
+        return self._clock.now_ns(), self._clock.offset_ns()
+
+    def _times(
+        self, now: tuple[int, int], begin_ns: int | None, end_ns: int | None, kept_ns: int | None
+    ) -> dict[str, str]:
+        """Begin and end where there are, and the time left before the record, kept since then, expires."""
+        now_ns, offset_ns = now
+        times = {}
         if begin_ns is not None:
             times["st"] = format_time((begin_ns + offset_ns) // _SECOND_NS)
         if end_ns is not None:
             times["et"] = format_time((end_ns + offset_ns) // _SECOND_NS)
-        age_ns = 0 if kept_since_ns is None else self._clock.now_ns() - kept_since_ns
-        times["rt"] = format_duration(max(0, self._key_expire_ns - age_ns))
+        left_ns = self._key_expire_ns - (now_ns - kept_ns) if kept_ns is not None else self._key_expire_ns
+        times["rt"] = format_duration(left_ns) if left_ns > 0 else "0s"
         return times
 
 
@@ -2791,6 +2841,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(self.server.timeout_s))
         stream = Stream(self.request)
         try:
             while True:
@@ -2838,9 +2889,8 @@ class Connection(socketserver.BaseRequestHandler):
             else f"Connection: {'keep-alive' if is_kept else 'close'}\r\n"
         )
         start = "\r\n".join(head).encode("latin-1") + b"\r\n"
-        self.request.settimeout(self.server.timeout_s)
         if isinstance(response.body, bytes):
-            self.request.sendall(start + response.body if request is None or request.method != "HEAD" else start)
+            self._send_bytes(start + response.body if request is None or request.method != "HEAD" else start)
             return is_kept, len(response.body)
         return is_kept, self._send_blocks(start, response.body, is_chunked)
 
@@ -2850,10 +2900,21 @@ class Connection(socketserver.BaseRequestHandler):
         for block in blocks:
             if block:
                 framed = b"%x\r\n%b\r\n" % (len(block), block) if is_chunked else block
-                self.request.sendall(start + framed)
+                self._send_bytes(start + framed)
                 sent, start = sent + len(block), b""
-        self.request.sendall(start + (b"0\r\n\r\n" if is_chunked else b""))
+        self._send_bytes(start + (b"0\r\n\r\n" if is_chunked else b""))
         return sent
+
+    def _send_bytes(self, data: bytes) -> None:
+        """Sends all of it, within the time that a client may take for that much."""
+        sent = self.request.send(data)
+        if sent < len(data):
+            end_s = time.monotonic() + self.server.timeout_s + len(data) / _BODY_RATE_BYTES_PER_S
+            rest = memoryview(data)[sent:]
+            while rest:
+                if time.monotonic() > end_s:
+                    raise ConnectionEnded("the client reads too slowly")
+                rest = rest[self.request.send(rest) :]
 
 
 # ======================================================================================================================
@@ -2893,6 +2954,7 @@ class Daemon:
         umask, settings = private_umask(), self._settings
         private_directory(self._root)
         closing.callback(os.close, lock_file(os.path.join(self._root, "lock")))
+        keep_descriptors()
         use_all_descriptors()
         observer = Observer()
         store = Store(os.path.join(self._root, "remote_executor.db"), observer.commit)
