@@ -34,7 +34,6 @@ import datetime
 import errno
 import functools
 import graphlib
-import hashlib
 import heapq
 import http.server
 import itertools
@@ -364,9 +363,15 @@ def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) ->
     known = tuple(command_types)
     drafts = [_step(index, item, f"{task_id}-{index}", known) for index, item in enumerate(items)]
     steps = _with_needs(drafts, [_needed_names(index, item) for index, item in enumerate(items)], parallel)
-    content = json.dumps([parallel, timeout_ns, task_env, [step._replace(name="") for step in steps]])
-    names = json.dumps([items[index].get("name") or None for index in range(len(items))])
-    return TaskSpec(task_id, steps, task_env, timeout_ns, hashlib.sha256((content + names).encode()).hexdigest())
+    names = [item.get("name") or None for item in items]  # as given: a default holds the id, which may be random
+    said = [parallel, timeout_ns, task_env, names, [step._replace(name="") for step in steps]]
+    return TaskSpec(task_id, steps, task_env, timeout_ns, _digest(json.dumps(said)))
+
+
+def _digest(text: str) -> str:
+    import hashlib  # here, because OpenSSL takes half a megabyte that an idle daemon need not
+
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _query_values(query: Pairs) -> dict[str, tuple[str, str]]:
@@ -785,12 +790,13 @@ COOKIE = "REMOTE_EXECUTOR_STEP"  # in the environment of every process of a step
 
 NOTHING_RAN = 125  # of the wrapper, when there is no pid file
 
-# The pid first: no pid file, no run. `trap :` and not `trap ''`: children get the default handlers, while the wrapper
-# survives a SIGTERM to its group and tells the result. Its own stderr is nowhere: a shell says "Killed" there.
+# The pid first: no pid file, no run. `trap :` and not `trap ''`: children get the default handlers, the wrapper
+# survives a SIGTERM to its group and tells the result. Its own stderr is nowhere: a shell says "Killed" there, and
+# would say it in the step's output if it did the redirection of 2 itself and not in the subshell.
 # $1 is the step's directory, $2 the umask that the daemon was started with.
 _WRAPPER = (
     'echo $$ >"$1/pid" || exit 125; d=$1; umask $2; shift 2; trap : TERM INT HUP; '
-    '"$@" 2>&1; r=$?; umask 077; echo $r >>"$d/rc"; exit $r'
+    '(exec "$@" 2>&1); r=$?; umask 077; echo $r >>"$d/rc"; exit $r'
 )
 
 
@@ -827,13 +833,15 @@ class PosixTree:
         poller.register(self._wake_out, select.POLLIN)
         if self._pidfd >= 0:
             poller.register(self._pidfd, select.POLLIN)
-        while not self._has_ended():
+        while not self._ended and (self._pidfd >= 0 or not self._has_ended()):
             left_s = _FOREVER_S if deadline_s is None else deadline_s - time.monotonic()
             if left_s <= 0:
                 return False
             pause_s = left_s if self._pidfd >= 0 else min(left_s, _POLL_S)
-            ready = poller.poll(min(pause_s, _FOREVER_S) * 1000 + 0.999)
-            if any(number == self._wake_out for number, _ in ready):
+            ready = [number for number, _ in poller.poll(min(pause_s, _FOREVER_S) * 1000 + 0.999)]
+            if self._pidfd in ready:
+                self._ended = True
+            elif self._wake_out in ready:
                 os.read(self._wake_out, 4096)
                 return self._has_ended()
         return True
@@ -1248,10 +1256,13 @@ class Script(NamedTuple):
 class _Change:
     """A change of the database: `apply` makes it, `wait` waits until it is committed."""
 
-    __slots__ = ("_committed", "_error", "_result", "apply", "is_durable", "is_kept")
+    __slots__ = ("_committed", "_error", "_result", "apply", "is_awaited", "is_durable", "is_kept")
 
-    def __init__(self, apply: Callable[[sqlite3.Connection], Any], is_durable: bool, is_kept: bool) -> None:
+    def __init__(
+        self, apply: Callable[[sqlite3.Connection], Any], is_durable: bool, is_kept: bool, is_awaited: bool
+    ) -> None:
         self.apply = apply
+        self.is_awaited = is_awaited
         self.is_durable = is_durable  # it must survive a loss of power
         self.is_kept = is_kept  # it is tried again until it succeeds: it tells of something that has happened
         self._committed = threading.Lock()
@@ -1353,7 +1364,7 @@ class Store:
             if is_over:
                 _end_task(db, seq, now_ns)
 
-        return self._change(apply, is_durable=True, is_kept=True)
+        return self._change(apply, is_durable=True, is_kept=True, is_awaited=False)
 
     def expire(self, ended_before_ns: int) -> list[int]:
         """Forgets some tasks that ended before; which."""
@@ -1472,15 +1483,20 @@ class Store:
         return rows
 
     def _change(
-        self, apply: Callable[[sqlite3.Connection], Any], is_durable: bool = False, is_kept: bool = False
+        self,
+        apply: Callable[[sqlite3.Connection], Any],
+        is_durable: bool = False,
+        is_kept: bool = False,
+        is_awaited: bool = True,
     ) -> _Change:
-        change = _Change(apply, is_durable, is_kept)
+        change = _Change(apply, is_durable, is_kept, is_awaited)
         with self._waiting:
             if self._is_closing:
                 change.resolve(error=Unavailable("the daemon is ending; send the request again to the next one"))
             else:
                 self._queue.append(change)
-                self._waiting.notify()
+                if is_awaited or len(self._queue) == 1:
+                    self._waiting.notify()
         return change
 
     def _write(self) -> None:
@@ -1491,6 +1507,8 @@ class Store:
             with self._waiting:
                 if not self._queue and not self._is_closing:
                     self._waiting.wait(_RETRY_S if kept else None)
+                if not self._is_closing and not any(change.is_awaited for change in self._queue):
+                    self._waiting.wait(_COMPANY_S)  # the end of a step goes well with the begin of the next
                 batch, self._queue = kept + self._queue, []
                 is_last = self._is_closing
             kept = self._commit(connection, batch) if batch else []
@@ -1540,6 +1558,7 @@ class Store:
 
 
 _RETRY_S = 0.5
+_COMPANY_S = 0.003  # that a change waits for others when nobody waits for it
 _TASK = "SELECT seq, id, count, state, code, message, accepted_ns, ended_ns FROM task"
 _STEP = "SELECT idx, name, needs, state, code, reason, started_ns, ended_ns FROM step"
 _OPEN_TASK = "seq, id, timeout_ns, accepted_ns, stop"
@@ -1853,10 +1872,12 @@ class Engine:
                 return None
         except LaunchError as error:
             return FORCED_CODE, str(error)
-        child_code = active.tree.exit_code()  # collects the child
-        code = directory.exit_code()
-        if code is None:
-            code = child_code
+        code = active.tree.exit_code()
+        if (
+            code is None or code > 128
+        ):  # not our child, or the wrapper itself was killed, as the last that it did perhaps
+            result = directory.exit_code()
+            code = code if result is None else result
         if code == NOTHING_RAN and not active.reason and not directory.has_started():
             return FORCED_CODE, f"could not start: nothing could be written to {directory.path}"
         return (FORCED_CODE, _LOST) if code is None else (code, "")

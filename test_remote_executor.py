@@ -1876,8 +1876,8 @@ def test_on_exit_wait_yields_to_a_second_signal(launch: Callable[..., Daemon], g
 @posix_only
 def test_on_exit_stop_ends_what_runs(launch: Callable[..., Daemon], tmp_path: Path) -> None:
     daemon, file = launch("--on_exit=stop"), tmp_path / "ran"
-    task = daemon.submit(step("setsid sleep 1000 & sleep 1000", name="n"), mark(file, "never"))
-    daemon.until_running(task)
+    task = daemon.submit(step("setsid sleep 1000 & echo up; sleep 1000", name="n"), mark(file, "never"))
+    daemon.until_printed(task, "up")
     assert daemon.end() == 0 and not daemon.processes()
     answer = daemon.start().ended(task)
     assert answer.data[0]["msg"] == f"Step: 0, Name: n, Exit Code: 255: {STOPPED}"
