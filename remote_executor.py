@@ -682,16 +682,6 @@ def fallback_encoding() -> str:
     return "utf-8"
 
 
-def inherited_environment() -> dict[str, str]:
-    """The daemon's environment as its steps get it: without what is meant for the daemon, UTF-8 whatever the locale."""
-    if sys.platform == "win32":
-        pairs = list(os.environ.items())
-    else:
-        decode = functools.partial(bytes.decode, errors="surrogateescape")
-        pairs = [(decode(key), decode(value)) for key, value in os.environb.items()]
-    return {key: value for key, value in pairs if not key.startswith("REMOTE_EXECUTOR_")}
-
-
 def socket_timeout(seconds: float) -> bytes:
     """The value of the socket options SO_RCVTIMEO and SO_SNDTIMEO: a timeval, on Windows milliseconds."""
     if ON_WINDOWS:
@@ -761,15 +751,18 @@ def interpreter_command(command_type: str, file: str, path: str) -> list[str]:
     raise LaunchError(f"{' or '.join(interpreter.programs)} is not on the PATH of this host")
 
 
-@functools.lru_cache(maxsize=256)
-def _found_program(program: str, path: str, minute: int) -> str | None:
-    return shutil.which(program, path=path)
-
-
 def find_program(program: str, path: str) -> str | None:
-    """Where the program is on this PATH; looked up once a minute, a step would pay for it else."""
-    found = _found_program(program, path, int(time.monotonic() // 60))
-    return found if found and os.access(found, os.X_OK) else shutil.which(program, path=path)
+    """Where the program is on this PATH; what was found is believed for some seconds, a step would pay for it else."""
+    found = _found_program(program, path, int(time.monotonic() // _BELIEF_S))
+    return found or shutil.which(program, path=path)
+
+
+_BELIEF_S = 10
+
+
+@functools.lru_cache(maxsize=256)
+def _found_program(program: str, path: str, _: int) -> str | None:
+    return shutil.which(program, path=path)
 
 
 def script_name(command_type: str) -> str:
@@ -816,13 +809,20 @@ class PosixTree:
     A process that is no member is never signalled: before every signal the start time is compared.
     """
 
-    def __init__(self, step_dir: str, pid: int, child: subprocess.Popen[bytes] | None) -> None:
+    def __init__(
+        self, step_dir: str, pid: int, child: subprocess.Popen[bytes] | None, wakers: collections.deque[tuple[int, int]]
+    ) -> None:
         self.pid = pid
         self._step_dir = os.fsencode(step_dir)
         self._child = child  # None when an earlier daemon started it
         self._start = "" if child else _start_time(pid)
         self._ended = False
-        self._wake_out, self._wake_in = os.pipe()
+        self._wakers = wakers  # pipes of earlier trees
+        try:
+            self._wake_out, self._wake_in = wakers.pop()
+        except IndexError:
+            self._wake_out, self._wake_in = os.pipe()
+        self._is_woken = False
         self._pidfd = _open_pidfd(pid)
         self._known: dict[tuple[int, str], bool] = {}  # processes met, and whether they are of the tree
         self._closing = threading.Lock()  # guards _wake_in: a closed descriptor's number may be another's
@@ -850,6 +850,7 @@ class PosixTree:
         """Makes `wait` return."""
         with self._closing:
             if self._wake_in >= 0:
+                self._is_woken = True
                 os.write(self._wake_in, b"w")
 
     def exit_code(self) -> int | None:
@@ -871,8 +872,11 @@ class PosixTree:
             quiet = 0 if self._kill_members() else quiet + 1
 
     def close(self) -> None:
-        """Gives back the descriptors."""
+        """Gives back the descriptors; a pipe that is certain to be empty serves the next tree."""
         with self._closing:
+            if self._wake_in >= 0 and not self._is_woken and len(self._wakers) < _WAKERS:
+                self._wakers.append((self._wake_out, self._wake_in))
+                self._wake_out = self._wake_in = -1
             for descriptor in (self._pidfd, self._wake_in, self._wake_out):
                 if descriptor >= 0:
                     os.close(descriptor)
@@ -927,6 +931,7 @@ _KEEP_ZOMBIES = hasattr(os, "waitid")  # not on every Mac
 _FOREVER_S = 86400.0
 _POLL_S = 0.02  # between looks at a process that no descriptor stands for
 _SWEEP_S = 10.0
+_WAKERS = 64  # pipes that are kept for trees to come
 
 
 def _open_pidfd(pid: int) -> int:
@@ -1003,6 +1008,9 @@ class PosixProcesses:
 
     def __init__(self, umask: int) -> None:
         self._umask = f"{umask:03o}"
+        self._environment = {k: v for k, v in os.environb.items() if not k.startswith(b"REMOTE_EXECUTOR_")}
+        self._null = os.open(os.devnull, os.O_RDWR)
+        self._wakers: collections.deque[tuple[int, int]] = collections.deque()  # pipes, for the next trees
         self._children: set[int] = set()  # of one step each, until `forget`
         self._orphans: set[int] = set()  # zombies that were not among them at the last look
 
@@ -1014,17 +1022,21 @@ class PosixProcesses:
             ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0)
 
     def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> PosixTree:
-        """Starts the command behind the wrapper, its output into the step's file; raises LaunchError."""
+        """Starts the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
+
+        Raises LaunchError.
+        """
+        env = {**env, COOKIE: step_dir}
         wrapped = ["/bin/sh", "-c", _WRAPPER, "sh", step_dir, self._umask, *command]
         output = os.open(os.path.join(step_dir, "output"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             child = subprocess.Popen(
                 wrapped,
-                stdin=subprocess.DEVNULL,
+                stdin=self._null,
                 stdout=output,
-                stderr=subprocess.DEVNULL,
+                stderr=self._null,
                 cwd=cwd,
-                env={_env_bytes(key): _env_bytes(value) for key, value in {**env, COOKIE: step_dir}.items()},
+                env={**self._environment, **{_env_bytes(key): _env_bytes(env[key]) for key in env}},
                 start_new_session=True,
                 close_fds=False,  # all are closed at exec already, `keep_descriptors` saw to it
             )
@@ -1033,14 +1045,14 @@ class PosixProcesses:
         finally:
             os.close(output)
         self._children.add(child.pid)
-        return PosixTree(step_dir, child.pid, child)
+        return PosixTree(step_dir, child.pid, child, self._wakers)
 
     def adopt(self, step_dir: str) -> PosixTree | None:
         """The live tree of a step that an earlier daemon started; None when its wrapper is gone."""
         with contextlib.suppress(OSError, ValueError), open(os.path.join(step_dir, "pid"), encoding="ascii") as file:
             pid = int(file.read())
             if pid > 0 and _carries(pid, os.fsencode(step_dir)) and _start_time(pid):
-                return PosixTree(step_dir, pid, None)
+                return PosixTree(step_dir, pid, None, self._wakers)
         return None
 
     def is_marked(self, step_dir: str) -> bool:
@@ -1663,6 +1675,7 @@ class _LiveTask:
         self.timeouts_ns = [step.timeout_ns for step in steps]
         self.names = [step.name for step in steps]
         self.stop = ""  # why all of it is stopped
+        self.has_workspace = False
         self.active: dict[int, _ActiveStep] = {}
 
 
@@ -1681,7 +1694,7 @@ class Engine:
         self._tasks_dir = os.path.join(root, "tasks")
         self._settings = settings
         self._observer = observer
-        self._environment = inherited_environment()
+        self._path = os.environ.get("PATH", os.defpath)
         self._lock = threading.Lock()  # guards all below, and what the live tasks hold
         self._size = settings.pool_size
         self._tasks: dict[int, _LiveTask] = {}
@@ -1893,11 +1906,12 @@ class Engine:
             file = directory.prepare(
                 script_name(script.command_type), encode_script(script.command_type, script.content)
             )
-            if not os.path.isdir(workspace):
+            if not active.task.has_workspace:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(workspace)
+                active.task.has_workspace = True
             env = self._environment_of(active, script.env, workspace)
-            command = interpreter_command(script.command_type, file, env.get("PATH", os.defpath))
+            command = interpreter_command(script.command_type, file, env.get("PATH", self._path))
             begun.wait()  # only what is known to have begun may run
             if active.reason or self._is_leaving:
                 return
@@ -1914,8 +1928,8 @@ class Engine:
         log.debug("%s: started, pid %d", active, tree.pid)
 
     def _environment_of(self, active: _ActiveStep, entries: Sequence[str], workspace: str) -> dict[str, str]:
-        env = dict(self._environment)
-        env.update(entry.split("=", 1) for entry in entries)  # type: ignore[misc]
+        """What the step's environment has beyond the daemon's."""
+        env = dict(entry.split("=", 1) for entry in entries)
         env["TASK_ID"] = active.task.id
         env["TASK_STEP_ID"] = str(active.idx)
         env["TASK_STEP_NAME"] = active.task.names[active.idx]
