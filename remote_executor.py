@@ -698,6 +698,16 @@ def keep_descriptors() -> None:
                     os.set_inheritable(int(name), False)
 
 
+def failpoint(name: str) -> None:
+    """Kills this process where $REMOTE_EXECUTOR_FAILPOINT names the place: how the tests prove what a crash leaves."""
+    if name == _FAILPOINT:
+        os.kill(os.getpid(), _KILL)
+
+
+_FAILPOINT = os.environ.get("REMOTE_EXECUTOR_FAILPOINT")
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # the latter is TerminateProcess on Windows
+
+
 def use_all_descriptors() -> None:
     """Raises the soft limit of open files to the hard one: each running step takes a few."""
     if sys.platform != "win32":
@@ -1306,25 +1316,51 @@ class Store:
         self._readers: list[sqlite3.Connection] = []
         self._queue: list[_Change] = []
         self._is_closing = False
+        self.warning = ""  # what a person should know of the start
         self._waiting = threading.Condition()  # guards _queue, _readers and _is_closing
         self._thread = threading.Thread(target=self._write, name="store", daemon=True)
 
     def start(self) -> None:
-        """Opens the database, or makes it; raises StartupError."""
+        """Opens the database, or makes it, and puts a damaged one aside; raises StartupError."""
         try:
-            connection = self._connect()
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > _SCHEMA_VERSION:
-                raise StartupError(
-                    f"--root: {self._path} is of a later version of this program; use that, or another root"
-                )
-            connection.execute("PRAGMA journal_mode = WAL")
-            if not version:
-                connection.executescript("BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;")
-        except sqlite3.Error as error:
+            try:
+                connection = self._open()
+            except sqlite3.DatabaseError as error:
+                if isinstance(error, sqlite3.OperationalError):  # not of the file: it is locked, or cannot be opened
+                    raise
+                self._put_aside(error)
+                connection = self._open()
+        except (sqlite3.Error, OSError) as error:
             raise StartupError(f"--root: {self._path} cannot be used: {error}") from None
         self._readers.append(connection)
         self._thread.start()
+
+    def _open(self) -> sqlite3.Connection:
+        """A connection to a database that is sound, made where there was none."""
+        is_new = not os.path.exists(self._path)
+        connection = self._connect()
+        try:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > _SCHEMA_VERSION:
+                raise StartupError(f"--root: {self._path} was made by a later version of this program; use that one")
+            if not is_new and (fault := _fault(connection, version)):
+                raise sqlite3.DatabaseError(fault)
+            connection.execute("PRAGMA journal_mode = WAL")
+            if not version:
+                connection.executescript("BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;")
+        except (sqlite3.Error, StartupError):
+            connection.close()
+            raise
+        return connection
+
+    def _put_aside(self, error: sqlite3.Error) -> None:
+        """Renames a damaged database, with all that belongs to it; a person may want to look at it."""
+        name = f"{self._path}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self._path + suffix, name + suffix)
+        self.warning = f"the database was damaged ({error}); it is kept as {name}, and a new one was begun"
+        log.error("%s", self.warning)
 
     def stop(self) -> None:
         """Commits what waits, and closes."""
@@ -1377,6 +1413,12 @@ class Store:
                 _end_task(db, seq, now_ns)
 
         return self._change(apply, is_durable=True, is_kept=True, is_awaited=False)
+
+    def fail(self, seq: int, message: str, now_ns: int) -> None:
+        """The task cannot be taken up: it ends with a system error."""
+        values = (State.ERROR, FORCED_CODE, message, now_ns, seq)
+        statement = "UPDATE task SET state = ?, code = ?, message = ?, ended_ns = ? WHERE seq = ?"
+        self._change(lambda db: db.execute(statement, values), is_durable=True).wait()
 
     def expire(self, ended_before_ns: int) -> list[int]:
         """Forgets some tasks that ended before; which."""
@@ -1468,12 +1510,20 @@ class Store:
                 total += os.stat(self._path + suffix).st_size
         return total
 
-    def open_tasks(self) -> Iterator[OpenTask]:
+    def open_seqs(self) -> list[int]:
         """The tasks that have not ended, in order of acceptance."""
-        for row in self._read(f"SELECT {_OPEN_TASK} FROM task WHERE ended_ns IS NULL ORDER BY seq"):
-            found = self._read(f"SELECT {_OPEN_STEP} FROM step WHERE task = ? ORDER BY idx", row[:1])
-            steps = [OpenStep._make((idx, name, tuple(json.loads(needs)), *rest)) for idx, name, needs, *rest in found]
-            yield OpenTask._make((*row, steps))
+        return [seq for (seq,) in self._read("SELECT seq FROM task WHERE ended_ns IS NULL ORDER BY seq")]
+
+    def open_task(self, seq: int) -> OpenTask:
+        """A task that has not ended; raises ValueError where what is stored makes no sense."""
+        row = self._read(f"SELECT {_OPEN_TASK} FROM task WHERE seq = ?", (seq,))[0]
+        found = self._read(f"SELECT {_OPEN_STEP} FROM step WHERE task = ? ORDER BY idx", (seq,))
+        steps = [OpenStep._make((idx, name, tuple(json.loads(needs)), *rest)) for idx, name, needs, *rest in found]
+        if [step.idx for step in steps] != list(range(row[-1])) or any(
+            not 0 <= need < len(steps) for step in steps for need in step.needs
+        ):
+            raise ValueError("its steps are incomplete")
+        return OpenTask._make((*row[:-1], steps))
 
     # -- inside
 
@@ -1564,6 +1614,8 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
             return error
+        if any(not change.is_awaited for change in batch):
+            failpoint("stored")
         for change, result, refusal in results:
             change.resolve(result, refusal)
         return None
@@ -1573,9 +1625,17 @@ _RETRY_S = 0.5
 _COMPANY_S = 0.003  # that a change waits for others when nobody waits for it
 _TASK = "SELECT seq, id, count, state, code, message, accepted_ns, ended_ns FROM task"
 _STEP = "SELECT idx, name, needs, state, code, reason, started_ns, ended_ns FROM step"
-_OPEN_TASK = "seq, id, timeout_ns, accepted_ns, stop"
+_OPEN_TASK = "seq, id, timeout_ns, accepted_ns, stop, count"
 _OPEN_STEP = "idx, name, needs, timeout_ns, state, code, started_ns, stop"
 _INDEX = re.compile("0|[1-9][0-9]{0,8}")
+
+
+def _fault(db: sqlite3.Connection, version: int) -> str:
+    """What is wrong with a database that was there before; empty when nothing is."""
+    if not version:
+        return "it is empty"
+    found: str = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    return "" if found == "ok" else found.replace("\n", " ")
 
 
 def _accept(db: sqlite3.Connection, spec: TaskSpec, now_ns: int) -> Accepted:
@@ -1725,7 +1785,13 @@ class Engine:
         self._rubbish.extend(
             os.path.join(self._tasks_dir, name) for name in os.listdir(self._tasks_dir) if name not in known
         )
-        adopted = [active for task in self._store.open_tasks() for active in self._recover(task)]
+        adopted: list[_ActiveStep] = []
+        for seq in self._store.open_seqs():
+            try:
+                adopted += self._recover(self._store.open_task(seq))
+            except (ValueError, TypeError) as error:
+                log.error("task number %d cannot be taken up: %s", seq, error)
+                self._store.fail(seq, f"lost: what was stored of it is damaged: {error}", self._clock.now_ns())
         with self._lock:
             self._is_paused = False
             for active in adopted:
@@ -1767,6 +1833,7 @@ class Engine:
         if self._is_paused:
             raise Unavailable("the daemon is ending; send the task again to the next one")
         accepted = self._store.accept(spec, self._clock.now_ns())
+        failpoint("accepted")
         if accepted.is_new:
             task = _LiveTask(accepted.seq, spec.id, spec.steps)
             with self._lock:
@@ -1915,7 +1982,9 @@ class Engine:
             begun.wait()  # only what is known to have begun may run
             if active.reason or self._is_leaving:
                 return
+            failpoint("begun")
             tree = self._processes.start(command, directory.path, workspace, env)
+            failpoint("spawned")
         except (OSError, StorageFull, Unavailable) as error:
             if isinstance(error, OSError) and error.errno not in _FULL:
                 raise LaunchError(f"could not start: {error}") from error
@@ -1954,6 +2023,7 @@ class Engine:
 
     def _end_active(self, active: _ActiveStep, code: int, reason: str) -> None:
         """A step has run: its end is stored, its place is free."""
+        failpoint("ended")
         seconds = (self._clock.now_ns() - active.started_ns) / _SECOND_NS if active.started_ns else 0.0
         output_bytes = self._directory(active.task.seq, active.idx).output_bytes()
         end = self._end(active.task, [(active.idx, code, reason)], active)
@@ -2495,6 +2565,8 @@ class Api:
         rows = self._store.steps(task.seq)
         if task.ended_ns is None:
             code, message = Code.IN_PROGRESS, f"in progress: [{_running_text(rows)}]"
+        elif task.state == State.ERROR:
+            code, message = Code.FAILED, task.message
         elif failed := [row for row in rows if row.code]:
             texts = (failure_text(row.idx, row.name, row.code, row.reason) for row in failed)
             code, message = Code.FAILED, f"execution failed: [{'; '.join(texts)}]"
@@ -2627,10 +2699,10 @@ class OperatorApi:
 
     def show_health(self, request: Request) -> Response:
         """The envelope, and its data beside it too, where clients of the original look."""
-        data = {"server": request.host, "client": request.peer, "state": "Running", "timestamp": time.time_ns()}
-        return Response(
-            headers=(JSON_TYPE,), body=to_json({"code": 0, "message": "success", "data": data, **data}).encode()
-        )
+        health = {"server": request.host, "client": request.peer, "state": "Running", "timestamp": time.time_ns()}
+        data = {**health, "warning": self._store.warning} if self._store.warning else health
+        envelope = {"code": 0, "message": "success", "data": data, **health}
+        return Response(headers=(JSON_TYPE,), body=to_json(envelope).encode())
 
     def beat(self, _: Request) -> Response:
         return Response()
@@ -2964,7 +3036,8 @@ class Daemon:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._root = os.path.realpath(settings.root)
+        above, name = os.path.split(os.path.abspath(settings.root))
+        self._root = os.path.join(os.path.realpath(above), name)  # the root itself must be no link
         self._ends = 0  # how often the end was asked for
         self._ending = threading.Event()
 

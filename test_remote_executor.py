@@ -57,14 +57,17 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import statistics
 import struct
 import symtable
+import threading
 import time
 import urllib.parse
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any, Callable, NamedTuple
 
 import pytest
@@ -1932,6 +1935,377 @@ def test_expiry_counts_on_while_the_daemon_is_down(launch: Callable[..., Daemon]
     daemon.end()
     daemon.start()
     wait_until(lambda: daemon.detail(task).code == 1003, "expiry", 15)
+
+
+# ======================================================================================================================
+# the knife: crashes, bad storage, trees that will not die, a model
+# ======================================================================================================================
+
+
+def often(few: int, many: int) -> pytest.MarkDecorator:
+    """Runs a test with `runs`: few in the ordinary suite, many where there are minutes (-m slow)."""
+    return pytest.mark.parametrize("runs", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
+@posix_only
+@often(2, 20)
+@pytest.mark.parametrize("point", ["accepted", "begun", "spawned", "ended", "stored"])
+def test_crash_at_any_point_loses_nothing_and_runs_nothing_twice(
+    launch: Callable[..., Daemon], tmp_path: Path, point: str, runs: int
+) -> None:
+    daemon, file = launch(), tmp_path / "runs"
+    for run in range(runs):
+        daemon.end()
+        daemon.env["REMOTE_EXECUTOR_FAILPOINT"] = point
+        daemon.start()
+        steps, id = [mark(file, f"{run}a"), step(f'echo {run}b >>"{file}"; exit 3'), mark(file, "never")], f"t{run}"
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            daemon.try_submit(steps, id=id)
+        wait_until(lambda: not daemon.alive(), "the crash")
+        del daemon.env["REMOTE_EXECUTOR_FAILPOINT"]
+        daemon.start()
+        assert daemon.try_submit(steps, id=id).code == 0
+        assert [(one["state"], one["code"]) for one in daemon.ended(id).data] == [(0, 0), (0, 3), (2, 0)]
+        assert marks(file)[2 * run :] == [f"{run}a", f"{run}b"]
+
+
+@posix_only
+@often(10, 200)
+def test_crashes_under_load_lose_nothing_and_run_nothing_twice(
+    launch: Callable[..., Daemon], tmp_path: Path, runs: int
+) -> None:
+    daemon, file, random = launch(), tmp_path / "ran", Random(runs)
+    acknowledged: list[str] = []
+    over = threading.Event()
+
+    def client(number: int) -> None:
+        for count in itertools.count():
+            id = f"c{number}-{count}"
+            steps = [mark(file, f"{id}/0"), step(f'echo {id}/1 >>"{file}"; exit {count % 3}')]
+            while not over.is_set():
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    if daemon.try_submit(steps, id=id).code == 0:
+                        acknowledged.append(id)
+                        break
+            if over.is_set():
+                return
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(client, number) for number in range(4)]
+        slowest = 0.0
+        try:
+            for _ in range(runs):
+                time.sleep(random.random() * (2 if runs > 10 else 0.5))  # the one moment that must be random
+                daemon.kill()
+                slowest = max(slowest, seconds(daemon.start))
+        finally:
+            over.set()
+        assert [one.result() for one in clients] == [None] * 4
+    print(f"{runs} kills, {len(acknowledged)} tasks acknowledged, slowest restart {slowest:.2f} s")
+    until_idle(daemon)
+    ran, rows = collections.Counter(marks(file)), {row["id"]: row for row in daemon.get("/api/v1/task").data["tasks"]}
+    assert [id for id in acknowledged if rows[id]["code"] != int(id.split("-")[1]) % 3] == []
+    assert [name for id in acknowledged for name in (f"{id}/0", f"{id}/1") if ran[name] != 1] == []
+
+
+@posix_only
+def test_files_are_their_owners_alone(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    daemon.run(step("echo x; echo y >file"))
+    daemon.submit(step("exit 1"))
+    until_idle(daemon)
+    paths = [daemon.root, *(path for path in daemon.root.rglob("*") if "workspace" not in path.parts)]
+    assert [path for path in paths if path.stat().st_mode & 0o077] == [] and len(paths) > 8
+
+
+@posix_only
+def test_umask_of_steps_is_the_one_the_daemon_was_started_with(launch: Callable[..., Daemon]) -> None:
+    mask = os.umask(0o027)
+    try:
+        daemon = launch()
+    finally:
+        os.umask(mask)
+    assert daemon.output(step("umask")) == ["0027"]
+
+
+@posix_only
+def test_root_that_is_a_link_or_another_users_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    places = [tmp_path / "link"]
+    if os.geteuid() == 0:
+        (tmp_path / "other").mkdir()
+        os.chown(tmp_path / "other", 12345, 12345)
+        places.append(tmp_path / "other")
+    for place in places:
+        assert str(place) in refused(cli("run", "--addr=127.0.0.1:0", f"--root={place}"), 1)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MB, which only root can have."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("this user cannot mount a tmpfs")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@linux_only
+def test_full_disk_refuses_new_tasks_and_loses_none(small_disk: Path, launch: Callable[..., Daemon]) -> None:
+    daemon = launch(root=small_disk / "root")
+    open_gate = small_disk / "gate"
+    task = daemon.submit(held(open_gate), step("exit 4"), step())
+    daemon.until_printed(task, "held")
+    ballast = small_disk / "ballast"
+    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    answer = wait_until(lambda: (last := daemon.try_submit([step("#" * 50_000)])).status != 200 and last, "507")
+    assert (answer.status, answer.code) == (507, 507) and "full" in answer.message
+    assert daemon.detail(task).code == 1001
+    open_gate.touch()
+    wait_until(lambda: not daemon.processes(task), "the step's end")
+    assert daemon.detail(task).status == 200
+    ballast.unlink()
+    assert [(one["state"], one["code"]) for one in daemon.ended(task).data] == [(0, 0), (0, 4), (2, 0)]
+    assert daemon.run(step()).code == 0
+
+
+def damage(root: Path, how: str, random: Random) -> None:
+    database = root / "remote_executor.db"
+    data = bytearray(database.read_bytes())
+    if how == "flip":
+        for _ in range(20):
+            data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    database.write_bytes({"zero": b"", "half": data[: len(data) // 2], "text": b"x" * 5000}.get(how, data))
+
+
+@often(1, 34)
+@pytest.mark.parametrize("how", ["flip", "zero", "half", "text"])
+def test_damaged_database_is_put_aside_whole_and_told(launch: Callable[..., Daemon], how: str, runs: int) -> None:
+    daemon, random = launch(), Random(how)
+    for _ in range(runs):
+        tasks = [daemon.submit(*[step()] * 3) for _ in range(30)]
+        daemon.ended(tasks[-1])
+        until_idle(daemon)
+        daemon.end()
+        damage(daemon.root, how, random)
+        broken = (daemon.root / "remote_executor.db").read_bytes()
+        daemon.start()
+        aside = sorted(daemon.root.glob("*.corrupt-*"))
+        if how != "flip" or aside:  # a flip may hit a byte that nothing needs
+            assert broken in [path.read_bytes() for path in aside]
+            assert ".corrupt-" in daemon.get("/healthyz").data["warning"] and ".corrupt-" in daemon.log()
+        assert daemon.run(step()).code == 0
+        for path in aside:
+            path.unlink()
+
+
+def test_locked_database_waits_then_says_so(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        answer = daemon.try_submit([step()])
+        assert (answer.status, answer.code) == (503, 503) and "locked" in answer.message
+        other.execute("ROLLBACK")
+    assert daemon.run(step()).code == 0
+
+
+EVASIONS = {
+    "setsid": "setsid sleep 1000 & echo up; sleep 1000",
+    "double fork": "(setsid sh -c 'sleep 1000 & exit 0' &); echo up; sleep 1000",
+    "empty environment": "env -i setsid sleep 1000 & echo up; sleep 1000",
+    "deaf": "trap '' TERM HUP INT; echo up; while :; do sleep 1; done",
+    "stopped": "echo up; kill -STOP $$; sleep 1000",
+    "100 forkers": "for n in $(seq 100); do sh -c 'trap \"\" TERM; sleep 1000; :' & done; echo up; wait",
+    "hydra": "hydra",
+}
+HYDRA = """
+import os, sys, time
+print('up', flush=True)
+while True:
+    time.sleep(0.005)
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+"""
+
+
+@linux_only
+@often(2, 200)
+@pytest.mark.parametrize("kind", EVASIONS)
+def test_nothing_survives_a_stop(daemon: Daemon, kind: str, runs: int) -> None:
+    for _ in range(runs):
+        own = f"task-{uuid.uuid4()}"
+        text = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {HYDRA!r}])\ntime.sleep(1000)"
+        daemon.submit(python(text) if kind == "hydra" else step(EVASIONS[kind]), id=own)
+        daemon.until_printed(own, "up")
+        daemon.put(f"/api/v1/task/{own}")
+        if kind in ("deaf", "100 forkers"):
+            daemon.put(f"/api/v1/task/{own}")  # without grace
+        answer = daemon.ended(own)
+        assert answer.data[0]["msg"].endswith(STOPPED)
+        assert wait_until(lambda own=own: not holders(daemon, own), f"the end of {holders(daemon, own)}", 5)
+
+
+def holders(daemon: Daemon, task: str) -> list[int]:
+    """The processes that have a file of the task open, or stand in its workspace, or carry its name."""
+    root = os.path.realpath(daemon.root / "tasks")
+    found = set(daemon.processes(task))
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            links = [os.readlink(entry / "cwd"), *(os.readlink(fd) for fd in (entry / "fd").iterdir())]
+            environ = (entry / "environ").read_bytes()
+            if any(link.startswith(root) for link in links) and (not environ or task.encode() in environ):
+                found.add(int(entry.name))
+    return sorted(found)
+
+
+@often(30, 1000)
+@posix_only
+def test_stop_that_races_the_end_gives_one_end(daemon: Daemon, runs: int) -> None:
+    random = Random(runs)
+    for _ in range(runs):
+        task = daemon.submit(step("sleep 0.02"), step())
+        daemon.until_running(task)
+        time.sleep(random.random() * 0.03)  # about the step's end
+        stopped = daemon.put(f"/api/v1/task/{task}/0").code
+        answer = daemon.ended(task)
+        ends = [(one["state"], one["code"]) for one in answer.data]
+        assert ends == ([(0, 0), (0, 0)] if stopped == 1003 else [(0, 255), (2, 0)])
+        assert daemon.steps(task) is not None and daemon.row(task)["code"] == sum(code for _, code in ends)
+
+
+class Model:
+    """What the daemon must answer, of steps that each last until a gate opens and then end with a code of their own."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.tasks: dict[str, list[tuple[int, list[int]]]] = {}  # id -> code and needs of each step
+        self.ended: dict[str, list[int | None]] = {}  # id -> how each step ended; None: it has not
+        self.opened: set[tuple[str, int]] = set()
+
+    def add(self, id: str, steps: list[tuple[int, list[int]]]) -> list[dict[str, Any]]:
+        self.tasks[id], self.ended[id] = steps, [None] * len(steps)
+        return [
+            step(
+                f'while [ -d "{self.place}" ] && [ ! -e "{self.place}/{id}.{n}" ]; do sleep 0.01; done; '
+                f'echo {id}.{n} >>"{self.place}/ran"; exit {code}',
+                name=f"s{n}",
+                depets_on=[f"s{need}" for need in needs],
+            )
+            for n, (code, needs) in enumerate(steps)
+        ]
+
+    def ready(self, id: str) -> list[int]:
+        """The steps that have not ended and wait for none."""
+        ends = self.ended[id]
+        return [
+            n for n, (_, needs) in enumerate(self.tasks[id]) if ends[n] is None and all(ends[m] == 0 for m in needs)
+        ]
+
+    def live(self) -> list[str]:
+        return [id for id in self.tasks if self.ready(id)]
+
+    def open(self, id: str, n: int) -> None:
+        """Lets a step end by itself."""
+        self.opened.add((id, n))
+        (self.place / f"{id}.{n}").touch()
+        self.ended[id][n] = self.tasks[id][n][0]
+
+    def stop(self, id: str, n: int | None) -> None:
+        for index in self.ready(id) if n is None else [n]:
+            self.ended[id][index] = 255
+
+    def expected(self, id: str) -> list[tuple[bool, int]]:
+        """Of each step whether it has ended, and its code."""
+        return [(code is not None, code or 0) for code in self.ended[id]]
+
+
+@posix_only
+@often(250, 10_000)
+def test_model_and_daemon_agree(launch: Callable[..., Daemon], tmp_path: Path, runs: int) -> None:
+    daemon, model, random = launch("--pool_size=40"), Model(tmp_path / "model"), Random(runs)
+    model.place.mkdir()
+    for number in range(runs):
+        deeds = (
+            ["submit"] * 3
+            + ["open"] * 5
+            + ["stop", "stop step", "stop", "resize", "kill", "restart", "stop what has ended"]
+        )
+        deed, live = random.choice(deeds), model.live()
+        if deed == "submit" and len(live) < 8:
+            count = random.randint(1, 4)
+            shape = [
+                (random.choice([0, 0, 0, 3]), [m for m in range(n) if random.random() < 0.4]) for n in range(count)
+            ]
+            daemon.submit(*model.add(f"m{number}", shape), id=f"m{number}", ansync="1")
+        elif deed in ("kill", "restart"):
+            daemon.restart(kill=deed == "kill")
+        elif deed == "resize":
+            assert daemon.post("/api/v1/pool", {"size": random.randint(30, 50)}).code == 0
+        elif deed == "stop what has ended" and len(live) < len(model.tasks):
+            id = random.choice([id for id in model.tasks if id not in live])
+            wait_until(lambda id=id: daemon.detail(id).code != 1001, f"the end of {id}")
+            assert daemon.put(f"/api/v1/task/{id}").code == 1003
+        elif live:
+            id = random.choice(live)
+            n = random.choice(model.ready(id))
+            if deed == "open":
+                daemon.until_running(id, n)
+                model.open(id, n)
+            elif deed == "stop step":
+                assert daemon.put(f"/api/v1/task/{id}/{random.choice([n, f's{n}'])}").code == 0
+                model.stop(id, n)
+            elif deed == "stop":
+                assert daemon.put(f"/api/v1/task/{id}").code == 0
+                model.stop(id, None)
+            agree(daemon, model, id)
+    for id in model.live():
+        daemon.put(f"/api/v1/task/{id}")
+        model.stop(id, None)
+    for id in model.tasks:
+        agree(daemon, model, id)
+    ran = collections.Counter(marks(model.place / "ran"))
+    assert [name for name in ran if ran[name] != 1] == []
+    assert {f"{id}.{n}" for id, n in model.opened} == set(ran)
+
+
+def agree(daemon: Daemon, model: Model, id: str) -> None:
+    """Waits until the daemon says what the model says."""
+
+    def shown() -> bool:
+        answer = daemon.detail(id)
+        steps = [(one["state"] == 0, one["code"]) for one in answer.data]
+        code = 1001 if model.ready(id) else 1002 if any(code for _, code in model.expected(id)) else 0
+        return steps == model.expected(id) and answer.code == code
+
+    wait_until(shown, f"{model.expected(id)} of {daemon.detail(id)}", 20)
+
+
+def test_clock_follows_no_change_of_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_type, real = module().Clock, time.time_ns
+    clock = clock_type.resume({}, 0)
+    before, memory = clock.now_ns(), clock.memory()
+    for day_ns in (86_400 * 10**9, -86_400 * 10**9):
+        monkeypatch.setattr(time, "time_ns", lambda day_ns=day_ns: real() + day_ns)
+        for one in (clock, clock_type.resume(memory, before)):
+            assert 0 <= one.now_ns() - before < 10 * 10**9
+            assert abs(one.offset_ns() - day_ns) < 10 * 10**9
+
+
+def test_clock_goes_on_after_a_boot(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_type, real = module().Clock, time.time_ns
+    clock = clock_type.resume({}, 0)
+    before, memory = clock.now_ns(), {**clock.memory(), "boot": "another"}
+    hour_ns = 3600 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: real() + hour_ns)
+    assert 0 <= clock_type.resume(memory, before).now_ns() - before - hour_ns < 10 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: real() - hour_ns)
+    assert 0 <= clock_type.resume(memory, before).now_ns() - before < 10 * 10**9
 
 
 # ======================================================================================================================
