@@ -2074,6 +2074,23 @@ def test_full_disk_refuses_new_tasks_and_loses_none(small_disk: Path, launch: Ca
     assert daemon.run(step()).code == 0
 
 
+@linux_only
+def test_root_that_is_read_only_is_refused(small_disk: Path) -> None:
+    (small_disk / "root").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert "Read-only" in refused(cli("run", "--addr=127.0.0.1:0", f"--root={small_disk / 'root'}"), 1)
+
+
+@often(1, 20)
+def test_deleted_log_of_the_database_stops_no_start(launch: Callable[..., Daemon], runs: int) -> None:
+    daemon = launch()
+    for _ in range(runs):
+        daemon.run(step(), step())
+        daemon.kill()
+        (daemon.root / "remote_executor.db-wal").unlink()
+        assert daemon.start().run(step()).code == 0
+
+
 def damage(root: Path, how: str, random: Random) -> None:
     database = root / "remote_executor.db"
     data = bytearray(database.read_bytes())
@@ -2230,6 +2247,7 @@ class Model:
 def test_model_and_daemon_agree(launch: Callable[..., Daemon], tmp_path: Path, runs: int) -> None:
     daemon, model, random = launch("--pool_size=40"), Model(tmp_path / "model"), Random(runs)
     model.place.mkdir()
+    deeds = ["submit"] * 3 + ["open"] * 5 + ["stop", "stop step", "stop", "resize", "kill", "restart", "stop ended"]
     for number in range(runs):
         deeds = (
             ["submit"] * 3
@@ -2247,7 +2265,7 @@ def test_model_and_daemon_agree(launch: Callable[..., Daemon], tmp_path: Path, r
             daemon.restart(kill=deed == "kill")
         elif deed == "resize":
             assert daemon.post("/api/v1/pool", {"size": random.randint(30, 50)}).code == 0
-        elif deed == "stop what has ended" and len(live) < len(model.tasks):
+        elif deed == "stop ended" and len(live) < len(model.tasks):
             id = random.choice([id for id in model.tasks if id not in live])
             wait_until(lambda id=id: daemon.detail(id).code != 1001, f"the end of {id}")
             assert daemon.put(f"/api/v1/task/{id}").code == 1003
@@ -3251,6 +3269,29 @@ def test_bench_steps_per_second(table: list[Row], launch: Callable[..., Daemon],
         "/s",
         0.70,
     )
+
+
+@bench
+@posix_only
+def test_bench_wrapper(table: list[Row], tmp_path: Path) -> None:
+    wrapper = module()._WRAPPER
+    (tmp_path / "script.sh").write_text("exit 0\n")
+    command = ["/bin/sh", str(tmp_path / "script.sh")]
+    wrapped = ["/bin/sh", "-c", wrapper, "sh", str(tmp_path), "022", *command]
+    pairs = [
+        [1000 * seconds(lambda line=line: subprocess.Popen(line, stdin=subprocess.DEVNULL).wait()) for line in lines]
+        for lines in [(command, wrapped)] * 500
+    ]
+    bare, here = (statistics.median(times) for times in zip(*pairs))
+    row = Row(
+        "wrapper of a step",
+        f"{here:.2f} ms",
+        f"{bare:.2f} ms",
+        f"{here - bare:+.2f} ms",
+        "<= +1.50 ms",
+        here - bare <= 1.5,
+    )
+    record(table, row)
 
 
 @bench
