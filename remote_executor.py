@@ -35,6 +35,7 @@ import errno
 import functools
 import graphlib
 import heapq
+import hmac
 import http.server
 import itertools
 import json
@@ -98,6 +99,11 @@ OPTIONS = (
     Option("pool_size", "count", "30", "Set the size of the execution work pool.", least=1, most=10000),
     Option("max_body", "size", "16MiB", "Largest body of a request. Larger ones get 413.", least=1),
     Option("max_output", "size", "1GiB", "Largest output of a step, which is then stopped. 0 to disable."),
+    Option("token_file", "path", "$ROOT/token", "File of the tokens that let clients in, one a line."),
+    Option("require_token", "flag", "", "Ask for a token from clients on this host too."),
+    Option("insecure", "flag", "", "Let everybody in without a token: whoever reaches the port runs code here."),
+    Option("cors_origin", "list", "", "Origin of a web page that may call the API. Repeatable."),
+    Option("max_connections", "count", "512", "Most connections at once, of which 64 from one address.", least=16),
     Option(
         "on_exit",
         "choice",
@@ -121,6 +127,11 @@ class Settings(NamedTuple):
     pool_size: int
     max_body: int
     max_output: int
+    token_file: str
+    require_token: bool
+    insecure: bool
+    cors_origin: tuple[str, ...]
+    max_connections: int
     on_exit: str
 
 
@@ -266,9 +277,10 @@ class NoRoute(ApiError):
 class WrongMethod(ApiError):
     status = code = 405
 
-    def __init__(self, message: str, allow: str) -> None:
+    def __init__(self, message: str, methods: Sequence[str]) -> None:
         super().__init__(message)
-        self.headers = (("Allow", allow),)
+        self.methods = methods
+        self.headers = (("Allow", ", ".join(methods)),)
 
 
 class Conflict(ApiError):
@@ -698,6 +710,38 @@ def keep_descriptors() -> None:
                     os.set_inheritable(int(name), False)
 
 
+def peer_user(peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
+    """The user who holds the other end of a TCP connection on this host; None where the system does not tell.
+
+    Raises LookupError where it should but has no such connection: there is no end to trust then (proc_net(5)).
+    """
+    if not ON_LINUX:
+        return None
+    client, server = (
+        {_kernel_address(host, port), _kernel_address(f"::ffff:{host}", port)} for host, port in (peer, ours)
+    )
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/net/{table}", encoding="ascii") as file:
+            for line in file:
+                fields = line.split()
+                if fields[1] in client and fields[2] in server and fields[3] == "01" and fields[9] != "0":
+                    return int(fields[7])
+    raise LookupError("this host does not know the client's end of the connection")
+
+
+def _kernel_address(host: str, port: int) -> str:
+    """An address as the kernel's tables show it: 32-bit words as this host reads them, in hexadecimal."""
+    with contextlib.suppress(OSError):
+        packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+        return "".join(f"{word:08X}" for word in struct.unpack(f"={len(packed) // 4}I", packed)) + f":{port:04X}"
+    return ""
+
+
+def trusts_user(user: int | None) -> bool:
+    """Whether this user may do what the daemon's own may."""
+    return user is None or sys.platform == "win32" or user in (0, os.geteuid())
+
+
 def failpoint(name: str) -> None:
     """Kills this process where $REMOTE_EXECUTOR_FAILPOINT names the place: how the tests prove what a crash leaves."""
     if name == _FAILPOINT:
@@ -941,7 +985,7 @@ _KEEP_ZOMBIES = hasattr(os, "waitid")  # not on every Mac
 _FOREVER_S = 86400.0
 _POLL_S = 0.02  # between looks at a process that no descriptor stands for
 _SWEEP_S = 10.0
-_WAKERS = 64  # pipes that are kept for trees to come
+_WAKERS = 8  # pipes that are kept for trees to come
 
 
 def _open_pidfd(pid: int) -> int:
@@ -2218,6 +2262,9 @@ def to_json(value: Any) -> str:
     return _ENCODER.encode(value)
 
 
+Link = tuple[tuple[str, int], tuple[str, int]]  # a connection: the client's end and ours, each an address and a port
+
+
 class Request(NamedTuple):
     """A request: `segments` and `query` are decoded, header names in lower case, `host` is what the client calls us."""
 
@@ -2228,9 +2275,14 @@ class Request(NamedTuple):
     host: str
     is_old: bool  # HTTP/1.0
     body: bytes = b""
-    peer: str = ""
+    link: Link = (("", 0), ("", 0))
     scheme: str = "http"
+    label: str = ""  # who asks, as the log calls them; empty for a stranger on a public route
     params: Mapping[str, str] = types.MappingProxyType({})
+
+    @property
+    def peer(self) -> str:
+        return self.link[0][0]
 
     @property
     def base_url(self) -> str:
@@ -2302,8 +2354,8 @@ class Router:
             methods, params = self._match_variable(request.segments)
         route = methods.get(request.method)
         if route is None:
-            allow = ", ".join(methods)
-            raise WrongMethod(f"{request.method} is no method of this path; right would be {allow}", allow)
+            right = ", ".join(methods)
+            raise WrongMethod(f"{request.method} is no method of this path; right would be {right}", [*methods])
         return route, params
 
     def _match_variable(self, segments: tuple[str, ...]) -> tuple[dict[str, Route], dict[str, str]]:
@@ -2506,6 +2558,148 @@ def _read_chunks(stream: Stream, limit: int) -> bytes:
 # access: who may call what
 # ======================================================================================================================
 
+_LOCAL_HOST = re.compile(r"(localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::([0-9]+))?", re.IGNORECASE)
+_FORWARDED = {"forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via"}
+_WRONG_MOST = 10  # wrong tokens of one address in a minute
+_REMEMBERED_MOST = 10_000  # addresses and connections
+
+
+class Access:
+    """Decides who gets in; any thread may ask. A wrong token never counts as none."""
+
+    def __init__(self, settings: Settings, root: str) -> None:
+        self._settings = settings
+        self._path = settings.token_file.replace("$ROOT", root)
+        self._help = (
+            f"send `Authorization: Bearer ...` with a token of the daemon's {os.path.basename(self._path)} file"
+        )
+        self._lock = threading.Lock()  # guards all below
+        self._read_at = (0, 0)
+        self._tokens: tuple[bytes, ...] = ()
+        self._wrong: dict[str, list[float]] = {}  # when an address sent wrong ones
+        self._trusted: dict[Link, bool] = {}
+
+    def start(self) -> None:
+        """Makes the root's token at the first start; raises StartupError where the tokens cannot be read."""
+        try:
+            if self._settings.token_file.startswith("$ROOT") and not os.path.exists(self._path):
+                descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with open(descriptor, "w", encoding="ascii") as file:
+                    file.write(os.urandom(32).hex() + "\n")
+                log.info("clients on other hosts need the token in %s", self._path)
+            self._load()
+        except OSError as error:
+            raise StartupError(f"--token_file: {self._path} cannot be used: {error.strerror}") from None
+        if self._settings.insecure:
+            log.warning("--insecure: whoever reaches the port runs code on this host, as the user of this daemon")
+
+    def admit(self, request: Request, is_public: bool) -> str:
+        """Who is let in, by a label for the log, empty for a stranger on a public route.
+
+        Raises Forbidden, Unauthorized and TooMany.
+        """
+        self._check_browser(request)
+        if self._settings.insecure:
+            return "anybody"
+        sent = request.headers.get("authorization")
+        if sent is not None:
+            return self._check_token(request.peer, sent)
+        refused = self._local_fault(request)
+        if refused is None:
+            return "local"
+        if is_public:
+            return ""
+        raise refused
+
+    def cors_headers(self, request: Request) -> tuple[tuple[str, str], ...]:
+        """What lets a page of an allowed origin read the answer (the CORS protocol of the Fetch standard)."""
+        origin = request.headers.get("origin", "")
+        if origin not in self._settings.cors_origin:
+            return ()
+        exposed = ("Access-Control-Expose-Headers", "X-Task-ID, X-Task-STATE")
+        return ("Access-Control-Allow-Origin", origin), exposed, ("Vary", "Origin")
+
+    def preflight(self, request: Request, methods: Iterable[str]) -> Response | None:
+        """The answer to a page of an allowed origin that asks what it may; None when this is no such question."""
+        if request.method != "OPTIONS" or not self.cors_headers(request):
+            return None
+        headers = ("Access-Control-Allow-Headers", "Authorization, Content-Type")
+        return Response(204, (("Access-Control-Allow-Methods", ", ".join(methods)), headers))
+
+    def forget(self, link: Link) -> None:
+        """The connection has ended; its numbers may be another's soon."""
+        with self._lock:
+            self._trusted.pop(link, None)
+
+    def _check_browser(self, request: Request) -> None:
+        origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+        if origin is not None and origin in self._settings.cors_origin:
+            return
+        if origin is not None and origin != request.base_url:
+            raise Forbidden(f"pages of the origin {origin!r} may not call this; --cors_origin allows one")
+        if site is not None and site not in ("same-origin", "none"):
+            raise Forbidden("pages of other sites may not call this; --cors_origin allows one")
+
+    def _check_token(self, peer: str, sent: str) -> str:
+        scheme, _, token = sent.partition(" ")
+        now_s = time.monotonic()
+        with self._lock:
+            recent = [at_s for at_s in self._wrong.get(peer, ()) if now_s - at_s < 60]
+            if len(recent) >= _WRONG_MOST:
+                raise TooMany("too many wrong tokens from this address; wait a minute")
+            with contextlib.suppress(OSError):  # then what was read last holds
+                self._load()
+            given = token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+            matches = [hmac.compare_digest(known, given) for known in self._tokens]  # all, for constant time
+            if any(matches):
+                return f"token {matches.index(True) + 1}"
+            if len(self._wrong) >= _REMEMBERED_MOST:
+                self._wrong.clear()
+            self._wrong[peer] = [*recent, now_s]
+        raise Unauthorized(f"the token is wrong; {self._help} (--token_file)")
+
+    def _load(self) -> None:
+        """Reads the tokens where the file has changed."""
+        status = os.stat(self._path)
+        if self._read_at != (status.st_mtime_ns, status.st_size):
+            with open(self._path, encoding="utf-8") as file:
+                lines = [line.strip() for line in file]
+            self._tokens = tuple(line.encode() for line in lines if line and not line.startswith("#"))
+            self._read_at = (status.st_mtime_ns, status.st_size)
+
+    def _local_fault(self, request: Request) -> ApiError | None:
+        """Why a request without a token stays out; None when it comes from this host's own people."""
+        if self._settings.require_token or not _is_loopback(request.peer):
+            return Unauthorized(f"{self._help} (--token_file)")
+        named = _LOCAL_HOST.fullmatch(request.host)
+        if not named or (named[2] and int(named[2]) != request.link[1][1]):
+            return Forbidden(
+                f"{request.host!r} is no name of this host that needs no token; {self._help} (--token_file)"
+            )
+        if _FORWARDED & request.headers.keys():
+            return Unauthorized(f"a proxy has forwarded this; {self._help} (--token_file)")
+        if not self._is_trusted(request.link):
+            return Unauthorized(f"the client is another user's; {self._help} (--token_file)")
+        return None
+
+    def _is_trusted(self, link: Link) -> bool:
+        """Whether the client is a process of root or of the daemon's user; looked up once a connection."""
+        with self._lock:
+            known = self._trusted.get(link)
+        if known is None:
+            try:
+                known = trusts_user(peer_user(*link))
+            except LookupError:
+                known = False
+            with self._lock:
+                self._trusted[link] = known
+        return known
+
+
+def _is_loopback(peer: str) -> bool:
+    return peer == "::1" or peer.startswith("127.")
+
+
 # ======================================================================================================================
 # API document: OpenAPI, derived from the routes
 # ======================================================================================================================
@@ -2679,10 +2873,10 @@ class Api:
 class OperatorApi:
     """Answers the routes that tell of the daemon itself; any thread may call it."""
 
-    def __init__(self, store: Store, engine: Engine, clock: Clock) -> None:
+    def __init__(self, store: Store, engine: Engine, warning: str) -> None:
         self._store = store
         self._engine = engine
-        self._clock = clock
+        self._warning = warning  # what the operator should know
 
     def routes(self) -> list[Route]:
         return [
@@ -2700,7 +2894,7 @@ class OperatorApi:
     def show_health(self, request: Request) -> Response:
         """The envelope, and its data beside it too, where clients of the original look."""
         health = {"server": request.host, "client": request.peer, "state": "Running", "timestamp": time.time_ns()}
-        data = {**health, "warning": self._store.warning} if self._store.warning else health
+        data = {**health, "warning": self._warning} if self._warning and request.label else health
         envelope = {"code": 0, "message": "success", "data": data, **health}
         return Response(headers=(JSON_TYPE,), body=to_json(envelope).encode())
 
@@ -2795,6 +2989,8 @@ def _cut(line: bytes) -> int:
 _IDLE_S = 60.0
 _BACKLOG = 1024
 _LINGER_S = 5.0
+_PER_ADDRESS = 64  # connections of one address, but of this host
+_FOR_STOPS = 8  # places that stay free for stops
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
@@ -2814,7 +3010,8 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = _BACKLOG
     allow_reuse_address = not hasattr(socket, "SO_EXCLUSIVEADDRUSE")  # on Windows it would share the port
 
-    def __init__(self, settings: Settings, router: Router, observer: Observer) -> None:
+    def __init__(self, settings: Settings, router: Router, access: Access, observer: Observer) -> None:
+        self.access = access
         self.timeout_s = settings.timeout / _SECOND_NS
         self.body_limit = settings.max_body
         self.authority = ""
@@ -2822,7 +3019,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._settings = settings
         self._router = router
         self._observer = observer
-        self._links: set[socket.socket] = set()
+        self._links: dict[socket.socket, str] = {}  # and the client's address of each
         self._lock = threading.Lock()  # guards _links and _counted
         self._counted = 0
         self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), name="listener", daemon=True)
@@ -2885,18 +3082,38 @@ class Server(http.server.ThreadingHTTPServer):
         route, counted = None, 0
         try:
             try:
-                route, params = self._router.match(request)
+                route, params, label = self._admit(request)
                 counted = self._count(route)
-                response = route.handle(request._replace(params=params))
+                response = route.handle(request._replace(params=params, label=label))
+                if request.method in ("POST", "PUT"):
+                    log.info("%s (%s): %s %s", request.peer, label, request.method, _printable(request.segments))
             except ApiError as error:
                 response = refusal(error)
             except Exception:
-                log.exception("%s /%s failed", request.method, "/".join(request.segments))
+                log.exception("%s %s failed", request.method, _printable(request.segments))
                 response = refusal(ApiError("the daemon failed; its log says how"))
-            yield route, response
+            yield route, response._replace(headers=response.headers + self.access.cors_headers(request))
         finally:
             with self._lock:
                 self._counted -= counted
+
+    def _admit(self, request: Request) -> tuple[Route, dict[str, str], str]:
+        """The route, its parameters and who asks; a stranger does not even learn which routes there are."""
+        try:
+            route, params = self._router.match(request)
+        except WrongMethod as error:
+            answer = self.access.preflight(request, error.methods)
+            if answer:
+                return Route("OPTIONS", "", lambda _: answer, is_counted=False), {}, ""
+            self.access.admit(request, is_public=False)
+            raise
+        except NoRoute:
+            self.access.admit(request, is_public=False)
+            raise
+        label = self.access.admit(request, route.is_public)
+        if request.method != "PUT" and len(self._links) > self._settings.max_connections - _FOR_STOPS:
+            raise Unavailable("too many connections; the last places are for stops")
+        return route, params, label
 
     def _count(self, route: Route) -> int:
         if not self._settings.max_requests or not route.is_counted:
@@ -2910,10 +3127,10 @@ class Server(http.server.ThreadingHTTPServer):
     def told(self, request: Request, route: Route | None, status: int, seconds: float, sent: int) -> None:
         """A request has been answered."""
         log.debug(
-            '%s "%s /%s" %d %d B %.1f ms',
+            '%s "%s %s" %d %d B %.1f ms',
             request.peer,
             request.method,
-            "/".join(request.segments),
+            _printable(request.segments),
             status,
             sent,
             seconds * 1000,
@@ -2921,19 +3138,41 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serves a connection in a thread of its own."""
+        peer = _plain_address(client_address[0])
         with self._lock:
-            self._links.add(request)
+            is_full = len(self._links) >= self._settings.max_connections or (
+                not _is_loopback(peer) and [*self._links.values()].count(peer) >= _PER_ADDRESS
+            )
+            if not is_full:
+                self._links[request] = peer
+        if is_full:
+            with contextlib.suppress(OSError):
+                request.setblocking(False)
+                request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            super().shutdown_request(request)
+            return
         args = (request, client_address)
         threading.Thread(target=self.process_request_thread, args=args, name="connection", daemon=True).start()
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:
-            self._links.discard(request)
+            self._links.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An answer broke off."""
         log.error("connection of %s: the answer broke off", client_address[0], exc_info=True)
+
+
+def _printable(segments: Sequence[str]) -> str:
+    """A path for the log, which no client may break or colour."""
+    path = "".join("/" + segment for segment in segments)
+    return path if path.isprintable() else ascii(path)[1:-1]
+
+
+def _plain_address(address: str) -> str:
+    """An IPv4 client's address as such, which a socket of both families shows otherwise."""
+    return address[7:] if address.startswith("::ffff:") and "." in address else address
 
 
 @functools.lru_cache(maxsize=2)
@@ -2949,17 +3188,20 @@ class Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(self.server.timeout_s))
-        stream = Stream(self.request)
+        stream, ours = Stream(self.request), self.request.getsockname()
+        link = (_plain_address(self.client_address[0]), self.client_address[1]), (_plain_address(ours[0]), ours[1])
         try:
             while True:
                 stream.expect(_IDLE_S)
                 stream.wait()
-                if not self._exchange(stream):
+                if not self._exchange(stream, link):
                     return
         except (OSError, ConnectionEnded) as error:
-            log.debug("connection of %s: %s", self.client_address[0], error)
+            log.debug("connection of %s: %s", link[0][0], error)
+        finally:
+            self.server.access.forget(link)
 
-    def _exchange(self, stream: Stream) -> bool:
+    def _exchange(self, stream: Stream, link: Link) -> bool:
         """One request and its answer; whether another may follow."""
         server, begin_s = self.server, time.perf_counter()
         try:
@@ -2969,7 +3211,7 @@ class Connection(socketserver.BaseRequestHandler):
             self.request.shutdown(socket.SHUT_WR)
             stream.drain(_LINGER_S)
             return False
-        request = request._replace(peer=self.client_address[0], host=request.host or server.authority)
+        request = request._replace(link=link)
         with server.serve(request) as (route, response):
             is_kept, sent = self._send(request, response)
         server.told(request, route, response.status, time.perf_counter() - begin_s, sent)
@@ -3071,12 +3313,16 @@ class Daemon:
         clock = Clock.resume(store.memory(), store.latest_ns())
         store.remember(clock.memory())
         engine = Engine(store, Processes(umask), clock, self._root, settings, observer)
+        exposed = "--insecure: everybody is let in" if settings.insecure else ""
+        warning = "; ".join(text for text in (store.warning, exposed) if text)
         router = Router(
-            [*Api(store, engine, clock, settings.key_expire).routes(), *OperatorApi(store, engine, clock).routes()]
+            [*Api(store, engine, clock, settings.key_expire).routes(), *OperatorApi(store, engine, warning).routes()]
         )
-        server = Server(settings, router, observer)
+        access = Access(settings, self._root)
+        server = Server(settings, router, access, observer)
         closing.callback(server.stop)
         server.open()
+        access.start()
         closing.callback(self._end_steps, engine)
         engine.start()
         server.start()
@@ -3156,7 +3402,9 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, A
             parser.add_argument(f"--{option.field}", dest=option.field, action="store_true")
             parser.add_argument(f"--no_{option.field}", dest=option.field, action="store_false")
         else:
-            parser.add_argument(f"--{option.field}", dest=option.field, type=functools.partial(_typed_value, option))
+            action = "append" if option.kind == "list" else "store"
+            typed = functools.partial(_typed_value, option)
+            parser.add_argument(f"--{option.field}", dest=option.field, type=typed, action=action)
     given = vars(parser.parse_intermixed_args([_spell(word) for word in arguments]))
     return given.pop("words"), given
 
@@ -3193,6 +3441,8 @@ def _value(option: Option, text: str) -> Any:
         raise ValueError(f"{text!r} is none of {', '.join(option.choices)}")
     if option.kind == "address":
         parse_address(text)
+    if option.kind == "list" and not re.fullmatch(r"https?://[^/\s]+", text):
+        raise ValueError(f"{text!r} is no origin; right would be https://example.org")
     if not text:
         raise ValueError("must not be empty")
     return text
@@ -3200,10 +3450,13 @@ def _value(option: Option, text: str) -> Any:
 
 def make_settings(given: Mapping[str, Any]) -> Settings:
     """The settings with what was given in place of the defaults."""
-    defaults = {
-        option.field: False if option.kind == "flag" else _value(option, _default(option)) for option in OPTIONS
-    }
-    return Settings(**{**defaults, **{field: value for field, value in given.items() if field in defaults}})
+    values: dict[str, Any] = {option.field: given.get(option.field, _default_value(option)) for option in OPTIONS}
+    return Settings(**{**values, "cors_origin": tuple(values["cors_origin"])})
+
+
+def _default_value(option: Option) -> Any:
+    none = {"flag": False, "list": []}
+    return none[option.kind] if option.kind in none else _value(option, _default(option))
 
 
 def _default(option: Option) -> str:
