@@ -879,6 +879,7 @@ class PosixTree:
         self._is_woken = False
         self._pidfd = _open_pidfd(pid)
         self._known: dict[tuple[int, str], bool] = {}  # processes met, and whether they are of the tree
+        self._is_unsure = False  # whether a scan has missed one
         self._closing = threading.Lock()  # guards _wake_in: a closed descriptor's number may be another's
 
     def wait(self, deadline_s: float | None) -> bool:
@@ -921,9 +922,14 @@ class PosixTree:
             self.wait(time.monotonic() + grace_s)
         if not self._has_ended():
             _signal_group(self.pid, signal.SIGKILL)
-        quiet, end_s = 0, time.monotonic() + _SWEEP_S
-        while quiet < 3 and time.monotonic() < end_s:
-            quiet = 0 if self._kill_members() else quiet + 1
+        quiet, begin_s = 0, time.monotonic()
+        last_s = begin_s  # when a member was seen
+        while quiet < 3 and time.monotonic() < min(begin_s + _SWEEP_S, last_s + _UNSURE_S):
+            self._is_unsure = False
+            if self._kill_members():
+                quiet, last_s = 0, time.monotonic()
+            elif not self._is_unsure:
+                quiet += 1
 
     def close(self) -> None:
         """Gives back the descriptors; a pipe that is certain to be empty serves the next tree."""
@@ -978,6 +984,8 @@ class PosixTree:
         key = (one.pid, one.start)
         if key not in self._known:
             self._known[key] = _carries(one.pid, self._step_dir)
+            if not self._known[key] and _start_time(one.pid) != one.start:
+                self._is_unsure = True  # gone before it could be looked at, and maybe forked
         return self._known[key]
 
 
@@ -985,6 +993,7 @@ _KEEP_ZOMBIES = hasattr(os, "waitid")  # not on every Mac
 _FOREVER_S = 86400.0
 _POLL_S = 0.02  # between looks at a process that no descriptor stands for
 _SWEEP_S = 10.0
+_UNSURE_S = 1.0  # of scans that find nothing, but miss some process of a busy host
 _WAKERS = 8  # pipes that are kept for trees to come
 
 
@@ -1021,10 +1030,13 @@ def _start_time(pid: int) -> str:
 def _scan_processes() -> Iterator[_Member]:
     """Every live process of the host."""
     if ON_LINUX:
-        for name in os.listdir("/proc"):
-            fields = _stat_fields(name) if name.isdigit() else []
-            if fields and fields[0] not in "ZX":
-                yield _Member(int(name), int(fields[1]), int(fields[2]), int(fields[3]), fields[19])
+        seen: set[str] = set()
+        while fresh := [name for name in os.listdir("/proc") if name.isdigit() and name not in seen]:
+            seen.update(fresh)  # what they fork meanwhile, the next listing has
+            for name in fresh:
+                fields = _stat_fields(name)
+                if fields and fields[0] not in "ZX":
+                    yield _Member(int(name), int(fields[1]), int(fields[2]), int(fields[3]), fields[19])
         return
     for line in _ask_ps("-axo", "pid=,ppid=,pgid=,lstart=").splitlines():
         pid, parent, group, start = line.split(None, 3)
