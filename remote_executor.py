@@ -35,7 +35,6 @@ import errno
 import functools
 import graphlib
 import heapq
-import hmac
 import http.server
 import itertools
 import json
@@ -57,7 +56,6 @@ import threading
 import time
 import types
 import urllib.parse
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, Callable, NamedTuple
@@ -401,6 +399,8 @@ def _query_values(query: Pairs) -> dict[str, tuple[str, str]]:
 
 def _task_id(text: str) -> str:
     if not text:
+        import uuid
+
         return str(uuid.uuid4())
     if not _ID.fullmatch(text) or text.endswith(".") or _DEVICE.fullmatch(text):
         raise Malformed(
@@ -1074,24 +1074,28 @@ class PosixProcesses:
 
     def __init__(self, umask: int) -> None:
         self._umask = f"{umask:03o}"
+        self._is_reaper = False  # until the first step starts: ctypes takes memory that an idle daemon need not
         self._environment = {k: v for k, v in os.environb.items() if not k.startswith(b"REMOTE_EXECUTOR_")}
         self._null = os.open(os.devnull, os.O_RDWR)
         self._wakers: collections.deque[tuple[int, int]] = collections.deque()  # pipes, for the next trees
         self._children: set[int] = set()  # of one step each, until `forget`
         self._orphans: set[int] = set()  # zombies that were not among them at the last look
 
-    def become_reaper(self) -> None:
+    def _become_reaper(self) -> None:
         """Orphans of steps become children of this process, where a stop finds them (prctl(2))."""
+        self._is_reaper = True
         if ON_LINUX:
             import ctypes
 
-            ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0)
+            ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
     def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> PosixTree:
         """Starts the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
 
         Raises LaunchError.
         """
+        if not self._is_reaper:
+            self._become_reaper()
         env = {**env, COOKIE: step_dir}
         wrapped = ["/bin/sh", "-c", _WRAPPER, "sh", step_dir, self._umask, *command]
         output = os.open(os.path.join(step_dir, "output"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -1836,7 +1840,6 @@ class Engine:
     def start(self) -> None:
         """Settles what an earlier daemon left, and starts what is ready."""
         os.makedirs(self._tasks_dir, exist_ok=True)
-        self._processes.become_reaper()
         known = {str(seq) for seq in self._store.seqs()}
         self._rubbish.extend(
             os.path.join(self._tasks_dir, name) for name in os.listdir(self._tasks_dir) if name not in known
@@ -2302,7 +2305,9 @@ class Request(NamedTuple):
 
     @property
     def keeps_alive(self) -> bool:
-        words = {word.strip().lower() for word in self.headers.get("connection", "").split(",")}
+        if "connection" not in self.headers:
+            return not self.is_old
+        words = {word.strip().lower() for word in self.headers["connection"].split(",")}
         return "keep-alive" in words if self.is_old else "close" not in words
 
 
@@ -2585,11 +2590,11 @@ class Access:
         self._help = (
             f"send `Authorization: Bearer ...` with a token of the daemon's {os.path.basename(self._path)} file"
         )
+        self._trusted: dict[Link, bool] = {}  # whether the client is our own user; a connection's thread has its entry
         self._lock = threading.Lock()  # guards all below
         self._read_at = (0, 0)
         self._tokens: tuple[bytes, ...] = ()
         self._wrong: dict[str, list[float]] = {}  # when an address sent wrong ones
-        self._trusted: dict[Link, bool] = {}
 
     def start(self) -> None:
         """Makes the root's token at the first start; raises StartupError where the tokens cannot be read."""
@@ -2640,8 +2645,7 @@ class Access:
 
     def forget(self, link: Link) -> None:
         """The connection has ended; its numbers may be another's soon."""
-        with self._lock:
-            self._trusted.pop(link, None)
+        self._trusted.pop(link, None)
 
     def _check_browser(self, request: Request) -> None:
         origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
@@ -2653,6 +2657,8 @@ class Access:
             raise Forbidden("pages of other sites may not call this; --cors_origin allows one")
 
     def _check_token(self, peer: str, sent: str) -> str:
+        import hmac  # here, because OpenSSL takes half a megabyte that an idle daemon need not
+
         scheme, _, token = sent.partition(" ")
         now_s = time.monotonic()
         with self._lock:
@@ -2688,7 +2694,7 @@ class Access:
             return Forbidden(
                 f"{request.host!r} is no name of this host that needs no token; {self._help} (--token_file)"
             )
-        if _FORWARDED & request.headers.keys():
+        if not _FORWARDED.isdisjoint(request.headers):
             return Unauthorized(f"a proxy has forwarded this; {self._help} (--token_file)")
         if not self._is_trusted(request.link):
             return Unauthorized(f"the client is another user's; {self._help} (--token_file)")
@@ -2696,15 +2702,13 @@ class Access:
 
     def _is_trusted(self, link: Link) -> bool:
         """Whether the client is a process of root or of the daemon's user; looked up once a connection."""
-        with self._lock:
-            known = self._trusted.get(link)
+        known = self._trusted.get(link)
         if known is None:
             try:
                 known = trusts_user(peer_user(*link))
             except LookupError:
                 known = False
-            with self._lock:
-                self._trusted[link] = known
+            self._trusted[link] = known
         return known
 
 
@@ -3104,7 +3108,8 @@ class Server(http.server.ThreadingHTTPServer):
             except Exception:
                 log.exception("%s %s failed", request.method, _printable(request.segments))
                 response = refusal(ApiError("the daemon failed; its log says how"))
-            yield route, response._replace(headers=response.headers + self.access.cors_headers(request))
+            cors = self.access.cors_headers(request)
+            yield route, response._replace(headers=response.headers + cors) if cors else response
         finally:
             with self._lock:
                 self._counted -= counted
@@ -3226,7 +3231,8 @@ class Connection(socketserver.BaseRequestHandler):
         request = request._replace(link=link)
         with server.serve(request) as (route, response):
             is_kept, sent = self._send(request, response)
-        server.told(request, route, response.status, time.perf_counter() - begin_s, sent)
+        if log.isEnabledFor(logging.DEBUG):
+            server.told(request, route, response.status, time.perf_counter() - begin_s, sent)
         return is_kept
 
     def _go_on(self) -> None:
