@@ -594,9 +594,11 @@ class Clock:
     def resume(cls, memory: Mapping[str, str], latest_ns: int) -> Clock:
         """The clock of an earlier daemon that left this memory, or a new one; `latest_ns` is the last stored time."""
         wall_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
-        offset_ns = int(memory.get("clock_offset_ns", "0"))
-        if memory.get("boot") == boot_id():
-            return cls(int(memory["clock_base_ns"]), offset_ns)
+        offset_ns = 0
+        with contextlib.suppress(KeyError, ValueError):  # the first start, or a damaged memory
+            offset_ns, base_ns = int(memory["clock_offset_ns"]), int(memory["clock_base_ns"])
+            if memory["boot"] == boot_id():
+                return cls(base_ns, offset_ns)
         return cls(max(latest_ns, wall_ns - offset_ns) - monotonic_ns, offset_ns)
 
     def memory(self) -> dict[str, str]:
@@ -1377,6 +1379,7 @@ class Store:
         self._queue: list[_Change] = []
         self._is_closing = False
         self.warning = ""  # what a person should know of the start
+        self.aside = ""  # the ending of the names of what was put aside at the start
         self._waiting = threading.Condition()  # guards _queue, _readers and _is_closing
         self._thread = threading.Thread(target=self._write, name="store", daemon=True)
 
@@ -1385,9 +1388,9 @@ class Store:
         try:
             try:
                 connection = self._open()
-            except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError):  # not of the file: it is locked, or cannot be opened
-                    raise
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter of a message that quotes the file
+                if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
+                    raise  # not of the file: it is locked, or cannot be opened
                 self._put_aside(error)
                 connection = self._open()
         except (sqlite3.Error, OSError) as error:
@@ -1413,9 +1416,10 @@ class Store:
             raise
         return connection
 
-    def _put_aside(self, error: sqlite3.Error) -> None:
+    def _put_aside(self, error: Exception) -> None:
         """Renames a damaged database, with all that belongs to it; a person may want to look at it."""
-        name = f"{self._path}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
+        self.aside = f".corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
+        name = self._path + self.aside
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 os.rename(self._path + suffix, name + suffix)
@@ -1597,7 +1601,13 @@ class Store:
             connection = self._readers.pop() if self._readers else None
         try:
             connection = connection or self._connect()
-            rows = connection.execute(statement, values).fetchall()
+            try:
+                rows = connection.execute(statement, values).fetchall()
+            except sqlite3.OperationalError as error:
+                if "decode" not in str(error):
+                    raise
+                connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # a damaged text
+                rows = connection.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             raise _storage_error(error) from error
         with self._waiting:
@@ -1694,6 +1704,11 @@ def _fault(db: sqlite3.Connection, version: int) -> str:
     """What is wrong with a database that was there before; empty when nothing is."""
     if not version:
         return "it is empty"
+    with contextlib.closing(sqlite3.connect(":memory:")) as sound:
+        sound.executescript(_SCHEMA)
+        schema = "SELECT name, sql FROM sqlite_master ORDER BY name"
+        if db.execute(schema).fetchall() != sound.execute(schema).fetchall():
+            return "its tables are not those of this program"
     found: str = db.execute("PRAGMA quick_check(1)").fetchone()[0]
     return "" if found == "ok" else found.replace("\n", " ")
 
@@ -1839,11 +1854,15 @@ class Engine:
 
     def start(self) -> None:
         """Settles what an earlier daemon left, and starts what is ready."""
+        if self._store.aside and os.path.isdir(self._tasks_dir):
+            os.rename(self._tasks_dir, self._tasks_dir + self._store.aside)  # it belongs to the database put aside
         os.makedirs(self._tasks_dir, exist_ok=True)
         known = {str(seq) for seq in self._store.seqs()}
-        self._rubbish.extend(
-            os.path.join(self._tasks_dir, name) for name in os.listdir(self._tasks_dir) if name not in known
-        )
+        for name in os.listdir(self._tasks_dir):
+            if name not in known:  # renamed, because a new task may get its number before it is removed
+                gone = os.path.join(self._tasks_dir, f"{name.partition('.')[0]}.gone-{time.time_ns()}")
+                os.rename(os.path.join(self._tasks_dir, name), gone)
+                self._rubbish.append(gone)
         adopted: list[_ActiveStep] = []
         for seq in self._store.open_seqs():
             try:
@@ -3307,7 +3326,10 @@ class Daemon:
             signal.signal(number, lambda *_: self.end())
         self._configure_log()
         with contextlib.ExitStack() as closing:
-            self._start(closing)
+            try:
+                self._start(closing)
+            except ApiError as error:  # of the store
+                raise StartupError(f"--root: {self._root}: {error.message}") from error
             while not self._ending.wait(_LOOK_S):  # a wait without an end would keep Windows from seeing Ctrl-C
                 pass
         return 0

@@ -2114,11 +2114,12 @@ def test_damaged_database_is_put_aside_whole_and_told(launch: Callable[..., Daem
         daemon.start()
         aside = sorted(daemon.root.glob("*.corrupt-*"))
         if how != "flip" or aside:  # a flip may hit a byte that nothing needs
-            assert broken in [path.read_bytes() for path in aside]
+            assert broken in [path.read_bytes() for path in aside if path.is_file()]
+            assert (aside[-1].name.startswith("tasks") and (aside[-1] / "1" / "0" / "output").exists()) or runs > 1
             assert ".corrupt-" in daemon.get("/healthyz").data["warning"] and ".corrupt-" in daemon.log()
         assert daemon.run(step()).code == 0
         for path in aside:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def test_locked_database_waits_then_says_so(launch: Callable[..., Daemon]) -> None:
