@@ -572,6 +572,92 @@ class Plan:
 ON_WINDOWS = sys.platform == "win32"
 ON_LINUX = sys.platform.startswith("linux")
 
+if ON_WINDOWS:
+    import ctypes
+    from ctypes import wintypes
+
+    _library, _last_error, _error_of = (vars(ctypes)[name] for name in ("WinDLL", "get_last_error", "WinError"))
+
+    def _declare(library: Any, name: str, result: Any, *arguments: Any) -> Any:
+        """A function of a system library; a result of 0 raises OSError."""
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+        function.errcheck = _checked
+        return function
+
+    def _checked(result: Any, _function: Any, _arguments: Any) -> Any:
+        if not result:
+            raise _error_of(_last_error())
+        return result
+
+    _kernel32 = _library("kernel32", use_last_error=True)
+    _HANDLE, _BOOL, _DWORD, _TEXT = wintypes.HANDLE, wintypes.BOOL, wintypes.DWORD, wintypes.LPCWSTR
+    _TIME = ctypes.POINTER(wintypes.FILETIME)
+
+    # Processes (Process and Thread Functions)
+    SYNCHRONIZE = 0x0010_0000
+    PROCESS_TERMINATE, PROCESS_DUP_HANDLE, PROCESS_SET_QUOTA = 0x0001, 0x0040, 0x0100
+    PROCESS_SUSPEND_RESUME, PROCESS_QUERY_LIMITED_INFORMATION = 0x0800, 0x1000
+    CREATE_SUSPENDED, CREATE_NO_WINDOW = 0x0000_0004, 0x0800_0000
+    OpenProcess = _declare(_kernel32, "OpenProcess", _HANDLE, _DWORD, _BOOL, _DWORD)
+    GetCurrentProcess = _declare(_kernel32, "GetCurrentProcess", _HANDLE)
+    GetProcessTimes = _declare(_kernel32, "GetProcessTimes", _BOOL, _HANDLE, _TIME, _TIME, _TIME, _TIME)
+    GetExitCodeProcess = _declare(_kernel32, "GetExitCodeProcess", _BOOL, _HANDLE, ctypes.POINTER(ctypes.c_int32))
+    NtResumeProcess = _library("ntdll").NtResumeProcess  # for Popen has closed the handle that ResumeThread takes
+    NtResumeProcess.argtypes = (_HANDLE,)
+
+    # Handles and waits (Synchronization Functions)
+    DUPLICATE_SAME_ACCESS, INFINITE, WAIT_OBJECT_0, WAIT_FAILED = 2, 0xFFFF_FFFF, 0, 0xFFFF_FFFF
+    CloseHandle = _declare(_kernel32, "CloseHandle", _BOOL, _HANDLE)
+    CreateEventW = _declare(_kernel32, "CreateEventW", _HANDLE, ctypes.c_void_p, _BOOL, _BOOL, _TEXT)
+    SetEvent = _declare(_kernel32, "SetEvent", _BOOL, _HANDLE)
+    WaitForMultipleObjects = _kernel32.WaitForMultipleObjects
+    WaitForMultipleObjects.argtypes = (_DWORD, ctypes.POINTER(_HANDLE), _BOOL, _DWORD)
+    WaitForMultipleObjects.restype = _DWORD
+    DuplicateHandle = _declare(
+        _kernel32, "DuplicateHandle", _BOOL, _HANDLE, _HANDLE, _HANDLE, ctypes.POINTER(_HANDLE), _DWORD, _BOOL, _DWORD
+    )
+
+    # Job Objects
+    JOB_OBJECT_ALL_ACCESS = 0x001F_003F
+    JOB_OBJECT_BASIC_ACCOUNTING_INFORMATION, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION = 1, 9  # of JOBOBJECTINFOCLASS
+    JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION, JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE = 0x0400, 0x2000
+
+    class JobAccounting(ctypes.Structure):
+        """JOBOBJECT_BASIC_ACCOUNTING_INFORMATION."""
+
+        _fields_ = [(name, ctypes.c_int64) for name in ("TotalUser", "TotalKernel", "PeriodUser", "PeriodKernel")] + [
+            (name, _DWORD) for name in ("TotalPageFaults", "TotalProcesses", "ActiveProcesses", "TerminatedProcesses")
+        ]
+
+    class JobLimits(ctypes.Structure):
+        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, with the basic limits and the IO_COUNTERS in it."""
+
+        _fields_ = [
+            ("PerProcessUserTimeLimit", ctypes.c_int64),
+            ("PerJobUserTimeLimit", ctypes.c_int64),
+            ("LimitFlags", _DWORD),
+            ("MinimumWorkingSetSize", ctypes.c_size_t),
+            ("MaximumWorkingSetSize", ctypes.c_size_t),
+            ("ActiveProcessLimit", _DWORD),
+            ("Affinity", ctypes.c_size_t),
+            ("PriorityClass", _DWORD),
+            ("SchedulingClass", _DWORD),
+            ("IoInfo", ctypes.c_uint64 * 6),
+            ("Memory", ctypes.c_size_t * 4),
+        ]
+
+    CreateJobObjectW = _declare(_kernel32, "CreateJobObjectW", _HANDLE, ctypes.c_void_p, _TEXT)
+    OpenJobObjectW = _declare(_kernel32, "OpenJobObjectW", _HANDLE, _DWORD, _BOOL, _TEXT)
+    AssignProcessToJobObject = _declare(_kernel32, "AssignProcessToJobObject", _BOOL, _HANDLE, _HANDLE)
+    TerminateJobObject = _declare(_kernel32, "TerminateJobObject", _BOOL, _HANDLE, wintypes.UINT)
+    SetInformationJobObject = _declare(
+        _kernel32, "SetInformationJobObject", _BOOL, _HANDLE, ctypes.c_int, ctypes.c_void_p, _DWORD
+    )
+    QueryInformationJobObject = _declare(
+        _kernel32, "QueryInformationJobObject", _BOOL, _HANDLE, ctypes.c_int, ctypes.c_void_p, _DWORD, ctypes.c_void_p
+    )
+
 # ======================================================================================================================
 # host: its clocks, files, directories and facts
 # ======================================================================================================================
@@ -631,6 +717,11 @@ def boot_id() -> str:
         return file.read().strip()
     booted_s = time.time() - time.monotonic()
     return f"about {round(booted_s / 600)}"  # the wall clock drifts, hence the coarse grain
+
+
+def system_program(name: str) -> str:
+    """The path of a program that Windows brings."""
+    return os.path.join(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", name)
 
 
 def temporary_directory() -> str:
@@ -693,7 +784,12 @@ def remove_tree(path: str) -> bool:
 
 def fallback_encoding() -> str:
     """The encoding of a step's output that is not UTF-8: the console's code page where there is one."""
-    return "utf-8"
+    return "oem" if ON_WINDOWS else "utf-8"
+
+
+def environment_name(name: str) -> str:
+    """The name of a variable as the environment of this host has it: Windows knows no case."""
+    return name.upper() if ON_WINDOWS else name
 
 
 def socket_timeout(seconds: float) -> bytes:
@@ -770,16 +866,41 @@ def use_all_descriptors() -> None:
 
 
 class Interpreter(NamedTuple):
-    """How scripts of a command type run: the first of `programs` that is on PATH, with `arguments` and the file."""
+    """How scripts of a command type run: the first of `programs` that is on PATH, each with options, and `arguments`.
+
+    {file} in the arguments is the script's path, {quoted} the same within single quotes of PowerShell, {relative}
+    its path from the workspace.
+    """
 
     programs: tuple[str, ...]
     suffix: str = ""
-    arguments: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ("{file}",)
+    env: tuple[str, ...] = ()  # KEY=value, unless the task says otherwise
 
 
-_PYTHON = Interpreter(("python", "py") if ON_WINDOWS else ("python3",), ".py")
-_CMD = Interpreter(("cmd",), ".bat")
-_POWERSHELL_ARGUMENTS = ("-NoLogo", "-NoProfile", "-NonInteractive", "-ExecutionPolicy", "Bypass", "-File")
+# Python writes to a file in the ANSI code page, unless told otherwise; console programs do in the OEM code page.
+_PYTHON = (
+    Interpreter(("python", "py -3"), ".py", env=("PYTHONIOENCODING=utf-8",))
+    if ON_WINDOWS
+    else Interpreter(("python3",), ".py")
+)
+# By the relative path no letter of the root's, such as &, is a word of cmd's language.
+_CMD = Interpreter(("cmd",), ".bat", ("/D", "/E:ON", "/V:OFF", "/S", "/C", 'CALL "{relative}"'))
+# Not -File: its exit code knows nothing of $LASTEXITCODE. An encoding without BOM, which Windows PowerShell would write
+# to the output else; there is none to set where there is no console.
+_POWERSHELL_SCRIPT = (
+    "try { [Console]::OutputEncoding = New-Object System.Text.UTF8Encoding $false } catch { }; "
+    "& {quoted}; exit $LASTEXITCODE"
+)
+_POWERSHELL_ARGUMENTS = (
+    "-NoLogo",
+    "-NoProfile",
+    "-NonInteractive",
+    "-ExecutionPolicy",
+    "Bypass",
+    "-Command",
+    _POWERSHELL_SCRIPT,
+)
 _PWSH = Interpreter(("pwsh",), ".ps1", _POWERSHELL_ARGUMENTS)
 _POWERSHELL = Interpreter(("powershell" if ON_WINDOWS else "pwsh",), ".ps1", _POWERSHELL_ARGUMENTS)
 
@@ -795,22 +916,32 @@ INTERPRETERS: Mapping[str, Interpreter] = {
 }
 
 
-def interpreter_command(command_type: str, file: str, path: str) -> list[str]:
+def interpreter_command(command_type: str, file: str, workspace: str, path: str) -> list[str]:
     """The command line that runs the file; `path` is the PATH to search. Raises LaunchError for a missing program."""
     interpreter = INTERPRETERS[command_type]
-    for program in interpreter.programs if command_type not in ("cmd", "bat") or ON_WINDOWS else ():
-        found = find_program(program, path)
+    places = {
+        "{file}": file,
+        "{quoted}": "'" + file.replace("'", "''") + "'",
+        "{relative}": os.path.relpath(file, workspace),
+    }
+    arguments = [_PLACE.sub(lambda found: places[found[0]], argument) for argument in interpreter.arguments]
+    for program in interpreter.programs if interpreter is not _CMD or ON_WINDOWS else ():
+        name, *options = program.split()
+        found = find_program(name, path)
         if found:
-            return [found, *interpreter.arguments, file]
+            return [found, *options, *arguments]
     if interpreter is _PYTHON and not getattr(sys, "frozen", False) and sys.executable:
-        return [sys.executable, file]
+        return [sys.executable, *arguments]
     raise LaunchError(f"{' or '.join(interpreter.programs)} is not on the PATH of this host")
+
+
+_PLACE = re.compile(r"\{(?:file|quoted|relative)\}")
 
 
 def find_program(program: str, path: str) -> str | None:
     """Where the program is on this PATH; what was found is believed for some seconds, a step would pay for it else."""
     found = _found_program(program, path, int(time.monotonic() // _BELIEF_S))
-    return found or shutil.which(program, path=path)
+    return found or _search(program, path)
 
 
 _BELIEF_S = 10
@@ -818,7 +949,21 @@ _BELIEF_S = 10
 
 @functools.lru_cache(maxsize=256)
 def _found_program(program: str, path: str, _: int) -> str | None:
-    return shutil.which(program, path=path)
+    return _search(program, path)
+
+
+def _search(program: str, path: str) -> str | None:
+    if not ON_WINDOWS:
+        return shutil.which(program, path=path)
+    if program == "cmd":
+        return system_program("cmd.exe")
+    # Not `which`'s own search, that begins in the current directory. The directory that is left out is where Windows
+    # keeps a `python` that opens its shop.
+    for directory in path.split(os.pathsep):
+        found = shutil.which(os.path.join(directory, program)) if os.path.isabs(directory) else None
+        if found and not directory.rstrip("\\").lower().endswith("\\microsoft\\windowsapps"):
+            return found
+    return None
 
 
 def script_name(command_type: str) -> str:
@@ -826,9 +971,28 @@ def script_name(command_type: str) -> str:
     return "script" + INTERPRETERS[command_type].suffix
 
 
+def script_environment(command_type: str) -> tuple[str, ...]:
+    """What the interpreter needs in its environment, as KEY=value."""
+    return INTERPRETERS[command_type].env
+
+
 def encode_script(command_type: str, text: str) -> bytes:
     """The bytes of the script's file."""
+    suffix = INTERPRETERS[command_type].suffix
+    if suffix == ".ps1":
+        return text.encode("utf-8-sig")  # without the mark Windows PowerShell takes it for the ANSI code page
+    if suffix == ".bat":
+        return _encode_batch(text, fallback_encoding())
     return text.encode()
+
+
+def _encode_batch(text: str, encoding: str) -> bytes:
+    """A batch file, which cmd reads in the code page of its console; in UTF-8 where that lacks a character."""
+    lines = "\r\n".join(["@echo off", *text.splitlines(), ""])
+    try:
+        return lines.encode(encoding)
+    except UnicodeEncodeError:
+        return b"@chcp 65001 >nul\r\n" + lines.encode()
 
 
 # ======================================================================================================================
@@ -1164,8 +1328,207 @@ def _has_zombie_child() -> bool:
     return False
 
 
-ProcessTree = PosixTree
-Processes = PosixProcesses
+# The result first in the line, or its last digit would be a handle's number. `%*` is the command line.
+_BATCH_WRAPPER = b'@%*\r\n@>"%~dp0rc" echo %errorlevel%& exit %errorlevel%\r\n'
+
+
+class WindowsTree:
+    """One step's wrapper and what it started, in a Job Object. `wake` is for any thread, the rest for one."""
+
+    def __init__(self, pid: int, process: int, job: int, child: subprocess.Popen[bytes] | None) -> None:
+        self.pid = pid
+        self._process = process
+        self._job = job
+        self._child = child  # None when an earlier daemon started it
+        self._woken = CreateEventW(None, False, False, None)
+        self._closing = threading.Lock()  # guards _woken: a closed handle's number may be another's
+
+    def wait(self, deadline_s: float | None) -> bool:
+        """Waits for the wrapper's end, until time.monotonic() is `deadline_s` or a `wake`; whether it has ended."""
+        while True:
+            left_s = _FOREVER_S if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+            ended = _wait_for((self._process, self._woken), min(left_s, _FOREVER_S))
+            if ended == 0 or ended == 1 or not left_s:
+                return ended == 0 or self._has_ended()
+
+    def wake(self) -> None:
+        """Makes `wait` return."""
+        with self._closing:
+            if self._woken:
+                SetEvent(self._woken)
+
+    def exit_code(self) -> int | None:
+        """The code of an ended wrapper, signed, as cmd and PowerShell show it."""
+        code = ctypes.c_int32()
+        GetExitCodeProcess(self._process, ctypes.byref(code))
+        return code.value
+
+    def stop(self, grace_s: float) -> None:
+        """Ends all processes of the job; there is nothing to ask a process without a window with."""
+        end_s = time.monotonic() + _SWEEP_S
+        while self._active_processes() and time.monotonic() < end_s:
+            with contextlib.suppress(OSError):
+                TerminateJobObject(self._job, FORCED_CODE)
+            _wait_for((self._process,), _POLL_S)
+
+    def close(self) -> None:
+        """Gives back the handles."""
+        with self._closing:
+            if self._woken:
+                for handle in (self._process, self._job, self._woken):
+                    CloseHandle(handle)
+            self._woken = 0
+        if self._child:
+            self._child.poll()
+
+    def _has_ended(self) -> bool:
+        return _wait_for((self._process,), 0) == 0
+
+    def _active_processes(self) -> int:
+        accounting = JobAccounting()
+        QueryInformationJobObject(
+            self._job,
+            JOB_OBJECT_BASIC_ACCOUNTING_INFORMATION,
+            ctypes.byref(accounting),
+            ctypes.sizeof(accounting),
+            None,
+        )
+        return int(accounting.ActiveProcesses)
+
+
+def _wait_for(handles: Sequence[int], seconds: float) -> int | None:
+    """The index of the first handle that is signalled; None when the time is over."""
+    found = WaitForMultipleObjects(len(handles), (_HANDLE * len(handles))(*handles), False, int(seconds * 1000 + 0.999))
+    if found == WAIT_FAILED:
+        raise _error_of(_last_error())
+    return found - WAIT_OBJECT_0 if found < WAIT_OBJECT_0 + len(handles) else None
+
+
+def _limit_job(job: int, flags: int) -> None:
+    limits = JobLimits(LimitFlags=flags | JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION)  # without a dialog box
+    SetInformationJobObject(job, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits), ctypes.sizeof(limits))
+
+
+def _creation_time(process: int) -> int:
+    """When the process was created, in units of 100 ns."""
+    times = [wintypes.FILETIME() for _ in range(4)]
+    GetProcessTimes(process, *(ctypes.byref(one) for one in times))
+    return int(times[0].dwHighDateTime) << 32 | int(times[0].dwLowDateTime)
+
+
+class WindowsProcesses:
+    """Starts and adopts trees; any thread may call it."""
+
+    def __init__(self, umask: int) -> None:
+        self._environment = {k: v for k, v in os.environ.items() if not k.startswith("REMOTE_EXECUTOR_")}
+        self._environment.pop("ERRORLEVEL", None)  # it would hide cmd's own
+        self._null = os.open(os.devnull, os.O_RDWR)
+
+    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> WindowsTree:
+        """Starts the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
+
+        The wrapper is suspended until it is in its job and its pid is on disk. Raises LaunchError.
+        """
+        wrapper = os.path.join(step_dir, "run.bat")
+        with open(wrapper, "wb") as file:
+            file.write(_BATCH_WRAPPER)
+        line = " ".join(_quote_word(word) for word in (wrapper, *command))
+        shell = system_program("cmd.exe")
+        output = os.open(os.path.join(step_dir, "output"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            child = subprocess.Popen(
+                f'"{shell}" /D /E:ON /V:OFF /S /C "{line}"',
+                executable=shell,
+                stdin=self._null,
+                stdout=output,
+                stderr=output,
+                cwd=cwd,
+                env={**self._environment, **env, COOKIE: step_dir},
+                creationflags=CREATE_SUSPENDED | CREATE_NO_WINDOW,
+            )
+        except (OSError, ValueError) as error:
+            raise LaunchError(f"could not start: {error}") from error
+        finally:
+            os.close(output)
+        try:
+            return self._release(child, step_dir)
+        except OSError as error:
+            child.kill()
+            raise LaunchError(f"could not start: {error}") from error
+
+    def _release(self, child: subprocess.Popen[bytes], step_dir: str) -> WindowsTree:
+        """Puts a suspended child into a job, which would end it if this process died now, then lets it run."""
+        name = f"Global\\remote_executor-{os.urandom(16).hex()}"  # nobody can have made one of that name
+        job, process = CreateJobObjectW(None, name), _open_process(child.pid)
+        tree = WindowsTree(child.pid, process, job, child)
+        try:
+            _limit_job(job, JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE)
+            AssignProcessToJobObject(job, process)
+            with open(os.path.join(step_dir, "pid"), "w", encoding="ascii") as file:
+                file.write(f"{child.pid} {_creation_time(process)} {name}\n")
+            kept = _HANDLE()  # the wrapper's own, for the name lasts as long as a handle is open somewhere
+            DuplicateHandle(GetCurrentProcess(), job, process, ctypes.byref(kept), 0, False, DUPLICATE_SAME_ACCESS)
+            _limit_job(job, 0)
+            NtResumeProcess(process)
+        except OSError:
+            tree.close()
+            raise
+        return tree
+
+    def adopt(self, step_dir: str) -> WindowsTree | None:
+        """The live tree of a step that an earlier daemon started; None when its wrapper is gone."""
+        with contextlib.suppress(OSError, ValueError), open(os.path.join(step_dir, "pid"), encoding="ascii") as file:
+            pid, created, name = file.read().split()
+            process = _open_process(int(pid))
+            if _creation_time(process) == int(created) and _wait_for((process,), 0) is None:
+                tree = WindowsTree(int(pid), process, _open_job(name, process), None)
+                _limit_job(tree._job, 0)
+                NtResumeProcess(process)  # if the daemon died before it did
+                return tree
+            CloseHandle(process)
+        return None
+
+    def is_marked(self, step_dir: str) -> bool:
+        """Whether a live process runs the step though it left no pid; none does that before its pid is on disk."""
+        return False
+
+    def forget(self, tree: WindowsTree) -> None:
+        """Gives back what the tree holds; it has ended, or runs on without us."""
+        tree.close()
+
+    def reap(self) -> None:
+        """Nothing: Windows has no zombies."""
+
+
+def _open_process(pid: int) -> int:
+    control = PROCESS_TERMINATE | PROCESS_DUP_HANDLE | PROCESS_SET_QUOTA | PROCESS_SUSPEND_RESUME
+    handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION | control, False, pid)
+    return handle
+
+
+def _open_job(name: str, process: int) -> int:
+    """The job of an adopted process; a new one where an earlier daemon died before the process could keep it."""
+    try:
+        job: int = OpenJobObjectW(JOB_OBJECT_ALL_ACCESS, False, name)
+    except OSError:
+        job = CreateJobObjectW(None, name)
+        AssignProcessToJobObject(job, process)
+    return job
+
+
+def _quote_word(word: str) -> str:
+    """A word of a command line that cmd reads: within quotes, unless it is an option, none of its letters is cmd's."""
+    return word if _OPTION.fullmatch(word) else f'"{word}"'
+
+
+_OPTION = re.compile(r"[-/][A-Za-z0-9:]+|Bypass")
+
+if sys.platform == "win32":
+    ProcessTree = WindowsTree
+    Processes = WindowsProcesses
+else:
+    ProcessTree = PosixTree
+    Processes = PosixProcesses
 
 # ======================================================================================================================
 # step runs: one step's directory, with its script, its output, its pid and its result
@@ -2055,8 +2418,8 @@ class Engine:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(workspace)
                 active.task.has_workspace = True
-            env = self._environment_of(active, script.env, workspace)
-            command = interpreter_command(script.command_type, file, env.get("PATH", self._path))
+            env = self._environment_of(active, (*script_environment(script.command_type), *script.env), workspace)
+            command = interpreter_command(script.command_type, file, workspace, env.get("PATH", self._path))
             begun.wait()  # only what is known to have begun may run
             if active.reason or self._is_leaving:
                 return
@@ -2076,7 +2439,8 @@ class Engine:
 
     def _environment_of(self, active: _ActiveStep, entries: Sequence[str], workspace: str) -> dict[str, str]:
         """What the step's environment has beyond the daemon's."""
-        env = dict(entry.split("=", 1) for entry in entries)
+        pairs = (entry.split("=", 1) for entry in entries)
+        env = {environment_name(name): value for name, value in pairs}
         env["TASK_ID"] = active.task.id
         env["TASK_STEP_ID"] = str(active.idx)
         env["TASK_STEP_NAME"] = active.task.names[active.idx]
