@@ -39,6 +39,7 @@ import http.server
 import itertools
 import json
 import logging
+import logging.handlers
 import os
 import re
 import select
@@ -606,6 +607,8 @@ if ON_WINDOWS:
     NtResumeProcess = _library("ntdll").NtResumeProcess  # for Popen has closed the handle that ResumeThread takes
     NtResumeProcess.argtypes = (_HANDLE,)
 
+    SetDllDirectoryW = _declare(_kernel32, "SetDllDirectoryW", _BOOL, _TEXT)
+
     # Handles and waits (Synchronization Functions)
     DUPLICATE_SAME_ACCESS, INFINITE, WAIT_OBJECT_0, WAIT_FAILED = 2, 0xFFFF_FFFF, 0, 0xFFFF_FFFF
     CloseHandle = _declare(_kernel32, "CloseHandle", _BOOL, _HANDLE)
@@ -626,14 +629,15 @@ if ON_WINDOWS:
     class JobAccounting(ctypes.Structure):
         """JOBOBJECT_BASIC_ACCOUNTING_INFORMATION."""
 
-        _fields_ = [(name, ctypes.c_int64) for name in ("TotalUser", "TotalKernel", "PeriodUser", "PeriodKernel")] + [
-            (name, _DWORD) for name in ("TotalPageFaults", "TotalProcesses", "ActiveProcesses", "TerminatedProcesses")
-        ]
+        _fields_ = (
+            *((name, ctypes.c_int64) for name in ("TotalUser", "TotalKernel", "PeriodUser", "PeriodKernel")),
+            *((name, _DWORD) for name in ("PageFaults", "Processes", "ActiveProcesses", "TerminatedProcesses")),
+        )
 
     class JobLimits(ctypes.Structure):
         """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, with the basic limits and the IO_COUNTERS in it."""
 
-        _fields_ = [
+        _fields_ = (
             ("PerProcessUserTimeLimit", ctypes.c_int64),
             ("PerJobUserTimeLimit", ctypes.c_int64),
             ("LimitFlags", _DWORD),
@@ -645,7 +649,7 @@ if ON_WINDOWS:
             ("SchedulingClass", _DWORD),
             ("IoInfo", ctypes.c_uint64 * 6),
             ("Memory", ctypes.c_size_t * 4),
-        ]
+        )
 
     CreateJobObjectW = _declare(_kernel32, "CreateJobObjectW", _HANDLE, ctypes.c_void_p, _TEXT)
     OpenJobObjectW = _declare(_kernel32, "OpenJobObjectW", _HANDLE, _DWORD, _BOOL, _TEXT)
@@ -657,6 +661,96 @@ if ON_WINDOWS:
     QueryInformationJobObject = _declare(
         _kernel32, "QueryInformationJobObject", _BOOL, _HANDLE, ctypes.c_int, ctypes.c_void_p, _DWORD, ctypes.c_void_p
     )
+
+    # Services: the side of a service (Service Functions)
+    SERVICE_WIN32_OWN_PROCESS = 0x10
+    SERVICE_STOPPED, SERVICE_START_PENDING, SERVICE_STOP_PENDING, SERVICE_RUNNING = 1, 2, 3, 4
+    SERVICE_CONTROL_STOP, SERVICE_CONTROL_INTERROGATE, SERVICE_CONTROL_PRESHUTDOWN = 1, 4, 15
+    SERVICE_ACCEPT_STOP, SERVICE_ACCEPT_PRESHUTDOWN = 0x001, 0x100
+    ERROR_CALL_NOT_IMPLEMENTED, ERROR_SERVICE_SPECIFIC_ERROR = 120, 1066
+    ERROR_FAILED_SERVICE_CONTROLLER_CONNECT = 1063  # of a process that no service control manager started
+
+    class ServiceStatus(ctypes.Structure):
+        """SERVICE_STATUS_PROCESS; its first seven fields are SERVICE_STATUS."""
+
+        _fields_ = (
+            ("ServiceType", _DWORD),
+            ("CurrentState", _DWORD),
+            ("ControlsAccepted", _DWORD),
+            ("Win32ExitCode", _DWORD),
+            ("ServiceSpecificExitCode", _DWORD),
+            ("CheckPoint", _DWORD),
+            ("WaitHint", _DWORD),  # milliseconds
+            ("ProcessId", _DWORD),
+            ("ServiceFlags", _DWORD),
+        )
+
+    _function_type: Any = vars(ctypes)["WINFUNCTYPE"]
+    ServiceMain = _function_type(None, _DWORD, ctypes.c_void_p)
+    ServiceHandler = _function_type(_DWORD, _DWORD, _DWORD, ctypes.c_void_p, ctypes.c_void_p)
+
+    class ServiceEntry(ctypes.Structure):
+        """SERVICE_TABLE_ENTRYW."""
+
+        _fields_ = (("ServiceName", _TEXT), ("ServiceProc", ServiceMain))
+
+    _advapi32 = _library("advapi32", use_last_error=True)
+    _STATUS = ctypes.POINTER(ServiceStatus)
+    StartServiceCtrlDispatcherW = _declare(
+        _advapi32, "StartServiceCtrlDispatcherW", _BOOL, ctypes.POINTER(ServiceEntry)
+    )
+    RegisterServiceCtrlHandlerExW = _declare(
+        _advapi32, "RegisterServiceCtrlHandlerExW", _HANDLE, _TEXT, ServiceHandler, ctypes.c_void_p
+    )
+    SetServiceStatus = _declare(_advapi32, "SetServiceStatus", _BOOL, _HANDLE, _STATUS)
+
+    # Services: the side of who installs and controls them
+    SC_MANAGER_CONNECT, SC_MANAGER_CREATE_SERVICE, SERVICE_ALL_ACCESS, SERVICE_QUERY_STATUS = 1, 2, 0xF01FF, 4
+    SERVICE_AUTO_START, SERVICE_ERROR_NORMAL, SC_STATUS_PROCESS_INFO = 2, 1, 0
+    SERVICE_CONFIG_DESCRIPTION, SERVICE_CONFIG_FAILURE_ACTIONS, SERVICE_CONFIG_PRESHUTDOWN_INFO = 1, 2, 7
+    SC_ACTION_RESTART = 1
+    ERROR_ACCESS_DENIED, ERROR_SERVICE_ALREADY_RUNNING, ERROR_SERVICE_DOES_NOT_EXIST = 5, 1056, 1060
+    ERROR_SERVICE_NOT_ACTIVE, ERROR_SERVICE_EXISTS = 1062, 1073
+
+    class ServiceAction(ctypes.Structure):
+        """SC_ACTION; the delay is in milliseconds."""
+
+        _fields_ = (("Type", ctypes.c_int), ("Delay", _DWORD))
+
+    class ServiceFailureActions(ctypes.Structure):
+        """SERVICE_FAILURE_ACTIONSW; the reset period is in seconds."""
+
+        _fields_ = (
+            ("ResetPeriod", _DWORD),
+            ("RebootMsg", _TEXT),
+            ("Command", _TEXT),
+            ("Actions", _DWORD),
+            ("Action", ctypes.POINTER(ServiceAction)),
+        )
+
+    OpenSCManagerW = _declare(_advapi32, "OpenSCManagerW", _HANDLE, _TEXT, _TEXT, _DWORD)
+    OpenServiceW = _declare(_advapi32, "OpenServiceW", _HANDLE, _HANDLE, _TEXT, _DWORD)
+    CreateServiceW = _declare(
+        _advapi32, "CreateServiceW", _HANDLE, _HANDLE, _TEXT, _TEXT, *[_DWORD] * 4, _TEXT, _TEXT, ctypes.c_void_p,
+        _TEXT, _TEXT, _TEXT,
+    )  # fmt: skip
+    ChangeServiceConfig2W = _declare(_advapi32, "ChangeServiceConfig2W", _BOOL, _HANDLE, _DWORD, ctypes.c_void_p)
+    StartServiceW = _declare(_advapi32, "StartServiceW", _BOOL, _HANDLE, _DWORD, ctypes.c_void_p)
+    ControlService = _declare(_advapi32, "ControlService", _BOOL, _HANDLE, _DWORD, _STATUS)
+    DeleteService = _declare(_advapi32, "DeleteService", _BOOL, _HANDLE)
+    CloseServiceHandle = _declare(_advapi32, "CloseServiceHandle", _BOOL, _HANDLE)
+    QueryServiceStatusEx = _declare(
+        _advapi32, "QueryServiceStatusEx", _BOOL, _HANDLE, ctypes.c_int, _STATUS, _DWORD, ctypes.POINTER(_DWORD)
+    )
+
+    # Event log
+    EVENTLOG_ERROR_TYPE = 1
+    RegisterEventSourceW = _declare(_advapi32, "RegisterEventSourceW", _HANDLE, _TEXT, _TEXT)
+    DeregisterEventSource = _declare(_advapi32, "DeregisterEventSource", _BOOL, _HANDLE)
+    ReportEventW = _declare(
+        _advapi32, "ReportEventW", _BOOL, _HANDLE, wintypes.WORD, wintypes.WORD, _DWORD, ctypes.c_void_p,
+        wintypes.WORD, _DWORD, ctypes.POINTER(_TEXT), ctypes.c_void_p,
+    )  # fmt: skip
 
 # ======================================================================================================================
 # host: its clocks, files, directories and facts
@@ -768,6 +862,21 @@ def lock_file(path: str) -> int:
     return descriptor
 
 
+def rename(path: str, new: str) -> None:
+    """Renames a file or directory, with patience: on Windows a virus scanner may hold it for a moment."""
+    end_s = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return os.rename(path, new)
+        except PermissionError:
+            if not ON_WINDOWS or time.monotonic() > end_s:
+                raise
+        time.sleep(0.05)
+
+
+_PATIENCE_S = 5.0
+
+
 def remove_tree(path: str) -> bool:
     """Removes a directory with all that is in it, follows no link; False when something of it is still there."""
 
@@ -850,6 +959,23 @@ _FAILPOINT = os.environ.get("REMOTE_EXECUTOR_FAILPOINT")
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # the latter is TerminateProcess on Windows
 
 
+def forget_launcher() -> None:
+    """Takes back what the launcher of a frozen program did to the environment: it is not for the steps.
+
+    PyInstaller's manual, "Launching external programs from the frozen application".
+    """
+    if not getattr(sys, "frozen", False):
+        return
+    for name in [name for name in os.environ if name.startswith(("_PYI_", "_MEIPASS"))]:
+        del os.environ[name]
+    for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"):
+        os.environ.pop(name, None)
+        if (original := os.environ.pop(name + "_ORIG", None)) is not None:
+            os.environ[name] = original
+    if ON_WINDOWS:
+        SetDllDirectoryW(None)
+
+
 def use_all_descriptors() -> None:
     """Raises the soft limit of open files to the hard one: each running step takes a few."""
     if sys.platform != "win32":
@@ -928,8 +1054,9 @@ def interpreter_command(command_type: str, file: str, workspace: str, path: str)
     for program in interpreter.programs if interpreter is not _CMD or ON_WINDOWS else ():
         name, *options = program.split()
         found = find_program(name, path)
-        if found:
-            return [found, *options, *arguments]
+        if found:  # another batch file would not come back to the wrapper, unless it is called
+            call = ["call"] if found.lower().endswith((".bat", ".cmd")) else []
+            return [*call, found, *options, *arguments]
     if interpreter is _PYTHON and not getattr(sys, "frozen", False) and sys.executable:
         return [sys.executable, *arguments]
     raise LaunchError(f"{' or '.join(interpreter.programs)} is not on the PATH of this host")
@@ -988,7 +1115,7 @@ def encode_script(command_type: str, text: str) -> bytes:
 
 def _encode_batch(text: str, encoding: str) -> bytes:
     """A batch file, which cmd reads in the code page of its console; in UTF-8 where that lacks a character."""
-    lines = "\r\n".join(["@echo off", *text.splitlines(), ""])
+    lines = "\r\n".join(["@echo off", *re.split("\r?\n", text), ""])
     try:
         return lines.encode(encoding)
     except UnicodeEncodeError:
@@ -1421,7 +1548,6 @@ class WindowsProcesses:
 
     def __init__(self, umask: int) -> None:
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("REMOTE_EXECUTOR_")}
-        self._environment.pop("ERRORLEVEL", None)  # it would hide cmd's own
         self._null = os.open(os.devnull, os.O_RDWR)
 
     def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> WindowsTree:
@@ -1432,6 +1558,8 @@ class WindowsProcesses:
         wrapper = os.path.join(step_dir, "run.bat")
         with open(wrapper, "wb") as file:
             file.write(_BATCH_WRAPPER)
+        environment = {**self._environment, **env, COOKIE: step_dir}
+        environment.pop("ERRORLEVEL", None)  # it would hide cmd's own, which the wrapper tells
         line = " ".join(_quote_word(word) for word in (wrapper, *command))
         shell = system_program("cmd.exe")
         output = os.open(os.path.join(step_dir, "output"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -1443,7 +1571,7 @@ class WindowsProcesses:
                 stdout=output,
                 stderr=output,
                 cwd=cwd,
-                env={**self._environment, **env, COOKIE: step_dir},
+                env=environment,
                 creationflags=CREATE_SUSPENDED | CREATE_NO_WINDOW,
             )
         except (OSError, ValueError) as error:
@@ -1521,7 +1649,7 @@ def _quote_word(word: str) -> str:
     return word if _OPTION.fullmatch(word) else f'"{word}"'
 
 
-_OPTION = re.compile(r"[-/][A-Za-z0-9:]+|Bypass")
+_OPTION = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
 if sys.platform == "win32":
     ProcessTree = WindowsTree
@@ -1765,7 +1893,8 @@ class Store:
         """A connection to a database that is sound, made where there was none."""
         is_new = not os.path.exists(self._path)
         connection = self._connect()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(connection.close)
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > _SCHEMA_VERSION:
                 raise StartupError(f"--root: {self._path} was made by a later version of this program; use that one")
@@ -1774,9 +1903,7 @@ class Store:
             connection.execute("PRAGMA journal_mode = WAL")
             if not version:
                 connection.executescript("BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;")
-        except (sqlite3.Error, StartupError):
-            connection.close()
-            raise
+            undo.pop_all()
         return connection
 
     def _put_aside(self, error: Exception) -> None:
@@ -1785,7 +1912,7 @@ class Store:
         name = self._path + self.aside
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
-                os.rename(self._path + suffix, name + suffix)
+                rename(self._path + suffix, name + suffix)
         self.warning = f"the database was damaged ({error}); it is kept as {name}, and a new one was begun"
         log.error("%s", self.warning)
 
@@ -2218,13 +2345,13 @@ class Engine:
     def start(self) -> None:
         """Settles what an earlier daemon left, and starts what is ready."""
         if self._store.aside and os.path.isdir(self._tasks_dir):
-            os.rename(self._tasks_dir, self._tasks_dir + self._store.aside)  # it belongs to the database put aside
+            rename(self._tasks_dir, self._tasks_dir + self._store.aside)  # it belongs to the database put aside
         os.makedirs(self._tasks_dir, exist_ok=True)
         known = {str(seq) for seq in self._store.seqs()}
         for name in os.listdir(self._tasks_dir):
             if name not in known:  # renamed, because a new task may get its number before it is removed
                 gone = os.path.join(self._tasks_dir, f"{name.partition('.')[0]}.gone-{time.time_ns()}")
-                os.rename(os.path.join(self._tasks_dir, name), gone)
+                rename(os.path.join(self._tasks_dir, name), gone)
                 self._rubbish.append(gone)
         adopted: list[_ActiveStep] = []
         for seq in self._store.open_seqs():
@@ -2240,6 +2367,10 @@ class Engine:
             self._fill()
         for keeper in self._keepers:
             keeper.start()
+
+    def is_alive(self) -> bool:
+        """Whether its own threads run."""
+        return all(keeper.is_alive() for keeper in self._keepers)
 
     def pause(self) -> int:
         """Starts no more steps; how many run."""
@@ -2969,7 +3100,7 @@ class Access:
 
     def __init__(self, settings: Settings, root: str) -> None:
         self._settings = settings
-        self._path = settings.token_file.replace("$ROOT", root)
+        self._path = os.path.normpath(settings.token_file.replace("$ROOT", root))
         self._help = (
             f"send `Authorization: Bearer ...` with a token of the daemon's {os.path.basename(self._path)} file"
         )
@@ -3463,6 +3594,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Accepts connections from now on."""
         self._thread.start()
 
+    def is_alive(self) -> bool:
+        """Whether it accepts connections."""
+        return self._thread.is_alive()
+
     def stop(self) -> None:
         """Accepts no more, lets requests in work end within a moment, closes the rest."""
         self.is_stopping = True
@@ -3674,28 +3809,63 @@ class Connection(socketserver.BaseRequestHandler):
 _EXIT_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 
 
-class Daemon:
-    """The whole of it; for the main thread, but `end` is for any, and for a signal handler."""
+class Supervisor:
+    """What started the daemon and watches it: here, nobody. Told by the thread that runs the daemon."""
 
-    def __init__(self, settings: Settings) -> None:
+    def ready(self, url: str) -> None:
+        """The daemon serves."""
+
+    def watch(self, is_well: Callable[[], bool]) -> None:
+        """Asked for twice a second while the daemon serves; `is_well` asks whether all of it still works."""
+
+    def stopping(self) -> None:
+        """The daemon is ending; told again while that takes long."""
+
+
+class LogFile(logging.handlers.RotatingFileHandler):
+    """The log in a file, rotated; where it cannot be written, it goes on without."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, maxBytes=10 * 2**20, backupCount=5, encoding="utf-8", delay=True)
+
+    def doRollover(self) -> None:
+        with contextlib.suppress(OSError):  # a virus scanner holds one of the files: the next line tries again
+            super().doRollover()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: standard error has the line too."""
+
+
+class Daemon:
+    """The whole of it; for the thread that runs it, but `end` is for any, and for a signal handler."""
+
+    def __init__(self, settings: Settings, supervisor: Supervisor) -> None:
         self._settings = settings
+        self._supervisor = supervisor
         above, name = os.path.split(os.path.abspath(settings.root))
         self._root = os.path.join(os.path.realpath(above), name)  # the root itself must be no link
         self._ends = 0  # how often the end was asked for
         self._ending = threading.Event()
+        self._is_well: Callable[[], bool] = lambda: True  # until there is more to ask
 
     def run(self) -> int:
         """Serves until the end is asked for; the exit code. Raises StartupError."""
-        for number in _EXIT_SIGNALS:
-            signal.signal(number, lambda *_: self.end())
+        if threading.current_thread() is threading.main_thread():
+            for number in _EXIT_SIGNALS:
+                signal.signal(number, lambda *_: self.end())
         self._configure_log()
         with contextlib.ExitStack() as closing:
             try:
-                self._start(closing)
+                url = self._start(closing)
             except ApiError as error:  # of the store
                 raise StartupError(f"--root: {self._root}: {error.message}") from error
+            print(f"listening on {url}", flush=True)
+            log.info("%s listens on %s", version_line(), url)
+            self._supervisor.ready(url)
             while not self._ending.wait(_LOOK_S):  # a wait without an end would keep Windows from seeing Ctrl-C
-                pass
+                self._supervisor.watch(self._is_well)
+            self._supervisor.stopping()
+        log.info("ended")
         return 0
 
     def end(self) -> None:
@@ -3703,12 +3873,14 @@ class Daemon:
         self._ends += 1
         self._ending.set()
 
-    def _start(self, closing: contextlib.ExitStack) -> None:
-        """Opens the root, takes up the work, opens the port; `closing` undoes it, the last first."""
+    def _start(self, closing: contextlib.ExitStack) -> str:
+        """Opens the root, takes up the work, opens the port; its URL. `closing` undoes it, the last first."""
         umask, settings = private_umask(), self._settings
         private_directory(self._root)
         closing.callback(os.close, lock_file(os.path.join(self._root, "lock")))
+        self._log_to(os.path.join(self._root, "logs"))
         keep_descriptors()
+        forget_launcher()
         use_all_descriptors()
         observer = Observer()
         store = Store(os.path.join(self._root, "remote_executor.db"), observer.commit)
@@ -3730,7 +3902,8 @@ class Daemon:
         closing.callback(self._end_steps, engine)
         engine.start()
         server.start()
-        print(f"listening on http://{server.authority}", flush=True)
+        self._is_well = lambda: bool(engine.pool() and store.memory()) and engine.is_alive() and server.is_alive()
+        return f"http://{server.authority}"
 
     def _end_steps(self, engine: Engine) -> None:
         """Does with the running steps what --on_exit says."""
@@ -3739,6 +3912,7 @@ class Daemon:
             engine.stop_running()
         if self._settings.on_exit != "leave":
             while engine.pool().running and self._ends < 2:
+                self._supervisor.stopping()
                 time.sleep(_LOOK_S / 10)
         running = engine.pool().running
         if running:
@@ -3748,11 +3922,19 @@ class Daemon:
         engine.stop()
 
     def _configure_log(self) -> None:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
         log.setLevel(logging.DEBUG if self._settings.debug else logging.INFO)
         log.propagate = False
+        if sys.stderr:  # a Windows service has none
+            self._log_by(logging.StreamHandler())
+
+    def _log_to(self, directory: str) -> None:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory)
+        self._log_by(LogFile(os.path.join(directory, "remote_executor.log")))
+
+    def _log_by(self, handler: logging.Handler) -> None:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
 
 
 _LOOK_S = 0.5
@@ -3767,13 +3949,456 @@ def version_line() -> str:
 # service hosts: what starts and watches the daemon
 # ======================================================================================================================
 
+SERVICE = "remote_executor"  # its name for every service manager
+_SERVICE_TITLE = "Remote executor"
+_START_S = 60.0  # that a service manager waits for, of the start and of each stage of the end
+
+
+class SystemdSupervisor(Supervisor):
+    """systemd, told over its socket (sd_notify(3), sd_watchdog_enabled(3)); silent where systemd is not there."""
+
+    def __init__(self, address: str, watchdog_us: int) -> None:
+        self._address = address
+        self._beat_s = watchdog_us / 2e6  # half of what it waits for; 0 for never
+        self._beaten_s = 0.0  # when the last beat was
+
+    @classmethod
+    def of_environment(cls) -> SystemdSupervisor:
+        """As the environment says; its words are taken out of it, for they are not meant for the steps."""
+        address, watchdog, pid = (
+            os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+        )
+        is_meant = watchdog.isdigit() and pid in ("", str(os.getpid()))
+        return cls(re.sub("^@", "\0", address), int(watchdog) if is_meant else 0)
+
+    def ready(self, url: str) -> None:
+        self._tell(f"READY=1\nSTATUS=listening on {url}")
+
+    def watch(self, is_well: Callable[[], bool]) -> None:
+        now_s = time.monotonic()
+        if self._beat_s and now_s - self._beaten_s >= self._beat_s - _LOOK_S and is_well():
+            self._beaten_s = now_s
+            self._tell("WATCHDOG=1")
+
+    def stopping(self) -> None:
+        self._tell(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int(_START_S * 1e6)}")
+
+    def _tell(self, words: str) -> None:
+        if self._address:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
+                link.sendto(words.encode(), self._address)
+
+
+class WindowsSupervisor(Supervisor):
+    """The service control manager, whose own threads call `_serve` and `_control` (Service Functions, MSDN)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._daemon = Daemon(settings, self)
+        self._main = ServiceMain(self._serve)  # kept here, because the system keeps no reference
+        self._handler = ServiceHandler(self._control)
+        self._handle = 0
+        self._status = ServiceStatus(ServiceType=SERVICE_WIN32_OWN_PROCESS)
+        self._exit_code = 0
+
+    def run(self) -> int | None:
+        """Serves as a service; the exit code, None when no service control manager has started this process."""
+        table = (ServiceEntry * 2)(ServiceEntry(SERVICE, self._main))
+        try:
+            StartServiceCtrlDispatcherW(table)
+        except OSError as error:
+            if getattr(error, "winerror", 0) == ERROR_FAILED_SERVICE_CONTROLLER_CONNECT:
+                return None
+            raise StartupError(f"the service control manager does not answer: {error}") from None
+        return self._exit_code
+
+    def ready(self, url: str) -> None:
+        self._report(SERVICE_RUNNING)
+
+    def stopping(self) -> None:
+        self._report(SERVICE_STOP_PENDING)
+
+    def _serve(self, _count: int, _arguments: int) -> None:
+        """The service's own thread. A crash ends the process while it still counts as running: it is started again."""
+        self._handle = RegisterServiceCtrlHandlerExW(SERVICE, self._handler, None)
+        self._report(SERVICE_START_PENDING)
+        try:
+            self._exit_code = self._daemon.run()
+        except StartupError as error:
+            tell(str(error))
+            self._exit_code = 1
+        except Exception:
+            log.exception("the daemon failed")
+            os._exit(1)
+        self._report(SERVICE_STOPPED)
+
+    def _control(self, control: int, _type: int, _data: int, _context: int) -> int:
+        if control in (SERVICE_CONTROL_STOP, SERVICE_CONTROL_PRESHUTDOWN):
+            self._report(SERVICE_STOP_PENDING)
+            self._daemon.end()
+        elif control != SERVICE_CONTROL_INTERROGATE:  # the manager has the status already
+            return int(ERROR_CALL_NOT_IMPLEMENTED)
+        return 0
+
+    def _report(self, state: int) -> None:
+        status, is_pending = self._status, state in (SERVICE_START_PENDING, SERVICE_STOP_PENDING)
+        status.CheckPoint = status.CheckPoint + 1 if is_pending else 0
+        status.WaitHint = int(_START_S * 1000) if is_pending else 0
+        status.ControlsAccepted = SERVICE_ACCEPT_STOP | SERVICE_ACCEPT_PRESHUTDOWN if state == SERVICE_RUNNING else 0
+        status.Win32ExitCode = ERROR_SERVICE_SPECIFIC_ERROR if self._exit_code else 0
+        status.ServiceSpecificExitCode = self._exit_code
+        status.CurrentState = state
+        with contextlib.suppress(OSError):  # the manager is gone; the daemon is not its child
+            SetServiceStatus(self._handle, ctypes.byref(status))
+
+
+def supervised_run(settings: Settings) -> int:
+    """Runs the daemon for whatever has started it; the exit code. Raises StartupError."""
+    if not ON_WINDOWS:
+        return Daemon(settings, SystemdSupervisor.of_environment()).run()
+    code = WindowsSupervisor(settings).run()
+    return Daemon(settings, Supervisor()).run() if code is None else code
+
+
+def tell(text: str) -> None:
+    """Tells a person a line: on standard error, in the event log of Windows where there is none."""
+    if sys.stderr:
+        print(f"{SERVICE}: {text}", file=sys.stderr)
+    elif ON_WINDOWS:
+        with contextlib.suppress(OSError):
+            source = RegisterEventSourceW(None, SERVICE)
+            ReportEventW(source, EVENTLOG_ERROR_TYPE, 0, 0, None, 1, 0, ctypes.byref(_TEXT(text)), None)
+            DeregisterEventSource(source)
+
+
+def own_command() -> list[str]:
+    """The words that run this program, as a frozen one, a zipapp or a file."""
+    if getattr(sys, "frozen", False):
+        return [sys.executable]
+    path = os.path.abspath(__file__)
+    while not os.path.isfile(path):  # within a zipapp
+        path = os.path.dirname(path)
+    # The python.exe of a virtual environment of Windows only starts another, which is not the service's process.
+    return [getattr(sys, "_base_executable", sys.executable) if ON_WINDOWS else sys.executable, path]
+
+
+class Services:
+    """This host's service manager, as far as it concerns this program. Raises StartupError."""
+
+    default_root = "/var/lib/remote_executor"
+
+    def install(self, command: Sequence[str]) -> str:
+        """Makes the command a service that starts with the host; tells what was written."""
+        raise NotImplementedError
+
+    def uninstall(self) -> str:
+        """Stops the service and removes it; tells what was removed."""
+        raise NotImplementedError
+
+    def start(self) -> str:
+        raise NotImplementedError
+
+    def stop(self) -> str:
+        raise NotImplementedError
+
+    def status(self) -> tuple[int, str]:
+        """The exit code by the convention of init scripts (LSB), 0 running, 3 not running, 4 not installed; a line."""
+        raise NotImplementedError
+
+
+class UnixServices(Services):
+    """A service manager that reads a file; with $DESTDIR the file goes below it, and the manager is not called."""
+
+    path = ""  # of the file
+
+    def __init__(self, staging: str) -> None:
+        self._staging = staging
+        self._file = staging + self.path
+
+    def install(self, command: Sequence[str]) -> str:
+        self._check()
+        try:
+            os.makedirs(os.path.dirname(self._file), exist_ok=True)
+            with open(self._file, "wb") as file:
+                os.fchmod(file.fileno(), 0o644)
+                file.write(self.content(command))
+        except OSError as error:
+            raise StartupError(f"service: {self._file} cannot be written: {error.strerror}") from None
+        self._installed()
+        return f"wrote {self._file}"
+
+    def uninstall(self) -> str:
+        self._check()
+        if not os.path.exists(self._file):
+            raise StartupError(f"service: {self._file} is not there; nothing is installed")
+        self._leave()
+        os.unlink(self._file)
+        self._installed()
+        return f"removed {self._file}"
+
+    def content(self, command: Sequence[str]) -> bytes:
+        """The file that has the manager run the command."""
+        raise NotImplementedError
+
+    def _check(self) -> None:
+        if os.geteuid() and not self._staging:
+            raise StartupError("service: needs the rights of root; run it by sudo")
+
+    def _installed(self) -> None:
+        """The file has changed."""
+
+    def _leave(self) -> None:
+        """The file is about to go."""
+
+    def _call(self, *command: str) -> str:
+        """What a command of the manager printed; raises StartupError with it where the command fails."""
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        except OSError as error:
+            raise StartupError(f"service: {command[0]} cannot be run: {error.strerror}") from None
+        said = " ".join(done.stdout.decode(errors="replace").split())
+        if done.returncode:
+            raise StartupError(f"service: `{' '.join(command)}` failed: {said}")
+        return said
+
+
+class SystemdServices(UnixServices):
+    """systemd, by a unit file (systemd.service(5))."""
+
+    path = f"/etc/systemd/system/{SERVICE}.service"
+
+    def content(self, command: Sequence[str]) -> bytes:
+        return _UNIT.format(command=" ".join(_quote_unit_word(word) for word in command)).encode()
+
+    def start(self) -> str:
+        self._check()
+        self._call("systemctl", "start", SERVICE)
+        return self.status()[1]
+
+    def stop(self) -> str:
+        self._check()
+        self._call("systemctl", "stop", SERVICE)
+        return self.status()[1]
+
+    def status(self) -> tuple[int, str]:
+        if not os.path.exists(self._file):
+            return 4, "not installed"
+        shown = self._call("systemctl", "show", "--property=ActiveState,SubState,MainPID", SERVICE).split()
+        facts = dict(fact.split("=", 1) for fact in shown)
+        if facts.get("ActiveState") != "active":
+            return 3, f"not running ({facts.get('ActiveState')}, {facts.get('SubState')}); see journalctl -u {SERVICE}"
+        return 0, f"running, pid {facts.get('MainPID')}"
+
+    def _installed(self) -> None:
+        if not self._staging:
+            self._call("systemctl", "daemon-reload")
+            if os.path.exists(self._file):
+                self._call("systemctl", "enable", SERVICE)
+
+    def _leave(self) -> None:
+        if not self._staging:
+            self._call("systemctl", "disable", "--now", SERVICE)
+
+
+# KillMode: the steps are to outlive a restart of the daemon. OOMPolicy: one that takes too much memory does not end it.
+_UNIT = f"""\
+[Unit]
+Description={_SERVICE_TITLE}
+After=network.target
+
+[Service]
+Type=notify
+ExecStart={{command}}
+KillMode=process
+OOMPolicy=continue
+Restart=on-failure
+WatchdogSec=60
+LimitNOFILE=65536
+TasksMax=infinity
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def _quote_unit_word(word: str) -> str:
+    """A word of a command line of a unit file (systemd.service(5), systemd.syntax(7))."""
+    word = word.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%").replace("$", "$$")
+    return word if re.fullmatch(r"[\w./:=@+,$%-]+", word) else f'"{word}"'
+
+
+class LaunchdServices(UnixServices):
+    """launchd of a Mac, by a property list (launchd.plist(5))."""
+
+    default_root = "/var/db/remote_executor"
+    path = f"/Library/LaunchDaemons/{SERVICE}.plist"
+
+    def content(self, command: Sequence[str]) -> bytes:
+        import plistlib
+
+        return plistlib.dumps(
+            {
+                "Label": SERVICE,
+                "ProgramArguments": list(command),
+                "RunAtLoad": True,
+                "KeepAlive": {"SuccessfulExit": False},
+                "AbandonProcessGroup": True,  # the steps are to outlive a restart of the daemon
+                "SoftResourceLimits": {"NumberOfFiles": 65536},
+            },
+            sort_keys=False,
+        )
+
+    def start(self) -> str:
+        self._check()
+        self._call("launchctl", "bootstrap", "system", self._file)
+        return self.status()[1]
+
+    def stop(self) -> str:
+        self._check()
+        self._call("launchctl", "bootout", f"system/{SERVICE}")
+        return self.status()[1]
+
+    def status(self) -> tuple[int, str]:
+        if not os.path.exists(self._file):
+            return 4, "not installed"
+        try:
+            found = re.search(r"\bpid = ([0-9]+)", self._call("launchctl", "print", f"system/{SERVICE}"))
+        except StartupError:
+            found = None
+        return (0, f"running, pid {found[1]}") if found else (3, "not running")
+
+    def _leave(self) -> None:
+        if not self._staging and not self.status()[0]:
+            self.stop()
+
+
+class WindowsServices(Services):
+    """The service control manager (Service Functions, MSDN)."""
+
+    default_root = os.path.join(os.environ.get("PROGRAMDATA", r"C:\ProgramData"), "remote_executor")
+
+    def install(self, command: Sequence[str]) -> str:
+        line = subprocess.list2cmdline(command)
+        with self._manager(SC_MANAGER_CONNECT | SC_MANAGER_CREATE_SERVICE) as manager:
+            kinds = (SERVICE_ALL_ACCESS, SERVICE_WIN32_OWN_PROCESS, SERVICE_AUTO_START, SERVICE_ERROR_NORMAL)
+            service = CreateServiceW(manager, SERVICE, _SERVICE_TITLE, *kinds, line, *[None] * 5)
+            try:
+                self._configure(service)
+            finally:
+                CloseServiceHandle(service)
+        return f"installed the service {SERVICE}: {line}"
+
+    def uninstall(self) -> str:
+        with self._service(SERVICE_ALL_ACCESS) as service:
+            if self._query(service).CurrentState != SERVICE_STOPPED:
+                self._stop(service)
+            DeleteService(service)
+        return f"removed the service {SERVICE}"
+
+    def start(self) -> str:
+        with self._service(SERVICE_ALL_ACCESS) as service:
+            StartServiceW(service, 0, None)
+            self._await(service, SERVICE_START_PENDING)
+            return self._describe(self._query(service))[1]
+
+    def stop(self) -> str:
+        with self._service(SERVICE_ALL_ACCESS) as service:
+            self._stop(service)
+            return self._describe(self._query(service))[1]
+
+    def status(self) -> tuple[int, str]:
+        try:
+            with self._service(SERVICE_QUERY_STATUS) as service:
+                return self._describe(self._query(service))
+        except LookupError:
+            return 4, "not installed"
+
+    def _configure(self, service: int) -> None:
+        """Tells what it is, has it started again after a crash, and gives it time when the host shuts down."""
+        delays_ms = (1_000, 5_000, 30_000)
+        actions = (ServiceAction * 3)(*(ServiceAction(SC_ACTION_RESTART, delay_ms) for delay_ms in delays_ms))
+        failure = ServiceFailureActions(3600, None, None, len(actions), actions)
+        for kind, value in (
+            (SERVICE_CONFIG_DESCRIPTION, _TEXT("Runs scripts on this host, by an HTTP/JSON API.")),
+            (SERVICE_CONFIG_FAILURE_ACTIONS, failure),
+            (SERVICE_CONFIG_PRESHUTDOWN_INFO, _DWORD(int(_START_S * 1000))),
+        ):
+            ChangeServiceConfig2W(service, kind, ctypes.byref(value))
+
+    def _stop(self, service: int) -> None:
+        ControlService(service, SERVICE_CONTROL_STOP, ctypes.byref(ServiceStatus()))
+        self._await(service, SERVICE_STOP_PENDING)
+
+    def _await(self, service: int, pending: int) -> None:
+        """Waits while the service is on its way, as long as it goes on."""
+        end_s, checkpoint = time.monotonic() + _START_S, -1
+        while (status := self._query(service)).CurrentState == pending and time.monotonic() < end_s:
+            if status.CheckPoint != checkpoint:
+                end_s, checkpoint = time.monotonic() + _START_S, status.CheckPoint
+            time.sleep(_POLL_S)
+
+    def _describe(self, status: Any) -> tuple[int, str]:
+        state = int(status.CurrentState)
+        if state == SERVICE_RUNNING:
+            return 0, f"running, pid {status.ProcessId}"
+        code = status.ServiceSpecificExitCode or status.Win32ExitCode
+        words = {SERVICE_STOPPED: "not running", SERVICE_START_PENDING: "starting", SERVICE_STOP_PENDING: "stopping"}
+        why = f" (exit code {code}; see the log in its root, and the event log)" if code else ""
+        return 3, words.get(state, f"state {state}") + why
+
+    def _query(self, service: int) -> Any:
+        status, needed = ServiceStatus(), _DWORD()
+        size = ctypes.sizeof(status)
+        QueryServiceStatusEx(service, SC_STATUS_PROCESS_INFO, ctypes.byref(status), size, ctypes.byref(needed))
+        return status
+
+    @contextlib.contextmanager
+    def _manager(self, access: int) -> Iterator[int]:
+        """A handle of the manager; what it refuses is told in a line."""
+        told = {
+            ERROR_ACCESS_DENIED: "needs the rights of an administrator; use a prompt that was run as administrator",
+            ERROR_SERVICE_EXISTS: "is installed already; `service uninstall` removes it",
+            ERROR_SERVICE_DOES_NOT_EXIST: "is not installed; `service install` installs it",
+            ERROR_SERVICE_ALREADY_RUNNING: "runs already",
+            ERROR_SERVICE_NOT_ACTIVE: "does not run",
+        }
+        manager = 0
+        try:
+            manager = OpenSCManagerW(None, None, access)
+            yield manager
+        except OSError as error:
+            raise StartupError(f"service: {told.get(getattr(error, 'winerror', 0), str(error))}") from None
+        finally:
+            if manager:
+                CloseServiceHandle(manager)
+
+    @contextlib.contextmanager
+    def _service(self, access: int) -> Iterator[int]:
+        """A handle of the service."""
+        with self._manager(SC_MANAGER_CONNECT) as manager:
+            service = OpenServiceW(manager, SERVICE, access)
+            try:
+                yield service
+            finally:
+                CloseServiceHandle(service)
+
+
+def host_services() -> Services:
+    """The service manager of this host."""
+    if ON_WINDOWS:
+        return WindowsServices()
+    return (LaunchdServices if sys.platform == "darwin" else SystemdServices)(os.environ.get("DESTDIR", ""))
+
 # ======================================================================================================================
 # command line: flags, commands, main
 # ======================================================================================================================
 
-_PROGRAM = "remote_executor"
+_PROGRAM = SERVICE
 _SUMMARY = "Turns this host into a remote executor of scripts, by an HTTP/JSON API."
-_COMMANDS = (("help [<command>...]", "Show help."), ("run", "Run server"))
+_COMMANDS = (
+    ("help [<command>...]", "Show help."),
+    ("run", "Run server"),
+    ("service install|uninstall|start|stop|status", "Make it a service of this host, with the flags given to install."),
+)
 _SWITCHES = (
     ("help", "Show context-sensitive help (also try --help-long and --help-man)."),
     ("version", "Show application version."),
@@ -3793,7 +4418,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The command with its words, and the flags that were given, by field; raises UsageError."""
+    """The command with its words, and the flags that were given, by field, as text; raises UsageError."""
     parser = _Parser(prog=_PROGRAM, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", default=[])
     parser.add_argument("-h", "--help", dest="help", action="store_true")
@@ -3807,8 +4432,8 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, A
             parser.add_argument(f"--no_{option.field}", dest=option.field, action="store_false")
         else:
             action = "append" if option.kind == "list" else "store"
-            typed = functools.partial(_typed_value, option)
-            parser.add_argument(f"--{option.field}", dest=option.field, type=typed, action=action)
+            checked = functools.partial(_checked_text, option)
+            parser.add_argument(f"--{option.field}", dest=option.field, type=checked, action=action)
     given = vars(parser.parse_intermixed_args([_spell(word) for word in arguments]))
     return given.pop("words"), given
 
@@ -3819,7 +4444,7 @@ def _spell(word: str) -> str:
     return flag[:2] + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else word
 
 
-def _typed_value(option: Option, text: str) -> Any:
+def _checked_text(option: Option, text: str) -> str:
     try:
         value = _value(option, text)
     except ValueError as error:
@@ -3828,7 +4453,7 @@ def _typed_value(option: Option, text: str) -> Any:
         most = f" to {option.most}" if option.most < 2**63 - 1 else " or more"
         least = "more than 0" if option.kind != "count" and option.least else f"{option.least}{most}"
         raise argparse.ArgumentTypeError(f"{text!r} is out of range; right would be {least}")
-    return value
+    return text
 
 
 def _value(option: Option, text: str) -> Any:
@@ -3854,13 +4479,15 @@ def _value(option: Option, text: str) -> Any:
 
 def make_settings(given: Mapping[str, Any]) -> Settings:
     """The settings with what was given in place of the defaults."""
-    values: dict[str, Any] = {option.field: given.get(option.field, _default_value(option)) for option in OPTIONS}
-    return Settings(**{**values, "cors_origin": tuple(values["cors_origin"])})
+    return Settings(**{option.field: _setting(option, given) for option in OPTIONS})
 
 
-def _default_value(option: Option) -> Any:
-    none = {"flag": False, "list": []}
-    return none[option.kind] if option.kind in none else _value(option, _default(option))
+def _setting(option: Option, given: Mapping[str, Any]) -> Any:
+    if option.kind == "flag":
+        return given.get(option.field, False)
+    if option.kind == "list":
+        return tuple(_value(option, text) for text in given.get(option.field, ()))
+    return _value(option, given.get(option.field, _default(option)))
 
 
 def _default(option: Option) -> str:
@@ -3914,6 +4541,38 @@ def manual_text() -> str:
     return "\n".join(lines) + "\n"
 
 
+def service_command(words: Sequence[str], given: Mapping[str, Any]) -> int:
+    """Makes the daemon a service of this host, or controls it; the exit code. Raises UsageError and StartupError."""
+    deed, services = words[0] if len(words) == 1 else "", host_services()
+    if deed == "install":
+        root = os.path.abspath(given.get("root", services.default_root))
+        print(services.install([*own_command(), "run", *_flags({**given, "root": root})]))
+        print(f"next: {_PROGRAM} service start; clients on other hosts need the token it will write in {root}")
+        return 0
+    if given:
+        raise UsageError("only service install takes flags")
+    if deed == "status":
+        code, line = services.status()
+        print(line)
+        return code
+    deeds = {"uninstall": services.uninstall, "start": services.start, "stop": services.stop}
+    if deed not in deeds:
+        raise UsageError(f"service takes one of install, {', '.join(deeds)} and status")
+    print(deeds[deed]())
+    return 0
+
+
+def _flags(given: Mapping[str, Any]) -> Iterator[str]:
+    """The flags that give this, paths made absolute."""
+    for option in OPTIONS:
+        value = given.get(option.field)
+        if option.kind == "flag" and value is not None:
+            yield f"--{'' if value else 'no-'}{option.name}"
+        elif value is not None:
+            for text in value if option.kind == "list" else [value]:
+                yield f"--{option.name}={os.path.abspath(text) if option.kind == 'path' else text}"
+
+
 def run_command(arguments: Sequence[str]) -> int:
     """Does what the command line says; the exit code. Raises UsageError and StartupError."""
     words, given = parse_command_line(arguments)
@@ -3924,7 +4583,9 @@ def run_command(arguments: Sequence[str]) -> int:
     elif given.get("help") or given.get("help_long") or not words or words[0] == "help":
         print(help_text(words[1:] if words[:1] == ["help"] else words, "help_long" in given), end="")
     elif words == ["run"]:
-        return Daemon(make_settings(given)).run()
+        return supervised_run(make_settings(given))
+    elif words[:1] == ["service"]:
+        return service_command(words[1:], given)
     else:
         help_text(words)
         raise UsageError(f"{words[0]} takes no {words[1]!r}; see {_PROGRAM} help {words[0]}")
@@ -3936,10 +4597,10 @@ def main() -> int:
     try:
         return run_command(sys.argv[1:])
     except UsageError as error:
-        print(f"{_PROGRAM}: {error}; see {_PROGRAM} help", file=sys.stderr)
+        tell(f"{error}; see {_PROGRAM} help")
         return 2
     except StartupError as error:
-        print(f"{_PROGRAM}: {error}", file=sys.stderr)
+        tell(str(error))
         return 1
 
 
