@@ -311,6 +311,10 @@ class StartupError(Exception):
     """The daemon cannot start; the text is the one line that says why."""
 
 
+class NotInstalled(StartupError):
+    """This host has no service of ours."""
+
+
 # ======================================================================================================================
 # submission: JSON to frozen specs; an error says where
 # ======================================================================================================================
@@ -710,7 +714,7 @@ if ON_WINDOWS:
     SERVICE_CONFIG_DESCRIPTION, SERVICE_CONFIG_FAILURE_ACTIONS, SERVICE_CONFIG_PRESHUTDOWN_INFO = 1, 2, 7
     SC_ACTION_RESTART = 1
     ERROR_ACCESS_DENIED, ERROR_SERVICE_ALREADY_RUNNING, ERROR_SERVICE_DOES_NOT_EXIST = 5, 1056, 1060
-    ERROR_SERVICE_NOT_ACTIVE, ERROR_SERVICE_EXISTS = 1062, 1073
+    ERROR_SERVICE_NOT_ACTIVE, ERROR_SERVICE_EXISTS, ERROR_SERVICE_NEVER_STARTED = 1062, 1073, 1077
 
     class ServiceAction(ctypes.Structure):
         """SC_ACTION; the delay is in milliseconds."""
@@ -4129,7 +4133,7 @@ class UnixServices(Services):
     def uninstall(self) -> str:
         self._check()
         if not os.path.exists(self._file):
-            raise StartupError(f"service: {self._file} is not there; nothing is installed")
+            raise NotInstalled(f"service: {self._file} is not there; nothing is installed")
         self._leave()
         os.unlink(self._file)
         self._installed()
@@ -4167,7 +4171,9 @@ class SystemdServices(UnixServices):
     path = f"/etc/systemd/system/{SERVICE}.service"
 
     def content(self, command: Sequence[str]) -> bytes:
-        return _UNIT.format(command=" ".join(_quote_unit_word(word) for word in command)).encode()
+        # The launcher of a frozen program is the process that systemd watches, and tells it nothing.
+        kind = "exec" if getattr(sys, "frozen", False) else "notify\nWatchdogSec=60"
+        return _UNIT.format(kind=kind, command=" ".join(_quote_unit_word(word) for word in command)).encode()
 
     def start(self) -> str:
         self._check()
@@ -4206,12 +4212,11 @@ Description={_SERVICE_TITLE}
 After=network.target
 
 [Service]
-Type=notify
+Type={{kind}}
 ExecStart={{command}}
 KillMode=process
 OOMPolicy=continue
 Restart=on-failure
-WatchdogSec=60
 LimitNOFILE=65536
 TasksMax=infinity
 
@@ -4309,7 +4314,7 @@ class WindowsServices(Services):
         try:
             with self._service(SERVICE_QUERY_STATUS) as service:
                 return self._describe(self._query(service))
-        except LookupError:
+        except NotInstalled:
             return 4, "not installed"
 
     def _configure(self, service: int) -> None:
@@ -4340,7 +4345,7 @@ class WindowsServices(Services):
         state = int(status.CurrentState)
         if state == SERVICE_RUNNING:
             return 0, f"running, pid {status.ProcessId}"
-        code = status.ServiceSpecificExitCode or status.Win32ExitCode
+        code = status.ServiceSpecificExitCode or status.Win32ExitCode % ERROR_SERVICE_NEVER_STARTED
         words = {SERVICE_STOPPED: "not running", SERVICE_START_PENDING: "starting", SERVICE_STOP_PENDING: "stopping"}
         why = f" (exit code {code}; see the log in its root, and the event log)" if code else ""
         return 3, words.get(state, f"state {state}") + why
@@ -4357,7 +4362,6 @@ class WindowsServices(Services):
         told = {
             ERROR_ACCESS_DENIED: "needs the rights of an administrator; use a prompt that was run as administrator",
             ERROR_SERVICE_EXISTS: "is installed already; `service uninstall` removes it",
-            ERROR_SERVICE_DOES_NOT_EXIST: "is not installed; `service install` installs it",
             ERROR_SERVICE_ALREADY_RUNNING: "runs already",
             ERROR_SERVICE_NOT_ACTIVE: "does not run",
         }
@@ -4366,7 +4370,10 @@ class WindowsServices(Services):
             manager = OpenSCManagerW(None, None, access)
             yield manager
         except OSError as error:
-            raise StartupError(f"service: {told.get(getattr(error, 'winerror', 0), str(error))}") from None
+            code = getattr(error, "winerror", 0)
+            if code == ERROR_SERVICE_DOES_NOT_EXIST:
+                raise NotInstalled("service: is not installed; `service install` installs it") from None
+            raise StartupError(f"service: {told.get(code, str(error))}") from None
         finally:
             if manager:
                 CloseServiceHandle(manager)
@@ -4387,6 +4394,7 @@ def host_services() -> Services:
     if ON_WINDOWS:
         return WindowsServices()
     return (LaunchdServices if sys.platform == "darwin" else SystemdServices)(os.environ.get("DESTDIR", ""))
+
 
 # ======================================================================================================================
 # command line: flags, commands, main

@@ -82,6 +82,7 @@ SHELL = "cmd" if WINDOWS else "sh"
 MANY = 300 if WINDOWS else 10_000  # steps; one takes 60 ms of two processors under Wine
 LONG = 100 if WINDOWS else 1000
 posix_only = pytest.mark.skipif(WINDOWS, reason="POSIX signals, sessions or shell")
+windows_only = pytest.mark.skipif(not WINDOWS, reason="cmd, code pages, handles or services of Windows")
 linux_only = pytest.mark.skipif(not LINUX, reason="reads /proc")
 
 PENDING = "The current step only proceeds if the previous step succeeds."
@@ -1478,6 +1479,179 @@ def barren(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 def test_interpreter_missing_lets_independent_branches_go_on(barren: Daemon) -> None:
     answer = barren.run(step(kind="zsh", name="a"), step(name="b", depets_on=["a"]), step(name="c"), ansync="1")
     assert [(one["state"], one["code"]) for one in answer.data] == [(0, 255), (2, 0), (0, 0)]
+
+
+# ======================================================================================================================
+# Windows: cmd, code pages, handles
+# ======================================================================================================================
+
+PAGES = {437: "größe ½", 850: "größe ø", 866: "Привет ё", 932: "日本語 ソ表", 936: "正在 Ping"}  # text that a page has
+PING = """\
+正在 Ping baidu.com [110.242.68.66] 具有 32 字节的数据:
+来自 110.242.68.66 的回复: 字节=32 时间=45ms TTL=43
+
+110.242.68.66 的 Ping 统计信息:
+    数据包: 已发送 = 4，已接收 = 4，丢失 = 0 (0% 丢失)，
+往返行程的估计时间(以毫秒为单位):
+    最短 = 45ms，最长 = 45ms，平均 = 45ms
+"""
+
+
+def oem_page() -> int:
+    """The code page of this host's consoles. A host has one; .ci/windows runs these tests under several."""
+    return ctypes.windll.kernel32.GetOEMCP() if WINDOWS else 0
+
+
+@windows_only
+@pytest.mark.parametrize("kind", ["cmd", "bat"])
+@pytest.mark.parametrize(
+    "content, code",
+    [
+        ("exit 0", 0),
+        ("exit 1", 1),
+        ("exit /b 3", 3),
+        ("exit 255", 255),
+        ("exit -1", -1),
+        ("exit /b -1", -1),
+        ("exit 1234567", 1234567),
+        ("echo fine", 0),
+        ("echo on\r\nexit /b 7", 7),
+        ("rem nothing", 0),
+        ("cmd /c exit 5", 5),
+        ("cmd /c exit 5\nexit", 5),
+        ("cmd /c exit 5\nexit /b", 5),
+        ("cmd /c exit 5\necho last", 5),
+        ("type there-is-no-such-file", 1),
+        ("set ERRORLEVEL=9\ncmd /c exit 5", 5),
+        ("setlocal\nset ERRORLEVEL=9\nexit 4", 4),
+    ],
+)
+def test_cmd_ends_with_the_code_of_its_script(daemon: Daemon, kind: str, content: str, code: int) -> None:
+    answer = daemon.run(step(content, kind, name="n", env_vars=["errorlevel=77"]))
+    assert answer.data[0]["code"] == code
+    assert answer.code == (1002 if code else 0)
+
+
+@windows_only
+def test_cmd_expands_variables_of_the_environment(daemon: Daemon) -> None:
+    env = ["envhost=www.q1.com", "Path_Like=a;b", "Odd=1=2"]
+    lines = daemon.output(step("echo https://%envhost% %ENVHOST% %path_like% %odd% 100%%", env_vars=env))
+    assert lines == ["https://www.q1.com www.q1.com a;b 1=2 100%"]
+
+
+@windows_only
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_cmd_takes_lines_with_labels_blocks_and_calls(daemon: Daemon, end: str) -> None:
+    lines = ["(", "echo @echo off", "echo echo other %%1", "echo exit /b 6", ")>other.bat", "call other.bat one"]
+    lines += ["if %errorlevel%==6 (", "  goto there", ")", "echo never", ":there", "echo here", "exit /b 0"]
+    assert daemon.output(step(end.join(lines))) == ["other one", "here"]
+
+
+@windows_only
+def test_code_page_of_the_host_carries_a_script_and_its_output(daemon: Daemon) -> None:
+    text = PAGES[oem_page()]
+    task = daemon.submit(step(f"echo {text}\necho %v%", env_vars=[f"v={text}"], name=text))
+    assert daemon.ended(task).data[0]["name"] == text
+    assert daemon.console(task).data == [text, text]
+
+
+@windows_only
+def test_code_page_of_utf_8_carries_what_the_hosts_lacks(daemon: Daemon) -> None:
+    text = "größe 世界 Привет \U0001f680"
+    task = daemon.submit(step(f"rem {text}\necho %v%", env_vars=[f"v={text}"]))
+    daemon.ended(task)
+    assert daemon.console(task).data == [text]
+    seq = max(int(path.name) for path in (daemon.root / "tasks").iterdir())
+    written = (daemon.root / "tasks" / str(seq) / "0" / "script.bat").read_bytes()
+    assert written == f"@chcp 65001 >nul\r\n@echo off\r\nrem {text}\r\necho %v%\r\n".encode()
+
+
+@windows_only
+def test_code_page_of_the_host_explains_output_that_is_not_utf_8(daemon: Daemon) -> None:
+    page, text = f"cp{oem_page()}", PING if oem_page() == 936 else PAGES[oem_page()]
+    assert daemon.output(writes(text.encode(page))) == text.splitlines()
+    assert daemon.output(writes("größe 世界\n".encode() + text.encode(page))) == ["größe 世界", *text.splitlines()]
+
+
+@windows_only
+def test_code_page_does_not_bind_python_steps(daemon: Daemon) -> None:
+    text = "größe 世界 Привет"
+    assert daemon.output(python(f"print({text!r})\nimport sys\nprint(sys.stdout.encoding)")) == [text, "utf-8"]
+
+
+@windows_only
+@pytest.mark.parametrize("name", ["with space", "größe", "a & b (c) ^d ;e", "100%", "it's", "世界"])
+def test_root_of_any_name_serves(launch: Callable[..., Daemon], tmp_path: Path, name: str) -> None:
+    daemon = launch(root=tmp_path / name / "root")
+    answer = daemon.run(step("exit 3"), step())
+    assert answer.data[0]["code"] == 3
+    assert daemon.output(python("import sys\nprint(len(sys.argv))")) == ["1"]
+    assert daemon.output(step("call other.bat 2>nul || echo none")) == ["none"]
+
+
+HANDLES = """
+import ctypes, socket
+socket.socket().close()
+kernel32, ws2_32, text = ctypes.windll.kernel32, ctypes.windll.ws2_32, ctypes.create_unicode_buffer(1000)
+for handle in range(4, 8192, 4):
+    if kernel32.GetFileType(handle) == 1 and kernel32.GetFinalPathNameByHandleW(handle, text, 1000, 0):
+        print(text.value)
+    if not ws2_32.getsockname(handle, ctypes.create_string_buffer(128), ctypes.byref(ctypes.c_int(128))):
+        print("socket")
+"""
+
+
+@windows_only
+def test_step_inherits_no_handle_but_its_output(daemon: Daemon) -> None:
+    own = [line for line in daemon.output(python(HANDLES)) if "röot" in line or line == "socket"]
+    assert own and [line for line in own if not line.endswith("output")] == []
+
+
+@windows_only
+def test_handles_are_closed_after_500_steps(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    assert daemon.process
+
+    def handles() -> int:
+        count = ctypes.c_ulong()
+        assert ctypes.windll.kernel32.GetProcessHandleCount(int(daemon.process._handle), ctypes.byref(count))
+        return count.value
+
+    daemon.run(*[step()] * 100, ansync="1")
+    before = handles()
+    task = daemon.submit(*[step()] * 500, ansync="1")
+    assert daemon.ended(task, 240).code == 0
+    wait_until(lambda: handles() <= before + 30, f"{handles()} handles to be closed, of {before} before", 15)
+
+
+@windows_only
+def test_step_opens_no_window(daemon: Daemon) -> None:
+    shows = "import ctypes\nprint(ctypes.windll.user32.IsWindowVisible(ctypes.windll.kernel32.GetConsoleWindow()))"
+    assert daemon.output(python(shows)) == ["0"]
+
+
+@windows_only
+def test_background_child_of_cmd_ends_with_a_stop(daemon: Daemon) -> None:
+    child = f'start /b "" "{sys.executable}" -c "import os,time;print(os.getpid(),flush=True);time.sleep(1000)"'
+    task = daemon.submit(step(f"{child}\nping -n 1000 127.0.0.1 >nul"))
+    lines = wait_until(lambda: daemon.console(task).json.get("data"), "the child")
+    daemon.put(f"/api/v1/task/{task}")
+    assert daemon.ended(task).data[0]["msg"].endswith(STOPPED)
+    wait_until(lambda: not is_alive(int(lines[0])), "the child's end", 15)
+
+
+@windows_only
+def test_file_that_a_process_holds_is_removed_later(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch("--key_expire=1s")
+    held_open = "f = open('held', 'w')"
+    child = f"import os, time; {held_open}; print('open', flush=True)\n{until_open(gate)}"
+    task = daemon.submit(python(f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}])"))
+    place = daemon.root / "tasks" / "1" / "workspace" / "held"
+    wait_until(lambda: daemon.detail(task).code == 1003, "expiry")
+    wait_until(lambda: not (daemon.root / "tasks" / "1" / "0").exists(), "the sweep of what can be removed")
+    assert place.exists()
+    gate.touch()
+    wait_until(lambda: not (daemon.root / "tasks" / "1").exists(), "the sweep of the rest")
 
 
 # ======================================================================================================================
@@ -2938,6 +3112,162 @@ def test_version_flag_prints_the_version() -> None:
 def test_root_by_default_is_in_the_temporary_directory(tmp_path: Path) -> None:
     environment = {"TMPDIR": str(tmp_path), "TEMP": str(tmp_path), "TMP": str(tmp_path)}
     assert str(tmp_path) in cli("help", env=environment).stdout or "$TEMP" in cli("help", env=environment).stdout
+
+
+# ======================================================================================================================
+# services: systemd, launchd, Windows
+# ======================================================================================================================
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Any]:
+    """A socket that stands in for systemd's, with what came over it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
+        link.bind(str(tmp_path / "notify"))
+        link.settimeout(30)
+        yield link
+
+
+@posix_only
+def test_systemd_is_told_of_ready_watchdog_and_stopping(launch: Callable[..., Daemon], manager: Any) -> None:
+    words = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "1000000"}
+    daemon = launch(env=words)
+    assert manager.recv(1000).decode().splitlines() == [
+        "READY=1",
+        f"STATUS=listening on http://127.0.0.1:{daemon.port}",
+    ]
+    assert [manager.recv(1000) for _ in range(2)] == [b"WATCHDOG=1"] * 2
+    assert daemon.output(show(*words)) == ["-", "-"]
+    assert daemon.end() == 0
+    while (told := manager.recv(1000)) == b"WATCHDOG=1":
+        pass
+    assert told.startswith(b"STOPPING=1\nEXTEND_TIMEOUT_USEC=")
+
+
+@posix_only
+@pytest.mark.parametrize("words", [{"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": "soon"}])
+def test_systemd_gets_no_beat_that_it_does_not_ask_for(
+    launch: Callable[..., Daemon], manager: Any, words: dict[str, str]
+) -> None:
+    daemon = launch(env={"NOTIFY_SOCKET": manager.getsockname(), **words})
+    assert manager.recv(1000).startswith(b"READY=1")
+    assert daemon.end() == 0
+    assert manager.recv(1000).startswith(b"STOPPING=1")
+
+
+@posix_only
+def test_systemd_that_does_not_listen_stops_nothing(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    assert launch(env={"NOTIFY_SOCKET": str(tmp_path / "nobody")}).run(step()).code == 0
+
+
+def unit(staging: Path) -> Path:
+    return staging / "etc/systemd/system/remote_executor.service"
+
+
+@linux_only
+def test_service_install_writes_a_unit_that_systemd_accepts(tmp_path: Path) -> None:
+    done = cli("service", "install", "--addr=:2377", "--root=/var/a b/100%", "--debug", env={"DESTDIR": str(tmp_path)})
+    assert done.returncode == 0 and str(unit(tmp_path)) in done.stdout and "service start" in done.stdout, done
+    command = f'{sys.executable} {PROGRAM} run --addr=:2377 --debug "--root=/var/a b/100%%"'
+    assert f"\nExecStart={command}\n" in unit(tmp_path).read_text()
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("no systemd-analyze on this host")
+    verify = ["systemd-analyze", "verify", str(unit(tmp_path))]
+    verified = subprocess.run(verify, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert [line for line in verified.stdout.splitlines() if "remote_executor" in line] == [], verified.stdout
+
+
+@linux_only
+def test_service_uninstall_removes_the_unit(tmp_path: Path) -> None:
+    staging = {"DESTDIR": str(tmp_path)}
+    assert cli("service", "status", env=staging).returncode == 4
+    assert cli("service", "install", env=staging).returncode == 0
+    assert "--root=/var/lib/remote_executor" in unit(tmp_path).read_text()
+    assert cli("service", "uninstall", env=staging).stdout == f"removed {unit(tmp_path)}\n"
+    assert not unit(tmp_path).exists() and cli("service", "uninstall", env=staging).returncode == 1
+
+
+@posix_only
+def test_service_needs_the_rights_of_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(module().StartupError, match="root; run it by sudo"):
+        module().SystemdServices("").install(["x"])
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["start", "now"], ["stop", "--debug"], ["install", "--addr=x"]])
+def test_service_out_of_rule_is_refused_in_a_line(words: list[str]) -> None:
+    assert "remote_executor: " in refused(cli("service", *words), 2)
+
+
+def test_service_of_launchd_is_the_readmes() -> None:
+    told = next(plistlib.loads(block.text.encode()) for block in blocks() if block.language == "xml")
+    command = told["ProgramArguments"]
+    assert plistlib.loads(module().LaunchdServices("").content(command)) == told
+
+
+def test_service_of_systemd_is_the_readmes() -> None:
+    told = next(block.text for block in blocks() if block.language == "ini")
+    command = re.findall("(?m)^ExecStart=(.*)$", told)[0].split()
+    assert module().SystemdServices("").content(command).decode() == told
+
+
+@pytest.fixture
+def bare_host() -> Iterator[None]:
+    """A Windows host without the service, on which we may install one."""
+    state = cli("service", "status").stdout.strip()
+    if state != "not installed" or cli("service", "install").returncode:
+        pytest.skip(f"the service is {state}, or this user may not install one")
+    assert cli("service", "uninstall").returncode == 0
+    yield
+    subprocess.run(["sc", "stop", "remote_executor"], capture_output=True)
+    subprocess.run(["sc", "delete", "remote_executor"], capture_output=True)
+
+
+def free_port() -> int:
+    with socket.socket() as link:
+        link.bind(("127.0.0.1", 0))
+        return link.getsockname()[1]
+
+
+def drive_service(root: Path, port: int) -> None:
+    """One task through the API of the service."""
+    daemon = Daemon(root)
+    daemon.port = port
+    wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, "the service to listen")
+    answer = daemon.run(step("exit 3"))
+    assert answer.data[0]["code"] == 3
+    assert "POST /api/v1/task" in (root / "logs" / "remote_executor.log").read_text()
+
+
+@windows_only
+def test_service_of_windows_is_installed_started_stopped_and_removed(bare_host: None, tmp_path: Path) -> None:
+    port, root = free_port(), tmp_path / "a röot"
+    installed = cli("service", "install", f"--addr=127.0.0.1:{port}", f"--root={root}")
+    assert f'"--root={root}"' in installed.stdout and cli("service", "install").returncode == 1
+    assert cli("service", "status").stdout == "not running\n"
+    assert re.fullmatch(r"running, pid \d+\n", cli("service", "start").stdout)
+    drive_service(root, port)
+    assert cli("service", "start").stderr == "remote_executor: service: runs already\n"
+    assert cli("service", "stop").stdout == "not running\n" and cli("service", "status").returncode == 3
+    assert (root / "logs" / "remote_executor.log").read_text().endswith("INFO ended\n")
+    assert cli("service", "uninstall").returncode == 0 and cli("service", "status").returncode == 4
+
+
+@windows_only
+def test_service_as_the_readme_installs_it(bare_host: None, tmp_path: Path) -> None:
+    port, root = free_port(), tmp_path / "root"
+    line = f'"{sys.executable}" "{PROGRAM}" run --addr=127.0.0.1:{port} "--root={root}"'
+    subprocess.run(["sc", "create", "remote_executor", "binPath=", line, "start=", "auto"], check=True)
+    subprocess.run(["net", "start", "remote_executor"], check=True)
+    drive_service(root, port)
+    subprocess.run(["net", "stop", "remote_executor"], check=True)
+    assert cli("service", "status").stdout == "not running\n"
+
+
+@windows_only
+def test_service_that_cannot_start_says_so_in_its_exit_code(bare_host: None, tmp_path: Path, daemon: Daemon) -> None:
+    assert cli("service", "install", f"--addr=127.0.0.1:{daemon.port}", f"--root={tmp_path / 'r'}").returncode == 0
+    assert "not running (exit code 1;" in cli("service", "start").stdout
 
 
 # ======================================================================================================================
