@@ -998,8 +998,7 @@ def use_all_descriptors() -> None:
 class Interpreter(NamedTuple):
     """How scripts of a command type run: the first of `programs` that is on PATH, each with options, and `arguments`.
 
-    {file} in the arguments is the script's path, {quoted} the same within single quotes of PowerShell, {relative}
-    its path from the workspace.
+    {file} in the arguments is the script's path, {quoted} the same within single quotes of PowerShell.
     """
 
     programs: tuple[str, ...]
@@ -1014,8 +1013,7 @@ _PYTHON = (
     if ON_WINDOWS
     else Interpreter(("python3",), ".py")
 )
-# By the relative path no letter of the root's, such as &, is a word of cmd's language.
-_CMD = Interpreter(("cmd",), ".bat", ("/D", "/E:ON", "/V:OFF", "/S", "/C", 'CALL "{relative}"'))
+_CMD = Interpreter(("cmd",), ".bat", ("/D", "/E:ON", "/V:OFF", "/S", "/C", 'CALL "{file}"'))
 # Not -File: its exit code knows nothing of $LASTEXITCODE. An encoding without BOM, which Windows PowerShell would write
 # to the output else; there is none to set where there is no console.
 _POWERSHELL_SCRIPT = (
@@ -1049,11 +1047,9 @@ INTERPRETERS: Mapping[str, Interpreter] = {
 def interpreter_command(command_type: str, file: str, workspace: str, path: str) -> list[str]:
     """The command line that runs the file; `path` is the PATH to search. Raises LaunchError for a missing program."""
     interpreter = INTERPRETERS[command_type]
-    places = {
-        "{file}": file,
-        "{quoted}": "'" + file.replace("'", "''") + "'",
-        "{relative}": os.path.relpath(file, workspace),
-    }
+    if ON_WINDOWS:  # cmd reads the line, to which a letter of the root's, such as %, may mean something
+        file = os.path.relpath(file, workspace)
+    places = {"{file}": file, "{quoted}": "'" + file.replace("'", "''") + "'"}
     arguments = [_PLACE.sub(lambda found: places[found[0]], argument) for argument in interpreter.arguments]
     for program in interpreter.programs if interpreter is not _CMD or ON_WINDOWS else ():
         name, *options = program.split()
@@ -1066,7 +1062,7 @@ def interpreter_command(command_type: str, file: str, workspace: str, path: str)
     raise LaunchError(f"{' or '.join(interpreter.programs)} is not on the PATH of this host")
 
 
-_PLACE = re.compile(r"\{(?:file|quoted|relative)\}")
+_PLACE = re.compile(r"\{(?:file|quoted)\}")
 
 
 def find_program(program: str, path: str) -> str | None:
@@ -1132,7 +1128,7 @@ def _encode_batch(text: str, encoding: str) -> bytes:
 
 COOKIE = "REMOTE_EXECUTOR_STEP"  # in the environment of every process of a step; its value is the step's directory
 
-NOTHING_RAN = 125  # of the wrapper, when there is no pid file
+NOTHING_RAN = 125  # of the wrapper, when it could not write to the step's directory
 
 # The pid first: no pid file, no run. `trap :` and not `trap ''`: children get the default handlers, the wrapper
 # survives a SIGTERM to its group and tells the result. Its own stderr is nowhere: a shell says "Killed" there, and
@@ -1422,8 +1418,10 @@ class PosixProcesses:
                 return PosixTree(step_dir, pid, None, self._wakers)
         return None
 
-    def is_marked(self, step_dir: str) -> bool:
-        """Whether a live process carries the mark of the step."""
+    def has_run(self, step_dir: str) -> bool:
+        """Whether anything of the step may have run: its wrapper leaves its pid first, and carries the step's mark."""
+        if any(os.path.exists(os.path.join(step_dir, name)) for name in ("pid", "rc")):
+            return True
         mark = os.fsencode(step_dir)
         return any(_carries(one.pid, mark) for one in _scan_processes())
 
@@ -1459,8 +1457,15 @@ def _has_zombie_child() -> bool:
     return False
 
 
-# The result first in the line, or its last digit would be a handle's number. `%*` is the command line.
-_BATCH_WRAPPER = b'@%*\r\n@>"%~dp0rc" echo %errorlevel%& exit %errorlevel%\r\n'
+# A word that is no result first: without it, nothing ran. `%*` is the command line. The redirection stands before
+# `echo`, or the last digit would be a handle's number. Paths are relative to the workspace, where the wrapper stays: so
+# no letter of the root's, such as %, is a word of cmd's language.
+_BATCH_WRAPPER = """\
+@>"{result}" echo began\r
+@if not exist "{result}" exit 125\r
+@%*\r
+@>"{result}" echo %errorlevel%& exit %errorlevel%\r
+"""
 
 
 class WindowsTree:
@@ -1489,10 +1494,10 @@ class WindowsTree:
                 SetEvent(self._woken)
 
     def exit_code(self) -> int | None:
-        """The code of an ended wrapper, signed, as cmd and PowerShell show it."""
+        """The code of an ended wrapper, signed, as cmd and PowerShell show it; None for 0, as of a closed job's."""
         code = ctypes.c_int32()
         GetExitCodeProcess(self._process, ctypes.byref(code))
-        return code.value
+        return code.value or None
 
     def stop(self, grace_s: float) -> None:
         """Ends all processes of the job; there is nothing to ask a process without a window with."""
@@ -1559,12 +1564,12 @@ class WindowsProcesses:
 
         The wrapper is suspended until it is in its job and its pid is on disk. Raises LaunchError.
         """
-        wrapper = os.path.join(step_dir, "run.bat")
-        with open(wrapper, "wb") as file:
-            file.write(_BATCH_WRAPPER)
+        directory = os.path.relpath(step_dir, cwd)
+        with open(os.path.join(step_dir, "run.bat"), "w", encoding="ascii", newline="") as file:
+            file.write(_BATCH_WRAPPER.format(result=os.path.join(directory, "rc")))
         environment = {**self._environment, **env, COOKIE: step_dir}
         environment.pop("ERRORLEVEL", None)  # it would hide cmd's own, which the wrapper tells
-        line = " ".join(_quote_word(word) for word in (wrapper, *command))
+        line = " ".join(_quote_word(word) for word in (os.path.join(directory, "run.bat"), *command))
         shell = system_program("cmd.exe")
         output = os.open(os.path.join(step_dir, "output"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
@@ -1620,9 +1625,9 @@ class WindowsProcesses:
             CloseHandle(process)
         return None
 
-    def is_marked(self, step_dir: str) -> bool:
-        """Whether a live process runs the step though it left no pid; none does that before its pid is on disk."""
-        return False
+    def has_run(self, step_dir: str) -> bool:
+        """Whether anything of the step may have run: its wrapper leaves a word there first."""
+        return os.path.exists(os.path.join(step_dir, "rc"))
 
     def forget(self, tree: WindowsTree) -> None:
         """Gives back what the tree holds; it has ended, or runs on without us."""
@@ -1695,10 +1700,6 @@ class StepDirectory:
             result = file.read(64)
             return int(result) if result.endswith(b"\n") else None
         return None
-
-    def has_started(self) -> bool:
-        """Whether the wrapper has run; where it has not, nothing of the script did."""
-        return os.path.exists(os.path.join(self.path, "pid")) or os.path.exists(os.path.join(self.path, "rc"))
 
     def output_bytes(self) -> int:
         """How much the step has written."""
@@ -2087,7 +2088,10 @@ class Store:
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=5, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA cache_size = -1024")
+        with contextlib.ExitStack() as undo:  # Windows renames no file that is open
+            undo.callback(connection.close)
+            connection.execute("PRAGMA cache_size = -1024")
+            undo.pop_all()
         return connection
 
     def _read(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
@@ -2529,12 +2533,10 @@ class Engine:
         except LaunchError as error:
             return FORCED_CODE, str(error)
         code = active.tree.exit_code()
-        if (
-            code is None or code > 128
-        ):  # not our child, or the wrapper itself was killed, as the last that it did perhaps
+        if code is None or code > 128:  # the wrapper is not our child, or was killed, as the last that it did perhaps
             result = directory.exit_code()
             code = code if result is None else result
-        if code == NOTHING_RAN and not active.reason and not directory.has_started():
+        if code == NOTHING_RAN and not active.reason and not self._processes.has_run(directory.path):
             return FORCED_CODE, f"could not start: nothing could be written to {directory.path}"
         return (FORCED_CODE, _LOST) if code is None else (code, "")
 
@@ -2752,7 +2754,7 @@ class Engine:
             return step.idx, FORCED_CODE, stopped
         if code is not None:
             return step.idx, code, ""
-        if directory.has_started() or self._processes.is_marked(directory.path):
+        if self._processes.has_run(directory.path):
             return step.idx, FORCED_CODE, _LOST
         return None
 
