@@ -666,6 +666,30 @@ if ON_WINDOWS:
         _kernel32, "QueryInformationJobObject", _BOOL, _HANDLE, ctypes.c_int, ctypes.c_void_p, _DWORD, ctypes.c_void_p
     )
 
+    # Access control (Security Functions, Security Descriptor Definition Language)
+    _advapi32 = _library("advapi32", use_last_error=True)
+    _VOID, _OUT = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
+    TOKEN_QUERY, TOKEN_USER, SDDL_REVISION_1 = 0x0008, 1, 1
+    OWNER_SECURITY_INFORMATION, DACL_SECURITY_INFORMATION = 0x0000_0001, 0x0000_0004
+    PROTECTED_DACL_SECURITY_INFORMATION = 0x8000_0000  # it inherits nothing
+    LocalFree = _kernel32.LocalFree
+    LocalFree.argtypes = (_VOID,)
+    OpenProcessToken = _declare(_advapi32, "OpenProcessToken", _BOOL, _HANDLE, _DWORD, ctypes.POINTER(_HANDLE))
+    GetTokenInformation = _declare(
+        _advapi32, "GetTokenInformation", _BOOL, _HANDLE, ctypes.c_int, _VOID, _DWORD, ctypes.POINTER(_DWORD)
+    )
+    ConvertSidToStringSidW = _declare(_advapi32, "ConvertSidToStringSidW", _BOOL, _VOID, ctypes.POINTER(_TEXT))
+    ConvertStringSecurityDescriptorToSecurityDescriptorW = _declare(
+        _advapi32, "ConvertStringSecurityDescriptorToSecurityDescriptorW", _BOOL, _TEXT, _DWORD, _OUT, _VOID
+    )
+    GetSecurityDescriptorOwner = _declare(
+        _advapi32, "GetSecurityDescriptorOwner", _BOOL, _VOID, _OUT, ctypes.POINTER(_BOOL)
+    )
+    GetFileSecurityW = _declare(
+        _advapi32, "GetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID, _DWORD, ctypes.POINTER(_DWORD)
+    )
+    SetFileSecurityW = _declare(_advapi32, "SetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID)
+
     # Services: the side of a service (Service Functions)
     SERVICE_WIN32_OWN_PROCESS = 0x10
     SERVICE_STOPPED, SERVICE_START_PENDING, SERVICE_STOP_PENDING, SERVICE_RUNNING = 1, 2, 3, 4
@@ -698,7 +722,6 @@ if ON_WINDOWS:
 
         _fields_ = (("ServiceName", _TEXT), ("ServiceProc", ServiceMain))
 
-    _advapi32 = _library("advapi32", use_last_error=True)
     _STATUS = ctypes.POINTER(ServiceStatus)
     StartServiceCtrlDispatcherW = _declare(
         _advapi32, "StartServiceCtrlDispatcherW", _BOOL, ctypes.POINTER(ServiceEntry)

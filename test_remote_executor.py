@@ -1415,7 +1415,7 @@ def fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
             f'#!/bin/sh\nexec "{sys.executable}" "{recorder}" {name} "$@"\n',
             f'@"{sys.executable}" "{recorder}" {name} %*\r\n',
         )
-        file.write_text(call, newline="")
+        file.write_bytes(call.encode())
         file.chmod(0o755)
     path = os.pathsep.join([str(place / "bin"), *script("/usr/bin:/bin", os.environ["PATH"]).split(os.pathsep)])
     daemon = Daemon(place / "root", env={"PATH": path}).start()
