@@ -3886,8 +3886,8 @@ class Daemon:
         with contextlib.ExitStack() as closing:
             try:
                 url = self._start(closing)
-            except ApiError as error:  # of the store
-                raise StartupError(f"--root: {self._root}: {error.message}") from error
+            except (ApiError, OSError) as error:  # of the store and of the root's files
+                raise StartupError(f"--root: {self._root} cannot be used: {error}") from error
             print(f"listening on {url}", flush=True)
             log.info("%s listens on %s", version_line(), url)
             self._supervisor.ready(url)

@@ -2944,6 +2944,13 @@ def test_daemon_refuses_a_root_that_is_no_directory(tmp_path: Path) -> None:
         assert str(root) in refused(cli("run", "--addr=127.0.0.1:0", f"--root={root}"), 1)
 
 
+def test_daemon_refuses_a_root_with_a_file_in_a_directorys_place(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir(mode=0o700)
+    (tmp_path / "r" / "tasks").touch()
+    done = cli("run", "--addr=127.0.0.1:0", f"--root={tmp_path / 'r'}")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("remote_executor: --root: "), done
+
+
 def test_daemon_makes_a_root_with_its_parents(launch: Callable[..., Daemon], tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     assert launch(root=tmp_path / "a" / "b c").run(step()).code == 0
@@ -3220,6 +3227,19 @@ def drive_build(place: Path, program: list[str]) -> None:
         staging = {**os.environ, "DESTDIR": str(place)}
         subprocess.run([*program, "service", "install"], env=staging, stdout=subprocess.DEVNULL, check=True)
         assert f"\nExecStart={' '.join(program)} run --root=" in unit(place).read_text()
+
+
+@windows_only
+def test_service_that_crashes_ends_its_process_while_it_counts_as_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, told, ends = module(), [], []
+    supervisor = program.WindowsSupervisor(program.make_settings({}))
+    monkeypatch.setattr(program, "RegisterServiceCtrlHandlerExW", lambda *_: 1)
+    monkeypatch.setattr(program, "SetServiceStatus", lambda _, status: told.append(status._obj.CurrentState))
+    monkeypatch.setattr(supervisor._daemon, "run", lambda: 1 // 0)
+    monkeypatch.setattr(os, "_exit", lambda code: ends.append(code) or sys.exit())
+    with pytest.raises(SystemExit):
+        supervisor._serve(0, 0)
+    assert ends == [1] and program.SERVICE_STOPPED not in told and told
 
 
 @windows_only
