@@ -36,6 +36,7 @@ import functools
 import graphlib
 import heapq
 import http.server
+import io
 import itertools
 import json
 import logging
@@ -102,6 +103,9 @@ OPTIONS = (
     Option("require_token", "flag", "", "Ask for a token from clients on this host too."),
     Option("insecure", "flag", "", "Let everybody in without a token: whoever reaches the port runs code here."),
     Option("cors_origin", "list", "", "Origin of a web page that may call the API. Repeatable."),
+    Option("tls_cert", "path", "", "Certificate of this host, in PEM: with it the port speaks HTTPS alone."),
+    Option("tls_key", "path", "", "Private key of the certificate, where it is in a file of its own."),
+    Option("tls_client_ca", "path", "", "Authority whose client certificates let in as tokens do, in PEM."),
     Option("max_connections", "count", "512", "Most connections at once, of which 64 from one address.", least=16),
     Option(
         "on_exit",
@@ -130,6 +134,9 @@ class Settings(NamedTuple):
     require_token: bool
     insecure: bool
     cors_origin: tuple[str, ...]
+    tls_cert: str
+    tls_key: str
+    tls_client_ca: str
     max_connections: int
     on_exit: str
 
@@ -855,16 +862,22 @@ def private_umask() -> int:
 
 
 def private_directory(path: str) -> None:
-    """Makes a directory that is ours alone; raises StartupError where it is a link, someone else's, or cannot be."""
+    """Makes a directory that is ours alone; raises StartupError where it is a link, someone else's, or open to others.
+
+    An empty one is closed to others. One that holds something may be meant for them, as /var/lib is.
+    """
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
         found = os.lstat(path)
-        if stat.S_ISLNK(found.st_mode):
+        if _is_link(found):
             raise StartupError(f"--root: {path} is a link; give the directory itself")
         if not ON_WINDOWS and found.st_uid != os.geteuid():
             raise StartupError(f"--root: {path} belongs to another user (uid {found.st_uid}); give one of your own")
         if not ON_WINDOWS and found.st_mode & 0o077:
-            os.chmod(path, 0o700)
+            if not os.listdir(path):
+                os.chmod(path, 0o700)
+            if os.listdir(path):  # looked at again, for they could write until now
+                raise StartupError(f"--root: {path} is open to other users; `chmod 700` it or give one of your own")
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
@@ -904,17 +917,189 @@ def rename(path: str, new: str) -> None:
 _PATIENCE_S = 5.0
 
 
-def remove_tree(path: str) -> bool:
-    """Removes a directory with all that is in it, follows no link; False when something of it is still there."""
+def _is_link(found: os.stat_result) -> bool:
+    """Whether a file stands for another: a link, or a junction of Windows."""
+    return stat.S_ISLNK(found.st_mode) or getattr(found, "st_reparse_tag", 0) == _JUNCTION
+
+
+_JUNCTION = 0xA000_0003  # IO_REPARSE_TAG_MOUNT_POINT
+
+
+def is_real_directory(path: str) -> bool:
+    """Whether there is a directory itself, no link to one."""
+    with contextlib.suppress(OSError):
+        found = os.lstat(path)
+        return stat.S_ISDIR(found.st_mode) and not _is_link(found)
+    return False
+
+
+class Folder:
+    """A directory of ours, of whose content steps may have made anything; any thread may call it.
+
+    Nothing in it is reached through a link: each directory is opened from the one above it, so that no exchange for a
+    link in between leads out of it (CWE-367). Windows has no such calls: there the names are looked at just before.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def read(self, *names: str) -> io.FileIO:
+        """Opens a regular file; raises OSError, also for all else: a pipe would block, a device has no end."""
+        with self._parent(names) as (name, parent):
+            if parent is None and _is_link(os.lstat(name)):
+                raise OSError(errno.ELOOP, "is a link", name)
+            descriptor = os.open(name, os.O_RDONLY | _PLAIN, dir_fd=parent)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "is no regular file", names[-1])
+        return open(descriptor, "rb", buffering=0)
+
+    def write(self, content: bytes, *names: str) -> None:
+        """Makes a file, which must not be there yet; raises OSError."""
+        with self._parent(names) as (name, parent):
+            descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o600, dir_fd=parent)
+        with open(descriptor, "wb", buffering=0) as file:
+            file.write(content)
+
+    def make(self, *names: str) -> None:
+        """Makes a directory, which must not be there yet; raises OSError."""
+        with self._parent(names) as (name, parent):
+            os.mkdir(name, 0o700, dir_fd=parent)
+
+    def remove_empty(self, *names: str) -> None:
+        """Removes a directory; raises OSError where it is none, or not empty."""
+        with self._parent(names) as (name, parent):
+            os.rmdir(name, dir_fd=parent)
+
+    def remove(self, *names: str) -> bool:
+        """Removes a directory with all that is in it, but what is mounted there; False when something is left."""
+        try:
+            with self._parent(names) as (name, parent):
+                return _remove_by_path(name) if parent is None else _remove(name, parent, _mount_of(parent))
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+
+    @contextlib.contextmanager
+    def _parent(self, names: Sequence[str]) -> Iterator[tuple[str, int | None]]:
+        """The last name and its directory's descriptor; where there are none, the whole path and None."""
+        if not _HAS_DESCRIPTORS:
+            paths = itertools.accumulate(names, os.path.join, initial=self.path)
+            if any(_is_link(os.lstat(path)) for path in itertools.islice(paths, len(names))):
+                raise NotADirectoryError(errno.ENOTDIR, "is a link", self.path)
+            yield os.path.join(self.path, *names), None
+            return
+        descriptor = os.open(self.path, _DIRECTORY)
+        try:
+            for name in names[:-1]:
+                above, descriptor = descriptor, os.open(name, _DIRECTORY, dir_fd=descriptor)
+                os.close(above)
+            yield names[-1], descriptor
+        finally:
+            os.close(descriptor)
+
+
+_HAS_DESCRIPTORS = os.open in os.supports_dir_fd  # of directories
+_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+_PLAIN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_REMOVAL_S = 10.0  # for one directory, before others have their turn
+
+
+def _remove(name: str, parent: int, mount: str) -> bool:
+    """Removes whatever has this name, links themselves; whether it is gone.
+
+    Directories come up one level at a time, so that no depth needs a stack, a long path or many descriptors.
+    """
+    if _unlink(name, parent):
+        return True
+    top, end_s = _open_unlocked(name, parent, mount), time.monotonic() + _REMOVAL_S
+    try:
+        has_gone = True
+        while has_gone and time.monotonic() < end_s:
+            with os.scandir(top) as entries:
+                has_gone = sum(_unlink(one.name, top) or _lift_content(one.name, top, mount) for one in entries) > 0
+        os.rmdir(name, dir_fd=parent)
+    finally:
+        os.close(top)
+    return True
+
+
+def _lift_content(name: str, top: int, mount: str) -> bool:
+    """Removes a directory of `top` whose own directories are now in `top`; whether anything has changed."""
+    has_changed = False
+    with contextlib.suppress(OSError):
+        inner = _open_unlocked(name, top, mount)
+        try:
+            with os.scandir(inner) as entries:
+                for one in entries:
+                    has_changed |= _unlink(one.name, inner) or _move(one.name, inner, top)
+        finally:
+            os.close(inner)
+        os.rmdir(name, dir_fd=top)
+        has_changed = True
+    return has_changed
+
+
+def _unlink(name: str, parent: int) -> bool:
+    with contextlib.suppress(OSError):
+        os.unlink(name, dir_fd=parent)
+        return True
+    return False
+
+
+def _move(name: str, source: int, target: int) -> bool:
+    """Moves a directory, to a name that nobody knows before."""
+    with contextlib.suppress(OSError):
+        _unlock(name, source)
+        os.rename(name, f".{os.urandom(16).hex()}", src_dir_fd=source, dst_dir_fd=target)
+        return True
+    return False
+
+
+def _open_unlocked(name: str, parent: int, mount: str) -> int:
+    """A directory that may be read and written from now on; raises OSError for a link and for what is mounted there."""
+    with contextlib.suppress(PermissionError, NotImplementedError):
+        _unlock(name, parent)
+    descriptor = os.open(name, _DIRECTORY, dir_fd=parent)
+    if _mount_of(descriptor) != mount:
+        os.close(descriptor)
+        raise OSError(errno.EXDEV, "is mounted", name)
+    return descriptor
+
+
+def _unlock(name: str, parent: int) -> None:
+    """Gives us all rights on a directory, from which a step may have taken them; follows no link."""
+    if not ON_LINUX:
+        return os.chmod(name, 0o700, dir_fd=parent, follow_symlinks=False)
+    descriptor = os.open(name, os.O_PATH | _DIRECTORY, dir_fd=parent)  # needs no right to read it
+    try:
+        if os.fstat(descriptor).st_mode & 0o700 != 0o700:
+            os.chmod(f"/proc/self/fd/{descriptor}", 0o700)
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _mount_of(descriptor: int) -> str:
+    """What a directory has in common with all of its mount alone; st_dev is the same where one is mounted twice."""
+    with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as file:
+        return next((line for line in file if line.startswith("mnt_id")), "")
+    return str(os.fstat(descriptor).st_dev)
+
+
+def _remove_by_path(path: str) -> bool:
+    """What `_remove` does, where there are no descriptors of directories."""
 
     def retry(action: Callable[..., Any], name: str, _: Any) -> None:
         with contextlib.suppress(OSError):
-            os.chmod(os.path.dirname(name), 0o700)  # a step may have made its own directory read-only
-            if not os.path.islink(name):
-                os.chmod(name, 0o700)
+            os.chmod(name, stat.S_IWRITE)  # a step may have made it read-only
             action(name)
 
-    shutil.rmtree(path, onerror=retry)
+    if _is_link(os.lstat(path)):
+        os.unlink(path)
+    else:
+        shutil.rmtree(path, onerror=retry)
     return not os.path.lexists(path)
 
 
@@ -969,6 +1154,11 @@ def _kernel_address(host: str, port: int) -> str:
         packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
         return "".join(f"{word:08X}" for word in struct.unpack(f"={len(packed) // 4}I", packed)) + f":{port:04X}"
     return ""
+
+
+def is_open_to_others(path: str) -> bool:
+    """Whether other users may read or write a file; on Windows its directory decides that."""
+    return not ON_WINDOWS and os.stat(path).st_mode & 0o066 != 0
 
 
 def trusts_user(user: int | None) -> bool:
@@ -1414,7 +1604,8 @@ class PosixProcesses:
             self._become_reaper()
         env = {**env, COOKIE: step_dir}
         wrapped = ["/bin/sh", "-c", _WRAPPER, "sh", step_dir, self._umask, *command]
-        output = os.open(os.path.join(step_dir, "output"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL  # no link that another step has put there
+        output = os.open(os.path.join(step_dir, "output"), flags, 0o600)
         try:
             child = subprocess.Popen(
                 wrapped,
@@ -1435,8 +1626,8 @@ class PosixProcesses:
 
     def adopt(self, step_dir: str) -> PosixTree | None:
         """The live tree of a step that an earlier daemon started; None when its wrapper is gone."""
-        with contextlib.suppress(OSError, ValueError), open(os.path.join(step_dir, "pid"), encoding="ascii") as file:
-            pid = int(file.read())
+        with contextlib.suppress(OSError, ValueError), Folder(step_dir).read("pid") as file:
+            pid = int(file.read(64))
             if pid > 0 and _carries(pid, os.fsencode(step_dir)) and _start_time(pid):
                 return PosixTree(step_dir, pid, None, self._wakers)
         return None
@@ -1698,28 +1889,33 @@ _BLOCK_BYTES = 1 << 17
 
 
 class StepDirectory:
-    """The files of one step; any thread may read them, one prepares."""
+    """The files of one step; any thread may read them, one prepares.
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._output = os.path.join(path, "output")
+    A step runs as the daemon's own user, so it may have put anything in their place.
+    """
+
+    def __init__(self, tasks: Folder, seq: int, idx: int) -> None:
+        self._tasks = tasks
+        self._names = (str(seq), str(idx))
+        self.path = os.path.join(tasks.path, *self._names)
 
     def prepare(self, name: str, content: bytes) -> str:
-        """Makes the directory with the script in it; the script's path. Raises OSError."""
+        """Makes the directory with the script alone in it; the script's path. Raises OSError."""
         try:
-            os.mkdir(self.path)
+            self._tasks.make(*self._names)
         except FileNotFoundError:
-            os.makedirs(self.path, exist_ok=True)
-        except FileExistsError:
-            pass  # an earlier daemon made it, and did not start the step
-        script = os.path.join(self.path, name)
-        with open(script, "wb", buffering=0) as file:
-            file.write(content)
-        return script
+            with contextlib.suppress(FileExistsError):  # a parallel step did
+                self._tasks.make(self._names[0])
+            self._tasks.make(*self._names)
+        except FileExistsError:  # an earlier attempt made it, which did not start the step; or another step of the task
+            self._tasks.remove(*self._names)
+            self._tasks.make(*self._names)
+        self._tasks.write(content, *self._names, name)
+        return os.path.join(self.path, name)
 
     def exit_code(self) -> int | None:
         """The result that the wrapper left; None while there is none. Only a whole line counts."""
-        with contextlib.suppress(OSError, ValueError), open(os.path.join(self.path, "rc"), "rb", buffering=0) as file:
+        with contextlib.suppress(OSError, ValueError), self._tasks.read(*self._names, "rc") as file:
             result = file.read(64)
             return int(result) if result.endswith(b"\n") else None
         return None
@@ -1727,12 +1923,18 @@ class StepDirectory:
     def output_bytes(self) -> int:
         """How much the step has written."""
         with contextlib.suppress(OSError):
-            return os.stat(self._output).st_size
+            return os.lstat(os.path.join(self.path, "output")).st_size
         return 0
 
     def read_output(self) -> Iterator[bytes]:
-        """What the step has written so far, in blocks."""
-        with contextlib.suppress(FileNotFoundError), open(self._output, "rb", buffering=0) as file:
+        """What the step has written so far, in blocks; nothing where its output is no file any more."""
+        try:
+            file = self._tasks.read(*self._names, "output")
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            return
+        with file:
             left = os.fstat(file.fileno()).st_size
             while left > 0 and (block := file.read(min(left, _BLOCK_BYTES))):
                 left -= len(block)
@@ -2348,6 +2550,7 @@ class Engine:
         self._processes = processes
         self._clock = clock
         self._tasks_dir = os.path.join(root, "tasks")
+        self._files = Folder(self._tasks_dir)
         self._settings = settings
         self._observer = observer
         self._path = os.environ.get("PATH", os.defpath)
@@ -2358,7 +2561,7 @@ class Engine:
         self._active: set[_ActiveStep] = set()
         self._workers: set[threading.Thread] = set()
         self._deadlines: list[tuple[int, int]] = []  # of tasks, a heap
-        self._rubbish: collections.deque[str] = collections.deque()  # directories to remove; the sweeper's
+        self._rubbish: collections.deque[str] = collections.deque()  # of tasks, to remove; the sweeper's
         self._is_paused = True  # no step starts, as until `start` is done
         self._is_leaving = False  # workers leave what they watch
         self._stopping = threading.Event()
@@ -2381,8 +2584,8 @@ class Engine:
         known = {str(seq) for seq in self._store.seqs()}
         for name in os.listdir(self._tasks_dir):
             if name not in known:  # renamed, because a new task may get its number before it is removed
-                gone = os.path.join(self._tasks_dir, f"{name.partition('.')[0]}.gone-{time.time_ns()}")
-                rename(os.path.join(self._tasks_dir, name), gone)
+                gone = f"{name.partition('.')[0]}.gone-{time.time_ns()}"
+                rename(os.path.join(self._tasks_dir, name), os.path.join(self._tasks_dir, gone))
                 self._rubbish.append(gone)
         adopted: list[_ActiveStep] = []
         for seq in self._store.open_seqs():
@@ -2576,8 +2779,10 @@ class Engine:
             )
             if not active.task.has_workspace:
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(workspace)
+                    self._files.make(str(seq), "workspace")
                 active.task.has_workspace = True
+            if not is_real_directory(workspace):
+                raise LaunchError("could not start: an earlier step has put something else in place of the workspace")
             env = self._environment_of(active, (*script_environment(script.command_type), *script.env), workspace)
             command = interpreter_command(script.command_type, file, workspace, env.get("PATH", self._path))
             begun.wait()  # only what is known to have begun may run
@@ -2651,7 +2856,7 @@ class Engine:
             is_over = task.plan.over and self._tasks.pop(task.seq, None) is not None
         if is_over:
             with contextlib.suppress(OSError):  # it is not empty
-                os.rmdir(os.path.join(self._tasks_dir, str(task.seq), "workspace"))
+                self._files.remove_empty(str(task.seq), "workspace")
         if ends or is_over:
             self._store.end(task.seq, ends, self._clock.now_ns(), is_over)
         if ready:
@@ -2719,11 +2924,11 @@ class Engine:
         """Forgets what has expired, and removes its files; the pause until the next look."""
         self._processes.reap()
         expired = self._store.expire(self._clock.now_ns() - self._settings.key_expire)
-        self._rubbish.extend(os.path.join(self._tasks_dir, str(seq)) for seq in expired)
+        self._rubbish.extend(str(seq) for seq in expired)
         for _ in range(len(self._rubbish)):
-            path = self._rubbish.popleft()
-            if not remove_tree(path):
-                self._rubbish.append(path)  # held by a process or a virus scanner: later
+            name = self._rubbish.popleft()
+            if not self._files.remove(name):
+                self._rubbish.append(name)  # held by a process or a virus scanner, or mounted: later
             if self._stopping.is_set():
                 break
         return 0 if len(expired) == _BATCH else _TICK_S
@@ -2782,7 +2987,7 @@ class Engine:
         return None
 
     def _directory(self, seq: int, idx: int) -> StepDirectory:
-        return StepDirectory(os.path.join(self._tasks_dir, str(seq), str(idx)))
+        return StepDirectory(self._files, seq, idx)
 
 
 _LOST = "lost: it ended without a result, as when it is killed or the host restarts"
@@ -2797,7 +3002,7 @@ _LOST = "lost: it ended without a result, as when it is killed or the host resta
 # ======================================================================================================================
 
 _HEAD_LIMIT_BYTES = 32 * 1024
-_HEADERS_LIMIT = 100
+_FIELDS_LIMIT = 100
 _BODY_RATE_BYTES_PER_S = 64 * 1024  # what a client must reach while it sends a body
 _LINE_LIMIT_BYTES = 256  # of a chunk's size
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -2832,9 +3037,11 @@ class Request(NamedTuple):
     headers: Mapping[str, str]
     host: str
     is_old: bool  # HTTP/1.0
+    body_bytes: int | None  # as declared; None when it comes in chunks
     body: bytes = b""
     link: Link = (("", 0), ("", 0))
     scheme: str = "http"
+    certificate: str = ""  # whose it is that the client has shown, and the TLS layer found good
     label: str = ""  # who asks, as the log calls them; empty for a stranger on a public route
     params: Mapping[str, str] = types.MappingProxyType({})
 
@@ -2847,6 +3054,11 @@ class Request(NamedTuple):
         return f"{self.scheme}://{self.host}"
 
     @property
+    def awaits_go_on(self) -> bool:
+        """Whether the client sends its body only when told to."""
+        return not self.is_old and "expect" in self.headers and self.body_bytes != 0
+
+    @property
     def keeps_alive(self) -> bool:
         if "connection" not in self.headers:
             return not self.is_old
@@ -2855,11 +3067,12 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """An answer; a body of several blocks is streamed."""
+    """An answer; a body of several blocks is streamed. `audit` is what the log tells of a change, beside its path."""
 
     status: int = 200
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes | Iterable[bytes] = b""
+    audit: str = ""
 
 
 _NO_DATA = object()
@@ -2871,12 +3084,13 @@ def json_response(
     message: str = "success",
     status: int = 200,
     headers: tuple[tuple[str, str], ...] = (),
+    audit: str = "",
 ) -> Response:
     """The envelope; `data` is left out where there is none."""
     envelope = {"code": int(code), "message": message, "data": data}
     if data is _NO_DATA:
         del envelope["data"]
-    return Response(status, (JSON_TYPE, *headers), to_json(envelope).encode())
+    return Response(status, (JSON_TYPE, *headers), to_json(envelope).encode(), audit)
 
 
 def refusal(error: ApiError) -> Response:
@@ -2930,18 +3144,26 @@ class ConnectionEnded(Exception):
 
 
 class Stream:
-    """What a client sends, read with absolute deadlines; for the connection's thread."""
+    """What a client sends, read with absolute deadlines; for the connection's thread.
 
-    def __init__(self, link: socket.socket) -> None:
+    `limit` holds a single read of the link to so many seconds.
+    """
+
+    def __init__(self, link: socket.socket, limit: Callable[[float], None]) -> None:
         self._link = link
+        self._limit = limit
         self._buffer = bytearray()
         self._deadline_s = 0.0
-        self._limit_s = 0.0  # that the kernel holds a single read to; it costs less than a timeout of Python's
+        self._limit_s = 0.0  # that a single read is held to
         self._scanned = 0
 
     def expect(self, within_s: float) -> None:
         """From now on, all that is read must have come within this time."""
         self._deadline_s = time.monotonic() + within_s
+
+    def extend(self, seconds: float) -> None:
+        """Puts the deadline off."""
+        self._deadline_s += seconds
 
     def wait(self) -> None:
         """Until there is a first byte; raises ConnectionEnded."""
@@ -2999,7 +3221,7 @@ class Stream:
         try:
             if left_s < self._limit_s or left_s > self._limit_s + 1:
                 self._limit_s = max(left_s, 0.001)
-                self._link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(self._limit_s))
+                self._limit(self._limit_s)
             data = self._link.recv(1 << 16)
         except OSError as error:
             raise ConnectionEnded(str(error)) from None
@@ -3008,10 +3230,10 @@ class Stream:
         self._buffer += data
 
 
-def read_request(stream: Stream, timeout_s: float, body_limit: int, go_on: Callable[[], None]) -> Request:
-    """The next request (RFC 9112, read strictly); `go_on` tells a client that waits to send its body.
+def read_head(stream: Stream, timeout_s: float) -> Request:
+    """The next request but for its body (RFC 9112, read strictly).
 
-    Raises ApiError for what is refused, after which the connection's rest cannot be trusted, and ConnectionEnded.
+    Raises Malformed, after which the connection's rest cannot be trusted, and ConnectionEnded.
     """
     stream.expect(timeout_s)
     lines = stream.head()
@@ -3020,8 +3242,8 @@ def read_request(stream: Stream, timeout_s: float, body_limit: int, go_on: Calla
         raise Malformed("the first line is no request of HTTP/1.0 or HTTP/1.1")
     method, target, minor = found.groups()
     fields = _parse_fields(lines[1:])
-    path, host = _split_target(target, fields, is_old=minor == "0")
-    body = _read_body(stream, fields, minor == "0", timeout_s, body_limit, go_on)
+    path, host = _split_target(target, fields)
+    body_bytes = _body_bytes(fields, is_old=minor == "0")
     path, _, query = path.partition("?")
     return Request(
         method,
@@ -3030,14 +3252,33 @@ def read_request(stream: Stream, timeout_s: float, body_limit: int, go_on: Calla
         fields,
         host,
         minor == "0",
-        body,
+        body_bytes,
     )
+
+
+def read_body(stream: Stream, request: Request, timeout_s: float, limit: int, go_on: Callable[[], None]) -> bytes:
+    """The body of a request whose head was read; `go_on` tells a client that waits to send it.
+
+    Raises TooLarge and Malformed, after which the connection's rest cannot be trusted, and ConnectionEnded.
+    """
+    size = request.body_bytes
+    if size == 0:
+        return b""
+    if size is not None and size > limit:
+        raise TooLarge(f"the body has {size} bytes; at most {limit} are taken (--max_body)")
+    if request.awaits_go_on and not stream.has(size or 1):
+        go_on()
+    stream.expect(timeout_s)
+    if size is None:
+        return _read_chunks(stream, limit)
+    stream.extend(size / _BODY_RATE_BYTES_PER_S)
+    return stream.exactly(size)
 
 
 def _parse_fields(lines: Sequence[str]) -> dict[str, str]:
     """The header fields; a repeated one is joined by commas, unless it may stand only once."""
-    if len(lines) > _HEADERS_LIMIT:
-        raise Malformed(f"more than {_HEADERS_LIMIT} header fields")
+    if len(lines) > _FIELDS_LIMIT:
+        raise Malformed(f"more than {_FIELDS_LIMIT} header fields")
     fields: dict[str, str] = {}
     for line in lines:
         found = _FIELD_LINE.fullmatch(line)
@@ -3053,48 +3294,41 @@ def _parse_fields(lines: Sequence[str]) -> dict[str, str]:
 _SINGLE_FIELDS = {"host", "content-length", "transfer-encoding", "authorization", "origin", "expect"}
 
 
-def _split_target(target: str, fields: Mapping[str, str], is_old: bool) -> tuple[str, str]:
-    """Path with query, and the authority."""
-    host = fields.get("host", "")
-    if "host" not in fields and not is_old:
-        raise Malformed("no Host, which HTTP/1.1 must have")
-    if absolute := _ABSOLUTE.fullmatch(target):
-        host, target = absolute[1], "/" + absolute[2].lstrip("/") if absolute[2][:1] != "/" else absolute[2]
-    if target[0] != "/" or "#" in target or _BAD_ESCAPE.search(target):
-        raise Malformed("the target of the request is no path")
+def _split_target(target: str, fields: Mapping[str, str]) -> tuple[str, str]:
+    """Path with query, and the authority: the target's own where it names one, for then Host is ignored."""
+    if "host" not in fields:
+        raise Malformed("no Host")
+    host = fields["host"]
     if host and not _AUTHORITY.fullmatch(host):
         raise Malformed("Host is no host:port")
+    if absolute := _ABSOLUTE.fullmatch(target):
+        host, path = absolute.groups()
+        target = path if path.startswith("/") else "/" + path
+        if not _AUTHORITY.fullmatch(host):
+            raise Malformed("the target's authority is no host:port")
+    if target[0] != "/" or "#" in target or _BAD_ESCAPE.search(target):
+        raise Malformed("the target of the request is no path")
     return target, host
+
+
+def _body_bytes(fields: Mapping[str, str], is_old: bool) -> int | None:
+    """The size of the body as declared, None for chunks."""
+    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
+    if length is not None and (coding is not None or not re.fullmatch("[0-9]{1,18}", length)):
+        raise Malformed("Content-Length is no number, or stands beside Transfer-Encoding")
+    if coding is not None and (coding.lower() != "chunked" or is_old):
+        raise Malformed("Transfer-Encoding is not chunked, or in HTTP/1.0")
+    if fields.get("expect", "100-continue").lower() != "100-continue":
+        raise Malformed("Expect is not 100-continue")
+    return int(length or 0) if coding is None else None
 
 
 def _unquote(segment: str) -> str:
     return urllib.parse.unquote(segment, errors="replace") if "%" in segment else segment
 
 
-def _read_body(
-    stream: Stream, fields: Mapping[str, str], is_old: bool, timeout_s: float, limit: int, go_on: Callable[[], None]
-) -> bytes:
-    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
-    if length is None and coding is None:
-        return b""
-    if length is not None and (coding is not None or not re.fullmatch("[0-9]{1,18}", length)):
-        raise Malformed("Content-Length is no number, or stands beside Transfer-Encoding")
-    if coding is not None and (coding.lower() != "chunked" or is_old):
-        raise Malformed("Transfer-Encoding is not chunked, or in HTTP/1.0")
-    size = int(length or 0)
-    if size > limit:
-        raise TooLarge(f"the body has {size} bytes; at most {limit} are taken (--max_body)")
-    expectation = fields.get("expect", "").lower()
-    if expectation not in ("", "100-continue"):
-        raise Malformed("Expect is not 100-continue")
-    if expectation and not is_old and not stream.has(max(size, 1)):
-        go_on()
-    stream.expect(timeout_s + (size if coding is None else limit) / _BODY_RATE_BYTES_PER_S)
-    return stream.exactly(size) if coding is None else _read_chunks(stream, limit)
-
-
 def _read_chunks(stream: Stream, limit: int) -> bytes:
-    """A chunked body (RFC 9112, 7.1); its trailer is dropped."""
+    """A chunked body (RFC 9112, 7.1); its trailer is read as strictly as the head, and dropped."""
     body = bytearray()
     while True:
         found = _CHUNK_SIZE.fullmatch(stream.line())
@@ -3105,23 +3339,24 @@ def _read_chunks(stream: Stream, limit: int) -> bytes:
             raise TooLarge(f"the body has more than {limit} bytes, which are the most (--max_body)")
         if not size:
             break
+        stream.extend(size / _BODY_RATE_BYTES_PER_S)
         body += stream.exactly(size)
         if stream.exactly(2) != b"\r\n":
             raise Malformed("a chunk of the body is longer than its size")
-    for _ in range(_HEADERS_LIMIT):
-        if not stream.line():
-            return bytes(body)
-    raise Malformed("the trailer of the body is too long")
+    lines = iter(lambda: stream.line().decode("latin-1"), "")
+    _parse_fields(list(itertools.islice(lines, _FIELDS_LIMIT + 1)))
+    return bytes(body)
 
 
 # ======================================================================================================================
 # access: who may call what
 # ======================================================================================================================
 
-_LOCAL_HOST = re.compile(r"(localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::([0-9]+))?", re.IGNORECASE)
-_FORWARDED = {"forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via"}
-_WRONG_MOST = 10  # wrong tokens of one address in a minute
-_REMEMBERED_MOST = 10_000  # addresses and connections
+_OCTET = "(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
+_LOCAL_HOST = re.compile(rf"(?:localhost|127(?:\.{_OCTET}){{3}}|\[::1\])(?::([0-9]+))?", re.IGNORECASE)
+_FORWARDED = ("forwarded", "x-forwarded", "x-real-ip", "via")  # how the fields begin that a proxy adds
+_WRONG_MOST = 10  # wrong tokens of one client in a minute
+_REMEMBERED_MOST = 10_000  # clients that sent wrong tokens
 
 
 class Access:
@@ -3130,14 +3365,12 @@ class Access:
     def __init__(self, settings: Settings, root: str) -> None:
         self._settings = settings
         self._path = os.path.normpath(settings.token_file.replace("$ROOT", root))
-        self._help = (
-            f"send `Authorization: Bearer ...` with a token of the daemon's {os.path.basename(self._path)} file"
-        )
         self._trusted: dict[Link, bool] = {}  # whether the client is our own user; a connection's thread has its entry
         self._lock = threading.Lock()  # guards all below
-        self._read_at = (0, 0)
-        self._tokens: tuple[bytes, ...] = ()
-        self._wrong: dict[str, list[float]] = {}  # when an address sent wrong ones
+        self._read_at: tuple[int, ...] = ()
+        self._tokens: dict[bytes, str] = {}  # and the label of each
+        self._wrong: dict[str, list[float]] = {}  # when a client sent wrong ones
+        self._has_warned = False  # of a token that others on the network can read
 
     def start(self) -> None:
         """Makes the root's token at the first start; raises StartupError where the tokens cannot be read."""
@@ -3148,8 +3381,11 @@ class Access:
                     file.write(os.urandom(32).hex() + "\n")
                 log.info("clients on other hosts need the token in %s", self._path)
             self._load()
-        except OSError as error:
-            raise StartupError(f"--token_file: {self._path} cannot be used: {error.strerror}") from None
+        except (OSError, UnicodeError) as error:
+            why = "is no UTF-8 text" if isinstance(error, UnicodeError) else f"cannot be used: {error.strerror}"
+            raise StartupError(f"--token_file: {self._path} {why}") from None
+        if is_open_to_others(self._path):
+            log.warning("--token_file: other users of this host can read or change %s; `chmod 600` it", self._path)
         if self._settings.insecure:
             log.warning("--insecure: whoever reaches the port runs code on this host, as the user of this daemon")
 
@@ -3161,15 +3397,12 @@ class Access:
         self._check_browser(request)
         if self._settings.insecure:
             return "anybody"
-        sent = request.headers.get("authorization")
-        if sent is not None:
-            return self._check_token(request.peer, sent)
-        refused = self._local_fault(request)
-        if refused is None:
-            return "local"
-        if is_public:
-            return ""
-        raise refused
+        try:
+            return self._identify(request)
+        except ApiError:
+            if is_public:
+                return ""
+            raise
 
     def cors_headers(self, request: Request) -> tuple[tuple[str, str], ...]:
         """What lets a page of an allowed origin read the answer (the CORS protocol of the Fetch standard)."""
@@ -3199,49 +3432,89 @@ class Access:
         if site is not None and site not in ("same-origin", "none"):
             raise Forbidden("pages of other sites may not call this; --cors_origin allows one")
 
-    def _check_token(self, peer: str, sent: str) -> str:
+    def _identify(self, request: Request) -> str:
+        """Who asks; raises Unauthorized, Forbidden and TooMany for a stranger."""
+        sent = request.headers.get("authorization")
+        if sent is not None:
+            return self._check_token(request, sent)
+        if request.certificate:
+            return f"certificate {request.certificate}"
+        self._check_local(request)
+        return "local"
+
+    def _check_token(self, request: Request, sent: str) -> str:
+        """The label of a token; raises Unauthorized and TooMany."""
         import hmac  # here, because OpenSSL takes half a megabyte that an idle daemon need not
 
         scheme, _, token = sent.partition(" ")
-        now_s = time.monotonic()
+        client, now_s = network_of(request.peer), time.monotonic()
+        given = token.strip(" ").encode("latin-1") if scheme.lower() == "bearer" else b""
         with self._lock:
-            recent = [at_s for at_s in self._wrong.get(peer, ()) if now_s - at_s < 60]
+            recent = [at_s for at_s in self._wrong.get(client, ()) if now_s - at_s < 60]
             if len(recent) >= _WRONG_MOST:
                 raise TooMany("too many wrong tokens from this address; wait a minute")
-            with contextlib.suppress(OSError):  # then what was read last holds
-                self._load()
-            given = token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-            matches = [hmac.compare_digest(known, given) for known in self._tokens]  # all, for constant time
-            if any(matches):
-                return f"token {matches.index(True) + 1}"
+            self._reload()
+            labels = [label for known, label in self._tokens.items() if hmac.compare_digest(known, given)]
+            if labels:
+                self._warn_of_readers(request)
+                return labels[0]
             if len(self._wrong) >= _REMEMBERED_MOST:
                 self._wrong.clear()
-            self._wrong[peer] = [*recent, now_s]
-        raise Unauthorized(f"the token is wrong; {self._help} (--token_file)")
+            self._wrong[client] = [*recent, now_s]
+        log.warning("%s: sent a wrong token", request.peer)
+        raise Unauthorized(f"the token is wrong; {self._advice(request)}")
+
+    def _warn_of_readers(self, request: Request) -> None:
+        """Warns once where others on the network can read a token; the lock is held."""
+        if request.scheme == "http" and not is_loopback(request.peer) and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "%s sent its token over plain HTTP, where the network can read it; see --tls_cert", request.peer
+            )
+
+    def _advice(self, request: Request) -> str:
+        """What would let a client in; only one on this host learns the whole path."""
+        path = self._path if is_loopback(request.peer) else os.path.basename(self._path)
+        return f"send `Authorization: Bearer ...` with a token of the daemon's file {path} (--token_file)"
+
+    def _reload(self) -> None:
+        """Reads the tokens again, where their file has changed; the lock is held. While it cannot be read they hold."""
+        try:
+            self._load()
+        except FileNotFoundError:
+            if self._tokens:
+                log.warning("--token_file: %s is gone, and with it all tokens", self._path)
+            self._tokens, self._read_at = {}, ()
+        except (OSError, UnicodeError) as error:
+            log.warning("--token_file: %s cannot be read, the tokens read last hold: %s", self._path, error)
 
     def _load(self) -> None:
-        """Reads the tokens where the file has changed."""
+        """Reads the tokens where the file has changed: one a line, the comment behind it is its label."""
         status = os.stat(self._path)
-        if self._read_at != (status.st_mtime_ns, status.st_size):
-            with open(self._path, encoding="utf-8") as file:
-                lines = [line.strip() for line in file]
-            self._tokens = tuple(line.encode() for line in lines if line and not line.startswith("#"))
-            self._read_at = (status.st_mtime_ns, status.st_size)
+        read_at = status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
+        if self._read_at == read_at:
+            return
+        tokens = {}
+        with open(self._path, encoding="utf-8-sig") as file:  # Windows' editors put a mark at the begin
+            for number, line in enumerate(file, 1):
+                token, *comment = (part.strip() for part in re.split(r"(?:^|\s)#", line, maxsplit=1))
+                if token:
+                    tokens[token.encode()] = "".join(comment) or f"token of line {number}"
+        self._tokens, self._read_at = tokens, read_at
 
-    def _local_fault(self, request: Request) -> ApiError | None:
-        """Why a request without a token stays out; None when it comes from this host's own people."""
-        if self._settings.require_token or not _is_loopback(request.peer):
-            return Unauthorized(f"{self._help} (--token_file)")
+    def _check_local(self, request: Request) -> None:
+        """Raises Unauthorized or Forbidden where a request without a token is not of this host's own people."""
+        if not is_loopback(request.peer):
+            raise Unauthorized(self._advice(request))
         named = _LOCAL_HOST.fullmatch(request.host)
-        if not named or (named[2] and int(named[2]) != request.link[1][1]):
-            return Forbidden(
-                f"{request.host!r} is no name of this host that needs no token; {self._help} (--token_file)"
-            )
-        if not _FORWARDED.isdisjoint(request.headers):
-            return Unauthorized(f"a proxy has forwarded this; {self._help} (--token_file)")
+        if not named or (named[1] and int(named[1]) != request.link[1][1]):
+            raise Forbidden(f"{request.host!r} is no name of this host that needs no token; {self._advice(request)}")
+        if self._settings.require_token:
+            raise Unauthorized(f"--require_token is set; {self._advice(request)}")
+        if any(name.startswith(_FORWARDED) for name in request.headers):
+            raise Unauthorized(f"a proxy has forwarded this; {self._advice(request)}")
         if not self._is_trusted(request.link):
-            return Unauthorized(f"the client is another user's; {self._help} (--token_file)")
-        return None
+            raise Unauthorized(f"the client is another user's; {self._advice(request)}")
 
     def _is_trusted(self, link: Link) -> bool:
         """Whether the client is a process of root or of the daemon's user; looked up once a connection."""
@@ -3249,14 +3522,21 @@ class Access:
         if known is None:
             try:
                 known = trusts_user(peer_user(*link))
-            except LookupError:
+            except (LookupError, OSError):  # in doubt he is not
                 known = False
             self._trusted[link] = known
         return known
 
 
-def _is_loopback(peer: str) -> bool:
+def is_loopback(peer: str) -> bool:
     return peer == "::1" or peer.startswith("127.")
+
+
+def network_of(peer: str) -> str:
+    """What one client has to itself: its address, of IPv6 the network of 64 bits (RFC 6177)."""
+    if ":" not in peer or is_loopback(peer):
+        return peer
+    return socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, peer.partition("%")[0])[:8] + bytes(8))
 
 
 # ======================================================================================================================
@@ -3305,13 +3585,14 @@ class Api:
 
     def submit_task(self, request: Request) -> Response:
         accepted = self._engine.submit(parse_submission(request.body, request.query, INTERPRETERS))
+        audit = f"task {accepted.id}, steps: {accepted.step_count}" + ("" if accepted.is_new else ", sent before")
         data = {
             "count": accepted.step_count,
             "id": accepted.id,
             "url": f"{request.base_url}/api/v1/task/{accepted.id}",
             "timestamp": accepted.accepted_ns + self._clock.offset_ns(),
         }
-        return json_response(data, headers=(("X-Task-ID", accepted.id),))
+        return json_response(data, headers=(("X-Task-ID", accepted.id),), audit=audit)
 
     def show_task(self, request: Request) -> Response:
         task = self._store.task(request.params["task"])
@@ -3365,7 +3646,7 @@ class Api:
         size = body.get("size") if isinstance(body, dict) else None
         if type(size) is not int or not 1 <= size <= _POOL_MOST:
             raise Malformed(f'the body must be {{"size": n}}, n from 1 to {_POOL_MOST}')
-        return json_response(self._engine.resize(size)._asdict())
+        return json_response(self._engine.resize(size)._asdict(), audit=f"size {size}")
 
     def _task_list(self, seqs: Sequence[int], base_url: str) -> Iterator[bytes]:
         """The answer of the list, block by block."""
@@ -3550,6 +3831,9 @@ _BACKLOG = 1024
 _LINGER_S = 5.0
 _PER_ADDRESS = 64  # connections of one address, but of this host
 _FOR_STOPS = 8  # places that stay free for stops
+_PAUSE_S = 0.05
+_HURRY_S = 3.0  # within which a client that has one of these must say so
+_REFUSED_BODY_BYTES = 64 * 1024  # that are read of a client who is refused anyway
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
@@ -3561,6 +3845,56 @@ def parse_address(text: str) -> tuple[str, int]:
     return found[1] or found[2] or "", int(found[3])
 
 
+class Tls:
+    """The certificates that the port shows and trusts. `load` is the daemon's, any time; `wrap` the listener's."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._context: Any = None  # an ssl.SSLContext: its module takes memory that a daemon without TLS need not
+
+    def load(self) -> None:
+        """Reads the certificates, for connections to come; raises StartupError, and the earlier ones hold."""
+        import ssl
+
+        name, path, settings = "tls_cert", self._settings.tls_cert, self._settings
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            with open(path, "rb"):  # ssl's own errors name no file
+                name, path = "tls_key", settings.tls_key or path
+            with open(path, "rb"):
+                context.load_cert_chain(settings.tls_cert, settings.tls_key or None, password="")  # ask nobody for one
+            if settings.tls_client_ca:
+                name, path = "tls_client_ca", settings.tls_client_ca
+                context.load_verify_locations(path)
+                context.verify_mode = ssl.CERT_OPTIONAL  # for a token lets in too
+        except (OSError, ValueError) as error:
+            raise StartupError(f"--{name}: {path} cannot be used: {getattr(error, 'strerror', '') or error}") from None
+        self._context = context
+
+    def wrap(self, link: socket.socket) -> socket.socket:
+        """The connection with TLS to come: the handshake is its own thread's. Raises OSError."""
+        wrapped: socket.socket = self._context.wrap_socket(link, server_side=True, do_handshake_on_connect=False)
+        return wrapped
+
+
+def certificate_name(certificate: Mapping[str, Any] | None) -> str:
+    """Who a client is by its certificate, in the form of ssl.getpeercert; empty for none."""
+    if not certificate:
+        return ""
+    words = {key: value for part in certificate.get("subject", ()) for key, value in part}
+    return str(words.get("commonName") or f"number {certificate.get('serialNumber')}")
+
+
+class Admission(NamedTuple):
+    """What became of a request's head: its route and who asks, or why it is refused."""
+
+    route: Route | None = None
+    params: Mapping[str, str] = types.MappingProxyType({})
+    label: str = ""
+    error: ApiError | None = None
+
+
 class Server(http.server.ThreadingHTTPServer):
     """The listening socket and the connections; `start` and `stop` are the daemon's, the rest the connections'."""
 
@@ -3569,8 +3903,11 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = _BACKLOG
     allow_reuse_address = not hasattr(socket, "SO_EXCLUSIVEADDRUSE")  # on Windows it would share the port
 
-    def __init__(self, settings: Settings, router: Router, access: Access, observer: Observer) -> None:
+    def __init__(
+        self, settings: Settings, router: Router, access: Access, observer: Observer, tls: Tls | None
+    ) -> None:
         self.access = access
+        self.scheme = "https" if tls else "http"
         self.timeout_s = settings.timeout / _SECOND_NS
         self.body_limit = settings.max_body
         self.authority = ""
@@ -3578,8 +3915,10 @@ class Server(http.server.ThreadingHTTPServer):
         self._settings = settings
         self._router = router
         self._observer = observer
-        self._links: dict[socket.socket, str] = {}  # and the client's address of each
-        self._lock = threading.Lock()  # guards _links and _counted
+        self._tls = tls
+        self._links: dict[socket.socket, str] = {}  # and the client's network of each
+        self._spare: set[socket.socket] = set()  # of them, those in the places for stops
+        self._lock = threading.Lock()  # guards _links, _spare and _counted
         self._counted = 0
         self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), name="listener", daemon=True)
         host, port = parse_address(settings.addr)
@@ -3637,47 +3976,56 @@ class Server(http.server.ThreadingHTTPServer):
             links = [*self._links]
         for link in links:
             with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RD)
+                socket.socket.shutdown(link, socket.SHUT_RD)  # that of an SSLSocket would have it go on in clear text
+
+    def admit(self, request: Request, is_spare: bool) -> Admission:
+        """Who asks for which route, before the body is read; is_spare: over a connection that is for stops alone."""
+        try:
+            admission = self._admit(request)
+            if is_spare and request.method != "PUT":
+                raise Unavailable("too many connections; the last places are for stops")
+        except ApiError as error:
+            return Admission(error=error)
+        return admission
 
     @contextlib.contextmanager
-    def serve(self, request: Request) -> Iterator[tuple[Route | None, Response]]:
-        """The route of a request and the answer to it, which counts as in work until it is sent."""
-        route, counted = None, 0
+    def serve(self, request: Request, admission: Admission) -> Iterator[Response]:
+        """The answer to a request, which counts as in work until it is sent."""
+        route, counted = admission.route, 0
         try:
             try:
-                route, params, label = self._admit(request)
+                if admission.error or not route:
+                    raise admission.error or NoRoute("no route")
                 counted = self._count(route)
-                response = route.handle(request._replace(params=params, label=label))
+                response = route.handle(request._replace(params=admission.params, label=admission.label))
                 if request.method in ("POST", "PUT"):
-                    log.info("%s (%s): %s %s", request.peer, label, request.method, _printable(request.segments))
+                    what = f"{request.method} {_path(request)}" + (f": {response.audit}" if response.audit else "")
+                    log.info("%s (%s): %s", request.peer, admission.label, what)
             except ApiError as error:
                 response = refusal(error)
             except Exception:
-                log.exception("%s %s failed", request.method, _printable(request.segments))
+                log.exception("%s %s failed", request.method, _path(request))
                 response = refusal(ApiError("the daemon failed; its log says how"))
             cors = self.access.cors_headers(request)
-            yield route, response._replace(headers=response.headers + cors) if cors else response
+            yield response._replace(headers=response.headers + cors) if cors else response
         finally:
             with self._lock:
                 self._counted -= counted
 
-    def _admit(self, request: Request) -> tuple[Route, dict[str, str], str]:
+    def _admit(self, request: Request) -> Admission:
         """The route, its parameters and who asks; a stranger does not even learn which routes there are."""
         try:
             route, params = self._router.match(request)
         except WrongMethod as error:
             answer = self.access.preflight(request, error.methods)
             if answer:
-                return Route("OPTIONS", "", lambda _: answer, is_counted=False), {}, ""
+                return Admission(Route("OPTIONS", "", lambda _: answer, is_counted=False))
             self.access.admit(request, is_public=False)
             raise
         except NoRoute:
             self.access.admit(request, is_public=False)
             raise
-        label = self.access.admit(request, route.is_public)
-        if request.method != "PUT" and len(self._links) > self._settings.max_connections - _FOR_STOPS:
-            raise Unavailable("too many connections; the last places are for stops")
-        return route, params, label
+        return Admission(route, params, self.access.admit(request, route.is_public))
 
     def _count(self, route: Route) -> int:
         if not self._settings.max_requests or not route.is_counted:
@@ -3688,39 +4036,64 @@ class Server(http.server.ThreadingHTTPServer):
             self._counted += 1
         return 1
 
-    def told(self, request: Request, route: Route | None, status: int, seconds: float, sent: int) -> None:
+    def told(self, request: Request, status: int, seconds: float, sent: int) -> None:
         """A request has been answered."""
-        log.debug(
-            '%s "%s %s" %d %d B %.1f ms',
-            request.peer,
-            request.method,
-            _printable(request.segments),
-            status,
-            sent,
-            seconds * 1000,
-        )
+        what = f"{request.method} {_path(request)}"
+        log.debug('%s "%s" %d %d B %.1f ms', request.peer, what, status, sent, seconds * 1000)
+
+    def get_request(self) -> tuple[Any, Any]:
+        """The next connection; raises OSError."""
+        try:
+            link, address = super().get_request()
+        except OSError:
+            time.sleep(_PAUSE_S)  # no descriptor is free, perhaps; the client waits in the backlog
+            raise
+        return self._tls.wrap(link) if self._tls else link, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serves a connection in a thread of its own."""
-        peer = _plain_address(client_address[0])
+        """Serves a connection in a thread of its own, when there is a place for it."""
+        client, most = network_of(_plain_address(client_address[0])), self._settings.max_connections
         with self._lock:
-            is_full = len(self._links) >= self._settings.max_connections or (
-                not _is_loopback(peer) and [*self._links.values()].count(peer) >= _PER_ADDRESS
+            others = len(self._links)
+            is_full = others >= most or (
+                not is_loopback(client) and [*self._links.values()].count(client) >= _PER_ADDRESS
             )
             if not is_full:
-                self._links[request] = peer
+                self._links[request] = client
+            if not is_full and others >= most - _FOR_STOPS:
+                self._spare.add(request)
         if is_full:
-            with contextlib.suppress(OSError):
-                request.setblocking(False)
-                request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-            super().shutdown_request(request)
+            self._turn_away(request)
             return
         args = (request, client_address)
         threading.Thread(target=self.process_request_thread, args=args, name="connection", daemon=True).start()
 
+    def _turn_away(self, link: socket.socket) -> None:
+        """Closes a connection that there is no place for, with a word where that needs no wait."""
+        response = refusal(Unavailable("too many connections; try again"))
+        head = f"HTTP/1.1 503 {_REASONS[503]}\r\nContent-Type: {JSON_TYPE[1]}\r\nConnection: close\r\n"
+        body = response.body if isinstance(response.body, bytes) else b""
+        with contextlib.suppress(OSError):
+            link.setblocking(False)
+            if not self._tls:
+                link.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                link.shutdown(socket.SHUT_WR)
+                link.recv(_REFUSED_BODY_BYTES)  # a close with unread bytes would reset the connection
+        super().shutdown_request(link)
+
+    def is_spare(self, link: socket.socket) -> bool:
+        """Whether a connection has one of the last places, which are for stops."""
+        with self._lock:
+            return link in self._spare
+
     def shutdown_request(self, request: Any) -> None:
         with self._lock:
             self._links.pop(request, None)
+            self._spare.discard(request)
+        if self._tls:
+            with contextlib.suppress(OSError, ValueError):  # it may have broken, or never begun
+                request.settimeout(0)
+                request.unwrap()  # says that nothing was cut off, and waits for no answer
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -3728,10 +4101,8 @@ class Server(http.server.ThreadingHTTPServer):
         log.error("connection of %s: the answer broke off", client_address[0], exc_info=True)
 
 
-def _printable(segments: Sequence[str]) -> str:
-    """A path for the log, which no client may break or colour."""
-    path = "".join("/" + segment for segment in segments)
-    return path if path.isprintable() else ascii(path)[1:-1]
+def _path(request: Request) -> str:
+    return "".join("/" + segment for segment in request.segments)
 
 
 def _plain_address(address: str) -> str:
@@ -3748,38 +4119,66 @@ class Connection(socketserver.BaseRequestHandler):
     """One client's connection, in a thread of its own."""
 
     server: Server
+    _is_spare = False
+    _end_s = 0.0  # until when the answer must have been taken
 
     def handle(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(self.server.timeout_s))
-        stream, ours = Stream(self.request), self.request.getsockname()
+        ours = self.request.getsockname()
         link = (_plain_address(self.client_address[0]), self.client_address[1]), (_plain_address(ours[0]), ours[1])
         try:
-            while True:
-                stream.expect(_IDLE_S)
-                stream.wait()
-                if not self._exchange(stream, link):
-                    return
+            self._serve(link)
         except (OSError, ConnectionEnded) as error:
             log.debug("connection of %s: %s", link[0][0], error)
         finally:
             self.server.access.forget(link)
 
-    def _exchange(self, stream: Stream, link: Link) -> bool:
+    def _serve(self, link: Link) -> None:
+        """Answers requests until the client or we have enough."""
+        server, certificate = self.server, ""
+        self._is_spare = server.is_spare(self.request)
+        patience_s = min(server.timeout_s, _HURRY_S) if self._is_spare else server.timeout_s
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if server.scheme == "http":
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(server.timeout_s))
+        else:
+            self.request.settimeout(patience_s)
+            self.request.do_handshake()
+            certificate = certificate_name(self.request.getpeercert())
+        stream = Stream(self.request, self._limit_reads)
+        stream.expect(patience_s)
+        stream.wait()
+        while self._exchange(stream, link, certificate, patience_s):
+            stream.expect(_IDLE_S)
+            stream.wait()
+
+    def _limit_reads(self, seconds: float) -> None:
+        """Holds a read to a time: by the kernel, which costs least, but TLS may need several reads of it for one."""
+        if self.server.scheme == "https":
+            self.request.settimeout(seconds)
+        else:
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(seconds))
+
+    def _exchange(self, stream: Stream, link: Link, certificate: str, patience_s: float) -> bool:
         """One request and its answer; whether another may follow."""
         server, begin_s = self.server, time.perf_counter()
         try:
-            request = read_request(stream, server.timeout_s, server.body_limit, self._go_on)
+            request = read_head(stream, patience_s)
+            request = request._replace(link=link, scheme=server.scheme, certificate=certificate)
+            admission, limit = server.admit(request, self._is_spare), server.body_limit
+            if admission.error:
+                limit = min(limit, _REFUSED_BODY_BYTES)
+                if request.awaits_go_on or (request.body_bytes or 0) > limit:
+                    raise admission.error
+            body = read_body(stream, request, patience_s, limit, self._go_on)
         except ApiError as error:
             self._send(None, refusal(error))
-            self.request.shutdown(socket.SHUT_WR)
+            socket.socket.shutdown(self.request, socket.SHUT_WR)
             stream.drain(_LINGER_S)
             return False
-        request = request._replace(link=link)
-        with server.serve(request) as (route, response):
+        with server.serve(request._replace(body=body), admission) as response:
             is_kept, sent = self._send(request, response)
         if log.isEnabledFor(logging.DEBUG):
-            server.told(request, route, response.status, time.perf_counter() - begin_s, sent)
+            server.told(request, response.status, time.perf_counter() - begin_s, sent)
         return is_kept
 
     def _go_on(self) -> None:
@@ -3787,7 +4186,8 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _send(self, request: Request | None, response: Response) -> tuple[bool, int]:
         """Sends the answer; whether the connection lives on, and the bytes of the body."""
-        is_kept = request is not None and request.keeps_alive and not self.server.is_stopping
+        self._end_s = time.monotonic() + self.server.timeout_s
+        is_kept = request is not None and request.keeps_alive and not self._is_spare and not self.server.is_stopping
         is_streamed = not isinstance(response.body, bytes)
         is_chunked = is_streamed and request is not None and not request.is_old
         head = [f"HTTP/1.1 {response.status} {_REASONS[response.status]}", _date_line(int(time.time()))]
@@ -3820,15 +4220,16 @@ class Connection(socketserver.BaseRequestHandler):
         return sent
 
     def _send_bytes(self, data: bytes) -> None:
-        """Sends all of it, within the time that a client may take for that much."""
-        sent = self.request.send(data)
-        if sent < len(data):
-            end_s = time.monotonic() + self.server.timeout_s + len(data) / _BODY_RATE_BYTES_PER_S
-            rest = memoryview(data)[sent:]
-            while rest:
-                if time.monotonic() > end_s:
-                    raise ConnectionEnded("the client reads too slowly")
-                rest = rest[self.request.send(rest) :]
+        """Sends all of it, within the time that a client may take for the answer up to here."""
+        self._end_s += len(data) / _BODY_RATE_BYTES_PER_S
+        rest = memoryview(data)
+        while rest:
+            left_s = self._end_s - time.monotonic()
+            if left_s <= 0:
+                raise ConnectionEnded("the client reads too slowly")
+            if self.server.scheme == "https":
+                self.request.settimeout(left_s)
+            rest = rest[self.request.send(rest) :]
 
 
 # ======================================================================================================================
@@ -3836,6 +4237,24 @@ class Connection(socketserver.BaseRequestHandler):
 # ======================================================================================================================
 
 _EXIT_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+
+
+class LineFormatter(logging.Formatter):
+    """Writes a record so that nothing in it ends its line, colours it or turns it round."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = _printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(_printable(line) for line in super().formatException(ei).split("\n"))
+
+
+def _printable(text: str) -> str:
+    """The text with escapes in place of control characters and of others that do not show."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 class Supervisor:
@@ -3876,12 +4295,13 @@ class Daemon:
         self._ends = 0  # how often the end was asked for
         self._ending = threading.Event()
         self._is_well: Callable[[], bool] = lambda: True  # until there is more to ask
+        self._tls = Tls(settings) if settings.tls_cert else None
+        self._is_renewing = False  # whether the certificates are to be read again
 
     def run(self) -> int:
         """Serves until the end is asked for; the exit code. Raises StartupError."""
         if threading.current_thread() is threading.main_thread():
-            for number in _EXIT_SIGNALS:
-                signal.signal(number, lambda *_: self.end())
+            self._heed_signals()
         self._configure_log()
         with contextlib.ExitStack() as closing:
             try:
@@ -3892,19 +4312,42 @@ class Daemon:
             log.info("%s listens on %s", version_line(), url)
             self._supervisor.ready(url)
             while not self._ending.wait(_LOOK_S):  # a wait without an end would keep Windows from seeing Ctrl-C
+                if self._is_renewing:
+                    self._renew()
                 self._supervisor.watch(self._is_well)
             self._supervisor.stopping()
         log.info("ended")
         return 0
+
+    def _heed_signals(self) -> None:
+        for number in _EXIT_SIGNALS:
+            signal.signal(number, lambda *_: self.end())
+        if self._tls and hasattr(signal, "SIGHUP"):  # without certificates it means what it always means
+            signal.signal(signal.SIGHUP, lambda *_: self.renew())
 
     def end(self) -> None:
         """Ends the daemon in order; asked for again, without waiting for steps."""
         self._ends += 1
         self._ending.set()
 
+    def renew(self) -> None:
+        """Has the certificates read again."""
+        self._is_renewing = True
+
+    def _renew(self) -> None:
+        self._is_renewing = False
+        try:
+            if self._tls:
+                self._tls.load()
+            log.info("the certificates were read again")
+        except StartupError as error:
+            log.error("the certificates read before hold: %s", error)
+
     def _start(self, closing: contextlib.ExitStack) -> str:
         """Opens the root, takes up the work, opens the port; its URL. `closing` undoes it, the last first."""
         umask, settings = private_umask(), self._settings
+        if self._tls:
+            self._tls.load()
         private_directory(self._root)
         closing.callback(os.close, lock_file(os.path.join(self._root, "lock")))
         self._log_to(os.path.join(self._root, "logs"))
@@ -3924,7 +4367,7 @@ class Daemon:
             [*Api(store, engine, clock, settings.key_expire).routes(), *OperatorApi(store, engine, warning).routes()]
         )
         access = Access(settings, self._root)
-        server = Server(settings, router, access, observer)
+        server = Server(settings, router, access, observer, self._tls)
         closing.callback(server.stop)
         server.open()
         access.start()
@@ -3932,7 +4375,7 @@ class Daemon:
         engine.start()
         server.start()
         self._is_well = lambda: bool(engine.pool() and store.memory()) and engine.is_alive() and server.is_alive()
-        return f"http://{server.authority}"
+        return f"{server.scheme}://{server.authority}"
 
     def _end_steps(self, engine: Engine) -> None:
         """Does with the running steps what --on_exit says."""
@@ -3962,7 +4405,7 @@ class Daemon:
         self._log_by(LogFile(os.path.join(directory, "remote_executor.log")))
 
     def _log_by(self, handler: logging.Handler) -> None:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
 
 
@@ -4511,8 +4954,14 @@ def _value(option: Option, text: str) -> Any:
 
 
 def make_settings(given: Mapping[str, Any]) -> Settings:
-    """The settings with what was given in place of the defaults."""
-    return Settings(**{option.field: _setting(option, given) for option in OPTIONS})
+    """The settings with what was given in place of the defaults; raises UsageError for what cannot be together."""
+    settings = Settings(**{option.field: _setting(option, given) for option in OPTIONS})
+    for name in ("tls_key", "tls_client_ca"):
+        if getattr(settings, name) and not settings.tls_cert:
+            raise UsageError(f"--{name} without --tls_cert; give the certificate of this host too")
+    if settings.insecure and settings.require_token:
+        raise UsageError("--insecure and --require_token exclude each other; give one of them")
+    return settings
 
 
 def _setting(option: Option, given: Mapping[str, Any]) -> Any:
@@ -4520,7 +4969,8 @@ def _setting(option: Option, given: Mapping[str, Any]) -> Any:
         return given.get(option.field, False)
     if option.kind == "list":
         return tuple(_value(option, text) for text in given.get(option.field, ()))
-    return _value(option, given.get(option.field, _default(option)))
+    text = given.get(option.field, _default(option))
+    return _value(option, text) if text or option.default else ""
 
 
 def _default(option: Option) -> str:

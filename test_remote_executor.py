@@ -182,7 +182,7 @@ class Daemon:
         with open(self.stdout, "wb") as out, open(self.stderr, "ab") as err:
             self.process = subprocess.Popen(command, stdin=stdin, stdout=out, stderr=err, env=self.env)
         wait_until(lambda: b"\n" in self.stdout.read_bytes() or not self.alive(), "ready line", pause_s=0.005)
-        ready = re.fullmatch(r"listening on http://\S+:(\d+)\n", self.stdout.read_text(encoding="utf-8"))
+        ready = re.fullmatch(r"listening on https?://\S+:(\d+)\n", self.stdout.read_text(encoding="utf-8"))
         assert ready, self.log() or "neither a ready line nor a word on standard error"
         self.port = int(ready[1])
         return self
