@@ -1129,23 +1129,50 @@ def keep_descriptors() -> None:
                     os.set_inheritable(int(name), False)
 
 
-def peer_user(peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
-    """The user who holds the other end of a TCP connection on this host; None where the system does not tell.
+class PeerTable:
+    """Who holds the other ends of the connections to one port of this host; any thread may ask.
 
-    Raises LookupError where it should but has no such connection: there is no end to trust then (proc_net(5)).
+    The kernel's table costs milliseconds on a busy host, so one reading of it serves all who asked before it began.
     """
-    if not ON_LINUX:
-        return None
-    client, server = (
-        {_kernel_address(host, port), _kernel_address(f"::ffff:{host}", port)} for host, port in (peer, ours)
-    )
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards all below
+        self._began_s = 0.0
+        self._users: dict[tuple[str, str], int] = {}  # by the client's end and ours
+
+    def user(self, peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
+        """The user who holds the peer's end; None where the system does not tell.
+
+        Raises LookupError where it should but has no such connection: there is no end to trust then; and OSError.
+        """
+        if not ON_LINUX:
+            return None
+        for _ in range(2):  # a table that changes while it is read may lack a line
+            asked_s = time.monotonic()
+            with self._lock:
+                if self._began_s <= asked_s:
+                    begin_s = time.monotonic()
+                    self._users = dict(_established(ours[1]))
+                    self._began_s = begin_s
+                user = self._users.get((_kernel_address(*peer), _kernel_address(*ours)))
+            if user is not None:
+                return user
+        raise LookupError("this host does not know the client's end of the connection")
+
+
+def _established(port: int) -> Iterator[tuple[tuple[str, str], int]]:
+    """The ends of the connections to a port, the client's and ours, and its user (proc_net(5))."""
+    mark, mapped = f":{port:04X} 01 ", _kernel_address("::ffff:0.0.0.0", 0)[:24]
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(FileNotFoundError), open(f"/proc/net/{table}", encoding="ascii") as file:
-            for line in file:
-                fields = line.split()
-                if fields[1] in client and fields[2] in server and fields[3] == "01" and fields[9] != "0":
-                    return int(fields[7])
-    raise LookupError("this host does not know the client's end of the connection")
+            text = file.read()
+            at = text.find(mark)
+            while at >= 0:
+                fields = text[text.rfind("\n", 0, at) + 1 : text.find("\n", at)].split()
+                if fields[9] != "0":  # the inode, which a socket that no process has lacks
+                    client, server = (one[len(mapped) :] if one.startswith(mapped) else one for one in fields[1:3])
+                    yield (client, server), int(fields[7])
+                at = text.find(mark, at + 1)
 
 
 def _kernel_address(host: str, port: int) -> str:
@@ -1346,10 +1373,11 @@ NOTHING_RAN = 125  # of the wrapper, when it could not write to the step's direc
 # The pid first: no pid file, no run. `trap :` and not `trap ''`: children get the default handlers, the wrapper
 # survives a SIGTERM to its group and tells the result. Its own stderr is nowhere: a shell says "Killed" there, and
 # would say it in the step's output if it did the redirection of 2 itself and not in the subshell.
-# $1 is the step's directory, $2 the umask that the daemon was started with.
+# $1 is the step's directory, $2 the umask that the daemon was started with. `set -C`: what is there already, a link
+# perhaps, is not written to; off again for the step, which has it in SHELLOPTS where that is exported.
 _WRAPPER = (
-    'echo $$ >"$1/pid" || exit 125; d=$1; umask $2; shift 2; trap : TERM INT HUP; '
-    '(exec "$@" 2>&1); r=$?; umask 077; echo $r >>"$d/rc"; exit $r'
+    'set -C; echo $$ >"$1/pid" || exit 125; set +C; d=$1; umask $2; shift 2; trap : TERM INT HUP; '
+    '(exec "$@" 2>&1); r=$?; umask 077; set -C; echo $r >"$d/rc"; exit $r'
 )
 
 
@@ -3365,6 +3393,7 @@ class Access:
     def __init__(self, settings: Settings, root: str) -> None:
         self._settings = settings
         self._path = os.path.normpath(settings.token_file.replace("$ROOT", root))
+        self._peers = PeerTable()
         self._trusted: dict[Link, bool] = {}  # whether the client is our own user; a connection's thread has its entry
         self._lock = threading.Lock()  # guards all below
         self._read_at: tuple[int, ...] = ()
@@ -3521,7 +3550,7 @@ class Access:
         known = self._trusted.get(link)
         if known is None:
             try:
-                known = trusts_user(peer_user(*link))
+                known = trusts_user(self._peers.user(*link))
             except (LookupError, OSError):  # in doubt he is not
                 known = False
             self._trusted[link] = known
