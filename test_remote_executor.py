@@ -3037,6 +3037,19 @@ SMUGGLES = {
     "signed chunk": b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n+1\r\nx\r\n0\r\n\r\n",
     "NUL": b"GET /version HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n",
     "bad escape": b"GET /version%zz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "two of three Hosts in HTTP/1.0": b"GET /version HTTP/1.0\r\nHost: a\r\nHost: a\r\n\r\n",
+    "no Host in HTTP/1.0": b"GET /version HTTP/1.0\r\n\r\n",
+    "Host that is a path": b"GET http://localhost/version HTTP/1.1\r\nHost: a/b\r\n\r\n",
+    "user in the target": b"GET http://localhost@evil.example/version HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "authority as target": b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "length of two values": b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5, 5\r\n\r\n",
+    "chunks in HTTP/1.0": b"POST / HTTP/1.0\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunked twice": b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "field in the trailer": b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nbogus\r\n\r\n",
+    "line end in a chunk's size": b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\n\r\n\r\n",
+    "other expectation": b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 200-ok\r\nContent-Length: 5\r\n\r\n",
+    "line before the request": b"\r\nGET /version HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "head of 33 KB": b"GET /version HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 33_000 + b"\r\n\r\n",
     "101 fields": b"GET /version HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 100 + b"\r\n",
 }
 
@@ -3047,6 +3060,196 @@ def test_smuggled_requests_are_refused_and_what_follows_never_runs(daemon: Daemo
     reply = daemon.raw(SMUGGLES[name] + second + b'[{"command_type":"sh","command_content":"exit 0"}]  ')
     assert reply.startswith(b"HTTP/1.1 400 ") and reply.count(b"\r\nDate: ") == 1 and b"onnection: close" in reply
     assert daemon.detail("smuggled").code == 1003
+
+
+@pytest.mark.parametrize(
+    "target, host, status",
+    [
+        ("http://localhost/version", "evil.example", 200),  # the target's authority counts, Host does not
+        ("http://evil.example/version", "localhost", 403),
+        ("HTTP://LOCALHOST/version?x", "localhost", 200),
+        ("http://localhost?x", "localhost", 404),
+        ("/%76ersion", "localhost", 200),
+        ("/%2576ersion", "localhost", 404),  # decoded once
+        ("/api%2fv1%2ftask", "localhost", 404),  # after the split
+        ("//version", "localhost", 404),
+        ("/./version", "localhost", 404),
+        ("/api/../version", "localhost", 404),
+    ],
+)
+def test_targets_are_taken_by_authority_and_decoded_once(daemon: Daemon, target: str, host: str, status: int) -> None:
+    reply = daemon.raw(f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+    assert reply.startswith(b"HTTP/1.1 %d " % status), reply
+
+
+TRAVERSALS = [
+    *("..", ".", "../x", "..%2f..%2fetc%2fpasswd", "%2e%2e", "%2e%2e%2f", "..%5c..%5cx", "....//", "%252e%252e%252f"),
+    *("%c0%ae%c0%ae%c0%af", "%e0%80%ae", "..%00", "x%00", "%2fetc%2fpasswd", "file:%2f%2f%2fx", "~root", "-x", "_x"),
+    *("C:%5cx", "c:x", "x:y", "%5c%5chost%5cx", "x.", "x%20", "CON", "nul.txt", "com1"),
+    *("x%0a", "x%0d%0aX:%20y", "%f0%9f%92%a3", "x" * 65, "%00"),
+]
+
+
+@pytest.mark.parametrize("id", TRAVERSALS)
+def test_ids_that_lead_out_of_the_root_lead_nowhere(daemon: Daemon, id: str) -> None:
+    around = sorted(path.name for path in daemon.root.parent.iterdir())
+    answer = daemon.post(f"/api/v1/task?id={id}", [step()])
+    assert (answer.status, answer.code) == (400, 400)
+    for path in (f"/api/v1/task/{id}", f"/api/v1/task/{id}/0/console", f"/api/v1/task/x/{id}/console"):
+        for method in ("GET", "PUT"):
+            answer = daemon.request(method, path)
+            assert answer.code in (1003, 404, 405), (method, path, answer)
+    assert sorted(path.name for path in daemon.root.parent.iterdir()) == around
+
+
+# What the mutations start from, and what they put in. The second request of a pair must never come of the first.
+SEEDS = [
+    b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET http://localhost:2376/api/v1/task?sort=st&x=%20 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer x\r\n\r\n",
+    b"POST /api/v1/pool HTTP/1.1\r\nHost: [::1]:80\r\nContent-Length: 11\r\nAccept: */*\r\n\r\n{\"size\": 30}"[:-1],
+    b"POST /a/%2e/b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n",
+    b"PUT /api/v1/task/x HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\n\r\n",
+    b"POST /x HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 50\r\n\r\n"
+    b"POST /smuggled HTTP/1.1\r\nHost: x\r\nX: aaaaaaaaaa\r\n\r\n"[:50],
+]
+SPICES = [
+    *(b"\r", b"\n", b"\r\n", b"\n\n", b"\0", b" ", b"\t", b"\x0b", b"\x85", b"\xff", b":", b",", b";", b"%", b"#"),
+    *(b"?", b"/", b"@", b"9" * 20, b"+5", b"0x5", b"5_0", b"chunked", b"HTTP/1.1", b"HTTP/0.9", b"0\r\n\r\n"),
+    *(b"Content-Length: 5\r\n", b"Content-Length: 0", b"Content-Length : 5\r\n", b"Transfer-Encoding: chunked\r\n"),
+    *(b"Host: a\r\n", b"Expect: 100-continue\r\n", b"\r\n\r\n"),
+]
+
+
+def mutate(data: bytes, random: Random) -> bytes:
+    """The bytes with a few of them changed, left out, doubled or put in between."""
+    for _ in range(random.choice((1, 1, 2, 3))):
+        at, end = sorted((random.randrange(len(data) + 1), random.randrange(len(data) + 1)))
+        end = min(end, at + random.choice((1, 1, 4, 30)))
+        how = random.randrange(6)
+        if how < 3:
+            data = data[:at] + random.choice(SPICES) + data[at if how else end :]
+        elif how == 3:
+            data = data[:at] + data[end:]
+        elif how == 4:
+            data = data[:end] + data[at:]
+        else:
+            data = data[:at] + bytes([random.randrange(256)]) + data[at + 1 :]
+    return data
+
+
+BODY_LIMIT = 1000
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+FIELDS = rb"((?:%b:[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n" % TOKEN
+HEAD = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/1\.([01])\r\n%b" % (TOKEN, FIELDS))
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,12})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+AUTHORITY = rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(?::[0-9]{1,5})?"
+TARGET = re.compile(rb"(?:[Hh][Tt][Tt][Pp][Ss]?://(%b)(?=[/?]|$))?(?:/[^#]*|(?<!^)\?[^#]*|(?<!^)$)" % AUTHORITY)
+
+
+class Refused(Exception):
+    """The bytes are no request, or end before it does."""
+
+
+def reference(data: bytes) -> list[tuple[bytes, bytes, bytes]]:
+    """Method, target and body of the requests in these bytes, until one is refused: the rules written once more."""
+    found, at = [], 0
+    with contextlib.suppress(Refused):
+        while at < len(data):
+            head = HEAD.match(data, at)
+            if not head or head.end() - at > 32 * 1024:
+                raise Refused
+            fields = fields_of(head[4])
+            if len(fields.get(b"host", ())) != 1 or not re.fullmatch(AUTHORITY, fields[b"host"][0] or b"a"):
+                raise Refused
+            if not TARGET.fullmatch(head[2]) or re.search(rb"%(?![0-9A-Fa-f]{2})", head[2]):
+                raise Refused
+            body, at = body_of(fields, data, head.end(), head[3] == b"0")
+            found.append((head[1], head[2], body))
+    return found
+
+
+def fields_of(block: bytes) -> dict[bytes, list[bytes]]:
+    fields: dict[bytes, list[bytes]] = {}
+    for line in block.split(b"\r\n")[:-1]:
+        name, _, value = line.partition(b":")
+        fields.setdefault(name.lower(), []).append(value.strip(b" \t"))
+    single = (b"host", b"content-length", b"transfer-encoding", b"authorization", b"origin", b"expect")
+    if block.count(b"\r\n") > 100 or any(len(fields.get(name, ())) > 1 for name in single):
+        raise Refused
+    return fields
+
+
+def body_of(fields: dict[bytes, list[bytes]], data: bytes, at: int, is_old: bool) -> tuple[bytes, int]:
+    """The body that begins there, and where the next request does."""
+    length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
+    if fields.get(b"expect", [b"100-continue"])[0].lower() != b"100-continue" or (length and coding):
+        raise Refused
+    if length and not re.fullmatch(rb"[0-9]{1,18}", length[0]):
+        raise Refused
+    size = int(length[0]) if length else 0
+    if coding is None:
+        if size > BODY_LIMIT or len(data) - at < size:
+            raise Refused
+        return data[at : at + size], at + size
+    if coding[0].lower() != b"chunked" or is_old:
+        raise Refused
+    body = b""
+    while (chunk := CHUNK.match(data, at)) and chunk.end() - at <= 256:
+        size, at = int(chunk[1], 16), chunk.end()
+        if not size:
+            trailer = re.compile(FIELDS).match(data, at)
+            if trailer and fields_of(trailer[1]) is not None:
+                return body, trailer.end()
+            raise Refused
+        if len(body) + size > BODY_LIMIT or data[at + size : at + size + 2] != b"\r\n":
+            raise Refused
+        body, at = body + data[at : at + size], at + size + 2
+    raise Refused
+
+
+def parsed(data: bytes, piece: int) -> list[tuple[str, tuple[str, ...], bytes]]:
+    """Method, segments and body of the requests that the daemon's parser takes from these bytes, in pieces."""
+    code, stream, found = module(), stream_of(data, piece), []
+    with contextlib.suppress(code.ConnectionEnded, code.Malformed, code.TooLarge):
+        while True:
+            request = code.read_head(stream, 30)
+            body = code.read_body(stream, request, 30, BODY_LIMIT, lambda: None)
+            found.append((request.method, request.segments, body))
+    return found
+
+
+@often(20_000, 1_000_000)
+def test_parser_takes_of_mutated_requests_what_the_rules_do(runs: int) -> None:
+    random, taken = Random(runs), 0
+    for _ in range(runs):
+        data = mutate(random.choice(SEEDS) + random.choice(SEEDS), random)
+        requests = [
+            (method.decode(), tuple(map(urllib.parse.unquote, path_of(target).split("/")[1:])), body)
+            for method, target, body in reference(data)
+        ]
+        assert parsed(data, random.choice((1, 7, 1 << 16))) == requests, data
+        taken += bool(requests)
+    assert runs / 5 < taken < runs
+
+
+def path_of(target: bytes) -> str:
+    path = re.sub(r"^https?://[^/?]*", "", target.decode(), flags=re.IGNORECASE).partition("?")[0]
+    return path or "/"
+
+
+@often(300, 20_000)
+def test_mutated_requests_are_answered_or_refused(launch: Callable[..., Daemon], runs: int) -> None:
+    daemon, random, statuses = launch("--insecure"), Random(runs), collections.Counter[bytes]()
+    for _ in range(runs):
+        with socket.create_connection(("127.0.0.1", daemon.port), 30) as link, contextlib.suppress(ConnectionError):
+            link.sendall(mutate(random.choice(SEEDS), random))
+            link.shutdown(socket.SHUT_WR)
+            reply = b""
+            while block := link.recv(4096):
+                reply += block
+            statuses.update(re.findall(rb"HTTP/1\.1 (\d+) ", reply))
+    assert {int(status) for status in statuses} <= {100, 200, 400, 404, 405, 413}, statuses
+    assert {b"200", b"400"} <= set(statuses)
 
 
 def test_connections_beyond_the_most_get_503_and_stops_still_pass(launch: Callable[..., Daemon]) -> None:
@@ -3163,6 +3366,178 @@ def threads_of(place: Path) -> int:
     found = re.search(r"Threads:\s+(\d+)", (place / "status").read_text())
     assert found
     return int(found[1])
+
+
+# ======================================================================================================================
+# files: nothing outside the root is read, written or deleted
+# ======================================================================================================================
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Iterator[Path]:
+    """A directory that no daemon has to do with; as it was at the test's end."""
+    place = tmp_path / "outside"
+    (place / "inner").mkdir(parents=True)
+    for name in ("output", "rc", "pid", "inner/file"):
+        (place / name).write_text("secret\n")
+    before = snapshot(place)
+    yield place
+    assert snapshot(place) == before
+
+
+def snapshot(place: Path) -> dict[str, tuple[int, str]]:
+    """Modes and contents of all that is in a directory."""
+    return {
+        str(path.relative_to(place)): (path.lstat().st_mode, path.read_text() if path.is_file() else "")
+        for path in [place, *place.rglob("*")]
+    }
+
+
+REPLACED = {
+    "output by a link": 'ln -sf "{outside}/output" ../0/output',
+    "output by a link to a device": "ln -sf /dev/zero ../0/output",
+    "output by a pipe": "rm ../0/output; mkfifo ../0/output",
+    "output by a directory": "rm ../0/output; mkdir ../0/output",
+    "step by a link": 'mv ../0 ../gone; ln -s "{outside}" ../0',
+    "task by a link": 'cd ..; mv "$PWD" "$PWD.gone"; ln -s "{outside}" "$PWD"',
+    "result by a link": 'ln -s "{outside}/rc" ../0/rc',
+    "result by a link to nothing": 'ln -s "{outside}/new" ../0/rc',
+    "workspace by a link": 'cd ..; rmdir workspace; ln -s "{outside}" workspace',
+    "next step by a link": 'ln -s "{outside}" ../1',
+    "next step's output by a link": 'mkdir ../1; ln -s "{outside}/output" ../1/output; ln -s "{outside}/pid" ../1/pid',
+    "next step's script by a link": 'mkdir ../1; ln -s "{outside}/rc" ../1/script.sh; ln "{outside}/rc" ../1/rc',
+}
+
+
+@posix_only
+@pytest.mark.parametrize("what", REPLACED)
+def test_step_that_replaces_its_files_leads_the_daemon_nowhere(
+    launch: Callable[..., Daemon], outside: Path, what: str
+) -> None:
+    daemon = launch("--key_expire=1s")
+    task = daemon.submit(step("echo told; " + REPLACED[what].format(outside=outside)), step("echo after; pwd"))
+    daemon.ended(task)
+    for number in range(2):
+        answer = daemon.console(task, number)
+        assert b"secret" not in answer.body and answer.code in (0, 1002, 1003), answer
+    if "next step" in what:
+        assert daemon.console(task, 1).data[0] == "after"
+    if what == "workspace by a link":
+        assert "in place of the workspace" in daemon.steps(task)[1]["msg"]
+    wait_until(lambda: daemon.get("/api/v1/task").data["total"] == 0, "expiry")
+    wait_until(lambda: not [path for path in (daemon.root / "tasks").iterdir() if path.name.isdigit()], "the sweep")
+
+
+@posix_only
+def test_restart_is_not_held_up_by_pipes_in_place_of_a_steps_files(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch()
+    trap = "for file in pid rc output; do rm -f ../0/$file; mkfifo ../0/$file; done; "
+    task = daemon.submit(step(trap + held(gate)["command_content"] + "; rm -f ../0/rc"))
+    wait_until(lambda: (daemon.root / "tasks" / "1" / "0" / "output").is_fifo(), "the pipes")
+    daemon.restart(kill=True)
+    assert daemon.console(task).code in (1001, 1002)
+    assert "lost" in daemon.ended(task).data[0]["msg"]
+
+
+@posix_only
+def test_expiry_removes_whatever_a_step_left_and_follows_no_link(launch: Callable[..., Daemon], outside: Path) -> None:
+    daemon = launch("--key_expire=1s")
+    daemon.run(
+        step(f'ln -s "{outside}" a; ln -s "{outside}/inner/file" b; mkfifo c; touch "$(printf "new\\nline")"; false'),
+        step(f'mkdir -p d/e; ln -s "{outside}" d/e/f; touch d/e/g; chmod 500 d/e d'),
+        step(f'mkdir -p h/i/j; ln -s "{outside}" h/i/j/k; chmod 000 h/i/j h/i h'),
+        ansync="true",
+    )
+    daemon.run(python("import os\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')"))
+    wait_until(lambda: not list((daemon.root / "tasks").iterdir()), "the sweep")
+
+
+@linux_only
+def test_expiry_leaves_what_a_step_has_mounted(launch: Callable[..., Daemon], outside: Path) -> None:
+    daemon = launch("--key_expire=1s")
+    task = daemon.submit(step(f'mkdir -p a/mount b; mount --bind "{outside}" a/mount && echo done'))
+    daemon.ended(task)
+    if daemon.console(task).data != ["done"]:
+        pytest.skip("only root can mount")
+    place = daemon.root / "tasks" / "1"
+    try:
+        wait_until(lambda: place.exists() and not (place / "workspace" / "b").exists(), "the sweep")
+        wait_until(lambda: daemon.get("/api/v1/task").data["total"] == 0)
+        assert list(place.rglob("file")) != []
+    finally:
+        for mount in re.findall(r"\s(\S+/mount)\s", Path("/proc/mounts").read_text()):
+            subprocess.run(["umount", mount.replace("\\040", " ")], check=True)
+    wait_until(lambda: not place.exists(), "the sweep of the rest")
+
+
+@posix_only
+@pytest.mark.parametrize("victim", ["top", "top/a", "top/a/b"])
+def test_removal_that_races_with_an_exchange_for_a_link_stays_inside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, outside: Path, victim: str
+) -> None:
+    """At each system call of the removal in turn, a directory is exchanged for a link."""
+    folder, renamed = module().Folder, os.rename
+    for moment in itertools.count():
+        place = tmp_path / f"run{moment}"
+        for directory in ("top/a/b/c", "top/d"):
+            (place / directory).mkdir(parents=True)
+            (place / directory / "file").touch()
+        (place / "top" / "a" / "b").chmod(0o500)
+        calls = itertools.count()
+
+        def exchange(place: Path = place) -> None:
+            with contextlib.suppress(OSError):
+                renamed(place / victim, place / "moved")
+                (place / victim).symlink_to(outside)
+
+        with monkeypatch.context() as patch:
+            for name in ("open", "scandir", "unlink", "rename", "rmdir", "chmod", "fstat"):
+                patch.setattr(os, name, interrupted(getattr(os, name), calls, moment, exchange))
+            folder(str(place)).remove("top")
+        if next(calls) <= moment:
+            assert not (place / "top").exists() and moment > 20
+            return
+
+
+def interrupted(call: Callable[..., Any], calls: Iterator[int], moment: int, action: Callable[[], None]) -> Any:
+    def run(*args: Any, **options: Any) -> Any:
+        if next(calls) == moment:
+            action()
+        return call(*args, **options)
+
+    return run
+
+
+@pytest.mark.skipif(not WINDOWS, reason="junctions are of Windows")
+def test_expiry_removes_junctions_themselves(launch: Callable[..., Daemon], outside: Path) -> None:
+    daemon = launch("--key_expire=1s")
+    task = daemon.submit(step(f'mkdir a\r\nmklink /J a\\b "{outside}"\r\nmklink /J c "{outside}"'))
+    if daemon.ended(task).code:
+        pytest.skip("this system makes no junctions")
+    wait_until(lambda: not list((daemon.root / "tasks").iterdir()), "the sweep")
+
+
+@posix_only
+def test_root_that_is_open_to_others_is_closed_while_empty_and_refused_else(
+    launch: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    for name in ("empty", "full"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "full" / "file").touch()
+    assert "chmod 700" in refused(cli("run", "--addr=127.0.0.1:0", f"--root={tmp_path / 'full'}"), 1)
+    assert (tmp_path / "full").stat().st_mode & 0o777 == 0o755
+    assert launch(root=tmp_path / "empty").root.stat().st_mode & 0o777 == 0o700
+
+
+@posix_only
+def test_environment_of_steps_is_the_daemons_but_for_its_own_variables(launch: Callable[..., Daemon]) -> None:
+    daemon = launch(env={"REMOTE_EXECUTOR_SECRET": "sesame", "PLAIN": "text"})
+    output = daemon.output(python("import json, os\nprint(json.dumps(dict(os.environ)))", env_vars=["OWN=1"]))
+    shown, shells = json.loads(output[0]), {"PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
+    added = {"OWN", "TASK_ID", "TASK_STEP_ID", "TASK_STEP_NAME", "TASK_WORKSPACE", "REMOTE_EXECUTOR_STEP"}
+    assert set(shown) - shells == {*daemon.env, *added} - {"REMOTE_EXECUTOR_SECRET"} - shells
+    assert shown["PLAIN"] == "text"
 
 
 # ======================================================================================================================
