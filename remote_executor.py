@@ -942,6 +942,12 @@ class Folder:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._top = -1  # its descriptor, for as long as the process lives
+
+    def open(self) -> None:
+        """Holds on to the directory itself, whatever becomes of its name; raises OSError."""
+        if _HAS_DESCRIPTORS:
+            self._top = os.open(self.path, _DIRECTORY)
 
     def read(self, *names: str) -> io.FileIO:
         """Opens a regular file; raises OSError, also for all else: a pipe would block, a device has no end."""
@@ -954,17 +960,20 @@ class Folder:
             raise OSError(errno.EINVAL, "is no regular file", names[-1])
         return open(descriptor, "rb", buffering=0)
 
-    def write(self, content: bytes, *names: str) -> None:
-        """Makes a file, which must not be there yet; raises OSError."""
-        with self._parent(names) as (name, parent):
-            descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o600, dir_fd=parent)
-        with open(descriptor, "wb", buffering=0) as file:
-            file.write(content)
-
-    def make(self, *names: str) -> None:
-        """Makes a directory, which must not be there yet; raises OSError."""
+    def make(self, *names: str, content: Mapping[str, bytes] = types.MappingProxyType({})) -> None:
+        """Makes a directory, which must not be there yet, with these files in it; raises OSError."""
         with self._parent(names) as (name, parent):
             os.mkdir(name, 0o700, dir_fd=parent)
+            inner = os.open(name, _DIRECTORY, dir_fd=parent) if content and parent is not None else None
+        try:
+            for file, data in content.items():
+                path = file if inner is not None else os.path.join(name, file)
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o600, dir_fd=inner)
+                with io.FileIO(descriptor, "w") as target:
+                    target.write(data)
+        finally:
+            if inner is not None:
+                os.close(inner)
 
     def remove_empty(self, *names: str) -> None:
         """Removes a directory; raises OSError where it is none, or not empty."""
@@ -990,14 +999,16 @@ class Folder:
                 raise NotADirectoryError(errno.ENOTDIR, "is a link", self.path)
             yield os.path.join(self.path, *names), None
             return
-        descriptor = os.open(self.path, _DIRECTORY)
+        descriptor = os.open(self.path, _DIRECTORY) if self._top < 0 else self._top
         try:
             for name in names[:-1]:
                 above, descriptor = descriptor, os.open(name, _DIRECTORY, dir_fd=descriptor)
-                os.close(above)
+                if above != self._top:
+                    os.close(above)
             yield names[-1], descriptor
         finally:
-            os.close(descriptor)
+            if descriptor != self._top:
+                os.close(descriptor)
 
 
 _HAS_DESCRIPTORS = os.open in os.supports_dir_fd  # of directories
@@ -1132,13 +1143,12 @@ def keep_descriptors() -> None:
 class PeerTable:
     """Who holds the other ends of the connections to one port of this host; any thread may ask.
 
-    The kernel's table costs milliseconds on a busy host, so one reading of it serves all who asked before it began.
+    The kernel's tables cost milliseconds each, so one reading serves all who asked before it began.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards all below
-        self._began_s = 0.0
-        self._users: dict[tuple[str, str], int] = {}  # by the client's end and ours
+        self._read: dict[str, tuple[float, dict[tuple[str, str], int]]] = {}  # when, and the users by both ends
 
     def user(self, peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
         """The user who holds the peer's end; None where the system does not tell.
@@ -1147,32 +1157,29 @@ class PeerTable:
         """
         if not ON_LINUX:
             return None
-        for _ in range(2):  # a table that changes while it is read may lack a line
+        ends = _kernel_address(*peer), _kernel_address(*ours)
+        tables = ("tcp6",) if ":" in peer[0] else ("tcp", "tcp6")  # the latter has IPv4 of IPv6's sockets
+        for table in tables * 2:  # twice, for one that changes while it is read may lack a line
             asked_s = time.monotonic()
             with self._lock:
-                if self._began_s <= asked_s:
-                    begin_s = time.monotonic()
-                    self._users = dict(_established(ours[1]))
-                    self._began_s = begin_s
-                user = self._users.get((_kernel_address(*peer), _kernel_address(*ours)))
-            if user is not None:
-                return user
+                begin_s, users = self._read.get(table, (0.0, {}))
+                if begin_s <= asked_s:
+                    self._read[table] = time.monotonic(), dict(_established(table, ours[1]))
+                    users = self._read[table][1]
+            if ends in users:
+                return users[ends]
         raise LookupError("this host does not know the client's end of the connection")
 
 
-def _established(port: int) -> Iterator[tuple[tuple[str, str], int]]:
+def _established(table: str, port: int) -> Iterator[tuple[tuple[str, str], int]]:
     """The ends of the connections to a port, the client's and ours, and its user (proc_net(5))."""
-    mark, mapped = f":{port:04X} 01 ", _kernel_address("::ffff:0.0.0.0", 0)[:24]
-    for table in ("tcp", "tcp6"):
-        with contextlib.suppress(FileNotFoundError), open(f"/proc/net/{table}", encoding="ascii") as file:
-            text = file.read()
-            at = text.find(mark)
-            while at >= 0:
-                fields = text[text.rfind("\n", 0, at) + 1 : text.find("\n", at)].split()
-                if fields[9] != "0":  # the inode, which a socket that no process has lacks
-                    client, server = (one[len(mapped) :] if one.startswith(mapped) else one for one in fields[1:3])
-                    yield (client, server), int(fields[7])
-                at = text.find(mark, at + 1)
+    mark, mapped = f":{port:04X} 01 ".encode(), _kernel_address("::ffff:0.0.0.0", 0)[:24]
+    with contextlib.suppress(FileNotFoundError), open(f"/proc/net/{table}", "rb") as file:
+        for line in file:
+            fields = line.decode("ascii").split() if mark in line else ["0"] * 10
+            if fields[9] != "0":  # the inode, which a socket that no process has lacks
+                client, server = (one[len(mapped) :] if one.startswith(mapped) else one for one in fields[1:3])
+                yield (client, server), int(fields[7])
 
 
 def _kernel_address(host: str, port: int) -> str:
@@ -1929,16 +1936,16 @@ class StepDirectory:
 
     def prepare(self, name: str, content: bytes) -> str:
         """Makes the directory with the script alone in it; the script's path. Raises OSError."""
+        files = {name: content}
         try:
-            self._tasks.make(*self._names)
+            self._tasks.make(*self._names, content=files)
         except FileNotFoundError:
             with contextlib.suppress(FileExistsError):  # a parallel step did
                 self._tasks.make(self._names[0])
-            self._tasks.make(*self._names)
+            self._tasks.make(*self._names, content=files)
         except FileExistsError:  # an earlier attempt made it, which did not start the step; or another step of the task
             self._tasks.remove(*self._names)
-            self._tasks.make(*self._names)
-        self._tasks.write(content, *self._names, name)
+            self._tasks.make(*self._names, content=files)
         return os.path.join(self.path, name)
 
     def exit_code(self) -> int | None:
@@ -2609,6 +2616,7 @@ class Engine:
         if self._store.aside and os.path.isdir(self._tasks_dir):
             rename(self._tasks_dir, self._tasks_dir + self._store.aside)  # it belongs to the database put aside
         os.makedirs(self._tasks_dir, exist_ok=True)
+        self._files.open()
         known = {str(seq) for seq in self._store.seqs()}
         for name in os.listdir(self._tasks_dir):
             if name not in known:  # renamed, because a new task may get its number before it is removed
@@ -3056,6 +3064,14 @@ def to_json(value: Any) -> str:
 Link = tuple[tuple[str, int], tuple[str, int]]  # a connection: the client's end and ours, each an address and a port
 
 
+class Client(NamedTuple):
+    """Who is at the other end of a connection; `certificate` says whose the client has shown and TLS found good."""
+
+    link: Link = (("", 0), ("", 0))
+    scheme: str = "http"
+    certificate: str = ""
+
+
 class Request(NamedTuple):
     """A request: `segments` and `query` are decoded, header names in lower case, `host` is what the client calls us."""
 
@@ -3066,20 +3082,18 @@ class Request(NamedTuple):
     host: str
     is_old: bool  # HTTP/1.0
     body_bytes: int | None  # as declared; None when it comes in chunks
+    client: Client = Client()
     body: bytes = b""
-    link: Link = (("", 0), ("", 0))
-    scheme: str = "http"
-    certificate: str = ""  # whose it is that the client has shown, and the TLS layer found good
     label: str = ""  # who asks, as the log calls them; empty for a stranger on a public route
     params: Mapping[str, str] = types.MappingProxyType({})
 
     @property
     def peer(self) -> str:
-        return self.link[0][0]
+        return self.client.link[0][0]
 
     @property
     def base_url(self) -> str:
-        return f"{self.scheme}://{self.host}"
+        return f"{self.client.scheme}://{self.host}"
 
     @property
     def awaits_go_on(self) -> bool:
@@ -3182,7 +3196,7 @@ class Stream:
         self._limit = limit
         self._buffer = bytearray()
         self._deadline_s = 0.0
-        self._limit_s = 0.0  # that a single read is held to
+        self._limit_s = float("inf")  # that a single read is held to
         self._scanned = 0
 
     def expect(self, within_s: float) -> None:
@@ -3258,7 +3272,7 @@ class Stream:
         self._buffer += data
 
 
-def read_head(stream: Stream, timeout_s: float) -> Request:
+def read_head(stream: Stream, timeout_s: float, client: Client) -> Request:
     """The next request but for its body (RFC 9112, read strictly).
 
     Raises Malformed, after which the connection's rest cannot be trusted, and ConnectionEnded.
@@ -3281,6 +3295,7 @@ def read_head(stream: Stream, timeout_s: float) -> Request:
         host,
         minor == "0",
         body_bytes,
+        client,
     )
 
 
@@ -3466,8 +3481,8 @@ class Access:
         sent = request.headers.get("authorization")
         if sent is not None:
             return self._check_token(request, sent)
-        if request.certificate:
-            return f"certificate {request.certificate}"
+        if request.client.certificate:
+            return f"certificate {request.client.certificate}"
         self._check_local(request)
         return "local"
 
@@ -3495,7 +3510,7 @@ class Access:
 
     def _warn_of_readers(self, request: Request) -> None:
         """Warns once where others on the network can read a token; the lock is held."""
-        if request.scheme == "http" and not is_loopback(request.peer) and not self._has_warned:
+        if request.client.scheme == "http" and not is_loopback(request.peer) and not self._has_warned:
             self._has_warned = True
             log.warning(
                 "%s sent its token over plain HTTP, where the network can read it; see --tls_cert", request.peer
@@ -3536,13 +3551,13 @@ class Access:
         if not is_loopback(request.peer):
             raise Unauthorized(self._advice(request))
         named = _LOCAL_HOST.fullmatch(request.host)
-        if not named or (named[1] and int(named[1]) != request.link[1][1]):
+        if not named or (named[1] and int(named[1]) != request.client.link[1][1]):
             raise Forbidden(f"{request.host!r} is no name of this host that needs no token; {self._advice(request)}")
         if self._settings.require_token:
             raise Unauthorized(f"--require_token is set; {self._advice(request)}")
-        if any(name.startswith(_FORWARDED) for name in request.headers):
+        if any(name.replace("_", "-").startswith(_FORWARDED) for name in request.headers):
             raise Unauthorized(f"a proxy has forwarded this; {self._advice(request)}")
-        if not self._is_trusted(request.link):
+        if not self._is_trusted(request.client.link):
             raise Unauthorized(f"the client is another user's; {self._advice(request)}")
 
     def _is_trusted(self, link: Link) -> bool:
@@ -3885,20 +3900,24 @@ class Tls:
         """Reads the certificates, for connections to come; raises StartupError, and the earlier ones hold."""
         import ssl
 
-        name, path, settings = "tls_cert", self._settings.tls_cert, self._settings
+        cert, key, authority = self._settings.tls_cert, self._settings.tls_key, self._settings.tls_client_ca
+        what = ""
         try:
+            for name, path in (("tls_cert", cert), ("tls_key", key or cert), ("tls_client_ca", authority or cert)):
+                what = f"--{name}: {path}"
+                with open(path, "rb"):  # ssl's own errors name no file
+                    pass
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.minimum_version = ssl.TLSVersion.TLSv1_2
-            with open(path, "rb"):  # ssl's own errors name no file
-                name, path = "tls_key", settings.tls_key or path
-            with open(path, "rb"):
-                context.load_cert_chain(settings.tls_cert, settings.tls_key or None, password="")  # ask nobody for one
-            if settings.tls_client_ca:
-                name, path = "tls_client_ca", settings.tls_client_ca
-                context.load_verify_locations(path)
+            context.options |= ssl.OP_NO_RENEGOTIATION
+            what = f"--tls_cert: {cert} with the key in {key or cert}"
+            context.load_cert_chain(cert, key or None, password="")  # nobody is asked for one
+            if authority:
+                what = f"--tls_client_ca: {authority}"
+                context.load_verify_locations(authority)
                 context.verify_mode = ssl.CERT_OPTIONAL  # for a token lets in too
         except (OSError, ValueError) as error:
-            raise StartupError(f"--{name}: {path} cannot be used: {getattr(error, 'strerror', '') or error}") from None
+            raise StartupError(f"{what} cannot be used: {getattr(error, 'strerror', '') or error}") from None
         self._context = context
 
     def wrap(self, link: socket.socket) -> socket.socket:
@@ -4018,7 +4037,7 @@ class Server(http.server.ThreadingHTTPServer):
         return admission
 
     @contextlib.contextmanager
-    def serve(self, request: Request, admission: Admission) -> Iterator[Response]:
+    def serve(self, request: Request, admission: Admission, body: bytes) -> Iterator[Response]:
         """The answer to a request, which counts as in work until it is sent."""
         route, counted = admission.route, 0
         try:
@@ -4026,7 +4045,8 @@ class Server(http.server.ThreadingHTTPServer):
                 if admission.error or not route:
                     raise admission.error or NoRoute("no route")
                 counted = self._count(route)
-                response = route.handle(request._replace(params=admission.params, label=admission.label))
+                request = request._replace(params=admission.params, label=admission.label, body=body)
+                response = route.handle(request)
                 if request.method in ("POST", "PUT"):
                     what = f"{request.method} {_path(request)}" + (f": {response.audit}" if response.audit else "")
                     log.info("%s (%s): %s", request.peer, admission.label, what)
@@ -4155,15 +4175,15 @@ class Connection(socketserver.BaseRequestHandler):
         ours = self.request.getsockname()
         link = (_plain_address(self.client_address[0]), self.client_address[1]), (_plain_address(ours[0]), ours[1])
         try:
-            self._serve(link)
+            self._serve(Client(link, self.server.scheme))
         except (OSError, ConnectionEnded) as error:
             log.debug("connection of %s: %s", link[0][0], error)
         finally:
             self.server.access.forget(link)
 
-    def _serve(self, link: Link) -> None:
+    def _serve(self, client: Client) -> None:
         """Answers requests until the client or we have enough."""
-        server, certificate = self.server, ""
+        server = self.server
         self._is_spare = server.is_spare(self.request)
         patience_s = min(server.timeout_s, _HURRY_S) if self._is_spare else server.timeout_s
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -4172,11 +4192,11 @@ class Connection(socketserver.BaseRequestHandler):
         else:
             self.request.settimeout(patience_s)
             self.request.do_handshake()
-            certificate = certificate_name(self.request.getpeercert())
+            client = client._replace(certificate=certificate_name(self.request.getpeercert()))
         stream = Stream(self.request, self._limit_reads)
         stream.expect(patience_s)
         stream.wait()
-        while self._exchange(stream, link, certificate, patience_s):
+        while self._exchange(stream, client, patience_s):
             stream.expect(_IDLE_S)
             stream.wait()
 
@@ -4187,12 +4207,11 @@ class Connection(socketserver.BaseRequestHandler):
         else:
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(seconds))
 
-    def _exchange(self, stream: Stream, link: Link, certificate: str, patience_s: float) -> bool:
+    def _exchange(self, stream: Stream, client: Client, patience_s: float) -> bool:
         """One request and its answer; whether another may follow."""
         server, begin_s = self.server, time.perf_counter()
         try:
-            request = read_head(stream, patience_s)
-            request = request._replace(link=link, scheme=server.scheme, certificate=certificate)
+            request = read_head(stream, patience_s, client)
             admission, limit = server.admit(request, self._is_spare), server.body_limit
             if admission.error:
                 limit = min(limit, _REFUSED_BODY_BYTES)
@@ -4204,7 +4223,7 @@ class Connection(socketserver.BaseRequestHandler):
             socket.socket.shutdown(self.request, socket.SHUT_WR)
             stream.drain(_LINGER_S)
             return False
-        with server.serve(request._replace(body=body), admission) as response:
+        with server.serve(request, admission, body) as response:
             is_kept, sent = self._send(request, response)
         if log.isEnabledFor(logging.DEBUG):
             server.told(request, response.status, time.perf_counter() - begin_s, sent)

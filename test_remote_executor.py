@@ -2503,9 +2503,9 @@ def holders(daemon: Daemon, task: str) -> list[int]:
 def test_stop_that_races_the_end_gives_one_end(daemon: Daemon, runs: int) -> None:
     random = Random(runs)
     for _ in range(runs):
-        task = daemon.submit(step("sleep 0.02"), step())
-        daemon.until_running(task)
-        time.sleep(random.random() * 0.03)  # about the step's end
+        task = daemon.submit(step("sleep 0.1"), step())
+        wait_until(lambda task=task: daemon.steps(task)[0]["state"] != 2, "the step to begin")  # type: ignore[misc]
+        time.sleep(random.random() * 0.13)  # about the step's end
         stopped = daemon.put(f"/api/v1/task/{task}/0").code
         answer = daemon.ended(task)
         ends = [(one["state"], one["code"]) for one in answer.data]
@@ -2736,9 +2736,8 @@ def test_access_over_peer_host_origin_token_and_tls(
     axes = PEERS, USERS, hosts(2376), TOKENS, ("http", "https", "certificate")
     for peer, user, host, token, tls in itertools.product(*axes):
         scheme, certificate = ("https", "deploy") if tls == "certificate" else (tls, "")
-        request = request_of(host, marks_on(marks_of, host, scheme), TOKENS[token])
-        link = (peer, USERS[user]), ("127.0.0.1", 2376)
-        request = request._replace(link=link, scheme=scheme, certificate=certificate)
+        client = code.Client(((peer, USERS[user]), ("127.0.0.1", 2376)), scheme, certificate)
+        request = request_of(client, host, marks_on(marks_of, host, scheme), TOKENS[token])
         status, label = expected(peer, user, host, marks_of, token, tls == "certificate", require_token)
         case = f"{peer} {user} {host} {token} {tls}"
         assert admitted(access, request, False) == (status, label), case
@@ -2751,11 +2750,11 @@ def user_of(_: Any, peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
     return os.geteuid() + (peer[1] == USERS["other"]) if not WINDOWS else None
 
 
-def request_of(host: str, headers: dict[str, str], authorization: str) -> Any:
+def request_of(client: Any, host: str, headers: dict[str, str], authorization: str) -> Any:
     lines = [f"Host: {host}", *(f"{name}: {value}" for name, value in headers.items())]
     lines += [f"Authorization: {authorization}"] if authorization else []
     head = "\r\n".join(["GET /api/v1/pool HTTP/1.1", *lines, "", ""])
-    return module().read_head(stream_of(head.encode()), 30)
+    return module().read_head(stream_of(head.encode()), 30, client)
 
 
 def admitted(access: Any, request: Any, is_public: bool) -> tuple[int, str]:
@@ -2911,8 +2910,8 @@ def test_token_over_plain_http_from_another_host_is_warned_of_once(
     access.start()
     caplog.clear()
     for peer, scheme in (("127.0.0.1", "http"), ("192.0.2.7", "https"), ("192.0.2.7", "http"), ("192.0.2.8", "http")):
-        request = request_of("build-7", {}, "Bearer alpha")
-        request = request._replace(link=((peer, 1), ("192.0.2.1", 2376)), scheme=scheme)
+        client = code.Client(((peer, 1), ("192.0.2.1", 2376)), scheme)
+        request = request_of(client, "build-7", {}, "Bearer alpha")
         assert access.admit(request, False) == "token of line 1"
     assert [record.getMessage().split()[0] for record in caplog.records] == ["192.0.2.7"]
 
@@ -3212,7 +3211,7 @@ def parsed(data: bytes, piece: int) -> list[tuple[str, tuple[str, ...], bytes]]:
     code, stream, found = module(), stream_of(data, piece), []
     with contextlib.suppress(code.ConnectionEnded, code.Malformed, code.TooLarge):
         while True:
-            request = code.read_head(stream, 30)
+            request = code.read_head(stream, 30, code.Client())
             body = code.read_body(stream, request, 30, BODY_LIMIT, lambda: None)
             found.append((request.method, request.segments, body))
     return found
@@ -3614,6 +3613,17 @@ sPrUwT9ClFZhjB/BVixMLup5zvjwcIGtHY8Fof7D
 """,
 }
 
+# The key of the server, locked by a password that nobody is asked for.
+LOCKED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAgTHVPTOqLejAICCAAw
+DAYIKoZIhvcNAgkFADAdBglghkgBZQMEAQIEEKtACf/xczKry5gygp6A2vIEgZDm
+LXF3jQsO10ycybmKXvPGmELVxxFUZyllBSpCZl0aLZdstSwWHIPII+wBehOeBgtd
+l67RrRDmxEOP96fcVHtCDBF/QjVEmrC+mCXOnQ+ukdRr7PnylC/5SYovc2ia9cGw
+s+8EUt5x53eR7se5UI1rXg5PnWUkgYWHLQlBM0F3NFN4iFZMqHCq/EVNeVjqhsA=
+-----END ENCRYPTED PRIVATE KEY-----
+"""
+
 
 def pki(place: Path) -> dict[str, Path]:
     """The files of an authority and its certificates."""
@@ -3736,8 +3746,9 @@ def test_tls_certificates_are_read_again_on_sighup(launch_tls: Callable[..., Dae
 @pytest.mark.parametrize(
     "flags, code, word",
     [
-        (("--tls_cert={server}",), 1, "--tls_key"),  # which is not in the same file
-        (("--tls_cert={server}", "--tls_key={client.key}"), 1, "--tls_key"),
+        (("--tls_cert={server}",), 1, "with the key in"),  # which is not in the same file
+        (("--tls_cert={server}", "--tls_key={client.key}"), 1, "with the key in"),
+        (("--tls_cert={server}", "--tls_key={locked}"), 1, "with the key in"),
         (("--tls_cert={missing}", "--tls_key={server.key}"), 1, "missing"),
         (("--tls_cert={server}", "--tls_key={missing}"), 1, "missing"),
         (("--tls_cert={server}", "--tls_key={server.key}", "--tls_client_ca={server.key}"), 1, "--tls_client_ca"),
@@ -3748,7 +3759,8 @@ def test_tls_certificates_are_read_again_on_sighup(launch_tls: Callable[..., Dae
 def test_tls_files_that_cannot_be_used_are_refused(
     tmp_path: Path, flags: tuple[str, ...], code: int, word: str
 ) -> None:
-    files = {**pki(tmp_path), "missing": tmp_path / "missing"}
+    files = {**pki(tmp_path), "missing": tmp_path / "missing", "locked": tmp_path / "locked"}
+    files["locked"].write_text(LOCKED_KEY, encoding="ascii")
     given = [re.sub(r"{(.*)}", lambda match: str(files[match[1]]), flag) for flag in flags]
     assert word in refused(cli("run", "--addr=127.0.0.1:0", f"--root={tmp_path / 'root'}", *given), code)
 
