@@ -1669,7 +1669,7 @@ class PosixProcesses:
 
     def has_run(self, step_dir: str) -> bool:
         """Whether anything of the step may have run: its wrapper leaves its pid first, and carries the step's mark."""
-        if any(os.path.exists(os.path.join(step_dir, name)) for name in ("pid", "rc")):
+        if any(os.path.lexists(os.path.join(step_dir, name)) for name in ("pid", "rc")):
             return True
         mark = os.fsencode(step_dir)
         return any(_carries(one.pid, mark) for one in _scan_processes())
