@@ -35,7 +35,7 @@ import errno
 import functools
 import graphlib
 import heapq
-import http.server
+import http
 import itertools
 import json
 import logging
@@ -3561,7 +3561,7 @@ def parse_address(text: str) -> tuple[str, int]:
     return found[1] or found[2] or "", int(found[3])
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(socketserver.ThreadingTCPServer):
     """The listening socket and the connections; `start` and `stop` are the daemon's, the rest the connections'."""
 
     daemon_threads = True
@@ -3611,13 +3611,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_activate()
 
     def server_bind(self) -> None:
-        """Binds without asking the name service for our name, as the base does."""
+        """Binds, for both families where the host is empty; on Windows no other process may take the port too."""
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         if self.address_family == socket.AF_INET6 and not self.server_address[0]:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = "", self.server_address[1]
+        super().server_bind()
 
     def start(self) -> None:
         """Accepts connections from now on."""
