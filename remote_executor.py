@@ -28,11 +28,13 @@ Threads: `main` waits for signals; `listener` accepts connections; one `connecti
 from __future__ import annotations
 
 import argparse
+import bisect
 import collections
 import contextlib
 import datetime
 import errno
 import functools
+import gc
 import graphlib
 import heapq
 import http
@@ -611,6 +613,20 @@ if ON_WINDOWS:
     NtResumeProcess = _library("ntdll").NtResumeProcess  # for Popen has closed the handle that ResumeThread takes
     NtResumeProcess.argtypes = (_HANDLE,)
 
+    GetProcessHandleCount = _declare(_kernel32, "GetProcessHandleCount", _BOOL, _HANDLE, ctypes.POINTER(_DWORD))
+
+    class ProcessMemory(ctypes.Structure):
+        """PROCESS_MEMORY_COUNTERS_EX."""
+
+        _fields_ = [("Size", _DWORD), ("PageFaultCount", _DWORD)] + [
+            (name, ctypes.c_size_t)
+            for name in ("PeakWorkingSet", "WorkingSet", "PeakPagedPool", "PagedPool", "PeakNonPagedPool")
+            + ("NonPagedPool", "Pagefile", "PeakPagefile", "Private")
+        ]
+
+    GetProcessMemoryInfo = _declare(
+        _kernel32, "K32GetProcessMemoryInfo", _BOOL, _HANDLE, ctypes.POINTER(ProcessMemory), _DWORD
+    )
     SetDllDirectoryW = _declare(_kernel32, "SetDllDirectoryW", _BOOL, _TEXT)
 
     # Handles and waits (Synchronization Functions)
@@ -1013,6 +1029,152 @@ def use_all_descriptors() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+@functools.lru_cache(maxsize=1)
+def boot_time_s() -> float:
+    """When the host started, in seconds since the epoch."""
+    with contextlib.suppress(OSError), open("/proc/stat", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("btime "):
+                return float(line.split()[1])
+    return time.time() - time.monotonic()
+
+
+def _stat_fields(pid: int | str) -> list[str]:
+    """The fields of /proc/PID/stat from the state on (proc_pid_stat(5)); none when there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].decode("ascii").split()
+    except (OSError, ValueError):
+        return []
+
+
+def _ask_ps(*arguments: str) -> str:
+    """What ps says, where there is no /proc."""
+    command = ["/bin/ps", *arguments]
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ).stdout.decode(errors="replace")
+
+
+def _creation_time(process: int) -> int:
+    """When the process was created, in units of 100 ns since 1601."""
+    times = [wintypes.FILETIME() for _ in range(4)]
+    GetProcessTimes(process, *(ctypes.byref(one) for one in times))
+    return int(times[0].dwHighDateTime) << 32 | int(times[0].dwLowDateTime)
+
+
+class ProcessFigures(NamedTuple):
+    """What this process takes of the host; None where the system does not tell."""
+
+    cpu_s: float
+    started_s: float  # since the epoch
+    threads: int
+    resident_bytes: int | None
+    virtual_bytes: int | None
+    open_files: int | None  # on Windows handles
+    most_files: int | None
+
+
+def process_figures() -> ProcessFigures:
+    """What the system tells now."""
+    cpu_s = time.process_time()
+    if ON_WINDOWS:
+        process, memory, handles = GetCurrentProcess(), ProcessMemory(), wintypes.DWORD()
+        GetProcessMemoryInfo(process, ctypes.byref(memory), ctypes.sizeof(memory))
+        GetProcessHandleCount(process, ctypes.byref(handles))
+        started_s = (_creation_time(process) - _EPOCH_OF_1601) / 10**7
+        taken = memory.WorkingSet, memory.Private, handles.value, _MOST_HANDLES
+        return ProcessFigures(cpu_s, started_s, threading.active_count(), *taken)
+    files = len(os.listdir("/dev/fd")) - 1, _most_files()  # the listing itself takes one
+    if not ON_LINUX:
+        sizes = _ask_ps("-o", "rss=,vsz=", "-p", str(os.getpid())).split()
+        resident, virtual = (int(size) * 1024 for size in sizes) if len(sizes) == 2 else (None, None)
+        return ProcessFigures(cpu_s, _LOADED_S, threading.active_count(), resident, virtual, *files)
+    fields = _stat_fields("self")
+    started_s = boot_time_s() + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    resident, virtual = int(fields[21]) * os.sysconf("SC_PAGE_SIZE"), int(fields[20])
+    return ProcessFigures(cpu_s, started_s, int(fields[17]), resident, virtual, *files)
+
+
+_LOADED_S = time.time()
+_EPOCH_OF_1601 = 116_444_736_000_000_000  # 1970, in the units of a FILETIME
+_MOST_HANDLES = 16 * 1024 * 1024  # of a process (Pushing the Limits of Windows: Handles)
+
+
+def _most_files() -> int | None:
+    if sys.platform != "win32":
+        import resource
+
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return soft if soft != resource.RLIM_INFINITY else None
+    return None
+
+
+class HostFacts(NamedTuple):
+    """What the host is."""
+
+    name: str
+    system: str
+    release: str
+    machine: str
+
+
+def host_facts() -> HostFacts:
+    import platform
+
+    found = platform.uname()
+    return HostFacts(found.node, found.system, found.release, found.machine)
+
+
+class Build(NamedTuple):
+    """What runs here: the program, the commit that it is of, empty where nobody knows, its time, and its Python."""
+
+    version: str
+    commit: str
+    built: str
+    implementation: str
+    python: str
+    os: str
+    arch: str
+
+
+_COMMIT, _COMMITTED = "$Format:%H$", "$Format:%cI$"  # `git archive` fills these in
+
+
+@functools.lru_cache(maxsize=1)
+def build() -> Build:
+    """Read from the file's place: the commit that is checked out there, the time when the file was written."""
+    is_archived = not _COMMIT.startswith("$")
+    commit, built = (_COMMIT, _COMMITTED) if is_archived else (_checked_out(), _written())
+    system = "windows" if ON_WINDOWS else sys.platform
+    python = sys.version.split()[0]
+    return Build(__version__, commit, built, sys.implementation.name, python, system, host_facts().machine)
+
+
+def _checked_out() -> str:
+    """The commit of a git checkout (gitrepository-layout(5))."""
+    place = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".git")
+    found = ""
+    with contextlib.suppress(OSError, ValueError):
+        with open(os.path.join(place, "HEAD"), encoding="utf-8") as file:
+            found = file.read().strip()
+        if found.startswith("ref: "):
+            name, found = found[5:], ""
+            with contextlib.suppress(OSError), open(os.path.join(place, "packed-refs"), encoding="utf-8") as file:
+                found = next((line.split()[0] for line in file if line.rstrip().endswith(f" {name}")), "")
+            with open(os.path.join(place, name), encoding="utf-8") as file:  # where it is there, it is the later one
+                found = file.read().strip()
+    return found if re.fullmatch("[0-9a-f]{40,64}", found) else ""
+
+
+def _written() -> str:
+    """When the file was written, or the archive or the program that it is a part of."""
+    for path in (__file__, os.path.dirname(__file__), sys.executable):
+        with contextlib.suppress(OSError):
+            return format_time(int(os.stat(path).st_mtime))
+    return ""
+
+
 # ======================================================================================================================
 # interpreters: from a command type to the command line that runs a script, and the bytes of the script
 # ======================================================================================================================
@@ -1326,15 +1488,6 @@ def _signal_group(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def _stat_fields(pid: int | str) -> list[str]:
-    """The fields of /proc/PID/stat from the state on (proc_pid_stat(5)); none when there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].decode("ascii").split()
-    except (OSError, ValueError):
-        return []
-
-
 def _start_time(pid: int) -> str:
     """When the process started, in the system's words; empty when it is gone or a zombie."""
     if ON_LINUX:
@@ -1375,14 +1528,6 @@ def _carries(pid: int, step_dir: bytes) -> bool:
         output = step_dir + b"/output"
         return any(os.readlink(f"/proc/{pid}/fd/{number}".encode()) == output for number in (1, 2))
     return False
-
-
-def _ask_ps(*arguments: str) -> str:
-    """What ps says, where there is no /proc."""
-    command = ["/bin/ps", *arguments]
-    return subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ).stdout.decode(errors="replace")
 
 
 class PosixProcesses:
@@ -1566,13 +1711,6 @@ def _wait_for(handles: Sequence[int], seconds: float) -> int | None:
 def _limit_job(job: int, flags: int) -> None:
     limits = JobLimits(LimitFlags=flags | JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION)  # without a dialog box
     SetInformationJobObject(job, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits), ctypes.sizeof(limits))
-
-
-def _creation_time(process: int) -> int:
-    """When the process was created, in units of 100 ns."""
-    times = [wintypes.FILETIME() for _ in range(4)]
-    GetProcessTimes(process, *(ctypes.byref(one) for one in times))
-    return int(times[0].dwHighDateTime) << 32 | int(times[0].dwLowDateTime)
 
 
 class WindowsProcesses:
@@ -2081,8 +2219,8 @@ class Store:
 
     def oldest_ns(self) -> int | None:
         """When the oldest task was accepted."""
-        oldest: int | None = self._read("SELECT min(accepted_ns) FROM task")[0][0]
-        return oldest
+        rows = self._read("SELECT accepted_ns FROM task ORDER BY seq LIMIT 1")
+        return int(rows[0][0]) if rows else None
 
     def size_bytes(self) -> int:
         """What the database takes on disk."""
@@ -2298,11 +2436,14 @@ class Observer:
     def commit(self, seconds: float, changes: int) -> None:
         """The store has committed."""
 
-    def step_started(self, waited_s: float) -> None:
+    def step_started(self, task_id: str, idx: int, waited_s: float) -> None:
         """A step has started, so long after it was ready."""
 
-    def step_ended(self, result: str, seconds: float, output_bytes: int) -> None:
+    def step_ended(self, task_id: str, idx: int, result: str, seconds: float, output_bytes: int) -> None:
         """A step has ended: succeeded, failed, or forced."""
+
+    def request(self, method: str, template: str, status: int, seconds: float) -> None:
+        """A request has been answered; the template is empty where no route has its path."""
 
 
 class _ActiveStep:
@@ -2594,7 +2735,7 @@ class Engine:
             return
         with self._lock:
             active.tree = tree
-        self._observer.step_started(time.monotonic() - active.ready_s)
+        self._observer.step_started(active.task.id, idx, time.monotonic() - active.ready_s)
         log.debug("%s: started, pid %d", active, tree.pid)
 
     def _environment_of(self, active: _ActiveStep, entries: Sequence[str], workspace: str) -> dict[str, str]:
@@ -2630,7 +2771,7 @@ class Engine:
         output_bytes = self._directory(active.task.seq, active.idx).output_bytes()
         end = self._end(active.task, [(active.idx, code, reason)], active)
         result = "forced" if end[2] else "failed" if end[1] else "succeeded"
-        self._observer.step_ended(result, seconds, output_bytes)
+        self._observer.step_ended(active.task.id, active.idx, result, seconds, output_bytes)
         log.debug("%s: ended with code %d %s", active, *end[1:])
 
     def _end(
@@ -2792,6 +2933,156 @@ _LOST = "lost: it ended without a result, as when it is killed or the host resta
 # telemetry: metrics
 # ======================================================================================================================
 
+_STEP_BOUNDS_S = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600, 21600, 86400)
+_QUEUE_BOUNDS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600)
+_REQUEST_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # whatever else a client makes up is "other"
+OWN = "remote_executor_"  # how the names of our own metrics begin
+
+
+class Family(NamedTuple):
+    """A metric: its name, type and help, and its samples, each a suffix of the name, labels and a value."""
+
+    name: str
+    kind: str
+    help: str
+    samples: Sequence[tuple[str, Pairs, float]]
+
+
+def single(name: str, kind: str, text: str, value: float | None, labels: Pairs = ()) -> Family:
+    """A metric of one sample, of none where the value is None."""
+    return Family(name, kind, text, [("", labels, value)] if value is not None else [])
+
+
+def exposition(families: Iterable[Family]) -> str:
+    """The metrics in the text format 0.0.4 of Prometheus (Exposition formats)."""
+    lines = []
+    for family in families:
+        if family.samples:
+            lines += [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"]
+        for suffix, labels, value in family.samples:
+            pairs = ",".join(f'{name}="{text.translate(_LABEL_ESCAPES)}"' for name, text in labels)
+            lines.append(f"{family.name}{suffix}{{{pairs}}} {value}" if pairs else f"{family.name}{suffix} {value}")
+    return "\n".join([*lines, ""])
+
+
+_LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+class Histogram:
+    """How many values lie below each bound; whoever shares one guards it."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def samples(self, labels: Pairs = ()) -> list[tuple[str, Pairs, float]]:
+        totals = itertools.accumulate(self._counts)
+        bounds = [*map(str, self._bounds), "+Inf"]
+        found: list[tuple[str, Pairs, float]]
+        found = [("_bucket", (*labels, ("le", bound)), total) for bound, total in zip(bounds, totals)]
+        return [*found, ("_sum", labels, self._sum), ("_count", labels, sum(self._counts))]
+
+
+def spread(name: str, text: str, histograms: Mapping[Pairs, Histogram]) -> Family:
+    """A metric of histograms, each with its labels."""
+    return Family(
+        name, "histogram", text, [one for labels, found in histograms.items() for one in found.samples(labels)]
+    )
+
+
+class Telemetry(Observer):
+    """Counts what the daemon does; any thread may tell it and ask it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards all below, for some hundred nanoseconds at a time
+        self._steps = dict.fromkeys(("succeeded", "failed", "forced"), 0)
+        self._step_seconds = Histogram(_STEP_BOUNDS_S)
+        self._queue_seconds = Histogram(_QUEUE_BOUNDS_S)
+        self._output_bytes = 0
+        self._commit_seconds = Histogram(_REQUEST_BOUNDS_S)
+        self._changes = 0
+        self._requests: dict[tuple[str, str, int], int] = {}
+        self._request_seconds: dict[tuple[str, str], Histogram] = {}
+
+    def commit(self, seconds: float, changes: int) -> None:
+        with self._lock:
+            self._commit_seconds.add(seconds)
+            self._changes += changes
+
+    def step_started(self, task_id: str, idx: int, waited_s: float) -> None:
+        with self._lock:
+            self._queue_seconds.add(waited_s)
+
+    def step_ended(self, task_id: str, idx: int, result: str, seconds: float, output_bytes: int) -> None:
+        with self._lock:
+            self._steps[result] += 1
+            self._step_seconds.add(seconds)
+            self._output_bytes += output_bytes
+
+    def request(self, method: str, template: str, status: int, seconds: float) -> None:
+        method = method if method in _METHODS else "other"
+        key = template, method
+        with self._lock:
+            self._requests[template, method, status] = self._requests.get((template, method, status), 0) + 1
+            if key not in self._request_seconds:
+                self._request_seconds[key] = Histogram(_REQUEST_BOUNDS_S)
+            self._request_seconds[key].add(seconds)
+
+    def families(self) -> list[Family]:
+        """What was counted since the daemon's start."""
+        with self._lock:
+            steps = [("", (("result", result),), count) for result, count in self._steps.items()]
+            requests = [
+                ("", (*_route_labels(template, method), ("status", str(status))), count)
+                for (template, method, status), count in self._requests.items()
+            ]
+            spans = {_route_labels(*key): found for key, found in self._request_seconds.items()}
+            return [
+                Family(OWN + "steps_ended_total", "counter", "Steps that ended, by result.", steps),
+                spread(OWN + "step_duration_seconds", "How long steps ran.", {(): self._step_seconds}),
+                spread(OWN + "step_queue_seconds", "How long ready steps waited.", {(): self._queue_seconds}),
+                single(OWN + "step_output_bytes_total", "counter", "What ended steps wrote.", self._output_bytes),
+                Family(OWN + "http_requests_total", "counter", "Requests answered.", requests),
+                spread(
+                    OWN + "http_request_duration_seconds", "From a request's first byte to its answer's last.", spans
+                ),
+                spread(OWN + "store_commit_duration_seconds", "How long commits took.", {(): self._commit_seconds}),
+                single(OWN + "store_changes_total", "counter", "Changes in these commits.", self._changes),
+            ]
+
+
+def _route_labels(template: str, method: str) -> Pairs:
+    return ("route", template or "none"), ("method", method)
+
+
+def process_families(figures: ProcessFigures) -> list[Family]:
+    """The process and its Python, by the names of the official clients of Prometheus."""
+    cycles = [((("generation", str(number)),), found) for number, found in enumerate(gc.get_stats())]
+    return [
+        single("process_cpu_seconds_total", "counter", "User and system CPU time.", figures.cpu_s),
+        single("process_resident_memory_bytes", "gauge", "Resident memory.", figures.resident_bytes),
+        single("process_virtual_memory_bytes", "gauge", "Virtual memory.", figures.virtual_bytes),
+        single("process_open_fds", "gauge", "Open file descriptors, on Windows handles.", figures.open_files),
+        single("process_max_fds", "gauge", "The most of them.", figures.most_files),
+        single("process_threads", "gauge", "Threads.", figures.threads),
+        single("process_start_time_seconds", "gauge", "When it started, since the epoch.", figures.started_s),
+        *(
+            Family(f"python_gc_{name}_total", "counter", text, [("", labels, found[key]) for labels, found in cycles])
+            for name, key, text in (
+                ("collections", "collections", "Runs of the garbage collector."),
+                ("objects_collected", "collected", "Objects that it freed."),
+                ("objects_uncollectable", "uncollectable", "Objects that it could not free."),
+            )
+        ),
+    ]
+
+
 # ======================================================================================================================
 # HTTP core: requests read strictly, answers, routes
 # ======================================================================================================================
@@ -2810,6 +3101,7 @@ _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,12})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 JSON_TYPE = ("Content-Type", "application/json; charset=utf-8")
+METRICS_TYPE = ("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
@@ -3272,6 +3564,7 @@ def _is_loopback(peer: str) -> bool:
 # ======================================================================================================================
 
 _POOL_MOST = next(option.most for option in OPTIONS if option.name == "pool_size")
+_POOL_HELP = ("The most steps that run at once.", "Steps that run.", "Steps that are ready and wait.")
 _LONG_LINE_BYTES = 1 << 20  # beyond this a line is answered piece by piece
 
 
@@ -3432,9 +3725,10 @@ class Api:
 class OperatorApi:
     """Answers the routes that tell of the daemon itself; any thread may call it."""
 
-    def __init__(self, store: Store, engine: Engine, warning: str) -> None:
+    def __init__(self, store: Store, engine: Engine, telemetry: Telemetry, warning: str) -> None:
         self._store = store
         self._engine = engine
+        self._telemetry = telemetry
         self._warning = warning  # what the operator should know
 
     def routes(self) -> list[Route]:
@@ -3461,21 +3755,23 @@ class OperatorApi:
         return Response()
 
     def show_metrics(self, _: Request) -> Response:
-        pool, counts = self._engine.pool(), self._store.counts()
-        lines = ["# HELP remote_executor_tasks Tasks kept, by state.", "# TYPE remote_executor_tasks gauge"]
-        lines += [
-            f'remote_executor_tasks{{state="{STATE_NAMES[state]}"}} {counts.get(state, 0)}' for state in STATE_NAMES
+        families = [*self._families(), *self._telemetry.families(), *process_families(process_figures())]
+        return Response(headers=(METRICS_TYPE,), body=exposition(families).encode())
+
+    def _families(self) -> list[Family]:
+        """What there is now."""
+        counts = self._store.counts()
+        tasks = [("", (("state", name),), counts.get(state, 0)) for state, name in STATE_NAMES.items()]
+        known = tuple((name, value) for name, value in build()._asdict().items())
+        return [
+            single(OWN + "build_info", "gauge", "The program and its Python; always 1.", 1, known),
+            Family(OWN + "tasks", "gauge", "Tasks kept, by state.", tasks),
+            *(
+                single(f"{OWN}pool_{name}", "gauge", text, value)
+                for (name, value), text in zip(self._engine.pool()._asdict().items(), _POOL_HELP)
+            ),
+            single(OWN + "store_size_bytes", "gauge", "What the database takes on disk.", self._store.size_bytes()),
         ]
-        for name, value in pool._asdict().items():
-            lines += [
-                f"# HELP remote_executor_pool_{name} The pool: {name}.",
-                f"# TYPE remote_executor_pool_{name} gauge",
-            ]
-            lines.append(f"remote_executor_pool_{name} {value}")
-        return Response(
-            headers=(("Content-Type", "text/plain; version=0.0.4; charset=utf-8"),),
-            body="\n".join([*lines, ""]).encode(),
-        )
 
     def show_state(self, _: Request) -> Response:
         counts = {STATE_NAMES[State(state)]: count for state, count in self._store.counts().items()}
@@ -3688,16 +3984,22 @@ class Server(socketserver.ThreadingTCPServer):
         return 1
 
     def told(self, request: Request, route: Route | None, status: int, seconds: float, sent: int) -> None:
-        """A request has been answered."""
-        log.debug(
-            '%s "%s %s" %d %d B %.1f ms',
-            request.peer,
-            request.method,
-            _printable(request.segments),
-            status,
-            sent,
-            seconds * 1000,
-        )
+        """A request has been answered, or its answer broke off."""
+        self._observer.request(request.method, route.template if route else "", status, seconds)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug(
+                '%s "%s %s" %d %d B %.1f ms',
+                request.peer,
+                request.method,
+                _printable(request.segments),
+                status,
+                sent,
+                seconds * 1000,
+            )
+
+    def told_malformed(self, error: ApiError, seconds: float) -> None:
+        """What a client sent has been refused unread."""
+        self._observer.request("", "", error.status, seconds)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serves a connection in a thread of its own."""
@@ -3771,14 +4073,17 @@ class Connection(socketserver.BaseRequestHandler):
             request = read_request(stream, server.timeout_s, server.body_limit, self._go_on)
         except ApiError as error:
             self._send(None, refusal(error))
+            server.told_malformed(error, time.perf_counter() - begin_s)
             self.request.shutdown(socket.SHUT_WR)
             stream.drain(_LINGER_S)
             return False
         request = request._replace(link=link)
         with server.serve(request) as (route, response):
-            is_kept, sent = self._send(request, response)
-        if log.isEnabledFor(logging.DEBUG):
-            server.told(request, route, response.status, time.perf_counter() - begin_s, sent)
+            sent = 0
+            try:
+                is_kept, sent = self._send(request, response)
+            finally:
+                server.told(request, route, response.status, time.perf_counter() - begin_s, sent)
         return is_kept
 
     def _go_on(self) -> None:
@@ -3910,20 +4215,23 @@ class Daemon:
         keep_descriptors()
         forget_launcher()
         use_all_descriptors()
-        observer = Observer()
-        store = Store(os.path.join(self._root, "remote_executor.db"), observer.commit)
+        telemetry = Telemetry()
+        store = Store(os.path.join(self._root, "remote_executor.db"), telemetry.commit)
         store.start()
         closing.callback(store.stop)
         clock = Clock.resume(store.memory(), store.latest_ns())
         store.remember(clock.memory())
-        engine = Engine(store, Processes(umask), clock, self._root, settings, observer)
+        engine = Engine(store, Processes(umask), clock, self._root, settings, telemetry)
         exposed = "--insecure: everybody is let in" if settings.insecure else ""
         warning = "; ".join(text for text in (store.warning, exposed) if text)
         router = Router(
-            [*Api(store, engine, clock, settings.key_expire).routes(), *OperatorApi(store, engine, warning).routes()]
+            [
+                *Api(store, engine, clock, settings.key_expire).routes(),
+                *OperatorApi(store, engine, telemetry, warning).routes(),
+            ]
         )
         access = Access(settings, self._root)
-        server = Server(settings, router, access, observer)
+        server = Server(settings, router, access, telemetry)
         closing.callback(server.stop)
         server.open()
         access.start()

@@ -2888,6 +2888,12 @@ def test_state_shows_the_daemons_own_figures(daemon: Daemon) -> None:
     assert isinstance(answer.data, dict) and answer.data
 
 
+def samples(daemon: Daemon) -> dict[str, float]:
+    """The samples of /metrics, by name and labels."""
+    lines = daemon.get("/metrics").body.decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
 def test_metrics_are_prometheus_text_of_tasks_and_pool(daemon: Daemon) -> None:
     daemon.run(step())
     answer = daemon.get("/metrics")
@@ -2900,6 +2906,61 @@ def test_metrics_are_prometheus_text_of_tasks_and_pool(daemon: Daemon) -> None:
     assert len({line for line in lines if line.startswith("# TYPE")}) == sum(
         line.startswith("# TYPE") for line in lines
     )
+
+
+def test_metrics_count_steps_by_result(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch()
+    for one in (step(), step("exit 3"), writes(b"y" * 1000)):
+        daemon.run(one)
+    task = daemon.submit(held(gate))
+    daemon.until_running(task)
+    daemon.put(f"/api/v1/task/{task}")
+    daemon.ended(task)
+    own = "remote_executor_step"
+    found = wait_until(lambda: (now := samples(daemon))[own + 's_ended_total{result="forced"}'] and now)
+    assert [found[f'{own}s_ended_total{{result="{one}"}}'] for one in ("succeeded", "failed", "forced")] == [2, 1, 1]
+    assert found[own + "_duration_seconds_count"] == found[own + '_duration_seconds_bucket{le="+Inf"}'] == 4
+    assert found[own + "_queue_seconds_count"] == 4 and found[own + "_output_bytes_total"] >= 1000
+    assert found['remote_executor_tasks{state="Stop"}'] == 4 and found["remote_executor_store_changes_total"] >= 12
+
+
+def test_metrics_count_requests_by_route_with_bounded_labels(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    for number in range(5):
+        daemon.get(f"/api/v1/task/{number}")
+        daemon.request("BREW" + "X" * number, f"/nope/{number}")
+        daemon.raw(b"nonsense\r\n\r\n")
+    wanted = {
+        'route="/api/v1/task/{task}",method="GET",status="200"': 5.0,
+        'route="none",method="other",status="404"': 5.0,
+        'route="none",method="other",status="400"': 5.0,
+    }
+
+    def counted() -> dict[str, float]:
+        total = "remote_executor_http_requests_total{"
+        found = samples(daemon).items()
+        return {
+            name[len(total) : -1]: value for name, value in found if name.startswith(total) and "/metrics" not in name
+        }
+
+    wait_until(lambda: counted() == wanted, "the requests to be counted")
+    assert samples(daemon)['remote_executor_http_request_duration_seconds_count{route="none",method="other"}'] == 10
+
+
+def test_metrics_of_the_process_have_the_official_names(daemon: Daemon) -> None:
+    found = samples(daemon)
+    assert abs(found["process_start_time_seconds"] - time.time()) < 3600 and found["process_cpu_seconds_total"] > 0
+    assert 2**20 < found["process_resident_memory_bytes"] <= found["process_virtual_memory_bytes"] or WINDOWS
+    assert 3 < found["process_open_fds"] < found["process_max_fds"] and found["process_threads"] >= 3
+    assert any(name.startswith(f'remote_executor_build_info{{version="{version()}"') for name in found)
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool on this host")
+def test_metrics_pass_promtool_without_a_warning(daemon: Daemon) -> None:
+    daemon.run(step("exit 1"))
+    text = daemon.get("/metrics").body
+    result = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
 
 
 # ======================================================================================================================
