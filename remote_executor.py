@@ -3725,10 +3725,14 @@ class Api:
 class OperatorApi:
     """Answers the routes that tell of the daemon itself; any thread may call it."""
 
-    def __init__(self, store: Store, engine: Engine, telemetry: Telemetry, warning: str) -> None:
+    def __init__(
+        self, store: Store, engine: Engine, clock: Clock, telemetry: Telemetry, root: str, warning: str
+    ) -> None:
         self._store = store
         self._engine = engine
+        self._clock = clock
         self._telemetry = telemetry
+        self._root = root
         self._warning = warning  # what the operator should know
 
     def routes(self) -> list[Route]:
@@ -3742,7 +3746,16 @@ class OperatorApi:
         ]
 
     def show_version(self, _: Request) -> Response:
-        return json_response({"version": __version__})
+        known = build()
+        python = {
+            "implementation": known.implementation,
+            "version": known.python,
+            "os": known.os,
+            "arch": known.arch,
+        }
+        return json_response(
+            {"version": known.version, "python": python, "commit": known.commit or None, "built": known.built}
+        )
 
     def show_health(self, request: Request) -> Response:
         """The envelope, and its data beside it too, where clients of the original look."""
@@ -3774,10 +3787,31 @@ class OperatorApi:
         ]
 
     def show_state(self, _: Request) -> Response:
-        counts = {STATE_NAMES[State(state)]: count for state, count in self._store.counts().items()}
+        counts, oldest_ns = self._store.counts(), self._store.oldest_ns()
+        host, disk = host_facts(), shutil.disk_usage(self._root)
+        oldest = None if oldest_ns is None else format_time((oldest_ns + self._clock.offset_ns()) // _SECOND_NS)
         return json_response(
-            {"pool": self._engine.pool()._asdict(), "tasks": counts, "store_bytes": self._store.size_bytes()}
+            {
+                "host": {**host._asdict(), "boot_time": format_time(int(boot_time_s()))},
+                "process": self._process_json(),
+                "pool": self._engine.pool()._asdict(),
+                "tasks": {name: counts.get(state, 0) for state, name in STATE_NAMES.items()},
+                "store": {"bytes": self._store.size_bytes(), "records": sum(counts.values()), "oldest": oldest},
+                "root": {"path": self._root, "disk_free_bytes": disk.free, "disk_total_bytes": disk.total},
+            }
         )
+
+    def _process_json(self) -> dict[str, Any]:
+        figures, known = process_figures(), build()
+        return {
+            "pid": os.getpid(),
+            "uptime_s": round(max(0.0, time.time() - figures.started_s), 3),
+            "cpu_s": round(figures.cpu_s, 3),
+            "rss_bytes": figures.resident_bytes,
+            "threads": figures.threads,
+            "open_files": figures.open_files,
+            "python": f"{known.implementation} {known.python}",
+        }
 
 
 def _running_text(rows: Sequence[StepRow]) -> str:
@@ -4227,7 +4261,7 @@ class Daemon:
         router = Router(
             [
                 *Api(store, engine, clock, settings.key_expire).routes(),
-                *OperatorApi(store, engine, telemetry, warning).routes(),
+                *OperatorApi(store, engine, clock, telemetry, self._root, warning).routes(),
             ]
         )
         access = Access(settings, self._root)
@@ -4277,8 +4311,11 @@ _LOOK_S = 0.5
 
 
 def version_line() -> str:
-    """The version of the program and of its Python, in a line."""
-    return f"remote_executor {__version__} (Python {sys.version.split()[0]})"
+    """What /version tells, in a line."""
+    known = build()
+    commit = f"commit {known.commit[:12]}, " if known.commit else ""
+    python = f"{known.implementation} {known.python}, {known.os} {known.arch}"
+    return f"remote_executor {known.version} ({commit}built {known.built}; {python})"
 
 
 # ======================================================================================================================

@@ -63,6 +63,7 @@ import sqlite3
 import statistics
 import struct
 import symtable
+import tarfile
 import threading
 import time
 import urllib.parse
@@ -2867,10 +2868,28 @@ def test_heartbeat_is_200_and_empty(daemon: Daemon) -> None:
         assert (answer.status, answer.body) == (200, b"")
 
 
-def test_version_names_the_version(daemon: Daemon) -> None:
+def test_version_names_the_program_and_its_python(daemon: Daemon) -> None:
     answer = daemon.get("/version")
     assert answer.head == (200, 0, "success")
-    assert answer.data["version"] == version()
+    assert set(answer.data) == {"version", "python", "commit", "built"}
+    assert answer.data["version"] == version() and re.fullmatch(LOCAL_TIME, answer.data["built"])
+    assert answer.data["python"]["version"] == sys.version.split()[0]
+    assert answer.data["python"]["implementation"] == sys.implementation.name
+    assert answer.data["python"]["os"] and answer.data["python"]["arch"]
+
+
+@pytest.mark.skipif(not (HERE / ".git").is_dir() or not shutil.which("git"), reason="no checkout, or no git")
+def test_version_knows_the_commit_of_a_checkout_and_of_an_archive(daemon: Daemon, tmp_path: Path) -> None:
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(["git", *arguments], cwd=HERE, check=True, capture_output=True).stdout
+
+    head = git("rev-parse", "HEAD").decode().strip()
+    assert daemon.get("/version").data["commit"] == head
+    with tarfile.open(fileobj=io.BytesIO(git("archive", "HEAD", PROGRAM.name))) as archive:
+        (tmp_path / PROGRAM.name).write_bytes((archive.extractfile(PROGRAM.name) or io.BytesIO()).read())
+    command = [sys.executable, str(tmp_path / PROGRAM.name), "--version"]
+    line = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"(commit {head[:12]}, built {git('log', '-1', '--format=%cI').decode().strip()}; " in line
 
 
 def test_healthyz_names_server_client_state_and_time(daemon: Daemon) -> None:
@@ -2882,10 +2901,21 @@ def test_healthyz_names_server_client_state_and_time(daemon: Daemon) -> None:
     assert answer.data["state"] == "Running" and abs(answer.data["timestamp"] - time.time_ns()) < 60e9
 
 
-def test_state_shows_the_daemons_own_figures(daemon: Daemon) -> None:
+def test_state_shows_the_daemons_own_figures(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    assert daemon.get("/api/v1/state").data["store"]["oldest"] is None
+    daemon.run(step())
     answer = daemon.get("/api/v1/state")
     assert answer.head == (200, 0, "success")
-    assert isinstance(answer.data, dict) and answer.data
+    parts = answer.data
+    assert set(parts) == {"host", "process", "pool", "tasks", "store", "root"}
+    assert parts["host"]["name"] and re.fullmatch(LOCAL_TIME, parts["host"]["boot_time"])
+    assert daemon.process and (parts["process"]["pid"] == daemon.process.pid or WINDOWS)
+    assert 0 < parts["process"]["uptime_s"] < 600 and parts["process"]["rss_bytes"] > 2**20
+    assert parts["pool"] == {"size": 30, "running": 0, "waiting": 0}
+    assert parts["tasks"] == {"Stop": 1, "Running": 0, "Pending": 0, "System Error": 0}
+    assert parts["store"]["records"] == 1 and abs(local_seconds(parts["store"]["oldest"]) - time.time()) < 600
+    assert 0 < parts["root"]["disk_free_bytes"] <= parts["root"]["disk_total_bytes"]
 
 
 def samples(daemon: Daemon) -> dict[str, float]:
@@ -3185,7 +3215,11 @@ def test_help_needs_no_root_and_leaves_no_file(tmp_path: Path) -> None:
 def test_version_flag_prints_the_version() -> None:
     result = cli("--version")
     assert (result.returncode, result.stderr) == (0, "")
-    assert version() in result.stdout and len(result.stdout.splitlines()) == 1
+    told = re.fullmatch(
+        r"remote_executor (\S+) \((commit [0-9a-f]{12}, )?built (\S+); (\S+) (\S+), \S+ \S+\)\n", result.stdout
+    )
+    assert told and told[1] == version() and re.fullmatch(LOCAL_TIME, told[3])
+    assert (told[4], told[5]) == (sys.implementation.name, sys.version.split()[0])
 
 
 def test_root_by_default_is_in_the_temporary_directory(tmp_path: Path) -> None:
