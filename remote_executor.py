@@ -3177,12 +3177,20 @@ def refusal(error: ApiError) -> Response:
 
 
 class Route(NamedTuple):
-    """What answers a method on a path; {names} in the template are parameters."""
+    """What answers a method on a path; {names} in the template are parameters.
+
+    `answer`, `query` and `body` are words of the API document, `refusals` the statuses that only some routes answer.
+    """
 
     method: str
     template: str
     handle: Callable[[Request], Response]
-    is_counted: bool = True  # by --max-requests
+    summary: str
+    answer: str
+    query: tuple[str, ...] = ()
+    body: str = ""
+    refusals: tuple[int, ...] = ()
+    is_counted: bool = False  # by --max-requests
     is_public: bool = False  # for those too who may call nothing else
 
 
@@ -3555,15 +3563,656 @@ def _is_loopback(peer: str) -> bool:
 # API document: OpenAPI, derived from the routes
 # ======================================================================================================================
 
+Json = dict[str, Any]
+
+_POOL_MOST = next(option.most for option in OPTIONS if option.name == "pool_size")
+
+_REFUSALS = {  # by status: when it happens, and an example; the first are for every route
+    400: ("The request is malformed.", "[2].timeout: '1 hour' is no duration; right would be 90s, 1h30m or 500ms"),
+    401: ("It needs a token, or the token is wrong.", "send `Authorization: Bearer ...` with a token of the daemon"),
+    403: (
+        "It comes from a page of another origin.",
+        "pages of other sites may not call this; --cors_origin allows one",
+    ),
+    413: ("The body is too large.", "the body has 16777217 bytes; at most 16777216 are taken (--max_body)"),
+    429: ("Too many at once; wait.", "8 requests are in work, the most that --max-requests allows; try again"),
+    500: ("The daemon failed.", "the daemon failed; its log says how"),
+    503: ("Not now.", "the daemon is ending; send the task again to the next one"),
+    409: (
+        "It is in conflict with another.",
+        "id: 'a' is the id of a task that was submitted otherwise; use another id",
+    ),
+    507: ("The disk is full.", "the disk of the root is full; make room, or give another --root"),
+}
+_ANY_ROUTE = (400, 401, 403, 413, 429, 500, 503)
+_REFUSAL_HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
+
+
+def api_document(routes: Iterable[Route]) -> Json:
+    """The OpenAPI 3.1 document of these routes."""
+    paths: dict[str, Json] = {}
+    for route in routes:
+        paths.setdefault(route.template, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "remote_executor",
+            "version": __version__,
+            "description": "Runs scripts on this host: tasks of steps, in order, in parallel or as a graph. The `code` "
+            "of an answer is 0 for success, 1001 in progress, 1002 execution failed, 1003 not found, expired or "
+            "destroyed, else the status of a refusal.",
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "servers": [{"url": "/"}],
+        "security": [{}, {"token": []}],
+        "paths": paths,
+        "components": {
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description": "See --token_file."}},
+            "parameters": _parameters(),
+            "requestBodies": _bodies(),
+            "responses": {**_answers(), **{f"Refused{status}": _refused(status) for status in _REFUSALS}},
+            "schemas": _schemas(),
+        },
+    }
+
+
+def _operation(route: Route) -> Json:
+    names = [*re.findall(r"{(\w+)}", route.template), *route.query]
+    statuses = [*_ANY_ROUTE, *route.refusals]
+    success = "302" if route.answer == "Redirect" else "200"
+    found: Json = {
+        "operationId": re.sub(r"\W+", "_", route.method.lower() + route.template.replace("}", "")),
+        "summary": route.summary,
+        "tags": [_tag(route.template)],
+        "responses": {success: _ref("responses", route.answer)},
+    }
+    if names:
+        found["parameters"] = [_ref("parameters", name) for name in names]
+    if route.body:
+        found["requestBody"] = _ref("requestBodies", route.body)
+    if route.is_public:
+        found["security"] = [{}]
+    found["responses"].update({str(status): _ref("responses", f"Refused{status}") for status in sorted(statuses)})
+    return found
+
+
+def _tag(template: str) -> str:
+    areas = (("/api/v1/task", "tasks"), ("/api/v1/pool", "pool"), ("/debug/", "profiles"), ("/swagger", "document"))
+    return next((tag for prefix, tag in areas if template.startswith(prefix)), "daemon")
+
+
+def _ref(kind: str, name: str) -> Json:
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+def _schema(name: str) -> Json:
+    return _ref("schemas", name)
+
+
+def _object(fields: Json, *optional: str) -> Json:
+    """An object of these fields and no others, all but the optional ones required."""
+    required = [name for name in fields if name not in optional]
+    return {"type": "object", "required": required, "properties": fields, "additionalProperties": False}
+
+
+def _array(of: Json, **more: Any) -> Json:
+    return {"type": "array", "items": of, **more}
+
+
+def _string(about: str, **more: Any) -> Json:
+    return {"type": "string", "description": about, **more}
+
+
+def _whole(about: str, least: int = 0, **more: Any) -> Json:
+    return {"type": "integer", "description": about, "minimum": least, **more}
+
+
+def _envelope(codes: Sequence[int], data: Json | None = None) -> Json:
+    code = {"const": codes[0]} if len(codes) == 1 else {"enum": [*codes]}
+    fields = {"code": {"type": "integer", **code}, "message": {"type": "string"}}
+    return _object({**fields, "data": data} if data else fields)
+
+
+def _answer(
+    about: str, schema: Json, examples: Mapping[str, Any] = types.MappingProxyType({}), header: str = ""
+) -> Json:
+    """An answer of JSON."""
+    content: Json = {"schema": schema}
+    if examples:
+        content["examples"] = {name: {"value": value} for name, value in examples.items()}
+    found: Json = {"description": about, "content": {"application/json": content}}
+    if header:
+        found["headers"] = {header: {"schema": {"type": "string"}}}
+    return found
+
+
+def _refused(status: int) -> Json:
+    about, message = _REFUSALS[status]
+    example = {"code": status, "message": message}
+    return _answer(about, _envelope([status]), {"refused": example}, _REFUSAL_HEADERS.get(status, ""))
+
+
+def _parameters() -> Json:
+    """What stands in paths and queries."""
+    truth = {"type": "string", "pattern": "^([1tT0fF]|[tT][rR][uU][eE]|[fF][aA][lL][sS][eE])?$"}
+    path: dict[str, tuple[str, Json, Any]] = {
+        "task": ("Id of the task", {"type": "string", "minLength": 1}, "release-1"),
+        "step": ("Index of the step, or its name", {"type": "string", "minLength": 1}, "0"),
+    }
+    query: dict[str, tuple[str, Json, Any]] = {
+        "sort": ("By begin (st), end (et) or expiry (rt)", {"enum": ["st", "et", "rt"], "default": "st"}, "st"),
+        "ansync": ("true: only `depets_on` orders the steps", truth, "true"),
+        "async": ("The same as `ansync`", truth, "true"),
+        "id": ("Id of the task; sent again, the same submission runs once", {"pattern": _ID_WORD}, "release-1"),
+        "timeout": ("Of the whole task, from its acceptance", _schema("Duration"), "1h30m"),
+        "env_vars": ("KEY=value for all steps; may stand several times", _array(_schema("Variable")), ["target=linux"]),
+    }
+    found: Json = {}
+    for place, words in (("path", path), ("query", query)):
+        for name, (about, schema, example) in words.items():
+            schema = schema if "$ref" in schema or "type" in schema else {"type": "string", **schema}
+            found[name] = {"name": name, "in": place, "description": about, "schema": schema, "example": example}
+            if place == "path":
+                found[name]["required"] = True
+    return found
+
+
+_ID_WORD = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?)?$"  # empty is as absent
+
+
+def _bodies() -> Json:
+    def body(name: str, examples: Json) -> Json:
+        values = {name: {"value": value} for name, value in examples.items()}
+        return {"required": True, "content": {"application/json": {"schema": _schema(name), "examples": values}}}
+
+    build_it = {"command_type": "sh", "command_content": 'echo "build $target"', "env_vars": ["target=linux"]}
+    graph = [
+        {"name": "fetch", "command_type": "sh", "command_content": "echo 42 >answer"},
+        {"name": "left", "command_type": "sh", "command_content": "cat answer", "depets_on": ["fetch"]},
+        {"name": "right", "command_type": "python", "command_content": "print(7)", "depets_on": ["fetch"]},
+    ]
+    steps = {"one after another": [build_it, {**build_it, "timeout": "90s"}], "a graph, with ansync=true": graph}
+    return {"Submission": body("Submission", steps), "PoolSize": body("PoolSize", {"eight": {"size": 8}})}
+
+
+def _schemas() -> Json:
+    """What bodies and answers are made of."""
+    return {**_submitted(), **_shown(), **_figures(), "NotFound": _envelope([Code.NOT_FOUND])}
+
+
+def _submitted() -> Json:
+    """The schemas of bodies; an optional field may be null or empty too."""
+    names = _array({"type": "string"}, description="Names of the steps that must succeed first")
+    optional = {"type": ["array", "null"]}
+    duration = {"anyOf": [_schema("Duration"), {"type": "null"}], "description": "Default --exec_timeout"}
+    step = {
+        "command_type": {"type": "string", "enum": [*INTERPRETERS]},
+        "command_content": _string("The script", minLength=1),
+        "name": {**_string("Default <task id>-<index>", maxLength=_NAME_LIMIT), "type": ["string", "null"]},
+        "env_vars": {**_array(_schema("Variable")), **optional},
+        "depets_on": {**names, **optional},
+        "depends_on": {**names, **optional, "description": "The same as `depets_on`"},
+        "timeout": duration,
+    }
+    required = ["command_type", "command_content"]
+    size = _whole("Steps that run at once", 1, maximum=_POOL_MOST)
+    return {
+        "Duration": _string("As Go writes it", pattern=_DURATION_WORD, examples=["90s", "1h30m", "500ms"]),
+        "Variable": _string("KEY=value", pattern="^[^=\\x00]+=[^\\x00]*$"),
+        "SubmittedStep": {"type": "object", "required": required, "properties": step},
+        "Submission": _array(_schema("SubmittedStep"), minItems=1),
+        "PoolSize": {"type": "object", "required": ["size"], "properties": {"size": size}},
+    }
+
+
+def _shown() -> Json:
+    """The schemas of tasks, steps and the pool."""
+    names = _array({"type": "string"}, description="Names of the steps that must succeed first")
+    times = {
+        "st": _string("Begin", format="date-time"),
+        "et": _string("End", format="date-time"),
+        "rt": _string("Time left before the record expires, as Go prints a duration"),
+    }
+    state = {"type": "integer", "enum": [*State], "description": "0 ended, 1 running, 2 pending, 255 system error"}
+    code = {"type": "integer", "description": "0 success; a task's is the sum of its steps'"}
+    url, message = _string("Where it is shown", format="uri"), {"type": "string"}
+    task = {"id": _string("Id"), "url": url, "state": state, "code": code, "count": _whole("Steps", 1), "msg": message}
+    row = {"step": _whole("Index"), "url": url, "name": _string("Name"), "state": state, "code": code, "msg": message}
+    return {
+        "Times": _object(times, "st", "et"),
+        "Task": _object({**task, "times": _schema("Times")}),
+        "Step": _object({**row, "depets_on": names, "times": _schema("Times")}, "depets_on"),
+        "Pool": _object(
+            {
+                "size": _whole("The most steps that run at once", 1),
+                "running": _whole("Steps that run"),
+                "waiting": _whole("Steps that are ready and wait"),
+            }
+        ),
+    }
+
+
+_DURATION_WORD = (
+    r"^((?=.*[1-9])\+?(([0-9]+(\.[0-9]*)?|\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h))+)?$"  # empty as absent
+)
+
+
+def _figures() -> Json:
+    """The schemas of what the daemon tells of itself."""
+    unknown = {"type": ["integer", "null"], "minimum": 0}
+    moment = {"format": "date-time"}
+    python = {name: _string(name) for name in ("implementation", "version", "os", "arch")}
+    commit = {"type": ["string", "null"], "description": "The git commit, null where nobody knows it"}
+    number = {"type": "number", "minimum": 0}
+    process = {
+        "pid": _whole("Process id", 1),
+        "uptime_s": {**number, "description": "Seconds since its start"},
+        "cpu_s": {**number, "description": "Seconds of user and system CPU time"},
+        "rss_bytes": {**unknown, "description": "Resident memory"},
+        "threads": _whole("Threads", 1),
+        "open_files": {**unknown, "description": "File descriptors, on Windows handles"},
+        "python": _string("Implementation and version"),
+    }
+    host = {name: _string(name) for name in HostFacts._fields}
+    oldest = {"type": ["string", "null"], **moment, "description": "When the oldest kept task was accepted"}
+    store = {"bytes": _whole("Size of the database"), "records": _whole("Tasks kept"), "oldest": oldest}
+    disk = {"path": _string("The root"), "disk_free_bytes": _whole("Free there"), "disk_total_bytes": _whole("In all")}
+    return {
+        "Version": _object(
+            {
+                "version": _string("Of the program"),
+                "python": _object(python),
+                "commit": commit,
+                "built": _string("When"),
+            }
+        ),
+        "State": _object(
+            {
+                "host": _object({**host, "boot_time": _string("When it started", **moment)}),
+                "process": _object(process),
+                "pool": _schema("Pool"),
+                "tasks": _object({name: _whole("Tasks in this state") for name in STATE_NAMES.values()}),
+                "store": _object(store),
+                "root": _object(disk),
+            }
+        ),
+        "Health": _object(
+            {
+                "server": _string("What the client calls the daemon"),
+                "client": _string("The client's address"),
+                "state": {"const": "Running"},
+                "timestamp": _whole("Nanoseconds since the epoch"),
+                "warning": _string("What the operator should know"),
+            },
+            "warning",
+        ),
+    }
+
+
+def _answers() -> Json:
+    """What a request that is not refused is answered."""
+    pool, gone = {"size": 30, "running": 1, "waiting": 0}, {"code": 1003, "message": NO_TASK}
+    submitted = {"count": 4, "id": "release-1", "url": _EXAMPLE_URL + "release-1", "timestamp": 1668649373430555500}
+    counts = {"count": _whole("Steps", 1), "timestamp": _whole("Nanoseconds since the epoch")}
+    accepted = _object({**dict.fromkeys(("id", "url"), {"type": "string"}), **counts})
+    tasks = _object({"running": _whole("Running tasks"), "tasks": _array(_schema("Task")), "total": _whole("Tasks")})
+    health = _schemas()["Health"]["properties"]
+    beside = {name: schema for name, schema in health.items() if name != "warning"}
+    states = (Code.SUCCESS, Code.IN_PROGRESS, Code.FAILED)
+
+    def kept(data: Json) -> Json:
+        return {"oneOf": [_envelope(states, data), _schema("NotFound")]}
+
+    return {
+        "TaskList": _answer("All tasks", _envelope([0], tasks), _list_examples()),
+        "Accepted": _answer("It is stored", _envelope([0], accepted), {"stored": _success(submitted)}, "X-Task-ID"),
+        "TaskDetail": _answer(
+            "The task", kept(_array(_schema("Step"))), {**_task_examples(), "gone": gone}, "X-Task-STATE"
+        ),
+        "Stopped": _answer(
+            "The stop is recorded",
+            {"oneOf": [_envelope([0]), _schema("NotFound")]},
+            {"stopped": {"code": 0, "message": "success"}, "gone": gone},
+        ),
+        "Console": _answer("Its lines so far", kept(_array({"type": "string"})), {**_console_examples(), "gone": gone}),
+        "Pool": _answer("The pool", _envelope([0], _schema("Pool")), {"pool": _success(pool)}),
+        "Version": _answer("What runs", _envelope([0], _schema("Version"))),
+        "State": _answer("What it takes", _envelope([0], _schema("State"))),
+        "Health": _answer("It lives", _object({**_envelope([0], _schema("Health"))["properties"], **beside})),
+        "Document": _answer("This document", {"type": "object"}),
+        "Empty": {"description": "Nothing else"},
+        "Redirect": {"description": "To the page", "headers": {"Location": {"schema": {"type": "string"}}}},
+        "Metrics": _plain("Text format 0.0.4 of Prometheus"),
+        "Page": _plain("A page", "text/html"),
+    }
+
+
+_EXAMPLE_URL = "http://localhost:2376/api/v1/task/"
+
+
+def _list_examples() -> Json:
+    times = {"st": "2022-11-17T17:17:58+08:00", "et": "2022-11-17T17:17:58+08:00", "rt": "47h53m30.619752642s"}
+    task = {"id": "release-1", "url": _EXAMPLE_URL + "release-1", "state": 0, "code": 510, "count": 4}
+    task.update(msg="execution failed: [Step: 0, Name: step0; Step: 2, Name: step2]", times=times)
+    none = {"running": 0, "tasks": [], "total": 0}
+    return {"one task": _success({"running": 0, "tasks": [task], "total": 1}), "none": _success(none)}
+
+
+def _task_examples() -> Json:
+    def step(idx: int, state: int, code: int, message: str, **times: str) -> Json:
+        shown = {"step": idx, "url": f"{_EXAMPLE_URL}a/{idx}/console", "name": f"a-{idx}", "state": state, "code": code}
+        needs = {"depets_on": [f"a-{idx - 1}"]} if idx else {}
+        return {**shown, "msg": message, **needs, "times": {**times, "rt": "47h59m57.433539558s"}}
+
+    begin, end = "2022-11-18T16:20:53+08:00", "2022-11-18T16:20:56+08:00"
+    first = step(0, 0, 0, STEP_SUCCEEDED, st=begin, et=end)
+    runs, waits = step(0, 1, 0, STEP_RUNNING, st=begin), step(1, 2, 0, STEP_PENDING)
+    failed = step(1, 0, 2, failure_text(1, "a-1", 2, ""), st=end, et=end)
+    failure = f"execution failed: [{failed['msg']}]"
+    return {
+        "success": _success([first, step(1, 0, 0, STEP_SUCCEEDED, st=end, et=end)]),
+        "in progress": {"code": 1001, "message": "in progress: [Step: 0, Name: a-0]", "data": [runs, waits]},
+        "failed": {"code": 1002, "message": failure, "data": [first, failed]},
+    }
+
+
+def _console_examples() -> Json:
+    reason = failure_text(0, "a-0", 2, "")
+    return {
+        "success": {"code": 0, "message": "succeed", "data": ["build linux", "  done"]},
+        "in progress": {"code": 1001, "message": "in progress", "data": ["build linux"]},
+        "waiting": {"code": 1001, "message": "pending", "data": []},
+        "failed": {"code": 1002, "message": f"exit code: 2; {reason}", "data": ["no route to host"]},
+    }
+
+
+def _success(data: Any) -> Json:
+    return {"code": 0, "message": "success", "data": data}
+
+
+def _plain(about: str, kind: str = "text/plain") -> Json:
+    """An answer that is no JSON."""
+    return {"description": about, "content": {kind: {"schema": {"type": "string"}}}}
+
+
 # ======================================================================================================================
 # web pages: what a browser shows
 # ======================================================================================================================
+
+API_STYLE = r"""
+:root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #57606a; --line: #d0d7de; --box: #f6f8fa;
+  --link: #0550ae; --get: #0550ae; --post: #116329; --put: #953800; --bad: #b42318; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #0d1117; --text: #e6edf3; --soft: #9aa4af; --line: #3d444d; --box: #161b22;
+    --link: #79b8ff; --get: #79b8ff; --post: #7ee787; --put: #ffa657; --bad: #ff8b82; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--back); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; margin: 0; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+h3 { font-size: .9rem; margin: 1rem 0 .25rem; color: var(--soft); }
+p { margin: .25rem 0; }
+a { color: var(--link); }
+code, pre, textarea, .path { font: .875rem/1.5 ui-monospace, monospace; }
+pre { margin: .25rem 0; padding: .5rem .75rem; max-height: 30rem; overflow: auto; background: var(--box);
+  border: 1px solid var(--line); border-radius: .375rem; white-space: pre-wrap; }
+input, textarea, select, button { font-size: 1rem; padding: .4rem .6rem; max-width: 100%; color: inherit;
+  background: var(--back); border: 1px solid var(--soft); border-radius: .375rem; }
+textarea { width: 100%; min-height: 9rem; }
+label textarea { min-height: 3.5rem; }
+select { display: block; margin: .5rem 0; }
+button { background: var(--box); cursor: pointer; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 1px; }
+form.token { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: 1rem 0; }
+label { display: grid; grid-template-columns: 9rem 1fr; gap: .25rem .75rem; align-items: center; margin: .5rem 0; }
+form.token label { display: contents; }
+label small { grid-column: 2; }
+small, .soft { color: var(--soft); }
+details { border: 1px solid var(--line); border-radius: .375rem; margin: .5rem 0; }
+summary { padding: .5rem .75rem; cursor: pointer; }
+summary .path { font-weight: 600; }
+summary small { display: inline-block; }
+.body { padding: 0 .75rem .75rem; border-top: 1px solid var(--line); }
+.method { display: inline-block; min-width: 3.5rem; font-weight: 700; }
+.get, .head { color: var(--get); } .post { color: var(--post); } .put { color: var(--put); }
+.bad { color: var(--bad); }
+@media (max-width: 40rem) { label { grid-template-columns: 1fr; } label small { grid-column: 1; } }
+"""
+
+API_SCRIPT = r"""
+"use strict";
+const MOST_SHOWN = 100000;
+const TOKEN = "remote_executor token";
+const content = document.getElementById("content");
+const note = document.getElementById("note");
+const field = document.getElementById("token");
+let description = null;
+
+function make(tag, attributes, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+function resolve(thing) {
+  if (!thing || !thing.$ref) return thing;
+  return thing.$ref.split("/").slice(1).reduce((place, name) => place[name], description);
+}
+
+// A schema in the words of TypeScript, its descriptions as comments.
+function words(schema, indent = "") {
+  const found = resolve(schema) || {}, deeper = indent + "  ";
+  if (found.oneOf) return found.oneOf.map((one) => words(one, indent)).join("\n" + indent + "or ");
+  if (found.anyOf) return found.anyOf.map((one) => words(one, indent)).join(" | ");
+  if ("const" in found) return JSON.stringify(found.const);
+  if (found.enum) return found.enum.map((one) => JSON.stringify(one)).join(" | ");
+  if (found.items) return "[" + words(found.items, indent) + ", ...]";
+  if (!found.properties) return [].concat(found.type || "any").join(" | ");
+  const lines = Object.entries(found.properties).map(([name, one]) => {
+    const optional = (found.required || []).includes(name) ? "" : "?", about = (resolve(one) || {}).description;
+    return deeper + name + optional + ": " + words(one, deeper) + (about ? "  // " + about : "");
+  });
+  return ["{", ...lines, indent + "}"].join("\n");
+}
+
+function headers() {
+  return field.value ? { Authorization: "Bearer " + field.value } : {};
+}
+
+// Not by JSON.parse, which rounds the nanoseconds.
+function pretty(text) {
+  let indent = "\n";
+  return text.replace(/"(?:[^"\\]|\\.)*"|\[\]|{}|[{}[\],:]/g, (token) => {
+    if (token === "{" || token === "[") return token + (indent += "  ");
+    if (token === "}" || token === "]") return (indent = indent.slice(0, -2)) + token;
+    return token === "," ? token + indent : token === ":" ? ": " : token;
+  });
+}
+
+function showInputs(operation, inputs) {
+  return (operation.parameters || []).map(resolve).map((one) => {
+    const many = resolve(one.schema).type === "array", input = make(many ? "textarea" : "input", { name: one.name });
+    if (one.required) { input.required = true; input.value = one.example; }
+    else input.placeholder = [].concat(one.example).join("\n");
+    inputs.push([one, input, many]);
+    return make("label", {}, make("code", {}, one.name), input,
+      make("small", {}, one.description + (many ? "; one a line" : one.required ? "" : "; optional")));
+  });
+}
+
+function showBody(operation) {
+  const body = resolve(operation.requestBody);
+  if (!body) return [null, []];
+  const media = body.content["application/json"], examples = Object.entries(media.examples || {});
+  const area = make("textarea", { "aria-label": "Body", spellcheck: "false" });
+  const choice = make("select", { "aria-label": "Example" }, ...examples.map(([name]) => make("option", {}, name)));
+  const fill = () => { area.value = JSON.stringify(examples[choice.selectedIndex][1].value, null, 2); };
+  choice.addEventListener("change", fill);
+  fill();
+  return [area, [make("h3", {}, "Body"), make("pre", { tabindex: "0" }, words(media.schema)), choice, area]];
+}
+
+function showAnswers(operation) {
+  return Object.entries(operation.responses).map(([status, one]) => {
+    const answer = resolve(one), parts = [];
+    for (const [type, media] of Object.entries(answer.content || {})) {
+      parts.push(make("p", { class: "soft" }, type), make("pre", { tabindex: "0" }, words(media.schema)));
+      for (const [name, example] of Object.entries(media.examples || {}))
+        parts.push(make("p", { class: "soft" }, "Example: " + name),
+          make("pre", { tabindex: "0" }, JSON.stringify(example.value, null, 2)));
+    }
+    return make("details", {}, make("summary", {}, make("code", {}, status), " ", answer.description),
+      make("div", { class: "body" }, ...parts));
+  });
+}
+
+function target(path, inputs) {
+  const query = new URLSearchParams();
+  for (const [one, input, many] of inputs) {
+    if (one.in === "path") path = path.replace("{" + one.name + "}", encodeURIComponent(input.value));
+    else for (const value of many ? input.value.split("\n") : [input.value]) if (value) query.append(one.name, value);
+  }
+  return String(query) ? path + "?" + query : path;
+}
+
+async function send(url, request, result, begin) {
+  const answer = await fetch(url, request);
+  const data = new Uint8Array(await answer.arrayBuffer());
+  const type = answer.headers.get("Content-Type") || "", isText = /json|text/.test(type) || !data.length;
+  const took = Math.round(performance.now() - begin);
+  const line = `${answer.status} ${answer.statusText}, ${data.length} bytes, ${took} ms`;
+  const head = [...answer.headers].map(([name, value]) => `${name}: ${value}`).join("\n");
+  const save = make("a", { href: URL.createObjectURL(new Blob([data], { type })), download: "answer" }, "Save");
+  result.replaceChildren(make("p", answer.ok ? {} : { class: "bad" }, line, " ", save),
+    make("pre", { tabindex: "0", "aria-label": "Headers" }, head));
+  if (isText && data.length) {
+    const raw = new TextDecoder().decode(data), text = type.includes("json") ? pretty(raw) : raw;
+    const cut = text.length > MOST_SHOWN;
+    result.append(make("pre", { tabindex: "0", "aria-label": "Body of the answer" },
+      text.slice(0, MOST_SHOWN) + (cut ? "\n(and more)" : "")));
+  }
+}
+
+function showOperation(path, method, operation, place) {
+  const inputs = [], fields = showInputs(operation, inputs), [area, body] = showBody(operation);
+  const button = make("button", {}, "Send"), result = make("div", { "aria-live": "polite" });
+  const form = make("form", {}, ...fields, ...body, make("p", {}, button), result);
+  let running = null;
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (running) return running.abort();
+    running = new AbortController();
+    button.textContent = "Cancel";
+    result.replaceChildren("waiting for the answer");
+    const request = { method: method.toUpperCase(), headers: headers(), signal: running.signal };
+    if (area) request.body = area.value;
+    try { await send(target(path, inputs), request, result, performance.now()); }
+    catch (error) { result.replaceChildren(make("p", { class: "bad" }, "no answer: " + error.message)); }
+    running = null;
+    button.textContent = "Send";
+  });
+  form.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+  });
+  place.append(form, make("h3", {}, "Answers"), ...showAnswers(operation));
+}
+
+function show() {
+  const sections = new Map();
+  for (const [path, operations] of Object.entries(description.paths))
+    for (const [method, operation] of Object.entries(operations)) {
+      const body = make("div", { class: "body" });
+      const box = make("details", { id: operation.operationId }, make("summary", {},
+        make("span", { class: "method " + method }, method.toUpperCase()), make("span", { class: "path" }, path), " ",
+        make("small", {}, operation.summary)), body);
+      box.addEventListener("toggle", () => showOperation(path, method, operation, body), { once: true });
+      const tag = operation.tags[0];
+      if (!sections.has(tag)) sections.set(tag, make("section", {}, make("h2", {}, tag)));
+      sections.get(tag).append(box);
+    }
+  content.replaceChildren(...sections.values());
+  document.getElementById("version").textContent = description.info.version;
+  document.getElementById("about").textContent = description.info.description;
+  const chosen = document.getElementById(location.hash.slice(1));
+  if (chosen) { chosen.open = true; chosen.scrollIntoView(); }
+}
+
+async function load() {
+  note.textContent = "";
+  try {
+    const answer = await fetch("/swagger/doc.json", { headers: headers() }), found = await answer.json();
+    if (answer.ok) { description = found; show(); return; }
+    note.textContent = answer.status + ": " + found.message;
+  } catch (error) { note.textContent = "no document: " + error.message; }
+  field.focus();
+}
+
+field.value = sessionStorage.getItem(TOKEN) || "";
+document.getElementById("use").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(TOKEN, field.value);
+  load();
+});
+load();
+"""
+
+API_PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<link rel="icon" href="data:,">
+<title>remote_executor</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+<h1>remote_executor <span id="version" class="soft"></span></h1>
+<p id="about" class="soft"></p>
+<form id="use" class="token">
+<label for="token">Token</label>
+<input id="token" type="password" autocomplete="off" spellcheck="false" aria-describedby="kept">
+<button>Use</button>
+<small id="kept">kept in this tab alone; none is needed on the host itself</small>
+</form>
+<p id="note" class="bad" role="alert"></p>
+</header>
+<main id="content"></main>
+<noscript><p>This page needs JavaScript; the document itself is <a href="/swagger/doc.json">doc.json</a>.</p></noscript>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def page_response(page: str, style: str, script: str) -> Response:
+    """A page of this style and script alone: it loads nothing, and speaks with this daemon alone (CSP Level 3)."""
+    allowed = f"style-src {_source(style)}; script-src {_source(script)}; connect-src 'self'; img-src data:"
+    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    headers = (
+        ("Content-Type", "text/html; charset=utf-8"),
+        ("Content-Security-Policy", policy),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Referrer-Policy", "no-referrer"),
+    )
+    return Response(200, headers, page.replace("{style}", style).replace("{script}", script).encode())
+
+
+def _source(text: str) -> str:
+    """How a policy names an inline style or script: by its digest."""
+    import base64
+    import hashlib
+
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
 
 # ======================================================================================================================
 # API: one short method a route
 # ======================================================================================================================
 
-_POOL_MOST = next(option.most for option in OPTIONS if option.name == "pool_size")
 _POOL_HELP = ("The most steps that run at once.", "Steps that run.", "Steps that are ready and wait.")
 _LONG_LINE_BYTES = 1 << 20  # beyond this a line is answered piece by piece
 
@@ -3578,16 +4227,29 @@ class Api:
         self._key_expire_ns = key_expire_ns
 
     def routes(self) -> list[Route]:
-        task, step = "/api/v1/task/{task}", "/api/v1/task/{task}/{step}"
+        tasks, pool = "/api/v1/task", "/api/v1/pool"
+        task, step = tasks + "/{task}", tasks + "/{task}/{step}"
         return [
-            Route("GET", "/api/v1/task", self.list_tasks),
-            Route("POST", "/api/v1/task", self.submit_task),
-            Route("GET", task, self.show_task),
-            Route("PUT", task, self.stop_task),
-            Route("PUT", step, self.stop_step),
-            Route("GET", step + "/console", self.show_console),
-            Route("GET", "/api/v1/pool", self.show_pool),
-            Route("POST", "/api/v1/pool", self.resize_pool),
+            Route("GET", tasks, self.list_tasks, "Lists all tasks", "TaskList", ("sort",), is_counted=True),
+            Route(
+                "POST",
+                tasks,
+                self.submit_task,
+                "Submits a task",
+                "Accepted",
+                ("ansync", "async", "id", "timeout", "env_vars"),
+                "Submission",
+                refusals=(409, 507),
+                is_counted=True,
+            ),
+            Route("GET", task, self.show_task, "Shows a task, step by step", "TaskDetail", is_counted=True),
+            Route("PUT", task, self.stop_task, "Stops a task by force", "Stopped"),
+            Route("PUT", step, self.stop_step, "Stops a step by force", "Stopped"),
+            Route("GET", step + "/console", self.show_console, "Shows what a step wrote", "Console", is_counted=True),
+            Route("GET", pool, self.show_pool, "Shows the pool", "Pool", is_counted=True),
+            Route(
+                "POST", pool, self.resize_pool, "Sets the size of the pool", "Pool", body="PoolSize", is_counted=True
+            ),
         ]
 
     def list_tasks(self, request: Request) -> Response:
@@ -3737,12 +4399,12 @@ class OperatorApi:
 
     def routes(self) -> list[Route]:
         return [
-            Route("GET", "/version", self.show_version, is_counted=False),
-            Route("GET", "/healthyz", self.show_health, is_counted=False, is_public=True),
-            Route("GET", "/heartbeat", self.beat, is_counted=False, is_public=True),
-            Route("HEAD", "/heartbeat", self.beat, is_counted=False, is_public=True),
-            Route("GET", "/metrics", self.show_metrics, is_counted=False),
-            Route("GET", "/api/v1/state", self.show_state),
+            Route("GET", "/version", self.show_version, "Tells what runs", "Version"),
+            Route("GET", "/healthyz", self.show_health, "Tells that the daemon lives", "Health", is_public=True),
+            Route("GET", "/heartbeat", self.beat, "Answers", "Empty", is_public=True),
+            Route("HEAD", "/heartbeat", self.beat, "Answers", "Empty", is_public=True),
+            Route("GET", "/metrics", self.show_metrics, "Figures for Prometheus", "Metrics"),
+            Route("GET", "/api/v1/state", self.show_state, "Shows host, process and work", "State", is_counted=True),
         ]
 
     def show_version(self, _: Request) -> Response:
@@ -3812,6 +4474,32 @@ class OperatorApi:
             "open_files": figures.open_files,
             "python": f"{known.implementation} {known.python}",
         }
+
+
+class DocumentApi:
+    """Answers the document of all routes, and the page that shows it; any thread may call it."""
+
+    def __init__(self, others: Sequence[Route]) -> None:
+        self._others = others
+
+    def routes(self) -> list[Route]:
+        document, page = self.show_document, self.show_page
+        return [
+            Route("GET", "/openapi.json", document, "Shows this document", "Document"),
+            Route("GET", "/swagger/doc.json", document, "Shows this document", "Document"),
+            Route("GET", "/swagger/index.html", page, "Shows this document as a page", "Page", is_public=True),
+            Route("GET", "/swagger/", self.lead, "Leads to the page", "Redirect", is_public=True),
+            Route("GET", "/swagger", self.lead, "Leads to the page", "Redirect", is_public=True),
+        ]
+
+    def show_document(self, _: Request) -> Response:
+        return Response(headers=(JSON_TYPE,), body=to_json(api_document([*self._others, *self.routes()])).encode())
+
+    def show_page(self, _: Request) -> Response:
+        return page_response(API_PAGE, API_STYLE, API_SCRIPT)
+
+    def lead(self, _: Request) -> Response:
+        return Response(302, (("Location", "/swagger/index.html"),))
 
 
 def _running_text(rows: Sequence[StepRow]) -> str:
@@ -3997,7 +4685,7 @@ class Server(socketserver.ThreadingTCPServer):
         except WrongMethod as error:
             answer = self.access.preflight(request, error.methods)
             if answer:
-                return Route("OPTIONS", "", lambda _: answer, is_counted=False), {}, ""
+                return Route("OPTIONS", "", lambda _: answer, "", ""), {}, ""
             self.access.admit(request, is_public=False)
             raise
         except NoRoute:
@@ -4258,12 +4946,11 @@ class Daemon:
         engine = Engine(store, Processes(umask), clock, self._root, settings, telemetry)
         exposed = "--insecure: everybody is let in" if settings.insecure else ""
         warning = "; ".join(text for text in (store.warning, exposed) if text)
-        router = Router(
-            [
-                *Api(store, engine, clock, settings.key_expire).routes(),
-                *OperatorApi(store, engine, clock, telemetry, self._root, warning).routes(),
-            ]
-        )
+        routes = [
+            *Api(store, engine, clock, settings.key_expire).routes(),
+            *OperatorApi(store, engine, clock, telemetry, self._root, warning).routes(),
+        ]
+        router = Router([*routes, *DocumentApi(routes).routes()])
         access = Access(settings, self._root)
         server = Server(settings, router, access, telemetry)
         closing.callback(server.stop)

@@ -41,12 +41,14 @@ if __name__ == "__main__":  # stands above the import of pytest, which this Pyth
     sys.exit(subprocess.run([interpreter, "-m", "pytest", *sys.argv[1:]], cwd=here).returncode)
 
 import ast
+import base64
 import collections
 import concurrent.futures
 import configparser
 import contextlib
 import ctypes
 import functools
+import hashlib
 import http.client
 import io
 import itertools
@@ -145,6 +147,8 @@ def check_envelope(answer: Answer) -> Answer:
     if answer.headers.get("Content-Type", "").startswith("application/json") and answer.body:
         assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
         envelope = answer.json
+        if "openapi" in envelope:
+            return answer
         assert set(envelope) - {"data"} - set(HEALTH) == {"code", "message"}, envelope
         assert isinstance(envelope["message"], str)
         assert answer.status == (200 if envelope["code"] in (0, 1001, 1002, 1003) else envelope["code"]), envelope
@@ -852,6 +856,11 @@ ROUTES = {
     "/api/v1/task/:task/:step/console": "GET",
     "/api/v1/pool": "GET POST",
     "/api/v1/state": "GET",
+    "/openapi.json": "GET",
+    "/swagger/doc.json": "GET",
+    "/swagger/index.html": "GET",
+    "/swagger/": "GET",
+    "/swagger": "GET",
 }
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW"]
 
@@ -1012,8 +1021,9 @@ def test_max_requests_bounds_the_requests_served_at_once(launch: Callable[..., D
         reader.sendall(f"GET /api/v1/task/{task}/0/console HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         assert reader.recv(10)
         refusal = wait_until(lambda: (answer := daemon.get("/api/v1/pool")).status == 429 and answer)
-        assert refusal.code == 429
-        assert daemon.get("/heartbeat").status == 200
+        assert refusal.code == 429 and int(refusal.headers["Retry-After"]) > 0
+        assert {daemon.get(path).status for path in ("/heartbeat", "/healthyz", "/metrics", "/version")} == {200}
+        assert daemon.put(f"/api/v1/task/{task}").code == daemon.put(f"/api/v1/task/{task}/0").code == 1003
     wait_until(lambda: daemon.get("/api/v1/pool").status == 200)
 
 
@@ -2991,6 +3001,288 @@ def test_metrics_pass_promtool_without_a_warning(daemon: Daemon) -> None:
     text = daemon.get("/metrics").body
     result = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+
+
+# ======================================================================================================================
+# API document and its page
+# ======================================================================================================================
+
+
+def document(daemon: Daemon) -> dict[str, Any]:
+    return daemon.get("/openapi.json").json
+
+
+def resolved(document: dict[str, Any], schema: Any) -> Any:
+    """What a reference of the document stands for."""
+    while isinstance(schema, dict) and "$ref" in schema:
+        schema = functools.reduce(lambda place, name: place[name], schema["$ref"].split("/")[1:], document)
+    return schema
+
+
+KINDS: dict[str, Any] = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float)}
+
+
+def faults(document: dict[str, Any], schema: Any, value: Any, where: str = "") -> list[str]:
+    """Where a value is not as a schema says, in the words of JSON Schema that the document uses."""
+    schema = resolved(document, schema)
+    choices = schema.get("oneOf") or schema.get("anyOf") or []
+    found = [where] if choices and all(faults(document, one, value) for one in choices) else []
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if kinds and not any(value is None if kind == "null" else isinstance(value, KINDS[kind]) for kind in kinds):
+        found.append(f"{where}: no {kinds}")
+    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
+        found.append(f"{where}: {value!r}")
+    if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
+        found.append(f"{where}: {value!r}")
+    if isinstance(value, list):
+        found += [
+            one
+            for n, item in enumerate(value)
+            for one in faults(document, schema.get("items", {}), item, f"{where}[{n}]")
+        ]
+    if isinstance(value, dict):
+        fields = schema.get("properties", {})
+        found += [f"{where}.{name} is missing" for name in schema.get("required", []) if name not in value]
+        found += [f"{where}.{name} is new" for name in value if name not in fields and "additionalProperties" in schema]
+        found += [
+            one for name in value for one in faults(document, fields.get(name, {}), value[name], f"{where}.{name}")
+        ]
+    return found
+
+
+def test_document_has_every_route_and_method(daemon: Daemon) -> None:
+    paths = document(daemon)["paths"]
+    told = {path: " ".join(method.upper() for method in operations) for path, operations in paths.items()}
+    assert told == {re.sub(r":(\w+)", r"{\1}", path): methods for path, methods in ROUTES.items()}
+    assert daemon.get("/swagger/doc.json").body == daemon.get("/openapi.json").body
+
+
+def test_document_refers_to_what_there_is_and_uses_it_all(daemon: Daemon) -> None:
+    whole = document(daemon)
+    used = set(re.findall(r'"\$ref": "([^"]+)"', json.dumps(whole)))
+    kinds = ("parameters", "requestBodies", "responses", "schemas")
+    assert used == {f"#/components/{kind}/{name}" for kind in kinds for name in whole["components"][kind]}
+
+
+def test_document_shows_examples_of_its_own_schemas(daemon: Daemon) -> None:
+    whole, count = document(daemon), 0
+    for part in (*whole["components"]["responses"].values(), *whole["components"]["requestBodies"].values()):
+        for media in part.get("content", {}).values():
+            for name, example in media.get("examples", {}).items():
+                assert faults(whole, media["schema"], example["value"], name) == []
+                count += 1
+    assert count > 20
+
+
+def test_document_tells_of_answers_as_they_are(daemon: Daemon, gate: Path) -> None:
+    whole = document(daemon)
+    running, failed = daemon.submit(held(gate), step()), daemon.submit(step("exit 2"))
+    daemon.until_running(running)
+    daemon.ended(failed)
+    for template, task in itertools.product(ROUTES, (running, failed, "nobody")):
+        path = template.replace(":task", task).replace(":step", "0")
+        operation = whole["paths"][re.sub(r":(\w+)", r"{\1}", template)].get("get")
+        answer = daemon.get(path) if operation else None
+        if answer and answer.headers.get("Content-Type", "").startswith("application/json"):
+            told = resolved(whole, operation["responses"][str(answer.status)])["content"]["application/json"]
+            assert faults(whole, told["schema"], answer.json, path) == []
+
+
+@pytest.mark.skipif(not shutil.which("openapi-spec-validator"), reason="no openapi-spec-validator on this host")
+def test_document_passes_openapi_spec_validator(daemon: Daemon, tmp_path: Path) -> None:
+    file = tmp_path / "document.json"
+    file.write_bytes(daemon.get("/openapi.json").body)
+    result = subprocess.run(["openapi-spec-validator", str(file)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.skipif(not shutil.which("schemathesis"), reason="no schemathesis on this host")
+def test_document_fuzzed_finds_no_answer_outside_it(tmp_path: Path) -> None:
+    place = tmp_path / "bin"  # with interpreters that run nothing: the scripts are whatever comes
+    place.mkdir()
+    for name in ("sh", *INTERPRETERS.values()):
+        (place / name).write_text("#!/bin/sh\n")
+        (place / name).chmod(0o755)
+    daemon = Daemon(tmp_path / "root", env={"PATH": str(place)}).start()
+    command = ["schemathesis", "run", f"http://127.0.0.1:{daemon.port}/openapi.json", "--max-time=60", "--no-color"]
+    command += ["--exclude-checks=positive_data_acceptance"]  # no schema can say all, such as what is a cycle
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    daemon.retire()
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("path", ["/swagger", "/swagger/"])
+def test_page_is_where_the_short_paths_lead(daemon: Daemon, path: str) -> None:
+    answer = daemon.get(path)
+    assert (answer.status, answer.headers["Location"]) == (302, "/swagger/index.html")
+
+
+def test_page_has_no_outside_resource(daemon: Daemon) -> None:
+    answer = daemon.get("/swagger/index.html")
+    page, policy = answer.body.decode(), answer.headers["Content-Security-Policy"]
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert re.findall(r"(?:src|href)=\"(?!/swagger/|data:,)|https?:|//[\w.-]+\.\w|@import|url\(", page) == []
+    assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
+    for tag, directive in (("style", "style-src"), ("script", "script-src")):
+        text = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[0]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{directive} 'sha256-{digest}';" in policy
+
+
+def test_page_opens_without_a_token_and_tells_nothing_yet(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--require_token")
+    try:
+        page = daemon.get("/swagger/index.html")
+        assert page.status == 200 and "/api/v1" not in page.body.decode()
+        assert daemon.get("/swagger/doc.json").code == daemon.get("/openapi.json").code == 401
+    finally:
+        assert daemon.end() == 0
+
+
+class Browser:
+    """A Chromium without a window, spoken to over pipes (the Chrome DevTools Protocol)."""
+
+    def __init__(self, place: Path) -> None:
+        answers, theirs = os.pipe()
+        ours, commands = os.pipe()
+        quiet = ["quic", "gpu", "background-networking", "component-update", "sync"]
+        flags = ["--headless", "--no-sandbox", "--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={place}"]
+        self.process = subprocess.Popen(
+            [
+                "bash",
+                "-c",
+                f'exec "$@" 3<&{ours} 4>&{theirs}',
+                "bash",
+                CHROMIUM,
+                *flags,
+                *(f"--disable-{x}" for x in quiet),
+            ],
+            pass_fds=(ours, theirs),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(ours)
+        os.close(theirs)
+        self.answers, self.commands = os.fdopen(answers, "rb", 0), os.fdopen(commands, "wb", 0)
+        self.numbers, self.buffer, self.events = itertools.count(1), b"", list[Any]()
+        self.session: dict[str, str] = {}
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self(f"{domain}.enable")
+
+    def __call__(self, method: str, **params: Any) -> Any:
+        number = next(self.numbers)
+        self.commands.write(
+            json.dumps({"id": number, "method": method, "params": params, **self.session}).encode() + b"\0"
+        )
+        while True:
+            while b"\0" not in self.buffer:
+                self.buffer += self.answers.read(65536) or b"{}\0"
+            message, _, self.buffer = self.buffer.partition(b"\0")
+            answer = json.loads(message)
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                return answer["result"]
+            assert answer, "the browser is gone"
+            self.events.append(answer)
+
+    def find(self, expression: str) -> Any:
+        """The value of the expression once it is true."""
+
+        return wait_until(lambda: self.value(expression), expression)
+
+    def value(self, expression: str) -> Any:
+        """The value of the expression; None where it fails, as when what it names is not there yet."""
+        return self("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def press(self, key: str, text: str = "", modifiers: int = 0) -> None:
+        for kind in ("keyDown", "keyUp"):
+            codes = {"Tab": 9, "Enter": 13, " ": 32}
+            more = {"text": text} if kind == "keyDown" and text else {}
+            self(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                windowsVirtualKeyCode=codes[key],
+                modifiers=modifiers,
+                **more,
+            )
+
+    def tab_to(self, expression: str) -> None:
+        """Goes by the tabulator key to where the expression is true."""
+        for _ in range(300):
+            if self.value(expression):
+                return
+            self.press("Tab")
+        raise AssertionError(f"no way by keyboard to {expression}")
+
+    def complaints(self) -> list[Any]:
+        return [one for one in self.events if one["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
+
+    def close(self) -> None:
+        self("Browser.close")
+        self.process.wait(30)
+        self.answers.close()
+        self.commands.close()
+
+
+CHROMIUM = shutil.which("chromium") or ""
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    with contextlib.closing(Browser(tmp_path / "chromium")) as own:
+        yield own
+
+
+chromium_only = pytest.mark.skipif(WINDOWS or not CHROMIUM, reason="no chromium on this host")
+
+
+@chromium_only
+def test_page_sends_a_request_by_keyboard_alone(browser: Browser, daemon: Daemon) -> None:
+    browser("Page.navigate", url=f"http://localhost:{daemon.port}/swagger/index.html")
+    count = sum(len(methods.split()) for methods in ROUTES.values())
+    browser.find(f"document.querySelectorAll('main summary').length === {count}")
+    browser.tab_to("document.activeElement.textContent.startsWith('POST/api/v1/task')")
+    browser.press("Enter", "\r")
+    browser.tab_to("document.activeElement.ariaLabel === 'Body'")
+    browser.press("Enter", modifiers=2)
+    shown = browser.find(
+        "(document.querySelector('[aria-live]') || document.body).textContent.match(/200 OK[^]*/)?.[0]"
+    )
+    assert daemon.get(f"/api/v1/task/{re.findall(UUID, shown)[0]}").code in (0, 1001)
+    assert '"message": "success"' in shown and browser.complaints() == []
+    asked = {one["params"]["request"]["url"] for one in browser.events if one["method"] == "Network.requestWillBeSent"}
+    assert {urllib.parse.urlsplit(url).netloc for url in asked} == {f"localhost:{daemon.port}"}
+
+
+@chromium_only
+def test_page_keeps_the_token_in_its_tab(browser: Browser, launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--require_token")
+    try:
+        browser("Page.navigate", url=f"http://localhost:{daemon.port}/swagger/index.html")
+        assert browser.find("document.getElementById('note').textContent").startswith("401")
+        browser.find("document.activeElement.id === 'token'")
+        browser("Input.insertText", text=token_of(daemon))
+        browser.press("Enter", "\r")
+        browser.find("document.querySelectorAll('main summary').length > 9")
+        browser.find("Object.values(sessionStorage).length === 1 && localStorage.length === 0 && !document.cookie")
+    finally:
+        assert daemon.end() == 0
+
+
+@chromium_only
+@pytest.mark.parametrize("scheme, back", [("light", "rgb(255, 255, 255)"), ("dark", "rgb(13, 17, 23)")])
+def test_page_fits_a_phone_by_day_and_night(browser: Browser, daemon: Daemon, scheme: str, back: str) -> None:
+    browser("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
+    browser("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    browser("Page.navigate", url=f"http://localhost:{daemon.port}/swagger/index.html#post_api_v1_task")
+    browser.find("!!document.querySelector('main form')")
+    browser.find("document.documentElement.scrollWidth <= 360")
+    assert browser.find("getComputedStyle(document.body).backgroundColor") == back
 
 
 # ======================================================================================================================
