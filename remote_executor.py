@@ -612,7 +612,7 @@ if ON_WINDOWS:
     GetExitCodeProcess = _declare(_kernel32, "GetExitCodeProcess", _BOOL, _HANDLE, ctypes.POINTER(ctypes.c_int32))
     NtResumeProcess = _library("ntdll").NtResumeProcess  # for Popen has closed the handle that ResumeThread takes
     NtResumeProcess.argtypes = (_HANDLE,)
-
+    SetDllDirectoryW = _declare(_kernel32, "SetDllDirectoryW", _BOOL, _TEXT)
     GetProcessHandleCount = _declare(_kernel32, "GetProcessHandleCount", _BOOL, _HANDLE, ctypes.POINTER(_DWORD))
 
     class ProcessMemory(ctypes.Structure):
@@ -627,7 +627,6 @@ if ON_WINDOWS:
     GetProcessMemoryInfo = _declare(
         _kernel32, "K32GetProcessMemoryInfo", _BOOL, _HANDLE, ctypes.POINTER(ProcessMemory), _DWORD
     )
-    SetDllDirectoryW = _declare(_kernel32, "SetDllDirectoryW", _BOOL, _TEXT)
 
     # Handles and waits (Synchronization Functions)
     DUPLICATE_SAME_ACCESS, INFINITE, WAIT_OBJECT_0, WAIT_FAILED = 2, 0xFFFF_FFFF, 0, 0xFFFF_FFFF
