@@ -96,6 +96,7 @@ OPTIONS = (
     Option("key_expire", "duration", "48h", 'Set the database key expire time. Example: "key_expire=1h"', least=1),
     Option("exec_timeout", "duration", "24h", 'Set the exec command expire time. Example: "exec_timeout=30m"', least=1),
     Option("timeout", "duration", "30s", "Timeout for calling endpoints on the engine", least=1),
+    Option("profile_timeout", "duration", "1m", "Longest time that a profile or trace may take.", least=1),
     Option("max-requests", "count", "0", "Maximum number of concurrent requests. 0 to disable."),
     Option("pool_size", "count", "30", "Set the size of the execution work pool.", least=1, most=10000),
     Option("max_body", "size", "16MiB", "Largest body of a request. Larger ones get 413.", least=1),
@@ -124,6 +125,7 @@ class Settings(NamedTuple):
     key_expire: int
     exec_timeout: int
     timeout: int
+    profile_timeout: int
     max_requests: int
     pool_size: int
     max_body: int
@@ -1119,10 +1121,13 @@ class HostFacts(NamedTuple):
 
 
 def host_facts() -> HostFacts:
-    import platform
-
-    found = platform.uname()
-    return HostFacts(found.node, found.system, found.release, found.machine)
+    if sys.platform == "win32":  # not by `platform`, which asks WMI
+        found = sys.getwindowsversion()
+        release = f"{found.major}.{found.minor}.{found.build}"
+        machine = os.environ.get("PROCESSOR_ARCHITEW6432") or os.environ.get("PROCESSOR_ARCHITECTURE", "")
+        return HostFacts(socket.gethostname(), "Windows", release, machine)
+    system, name, release, _, machine = os.uname()
+    return HostFacts(name, system, release, machine)
 
 
 class Build(NamedTuple):
@@ -2929,7 +2934,7 @@ _LOST = "lost: it ended without a result, as when it is killed or the host resta
 
 
 # ======================================================================================================================
-# telemetry: metrics
+# telemetry: metrics, stacks and profiles
 # ======================================================================================================================
 
 _STEP_BOUNDS_S = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600, 21600, 86400)
@@ -2995,6 +3000,41 @@ def spread(name: str, text: str, histograms: Mapping[Pairs, Histogram]) -> Famil
     )
 
 
+_SPANS_MOST = 100_000  # in a trace, which then holds the first of them
+
+
+class Span(NamedTuple):
+    """A piece of work in a thread; `begin_s` is of time.perf_counter()."""
+
+    name: str
+    category: str
+    begin_s: float
+    seconds: float
+    thread: int
+    thread_name: str
+    about: Mapping[str, Any]
+
+
+def _ended_span(name: str, category: str, seconds: float, about: Mapping[str, Any]) -> Span:
+    """What this thread did until now."""
+    begin_s, thread = time.perf_counter() - seconds, threading.current_thread().name
+    return Span(name, category, begin_s, seconds, threading.get_native_id(), thread, about)
+
+
+def trace_events(spans: Sequence[Span]) -> dict[str, Any]:
+    """The spans in the Trace Event Format, which Perfetto and chrome://tracing read."""
+    pid, begin_s = os.getpid(), min((span.begin_s for span in spans), default=0.0)
+    events: list[dict[str, Any]] = [
+        {"name": "thread_name", "ph": "M", "pid": pid, "tid": thread, "args": {"name": name}}
+        for thread, name in {span.thread: span.thread_name for span in spans}.items()
+    ]
+    for span in spans:
+        times = {"ts": (span.begin_s - begin_s) * 1e6, "dur": span.seconds * 1e6}
+        where = {"name": span.name, "cat": span.category, "ph": "X", "pid": pid, "tid": span.thread}
+        events.append({**where, **times, "args": span.about})
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
 class Telemetry(Observer):
     """Counts what the daemon does; any thread may tell it and ask it."""
 
@@ -3008,21 +3048,29 @@ class Telemetry(Observer):
         self._changes = 0
         self._requests: dict[tuple[str, str, int], int] = {}
         self._request_seconds: dict[tuple[str, str], Histogram] = {}
+        self._running: dict[tuple[str, int], Span] = {}  # steps, with no end yet
+        self._spans: list[Span] | None = None  # while a trace is taken
 
     def commit(self, seconds: float, changes: int) -> None:
         with self._lock:
             self._commit_seconds.add(seconds)
             self._changes += changes
+            self._trace("commit", "store", seconds, {"changes": changes})
 
     def step_started(self, task_id: str, idx: int, waited_s: float) -> None:
+        span = _ended_span(f"{task_id} step {idx}", "step", 0.0, {"waited_s": waited_s})
         with self._lock:
             self._queue_seconds.add(waited_s)
+            self._running[task_id, idx] = span
 
     def step_ended(self, task_id: str, idx: int, result: str, seconds: float, output_bytes: int) -> None:
         with self._lock:
             self._steps[result] += 1
             self._step_seconds.add(seconds)
             self._output_bytes += output_bytes
+            begun = self._running.pop((task_id, idx), None)
+            about = {**(begun.about if begun else {}), "result": result, "output_bytes": output_bytes}
+            self._trace(f"{task_id} step {idx}", "step", seconds, about)
 
     def request(self, method: str, template: str, status: int, seconds: float) -> None:
         method = method if method in _METHODS else "other"
@@ -3032,6 +3080,24 @@ class Telemetry(Observer):
             if key not in self._request_seconds:
                 self._request_seconds[key] = Histogram(_REQUEST_BOUNDS_S)
             self._request_seconds[key].add(seconds)
+            if self._spans is not None:
+                self._trace(f"{method} {template}", "request", seconds, {"status": status})
+
+    def _trace(self, name: str, category: str, seconds: float, about: Mapping[str, Any]) -> None:
+        """This thread has done a piece of work; the lock is held."""
+        if self._spans is not None and len(self._spans) < _SPANS_MOST:
+            self._spans.append(_ended_span(name, category, seconds, about))
+
+    def trace(self, seconds: float) -> list[Span]:
+        """What ends in the time to come, and the steps that run on then; for one thread at a time."""
+        with self._lock:
+            self._spans = []
+        time.sleep(seconds)
+        now_s = time.perf_counter()
+        with self._lock:
+            spans, self._spans = self._spans, None
+            running = [one._replace(seconds=now_s - one.begin_s) for one in self._running.values()]
+        return spans + [one._replace(about={**one.about, "result": "still running"}) for one in running]
 
     def families(self) -> list[Family]:
         """What was counted since the daemon's start."""
@@ -3082,6 +3148,252 @@ def process_families(figures: ProcessFigures) -> list[Family]:
     ]
 
 
+class Frame(NamedTuple):
+    """A place in the program: the whole name of a function, its file and line, and the address of its code object."""
+
+    function: str
+    file: str
+    line: int
+    address: int
+
+
+class Profile:
+    """Stacks with values; for one thread."""
+
+    def __init__(self, kinds: Sequence[tuple[str, str]], note: str, seconds: float = 0.0) -> None:
+        self._kinds = kinds  # the name and the unit of each value
+        self._note = note
+        self._seconds = seconds
+        self._samples: dict[tuple[str, tuple[Frame, ...]], Sequence[int]] = {}  # by a thread's name and its stack
+
+    def add(self, thread: str, stack: tuple[Frame, ...], values: Sequence[int]) -> None:
+        """Adds the values to those of the same stack, which begins with the innermost frame."""
+        known = self._samples.get((thread, stack), (0,) * len(values))
+        self._samples[thread, stack] = [one + other for one, other in zip(known, values)]
+
+    def text(self) -> str:
+        """The stacks for people, the largest value first."""
+        kinds = ", ".join(f"{name} ({unit})" for name, unit in self._kinds)
+        lines = [f"{self._note}", f"values: {kinds}", ""]
+        for (thread, stack), values in sorted(self._samples.items(), key=lambda item: item[1][-1], reverse=True):
+            lines.append(f"{' '.join(map(str, values))} @ {thread}")
+            lines += [f"#\t{frame.function}\t{frame.file}:{frame.line}" for frame in stack] + [""]
+        return "\n".join(lines) + "\n"
+
+    def encode(self) -> bytes:
+        """The gzipped profile.proto of pprof (github.com/google/pprof/proto/profile.proto)."""
+        import gzip
+
+        words: dict[str, int] = {"": 0}
+        locations: dict[Frame, int] = {}
+        functions: dict[tuple[str, str], int] = {}
+
+        def word(text: str) -> int:
+            return words.setdefault(text, len(words))
+
+        kinds = [_field(1, word(name)) + _field(2, word(unit)) for name, unit in self._kinds]
+        parts = [_field(1, kind) for kind in kinds]
+        for (thread, stack), values in self._samples.items():
+            places = b"".join(_varint(locations.setdefault(frame, len(locations) + 1)) for frame in stack)
+            label = _field(3, _field(1, word("thread")) + _field(2, word(thread))) if thread else b""
+            parts.append(_field(2, _field(1, places) + _field(2, b"".join(map(_varint, values))) + label))
+        known = b"".join(_field(number, 1) for number in (7, 8, 9))  # it has functions, files and lines: look for none
+        parts.append(_field(3, _field(1, 1) + _field(3, 2**63 - 1) + _field(5, word(sys.executable)) + known))
+        for frame, number in locations.items():
+            function = functions.setdefault((frame.function, frame.file), len(functions) + 1)
+            line = _field(4, _field(1, function) + _field(2, frame.line))
+            parts.append(_field(4, _field(1, number) + _field(2, 1) + _field(3, frame.address) + line))
+        for (name, file), number in functions.items():
+            parts.append(_field(5, _field(1, number) + _field(2, word(name)) + _field(4, word(file))))
+        parts += [_field(9, time.time_ns()), _field(10, int(self._seconds * _SECOND_NS)), _field(11, kinds[-1])]
+        parts += [_field(12, _PERIOD_NS), _field(13, word(self._note)), _field(14, word(self._kinds[-1][0]))]
+        return gzip.compress(b"".join(parts + [_field(6, text.encode()) for text in words]), 6)
+
+
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*found, value])
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """A field of a protocol buffer: a number, or bytes with their length (Protocol Buffers, Encoding)."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+_PERIOD_NS = 10**7
+_LEAST_PAUSE = 24  # times what a look took of the CPU: looking takes 4 % of one at the most
+_HEAP_DEPTH = 16  # frames of an allocation's stack
+_SAMPLED = (("samples", "count"), ("wall", "nanoseconds"))
+
+_Key = tuple[str, tuple[tuple[int, int], ...]]  # a thread's name, and the code and line of each frame
+
+
+class Sampler:
+    """Looks at the stacks of all threads but its own, and counts them; for the thread that made it."""
+
+    def __init__(self, counts: Callable[[int, types.FrameType], bool] = lambda _, __: True) -> None:
+        self._counts = counts  # whether a stack is to be counted, by its thread and innermost frame
+        self._own = threading.get_ident()
+        self._names: dict[int, str] = {}
+        self._codes: dict[int, types.CodeType] = {}  # by id: code is dear to hash
+        self._seen: dict[_Key, list[int]] = {}
+
+    def run(self, seconds: float) -> None:
+        """Looks 100 times a second, less often where there are so many threads that it would cost too much."""
+        last_ns = time.perf_counter_ns()
+        end_ns = last_ns + int(seconds * _SECOND_NS)
+        pause_ns = _PERIOD_NS
+        while last_ns < end_ns:
+            time.sleep(min(pause_ns, end_ns - last_ns) / _SECOND_NS)
+            now_ns, before_ns = time.perf_counter_ns(), time.thread_time_ns()
+            self.look(now_ns - last_ns)
+            last_ns, cost_ns = now_ns, time.thread_time_ns() - before_ns
+            pause_ns = max(_PERIOD_NS - cost_ns, cost_ns * _LEAST_PAUSE)
+
+    def look(self, since_ns: int = 0) -> None:
+        """Counts every stack once, with the time since the last look."""
+        for thread, frame in sys._current_frames().items():
+            if thread != self._own and self._counts(thread, frame):
+                values = self._seen.setdefault(self._key(thread, frame), [0, 0])
+                values[0] += 1
+                values[1] += since_ns
+
+    def _key(self, thread: int, innermost: types.FrameType) -> _Key:
+        if thread not in self._names:
+            self._names.update(thread_names())
+        stack, frame = [], innermost
+        while frame:
+            code = frame.f_code
+            self._codes[id(code)] = code
+            stack.append((id(code), frame.f_lineno or 0))
+            frame = frame.f_back  # type: ignore[assignment]
+        return self._names.get(thread, "not Python's"), tuple(stack)
+
+    def stacks(self) -> Iterator[tuple[str, tuple[Frame, ...], list[int]]]:
+        """Each stack that was seen: the thread's name, the frames, how often and for how many nanoseconds."""
+        for (thread, stack), values in self._seen.items():
+            yield thread, tuple(_frame(self._codes[code], line) for code, line in stack), values
+
+
+def thread_names() -> dict[int, str]:
+    return {thread.ident: thread.name for thread in threading.enumerate() if thread.ident}
+
+
+def _frame(code: types.CodeType, line: int) -> Frame:
+    module = os.path.basename(code.co_filename).partition(".")[0]
+    return Frame(f"{module}.{getattr(code, 'co_qualname', code.co_name)}", code.co_filename, line, id(code))
+
+
+def profile_time(seconds: float) -> Profile:
+    """Where all threads are, whether they run or wait."""
+    sampler, profile = Sampler(), Profile(_SAMPLED, "Python stacks of all threads, running or waiting.", seconds)
+    sampler.run(seconds)
+    for found in sampler.stacks():
+        profile.add(*found)
+    return profile
+
+
+def profile_waits(seconds: float, is_mutex: bool) -> Profile:
+    """Where threads wait for each other, as far as looking tells; CPython keeps no account of its locks.
+
+    A thread waits when two looks in turn find it at the same instruction: of a `with` on a bare name or an acquire(),
+    which is a lock, or within `threading`, which is a condition, an event or a join.
+    """
+    last: dict[int, tuple[int, int]] = {}
+
+    def counts(thread: int, frame: types.FrameType) -> bool:
+        place = id(frame), frame.f_lasti
+        stays, last[thread] = last.get(thread) == place, place
+        return stays and (_takes_lock(frame) if is_mutex else frame.f_code.co_filename == threading.__file__)
+
+    note = "waits for locks" if is_mutex else "waits in threading, for conditions, events and joins"
+    kinds = (("waits_sampled", "count"), ("wait", "nanoseconds"))
+    sampler, profile = Sampler(counts), Profile(kinds, f"Sampled {note}; those under 10 ms are seldom seen.", seconds)
+    sampler.run(seconds)
+    for found in sampler.stacks():
+        profile.add(*found)
+    return profile
+
+
+def _takes_lock(frame: types.FrameType) -> bool:
+    import linecache
+
+    code = frame.f_code
+    line = linecache.getline(code.co_filename, frame.f_lineno or 0, frame.f_globals)
+    return code.co_filename != threading.__file__ and bool(_LOCKING.search(line))
+
+
+_LOCKING = re.compile(r"^\s*with [\w.]+:|\.acquire\(")
+
+
+def profile_threads(entries_only: bool) -> Profile:
+    """The threads there are: by their stacks, or by what each was started to run."""
+    about = "what they were started to run; CPython keeps no stack of a thread's start" if entries_only else "stacks"
+    sampler, profile = Sampler(), Profile((("threads", "count"),), f"Live threads, by {about}.")
+    sampler.look()
+    for thread, stack, values in sampler.stacks():
+        entry = tuple(frame for frame in stack if frame.file != threading.__file__)[-1:] if entries_only else stack
+        profile.add(thread, entry, values[:1])
+    return profile
+
+
+def profile_memory(seconds: float) -> Profile:
+    """What is allocated in the time to come and still there at its end; traced for that long alone."""
+    import tracemalloc
+
+    is_ours = not tracemalloc.is_tracing()  # else Python was started so
+    if is_ours:
+        tracemalloc.start(_HEAP_DEPTH)
+    try:
+        time.sleep(seconds)
+        found = tracemalloc.take_snapshot().statistics("traceback")
+    finally:
+        if is_ours:
+            tracemalloc.stop()
+    kinds = (("inuse_objects", "count"), ("inuse_space", "bytes"))
+    note = "Allocated while traced, and not freed; tracemalloc knows nothing of what is freed."
+    profile = Profile(kinds, note, seconds)
+    for one in found:
+        stack = [
+            Frame(f"{os.path.basename(at.filename)}:{at.lineno}", at.filename, at.lineno, 0) for at in one.traceback
+        ]
+        profile.add("", tuple(reversed(stack)), (one.count, one.size))
+    return profile
+
+
+def stacks_text() -> str:
+    """The stack of every thread, for people, the innermost frame first."""
+    lines, threads = [], {thread.ident: thread for thread in threading.enumerate()}
+    for ident, innermost in sys._current_frames().items():
+        thread, frame = threads.get(ident), innermost
+        kind = "not Python's" if thread is None else f"{thread.name}, {'daemon' if thread.daemon else 'no daemon'}"
+        lines.append(f"thread {ident} [{kind}]:")
+        while frame:
+            found = _frame(frame.f_code, frame.f_lineno or 0)
+            lines += [found.function, f"\t{found.file}:{found.line}"]
+            frame = frame.f_back  # type: ignore[assignment]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def symbols_text(asked: str) -> str:
+    """The functions at the addresses of a profile, by the symbol protocol of pprof."""
+    wanted = [int(word, 16) for word in re.findall("0x([0-9A-Fa-f]{1,16})", asked)]
+    codes = [one.__code__ for one in gc.get_objects() if isinstance(one, types.FunctionType)] if wanted else []
+    names: dict[int, str] = {}
+    while codes:
+        code = codes.pop()
+        if id(code) not in names:
+            names[id(code)] = _frame(code, 0).function
+            codes += [one for one in code.co_consts if isinstance(one, types.CodeType)]
+    return "".join(["num_symbols: 1\n", *(f"{one:#x} {names[one]}\n" for one in wanted if one in names)])
+
+
 # ======================================================================================================================
 # HTTP core: requests read strictly, answers, routes
 # ======================================================================================================================
@@ -3100,6 +3412,7 @@ _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,12})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 JSON_TYPE = ("Content-Type", "application/json; charset=utf-8")
+TEXT_TYPE = ("Content-Type", "text/plain; charset=utf-8")
 METRICS_TYPE = ("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -3704,6 +4017,8 @@ def _parameters() -> Json:
         "async": ("The same as `ansync`", truth, "true"),
         "id": ("Id of the task; sent again, the same submission runs once", {"pattern": _ID_WORD}, "release-1"),
         "timeout": ("Of the whole task, from its acceptance", _schema("Duration"), "1h30m"),
+        "seconds": ("For how long; at most --profile_timeout", _SECONDS, "5"),
+        "debug": ("1: as text; 2: of threads the whole stacks", {"enum": ["0", "1", "2"], "default": "0"}, "1"),
         "env_vars": ("KEY=value for all steps; may stand several times", _array(_schema("Variable")), ["target=linux"]),
     }
     found: Json = {}
@@ -3716,6 +4031,7 @@ def _parameters() -> Json:
     return found
 
 
+_SECONDS: Json = {"type": "number", "exclusiveMinimum": 0}
 _ID_WORD = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?)?$"  # empty is as absent
 
 
@@ -3731,7 +4047,13 @@ def _bodies() -> Json:
         {"name": "right", "command_type": "python", "command_content": "print(7)", "depets_on": ["fetch"]},
     ]
     steps = {"one after another": [build_it, {**build_it, "timeout": "90s"}], "a graph, with ansync=true": graph}
-    return {"Submission": body("Submission", steps), "PoolSize": body("PoolSize", {"eight": {"size": 8}})}
+    return {
+        "Submission": body("Submission", steps),
+        "PoolSize": body("PoolSize", {"eight": {"size": 8}}),
+        "Addresses": {
+            "content": {"text/plain": {"schema": {"type": "string"}, "example": "0x7f0000000000+0x7f0000000010"}}
+        },
+    }
 
 
 def _schemas() -> Json:
@@ -3883,6 +4205,15 @@ def _answers() -> Json:
         "Redirect": {"description": "To the page", "headers": {"Location": {"schema": {"type": "string"}}}},
         "Metrics": _plain("Text format 0.0.4 of Prometheus"),
         "Page": _plain("A page", "text/html"),
+        "Text": _plain("Text"),
+        "Profile": {
+            "description": "A gzipped profile.proto, for `go tool pprof` and speedscope; text where `debug` is set",
+            "content": {kind: {"schema": {"type": "string"}} for kind in ("application/octet-stream", "text/plain")},
+        },
+        "Trace": _answer(
+            "In the Trace Event Format, which Perfetto opens",
+            _object({"traceEvents": _array({"type": "object"}), "displayTimeUnit": {"const": "ms"}}),
+        ),
     }
 
 
@@ -4044,10 +4375,14 @@ function showInputs(operation, inputs) {
 function showBody(operation) {
   const body = resolve(operation.requestBody);
   if (!body) return [null, []];
-  const media = body.content["application/json"], examples = Object.entries(media.examples || {});
+  const media = Object.values(body.content)[0];
+  const examples = Object.entries(media.examples || { "": { value: media.example } });
   const area = make("textarea", { "aria-label": "Body", spellcheck: "false" });
   const choice = make("select", { "aria-label": "Example" }, ...examples.map(([name]) => make("option", {}, name)));
-  const fill = () => { area.value = JSON.stringify(examples[choice.selectedIndex][1].value, null, 2); };
+  const fill = () => {
+    const value = examples[choice.selectedIndex][1].value;
+    area.value = typeof value === "string" ? value : JSON.stringify(value, null, 2);
+  };
   choice.addEventListener("change", fill);
   fill();
   return [area, [make("h3", {}, "Body"), make("pre", { tabindex: "0" }, words(media.schema)), choice, area]];
@@ -4185,6 +4520,33 @@ API_PAGE = r"""<!DOCTYPE html>
 </body>
 </html>
 """
+
+
+PROFILES_PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>profiles of remote_executor</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>Profiles</h1>
+<p class="soft">One that takes time at once. <code>?seconds=5</code> says how long, <code>?debug=1</code> asks for text;
+without it they are for <code>go tool pprof</code> and speedscope, the trace is for Perfetto.</p>
+<dl>
+{rows}
+</dl>
+</body>
+</html>
+"""
+
+
+def profiles_page(rows: Iterable[tuple[str, str]]) -> str:
+    """The index of profiles, each a name and what it shows."""
+    shown = "\n".join(f'<dt><a href="{name}">{name.partition("?")[0]}</a></dt><dd>{about}</dd>' for name, about in rows)
+    return PROFILES_PAGE.replace("{rows}", shown)
 
 
 def page_response(page: str, style: str, script: str) -> Response:
@@ -4473,6 +4835,127 @@ class OperatorApi:
             "open_files": figures.open_files,
             "python": f"{known.implementation} {known.python}",
         }
+
+
+class ProfileApi:
+    """Answers the routes of pprof with what is true of a Python process; any thread may call it."""
+
+    def __init__(self, telemetry: Telemetry, most_ns: int) -> None:
+        self._telemetry = telemetry
+        self._most_s = most_ns / _SECOND_NS
+        self._busy = threading.Lock()  # held while something is taken that takes time
+
+    def routes(self) -> list[Route]:
+        def timed(name: str, take: Callable[[float], Profile], usual_s: float) -> Route:
+            handle = functools.partial(self._take, take=take, usual_s=usual_s)
+            query = ("seconds", "debug")
+            return Route("GET", _PPROF + name, handle, _PROFILES[name], "Profile", query, refusals=(409,))
+
+        symbol, threads, created = _PPROF + "symbol", self.show_threads, self.show_thread_entries
+        return [
+            Route("GET", _PPROF, self.show_index, "Lists the profiles", "Page"),
+            Route("GET", _PPROF + "cmdline", self.show_command, _PROFILES["cmdline"], "Text"),
+            timed("profile", profile_time, _USUAL_S),
+            Route("GET", _PPROF + "goroutine", threads, _PROFILES["goroutine"], "Profile", ("debug",)),
+            timed("heap", profile_memory, _SHORT_S),
+            timed("allocs", profile_memory, _SHORT_S),
+            Route("GET", _PPROF + "threadcreate", created, _PROFILES["threadcreate"], "Profile", ("debug",)),
+            timed("block", functools.partial(profile_waits, is_mutex=False), _SHORT_S),
+            timed("mutex", functools.partial(profile_waits, is_mutex=True), _SHORT_S),
+            Route("GET", _PPROF + "trace", self.trace, _PROFILES["trace"], "Trace", ("seconds",), refusals=(409,)),
+            Route("GET", symbol, self.show_symbols, _PROFILES["symbol"], "Text"),
+            Route("POST", symbol, self.show_symbols, _PROFILES["symbol"], "Text", body="Addresses"),
+        ]
+
+    def show_index(self, _: Request) -> Response:
+        rows = (
+            (f"{name}?debug={debug}" if (debug := _SHOWN_AS.get(name)) else name, about)
+            for name, about in _PROFILES.items()
+        )
+        return page_response(profiles_page(rows), API_STYLE, "")
+
+    def show_command(self, _: Request) -> Response:
+        words = getattr(sys, "orig_argv", None) or [sys.executable, *sys.argv]
+        return Response(headers=(TEXT_TYPE,), body="\0".join(words).encode(errors="replace"))
+
+    def show_threads(self, request: Request) -> Response:
+        if _debug(request) == 2:
+            return Response(headers=(TEXT_TYPE,), body=stacks_text().encode())
+        return _profile_response(request, profile_threads(entries_only=False))
+
+    def show_thread_entries(self, request: Request) -> Response:
+        return _profile_response(request, profile_threads(entries_only=True))
+
+    def trace(self, request: Request) -> Response:
+        seconds = self._seconds(request, 1.0)
+        with self._alone():
+            events = trace_events(self._telemetry.trace(seconds))
+        return Response(headers=(JSON_TYPE,), body=to_json(events).encode())
+
+    def show_symbols(self, request: Request) -> Response:
+        asked = request.body.decode("latin-1") if request.method == "POST" else "".join(map("".join, request.query))
+        return Response(headers=(TEXT_TYPE,), body=symbols_text(asked).encode())
+
+    def _take(self, request: Request, take: Callable[[float], Profile], usual_s: float) -> Response:
+        seconds = self._seconds(request, usual_s)
+        _debug(request)  # refused before the time is spent
+        with self._alone():
+            profile = take(seconds)
+        return _profile_response(request, profile)
+
+    def _seconds(self, request: Request, usual_s: float) -> float:
+        text = _last(request, "seconds")
+        if not text:
+            return min(usual_s, self._most_s)
+        seconds = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else 0.0
+        if not 0 < seconds <= self._most_s:
+            right = f"right would be more than 0, up to {self._most_s:g} (--profile_timeout)"
+            raise Malformed(f"seconds: {text!r} is out of range; {right}")
+        return seconds
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise Conflict("another profile or trace is being taken; wait for its end")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+
+_PPROF = "/debug/pprof/"
+_USUAL_S, _SHORT_S = 30.0, 5.0  # how long a profile takes where nothing is said; the first is that of Go
+_PROFILES = {
+    "profile": "Where all threads are, sampled at 100 Hz",
+    "goroutine": "The stacks of all threads now",
+    "heap": "What is allocated in some seconds and kept",
+    "allocs": "The same as heap",
+    "threadcreate": "The threads by what they were started to run",
+    "block": "Where threads wait for conditions, events and each other's end, sampled",
+    "mutex": "Where threads wait for locks, sampled",
+    "trace": "The steps, requests and commits of some seconds",
+    "cmdline": "The command line",
+    "symbol": "The functions at addresses of a profile",
+}
+_SHOWN_AS = {"goroutine": "2", "threadcreate": "1", "block": "1", "mutex": "1", "heap": "1"}
+
+
+def _last(request: Request, name: str) -> str:
+    """A value of the query, empty where there is none."""
+    return next((value for key, value in reversed(request.query) if key == name), "")
+
+
+def _debug(request: Request) -> int:
+    text = _last(request, "debug") or "0"
+    if text not in ("0", "1", "2"):
+        raise Malformed(f"debug: {text!r} is none of 0, 1 and 2")
+    return int(text)
+
+
+def _profile_response(request: Request, profile: Profile) -> Response:
+    if _debug(request):
+        return Response(headers=(TEXT_TYPE,), body=profile.text().encode())
+    return Response(headers=(("Content-Type", "application/octet-stream"),), body=profile.encode())
 
 
 class DocumentApi:
@@ -4948,6 +5431,7 @@ class Daemon:
         routes = [
             *Api(store, engine, clock, settings.key_expire).routes(),
             *OperatorApi(store, engine, clock, telemetry, self._root, warning).routes(),
+            *ProfileApi(telemetry, settings.profile_timeout).routes(),
         ]
         router = Router([*routes, *DocumentApi(routes).routes()])
         access = Access(settings, self._root)

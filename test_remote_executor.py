@@ -48,6 +48,7 @@ import configparser
 import contextlib
 import ctypes
 import functools
+import gzip
 import hashlib
 import http.client
 import io
@@ -147,7 +148,7 @@ def check_envelope(answer: Answer) -> Answer:
     if answer.headers.get("Content-Type", "").startswith("application/json") and answer.body:
         assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
         envelope = answer.json
-        if "openapi" in envelope:
+        if "openapi" in envelope or "traceEvents" in envelope:
             return answer
         assert set(envelope) - {"data"} - set(HEALTH) == {"code", "message"}, envelope
         assert isinstance(envelope["message"], str)
@@ -861,6 +862,10 @@ ROUTES = {
     "/swagger/index.html": "GET",
     "/swagger/": "GET",
     "/swagger": "GET",
+    "/debug/pprof/": "GET",
+    **{f"/debug/pprof/{name}": "GET" for name in ("cmdline", "profile", "goroutine", "heap", "allocs", "threadcreate")},
+    **{f"/debug/pprof/{name}": "GET" for name in ("block", "mutex", "trace")},
+    "/debug/pprof/symbol": "GET POST",
 }
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW"]
 
@@ -3080,7 +3085,8 @@ def test_document_tells_of_answers_as_they_are(daemon: Daemon, gate: Path) -> No
     running, failed = daemon.submit(held(gate), step()), daemon.submit(step("exit 2"))
     daemon.until_running(running)
     daemon.ended(failed)
-    for template, task in itertools.product(ROUTES, (running, failed, "nobody")):
+    routes = [template for template in ROUTES if not template.startswith("/debug/")]
+    for template, task in itertools.product(routes, (running, failed, "nobody")):
         path = template.replace(":task", task).replace(":step", "0")
         operation = whole["paths"][re.sub(r":(\w+)", r"{\1}", template)].get("get")
         answer = daemon.get(path) if operation else None
@@ -3104,7 +3110,7 @@ def test_document_fuzzed_finds_no_answer_outside_it(tmp_path: Path) -> None:
     for name in ("sh", *INTERPRETERS.values()):
         (place / name).write_text("#!/bin/sh\n")
         (place / name).chmod(0o755)
-    daemon = Daemon(tmp_path / "root", env={"PATH": str(place)}).start()
+    daemon = Daemon(tmp_path / "root", "--profile_timeout=20ms", env={"PATH": str(place)}).start()
     command = ["schemathesis", "run", f"http://127.0.0.1:{daemon.port}/openapi.json", "--max-time=60", "--no-color"]
     command += ["--exclude-checks=positive_data_acceptance"]  # no schema can say all, such as what is a cycle
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -3283,6 +3289,182 @@ def test_page_fits_a_phone_by_day_and_night(browser: Browser, daemon: Daemon, sc
     browser.find("!!document.querySelector('main form')")
     browser.find("document.documentElement.scrollWidth <= 360")
     assert browser.find("getComputedStyle(document.body).backgroundColor") == back
+
+
+# ======================================================================================================================
+# profiles
+# ======================================================================================================================
+
+PPROF = "/debug/pprof/"
+TIMED = ["profile", "heap", "allocs", "block", "mutex", "trace"]
+
+
+def proto(data: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a protocol buffer: their numbers, and a number or bytes each."""
+
+    def varint() -> int:
+        value = shift = 0
+        while (byte := next(rest)) & 0x80:
+            value, shift = value | (byte & 0x7F) << shift, shift + 7
+        return value | byte << shift
+
+    rest = iter(data)
+    for first in rest:
+        rest = itertools.chain([first], rest)
+        key = varint()
+        assert key & 7 in (0, 2)
+        value = varint()
+        yield key >> 3, bytes(itertools.islice(rest, value)) if key & 7 == 2 else value
+
+
+class Pprof(NamedTuple):
+    """What a profile.proto says: the kinds of its values, and the values of each stack of names, with its thread."""
+
+    kinds: list[tuple[str, str]]
+    stacks: dict[tuple[str, ...], list[int]]
+
+
+def read_pprof(body: bytes) -> Pprof:
+    fields = collections.defaultdict(list)
+    for number, value in proto(gzip.decompress(body)):
+        fields[number].append(value)
+    words = [word.decode() for word in fields[6]]
+    functions = {one[1]: words[one[2]] for one in map(dict, map(proto, fields[5]))}
+    locations = {one[1]: functions[dict(proto(one[4]))[1]] for one in map(dict, map(proto, fields[4]))}
+    stacks = {}
+    for one in map(dict, map(proto, fields[2])):
+        thread = words[dict(proto(one[3]))[2]] if 3 in one else ""
+        stacks[(thread, *(locations[place] for place in varints(one[1])))] = varints(one[2])
+    return Pprof([(words[one[1]], words[one[2]]) for one in map(dict, map(proto, fields[1]))], stacks)
+
+
+def varints(data: bytes) -> list[int]:
+    """The numbers of a packed field."""
+    parts = re.findall(rb"[\x80-\xff]*[\x00-\x7f]", data, re.DOTALL)
+    return [sum((byte & 0x7F) << 7 * place for place, byte in enumerate(part)) for part in parts]
+
+
+def test_profiles_are_listed_with_links_that_lead_to_them(daemon: Daemon) -> None:
+    answer = daemon.get(PPROF)
+    links = re.findall(r'<a href="([a-z?=0-9]+)">', answer.body.decode())
+    assert {PPROF + link.partition("?")[0] for link in links} == {path for path in ROUTES if path.startswith(PPROF)} - {
+        PPROF
+    }
+    assert {daemon.get(PPROF + link).status for link in links if link.partition("?")[0] not in TIMED} == {200}
+
+
+def test_profile_has_the_stacks_of_all_threads(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(held(gate))
+    daemon.until_running(task)
+    found = read_pprof(daemon.get(PPROF + "profile?seconds=0.5").body)
+    assert found.kinds == [("samples", "count"), ("wall", "nanoseconds")]
+    threads = collections.defaultdict(list)
+    for (thread, *_), (count, wall_ns) in found.stacks.items():
+        threads[thread].append((count, wall_ns))
+    assert {"MainThread", "store", "timekeeper", "listener", "step"} <= set(threads)
+    assert 0.25e9 < sum(wall_ns for _, wall_ns in threads["store"]) < 2e9
+    assert any("remote_executor.Engine._watch" in stack or "remote_executor._watch" in stack for stack in found.stacks)
+
+
+@pytest.mark.parametrize("name", ["profile", "goroutine", "heap", "allocs", "threadcreate", "block", "mutex"])
+def test_profiles_are_gzipped_or_text(daemon: Daemon, name: str) -> None:
+    seconds = "&seconds=0.2" if name in TIMED else ""
+    answer = daemon.get(f"{PPROF}{name}?debug=0{seconds}")
+    assert answer.headers["Content-Type"] == "application/octet-stream" and read_pprof(answer.body).kinds
+    text = daemon.get(f"{PPROF}{name}?debug=1{seconds}")
+    assert text.headers["Content-Type"].startswith("text/plain") and "values: " in text.body.decode()
+
+
+def test_threads_are_shown_whole_with_their_names(daemon: Daemon) -> None:
+    text = daemon.get(PPROF + "goroutine?debug=2").body.decode()
+    assert re.search(r"^thread \d+ \[store, daemon\]:\n(.+\n\t.+:\d+\n)+", text, re.MULTILINE)
+    assert "[MainThread, no daemon]" in text and "remote_executor.py:" in text
+    entries = read_pprof(daemon.get(PPROF + "threadcreate").body)
+    assert entries.kinds == [("threads", "count")]
+    assert any(stack[0] == "store" and len(stack) == 2 for stack in entries.stacks)
+
+
+def test_waits_are_told_apart(daemon: Daemon) -> None:
+    waits = read_pprof(daemon.get(PPROF + "block?seconds=0.3").body)
+    assert waits.kinds == [("waits_sampled", "count"), ("wait", "nanoseconds")]
+    assert any(stack[0] == "timekeeper" and stack[1].startswith("threading.") for stack in waits.stacks)
+    locks = read_pprof(daemon.get(PPROF + "mutex?seconds=0.1").body)
+    assert not any(stack[1].startswith("threading.") for stack in locks.stacks)
+
+
+def test_heap_is_traced_for_the_time_asked_and_no_longer(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        heap = pool.submit(daemon.get, PPROF + "heap?seconds=1")
+        while not heap.done():
+            daemon.get("/nope" + "x" * 9)
+    found = read_pprof(heap.result().body)
+    assert found.kinds == [("inuse_objects", "count"), ("inuse_space", "bytes")]
+    assert any("remote_executor.py:" in place for stack in found.stacks for place in stack)
+    assert sum(size for _, size in found.stacks.values()) > 1000
+
+
+def test_trace_shows_steps_requests_and_commits(daemon: Daemon, gate: Path) -> None:
+    running = daemon.submit(held(gate))
+    daemon.until_running(running)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        trace = pool.submit(daemon.get, PPROF + "trace?seconds=2")
+        while not trace.done():
+            ended = daemon.submit(step())
+            daemon.ended(ended)
+    events = trace.result().json["traceEvents"]
+    assert all({"name", "ph", "pid", "tid"} <= set(event) for event in events)
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {event["cat"] for event in spans} == {"step", "request", "store"}
+    assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in spans)
+    results = {event["name"]: event["args"]["result"] for event in spans if event["cat"] == "step"}
+    assert results[f"{running} step 0"] == "still running" and "succeeded" in results.values()
+
+
+def test_profile_is_one_at_a_time(daemon: Daemon) -> None:
+    with concurrent.futures.ThreadPoolExecutor(len(TIMED)) as pool:
+        answers = list(pool.map(lambda name: daemon.get(f"{PPROF}{name}?seconds=1"), TIMED))
+    assert sorted(answer.status for answer in answers) == [200] + [409] * (len(TIMED) - 1)
+    assert daemon.get(PPROF + "goroutine").status == daemon.get(PPROF + "heap?seconds=0.01").status == 200
+
+
+@pytest.mark.parametrize("name", TIMED)
+@pytest.mark.parametrize("text", ["0", "-1", "61", "1e3", "x", "nan", "1.", "0.0"])
+def test_profile_is_bounded_by_profile_timeout(daemon: Daemon, name: str, text: str) -> None:
+    answer = daemon.get(f"{PPROF}{name}?seconds={text}")
+    assert answer.code == 400 and answer.message.startswith("seconds: ") and "--profile_timeout" in answer.message
+
+
+def test_profile_refuses_other_forms(daemon: Daemon) -> None:
+    assert daemon.get(PPROF + "goroutine?debug=3").code == daemon.get(PPROF + "profile?debug=x").code == 400
+
+
+def test_symbols_are_the_functions_of_a_profile(daemon: Daemon) -> None:
+    for number, value in proto(gzip.decompress(daemon.get(PPROF + "goroutine").body)):
+        if number == 4 and (address := dict(proto(value)).get(3)):
+            break
+    answers = [
+        daemon.get(f"{PPROF}symbol?{address:#x}+0x1").body,
+        daemon.request("POST", PPROF + "symbol", f"{address:#x}+0x1").body,
+    ]
+    assert answers[0] == answers[1]
+    assert re.fullmatch(rf"num_symbols: 1\n{address:#x} \w+\.\S+\n", answers[0].decode())
+    assert daemon.get(PPROF + "symbol").body == b"num_symbols: 1\n"
+
+
+def test_cmdline_is_the_command_line(daemon: Daemon) -> None:
+    words = daemon.get(PPROF + "cmdline").body.decode().split("\0")
+    assert words[-3:] == ["run", f"--root={daemon.root}", "--addr=127.0.0.1:0"]
+
+
+@pytest.mark.skipif(not shutil.which("go"), reason="no go on this host")
+@pytest.mark.parametrize("path, name", [("profile?seconds=1", "Engine._keep"), ("goroutine", "Store._write")])
+def test_profiles_open_in_go_tool_pprof(daemon: Daemon, tmp_path: Path, path: str, name: str) -> None:
+    file = tmp_path / "profile.pb.gz"
+    file.write_bytes(daemon.get(PPROF + path).body)
+    command = ["go", "tool", "pprof", "-top", "-nodecount=100", str(file)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and name in result.stdout, result.stdout + result.stderr
 
 
 # ======================================================================================================================
