@@ -92,6 +92,7 @@ class Option(NamedTuple):
 OPTIONS = (
     Option("addr", "address", ":2376", "host:port for execution."),
     Option("debug", "flag", "", "Enable debug messages"),
+    Option("log_format", "choice", "text", "How the log is written: text or json.", choices=("text", "json")),
     Option("root", "path", "$TEMP/remote_executor", "Working root directory"),
     Option("key_expire", "duration", "48h", 'Set the database key expire time. Example: "key_expire=1h"', least=1),
     Option("exec_timeout", "duration", "24h", 'Set the exec command expire time. Example: "exec_timeout=30m"', least=1),
@@ -121,6 +122,7 @@ class Settings(NamedTuple):
 
     addr: str
     debug: bool
+    log_format: str
     root: str
     key_expire: int
     exec_timeout: int
@@ -2465,6 +2467,11 @@ class _ActiveStep:
     def __str__(self) -> str:
         return f"task {self.task.id} step {self.idx}"
 
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What a line of the log about it says beside its text."""
+        return {"about": {"task": self.task.id, "step": self.idx}}
+
 
 class _LiveTask:
     """A task that has not ended. Guarded by the engine's lock."""
@@ -2674,7 +2681,7 @@ class Engine:
             try:
                 result = self._run(active)
             except Exception as error:
-                log.exception("%s: the daemon failed", active)
+                log.exception("%s: the daemon failed", active, extra=active.extra)
                 result = (FORCED_CODE, f"the daemon failed: {error}")
             if active.tree:
                 tree, active.tree = active.tree, None
@@ -2734,13 +2741,13 @@ class Engine:
         except (OSError, StorageFull, Unavailable) as error:
             if isinstance(error, OSError) and error.errno not in _FULL:
                 raise LaunchError(f"could not start: {error}") from error
-            log.error("%s: waits until it can be written: %s", active, error)
+            log.error("%s: waits until it can be written: %s", active, error, extra=active.extra)
             self._stopping.wait(_TICK_S)
             return
         with self._lock:
             active.tree = tree
         self._observer.step_started(active.task.id, idx, time.monotonic() - active.ready_s)
-        log.debug("%s: started, pid %d", active, tree.pid)
+        log.debug("%s: started, pid %d", active, tree.pid, extra=active.extra)
 
     def _environment_of(self, active: _ActiveStep, entries: Sequence[str], workspace: str) -> dict[str, str]:
         """What the step's environment has beyond the daemon's."""
@@ -2764,7 +2771,7 @@ class Engine:
                     active.reason = active.reason or TIMED_OUT
         if not active.reason:
             return False
-        log.info("%s: %s", active, active.reason)
+        log.info("%s: %s", active, active.reason, extra=active.extra)
         tree.stop(GRACE_S if active.stops < 2 else 0)
         return True
 
@@ -2776,7 +2783,7 @@ class Engine:
         end = self._end(active.task, [(active.idx, code, reason)], active)
         result = "forced" if end[2] else "failed" if end[1] else "succeeded"
         self._observer.step_ended(active.task.id, active.idx, result, seconds, output_bytes)
-        log.debug("%s: ended with code %d %s", active, *end[1:])
+        log.debug("%s: ended with code %d %s", active, *end[1:], extra=active.extra)
 
     def _end(
         self, task: _LiveTask, ends: list[tuple[int, int, str]], active: _ActiveStep | None = None
@@ -2814,7 +2821,7 @@ class Engine:
         try:
             self._store.note_stop(seq, idx, reason)
         except (StorageFull, Unavailable) as error:  # to stop matters more: the step's end will tell of it
-            log.error("cannot store a stop: %s", error)
+            log.error("task number %d: cannot store a stop: %s", seq, error)
 
     def _stop_active(self, steps: Iterable[_ActiveStep], reason: str) -> None:
         """Has the workers stop their steps; the lock is held."""
@@ -2911,7 +2918,7 @@ class Engine:
         active = _ActiveStep(task, step.idx, time.monotonic())
         active.tree, active.started_ns, active.reason = tree, step.started_ns or 0, task.stop or step.stop
         self._activate(active)
-        log.info("%s: still runs, pid %d", active, tree.pid)
+        log.info("%s: still runs, pid %d", active, tree.pid, extra=active.extra)
         return active
 
     def _settle(self, task: _LiveTask, step: OpenStep) -> tuple[int, int, str] | None:
@@ -4904,9 +4911,7 @@ class ProfileApi:
         return _profile_response(request, profile)
 
     def _seconds(self, request: Request, usual_s: float) -> float:
-        text = _last(request, "seconds")
-        if not text:
-            return min(usual_s, self._most_s)
+        text = _last(request, "seconds", f"{min(usual_s, self._most_s):.9f}")
         seconds = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else 0.0
         if not 0 < seconds <= self._most_s:
             right = f"right would be more than 0, up to {self._most_s:g} (--profile_timeout)"
@@ -4940,13 +4945,13 @@ _PROFILES = {
 _SHOWN_AS = {"goroutine": "2", "threadcreate": "1", "block": "1", "mutex": "1", "heap": "1"}
 
 
-def _last(request: Request, name: str) -> str:
-    """A value of the query, empty where there is none."""
-    return next((value for key, value in reversed(request.query) if key == name), "")
+def _last(request: Request, name: str, default: str) -> str:
+    """A value of the query."""
+    return next((value for key, value in reversed(request.query) if key == name), default)
 
 
 def _debug(request: Request) -> int:
-    text = _last(request, "debug") or "0"
+    text = _last(request, "debug", "0")
     if text not in ("0", "1", "2"):
         raise Malformed(f"debug: {text!r} is none of 0, 1 and 2")
     return int(text)
@@ -5148,7 +5153,7 @@ class Server(socketserver.ThreadingTCPServer):
                 counted = self._count(route)
                 response = route.handle(request._replace(params=params, label=label))
                 if request.method in ("POST", "PUT"):
-                    log.info("%s (%s): %s %s", request.peer, label, request.method, _printable(request.segments))
+                    self._audit(request, label, dict(response.headers).get("X-Task-ID", ""))
             except ApiError as error:
                 response = refusal(error)
             except Exception:
@@ -5187,6 +5192,12 @@ class Server(socketserver.ThreadingTCPServer):
             self._counted += 1
         return 1
 
+    def _audit(self, request: Request, label: str, task: str) -> None:
+        """Something has been changed, and by whom; of a submission the task that it made is named."""
+        about = {**_about(request), "label": label, **({"task": task} if task else {})}
+        what = f"{_printable(request.segments)}{', task ' if task else ''}{task}"
+        log.info("%s (%s): %s %s", request.peer, label, request.method, what, extra={"about": about})
+
     def told(self, request: Request, route: Route | None, status: int, seconds: float, sent: int) -> None:
         """A request has been answered, or its answer broke off."""
         self._observer.request(request.method, route.template if route else "", status, seconds)
@@ -5199,6 +5210,7 @@ class Server(socketserver.ThreadingTCPServer):
                 status,
                 sent,
                 seconds * 1000,
+                extra={"about": {**_about(request), "status": status, "bytes": sent, "seconds": seconds}},
             )
 
     def told_malformed(self, error: ApiError, seconds: float) -> None:
@@ -5231,6 +5243,13 @@ class Server(socketserver.ThreadingTCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An answer broke off."""
         log.error("connection of %s: the answer broke off", client_address[0], exc_info=True)
+
+
+def _about(request: Request) -> dict[str, Any]:
+    """What a line of the log about a request says beside its text; the task and the step that its path names too."""
+    path, segments = _printable(request.segments), request.segments
+    named = zip(("task", "step"), segments[3:5]) if segments[:3] == ("api", "v1", "task") else ()
+    return {"peer": request.peer, "method": request.method, "path": path, **dict(named)}
 
 
 def _printable(segments: Sequence[str]) -> str:
@@ -5359,6 +5378,18 @@ class Supervisor:
         """The daemon is ending; told again while that takes long."""
 
 
+class JsonLines(logging.Formatter):
+    """An event as a JSON object in a line: its time, level, text and thread, and what it is about."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+        event = {"time": at, "level": record.levelname, "message": record.getMessage(), "thread": record.threadName}
+        event.update(getattr(record, "about", {}))
+        if record.exc_info:
+            event["exception"] = self.formatException(record.exc_info)
+        return json.dumps(event)  # in ASCII, which every collector and every locale takes
+
+
 class LogFile(logging.handlers.RotatingFileHandler):
     """The log in a file, rotated; where it cannot be written, it goes on without."""
 
@@ -5473,7 +5504,8 @@ class Daemon:
         self._log_by(LogFile(os.path.join(directory, "remote_executor.log")))
 
     def _log_by(self, handler: logging.Handler) -> None:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        is_json = self._settings.log_format == "json"
+        handler.setFormatter(JsonLines() if is_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
 
 
