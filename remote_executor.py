@@ -3887,7 +3887,10 @@ Json = dict[str, Any]
 _POOL_MOST = next(option.most for option in OPTIONS if option.name == "pool_size")
 
 _REFUSALS = {  # by status: when it happens, and an example; the first are for every route
-    400: ("The request is malformed.", "[2].timeout: '1 hour' is no duration; right would be 90s, 1h30m or 500ms"),
+    400: (
+        "The request is malformed.",
+        "[0]: Key: 'PostStruct.CommandType' Error:Field validation for 'CommandType' failed on the 'required' tag",
+    ),
     401: ("It needs a token, or the token is wrong.", "send `Authorization: Bearer ...` with a token of the daemon"),
     403: (
         "It comes from a page of another origin.",
@@ -3919,7 +3922,8 @@ def api_document(routes: Iterable[Route]) -> Json:
             "version": __version__,
             "description": "Runs scripts on this host: tasks of steps, in order, in parallel or as a graph. The `code` "
             "of an answer is 0 for success, 1001 in progress, 1002 execution failed, 1003 not found, expired or "
-            "destroyed, else the status of a refusal.",
+            "destroyed, else the status of a refusal: 404 for a path that no route has, 405 for a method that a path "
+            "does not have, and those below.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": "/"}],
@@ -5499,7 +5503,7 @@ class Daemon:
             self._log_by(logging.StreamHandler())
 
     def _log_to(self, directory: str) -> None:
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(OSError):  # it is there, or there is no room: then the file's lines are lost
             os.mkdir(directory)
         self._log_by(LogFile(os.path.join(directory, "remote_executor.log")))
 

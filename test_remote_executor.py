@@ -3475,8 +3475,8 @@ def test_profiles_open_in_go_tool_pprof(daemon: Daemon, tmp_path: Path, path: st
 
 def events(daemon: Daemon) -> list[dict[str, Any]]:
     """The lines of the log, which are JSON, as they stand on standard error and in the file."""
-    lines = daemon.log().splitlines()
     kept = (daemon.root / "logs" / "remote_executor.log").read_text(encoding="ascii").splitlines()
+    lines = daemon.log().splitlines()  # later, for a line comes there first
     assert set(kept) <= set(lines)
     return [json.loads(line) for line in lines]
 
@@ -3996,6 +3996,34 @@ def test_service_that_cannot_start_says_so_in_its_exit_code(bare_host: None, tmp
 def module() -> Any:
     sys.path.insert(0, str(HERE))
     return importlib.import_module("remote_executor")
+
+
+def take_by_with(lock: threading.Lock) -> None:
+    with lock:
+        pass
+
+
+def take_by_call(lock: threading.Lock) -> None:
+    lock.acquire()
+    lock.release()
+
+
+def test_waits_for_locks_are_seen_apart_from_others() -> None:
+    lock, event, profile_waits = threading.Lock(), threading.Event(), module().profile_waits
+    with lock:
+        actions = [take_by_with, take_by_call, lambda _: event.wait()]
+        threads = [threading.Thread(target=action, args=(lock,), name=f"t{n}") for n, action in enumerate(actions)]
+        for thread in threads:
+            thread.start()
+        mutex, block = (read_pprof(profile_waits(0.3, is_mutex).encode()).stacks for is_mutex in (True, False))
+    event.set()
+    for thread in threads:
+        thread.join()
+    own = Path(__file__).stem
+    seen = {stack[:2] for stack in mutex}
+    assert {("t0", f"{own}.take_by_with"), ("t1", f"{own}.take_by_call")} <= seen
+    assert not any(stack[0] == "t2" for stack in mutex)
+    assert {stack[0] for stack in block} & {"t0", "t1", "t2"} == {"t2"}
 
 
 DURATIONS = [
