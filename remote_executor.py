@@ -5417,7 +5417,9 @@ class Daemon:
         above, name = os.path.split(os.path.abspath(settings.root))
         self._root = os.path.join(os.path.realpath(above), name)  # the root itself must be no link
         self._ends = 0  # how often the end was asked for
-        self._ending = threading.Event()
+        # Held until the end is asked for. No Event: set() would hang in a signal handler that interrupts its wait().
+        self._living = threading.Lock()
+        self._living.acquire()
         self._is_well: Callable[[], bool] = lambda: True  # until there is more to ask
 
     def run(self) -> int:
@@ -5434,7 +5436,9 @@ class Daemon:
             print(f"listening on {url}", flush=True)
             log.info("%s listens on %s", version_line(), url)
             self._supervisor.ready(url)
-            while not self._ending.wait(_LOOK_S):  # a wait without an end would keep Windows from seeing Ctrl-C
+            while not self._living.acquire(
+                timeout=_LOOK_S
+            ):  # a wait without an end would keep Windows from seeing Ctrl-C
                 self._supervisor.watch(self._is_well)
             self._supervisor.stopping()
         log.info("ended")
@@ -5443,7 +5447,8 @@ class Daemon:
     def end(self) -> None:
         """Ends the daemon in order; asked for again, without waiting for steps."""
         self._ends += 1
-        self._ending.set()
+        with contextlib.suppress(RuntimeError):  # released already
+            self._living.release()
 
     def _start(self, closing: contextlib.ExitStack) -> str:
         """Opens the root, takes up the work, opens the port; its URL. `closing` undoes it, the last first."""
