@@ -28,11 +28,13 @@ Threads: `main` waits for signals; `listener` accepts connections; one `connecti
 from __future__ import annotations
 
 import argparse
+import bisect
 import collections
 import contextlib
 import datetime
 import errno
 import functools
+import gc
 import graphlib
 import heapq
 import http.server
@@ -91,10 +93,12 @@ class Option(NamedTuple):
 OPTIONS = (
     Option("addr", "address", ":2376", "host:port for execution."),
     Option("debug", "flag", "", "Enable debug messages"),
+    Option("log_format", "choice", "text", "How the log is written: text or json.", choices=("text", "json")),
     Option("root", "path", "$TEMP/remote_executor", "Working root directory"),
     Option("key_expire", "duration", "48h", 'Set the database key expire time. Example: "key_expire=1h"', least=1),
     Option("exec_timeout", "duration", "24h", 'Set the exec command expire time. Example: "exec_timeout=30m"', least=1),
     Option("timeout", "duration", "30s", "Timeout for calling endpoints on the engine", least=1),
+    Option("profile_timeout", "duration", "1m", "Longest time that a profile or trace may take.", least=1),
     Option("max-requests", "count", "0", "Maximum number of concurrent requests. 0 to disable."),
     Option("pool_size", "count", "30", "Set the size of the execution work pool.", least=1, most=10000),
     Option("max_body", "size", "16MiB", "Largest body of a request. Larger ones get 413.", least=1),
@@ -122,10 +126,12 @@ class Settings(NamedTuple):
 
     addr: str
     debug: bool
+    log_format: str
     root: str
     key_expire: int
     exec_timeout: int
     timeout: int
+    profile_timeout: int
     max_requests: int
     pool_size: int
     max_body: int
@@ -617,8 +623,21 @@ if ON_WINDOWS:
     GetExitCodeProcess = _declare(_kernel32, "GetExitCodeProcess", _BOOL, _HANDLE, ctypes.POINTER(ctypes.c_int32))
     NtResumeProcess = _library("ntdll").NtResumeProcess  # for Popen has closed the handle that ResumeThread takes
     NtResumeProcess.argtypes = (_HANDLE,)
-
     SetDllDirectoryW = _declare(_kernel32, "SetDllDirectoryW", _BOOL, _TEXT)
+    GetProcessHandleCount = _declare(_kernel32, "GetProcessHandleCount", _BOOL, _HANDLE, ctypes.POINTER(_DWORD))
+
+    class ProcessMemory(ctypes.Structure):
+        """PROCESS_MEMORY_COUNTERS_EX."""
+
+        _fields_ = [("Size", _DWORD), ("PageFaultCount", _DWORD)] + [
+            (name, ctypes.c_size_t)
+            for name in ("PeakWorkingSet", "WorkingSet", "PeakPagedPool", "PagedPool", "PeakNonPagedPool")
+            + ("NonPagedPool", "Pagefile", "PeakPagefile", "Private")
+        ]
+
+    GetProcessMemoryInfo = _declare(
+        _kernel32, "K32GetProcessMemoryInfo", _BOOL, _HANDLE, ctypes.POINTER(ProcessMemory), _DWORD
+    )
 
     # Handles and waits (Synchronization Functions)
     DUPLICATE_SAME_ACCESS, INFINITE, WAIT_OBJECT_0, WAIT_FAILED = 2, 0xFFFF_FFFF, 0, 0xFFFF_FFFF
@@ -1237,6 +1256,155 @@ def use_all_descriptors() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+@functools.lru_cache(maxsize=1)
+def boot_time_s() -> float:
+    """When the host started, in seconds since the epoch."""
+    with contextlib.suppress(OSError), open("/proc/stat", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("btime "):
+                return float(line.split()[1])
+    return time.time() - time.monotonic()
+
+
+def _stat_fields(pid: int | str) -> list[str]:
+    """The fields of /proc/PID/stat from the state on (proc_pid_stat(5)); none when there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].decode("ascii").split()
+    except (OSError, ValueError):
+        return []
+
+
+def _ask_ps(*arguments: str) -> str:
+    """What ps says, where there is no /proc."""
+    command = ["/bin/ps", *arguments]
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ).stdout.decode(errors="replace")
+
+
+def _creation_time(process: int) -> int:
+    """When the process was created, in units of 100 ns since 1601."""
+    times = [wintypes.FILETIME() for _ in range(4)]
+    GetProcessTimes(process, *(ctypes.byref(one) for one in times))
+    return int(times[0].dwHighDateTime) << 32 | int(times[0].dwLowDateTime)
+
+
+class ProcessFigures(NamedTuple):
+    """What this process takes of the host; None where the system does not tell."""
+
+    cpu_s: float
+    started_s: float  # since the epoch
+    threads: int
+    resident_bytes: int | None
+    virtual_bytes: int | None
+    open_files: int | None  # on Windows handles
+    most_files: int | None
+
+
+def process_figures() -> ProcessFigures:
+    """What the system tells now."""
+    cpu_s = time.process_time()
+    if ON_WINDOWS:
+        process, memory, handles = GetCurrentProcess(), ProcessMemory(), wintypes.DWORD()
+        GetProcessMemoryInfo(process, ctypes.byref(memory), ctypes.sizeof(memory))
+        GetProcessHandleCount(process, ctypes.byref(handles))
+        started_s = (_creation_time(process) - _EPOCH_OF_1601) / 10**7
+        taken = memory.WorkingSet, memory.Private, handles.value, _MOST_HANDLES
+        return ProcessFigures(cpu_s, started_s, threading.active_count(), *taken)
+    files = len(os.listdir("/dev/fd")) - 1, _most_files()  # the listing itself takes one
+    if not ON_LINUX:
+        sizes = _ask_ps("-o", "rss=,vsz=", "-p", str(os.getpid())).split()
+        resident, virtual = (int(size) * 1024 for size in sizes) if len(sizes) == 2 else (None, None)
+        return ProcessFigures(cpu_s, _LOADED_S, threading.active_count(), resident, virtual, *files)
+    fields = _stat_fields("self")
+    started_s = boot_time_s() + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    resident, virtual = int(fields[21]) * os.sysconf("SC_PAGE_SIZE"), int(fields[20])
+    return ProcessFigures(cpu_s, started_s, int(fields[17]), resident, virtual, *files)
+
+
+_LOADED_S = time.time()
+_EPOCH_OF_1601 = 116_444_736_000_000_000  # 1970, in the units of a FILETIME
+_MOST_HANDLES = 16 * 1024 * 1024  # of a process (Pushing the Limits of Windows: Handles)
+
+
+def _most_files() -> int | None:
+    if sys.platform != "win32":
+        import resource
+
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return soft if soft != resource.RLIM_INFINITY else None
+    return None
+
+
+class HostFacts(NamedTuple):
+    """What the host is."""
+
+    name: str
+    system: str
+    release: str
+    machine: str
+
+
+def host_facts() -> HostFacts:
+    if sys.platform == "win32":  # not by `platform`, which asks WMI
+        found = sys.getwindowsversion()
+        release = f"{found.major}.{found.minor}.{found.build}"
+        machine = os.environ.get("PROCESSOR_ARCHITEW6432") or os.environ.get("PROCESSOR_ARCHITECTURE", "")
+        return HostFacts(socket.gethostname(), "Windows", release, machine)
+    system, name, release, _, machine = os.uname()
+    return HostFacts(name, system, release, machine)
+
+
+class Build(NamedTuple):
+    """What runs here: the program, the commit that it is of, empty where nobody knows, its time, and its Python."""
+
+    version: str
+    commit: str
+    built: str
+    implementation: str
+    python: str
+    os: str
+    arch: str
+
+
+_COMMIT, _COMMITTED = "$Format:%H$", "$Format:%cI$"  # `git archive` fills these in
+
+
+@functools.lru_cache(maxsize=1)
+def build() -> Build:
+    """Read from the file's place: the commit that is checked out there, the time when the file was written."""
+    is_archived = not _COMMIT.startswith("$")
+    commit, built = (_COMMIT, _COMMITTED) if is_archived else (_checked_out(), _written())
+    system = "windows" if ON_WINDOWS else sys.platform
+    python = sys.version.split()[0]
+    return Build(__version__, commit, built, sys.implementation.name, python, system, host_facts().machine)
+
+
+def _checked_out() -> str:
+    """The commit of a git checkout (gitrepository-layout(5))."""
+    place = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".git")
+    found = ""
+    with contextlib.suppress(OSError, ValueError):
+        with open(os.path.join(place, "HEAD"), encoding="utf-8") as file:
+            found = file.read().strip()
+        if found.startswith("ref: "):
+            name, found = found[5:], ""
+            with contextlib.suppress(OSError), open(os.path.join(place, "packed-refs"), encoding="utf-8") as file:
+                found = next((line.split()[0] for line in file if line.rstrip().endswith(f" {name}")), "")
+            with open(os.path.join(place, name), encoding="utf-8") as file:  # where it is there, it is the later one
+                found = file.read().strip()
+    return found if re.fullmatch("[0-9a-f]{40,64}", found) else ""
+
+
+def _written() -> str:
+    """When the file was written, or the archive or the program that it is a part of."""
+    for path in (__file__, os.path.dirname(__file__), sys.executable):
+        with contextlib.suppress(OSError):
+            return format_time(int(os.stat(path).st_mtime))
+    return ""
+
+
 # ======================================================================================================================
 # interpreters: from a command type to the command line that runs a script, and the bytes of the script
 # ======================================================================================================================
@@ -1551,15 +1719,6 @@ def _signal_group(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def _stat_fields(pid: int | str) -> list[str]:
-    """The fields of /proc/PID/stat from the state on (proc_pid_stat(5)); none when there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].decode("ascii").split()
-    except (OSError, ValueError):
-        return []
-
-
 def _start_time(pid: int) -> str:
     """When the process started, in the system's words; empty when it is gone or a zombie."""
     if ON_LINUX:
@@ -1600,14 +1759,6 @@ def _carries(pid: int, step_dir: bytes) -> bool:
         output = step_dir + b"/output"
         return any(os.readlink(f"/proc/{pid}/fd/{number}".encode()) == output for number in (1, 2))
     return False
-
-
-def _ask_ps(*arguments: str) -> str:
-    """What ps says, where there is no /proc."""
-    command = ["/bin/ps", *arguments]
-    return subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ).stdout.decode(errors="replace")
 
 
 class PosixProcesses:
@@ -1792,13 +1943,6 @@ def _wait_for(handles: Sequence[int], seconds: float) -> int | None:
 def _limit_job(job: int, flags: int) -> None:
     limits = JobLimits(LimitFlags=flags | JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION)  # without a dialog box
     SetInformationJobObject(job, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits), ctypes.sizeof(limits))
-
-
-def _creation_time(process: int) -> int:
-    """When the process was created, in units of 100 ns."""
-    times = [wintypes.FILETIME() for _ in range(4)]
-    GetProcessTimes(process, *(ctypes.byref(one) for one in times))
-    return int(times[0].dwHighDateTime) << 32 | int(times[0].dwLowDateTime)
 
 
 class WindowsProcesses:
@@ -2318,8 +2462,8 @@ class Store:
 
     def oldest_ns(self) -> int | None:
         """When the oldest task was accepted."""
-        oldest: int | None = self._read("SELECT min(accepted_ns) FROM task")[0][0]
-        return oldest
+        rows = self._read("SELECT accepted_ns FROM task ORDER BY seq LIMIT 1")
+        return int(rows[0][0]) if rows else None
 
     def size_bytes(self) -> int:
         """What the database takes on disk."""
@@ -2535,11 +2679,14 @@ class Observer:
     def commit(self, seconds: float, changes: int) -> None:
         """The store has committed."""
 
-    def step_started(self, waited_s: float) -> None:
+    def step_started(self, task_id: str, idx: int, waited_s: float) -> None:
         """A step has started, so long after it was ready."""
 
-    def step_ended(self, result: str, seconds: float, output_bytes: int) -> None:
+    def step_ended(self, task_id: str, idx: int, result: str, seconds: float, output_bytes: int) -> None:
         """A step has ended: succeeded, failed, or forced."""
+
+    def request(self, method: str, template: str, status: int, seconds: float) -> None:
+        """A request has been answered; the template is empty where no route has its path."""
 
 
 class _ActiveStep:
@@ -2556,6 +2703,11 @@ class _ActiveStep:
 
     def __str__(self) -> str:
         return f"task {self.task.id} step {self.idx}"
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What a line of the log about it says beside its text."""
+        return {"about": {"task": self.task.id, "step": self.idx}}
 
 
 class _LiveTask:
@@ -2768,7 +2920,7 @@ class Engine:
             try:
                 result = self._run(active)
             except Exception as error:
-                log.exception("%s: the daemon failed", active)
+                log.exception("%s: the daemon failed", active, extra=active.extra)
                 result = (FORCED_CODE, f"the daemon failed: {error}")
             if active.tree:
                 tree, active.tree = active.tree, None
@@ -2830,13 +2982,13 @@ class Engine:
         except (OSError, StorageFull, Unavailable) as error:
             if isinstance(error, OSError) and error.errno not in _FULL:
                 raise LaunchError(f"could not start: {error}") from error
-            log.error("%s: waits until it can be written: %s", active, error)
+            log.error("%s: waits until it can be written: %s", active, error, extra=active.extra)
             self._stopping.wait(_TICK_S)
             return
         with self._lock:
             active.tree = tree
-        self._observer.step_started(time.monotonic() - active.ready_s)
-        log.debug("%s: started, pid %d", active, tree.pid)
+        self._observer.step_started(active.task.id, idx, time.monotonic() - active.ready_s)
+        log.debug("%s: started, pid %d", active, tree.pid, extra=active.extra)
 
     def _environment_of(self, active: _ActiveStep, entries: Sequence[str], workspace: str) -> dict[str, str]:
         """What the step's environment has beyond the daemon's."""
@@ -2860,7 +3012,7 @@ class Engine:
                     active.reason = active.reason or TIMED_OUT
         if not active.reason:
             return False
-        log.info("%s: %s", active, active.reason)
+        log.info("%s: %s", active, active.reason, extra=active.extra)
         tree.stop(GRACE_S if active.stops < 2 else 0)
         return True
 
@@ -2871,8 +3023,8 @@ class Engine:
         output_bytes = self._directory(active.task.seq, active.idx).output_bytes()
         end = self._end(active.task, [(active.idx, code, reason)], active)
         result = "forced" if end[2] else "failed" if end[1] else "succeeded"
-        self._observer.step_ended(result, seconds, output_bytes)
-        log.debug("%s: ended with code %d %s", active, *end[1:])
+        self._observer.step_ended(active.task.id, active.idx, result, seconds, output_bytes)
+        log.debug("%s: ended with code %d %s", active, *end[1:], extra=active.extra)
 
     def _end(
         self, task: _LiveTask, ends: list[tuple[int, int, str]], active: _ActiveStep | None = None
@@ -2910,7 +3062,7 @@ class Engine:
         try:
             self._store.note_stop(seq, idx, reason)
         except (StorageFull, Unavailable) as error:  # to stop matters more: the step's end will tell of it
-            log.error("cannot store a stop: %s", error)
+            log.error("task number %d: cannot store a stop: %s", seq, error)
 
     def _stop_active(self, steps: Iterable[_ActiveStep], reason: str) -> None:
         """Has the workers stop their steps; the lock is held."""
@@ -3007,7 +3159,7 @@ class Engine:
         active = _ActiveStep(task, step.idx, time.monotonic())
         active.tree, active.started_ns, active.reason = tree, step.started_ns or 0, task.stop or step.stop
         self._activate(active)
-        log.info("%s: still runs, pid %d", active, tree.pid)
+        log.info("%s: still runs, pid %d", active, tree.pid, extra=active.extra)
         return active
 
     def _settle(self, task: _LiveTask, step: OpenStep) -> tuple[int, int, str] | None:
@@ -3030,8 +3182,465 @@ _LOST = "lost: it ended without a result, as when it is killed or the host resta
 
 
 # ======================================================================================================================
-# telemetry: metrics
+# telemetry: metrics, stacks and profiles
 # ======================================================================================================================
+
+_STEP_BOUNDS_S = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600, 21600, 86400)
+_QUEUE_BOUNDS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600)
+_REQUEST_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # whatever else a client makes up is "other"
+OWN = "remote_executor_"  # how the names of our own metrics begin
+
+
+class Family(NamedTuple):
+    """A metric: its name, type and help, and its samples, each a suffix of the name, labels and a value."""
+
+    name: str
+    kind: str
+    help: str
+    samples: Sequence[tuple[str, Pairs, float]]
+
+
+def single(name: str, kind: str, text: str, value: float | None, labels: Pairs = ()) -> Family:
+    """A metric of one sample, of none where the value is None."""
+    return Family(name, kind, text, [("", labels, value)] if value is not None else [])
+
+
+def exposition(families: Iterable[Family]) -> str:
+    """The metrics in the text format 0.0.4 of Prometheus (Exposition formats)."""
+    lines = []
+    for family in families:
+        if family.samples:
+            lines += [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"]
+        for suffix, labels, value in family.samples:
+            pairs = ",".join(f'{name}="{text.translate(_LABEL_ESCAPES)}"' for name, text in labels)
+            lines.append(f"{family.name}{suffix}{{{pairs}}} {value}" if pairs else f"{family.name}{suffix} {value}")
+    return "\n".join([*lines, ""])
+
+
+_LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+class Histogram:
+    """How many values lie below each bound; whoever shares one guards it."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def samples(self, labels: Pairs = ()) -> list[tuple[str, Pairs, float]]:
+        totals = itertools.accumulate(self._counts)
+        bounds = [*map(str, self._bounds), "+Inf"]
+        found: list[tuple[str, Pairs, float]]
+        found = [("_bucket", (*labels, ("le", bound)), total) for bound, total in zip(bounds, totals)]
+        return [*found, ("_sum", labels, self._sum), ("_count", labels, sum(self._counts))]
+
+
+def spread(name: str, text: str, histograms: Mapping[Pairs, Histogram]) -> Family:
+    """A metric of histograms, each with its labels."""
+    return Family(
+        name, "histogram", text, [one for labels, found in histograms.items() for one in found.samples(labels)]
+    )
+
+
+_SPANS_MOST = 100_000  # in a trace, which then holds the first of them
+
+
+class Span(NamedTuple):
+    """A piece of work in a thread; `begin_s` is of time.perf_counter()."""
+
+    name: str
+    category: str
+    begin_s: float
+    seconds: float
+    thread: int
+    thread_name: str
+    about: Mapping[str, Any]
+
+
+def _ended_span(name: str, category: str, seconds: float, about: Mapping[str, Any]) -> Span:
+    """What this thread did until now."""
+    begin_s, thread = time.perf_counter() - seconds, threading.current_thread().name
+    return Span(name, category, begin_s, seconds, threading.get_native_id(), thread, about)
+
+
+def trace_events(spans: Sequence[Span]) -> dict[str, Any]:
+    """The spans in the Trace Event Format, which Perfetto and chrome://tracing read."""
+    pid, begin_s = os.getpid(), min((span.begin_s for span in spans), default=0.0)
+    events: list[dict[str, Any]] = [
+        {"name": "thread_name", "ph": "M", "pid": pid, "tid": thread, "args": {"name": name}}
+        for thread, name in {span.thread: span.thread_name for span in spans}.items()
+    ]
+    for span in spans:
+        times = {"ts": (span.begin_s - begin_s) * 1e6, "dur": span.seconds * 1e6}
+        where = {"name": span.name, "cat": span.category, "ph": "X", "pid": pid, "tid": span.thread}
+        events.append({**where, **times, "args": span.about})
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+class Telemetry(Observer):
+    """Counts what the daemon does; any thread may tell it and ask it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards all below, for some hundred nanoseconds at a time
+        self._steps = dict.fromkeys(("succeeded", "failed", "forced"), 0)
+        self._step_seconds = Histogram(_STEP_BOUNDS_S)
+        self._queue_seconds = Histogram(_QUEUE_BOUNDS_S)
+        self._output_bytes = 0
+        self._commit_seconds = Histogram(_REQUEST_BOUNDS_S)
+        self._changes = 0
+        self._requests: dict[tuple[str, str, int], int] = {}
+        self._request_seconds: dict[tuple[str, str], Histogram] = {}
+        self._running: dict[tuple[str, int], Span] = {}  # steps, with no end yet
+        self._spans: list[Span] | None = None  # while a trace is taken
+
+    def commit(self, seconds: float, changes: int) -> None:
+        with self._lock:
+            self._commit_seconds.add(seconds)
+            self._changes += changes
+            self._trace("commit", "store", seconds, {"changes": changes})
+
+    def step_started(self, task_id: str, idx: int, waited_s: float) -> None:
+        span = _ended_span(f"{task_id} step {idx}", "step", 0.0, {"waited_s": waited_s})
+        with self._lock:
+            self._queue_seconds.add(waited_s)
+            self._running[task_id, idx] = span
+
+    def step_ended(self, task_id: str, idx: int, result: str, seconds: float, output_bytes: int) -> None:
+        with self._lock:
+            self._steps[result] += 1
+            self._step_seconds.add(seconds)
+            self._output_bytes += output_bytes
+            begun = self._running.pop((task_id, idx), None)
+            about = {**(begun.about if begun else {}), "result": result, "output_bytes": output_bytes}
+            self._trace(f"{task_id} step {idx}", "step", seconds, about)
+
+    def request(self, method: str, template: str, status: int, seconds: float) -> None:
+        method = method if method in _METHODS else "other"
+        key = template, method
+        with self._lock:
+            self._requests[template, method, status] = self._requests.get((template, method, status), 0) + 1
+            if key not in self._request_seconds:
+                self._request_seconds[key] = Histogram(_REQUEST_BOUNDS_S)
+            self._request_seconds[key].add(seconds)
+            if self._spans is not None:
+                self._trace(f"{method} {template}", "request", seconds, {"status": status})
+
+    def _trace(self, name: str, category: str, seconds: float, about: Mapping[str, Any]) -> None:
+        """This thread has done a piece of work; the lock is held."""
+        if self._spans is not None and len(self._spans) < _SPANS_MOST:
+            self._spans.append(_ended_span(name, category, seconds, about))
+
+    def trace(self, seconds: float) -> list[Span]:
+        """What ends in the time to come, and the steps that run on then; for one thread at a time."""
+        with self._lock:
+            self._spans = []
+        time.sleep(seconds)
+        now_s = time.perf_counter()
+        with self._lock:
+            spans, self._spans = self._spans, None
+            running = [one._replace(seconds=now_s - one.begin_s) for one in self._running.values()]
+        return spans + [one._replace(about={**one.about, "result": "still running"}) for one in running]
+
+    def families(self) -> list[Family]:
+        """What was counted since the daemon's start."""
+        with self._lock:
+            steps = [("", (("result", result),), count) for result, count in self._steps.items()]
+            requests = [
+                ("", (*_route_labels(template, method), ("status", str(status))), count)
+                for (template, method, status), count in self._requests.items()
+            ]
+            spans = {_route_labels(*key): found for key, found in self._request_seconds.items()}
+            return [
+                Family(OWN + "steps_ended_total", "counter", "Steps that ended, by result.", steps),
+                spread(OWN + "step_duration_seconds", "How long steps ran.", {(): self._step_seconds}),
+                spread(OWN + "step_queue_seconds", "How long ready steps waited.", {(): self._queue_seconds}),
+                single(OWN + "step_output_bytes_total", "counter", "What ended steps wrote.", self._output_bytes),
+                Family(OWN + "http_requests_total", "counter", "Requests answered.", requests),
+                spread(
+                    OWN + "http_request_duration_seconds", "From a request's first byte to its answer's last.", spans
+                ),
+                spread(OWN + "store_commit_duration_seconds", "How long commits took.", {(): self._commit_seconds}),
+                single(OWN + "store_changes_total", "counter", "Changes in these commits.", self._changes),
+            ]
+
+
+def _route_labels(template: str, method: str) -> Pairs:
+    return ("route", template or "none"), ("method", method)
+
+
+def process_families(figures: ProcessFigures) -> list[Family]:
+    """The process and its Python, by the names of the official clients of Prometheus."""
+    cycles = [((("generation", str(number)),), found) for number, found in enumerate(gc.get_stats())]
+    return [
+        single("process_cpu_seconds_total", "counter", "User and system CPU time.", figures.cpu_s),
+        single("process_resident_memory_bytes", "gauge", "Resident memory.", figures.resident_bytes),
+        single("process_virtual_memory_bytes", "gauge", "Virtual memory.", figures.virtual_bytes),
+        single("process_open_fds", "gauge", "Open file descriptors, on Windows handles.", figures.open_files),
+        single("process_max_fds", "gauge", "The most of them.", figures.most_files),
+        single("process_threads", "gauge", "Threads.", figures.threads),
+        single("process_start_time_seconds", "gauge", "When it started, since the epoch.", figures.started_s),
+        *(
+            Family(f"python_gc_{name}_total", "counter", text, [("", labels, found[key]) for labels, found in cycles])
+            for name, key, text in (
+                ("collections", "collections", "Runs of the garbage collector."),
+                ("objects_collected", "collected", "Objects that it freed."),
+                ("objects_uncollectable", "uncollectable", "Objects that it could not free."),
+            )
+        ),
+    ]
+
+
+class Frame(NamedTuple):
+    """A place in the program: the whole name of a function, its file and line, and the address of its code object."""
+
+    function: str
+    file: str
+    line: int
+    address: int
+
+
+class Profile:
+    """Stacks with values; for one thread."""
+
+    def __init__(self, kinds: Sequence[tuple[str, str]], note: str, seconds: float = 0.0) -> None:
+        self._kinds = kinds  # the name and the unit of each value
+        self._note = note
+        self._seconds = seconds
+        self._samples: dict[tuple[str, tuple[Frame, ...]], Sequence[int]] = {}  # by a thread's name and its stack
+
+    def add(self, thread: str, stack: tuple[Frame, ...], values: Sequence[int]) -> None:
+        """Adds the values to those of the same stack, which begins with the innermost frame."""
+        known = self._samples.get((thread, stack), (0,) * len(values))
+        self._samples[thread, stack] = [one + other for one, other in zip(known, values)]
+
+    def text(self) -> str:
+        """The stacks for people, the largest value first."""
+        kinds = ", ".join(f"{name} ({unit})" for name, unit in self._kinds)
+        lines = [f"{self._note}", f"values: {kinds}", ""]
+        for (thread, stack), values in sorted(self._samples.items(), key=lambda item: item[1][-1], reverse=True):
+            lines.append(f"{' '.join(map(str, values))} @ {thread}")
+            lines += [f"#\t{frame.function}\t{frame.file}:{frame.line}" for frame in stack] + [""]
+        return "\n".join(lines) + "\n"
+
+    def encode(self) -> bytes:
+        """The gzipped profile.proto of pprof (github.com/google/pprof/proto/profile.proto)."""
+        import gzip
+
+        words: dict[str, int] = {"": 0}
+        locations: dict[Frame, int] = {}
+        functions: dict[tuple[str, str], int] = {}
+
+        def word(text: str) -> int:
+            return words.setdefault(text, len(words))
+
+        kinds = [_field(1, word(name)) + _field(2, word(unit)) for name, unit in self._kinds]
+        parts = [_field(1, kind) for kind in kinds]
+        for (thread, stack), values in self._samples.items():
+            places = b"".join(_varint(locations.setdefault(frame, len(locations) + 1)) for frame in stack)
+            label = _field(3, _field(1, word("thread")) + _field(2, word(thread))) if thread else b""
+            parts.append(_field(2, _field(1, places) + _field(2, b"".join(map(_varint, values))) + label))
+        known = b"".join(_field(number, 1) for number in (7, 8, 9))  # it has functions, files and lines: look for none
+        parts.append(_field(3, _field(1, 1) + _field(3, 2**63 - 1) + _field(5, word(sys.executable)) + known))
+        for frame, number in locations.items():
+            function = functions.setdefault((frame.function, frame.file), len(functions) + 1)
+            line = _field(4, _field(1, function) + _field(2, frame.line))
+            parts.append(_field(4, _field(1, number) + _field(2, 1) + _field(3, frame.address) + line))
+        for (name, file), number in functions.items():
+            parts.append(_field(5, _field(1, number) + _field(2, word(name)) + _field(4, word(file))))
+        parts += [_field(9, time.time_ns()), _field(10, int(self._seconds * _SECOND_NS)), _field(11, kinds[-1])]
+        parts += [_field(12, _PERIOD_NS), _field(13, word(self._note)), _field(14, word(self._kinds[-1][0]))]
+        return gzip.compress(b"".join(parts + [_field(6, text.encode()) for text in words]), 6)
+
+
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*found, value])
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """A field of a protocol buffer: a number, or bytes with their length (Protocol Buffers, Encoding)."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+_PERIOD_NS = 10**7
+_LEAST_PAUSE = 24  # times what a look took of the CPU: looking takes 4 % of one at the most
+_HEAP_DEPTH = 16  # frames of an allocation's stack
+_SAMPLED = (("samples", "count"), ("wall", "nanoseconds"))
+
+_Key = tuple[str, tuple[tuple[int, int], ...]]  # a thread's name, and the code and line of each frame
+
+
+class Sampler:
+    """Looks at the stacks of all threads but its own, and counts them; for the thread that made it."""
+
+    def __init__(self, counts: Callable[[int, types.FrameType], bool] = lambda _, __: True) -> None:
+        self._counts = counts  # whether a stack is to be counted, by its thread and innermost frame
+        self._own = threading.get_ident()
+        self._names: dict[int, str] = {}
+        self._codes: dict[int, types.CodeType] = {}  # by id: code is dear to hash
+        self._seen: dict[_Key, list[int]] = {}
+
+    def run(self, seconds: float) -> None:
+        """Looks 100 times a second, less often where there are so many threads that it would cost too much."""
+        last_ns = time.perf_counter_ns()
+        end_ns = last_ns + int(seconds * _SECOND_NS)
+        pause_ns = _PERIOD_NS
+        while last_ns < end_ns:
+            time.sleep(min(pause_ns, end_ns - last_ns) / _SECOND_NS)
+            now_ns, before_ns = time.perf_counter_ns(), time.thread_time_ns()
+            self.look(now_ns - last_ns)
+            last_ns, cost_ns = now_ns, time.thread_time_ns() - before_ns
+            pause_ns = max(_PERIOD_NS - cost_ns, cost_ns * _LEAST_PAUSE)
+
+    def look(self, since_ns: int = 0) -> None:
+        """Counts every stack once, with the time since the last look."""
+        for thread, frame in sys._current_frames().items():
+            if thread != self._own and self._counts(thread, frame):
+                values = self._seen.setdefault(self._key(thread, frame), [0, 0])
+                values[0] += 1
+                values[1] += since_ns
+
+    def _key(self, thread: int, innermost: types.FrameType) -> _Key:
+        if thread not in self._names:
+            self._names.update(thread_names())
+        stack, frame = [], innermost
+        while frame:
+            code = frame.f_code
+            self._codes[id(code)] = code
+            stack.append((id(code), frame.f_lineno or 0))
+            frame = frame.f_back  # type: ignore[assignment]
+        return self._names.get(thread, "not Python's"), tuple(stack)
+
+    def stacks(self) -> Iterator[tuple[str, tuple[Frame, ...], list[int]]]:
+        """Each stack that was seen: the thread's name, the frames, how often and for how many nanoseconds."""
+        for (thread, stack), values in self._seen.items():
+            yield thread, tuple(_frame(self._codes[code], line) for code, line in stack), values
+
+
+def thread_names() -> dict[int, str]:
+    return {thread.ident: thread.name for thread in threading.enumerate() if thread.ident}
+
+
+def _frame(code: types.CodeType, line: int) -> Frame:
+    module = os.path.basename(code.co_filename).partition(".")[0]
+    return Frame(f"{module}.{getattr(code, 'co_qualname', code.co_name)}", code.co_filename, line, id(code))
+
+
+def profile_time(seconds: float) -> Profile:
+    """Where all threads are, whether they run or wait."""
+    sampler, profile = Sampler(), Profile(_SAMPLED, "Python stacks of all threads, running or waiting.", seconds)
+    sampler.run(seconds)
+    for found in sampler.stacks():
+        profile.add(*found)
+    return profile
+
+
+def profile_waits(seconds: float, is_mutex: bool) -> Profile:
+    """Where threads wait for each other, as far as looking tells; CPython keeps no account of its locks.
+
+    A thread waits when two looks in turn find it at the same instruction: of a `with` on a bare name or an acquire(),
+    which is a lock, or within `threading`, which is a condition, an event or a join.
+    """
+    last: dict[int, tuple[int, int]] = {}
+
+    def counts(thread: int, frame: types.FrameType) -> bool:
+        place = id(frame), frame.f_lasti
+        stays, last[thread] = last.get(thread) == place, place
+        return stays and (_takes_lock(frame) if is_mutex else frame.f_code.co_filename == threading.__file__)
+
+    note = "waits for locks" if is_mutex else "waits in threading, for conditions, events and joins"
+    kinds = (("waits_sampled", "count"), ("wait", "nanoseconds"))
+    sampler, profile = Sampler(counts), Profile(kinds, f"Sampled {note}; those under 10 ms are seldom seen.", seconds)
+    sampler.run(seconds)
+    for found in sampler.stacks():
+        profile.add(*found)
+    return profile
+
+
+def _takes_lock(frame: types.FrameType) -> bool:
+    import linecache
+
+    code = frame.f_code
+    line = linecache.getline(code.co_filename, frame.f_lineno or 0, frame.f_globals)
+    return code.co_filename != threading.__file__ and bool(_LOCKING.search(line))
+
+
+_LOCKING = re.compile(r"^\s*with [\w.]+:|\.acquire\(")
+
+
+def profile_threads(entries_only: bool) -> Profile:
+    """The threads there are: by their stacks, or by what each was started to run."""
+    about = "what they were started to run; CPython keeps no stack of a thread's start" if entries_only else "stacks"
+    sampler, profile = Sampler(), Profile((("threads", "count"),), f"Live threads, by {about}.")
+    sampler.look()
+    for thread, stack, values in sampler.stacks():
+        entry = tuple(frame for frame in stack if frame.file != threading.__file__)[-1:] if entries_only else stack
+        profile.add(thread, entry, values[:1])
+    return profile
+
+
+def profile_memory(seconds: float) -> Profile:
+    """What is allocated in the time to come and still there at its end; traced for that long alone."""
+    import tracemalloc
+
+    is_ours = not tracemalloc.is_tracing()  # else Python was started so
+    if is_ours:
+        tracemalloc.start(_HEAP_DEPTH)
+    try:
+        time.sleep(seconds)
+        found = tracemalloc.take_snapshot().statistics("traceback")
+    finally:
+        if is_ours:
+            tracemalloc.stop()
+    kinds = (("inuse_objects", "count"), ("inuse_space", "bytes"))
+    note = "Allocated while traced, and not freed; tracemalloc knows nothing of what is freed."
+    profile = Profile(kinds, note, seconds)
+    for one in found:
+        stack = [
+            Frame(f"{os.path.basename(at.filename)}:{at.lineno}", at.filename, at.lineno, 0) for at in one.traceback
+        ]
+        profile.add("", tuple(reversed(stack)), (one.count, one.size))
+    return profile
+
+
+def stacks_text() -> str:
+    """The stack of every thread, for people, the innermost frame first."""
+    lines, threads = [], {thread.ident: thread for thread in threading.enumerate()}
+    for ident, innermost in sys._current_frames().items():
+        thread, frame = threads.get(ident), innermost
+        kind = "not Python's" if thread is None else f"{thread.name}, {'daemon' if thread.daemon else 'no daemon'}"
+        lines.append(f"thread {ident} [{kind}]:")
+        while frame:
+            found = _frame(frame.f_code, frame.f_lineno or 0)
+            lines += [found.function, f"\t{found.file}:{found.line}"]
+            frame = frame.f_back  # type: ignore[assignment]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def symbols_text(asked: str) -> str:
+    """The functions at the addresses of a profile, by the symbol protocol of pprof."""
+    wanted = [int(word, 16) for word in re.findall("0x([0-9A-Fa-f]{1,16})", asked)]
+    codes = [one.__code__ for one in gc.get_objects() if isinstance(one, types.FunctionType)] if wanted else []
+    names: dict[int, str] = {}
+    while codes:
+        code = codes.pop()
+        if id(code) not in names:
+            names[id(code)] = _frame(code, 0).function
+            codes += [one for one in code.co_consts if isinstance(one, types.CodeType)]
+    return "".join(["num_symbols: 1\n", *(f"{one:#x} {names[one]}\n" for one in wanted if one in names)])
+
 
 # ======================================================================================================================
 # HTTP core: requests read strictly, answers, routes
@@ -3051,6 +3660,8 @@ _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,12})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 JSON_TYPE = ("Content-Type", "application/json; charset=utf-8")
+TEXT_TYPE = ("Content-Type", "text/plain; charset=utf-8")
+METRICS_TYPE = ("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
@@ -3141,12 +3752,20 @@ def refusal(error: ApiError) -> Response:
 
 
 class Route(NamedTuple):
-    """What answers a method on a path; {names} in the template are parameters."""
+    """What answers a method on a path; {names} in the template are parameters.
+
+    `answer`, `query` and `body` are words of the API document, `refusals` the statuses that only some routes answer.
+    """
 
     method: str
     template: str
     handle: Callable[[Request], Response]
-    is_counted: bool = True  # by --max-requests
+    summary: str
+    answer: str
+    query: tuple[str, ...] = ()
+    body: str = ""
+    refusals: tuple[int, ...] = ()
+    is_counted: bool = False  # by --max-requests
     is_public: bool = False  # for those too who may call nothing else
 
 
@@ -3587,15 +4206,710 @@ def network_of(peer: str) -> str:
 # API document: OpenAPI, derived from the routes
 # ======================================================================================================================
 
+Json = dict[str, Any]
+
+_POOL_MOST = next(option.most for option in OPTIONS if option.name == "pool_size")
+
+_REFUSALS = {  # by status: when it happens, and an example; the first are for every route
+    400: (
+        "The request is malformed.",
+        "[0]: Key: 'PostStruct.CommandType' Error:Field validation for 'CommandType' failed on the 'required' tag",
+    ),
+    401: ("It needs a token, or the token is wrong.", "send `Authorization: Bearer ...` with a token of the daemon"),
+    403: (
+        "It comes from a page of another origin.",
+        "pages of other sites may not call this; --cors_origin allows one",
+    ),
+    413: ("The body is too large.", "the body has 16777217 bytes; at most 16777216 are taken (--max_body)"),
+    429: ("Too many at once; wait.", "8 requests are in work, the most that --max-requests allows; try again"),
+    500: ("The daemon failed.", "the daemon failed; its log says how"),
+    503: ("Not now.", "the daemon is ending; send the task again to the next one"),
+    409: (
+        "It is in conflict with another.",
+        "id: 'a' is the id of a task that was submitted otherwise; use another id",
+    ),
+    507: ("The disk is full.", "the disk of the root is full; make room, or give another --root"),
+}
+_ANY_ROUTE = (400, 401, 403, 413, 429, 500, 503)
+_REFUSAL_HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
+
+
+def api_document(routes: Iterable[Route]) -> Json:
+    """The OpenAPI 3.1 document of these routes."""
+    paths: dict[str, Json] = {}
+    for route in routes:
+        paths.setdefault(route.template, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "remote_executor",
+            "version": __version__,
+            "description": "Runs scripts on this host: tasks of steps, in order, in parallel or as a graph. The `code` "
+            "of an answer is 0 for success, 1001 in progress, 1002 execution failed, 1003 not found, expired or "
+            "destroyed, else the status of a refusal: 404 for a path that no route has, 405 for a method that a path "
+            "does not have, and those below.",
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "servers": [{"url": "/"}],
+        "security": [{}, {"token": []}],
+        "paths": paths,
+        "components": {
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description": "See --token_file."}},
+            "parameters": _parameters(),
+            "requestBodies": _bodies(),
+            "responses": {**_answers(), **{f"Refused{status}": _refused(status) for status in _REFUSALS}},
+            "schemas": _schemas(),
+        },
+    }
+
+
+def _operation(route: Route) -> Json:
+    names = [*re.findall(r"{(\w+)}", route.template), *route.query]
+    statuses = [*_ANY_ROUTE, *route.refusals]
+    success = "302" if route.answer == "Redirect" else "200"
+    found: Json = {
+        "operationId": re.sub(r"\W+", "_", route.method.lower() + route.template.replace("}", "")),
+        "summary": route.summary,
+        "tags": [_tag(route.template)],
+        "responses": {success: _ref("responses", route.answer)},
+    }
+    if names:
+        found["parameters"] = [_ref("parameters", name) for name in names]
+    if route.body:
+        found["requestBody"] = _ref("requestBodies", route.body)
+    if route.is_public:
+        found["security"] = [{}]
+    found["responses"].update({str(status): _ref("responses", f"Refused{status}") for status in sorted(statuses)})
+    return found
+
+
+def _tag(template: str) -> str:
+    areas = (("/api/v1/task", "tasks"), ("/api/v1/pool", "pool"), ("/debug/", "profiles"), ("/swagger", "document"))
+    return next((tag for prefix, tag in areas if template.startswith(prefix)), "daemon")
+
+
+def _ref(kind: str, name: str) -> Json:
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+def _schema(name: str) -> Json:
+    return _ref("schemas", name)
+
+
+def _object(fields: Json, *optional: str) -> Json:
+    """An object of these fields and no others, all but the optional ones required."""
+    required = [name for name in fields if name not in optional]
+    return {"type": "object", "required": required, "properties": fields, "additionalProperties": False}
+
+
+def _array(of: Json, **more: Any) -> Json:
+    return {"type": "array", "items": of, **more}
+
+
+def _string(about: str, **more: Any) -> Json:
+    return {"type": "string", "description": about, **more}
+
+
+def _whole(about: str, least: int = 0, **more: Any) -> Json:
+    return {"type": "integer", "description": about, "minimum": least, **more}
+
+
+def _envelope(codes: Sequence[int], data: Json | None = None) -> Json:
+    code = {"const": codes[0]} if len(codes) == 1 else {"enum": [*codes]}
+    fields = {"code": {"type": "integer", **code}, "message": {"type": "string"}}
+    return _object({**fields, "data": data} if data else fields)
+
+
+def _answer(
+    about: str, schema: Json, examples: Mapping[str, Any] = types.MappingProxyType({}), header: str = ""
+) -> Json:
+    """An answer of JSON."""
+    content: Json = {"schema": schema}
+    if examples:
+        content["examples"] = {name: {"value": value} for name, value in examples.items()}
+    found: Json = {"description": about, "content": {"application/json": content}}
+    if header:
+        found["headers"] = {header: {"schema": {"type": "string"}}}
+    return found
+
+
+def _refused(status: int) -> Json:
+    about, message = _REFUSALS[status]
+    example = {"code": status, "message": message}
+    return _answer(about, _envelope([status]), {"refused": example}, _REFUSAL_HEADERS.get(status, ""))
+
+
+def _parameters() -> Json:
+    """What stands in paths and queries."""
+    truth = {"type": "string", "pattern": "^([1tT0fF]|[tT][rR][uU][eE]|[fF][aA][lL][sS][eE])?$"}
+    path: dict[str, tuple[str, Json, Any]] = {
+        "task": ("Id of the task", {"type": "string", "minLength": 1}, "release-1"),
+        "step": ("Index of the step, or its name", {"type": "string", "minLength": 1}, "0"),
+    }
+    query: dict[str, tuple[str, Json, Any]] = {
+        "sort": ("By begin (st), end (et) or expiry (rt)", {"enum": ["st", "et", "rt"], "default": "st"}, "st"),
+        "ansync": ("true: only `depets_on` orders the steps", truth, "true"),
+        "async": ("The same as `ansync`", truth, "true"),
+        "id": ("Id of the task; sent again, the same submission runs once", {"pattern": _ID_WORD}, "release-1"),
+        "timeout": ("Of the whole task, from its acceptance", _schema("Duration"), "1h30m"),
+        "seconds": ("For how long; at most --profile_timeout", _SECONDS, "5"),
+        "debug": ("1: as text; 2: of threads the whole stacks", {"enum": ["0", "1", "2"], "default": "0"}, "1"),
+        "env_vars": ("KEY=value for all steps; may stand several times", _array(_schema("Variable")), ["target=linux"]),
+    }
+    found: Json = {}
+    for place, words in (("path", path), ("query", query)):
+        for name, (about, schema, example) in words.items():
+            schema = schema if "$ref" in schema or "type" in schema else {"type": "string", **schema}
+            found[name] = {"name": name, "in": place, "description": about, "schema": schema, "example": example}
+            if place == "path":
+                found[name]["required"] = True
+    return found
+
+
+_SECONDS: Json = {"type": "number", "exclusiveMinimum": 0}
+_ID_WORD = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?)?$"  # empty is as absent
+
+
+def _bodies() -> Json:
+    def body(name: str, examples: Json) -> Json:
+        values = {name: {"value": value} for name, value in examples.items()}
+        return {"required": True, "content": {"application/json": {"schema": _schema(name), "examples": values}}}
+
+    build_it = {"command_type": "sh", "command_content": 'echo "build $target"', "env_vars": ["target=linux"]}
+    graph = [
+        {"name": "fetch", "command_type": "sh", "command_content": "echo 42 >answer"},
+        {"name": "left", "command_type": "sh", "command_content": "cat answer", "depets_on": ["fetch"]},
+        {"name": "right", "command_type": "python", "command_content": "print(7)", "depets_on": ["fetch"]},
+    ]
+    steps = {"one after another": [build_it, {**build_it, "timeout": "90s"}], "a graph, with ansync=true": graph}
+    return {
+        "Submission": body("Submission", steps),
+        "PoolSize": body("PoolSize", {"eight": {"size": 8}}),
+        "Addresses": {
+            "content": {"text/plain": {"schema": {"type": "string"}, "example": "0x7f0000000000+0x7f0000000010"}}
+        },
+    }
+
+
+def _schemas() -> Json:
+    """What bodies and answers are made of."""
+    return {**_submitted(), **_shown(), **_figures(), "NotFound": _envelope([Code.NOT_FOUND])}
+
+
+def _submitted() -> Json:
+    """The schemas of bodies; an optional field may be null or empty too."""
+    names = _array({"type": "string"}, description="Names of the steps that must succeed first")
+    optional = {"type": ["array", "null"]}
+    duration = {"anyOf": [_schema("Duration"), {"type": "null"}], "description": "Default --exec_timeout"}
+    step = {
+        "command_type": {"type": "string", "enum": [*INTERPRETERS]},
+        "command_content": _string("The script", minLength=1),
+        "name": {**_string("Default <task id>-<index>", maxLength=_NAME_LIMIT), "type": ["string", "null"]},
+        "env_vars": {**_array(_schema("Variable")), **optional},
+        "depets_on": {**names, **optional},
+        "depends_on": {**names, **optional, "description": "The same as `depets_on`"},
+        "timeout": duration,
+    }
+    required = ["command_type", "command_content"]
+    size = _whole("Steps that run at once", 1, maximum=_POOL_MOST)
+    return {
+        "Duration": _string("As Go writes it", pattern=_DURATION_WORD, examples=["90s", "1h30m", "500ms"]),
+        "Variable": _string("KEY=value", pattern="^[^=\\x00]+=[^\\x00]*$"),
+        "SubmittedStep": {"type": "object", "required": required, "properties": step},
+        "Submission": _array(_schema("SubmittedStep"), minItems=1),
+        "PoolSize": {"type": "object", "required": ["size"], "properties": {"size": size}},
+    }
+
+
+def _shown() -> Json:
+    """The schemas of tasks, steps and the pool."""
+    names = _array({"type": "string"}, description="Names of the steps that must succeed first")
+    times = {
+        "st": _string("Begin", format="date-time"),
+        "et": _string("End", format="date-time"),
+        "rt": _string("Time left before the record expires, as Go prints a duration"),
+    }
+    state = {"type": "integer", "enum": [*State], "description": "0 ended, 1 running, 2 pending, 255 system error"}
+    code = {"type": "integer", "description": "0 success; a task's is the sum of its steps'"}
+    url, message = _string("Where it is shown", format="uri"), {"type": "string"}
+    task = {"id": _string("Id"), "url": url, "state": state, "code": code, "count": _whole("Steps", 1), "msg": message}
+    row = {"step": _whole("Index"), "url": url, "name": _string("Name"), "state": state, "code": code, "msg": message}
+    return {
+        "Times": _object(times, "st", "et"),
+        "Task": _object({**task, "times": _schema("Times")}),
+        "Step": _object({**row, "depets_on": names, "times": _schema("Times")}, "depets_on"),
+        "Pool": _object(
+            {
+                "size": _whole("The most steps that run at once", 1),
+                "running": _whole("Steps that run"),
+                "waiting": _whole("Steps that are ready and wait"),
+            }
+        ),
+    }
+
+
+_DURATION_WORD = (
+    r"^((?=.*[1-9])\+?(([0-9]+(\.[0-9]*)?|\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h))+)?$"  # empty as absent
+)
+
+
+def _figures() -> Json:
+    """The schemas of what the daemon tells of itself."""
+    unknown = {"type": ["integer", "null"], "minimum": 0}
+    moment = {"format": "date-time"}
+    python = {name: _string(name) for name in ("implementation", "version", "os", "arch")}
+    commit = {"type": ["string", "null"], "description": "The git commit, null where nobody knows it"}
+    number = {"type": "number", "minimum": 0}
+    process = {
+        "pid": _whole("Process id", 1),
+        "uptime_s": {**number, "description": "Seconds since its start"},
+        "cpu_s": {**number, "description": "Seconds of user and system CPU time"},
+        "rss_bytes": {**unknown, "description": "Resident memory"},
+        "threads": _whole("Threads", 1),
+        "open_files": {**unknown, "description": "File descriptors, on Windows handles"},
+        "python": _string("Implementation and version"),
+    }
+    host = {name: _string(name) for name in HostFacts._fields}
+    oldest = {"type": ["string", "null"], **moment, "description": "When the oldest kept task was accepted"}
+    store = {"bytes": _whole("Size of the database"), "records": _whole("Tasks kept"), "oldest": oldest}
+    disk = {"path": _string("The root"), "disk_free_bytes": _whole("Free there"), "disk_total_bytes": _whole("In all")}
+    return {
+        "Version": _object(
+            {
+                "version": _string("Of the program"),
+                "python": _object(python),
+                "commit": commit,
+                "built": _string("When"),
+            }
+        ),
+        "State": _object(
+            {
+                "host": _object({**host, "boot_time": _string("When it started", **moment)}),
+                "process": _object(process),
+                "pool": _schema("Pool"),
+                "tasks": _object({name: _whole("Tasks in this state") for name in STATE_NAMES.values()}),
+                "store": _object(store),
+                "root": _object(disk),
+            }
+        ),
+        "Health": _object(
+            {
+                "server": _string("What the client calls the daemon"),
+                "client": _string("The client's address"),
+                "state": {"const": "Running"},
+                "timestamp": _whole("Nanoseconds since the epoch"),
+                "warning": _string("What the operator should know"),
+            },
+            "warning",
+        ),
+    }
+
+
+def _answers() -> Json:
+    """What a request that is not refused is answered."""
+    pool, gone = {"size": 30, "running": 1, "waiting": 0}, {"code": 1003, "message": NO_TASK}
+    submitted = {"count": 4, "id": "release-1", "url": _EXAMPLE_URL + "release-1", "timestamp": 1668649373430555500}
+    counts = {"count": _whole("Steps", 1), "timestamp": _whole("Nanoseconds since the epoch")}
+    accepted = _object({**dict.fromkeys(("id", "url"), {"type": "string"}), **counts})
+    tasks = _object({"running": _whole("Running tasks"), "tasks": _array(_schema("Task")), "total": _whole("Tasks")})
+    health = _schemas()["Health"]["properties"]
+    beside = {name: schema for name, schema in health.items() if name != "warning"}
+    states = (Code.SUCCESS, Code.IN_PROGRESS, Code.FAILED)
+
+    def kept(data: Json) -> Json:
+        return {"oneOf": [_envelope(states, data), _schema("NotFound")]}
+
+    return {
+        "TaskList": _answer("All tasks", _envelope([0], tasks), _list_examples()),
+        "Accepted": _answer("It is stored", _envelope([0], accepted), {"stored": _success(submitted)}, "X-Task-ID"),
+        "TaskDetail": _answer(
+            "The task", kept(_array(_schema("Step"))), {**_task_examples(), "gone": gone}, "X-Task-STATE"
+        ),
+        "Stopped": _answer(
+            "The stop is recorded",
+            {"oneOf": [_envelope([0]), _schema("NotFound")]},
+            {"stopped": {"code": 0, "message": "success"}, "gone": gone},
+        ),
+        "Console": _answer("Its lines so far", kept(_array({"type": "string"})), {**_console_examples(), "gone": gone}),
+        "Pool": _answer("The pool", _envelope([0], _schema("Pool")), {"pool": _success(pool)}),
+        "Version": _answer("What runs", _envelope([0], _schema("Version"))),
+        "State": _answer("What it takes", _envelope([0], _schema("State"))),
+        "Health": _answer("It lives", _object({**_envelope([0], _schema("Health"))["properties"], **beside})),
+        "Document": _answer("This document", {"type": "object"}),
+        "Empty": {"description": "Nothing else"},
+        "Redirect": {"description": "To the page", "headers": {"Location": {"schema": {"type": "string"}}}},
+        "Metrics": _plain("Text format 0.0.4 of Prometheus"),
+        "Page": _plain("A page", "text/html"),
+        "Text": _plain("Text"),
+        "Profile": {
+            "description": "A gzipped profile.proto, for `go tool pprof` and speedscope; text where `debug` is set",
+            "content": {kind: {"schema": {"type": "string"}} for kind in ("application/octet-stream", "text/plain")},
+        },
+        "Trace": _answer(
+            "In the Trace Event Format, which Perfetto opens",
+            _object({"traceEvents": _array({"type": "object"}), "displayTimeUnit": {"const": "ms"}}),
+        ),
+    }
+
+
+_EXAMPLE_URL = "http://localhost:2376/api/v1/task/"
+
+
+def _list_examples() -> Json:
+    times = {"st": "2022-11-17T17:17:58+08:00", "et": "2022-11-17T17:17:58+08:00", "rt": "47h53m30.619752642s"}
+    task = {"id": "release-1", "url": _EXAMPLE_URL + "release-1", "state": 0, "code": 510, "count": 4}
+    task.update(msg="execution failed: [Step: 0, Name: step0; Step: 2, Name: step2]", times=times)
+    none = {"running": 0, "tasks": [], "total": 0}
+    return {"one task": _success({"running": 0, "tasks": [task], "total": 1}), "none": _success(none)}
+
+
+def _task_examples() -> Json:
+    def step(idx: int, state: int, code: int, message: str, **times: str) -> Json:
+        shown = {"step": idx, "url": f"{_EXAMPLE_URL}a/{idx}/console", "name": f"a-{idx}", "state": state, "code": code}
+        needs = {"depets_on": [f"a-{idx - 1}"]} if idx else {}
+        return {**shown, "msg": message, **needs, "times": {**times, "rt": "47h59m57.433539558s"}}
+
+    begin, end = "2022-11-18T16:20:53+08:00", "2022-11-18T16:20:56+08:00"
+    first = step(0, 0, 0, STEP_SUCCEEDED, st=begin, et=end)
+    runs, waits = step(0, 1, 0, STEP_RUNNING, st=begin), step(1, 2, 0, STEP_PENDING)
+    failed = step(1, 0, 2, failure_text(1, "a-1", 2, ""), st=end, et=end)
+    failure = f"execution failed: [{failed['msg']}]"
+    return {
+        "success": _success([first, step(1, 0, 0, STEP_SUCCEEDED, st=end, et=end)]),
+        "in progress": {"code": 1001, "message": "in progress: [Step: 0, Name: a-0]", "data": [runs, waits]},
+        "failed": {"code": 1002, "message": failure, "data": [first, failed]},
+    }
+
+
+def _console_examples() -> Json:
+    reason = failure_text(0, "a-0", 2, "")
+    return {
+        "success": {"code": 0, "message": "succeed", "data": ["build linux", "  done"]},
+        "in progress": {"code": 1001, "message": "in progress", "data": ["build linux"]},
+        "waiting": {"code": 1001, "message": "pending", "data": []},
+        "failed": {"code": 1002, "message": f"exit code: 2; {reason}", "data": ["no route to host"]},
+    }
+
+
+def _success(data: Any) -> Json:
+    return {"code": 0, "message": "success", "data": data}
+
+
+def _plain(about: str, kind: str = "text/plain") -> Json:
+    """An answer that is no JSON."""
+    return {"description": about, "content": {kind: {"schema": {"type": "string"}}}}
+
+
 # ======================================================================================================================
 # web pages: what a browser shows
 # ======================================================================================================================
+
+API_STYLE = r"""
+:root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #57606a; --line: #d0d7de; --box: #f6f8fa;
+  --link: #0550ae; --get: #0550ae; --post: #116329; --put: #953800; --bad: #b42318; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #0d1117; --text: #e6edf3; --soft: #9aa4af; --line: #3d444d; --box: #161b22;
+    --link: #79b8ff; --get: #79b8ff; --post: #7ee787; --put: #ffa657; --bad: #ff8b82; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--back); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; margin: 0; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+h3 { font-size: .9rem; margin: 1rem 0 .25rem; color: var(--soft); }
+p { margin: .25rem 0; }
+a { color: var(--link); }
+code, pre, textarea, .path { font: .875rem/1.5 ui-monospace, monospace; }
+pre { margin: .25rem 0; padding: .5rem .75rem; max-height: 30rem; overflow: auto; background: var(--box);
+  border: 1px solid var(--line); border-radius: .375rem; white-space: pre-wrap; }
+input, textarea, select, button { font-size: 1rem; padding: .4rem .6rem; max-width: 100%; color: inherit;
+  background: var(--back); border: 1px solid var(--soft); border-radius: .375rem; }
+textarea { width: 100%; min-height: 9rem; }
+label textarea { min-height: 3.5rem; }
+select { display: block; margin: .5rem 0; }
+button { background: var(--box); cursor: pointer; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 1px; }
+form.token { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: 1rem 0; }
+label { display: grid; grid-template-columns: 9rem 1fr; gap: .25rem .75rem; align-items: center; margin: .5rem 0; }
+form.token label { display: contents; }
+label small { grid-column: 2; }
+small, .soft { color: var(--soft); }
+details { border: 1px solid var(--line); border-radius: .375rem; margin: .5rem 0; }
+summary { padding: .5rem .75rem; cursor: pointer; }
+summary .path { font-weight: 600; }
+summary small { display: inline-block; }
+.body { padding: 0 .75rem .75rem; border-top: 1px solid var(--line); }
+.method { display: inline-block; min-width: 3.5rem; font-weight: 700; }
+.get, .head { color: var(--get); } .post { color: var(--post); } .put { color: var(--put); }
+.bad { color: var(--bad); }
+@media (max-width: 40rem) { label { grid-template-columns: 1fr; } label small { grid-column: 1; } }
+"""
+
+API_SCRIPT = r"""
+"use strict";
+const MOST_SHOWN = 100000;
+const TOKEN = "remote_executor token";
+const content = document.getElementById("content");
+const note = document.getElementById("note");
+const field = document.getElementById("token");
+let description = null;
+
+function make(tag, attributes, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+function resolve(thing) {
+  if (!thing || !thing.$ref) return thing;
+  return thing.$ref.split("/").slice(1).reduce((place, name) => place[name], description);
+}
+
+// A schema in the words of TypeScript, its descriptions as comments.
+function words(schema, indent = "") {
+  const found = resolve(schema) || {}, deeper = indent + "  ";
+  if (found.oneOf) return found.oneOf.map((one) => words(one, indent)).join("\n" + indent + "or ");
+  if (found.anyOf) return found.anyOf.map((one) => words(one, indent)).join(" | ");
+  if ("const" in found) return JSON.stringify(found.const);
+  if (found.enum) return found.enum.map((one) => JSON.stringify(one)).join(" | ");
+  if (found.items) return "[" + words(found.items, indent) + ", ...]";
+  if (!found.properties) return [].concat(found.type || "any").join(" | ");
+  const lines = Object.entries(found.properties).map(([name, one]) => {
+    const optional = (found.required || []).includes(name) ? "" : "?", about = (resolve(one) || {}).description;
+    return deeper + name + optional + ": " + words(one, deeper) + (about ? "  // " + about : "");
+  });
+  return ["{", ...lines, indent + "}"].join("\n");
+}
+
+function headers() {
+  return field.value ? { Authorization: "Bearer " + field.value } : {};
+}
+
+// Not by JSON.parse, which rounds the nanoseconds.
+function pretty(text) {
+  let indent = "\n";
+  return text.replace(/"(?:[^"\\]|\\.)*"|\[\]|{}|[{}[\],:]/g, (token) => {
+    if (token === "{" || token === "[") return token + (indent += "  ");
+    if (token === "}" || token === "]") return (indent = indent.slice(0, -2)) + token;
+    return token === "," ? token + indent : token === ":" ? ": " : token;
+  });
+}
+
+function showInputs(operation, inputs) {
+  return (operation.parameters || []).map(resolve).map((one) => {
+    const many = resolve(one.schema).type === "array", input = make(many ? "textarea" : "input", { name: one.name });
+    if (one.required) { input.required = true; input.value = one.example; }
+    else input.placeholder = [].concat(one.example).join("\n");
+    inputs.push([one, input, many]);
+    return make("label", {}, make("code", {}, one.name), input,
+      make("small", {}, one.description + (many ? "; one a line" : one.required ? "" : "; optional")));
+  });
+}
+
+function showBody(operation) {
+  const body = resolve(operation.requestBody);
+  if (!body) return [null, []];
+  const media = Object.values(body.content)[0];
+  const examples = Object.entries(media.examples || { "": { value: media.example } });
+  const area = make("textarea", { "aria-label": "Body", spellcheck: "false" });
+  const choice = make("select", { "aria-label": "Example" }, ...examples.map(([name]) => make("option", {}, name)));
+  const fill = () => {
+    const value = examples[choice.selectedIndex][1].value;
+    area.value = typeof value === "string" ? value : JSON.stringify(value, null, 2);
+  };
+  choice.addEventListener("change", fill);
+  fill();
+  return [area, [make("h3", {}, "Body"), make("pre", { tabindex: "0" }, words(media.schema)), choice, area]];
+}
+
+function showAnswers(operation) {
+  return Object.entries(operation.responses).map(([status, one]) => {
+    const answer = resolve(one), parts = [];
+    for (const [type, media] of Object.entries(answer.content || {})) {
+      parts.push(make("p", { class: "soft" }, type), make("pre", { tabindex: "0" }, words(media.schema)));
+      for (const [name, example] of Object.entries(media.examples || {}))
+        parts.push(make("p", { class: "soft" }, "Example: " + name),
+          make("pre", { tabindex: "0" }, JSON.stringify(example.value, null, 2)));
+    }
+    return make("details", {}, make("summary", {}, make("code", {}, status), " ", answer.description),
+      make("div", { class: "body" }, ...parts));
+  });
+}
+
+function target(path, inputs) {
+  const query = new URLSearchParams();
+  for (const [one, input, many] of inputs) {
+    if (one.in === "path") path = path.replace("{" + one.name + "}", encodeURIComponent(input.value));
+    else for (const value of many ? input.value.split("\n") : [input.value]) if (value) query.append(one.name, value);
+  }
+  return String(query) ? path + "?" + query : path;
+}
+
+async function send(url, request, result, begin) {
+  const answer = await fetch(url, request);
+  const data = new Uint8Array(await answer.arrayBuffer());
+  const type = answer.headers.get("Content-Type") || "", isText = /json|text/.test(type) || !data.length;
+  const took = Math.round(performance.now() - begin);
+  const line = `${answer.status} ${answer.statusText}, ${data.length} bytes, ${took} ms`;
+  const head = [...answer.headers].map(([name, value]) => `${name}: ${value}`).join("\n");
+  const save = make("a", { href: URL.createObjectURL(new Blob([data], { type })), download: "answer" }, "Save");
+  result.replaceChildren(make("p", answer.ok ? {} : { class: "bad" }, line, " ", save),
+    make("pre", { tabindex: "0", "aria-label": "Headers" }, head));
+  if (isText && data.length) {
+    const raw = new TextDecoder().decode(data), text = type.includes("json") ? pretty(raw) : raw;
+    const cut = text.length > MOST_SHOWN;
+    result.append(make("pre", { tabindex: "0", "aria-label": "Body of the answer" },
+      text.slice(0, MOST_SHOWN) + (cut ? "\n(and more)" : "")));
+  }
+}
+
+function showOperation(path, method, operation, place) {
+  const inputs = [], fields = showInputs(operation, inputs), [area, body] = showBody(operation);
+  const button = make("button", {}, "Send"), result = make("div", { "aria-live": "polite" });
+  const form = make("form", {}, ...fields, ...body, make("p", {}, button), result);
+  let running = null;
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (running) return running.abort();
+    running = new AbortController();
+    button.textContent = "Cancel";
+    result.replaceChildren("waiting for the answer");
+    const request = { method: method.toUpperCase(), headers: headers(), signal: running.signal };
+    if (area) request.body = area.value;
+    try { await send(target(path, inputs), request, result, performance.now()); }
+    catch (error) { result.replaceChildren(make("p", { class: "bad" }, "no answer: " + error.message)); }
+    running = null;
+    button.textContent = "Send";
+  });
+  form.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+  });
+  place.append(form, make("h3", {}, "Answers"), ...showAnswers(operation));
+}
+
+function show() {
+  const sections = new Map();
+  for (const [path, operations] of Object.entries(description.paths))
+    for (const [method, operation] of Object.entries(operations)) {
+      const body = make("div", { class: "body" });
+      const box = make("details", { id: operation.operationId }, make("summary", {},
+        make("span", { class: "method " + method }, method.toUpperCase()), make("span", { class: "path" }, path), " ",
+        make("small", {}, operation.summary)), body);
+      box.addEventListener("toggle", () => showOperation(path, method, operation, body), { once: true });
+      const tag = operation.tags[0];
+      if (!sections.has(tag)) sections.set(tag, make("section", {}, make("h2", {}, tag)));
+      sections.get(tag).append(box);
+    }
+  content.replaceChildren(...sections.values());
+  document.getElementById("version").textContent = description.info.version;
+  document.getElementById("about").textContent = description.info.description;
+  const chosen = document.getElementById(location.hash.slice(1));
+  if (chosen) { chosen.open = true; chosen.scrollIntoView(); }
+}
+
+async function load() {
+  note.textContent = "";
+  try {
+    const answer = await fetch("/swagger/doc.json", { headers: headers() }), found = await answer.json();
+    if (answer.ok) { description = found; show(); return; }
+    note.textContent = answer.status + ": " + found.message;
+  } catch (error) { note.textContent = "no document: " + error.message; }
+  field.focus();
+}
+
+field.value = sessionStorage.getItem(TOKEN) || "";
+document.getElementById("use").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(TOKEN, field.value);
+  load();
+});
+load();
+"""
+
+API_PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<link rel="icon" href="data:,">
+<title>remote_executor</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+<h1>remote_executor <span id="version" class="soft"></span></h1>
+<p id="about" class="soft"></p>
+<form id="use" class="token">
+<label for="token">Token</label>
+<input id="token" type="password" autocomplete="off" spellcheck="false" aria-describedby="kept">
+<button>Use</button>
+<small id="kept">kept in this tab alone; none is needed on the host itself</small>
+</form>
+<p id="note" class="bad" role="alert"></p>
+</header>
+<main id="content"></main>
+<noscript><p>This page needs JavaScript; the document itself is <a href="/swagger/doc.json">doc.json</a>.</p></noscript>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+PROFILES_PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>profiles of remote_executor</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>Profiles</h1>
+<p class="soft">One that takes time at once. <code>?seconds=5</code> says how long, <code>?debug=1</code> asks for text;
+without it they are for <code>go tool pprof</code> and speedscope, the trace is for Perfetto.</p>
+<dl>
+{rows}
+</dl>
+</body>
+</html>
+"""
+
+
+def profiles_page(rows: Iterable[tuple[str, str]]) -> str:
+    """The index of profiles, each a name and what it shows."""
+    shown = "\n".join(f'<dt><a href="{name}">{name.partition("?")[0]}</a></dt><dd>{about}</dd>' for name, about in rows)
+    return PROFILES_PAGE.replace("{rows}", shown)
+
+
+def page_response(page: str, style: str, script: str) -> Response:
+    """A page of this style and script alone: it loads nothing, and speaks with this daemon alone (CSP Level 3)."""
+    allowed = f"style-src {_source(style)}; script-src {_source(script)}; connect-src 'self'; img-src data:"
+    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    headers = (
+        ("Content-Type", "text/html; charset=utf-8"),
+        ("Content-Security-Policy", policy),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Referrer-Policy", "no-referrer"),
+    )
+    return Response(200, headers, page.replace("{style}", style).replace("{script}", script).encode())
+
+
+def _source(text: str) -> str:
+    """How a policy names an inline style or script: by its digest."""
+    import base64
+    import hashlib
+
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
 
 # ======================================================================================================================
 # API: one short method a route
 # ======================================================================================================================
 
-_POOL_MOST = next(option.most for option in OPTIONS if option.name == "pool_size")
+_POOL_HELP = ("The most steps that run at once.", "Steps that run.", "Steps that are ready and wait.")
 _LONG_LINE_BYTES = 1 << 20  # beyond this a line is answered piece by piece
 
 
@@ -3609,16 +4923,29 @@ class Api:
         self._key_expire_ns = key_expire_ns
 
     def routes(self) -> list[Route]:
-        task, step = "/api/v1/task/{task}", "/api/v1/task/{task}/{step}"
+        tasks, pool = "/api/v1/task", "/api/v1/pool"
+        task, step = tasks + "/{task}", tasks + "/{task}/{step}"
         return [
-            Route("GET", "/api/v1/task", self.list_tasks),
-            Route("POST", "/api/v1/task", self.submit_task),
-            Route("GET", task, self.show_task),
-            Route("PUT", task, self.stop_task),
-            Route("PUT", step, self.stop_step),
-            Route("GET", step + "/console", self.show_console),
-            Route("GET", "/api/v1/pool", self.show_pool),
-            Route("POST", "/api/v1/pool", self.resize_pool),
+            Route("GET", tasks, self.list_tasks, "Lists all tasks", "TaskList", ("sort",), is_counted=True),
+            Route(
+                "POST",
+                tasks,
+                self.submit_task,
+                "Submits a task",
+                "Accepted",
+                ("ansync", "async", "id", "timeout", "env_vars"),
+                "Submission",
+                refusals=(409, 507),
+                is_counted=True,
+            ),
+            Route("GET", task, self.show_task, "Shows a task, step by step", "TaskDetail", is_counted=True),
+            Route("PUT", task, self.stop_task, "Stops a task by force", "Stopped"),
+            Route("PUT", step, self.stop_step, "Stops a step by force", "Stopped"),
+            Route("GET", step + "/console", self.show_console, "Shows what a step wrote", "Console", is_counted=True),
+            Route("GET", pool, self.show_pool, "Shows the pool", "Pool", is_counted=True),
+            Route(
+                "POST", pool, self.resize_pool, "Sets the size of the pool", "Pool", body="PoolSize", is_counted=True
+            ),
         ]
 
     def list_tasks(self, request: Request) -> Response:
@@ -3757,23 +5084,37 @@ class Api:
 class OperatorApi:
     """Answers the routes that tell of the daemon itself; any thread may call it."""
 
-    def __init__(self, store: Store, engine: Engine, warning: str) -> None:
+    def __init__(
+        self, store: Store, engine: Engine, clock: Clock, telemetry: Telemetry, root: str, warning: str
+    ) -> None:
         self._store = store
         self._engine = engine
+        self._clock = clock
+        self._telemetry = telemetry
+        self._root = root
         self._warning = warning  # what the operator should know
 
     def routes(self) -> list[Route]:
         return [
-            Route("GET", "/version", self.show_version, is_counted=False),
-            Route("GET", "/healthyz", self.show_health, is_counted=False, is_public=True),
-            Route("GET", "/heartbeat", self.beat, is_counted=False, is_public=True),
-            Route("HEAD", "/heartbeat", self.beat, is_counted=False, is_public=True),
-            Route("GET", "/metrics", self.show_metrics, is_counted=False),
-            Route("GET", "/api/v1/state", self.show_state),
+            Route("GET", "/version", self.show_version, "Tells what runs", "Version"),
+            Route("GET", "/healthyz", self.show_health, "Tells that the daemon lives", "Health", is_public=True),
+            Route("GET", "/heartbeat", self.beat, "Answers", "Empty", is_public=True),
+            Route("HEAD", "/heartbeat", self.beat, "Answers", "Empty", is_public=True),
+            Route("GET", "/metrics", self.show_metrics, "Figures for Prometheus", "Metrics"),
+            Route("GET", "/api/v1/state", self.show_state, "Shows host, process and work", "State", is_counted=True),
         ]
 
     def show_version(self, _: Request) -> Response:
-        return json_response({"version": __version__})
+        known = build()
+        python = {
+            "implementation": known.implementation,
+            "version": known.python,
+            "os": known.os,
+            "arch": known.arch,
+        }
+        return json_response(
+            {"version": known.version, "python": python, "commit": known.commit or None, "built": known.built}
+        )
 
     def show_health(self, request: Request) -> Response:
         """The envelope, and its data beside it too, where clients of the original look."""
@@ -3786,27 +5127,195 @@ class OperatorApi:
         return Response()
 
     def show_metrics(self, _: Request) -> Response:
-        pool, counts = self._engine.pool(), self._store.counts()
-        lines = ["# HELP remote_executor_tasks Tasks kept, by state.", "# TYPE remote_executor_tasks gauge"]
-        lines += [
-            f'remote_executor_tasks{{state="{STATE_NAMES[state]}"}} {counts.get(state, 0)}' for state in STATE_NAMES
+        families = [*self._families(), *self._telemetry.families(), *process_families(process_figures())]
+        return Response(headers=(METRICS_TYPE,), body=exposition(families).encode())
+
+    def _families(self) -> list[Family]:
+        """What there is now."""
+        counts = self._store.counts()
+        tasks = [("", (("state", name),), counts.get(state, 0)) for state, name in STATE_NAMES.items()]
+        known = tuple((name, value) for name, value in build()._asdict().items())
+        return [
+            single(OWN + "build_info", "gauge", "The program and its Python; always 1.", 1, known),
+            Family(OWN + "tasks", "gauge", "Tasks kept, by state.", tasks),
+            *(
+                single(f"{OWN}pool_{name}", "gauge", text, value)
+                for (name, value), text in zip(self._engine.pool()._asdict().items(), _POOL_HELP)
+            ),
+            single(OWN + "store_size_bytes", "gauge", "What the database takes on disk.", self._store.size_bytes()),
         ]
-        for name, value in pool._asdict().items():
-            lines += [
-                f"# HELP remote_executor_pool_{name} The pool: {name}.",
-                f"# TYPE remote_executor_pool_{name} gauge",
-            ]
-            lines.append(f"remote_executor_pool_{name} {value}")
-        return Response(
-            headers=(("Content-Type", "text/plain; version=0.0.4; charset=utf-8"),),
-            body="\n".join([*lines, ""]).encode(),
-        )
 
     def show_state(self, _: Request) -> Response:
-        counts = {STATE_NAMES[State(state)]: count for state, count in self._store.counts().items()}
+        counts, oldest_ns = self._store.counts(), self._store.oldest_ns()
+        host, disk = host_facts(), shutil.disk_usage(self._root)
+        oldest = None if oldest_ns is None else format_time((oldest_ns + self._clock.offset_ns()) // _SECOND_NS)
         return json_response(
-            {"pool": self._engine.pool()._asdict(), "tasks": counts, "store_bytes": self._store.size_bytes()}
+            {
+                "host": {**host._asdict(), "boot_time": format_time(int(boot_time_s()))},
+                "process": self._process_json(),
+                "pool": self._engine.pool()._asdict(),
+                "tasks": {name: counts.get(state, 0) for state, name in STATE_NAMES.items()},
+                "store": {"bytes": self._store.size_bytes(), "records": sum(counts.values()), "oldest": oldest},
+                "root": {"path": self._root, "disk_free_bytes": disk.free, "disk_total_bytes": disk.total},
+            }
         )
+
+    def _process_json(self) -> dict[str, Any]:
+        figures, known = process_figures(), build()
+        return {
+            "pid": os.getpid(),
+            "uptime_s": round(max(0.0, time.time() - figures.started_s), 3),
+            "cpu_s": round(figures.cpu_s, 3),
+            "rss_bytes": figures.resident_bytes,
+            "threads": figures.threads,
+            "open_files": figures.open_files,
+            "python": f"{known.implementation} {known.python}",
+        }
+
+
+class ProfileApi:
+    """Answers the routes of pprof with what is true of a Python process; any thread may call it."""
+
+    def __init__(self, telemetry: Telemetry, most_ns: int) -> None:
+        self._telemetry = telemetry
+        self._most_s = most_ns / _SECOND_NS
+        self._busy = threading.Lock()  # held while something is taken that takes time
+
+    def routes(self) -> list[Route]:
+        def timed(name: str, take: Callable[[float], Profile], usual_s: float) -> Route:
+            handle = functools.partial(self._take, take=take, usual_s=usual_s)
+            query = ("seconds", "debug")
+            return Route("GET", _PPROF + name, handle, _PROFILES[name], "Profile", query, refusals=(409,))
+
+        symbol, threads, created = _PPROF + "symbol", self.show_threads, self.show_thread_entries
+        return [
+            Route("GET", _PPROF, self.show_index, "Lists the profiles", "Page"),
+            Route("GET", _PPROF + "cmdline", self.show_command, _PROFILES["cmdline"], "Text"),
+            timed("profile", profile_time, _USUAL_S),
+            Route("GET", _PPROF + "goroutine", threads, _PROFILES["goroutine"], "Profile", ("debug",)),
+            timed("heap", profile_memory, _SHORT_S),
+            timed("allocs", profile_memory, _SHORT_S),
+            Route("GET", _PPROF + "threadcreate", created, _PROFILES["threadcreate"], "Profile", ("debug",)),
+            timed("block", functools.partial(profile_waits, is_mutex=False), _SHORT_S),
+            timed("mutex", functools.partial(profile_waits, is_mutex=True), _SHORT_S),
+            Route("GET", _PPROF + "trace", self.trace, _PROFILES["trace"], "Trace", ("seconds",), refusals=(409,)),
+            Route("GET", symbol, self.show_symbols, _PROFILES["symbol"], "Text"),
+            Route("POST", symbol, self.show_symbols, _PROFILES["symbol"], "Text", body="Addresses"),
+        ]
+
+    def show_index(self, _: Request) -> Response:
+        rows = (
+            (f"{name}?debug={debug}" if (debug := _SHOWN_AS.get(name)) else name, about)
+            for name, about in _PROFILES.items()
+        )
+        return page_response(profiles_page(rows), API_STYLE, "")
+
+    def show_command(self, _: Request) -> Response:
+        words = getattr(sys, "orig_argv", None) or [sys.executable, *sys.argv]
+        return Response(headers=(TEXT_TYPE,), body="\0".join(words).encode(errors="replace"))
+
+    def show_threads(self, request: Request) -> Response:
+        if _debug(request) == 2:
+            return Response(headers=(TEXT_TYPE,), body=stacks_text().encode())
+        return _profile_response(request, profile_threads(entries_only=False))
+
+    def show_thread_entries(self, request: Request) -> Response:
+        return _profile_response(request, profile_threads(entries_only=True))
+
+    def trace(self, request: Request) -> Response:
+        seconds = self._seconds(request, 1.0)
+        with self._alone():
+            events = trace_events(self._telemetry.trace(seconds))
+        return Response(headers=(JSON_TYPE,), body=to_json(events).encode())
+
+    def show_symbols(self, request: Request) -> Response:
+        asked = request.body.decode("latin-1") if request.method == "POST" else "".join(map("".join, request.query))
+        return Response(headers=(TEXT_TYPE,), body=symbols_text(asked).encode())
+
+    def _take(self, request: Request, take: Callable[[float], Profile], usual_s: float) -> Response:
+        seconds = self._seconds(request, usual_s)
+        _debug(request)  # refused before the time is spent
+        with self._alone():
+            profile = take(seconds)
+        return _profile_response(request, profile)
+
+    def _seconds(self, request: Request, usual_s: float) -> float:
+        text = _last(request, "seconds", f"{min(usual_s, self._most_s):.9f}")
+        seconds = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else 0.0
+        if not 0 < seconds <= self._most_s:
+            right = f"right would be more than 0, up to {self._most_s:g} (--profile_timeout)"
+            raise Malformed(f"seconds: {text!r} is out of range; {right}")
+        return seconds
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise Conflict("another profile or trace is being taken; wait for its end")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+
+_PPROF = "/debug/pprof/"
+_USUAL_S, _SHORT_S = 30.0, 5.0  # how long a profile takes where nothing is said; the first is that of Go
+_PROFILES = {
+    "profile": "Where all threads are, sampled at 100 Hz",
+    "goroutine": "The stacks of all threads now",
+    "heap": "What is allocated in some seconds and kept",
+    "allocs": "The same as heap",
+    "threadcreate": "The threads by what they were started to run",
+    "block": "Where threads wait for conditions, events and each other's end, sampled",
+    "mutex": "Where threads wait for locks, sampled",
+    "trace": "The steps, requests and commits of some seconds",
+    "cmdline": "The command line",
+    "symbol": "The functions at addresses of a profile",
+}
+_SHOWN_AS = {"goroutine": "2", "threadcreate": "1", "block": "1", "mutex": "1", "heap": "1"}
+
+
+def _last(request: Request, name: str, default: str) -> str:
+    """A value of the query."""
+    return next((value for key, value in reversed(request.query) if key == name), default)
+
+
+def _debug(request: Request) -> int:
+    text = _last(request, "debug", "0")
+    if text not in ("0", "1", "2"):
+        raise Malformed(f"debug: {text!r} is none of 0, 1 and 2")
+    return int(text)
+
+
+def _profile_response(request: Request, profile: Profile) -> Response:
+    if _debug(request):
+        return Response(headers=(TEXT_TYPE,), body=profile.text().encode())
+    return Response(headers=(("Content-Type", "application/octet-stream"),), body=profile.encode())
+
+
+class DocumentApi:
+    """Answers the document of all routes, and the page that shows it; any thread may call it."""
+
+    def __init__(self, others: Sequence[Route]) -> None:
+        self._others = others
+
+    def routes(self) -> list[Route]:
+        document, page = self.show_document, self.show_page
+        return [
+            Route("GET", "/openapi.json", document, "Shows this document", "Document"),
+            Route("GET", "/swagger/doc.json", document, "Shows this document", "Document"),
+            Route("GET", "/swagger/index.html", page, "Shows this document as a page", "Page", is_public=True),
+            Route("GET", "/swagger/", self.lead, "Leads to the page", "Redirect", is_public=True),
+            Route("GET", "/swagger", self.lead, "Leads to the page", "Redirect", is_public=True),
+        ]
+
+    def show_document(self, _: Request) -> Response:
+        return Response(headers=(JSON_TYPE,), body=to_json(api_document([*self._others, *self.routes()])).encode())
+
+    def show_page(self, _: Request) -> Response:
+        return page_response(API_PAGE, API_STYLE, API_SCRIPT)
+
+    def lead(self, _: Request) -> Response:
+        return Response(302, (("Location", "/swagger/index.html"),))
 
 
 def _running_text(rows: Sequence[StepRow]) -> str:
@@ -3951,9 +5460,7 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = _BACKLOG
     allow_reuse_address = not hasattr(socket, "SO_EXCLUSIVEADDRUSE")  # on Windows it would share the port
 
-    def __init__(
-        self, settings: Settings, router: Router, access: Access, observer: Observer, tls: Tls | None
-    ) -> None:
+    def __init__(self, settings: Settings, router: Router, access: Access, observer: Observer, tls: Tls | None) -> None:
         self.access = access
         self.scheme = "https" if tls else "http"
         self.timeout_s = settings.timeout / _SECOND_NS
@@ -4048,8 +5555,7 @@ class Server(http.server.ThreadingHTTPServer):
                 request = request._replace(params=admission.params, label=admission.label, body=body)
                 response = route.handle(request)
                 if request.method in ("POST", "PUT"):
-                    what = f"{request.method} {_path(request)}" + (f": {response.audit}" if response.audit else "")
-                    log.info("%s (%s): %s", request.peer, admission.label, what)
+                    self._audit(request, response)
             except ApiError as error:
                 response = refusal(error)
             except Exception:
@@ -4068,7 +5574,7 @@ class Server(http.server.ThreadingHTTPServer):
         except WrongMethod as error:
             answer = self.access.preflight(request, error.methods)
             if answer:
-                return Admission(Route("OPTIONS", "", lambda _: answer, is_counted=False))
+                return Admission(Route("OPTIONS", "", lambda _: answer, "", ""))
             self.access.admit(request, is_public=False)
             raise
         except NoRoute:
@@ -4085,10 +5591,25 @@ class Server(http.server.ThreadingHTTPServer):
             self._counted += 1
         return 1
 
-    def told(self, request: Request, status: int, seconds: float, sent: int) -> None:
-        """A request has been answered."""
-        what = f"{request.method} {_path(request)}"
-        log.debug('%s "%s" %d %d B %.1f ms', request.peer, what, status, sent, seconds * 1000)
+    def _audit(self, request: Request, response: Response) -> None:
+        """Something has been changed, and by whom; of a submission the task that it made is named."""
+        task = dict(response.headers).get("X-Task-ID")
+        about = {**_about(request), "label": request.label, **({"task": task} if task else {})}
+        what = f"{request.method} {_path(request)}" + (f": {response.audit}" if response.audit else "")
+        log.info("%s (%s): %s", request.peer, request.label, what, extra={"about": about})
+
+    def told(self, request: Request, route: Route | None, status: int, seconds: float, sent: int) -> None:
+        """A request has been answered, or its answer broke off."""
+        self._observer.request(request.method, route.template if route else "", status, seconds)
+        if log.isEnabledFor(logging.DEBUG):
+            what, measured = f"{request.method} {_path(request)}", {"status": status, "bytes": sent, "seconds": seconds}
+            about = {**_about(request), **measured}
+            values = (request.peer, what, status, sent, seconds * 1000)
+            log.debug('%s "%s" %d %d B %.1f ms', *values, extra={"about": about})
+
+    def told_malformed(self, error: ApiError, seconds: float) -> None:
+        """What a client sent has been refused unread."""
+        self._observer.request("", "", error.status, seconds)
 
     def get_request(self) -> tuple[Any, Any]:
         """The next connection; raises OSError."""
@@ -4152,6 +5673,13 @@ class Server(http.server.ThreadingHTTPServer):
 
 def _path(request: Request) -> str:
     return "".join("/" + segment for segment in request.segments)
+
+
+def _about(request: Request) -> dict[str, Any]:
+    """What a line of the log about a request says beside its text; the task and the step that its path names too."""
+    segments = request.segments
+    named = zip(("task", "step"), segments[3:5]) if segments[:3] == ("api", "v1", "task") else ()
+    return {"peer": request.peer, "method": request.method, "path": _path(request), **dict(named)}
 
 
 def _plain_address(address: str) -> str:
@@ -4220,13 +5748,16 @@ class Connection(socketserver.BaseRequestHandler):
             body = read_body(stream, request, patience_s, limit, self._go_on)
         except ApiError as error:
             self._send(None, refusal(error))
+            server.told_malformed(error, time.perf_counter() - begin_s)
             socket.socket.shutdown(self.request, socket.SHUT_WR)
             stream.drain(_LINGER_S)
             return False
         with server.serve(request, admission, body) as response:
-            is_kept, sent = self._send(request, response)
-        if log.isEnabledFor(logging.DEBUG):
-            server.told(request, response.status, time.perf_counter() - begin_s, sent)
+            sent = 0
+            try:
+                is_kept, sent = self._send(request, response)
+            finally:
+                server.told(request, admission.route, response.status, time.perf_counter() - begin_s, sent)
         return is_kept
 
     def _go_on(self) -> None:
@@ -4318,6 +5849,18 @@ class Supervisor:
         """The daemon is ending; told again while that takes long."""
 
 
+class JsonLines(logging.Formatter):
+    """An event as a JSON object in a line: its time, level, text and thread, and what it is about."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+        event = {"time": at, "level": record.levelname, "message": record.getMessage(), "thread": record.threadName}
+        event.update(getattr(record, "about", {}))
+        if record.exc_info:
+            event["exception"] = self.formatException(record.exc_info)
+        return json.dumps(event)  # in ASCII, which every collector and every locale takes
+
+
 class LogFile(logging.handlers.RotatingFileHandler):
     """The log in a file, rotated; where it cannot be written, it goes on without."""
 
@@ -4341,7 +5884,9 @@ class Daemon:
         above, name = os.path.split(os.path.abspath(settings.root))
         self._root = os.path.join(os.path.realpath(above), name)  # the root itself must be no link
         self._ends = 0  # how often the end was asked for
-        self._ending = threading.Event()
+        # Held until the end is asked for. No Event: set() would hang in a signal handler that interrupts its wait().
+        self._living = threading.Lock()
+        self._living.acquire()
         self._is_well: Callable[[], bool] = lambda: True  # until there is more to ask
         self._tls = Tls(settings) if settings.tls_cert else None
         self._is_renewing = False  # whether the certificates are to be read again
@@ -4359,7 +5904,7 @@ class Daemon:
             print(f"listening on {url}", flush=True)
             log.info("%s listens on %s", version_line(), url)
             self._supervisor.ready(url)
-            while not self._ending.wait(_LOOK_S):  # a wait without an end would keep Windows from seeing Ctrl-C
+            while not self._living.acquire(timeout=_LOOK_S):  # one without an end would keep Windows from seeing Ctrl-C
                 if self._is_renewing:
                     self._renew()
                 self._supervisor.watch(self._is_well)
@@ -4376,7 +5921,8 @@ class Daemon:
     def end(self) -> None:
         """Ends the daemon in order; asked for again, without waiting for steps."""
         self._ends += 1
-        self._ending.set()
+        with contextlib.suppress(RuntimeError):  # released already
+            self._living.release()
 
     def renew(self) -> None:
         """Has the certificates read again."""
@@ -4402,20 +5948,23 @@ class Daemon:
         keep_descriptors()
         forget_launcher()
         use_all_descriptors()
-        observer = Observer()
-        store = Store(os.path.join(self._root, "remote_executor.db"), observer.commit)
+        telemetry = Telemetry()
+        store = Store(os.path.join(self._root, "remote_executor.db"), telemetry.commit)
         store.start()
         closing.callback(store.stop)
         clock = Clock.resume(store.memory(), store.latest_ns())
         store.remember(clock.memory())
-        engine = Engine(store, Processes(umask), clock, self._root, settings, observer)
+        engine = Engine(store, Processes(umask), clock, self._root, settings, telemetry)
         exposed = "--insecure: everybody is let in" if settings.insecure else ""
         warning = "; ".join(text for text in (store.warning, exposed) if text)
-        router = Router(
-            [*Api(store, engine, clock, settings.key_expire).routes(), *OperatorApi(store, engine, warning).routes()]
-        )
+        routes = [
+            *Api(store, engine, clock, settings.key_expire).routes(),
+            *OperatorApi(store, engine, clock, telemetry, self._root, warning).routes(),
+            *ProfileApi(telemetry, settings.profile_timeout).routes(),
+        ]
+        router = Router([*routes, *DocumentApi(routes).routes()])
         access = Access(settings, self._root)
-        server = Server(settings, router, access, observer, self._tls)
+        server = Server(settings, router, access, telemetry, self._tls)
         closing.callback(server.stop)
         server.open()
         access.start()
@@ -4448,12 +5997,13 @@ class Daemon:
             self._log_by(logging.StreamHandler())
 
     def _log_to(self, directory: str) -> None:
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(OSError):  # it is there, or there is no room: then the file's lines are lost
             os.mkdir(directory)
         self._log_by(LogFile(os.path.join(directory, "remote_executor.log")))
 
     def _log_by(self, handler: logging.Handler) -> None:
-        handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+        is_json = self._settings.log_format == "json"
+        handler.setFormatter(JsonLines() if is_json else LineFormatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
 
 
@@ -4461,8 +6011,11 @@ _LOOK_S = 0.5
 
 
 def version_line() -> str:
-    """The version of the program and of its Python, in a line."""
-    return f"remote_executor {__version__} (Python {sys.version.split()[0]})"
+    """What /version tells, in a line."""
+    known = build()
+    commit = f"commit {known.commit[:12]}, " if known.commit else ""
+    python = f"{known.implementation} {known.python}, {known.os} {known.arch}"
+    return f"remote_executor {known.version} ({commit}built {known.built}; {python})"
 
 
 # ======================================================================================================================
