@@ -1943,7 +1943,8 @@ FAMILY = """
 import os, subprocess, sys, time
 flags = {"creationflags": 0x208} if sys.platform == "win32" else {"start_new_session": True}  # detached, in a new group
 generation = int(sys.argv[1]) if len(sys.argv) > 1 else 0
-print("pid", os.getpid(), flush=True)
+sys.stdout.write(f"pid {os.getpid()}" + chr(10))  # in one piece, with PYTHONUNBUFFERED too
+sys.stdout.flush()
 if generation < 3:
     for own in {}, flags:
         subprocess.Popen([sys.executable, __file__, str(generation + 1)], stdout=1, **own)
