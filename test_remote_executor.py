@@ -1970,7 +1970,7 @@ def family_of(daemon: Daemon, task: str) -> list[int]:
 @pytest.mark.parametrize("end", ["stop task", "stop step", "timeout", "restart, then stop"])
 def test_no_process_of_a_family_survives_its_end_by_force(launch: Callable[..., Daemon], end: str) -> None:
     daemon = launch()
-    task = daemon.submit(family(timeout="15s" if end == "timeout" else "1h"))
+    task = daemon.submit(family(timeout=script("3s", "15s") if end == "timeout" else "1h"))
     pids = family_of(daemon, task)
     if end.startswith("restart"):
         daemon.restart(kill=True)
@@ -4422,7 +4422,7 @@ def test_log_has_no_access_lines_without_debug(launch: Callable[..., Daemon]) ->
     daemon = launch("--log_format=text")
     daemon.get("/api/v1/task/some")
     daemon.submit(step())
-    wait_until(lambda: "POST /api/v1/task, task " in daemon.log())
+    wait_until(lambda: "POST /api/v1/task: task " in daemon.log())
     assert "/api/v1/task/some" not in daemon.log() and "started, pid" not in daemon.log()
 
 
