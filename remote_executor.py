@@ -887,20 +887,72 @@ def private_directory(path: str) -> None:
     """
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
-        found = os.lstat(path)
-        if _is_link(found):
+        if _is_link(os.lstat(path)):
             raise StartupError(f"--root: {path} is a link; give the directory itself")
-        if not ON_WINDOWS and found.st_uid != os.geteuid():
-            raise StartupError(f"--root: {path} belongs to another user (uid {found.st_uid}); give one of your own")
-        if not ON_WINDOWS and found.st_mode & 0o077:
-            if not os.listdir(path):
-                os.chmod(path, 0o700)
-            if os.listdir(path):  # looked at again, for they could write until now
-                raise StartupError(f"--root: {path} is open to other users; `chmod 700` it or give one of your own")
+        _close_windows_directory(path) if ON_WINDOWS else _close_unix_directory(path)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         raise StartupError(f"--root: {path} cannot be used: {error.strerror or error}") from None
+
+
+def _close_unix_directory(path: str) -> None:
+    found = os.lstat(path)
+    if found.st_uid != os.geteuid():
+        raise StartupError(f"--root: {path} belongs to another user (uid {found.st_uid}); give one of your own")
+    if found.st_mode & 0o077:
+        if not os.listdir(path):
+            os.chmod(path, 0o700)
+        if os.listdir(path):  # looked at again, for they could write until now
+            raise StartupError(f"--root: {path} is open to other users; `chmod 700` it or give one of your own")
+
+
+def _close_windows_directory(path: str) -> None:
+    """Lets the system, administrators and ourselves in alone, and so into all that is made there."""
+    if len(path) > _ROOT_MOST:
+        raise StartupError(f"--root: {path} is too long for cmd.exe; give one of {_ROOT_MOST} characters at most")
+    ourselves, owner = _own_sid(), _owner_sid(path)
+    if owner not in (ourselves, "S-1-5-18", "S-1-5-32-544"):  # the system, and the administrators
+        raise StartupError(f"--root: {path} belongs to another user ({owner}); give one of your own")
+    if not os.listdir(path):  # else it was closed at an earlier start
+        rights, descriptor = "".join(f"(A;OICI;FA;;;{who})" for who in ("SY", "BA", ourselves)), ctypes.c_void_p()
+        ConvertStringSecurityDescriptorToSecurityDescriptorW(
+            f"D:P{rights}", SDDL_REVISION_1, ctypes.byref(descriptor), None
+        )
+        try:
+            SetFileSecurityW(path, DACL_SECURITY_INFORMATION | PROTECTED_DACL_SECURITY_INFORMATION, descriptor)
+        finally:
+            LocalFree(descriptor)
+
+
+_ROOT_MOST = 200  # so that a step's files stay below MAX_PATH, which cmd.exe cannot pass
+
+
+def _own_sid() -> str:
+    """The user of this process, as Windows writes users in text."""
+    token, user, size = _HANDLE(), ctypes.create_string_buffer(256), _DWORD()
+    OpenProcessToken(GetCurrentProcess(), TOKEN_QUERY, ctypes.byref(token))
+    try:
+        GetTokenInformation(token, TOKEN_USER, user, len(user), ctypes.byref(size))
+    finally:
+        CloseHandle(token)
+    return _sid_text(ctypes.c_void_p.from_buffer(user))  # what TOKEN_USER begins with
+
+
+def _owner_sid(path: str) -> str:
+    descriptor, owner = ctypes.create_string_buffer(4096), ctypes.c_void_p()
+    GetFileSecurityW(path, OWNER_SECURITY_INFORMATION, descriptor, len(descriptor), ctypes.byref(_DWORD()))
+    GetSecurityDescriptorOwner(descriptor, ctypes.byref(owner), ctypes.byref(_BOOL()))
+    return _sid_text(owner)
+
+
+def _sid_text(sid: Any) -> str:
+    text = _TEXT()
+    ConvertSidToStringSidW(sid, ctypes.byref(text))
+    try:
+        return str(text.value)
+    finally:
+        LocalFree(ctypes.cast(text, ctypes.c_void_p))
 
 
 def lock_file(path: str) -> int:
@@ -1126,6 +1178,7 @@ def _remove_by_path(path: str) -> bool:
             os.chmod(name, stat.S_IWRITE)  # a step may have made it read-only
             action(name)
 
+    path = rf"\\?\{path}" if ON_WINDOWS else path  # what steps make there may be deeper than MAX_PATH
     if _is_link(os.lstat(path)):
         os.unlink(path)
     else:

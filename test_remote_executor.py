@@ -1685,6 +1685,47 @@ def test_background_child_of_cmd_ends_with_a_stop(daemon: Daemon) -> None:
 
 
 @windows_only
+def test_files_deeper_than_260_characters_are_removed(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--key_expire=1s")
+    deep = r"""
+import os
+path = "\\\\?\\" + os.getcwd()
+for _ in range(12):
+    path += "\\" + "d" * 40
+    os.mkdir(path)
+"""
+    task = daemon.submit(python(deep))
+    assert daemon.ended(task).code == 0
+    wait_until(lambda: daemon.detail(task).code == 1003, "expiry")
+    wait_until(lambda: not (daemon.root / "tasks" / "1").exists(), "the sweep of its files")
+
+
+@windows_only
+def test_root_too_long_for_cmd_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / ("x" * 100) / ("y" * 100)
+    assert "too long" in refused(cli("run", "--addr=127.0.0.1:0", f"--root={root}"), 1)
+
+
+@windows_only
+def test_root_is_closed_to_other_users(launch: Callable[..., Daemon]) -> None:
+    root = str(launch().root)
+    program = module()
+    assert program._owner_sid(root) in (program._own_sid(), "S-1-5-32-544", "S-1-5-18")
+    assert sorted(rights_on(root)) == sorted({program._own_sid(), "S-1-5-32-544", "S-1-5-18"})
+
+
+def rights_on(path: str) -> set[str]:
+    """Whom the access control list of a file names, each by its SID."""
+    advapi32, text = ctypes.windll.advapi32, ctypes.c_wchar_p()
+    descriptor = ctypes.create_string_buffer(4096)
+    assert advapi32.GetFileSecurityW(path, 4, descriptor, 4096, ctypes.byref(ctypes.c_ulong()))
+    convert = advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW
+    assert convert(descriptor, 1, 4, ctypes.byref(text), None)
+    names = {"SY": "S-1-5-18", "BA": "S-1-5-32-544"}
+    return {names.get(who, who) for who in re.findall(r"\(A;[^)]*;([^;)]+)\)", text.value)}
+
+
+@windows_only
 def test_file_that_a_process_holds_is_removed_later(launch: Callable[..., Daemon], gate: Path) -> None:
     daemon = launch("--key_expire=1s")
     child = f"import os, time; f = open('held', 'w')\n{until_open(gate)}"
