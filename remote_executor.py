@@ -1552,12 +1552,15 @@ def _search(program: str, path: str) -> str | None:
         return shutil.which(program, path=path)
     if program == "cmd":
         return system_program("cmd.exe")
-    # Not `which`'s own search, that begins in the current directory. The directory that is left out is where Windows
-    # keeps a `python` that opens its shop.
-    for directory in path.split(os.pathsep):
-        found = shutil.which(os.path.join(directory, program)) if os.path.isabs(directory) else None
-        if found and not directory.rstrip("\\").lower().endswith("\\microsoft\\windowsapps"):
-            return found
+    # Not `shutil.which`, that begins in the current directory, and before Python 3.12 adds no suffix to a path. The
+    # directory that is left out is where Windows keeps a `python` that opens its shop.
+    suffixes = os.environ.get("PATHEXT", ".COM;.EXE;.BAT;.CMD").split(";")
+    for directory in (part.strip('"') for part in path.split(os.pathsep)):
+        if os.path.isabs(directory) and not directory.rstrip("\\").lower().endswith("\\microsoft\\windowsapps"):
+            for suffix in suffixes:
+                file = os.path.join(directory, program + suffix)
+                if os.path.isfile(file):
+                    return file
     return None
 
 

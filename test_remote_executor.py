@@ -546,11 +546,12 @@ def test_ansync_is_spelled_in_any_of_these_ways(daemon: Daemon, name: str, value
     assert ("depets_on" in steps[1]) is (value.lower() in ("0", "f", "false"))
 
 
-def test_dag_steps_wait_for_what_they_depend_on(daemon: Daemon, tmp_path: Path) -> None:
-    file = tmp_path / "order"
+def test_dag_steps_wait_for_what_they_depend_on(daemon: Daemon) -> None:
     names = {"d": ["b", "c"], "b": ["a"], "c": ["a"], "a": []}
-    answer = daemon.run(*(mark(file, name, name=name, depets_on=needs) for name, needs in names.items()), ansync="1")
-    order = marks(file)
+    tell = "import time\nprint(time.monotonic())"
+    task = daemon.submit(*(python(tell, name=name, depets_on=needs) for name, needs in names.items()), ansync="1")
+    answer = daemon.ended(task)
+    order = sorted(names, key=lambda name: float(daemon.console(task, name).data[0]))
     assert answer.head == (200, 0, "success")
     assert (order[0], sorted(order[1:3]), order[3]) == ("a", ["b", "c"], "d")
     assert [one.get("depets_on") for one in answer.data] == [["b", "c"], ["a"], ["a"], None]
