@@ -2019,19 +2019,9 @@ class WindowsProcesses:
         environment = {**self._environment, **env, COOKIE: step_dir}
         environment.pop("ERRORLEVEL", None)  # it would hide cmd's own, which the wrapper tells
         line = " ".join(_quote_word(word) for word in (os.path.join(directory, "run.bat"), *command))
-        shell = system_program("cmd.exe")
         output = os.open(os.path.join(step_dir, "output"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            child = subprocess.Popen(
-                f'"{shell}" /D /E:ON /V:OFF /S /C "{line}"',
-                executable=shell,
-                stdin=self._null,
-                stdout=output,
-                stderr=output,
-                cwd=cwd,
-                env=environment,
-                creationflags=CREATE_SUSPENDED | CREATE_NO_WINDOW,
-            )
+            child = self._spawn(line, output, cwd, environment)
         except (OSError, ValueError) as error:
             raise LaunchError(f"could not start: {error}") from error
         finally:
@@ -2041,6 +2031,27 @@ class WindowsProcesses:
         except OSError as error:
             child.kill()
             raise LaunchError(f"could not start: {error}") from error
+
+    def _spawn(self, line: str, output: int, cwd: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """A suspended cmd with this line, with patience: a virus scanner, or a busy host, may refuse it at first."""
+        shell, left = system_program("cmd.exe"), _SPAWNS
+        while True:
+            left -= 1
+            try:
+                return subprocess.Popen(
+                    f'"{shell}" /D /E:ON /V:OFF /S /C "{line}"',
+                    executable=shell,
+                    stdin=self._null,
+                    stdout=output,
+                    stderr=output,
+                    cwd=cwd,
+                    env=environment,
+                    creationflags=CREATE_SUSPENDED | CREATE_NO_WINDOW,
+                )
+            except OSError:
+                if not left:
+                    raise
+            time.sleep(_POLL_S)
 
     def _release(self, child: subprocess.Popen[bytes], step_dir: str) -> WindowsTree:
         """Puts a suspended child into a job, which would end it if this process died now, then lets it run."""
@@ -2084,6 +2095,9 @@ class WindowsProcesses:
 
     def reap(self) -> None:
         """Nothing: Windows has no zombies."""
+
+
+_SPAWNS = 3
 
 
 def _open_process(pid: int) -> int:

@@ -1652,21 +1652,29 @@ def test_step_inherits_no_handle_but_its_output(daemon: Daemon) -> None:
     assert {line.rpartition("\\")[2] for line in own} == {"output", "workspace"}  # the latter as current directory
 
 
+def handles_of(pid: int) -> int:
+    """How many handles a process has (NtQuerySystemInformation, SystemHandleInformation: 24 bytes a handle)."""
+    size, needed = 1 << 16, ctypes.c_ulong()
+    while True:
+        table = ctypes.create_string_buffer(size)
+        status = ctypes.windll.ntdll.NtQuerySystemInformation(16, table, size, ctypes.byref(needed))
+        if not status:
+            owners = struct.iter_unpack("<H22x", table.raw[8 : 8 + 24 * struct.unpack_from("<I", table)[0]])
+            return sum(owner == pid & 0xFFFF for (owner,) in owners)
+        assert status & 0xFFFF_FFFF == 0xC000_0004, hex(status)  # STATUS_INFO_LENGTH_MISMATCH
+        size *= 2
+
+
 @windows_only
 def test_handles_are_closed_after_500_steps(launch: Callable[..., Daemon]) -> None:
     daemon = launch()
     assert daemon.process
-
-    def handles() -> int:
-        count = ctypes.c_ulong()
-        assert ctypes.windll.kernel32.GetProcessHandleCount(int(daemon.process._handle), ctypes.byref(count))
-        return count.value
-
-    daemon.run(*[step()] * 100, ansync="1")
-    before = handles()
+    daemon.run(*[step()] * 50, ansync="1")
+    before = handles_of(daemon.process.pid)
     task = daemon.submit(*[step()] * 500, ansync="1")
     assert daemon.ended(task, 240).code == 0
-    wait_until(lambda: handles() <= before + 30, f"{handles()} handles to be closed, of {before} before", 15)
+    after = wait_until(lambda: handles_of(daemon.process.pid) <= before + 30, "handles to be closed", 15)
+    assert before > 20 and after
 
 
 @windows_only
@@ -1712,7 +1720,8 @@ def test_root_is_closed_to_other_users(launch: Callable[..., Daemon]) -> None:
     root = str(launch().root)
     program = module()
     assert program._owner_sid(root) in (program._own_sid(), "S-1-5-32-544", "S-1-5-18")
-    assert sorted(rights_on(root)) == sorted({program._own_sid(), "S-1-5-32-544", "S-1-5-18"})
+    rights = rights_on(root)  # Wine drops the administrators
+    assert program._own_sid() in rights and rights <= {program._own_sid(), "S-1-5-32-544", "S-1-5-18"}
 
 
 def rights_on(path: str) -> set[str]:
@@ -1736,7 +1745,8 @@ def test_file_that_a_process_holds_is_removed_later(launch: Callable[..., Daemon
     task = daemon.submit(python(start))
     place = daemon.root / "tasks" / "1" / "workspace" / "held"
     wait_until(lambda: daemon.detail(task).code == 1003, "expiry")
-    wait_until(lambda: not (daemon.root / "tasks" / "1" / "0").exists(), "the sweep of what can be removed")
+    script_file = daemon.root / "tasks" / "1" / "0" / "script.py"
+    wait_until(lambda: not script_file.exists(), "the sweep of what can be removed")
     assert place.exists()
     gate.touch()
     wait_until(lambda: not (daemon.root / "tasks" / "1").exists(), "the sweep of the rest")
