@@ -1678,6 +1678,37 @@ def test_handles_are_closed_after_500_steps(launch: Callable[..., Daemon]) -> No
 
 
 @windows_only
+def test_python_steps_take_the_launcher_where_there_is_no_python(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    (tmp_path / "py.bat").write_text(f'@echo off\necho %1\n"{sys.executable}" %2\n')
+    (tmp_path / "microsoft" / "windowsapps").mkdir(parents=True)
+    (tmp_path / "microsoft" / "windowsapps" / "python.bat").write_text("@echo the shop\n")
+    path = os.pathsep.join([str(tmp_path / "microsoft" / "windowsapps"), str(tmp_path)])
+    assert launch(env={"PATH": path}).output(python("print('größe')")) == ["-3", "größe"]
+
+
+NESTED = """
+import ctypes, subprocess, sys, time
+kernel32 = ctypes.windll.kernel32
+kernel32.GetCurrentProcess.restype = kernel32.CreateJobObjectW.restype = ctypes.c_void_p
+job = ctypes.c_void_p(kernel32.CreateJobObjectW(None, None))
+own = kernel32.AssignProcessToJobObject(job, ctypes.c_void_p(kernel32.GetCurrentProcess()))
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+print(own, child.pid, flush=True)
+time.sleep(1000)
+"""
+
+
+@windows_only
+def test_job_of_a_step_nests_in_the_daemons_and_ends_with_it(daemon: Daemon) -> None:
+    task = daemon.submit(python(NESTED))
+    own, pid = wait_until(lambda: daemon.console(task).json.get("data"), "the child")[0].split()
+    assert own == "1" and is_alive(int(pid))
+    daemon.put(f"/api/v1/task/{task}")
+    assert daemon.ended(task).data[0]["msg"].endswith(STOPPED)
+    wait_until(lambda: not is_alive(int(pid)), "the child's end", 15)
+
+
+@windows_only
 def test_step_opens_no_window(daemon: Daemon) -> None:
     shows = "import ctypes\nprint(ctypes.windll.user32.IsWindowVisible(ctypes.windll.kernel32.GetConsoleWindow()))"
     assert daemon.output(python(shows)) == ["0"]
