@@ -716,6 +716,29 @@ if ON_WINDOWS:
     )
     SetFileSecurityW = _declare(_advapi32, "SetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID)
 
+    # Processes of the host (Tool Help Functions)
+    TH32CS_SNAPPROCESS = 2
+
+    class ProcessEntry(ctypes.Structure):
+        """PROCESSENTRY32W."""
+
+        _fields_ = (
+            ("Size", _DWORD),
+            ("Usage", _DWORD),
+            ("ProcessID", _DWORD),
+            ("DefaultHeapID", ctypes.c_size_t),
+            ("ModuleID", _DWORD),
+            ("Threads", _DWORD),
+            ("ParentProcessID", _DWORD),
+            ("PriClassBase", ctypes.c_long),
+            ("Flags", _DWORD),
+            ("ExeFile", ctypes.c_wchar * 260),
+        )
+
+    CreateToolhelp32Snapshot = _declare(_kernel32, "CreateToolhelp32Snapshot", _HANDLE, _DWORD, _DWORD)
+    Process32FirstW, Process32NextW = _kernel32.Process32FirstW, _kernel32.Process32NextW
+    Process32FirstW.argtypes = Process32NextW.argtypes = (_HANDLE, ctypes.POINTER(ProcessEntry))
+
     # Services: the side of a service (Service Functions)
     SERVICE_WIN32_OWN_PROCESS = 0x10
     SERVICE_STOPPED, SERVICE_START_PENDING, SERVICE_STOP_PENDING, SERVICE_RUNNING = 1, 2, 3, 4
@@ -6145,6 +6168,8 @@ class WindowsSupervisor(Supervisor):
 
     def run(self) -> int | None:
         """Serves as a service; the exit code, None when no service control manager has started this process."""
+        if not _may_be_service():
+            return None
         table = (ServiceEntry * 2)(ServiceEntry(SERVICE, self._main))
         try:
             StartServiceCtrlDispatcherW(table)
@@ -6192,6 +6217,23 @@ class WindowsSupervisor(Supervisor):
         status.CurrentState = state
         with contextlib.suppress(OSError):  # the manager is gone; the daemon is not its child
             SetServiceStatus(self._handle, ctypes.byref(status))
+
+
+def _may_be_service() -> bool:
+    """Whether the service control manager started this process, or its launcher, as an exe and a venv have one.
+
+    It knows for certain, but may take ten seconds to say no.
+    """
+    entry, table = ProcessEntry(Size=ctypes.sizeof(ProcessEntry)), {}
+    snapshot = CreateToolhelp32Snapshot(TH32CS_SNAPPROCESS, 0)
+    more = Process32FirstW(snapshot, ctypes.byref(entry))
+    while more:
+        table[entry.ProcessID] = entry.ParentProcessID, entry.ExeFile.lower()
+        more = Process32NextW(snapshot, ctypes.byref(entry))
+    CloseHandle(snapshot)
+    nobody = (0, "")
+    parent = table.get(table.get(os.getpid(), nobody)[0], nobody)
+    return "services.exe" in (parent[1], table.get(parent[0], nobody)[1])
 
 
 def supervised_run(settings: Settings) -> int:

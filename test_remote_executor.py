@@ -1829,7 +1829,7 @@ def test_pool_refuses_other_sizes(daemon: Daemon, body: str) -> None:
 
 
 # A step that tells its begin and its end, by a clock that all processes of the host share.
-BREATH = python("import time\nprint(time.monotonic())\ntime.sleep(0.05)\nprint(time.monotonic())")
+BREATH = python(f"import time\nprint(time.monotonic())\ntime.sleep({script('0.2', '0.5')})\nprint(time.monotonic())")
 
 
 def most_at_once(daemon: Daemon, *tasks: str) -> int:
