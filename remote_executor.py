@@ -22,7 +22,8 @@ The file reads from top to bottom; a section uses only what stands above it:
     engine         the pool, stops, timeouts, recovery
 
 Threads: `main` waits for signals; `listener` accepts connections; one `connection` a client; one `step` a running step;
-`store` commits, many changes at a time; `timekeeper` enforces the deadlines of tasks, limits of output, and expiry.
+`store` commits, many changes at a time; `timekeeper` enforces the deadlines of tasks and limits of output; `sweeper`
+removes what has expired. Under the service control manager of Windows `main` is its own, and another runs the daemon.
 """
 
 from __future__ import annotations
@@ -912,7 +913,8 @@ def private_directory(path: str) -> None:
         os.makedirs(path, mode=0o700, exist_ok=True)
         if _is_link(os.lstat(path)):
             raise StartupError(f"--root: {path} is a link; give the directory itself")
-        _close_windows_directory(path) if ON_WINDOWS else _close_unix_directory(path)
+        close = _close_windows_directory if ON_WINDOWS else _close_unix_directory
+        close(path)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
