@@ -1986,7 +1986,7 @@ class WindowsTree:
         while self._active_processes() and time.monotonic() < end_s:
             with contextlib.suppress(OSError):
                 TerminateJobObject(self._job, FORCED_CODE)
-            _wait_for((self._process,), _POLL_S)
+            time.sleep(_POLL_S)
 
     def close(self) -> None:
         """Gives back the handles."""
