@@ -1056,10 +1056,16 @@ class Folder:
             raise OSError(errno.EINVAL, "is no regular file", names[-1])
         return open(descriptor, "rb", buffering=0)
 
-    def make(self, *names: str, content: Mapping[str, bytes] = types.MappingProxyType({})) -> None:
-        """Makes a directory, which must not be there yet, with these files in it; raises OSError."""
+    def make(
+        self, *names: str, content: Mapping[str, bytes] = types.MappingProxyType({}), may_exist: bool = False
+    ) -> None:
+        """Makes a directory, which must not be there yet, with these files in it, which never may; raises OSError."""
         with self._parent(names) as (name, parent):
-            os.mkdir(name, 0o700, dir_fd=parent)
+            try:
+                os.mkdir(name, 0o700, dir_fd=parent)
+            except FileExistsError:
+                if not may_exist:
+                    raise
             inner = os.open(name, _DIRECTORY, dir_fd=parent) if content and parent is not None else None
         try:
             for file, data in content.items():
@@ -2183,8 +2189,8 @@ class StepDirectory:
                 self._tasks.make(self._names[0])
             self._tasks.make(*self._names, content=files)
         except FileExistsError:  # an earlier attempt made it, which did not start the step; or another step of the task
-            self._tasks.remove(*self._names)
-            self._tasks.make(*self._names, content=files)
+            has_gone = self._tasks.remove(*self._names)  # unless a crash left a process of Windows suspended in it
+            self._tasks.make(*self._names, content=files, may_exist=not has_gone)
         return os.path.join(self.path, name)
 
     def exit_code(self) -> int | None:
