@@ -3953,7 +3953,7 @@ def test_metrics_count_steps_by_result(launch: Callable[..., Daemon], gate: Path
     for one in (step(), step("exit 3"), writes(b"y" * 1000)):
         daemon.run(one)
     task = daemon.submit(held(gate))
-    daemon.until_running(task)
+    daemon.until_printed(task, "held")
     daemon.put(f"/api/v1/task/{task}")
     daemon.ended(task)
     own = "remote_executor_step"
