@@ -2384,7 +2384,7 @@ def test_crash_at_any_point_loses_nothing_and_runs_nothing_twice(
         assert marks(file)[2 * run :] == [f"{run}a", f"{run}b"]
 
 
-@often(10, 200)
+@often(4 if WINDOWS else 10, 200)
 def test_crashes_under_load_lose_nothing_and_run_nothing_twice(
     launch: Callable[..., Daemon], tmp_path: Path, runs: int
 ) -> None:
