@@ -641,7 +641,7 @@ if ON_WINDOWS:
     )
 
     # Handles and waits (Synchronization Functions)
-    DUPLICATE_SAME_ACCESS, INFINITE, WAIT_OBJECT_0, WAIT_FAILED = 2, 0xFFFF_FFFF, 0, 0xFFFF_FFFF
+    DUPLICATE_SAME_ACCESS, WAIT_OBJECT_0, WAIT_FAILED = 2, 0, 0xFFFF_FFFF
     CloseHandle = _declare(_kernel32, "CloseHandle", _BOOL, _HANDLE)
     CreateEventW = _declare(_kernel32, "CreateEventW", _HANDLE, ctypes.c_void_p, _BOOL, _BOOL, _TEXT)
     SetEvent = _declare(_kernel32, "SetEvent", _BOOL, _HANDLE)
