@@ -5985,9 +5985,11 @@ class Daemon:
         above, name = os.path.split(os.path.abspath(settings.root))
         self._root = os.path.join(os.path.realpath(above), name)  # the root itself must be no link
         self._ends = 0  # how often the end was asked for
-        # Held until the end is asked for. No Event: set() would hang in a signal handler that interrupts its wait().
-        self._living = threading.Lock()
-        self._living.acquire()
+        # A byte wakes `run`; a signal writes one too. No Event: set() would hang in a signal handler that interrupts
+        # wait(), and on Windows no signal interrupts it.
+        self._woken, self._waker = socket.socketpair()
+        self._woken.settimeout(_LOOK_S)
+        self._waker.setblocking(False)
         self._is_well: Callable[[], bool] = lambda: True  # until there is more to ask
         self._tls = Tls(settings) if settings.tls_cert else None
         self._is_renewing = False  # whether the certificates are to be read again
@@ -6005,7 +6007,9 @@ class Daemon:
             print(f"listening on {url}", flush=True)
             log.info("%s listens on %s", version_line(), url)
             self._supervisor.ready(url)
-            while not self._living.acquire(timeout=_LOOK_S):  # one without an end would keep Windows from seeing Ctrl-C
+            while not self._ends:
+                with contextlib.suppress(socket.timeout):
+                    self._woken.recv(4096)
                 if self._is_renewing:
                     self._renew()
                 self._supervisor.watch(self._is_well)
@@ -6014,6 +6018,7 @@ class Daemon:
         return 0
 
     def _heed_signals(self) -> None:
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         for number in _EXIT_SIGNALS:
             signal.signal(number, lambda *_: self.end())
         if self._tls and hasattr(signal, "SIGHUP"):  # without certificates it means what it always means
@@ -6022,8 +6027,8 @@ class Daemon:
     def end(self) -> None:
         """Ends the daemon in order; asked for again, without waiting for steps."""
         self._ends += 1
-        with contextlib.suppress(RuntimeError):  # released already
-            self._living.release()
+        with contextlib.suppress(BlockingIOError):  # there are bytes enough
+            self._waker.send(b"\0")
 
     def renew(self) -> None:
         """Has the certificates read again."""

@@ -2329,18 +2329,17 @@ def test_expiry_sweeps_ended_tasks_and_their_files_never_live_ones(launch: Calla
     live = daemon.submit(held(gate), id="live-task")
     gone = daemon.submit(python("print('x')\nopen('kept', 'w').close()"), id="gone-task")
     daemon.ended(gone)
-    assert daemon.console(gone).data == ["x"]
+    assert daemon.console(gone).data == ["x"] and len(os.listdir(daemon.root / "tasks")) == 2
     assert 0 < go_seconds(daemon.row(gone)["times"]["rt"]) <= 2 and 1 < go_seconds(daemon.row(live)["times"]["rt"]) <= 2
     wait_until(lambda: daemon.detail(gone).json == {"code": 1003, "message": MISSING}, "expiry", 15)
-    wait_until(
-        lambda: not [path for path in daemon.root.rglob("*") if "gone-task" in str(path)], "the sweep of its files", 15
-    )
+    wait_until(lambda: len(os.listdir(daemon.root / "tasks")) == 1, "the sweep of its files", 15)
     assert [row["id"] for row in daemon.get("/api/v1/task").data["tasks"]] == [live] and daemon.detail(
         live
     ).code == 1001
     gate.touch()
     assert daemon.ended(live).code == 0
     wait_until(lambda: daemon.detail(live).code == 1003, "expiry", 15)
+    wait_until(lambda: not os.listdir(daemon.root / "tasks"), "the sweep of its files", 15)
     assert daemon.try_submit([step("exit 0")], id="gone-task").code == 0
 
 
@@ -2836,7 +2835,8 @@ def test_access_over_peer_host_origin_token_and_tls(
     access.start()
     monkeypatch.setattr(code.log, "disabled", True)
     monkeypatch.setattr(code.PeerTable, "user", user_of)
-    axes = PEERS, USERS, hosts(2376), TOKENS, ("http", "https", "certificate")
+    users = ["own"] if WINDOWS else USERS  # which it does not tell apart
+    axes = PEERS, users, hosts(2376), TOKENS, ("http", "https", "certificate")
     for peer, user, host, token, tls in itertools.product(*axes):
         scheme, certificate = ("https", "deploy") if tls == "certificate" else (tls, "")
         client = code.Client(((peer, USERS[user]), ("127.0.0.1", 2376)), scheme, certificate)
