@@ -3658,7 +3658,7 @@ def profile_waits(seconds: float, is_mutex: bool) -> Profile:
     def counts(thread: int, frame: types.FrameType) -> bool:
         place = id(frame), frame.f_lasti
         stays, last[thread] = last.get(thread) == place, place
-        return stays and (_takes_lock(frame) if is_mutex else frame.f_code.co_filename == threading.__file__)
+        return stays and (_takes_lock(frame) if is_mutex else frame.f_code.co_filename == _THREADING)
 
     note = "waits for locks" if is_mutex else "waits in threading, for conditions, events and joins"
     kinds = (("waits_sampled", "count"), ("wait", "nanoseconds"))
@@ -3674,9 +3674,10 @@ def _takes_lock(frame: types.FrameType) -> bool:
 
     code = frame.f_code
     line = linecache.getline(code.co_filename, frame.f_lineno or 0, frame.f_globals)
-    return code.co_filename != threading.__file__ and bool(_LOCKING.search(line))
+    return code.co_filename != _THREADING and bool(_LOCKING.search(line))
 
 
+_THREADING = threading.Thread.run.__code__.co_filename  # its __file__ may be of a zip, as in the embeddable package
 _LOCKING = re.compile(r"^\s*with [\w.]+:|\.acquire\(")
 
 
@@ -3686,7 +3687,7 @@ def profile_threads(entries_only: bool) -> Profile:
     sampler, profile = Sampler(), Profile((("threads", "count"),), f"Live threads, by {about}.")
     sampler.look()
     for thread, stack, values in sampler.stacks():
-        entry = tuple(frame for frame in stack if frame.file != threading.__file__)[-1:] if entries_only else stack
+        entry = tuple(frame for frame in stack if frame.file != _THREADING)[-1:] if entries_only else stack
         profile.add(thread, entry, values[:1])
     return profile
 
@@ -5987,16 +5988,18 @@ class Daemon:
         self._ends = 0  # how often the end was asked for
         # A byte wakes `run`; a signal writes one too. No Event: set() would hang in a signal handler that interrupts
         # wait(), and on Windows no signal interrupts it.
-        self._woken, self._waker = socket.socketpair()
-        self._woken.settimeout(_LOOK_S)
-        self._waker.setblocking(False)
+        self._waker: socket.socket | None = None
         self._is_well: Callable[[], bool] = lambda: True  # until there is more to ask
         self._tls = Tls(settings) if settings.tls_cert else None
         self._is_renewing = False  # whether the certificates are to be read again
 
     def run(self) -> int:
         """Serves until the end is asked for; the exit code. Raises StartupError."""
+        woken, self._waker = socket.socketpair()
+        woken.settimeout(_LOOK_S)
+        self._waker.setblocking(False)
         if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
             self._heed_signals()
         self._configure_log()
         with contextlib.ExitStack() as closing:
@@ -6009,7 +6012,7 @@ class Daemon:
             self._supervisor.ready(url)
             while not self._ends:
                 with contextlib.suppress(socket.timeout):
-                    self._woken.recv(4096)
+                    woken.recv(4096)
                 if self._is_renewing:
                     self._renew()
                 self._supervisor.watch(self._is_well)
@@ -6018,7 +6021,6 @@ class Daemon:
         return 0
 
     def _heed_signals(self) -> None:
-        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         for number in _EXIT_SIGNALS:
             signal.signal(number, lambda *_: self.end())
         if self._tls and hasattr(signal, "SIGHUP"):  # without certificates it means what it always means
@@ -6027,8 +6029,9 @@ class Daemon:
     def end(self) -> None:
         """Ends the daemon in order; asked for again, without waiting for steps."""
         self._ends += 1
-        with contextlib.suppress(BlockingIOError):  # there are bytes enough
-            self._waker.send(b"\0")
+        if self._waker:
+            with contextlib.suppress(BlockingIOError):  # there are bytes enough
+                self._waker.send(b"\0")
 
     def renew(self) -> None:
         """Has the certificates read again."""

@@ -108,11 +108,12 @@ UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
 def wait_until(condition: Callable[[], Any], what: str = "", deadline_s: float = 60, pause_s: float = 0.01) -> Any:
-    """The first true value of `condition`; fails when there is none before the deadline."""
-    end = time.monotonic() + deadline_s
+    """The first true value of `condition`, asked for ever less often; fails when there is none before the deadline."""
+    begin = time.monotonic()
     while not (value := condition()):
-        assert time.monotonic() < end, f"not within {deadline_s} s: {what or condition}"
-        time.sleep(pause_s)
+        waited_s = time.monotonic() - begin
+        assert waited_s < deadline_s, f"not within {deadline_s} s: {what or condition}"
+        time.sleep(max(pause_s, min(waited_s / 20, 0.2)))
     return value
 
 
@@ -3442,6 +3443,7 @@ def slow_clients(daemon: Daemon, count: int) -> Iterator[None]:
 def test_slow_clients_delay_nobody(launch: Callable[..., Daemon], runs: int) -> None:
     daemon, times = launch("--timeout=10m"), []
     place = Path(f"/proc/{daemon.process.pid if daemon.process else 0}")
+    idle = sockets_of(place) if LINUX else 0
     with slow_clients(daemon, 500):
         for _ in range(runs):
             times.append(seconds(lambda: wait_until(lambda: daemon.get("/api/v1/pool").code == 0)))
@@ -3449,14 +3451,14 @@ def test_slow_clients_delay_nobody(launch: Callable[..., Daemon], runs: int) -> 
             assert 500 < threads_of(place) < 512 + 10
             wait_until(lambda: sockets_of(place) > 500)
     if LINUX:
-        wait_until(lambda: sockets_of(place) == 1, "the connections to be closed")
+        wait_until(lambda: sockets_of(place) == idle, "the connections to be closed")
     slowest = sorted(times)[len(times) * 99 // 100]
     print(f"{runs} requests beside 500 slow clients: p99 {slowest * 1000:.0f} ms")
     assert slowest < 1 or runs < 1000  # a time is asserted in the long form alone
 
 
 def sockets_of(place: Path) -> int:
-    """The sockets that a process has open, the one that listens too."""
+    """The sockets that a process has open."""
     found = 0
     for descriptor in (place / "fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -4856,16 +4858,20 @@ def test_service_that_crashes_ends_its_process_while_it_counts_as_running(monkey
     assert ends == [1] and program.SERVICE_STOPPED not in told and told
 
 
+def runs(*command: str) -> None:
+    subprocess.run(command, check=True, timeout=120)
+
+
 @windows_only
 @pytest.mark.build
 @pytest.mark.skipif(not importlib.util.find_spec("PyInstaller"), reason="needs PyInstaller")
 def test_service_of_an_exe(bare_host: None, tmp_path: Path) -> None:
     exe, port, root = build_exe(sys.executable, tmp_path), free_port(), tmp_path / "root"
-    subprocess.run([exe, "service", "install", f"--addr=127.0.0.1:{port}", f"--root={root}"], check=True)
-    subprocess.run([exe, "service", "start"], check=True)
+    runs(exe, "service", "install", f"--addr=127.0.0.1:{port}", f"--root={root}")
+    runs(exe, "service", "start")
     drive_service(root, port)
-    subprocess.run([exe, "service", "stop"], check=True)
-    subprocess.run([exe, "service", "uninstall"], check=True)
+    runs(exe, "service", "stop")
+    runs(exe, "service", "uninstall")
 
 
 def unit(staging: Path) -> Path:
@@ -4927,8 +4933,8 @@ def bare_host() -> Iterator[None]:
         pytest.skip(f"the service is {state}, or this user may not install one")
     assert cli("service", "uninstall").returncode == 0
     yield
-    subprocess.run(["sc", "stop", "remote_executor"], capture_output=True)
-    subprocess.run(["sc", "delete", "remote_executor"], capture_output=True)
+    for word in ("stop", "delete"):
+        subprocess.run(["sc", word, "remote_executor"], stdout=subprocess.DEVNULL, timeout=60)
 
 
 def free_port() -> int:
@@ -4970,10 +4976,10 @@ def test_service_of_windows_is_installed_started_stopped_and_removed(bare_host: 
 def test_service_as_the_readme_installs_it(bare_host: None, tmp_path: Path) -> None:
     port, root = free_port(), tmp_path / "root"
     line = f'"{sys.executable}" "{PROGRAM}" run --addr=127.0.0.1:{port} "--root={root}"'
-    subprocess.run(["sc", "create", "remote_executor", "binPath=", line, "start=", "auto"], check=True)
-    subprocess.run(["net", "start", "remote_executor"], check=True)
+    runs("sc", "create", "remote_executor", "binPath=", line, "start=", "auto")
+    runs("net", "start", "remote_executor")
     drive_service(root, port)
-    subprocess.run(["net", "stop", "remote_executor"], check=True)
+    runs("net", "stop", "remote_executor")
     assert cli("service", "status").stdout == "not running\n"
 
 
