@@ -47,6 +47,7 @@ import logging.handlers
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -307,6 +308,10 @@ class TooLarge(ApiError):
 class TooMany(ApiError):
     status = code = 429
     headers = (("Retry-After", "1"),)
+
+
+class MustWait(TooMany):
+    headers = (("Retry-After", "60"),)
 
 
 class Unavailable(ApiError):
@@ -709,6 +714,11 @@ if ON_WINDOWS:
     ConvertStringSecurityDescriptorToSecurityDescriptorW = _declare(
         _advapi32, "ConvertStringSecurityDescriptorToSecurityDescriptorW", _BOOL, _TEXT, _DWORD, _OUT, _VOID
     )
+    ConvertSecurityDescriptorToStringSecurityDescriptorW = _declare(
+        _advapi32,
+        "ConvertSecurityDescriptorToStringSecurityDescriptorW",
+        *(_BOOL, _VOID, _DWORD, _DWORD, ctypes.POINTER(_TEXT), _VOID),
+    )
     GetSecurityDescriptorOwner = _declare(
         _advapi32, "GetSecurityDescriptorOwner", _BOOL, _VOID, _OUT, ctypes.POINTER(_BOOL)
     )
@@ -784,7 +794,8 @@ if ON_WINDOWS:
     # Services: the side of who installs and controls them
     SC_MANAGER_CONNECT, SC_MANAGER_CREATE_SERVICE, SERVICE_ALL_ACCESS, SERVICE_QUERY_STATUS = 1, 2, 0xF01FF, 4
     SERVICE_AUTO_START, SERVICE_ERROR_NORMAL, SC_STATUS_PROCESS_INFO = 2, 1, 0
-    SERVICE_CONFIG_DESCRIPTION, SERVICE_CONFIG_FAILURE_ACTIONS, SERVICE_CONFIG_PRESHUTDOWN_INFO = 1, 2, 7
+    SERVICE_CONFIG_DESCRIPTION, SERVICE_CONFIG_FAILURE_ACTIONS = 1, 2
+    SERVICE_CONFIG_FAILURE_ACTIONS_FLAG, SERVICE_CONFIG_PRESHUTDOWN_INFO = 4, 7
     SC_ACTION_RESTART = 1
     ERROR_ACCESS_DENIED, ERROR_SERVICE_ALREADY_RUNNING, ERROR_SERVICE_DOES_NOT_EXIST = 5, 1056, 1060
     ERROR_SERVICE_NOT_ACTIVE, ERROR_SERVICE_EXISTS, ERROR_SERVICE_NEVER_STARTED = 1062, 1073, 1077
@@ -910,13 +921,15 @@ def private_directory(path: str) -> None:
     An empty one is closed to others. One that holds something may be meant for them, as /var/lib is.
     """
     try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise StartupError(f"--root: {path!a} is no UTF-8, as which answers show it; give another name") from None
+    try:
         os.makedirs(path, mode=0o700, exist_ok=True)
         if _is_link(os.lstat(path)):
             raise StartupError(f"--root: {path} is a link; give the directory itself")
         close = _close_windows_directory if ON_WINDOWS else _close_unix_directory
         close(path)
-        with tempfile.TemporaryFile(dir=path):
-            pass
     except OSError as error:
         raise StartupError(f"--root: {path} cannot be used: {error.strerror or error}") from None
 
@@ -936,18 +949,36 @@ def _close_windows_directory(path: str) -> None:
     """Lets the system, administrators and ourselves in alone, and so into all that is made there."""
     if len(path) > _ROOT_MOST:
         raise StartupError(f"--root: {path} is too long for cmd.exe; give one of {_ROOT_MOST} characters at most")
+    if path.startswith("\\\\"):
+        raise StartupError(f"--root: {path} is on a share, where cmd.exe cannot work; give a directory of this host")
     ourselves, owner = _own_sid(), _owner_sid(path)
     if owner not in (ourselves, "S-1-5-18", "S-1-5-32-544"):  # the system, and the administrators
         raise StartupError(f"--root: {path} belongs to another user ({owner}); give one of your own")
-    if not os.listdir(path):  # else it was closed at an earlier start
-        rights, descriptor = "".join(f"(A;OICI;FA;;;{who})" for who in ("SY", "BA", ourselves)), ctypes.c_void_p()
-        ConvertStringSecurityDescriptorToSecurityDescriptorW(
-            f"D:P{rights}", SDDL_REVISION_1, ctypes.byref(descriptor), None
-        )
-        try:
-            SetFileSecurityW(path, DACL_SECURITY_INFORMATION | PROTECTED_DACL_SECURITY_INFORMATION, descriptor)
-        finally:
-            LocalFree(descriptor)
+    rights = "".join(f"(A;OICI;FA;;;{who})" for who in ("SY", "BA", ourselves))
+    is_new, ours = not os.listdir(path), ctypes.c_void_p()
+    ConvertStringSecurityDescriptorToSecurityDescriptorW(f"D:P{rights}", SDDL_REVISION_1, ctypes.byref(ours), None)
+    try:
+        if is_new:
+            SetFileSecurityW(path, DACL_SECURITY_INFORMATION | PROTECTED_DACL_SECURITY_INFORMATION, ours)
+        others = _let_in(_security_of(path, DACL_SECURITY_INFORMATION)) - _let_in(ours) - {"CO", "OW"}  # its owner
+    finally:
+        LocalFree(ours)
+    if others or (is_new and os.listdir(path)):  # they could write until now
+        told = f"--root: {path} is open to other users ({', '.join(sorted(others))}); give an empty directory,"
+        raise StartupError(f"{told} which will be closed to them, or take their rights away by icacls")
+
+
+def _let_in(descriptor: Any) -> set[str]:
+    """Whom a security descriptor lets in, as Windows writes them in text (Security Descriptor String Format, MSDN)."""
+    text = _TEXT()
+    ConvertSecurityDescriptorToStringSecurityDescriptorW(
+        descriptor, SDDL_REVISION_1, DACL_SECURITY_INFORMATION, ctypes.byref(text), None
+    )
+    try:
+        entries = re.findall(r"\((\w+);[^()]*?;([^;()]+)(?:;\(.*?\))?\)", text.value or "")
+        return {who for kind, who in entries if kind != "D"} or {"everyone"}  # without a list there is no limit
+    finally:
+        LocalFree(ctypes.cast(text, ctypes.c_void_p))
 
 
 _ROOT_MOST = 200  # so that a step's files stay below MAX_PATH, which cmd.exe cannot pass
@@ -965,10 +996,15 @@ def _own_sid() -> str:
 
 
 def _owner_sid(path: str) -> str:
-    descriptor, owner = ctypes.create_string_buffer(4096), ctypes.c_void_p()
-    GetFileSecurityW(path, OWNER_SECURITY_INFORMATION, descriptor, len(descriptor), ctypes.byref(_DWORD()))
+    descriptor, owner = _security_of(path, OWNER_SECURITY_INFORMATION), ctypes.c_void_p()
     GetSecurityDescriptorOwner(descriptor, ctypes.byref(owner), ctypes.byref(_BOOL()))
     return _sid_text(owner)
+
+
+def _security_of(path: str, kinds: int) -> Any:
+    descriptor = ctypes.create_string_buffer(1 << 16)
+    GetFileSecurityW(path, kinds, descriptor, len(descriptor), ctypes.byref(_DWORD()))
+    return descriptor
 
 
 def _sid_text(sid: Any) -> str:
@@ -1019,6 +1055,11 @@ def _is_link(found: os.stat_result) -> bool:
 
 
 _JUNCTION = 0xA000_0003  # IO_REPARSE_TAG_MOUNT_POINT
+
+
+def links_in(place: str, names: Sequence[str]) -> list[str]:
+    """Those of the names that stand for something else: for shutil.copytree, which follows junctions."""
+    return [name for name in names if _is_link(os.lstat(os.path.join(place, name)))]
 
 
 def is_real_directory(path: str) -> bool:
@@ -1330,14 +1371,16 @@ def forget_launcher() -> None:
         SetDllDirectoryW(None)
 
 
-def use_all_descriptors() -> None:
-    """Raises the soft limit of open files to the hard one: each running step takes a few."""
-    if sys.platform != "win32":
-        import resource
+def use_all_descriptors() -> str:
+    """Raises the soft limit of open files to the hard one, for each step takes a few; the one that was."""
+    if sys.platform == "win32":
+        return ""
+    import resource
 
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
 
 
 @functools.lru_cache(maxsize=1)
@@ -1513,11 +1556,12 @@ _PYTHON = (
     else Interpreter(("python3",), ".py")
 )
 _CMD = Interpreter(("cmd",), ".bat", ("/D", "/E:ON", "/V:OFF", "/S", "/C", 'CALL "{file}"'))
-# Not -File: its exit code knows nothing of $LASTEXITCODE. An encoding without BOM, which Windows PowerShell would write
+# Not -File: its exit code knows nothing of $LASTEXITCODE, which in turn knows nothing of a script that could not begin,
+# for an error of its grammar or by a policy: `$?` does. An encoding without BOM, which Windows PowerShell would write
 # to the output else; there is none to set where there is no console.
 _POWERSHELL_SCRIPT = (
     "try { [Console]::OutputEncoding = New-Object System.Text.UTF8Encoding $false } catch { }; "
-    "& {quoted}; exit $LASTEXITCODE"
+    "& {quoted}; if (-not ($? -or $LASTEXITCODE)) { exit 1 }; exit $LASTEXITCODE"
 )
 _POWERSHELL_ARGUMENTS = (
     "-NoLogo",
@@ -1548,6 +1592,8 @@ def interpreter_command(command_type: str, file: str, workspace: str, path: str)
     interpreter = INTERPRETERS[command_type]
     if ON_WINDOWS:  # cmd reads the line, to which a letter of the root's, such as %, may mean something
         file = os.path.relpath(file, workspace)
+        if interpreter.suffix == ".sh":  # the bash of Windows is a Linux's
+            file = file.replace("\\", "/")
     places = {"{file}": file, "{quoted}": "'" + file.replace("'", "''") + "'"}
     arguments = [_PLACE.sub(lambda found: places[found[0]], argument) for argument in interpreter.arguments]
     for program in interpreter.programs if interpreter is not _CMD or ON_WINDOWS else ():
@@ -1584,10 +1630,11 @@ def _search(program: str, path: str) -> str | None:
     if program == "cmd":
         return system_program("cmd.exe")
     # Not `shutil.which`, that begins in the current directory, and before Python 3.12 adds no suffix to a path. The
-    # directory that is left out is where Windows keeps a `python` that opens its shop.
+    # directory that is left out for it is where Windows keeps a `python` that opens its shop.
     suffixes = os.environ.get("PATHEXT", ".COM;.EXE;.BAT;.CMD").split(";")
     for directory in (part.strip('"') for part in path.split(os.pathsep)):
-        if os.path.isabs(directory) and not directory.rstrip("\\").lower().endswith("\\microsoft\\windowsapps"):
+        is_shop = program == "python" and directory.rstrip("\\").lower().endswith("\\microsoft\\windowsapps")
+        if os.path.isabs(directory) and not is_shop:
             for suffix in suffixes:
                 file = os.path.join(directory, program + suffix)
                 if os.path.isfile(file):
@@ -1635,10 +1682,11 @@ NOTHING_RAN = 125  # of the wrapper, when it could not write to the step's direc
 # The pid first: no pid file, no run. `trap :` and not `trap ''`: children get the default handlers, the wrapper
 # survives a SIGTERM to its group and tells the result. Its own stderr is nowhere: a shell says "Killed" there, and
 # would say it in the step's output if it did the redirection of 2 itself and not in the subshell.
-# $1 is the step's directory, $2 the umask that the daemon was started with. `set -C`: what is there already, a link
-# perhaps, is not written to; off again for the step, which has it in SHELLOPTS where that is exported.
+# $1 is the step's directory, $2 and $3 the umask and the limit of open files that the daemon was started with.
+# `set -C`: what is there already, a link perhaps, is not written to; off again for the step, which has it in SHELLOPTS
+# where that is exported.
 _WRAPPER = (
-    'set -C; echo $$ >"$1/pid" || exit 125; set +C; d=$1; umask $2; shift 2; trap : TERM INT HUP; '
+    'set -C; echo $$ >"$1/pid" || exit 125; set +C; d=$1; umask $2; ulimit -Sn $3; shift 3; trap : TERM INT HUP; '
     '(exec "$@" 2>&1); r=$?; umask 077; set -C; echo $r >"$d/rc"; exit $r'
 )
 
@@ -1851,8 +1899,8 @@ def _carries(pid: int, step_dir: bytes) -> bool:
 class PosixProcesses:
     """Starts, adopts and collects trees; any thread may call it."""
 
-    def __init__(self, umask: int) -> None:
-        self._umask = f"{umask:03o}"
+    def __init__(self, umask: int, descriptors: str) -> None:
+        self._limits = f"{umask:03o}", descriptors
         self._is_reaper = False  # until the first step starts: ctypes takes memory that an idle daemon need not
         self._environment = {k: v for k, v in os.environb.items() if not k.startswith(b"REMOTE_EXECUTOR_")}
         self._null = os.open(os.devnull, os.O_RDWR)
@@ -1876,7 +1924,7 @@ class PosixProcesses:
         if not self._is_reaper:
             self._become_reaper()
         env = {**env, COOKIE: step_dir}
-        wrapped = ["/bin/sh", "-c", _WRAPPER, "sh", step_dir, self._umask, *command]
+        wrapped = ["/bin/sh", "-c", _WRAPPER, "sh", step_dir, *self._limits, *command]
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL  # no link that another step has put there
         output = os.open(os.path.join(step_dir, "output"), flags, 0o600)
         try:
@@ -2035,7 +2083,7 @@ def _limit_job(job: int, flags: int) -> None:
 class WindowsProcesses:
     """Starts and adopts trees; any thread may call it."""
 
-    def __init__(self, umask: int) -> None:
+    def __init__(self, umask: int, descriptors: str) -> None:
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("REMOTE_EXECUTOR_")}
         self._null = os.open(os.devnull, os.O_RDWR)
 
@@ -2168,6 +2216,9 @@ else:
 _BLOCK_BYTES = 1 << 17
 
 
+_RESULT = re.compile(rb"(-?[0-9]{1,10})\s*\n")  # no longer, for a step may write there too
+
+
 class StepDirectory:
     """The files of one step; any thread may read them, one prepares.
 
@@ -2196,8 +2247,8 @@ class StepDirectory:
     def exit_code(self) -> int | None:
         """The result that the wrapper left; None while there is none. Only a whole line counts."""
         with contextlib.suppress(OSError, ValueError), self._tasks.read(*self._names, "rc") as file:
-            result = file.read(64)
-            return int(result) if result.endswith(b"\n") else None
+            found = _RESULT.fullmatch(file.read(64))
+            return int(found[1]) if found else None
         return None
 
     def output_bytes(self) -> int:
@@ -2444,6 +2495,14 @@ class Store:
         rows = list(memory.items())
         self._change(lambda db: db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)).wait()
 
+    def is_alive(self) -> bool:
+        """Whether the thread that writes runs."""
+        return self._thread.is_alive()
+
+    def skip(self, seq: int) -> None:
+        """Gives no new task this number or a lower one."""
+        self._change(lambda db: _skip(db, seq)).wait()
+
     def accept(self, spec: TaskSpec, now_ns: int) -> Accepted:
         """Adds a task, or finds the one that the same submission made; raises Conflict if another has its id."""
         accepted: Accepted = self._change(lambda db: _accept(db, spec, now_ns), is_durable=True).wait()
@@ -2665,13 +2724,13 @@ class Store:
             for change in batch:  # once a kept change fails, the kept ones after it must not overtake it
                 kept += [change] if kept and change.is_kept else self._commit(connection, [change])
             return kept
-        if batch[0].is_kept:
+        if batch[0].is_kept and isinstance(error, sqlite3.Error):
             log.error("cannot write to %s, will try again: %s", self._path, error)
             return batch
         batch[0].resolve(error=_storage_error(error))
         return []
 
-    def _try_commit(self, connection: sqlite3.Connection, batch: list[_Change]) -> sqlite3.Error | None:
+    def _try_commit(self, connection: sqlite3.Connection, batch: list[_Change]) -> Exception | None:
         """The one place that writes; the error that undid all of it, or None."""
         results: list[tuple[_Change, Any, Exception | None]] = []
         try:
@@ -2683,7 +2742,7 @@ class Store:
                 except ApiError as error:  # refused before it changed anything
                     results.append((change, None, error))
             connection.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, *_UNFIT) as error:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
             return error
@@ -2694,6 +2753,7 @@ class Store:
         return None
 
 
+_UNFIT = (OverflowError, UnicodeEncodeError)  # what sqlite3 raises for a value that SQLite has no room for
 _RETRY_S = 0.5
 _COMPANY_S = 0.003  # that a change waits for others when nobody waits for it
 _TASK = "SELECT seq, id, count, state, code, message, accepted_ns, ended_ns FROM task"
@@ -2714,6 +2774,13 @@ def _fault(db: sqlite3.Connection, version: int) -> str:
             return "its tables are not those of this program"
     found: str = db.execute("PRAGMA quick_check(1)").fetchone()[0]
     return "" if found == "ok" else found.replace("\n", " ")
+
+
+def _skip(db: sqlite3.Connection, seq: int) -> None:
+    (last,) = db.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'task'").fetchone()
+    if last < seq:
+        db.execute("DELETE FROM sqlite_sequence WHERE name = 'task'")
+        db.execute("INSERT INTO sqlite_sequence VALUES ('task', ?)", (seq,))
 
 
 def _accept(db: sqlite3.Connection, spec: TaskSpec, now_ns: int) -> Accepted:
@@ -2751,7 +2818,7 @@ def _end_task(db: sqlite3.Connection, seq: int, now_ns: int) -> None:
     db.execute("DELETE FROM script WHERE task = ?", (seq,))
 
 
-def _storage_error(error: sqlite3.Error) -> ApiError:
+def _storage_error(error: Exception) -> ApiError:
     if "full" in str(error):
         return StorageFull(f"the disk of the root is full; make room, or give another --root ({error})")
     return Unavailable(f"the store cannot be used now, try again ({error})")
@@ -2761,6 +2828,7 @@ def _storage_error(error: sqlite3.Error) -> ApiError:
 # engine: the pool, the live tasks, stops, timeouts, recovery, expiry
 # ======================================================================================================================
 
+_TASK_NUMBER = re.compile("[1-9][0-9]{0,17}")
 GRACE_S = 5.0  # between asking a tree to end and ending it
 _TICK_S = 0.5  # between looks at outputs and at what has expired
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -2821,7 +2889,6 @@ class _LiveTask:
         self.timeouts_ns = [step.timeout_ns for step in steps]
         self.names = [step.name for step in steps]
         self.stop = ""  # why all of it is stopped
-        self.has_workspace = False
         self.active: dict[int, _ActiveStep] = {}
 
 
@@ -2867,15 +2934,13 @@ class Engine:
     def start(self) -> None:
         """Settles what an earlier daemon left, and starts what is ready."""
         if self._store.aside and os.path.isdir(self._tasks_dir):
-            rename(self._tasks_dir, self._tasks_dir + self._store.aside)  # it belongs to the database put aside
+            self._put_aside(self._tasks_dir + self._store.aside)  # it belongs to the database put aside
         os.makedirs(self._tasks_dir, exist_ok=True)
         self._files.open()
         known = {str(seq) for seq in self._store.seqs()}
         for name in os.listdir(self._tasks_dir):
-            if name not in known:  # renamed, because a new task may get its number before it is removed
-                gone = f"{name.partition('.')[0]}.gone-{time.time_ns()}"
-                rename(os.path.join(self._tasks_dir, name), os.path.join(self._tasks_dir, gone))
-                self._rubbish.append(gone)
+            if name not in known:
+                self._rubbish.append(self._set_apart(name))
         adopted: list[_ActiveStep] = []
         for seq in self._store.open_seqs():
             try:
@@ -2890,6 +2955,28 @@ class Engine:
             self._fill()
         for keeper in self._keepers:
             keeper.start()
+
+    def _put_aside(self, place: str) -> None:
+        """Moves the directories of all tasks."""
+        try:
+            return rename(self._tasks_dir, place)
+        except OSError:  # it is a mount, or a process works in it, which Windows lets nobody move
+            log.warning("%s cannot be moved: its content is copied", self._tasks_dir)
+        try:
+            shutil.copytree(self._tasks_dir, place, symlinks=True, ignore=links_in)
+        except shutil.Error as error:
+            log.error("not all of %s could be copied to %s: %s", self._tasks_dir, place, error)
+
+    def _set_apart(self, name: str) -> str:
+        """Renames a task's directory, for a new task may get its number before it is removed; the name it has now."""
+        gone = f"{name.partition('.')[0][:20]}.gone-{time.time_ns()}"
+        try:
+            os.rename(os.path.join(self._tasks_dir, name), os.path.join(self._tasks_dir, gone))
+        except OSError:  # as above: no task gets this number
+            if _TASK_NUMBER.fullmatch(name):
+                self._store.skip(int(name))
+            return name
+        return gone
 
     def is_alive(self) -> bool:
         """Whether its own threads run."""
@@ -3066,10 +3153,9 @@ class Engine:
             file = directory.prepare(
                 script_name(script.command_type), encode_script(script.command_type, script.content)
             )
-            if not active.task.has_workspace:
+            if not is_real_directory(workspace):  # no step has made it, or one has removed it
                 with contextlib.suppress(FileExistsError):
                     self._files.make(str(seq), "workspace")
-                active.task.has_workspace = True
             if not is_real_directory(workspace):
                 raise LaunchError("could not start: an earlier step has put something else in place of the workspace")
             env = self._environment_of(active, (*script_environment(script.command_type), *script.env), workspace)
@@ -4217,7 +4303,7 @@ class Access:
         with self._lock:
             recent = [at_s for at_s in self._wrong.get(client, ()) if now_s - at_s < 60]
             if len(recent) >= _WRONG_MOST:
-                raise TooMany("too many wrong tokens from this address; wait a minute")
+                raise MustWait("too many wrong tokens from this address; wait a minute")
             self._reload()
             labels = [label for known, label in self._tokens.items() if hmac.compare_digest(known, given)]
             if labels:
@@ -4226,7 +4312,7 @@ class Access:
             if len(self._wrong) >= _REMEMBERED_MOST:
                 self._wrong.clear()
             self._wrong[client] = [*recent, now_s]
-        log.warning("%s: sent a wrong token", request.peer)
+        log.warning("%s: sent a wrong token", request.peer, extra={"about": {"peer": request.peer}})
         raise Unauthorized(f"the token is wrong; {self._advice(request)}")
 
     def _warn_of_readers(self, request: Request) -> None:
@@ -5847,7 +5933,10 @@ class Connection(socketserver.BaseRequestHandler):
                 limit = min(limit, _REFUSED_BODY_BYTES)
                 if request.awaits_go_on or (request.body_bytes or 0) > limit:
                     raise admission.error
-            body = read_body(stream, request, patience_s, limit, self._go_on)
+            try:
+                body = read_body(stream, request, patience_s, limit, self._go_on)
+            except TooLarge as error:
+                raise admission.error or error from None
         except ApiError as error:
             self._send(None, refusal(error))
             server.told_malformed(error, time.perf_counter() - begin_s)
@@ -5875,7 +5964,7 @@ class Connection(socketserver.BaseRequestHandler):
         head += [f"{name}: {value}" for name, value in response.headers]
         if is_chunked:
             head.append("Transfer-Encoding: chunked")
-        elif not is_streamed:
+        elif not is_streamed and response.status != 204:
             head.append(f"Content-Length: {len(response.body)}")  # type: ignore[arg-type]
         is_kept = is_kept and (is_chunked or not is_streamed)
         head.append(
@@ -5969,12 +6058,28 @@ class LogFile(logging.handlers.RotatingFileHandler):
     def __init__(self, path: str) -> None:
         super().__init__(path, maxBytes=10 * 2**20, backupCount=5, encoding="utf-8", delay=True)
 
+        self._resume_s = 0.0  # when it may be rotated again
+
+    def shouldRollover(self, record: logging.LogRecord) -> int:
+        return time.monotonic() >= self._resume_s and super().shouldRollover(record)
+
     def doRollover(self) -> None:
-        with contextlib.suppress(OSError):  # a virus scanner holds one of the files: the next line tries again
+        """Rotates, unless somebody reads the file: Windows would not rename it, after all older ones had moved on."""
+        if self.stream:
+            self.stream.close()
+            self.stream = None  # opened again for the next line
+        try:
+            os.rename(self.baseFilename, self.baseFilename + ".next")
+            os.rename(self.baseFilename + ".next", self.baseFilename)
             super().doRollover()
+        except OSError:
+            self._resume_s = time.monotonic() + _ROTATION_PAUSE_S
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Nothing: standard error has the line too."""
+
+
+_ROTATION_PAUSE_S = 60.0  # after one that could not be
 
 
 class Daemon:
@@ -5998,16 +6103,19 @@ class Daemon:
         woken, self._waker = socket.socketpair()
         woken.settimeout(_LOOK_S)
         self._waker.setblocking(False)
-        if threading.current_thread() is threading.main_thread():
-            signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-            self._heed_signals()
         self._configure_log()
         with contextlib.ExitStack() as closing:
+            if threading.current_thread() is threading.main_thread():
+                self._heed_signals(closing, self._waker.fileno())
             try:
                 url = self._start(closing)
             except (ApiError, OSError) as error:  # of the store and of the root's files
                 raise StartupError(f"--root: {self._root} cannot be used: {error}") from error
-            print(f"listening on {url}", flush=True)
+            try:
+                print(f"listening on {url}", flush=True)
+            except OSError as error:
+                sys.stdout = None  # or its buffer would fail again at the end
+                log.warning("standard output cannot be written: %s", error)
             log.info("%s listens on %s", version_line(), url)
             self._supervisor.ready(url)
             while not self._ends:
@@ -6020,15 +6128,24 @@ class Daemon:
         log.info("ended")
         return 0
 
-    def _heed_signals(self) -> None:
-        for number in _EXIT_SIGNALS:
-            signal.signal(number, lambda *_: self.end())
+    def _heed_signals(self, closing: contextlib.ExitStack, waker: int) -> None:
+        """Until `closing` is closed; from then on no signal disturbs the end of the process, which is near."""
+        deeds = {number: self._count_end for number in _EXIT_SIGNALS}
         if self._tls and hasattr(signal, "SIGHUP"):  # without certificates it means what it always means
-            signal.signal(signal.SIGHUP, lambda *_: self.renew())
+            deeds[signal.SIGHUP] = self.renew
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        closing.callback(signal.set_wakeup_fd, -1)
+        closing.callback(_ignore_signals, deeds)
+        for number, deed in deeds.items():
+            signal.signal(number, lambda *_, deed=deed: deed())
+
+    def _count_end(self) -> None:
+        """What a signal does: its byte is in the socket already."""
+        self._ends += 1
 
     def end(self) -> None:
         """Ends the daemon in order; asked for again, without waiting for steps."""
-        self._ends += 1
+        self._count_end()
         if self._waker:
             with contextlib.suppress(BlockingIOError):  # there are bytes enough
                 self._waker.send(b"\0")
@@ -6056,14 +6173,14 @@ class Daemon:
         self._log_to(os.path.join(self._root, "logs"))
         keep_descriptors()
         forget_launcher()
-        use_all_descriptors()
+        descriptors = use_all_descriptors()
         telemetry = Telemetry()
         store = Store(os.path.join(self._root, "remote_executor.db"), telemetry.commit)
         store.start()
         closing.callback(store.stop)
         clock = Clock.resume(store.memory(), store.latest_ns())
         store.remember(clock.memory())
-        engine = Engine(store, Processes(umask), clock, self._root, settings, telemetry)
+        engine = Engine(store, Processes(umask, descriptors), clock, self._root, settings, telemetry)
         exposed = "--insecure: everybody is let in" if settings.insecure else ""
         warning = "; ".join(text for text in (store.warning, exposed) if text)
         routes = [
@@ -6080,7 +6197,9 @@ class Daemon:
         closing.callback(self._end_steps, engine)
         engine.start()
         server.start()
-        self._is_well = lambda: bool(engine.pool() and store.memory()) and engine.is_alive() and server.is_alive()
+        self._is_well = lambda: (
+            bool(engine.pool() and store.memory()) and all(one.is_alive() for one in (store, engine, server))
+        )
         return f"{server.scheme}://{server.authority}"
 
     def _end_steps(self, engine: Engine) -> None:
@@ -6093,7 +6212,7 @@ class Daemon:
                 self._supervisor.stopping()
                 time.sleep(_LOOK_S / 10)
         running = engine.pool().running
-        if running:
+        if running and self._settings.on_exit != "stop":
             log.warning(
                 "%d %s; the next start adopts them", running, "step runs on" if running == 1 else "steps run on"
             )
@@ -6117,6 +6236,14 @@ class Daemon:
 
 
 _LOOK_S = 0.5
+
+
+def _ignore_signals(numbers: Iterable[int]) -> None:
+    """Has these signals do nothing; one that comes meanwhile is no error, as which CPython tells it."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+    sys.unraisablehook = hook
 
 
 def version_line() -> str:
@@ -6322,9 +6449,9 @@ class UnixServices(Services):
             with open(self._file, "wb") as file:
                 os.fchmod(file.fileno(), 0o644)
                 file.write(self.content(command))
+            self._installed()
         except OSError as error:
-            raise StartupError(f"service: {self._file} cannot be written: {error.strerror}") from None
-        self._installed()
+            raise StartupError(f"service: {error.filename} cannot be written: {error.strerror}") from None
         return f"wrote {self._file}"
 
     def uninstall(self) -> str:
@@ -6392,10 +6519,19 @@ class SystemdServices(UnixServices):
         return 0, f"running, pid {facts.get('MainPID')}"
 
     def _installed(self) -> None:
+        is_there = os.path.exists(self._file)
         if not self._staging:
             self._call("systemctl", "daemon-reload")
-            if os.path.exists(self._file):
+            if is_there:
                 self._call("systemctl", "enable", SERVICE)
+            return
+        place, name = os.path.split(self._file)
+        link = os.path.join(place, "multi-user.target.wants", name)  # which `enable` makes
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(link)
+        if is_there:
+            os.makedirs(os.path.dirname(link), exist_ok=True)
+            os.symlink(f"../{name}", link)
 
     def _leave(self) -> None:
         if not self._staging:
@@ -6406,7 +6542,9 @@ class SystemdServices(UnixServices):
 _UNIT = f"""\
 [Unit]
 Description={_SERVICE_TITLE}
-After=network.target
+Wants=network-online.target
+After=network-online.target
+StartLimitIntervalSec=0
 
 [Service]
 Type={{kind}}
@@ -6414,6 +6552,7 @@ ExecStart={{command}}
 KillMode=process
 OOMPolicy=continue
 Restart=on-failure
+RestartSec=5
 LimitNOFILE=65536
 TasksMax=infinity
 
@@ -6500,7 +6639,10 @@ class WindowsServices(Services):
         with self._service(SERVICE_ALL_ACCESS) as service:
             StartServiceW(service, 0, None)
             self._await(service, SERVICE_START_PENDING)
-            return self._describe(self._query(service))[1]
+            code, line = self._describe(self._query(service))
+        if code:
+            raise StartupError(f"service: it did not start: {line}")
+        return line
 
     def stop(self) -> str:
         with self._service(SERVICE_ALL_ACCESS) as service:
@@ -6522,6 +6664,7 @@ class WindowsServices(Services):
         for kind, value in (
             (SERVICE_CONFIG_DESCRIPTION, _TEXT("Runs scripts on this host, by an HTTP/JSON API.")),
             (SERVICE_CONFIG_FAILURE_ACTIONS, failure),
+            (SERVICE_CONFIG_FAILURE_ACTIONS_FLAG, _BOOL(True)),  # after a start that failed too
             (SERVICE_CONFIG_PRESHUTDOWN_INFO, _DWORD(int(_START_S * 1000))),
         ):
             ChangeServiceConfig2W(service, kind, ctypes.byref(value))
@@ -6759,7 +6902,8 @@ def service_command(words: Sequence[str], given: Mapping[str, Any]) -> int:
     if deed == "install":
         root = os.path.abspath(given.get("root", services.default_root))
         print(services.install([*own_command(), "run", *_flags({**given, "root": root})]))
-        print(f"next: {_PROGRAM} service start; clients on other hosts need the token it will write in {root}")
+        program = (subprocess.list2cmdline if ON_WINDOWS else shlex.join)(own_command())
+        print(f"next: {program} service start; clients on other hosts need the token it will write in {root}")
         return 0
     if given:
         raise UsageError("only service install takes flags")
