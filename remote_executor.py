@@ -6624,6 +6624,9 @@ class WindowsServices(Services):
             service = CreateServiceW(manager, SERVICE, _SERVICE_TITLE, *kinds, line, *[None] * 5)
             try:
                 self._configure(service)
+            except OSError:
+                DeleteService(service)
+                raise
             finally:
                 CloseServiceHandle(service)
         return f"installed the service {SERVICE}: {line}"
@@ -6664,10 +6667,12 @@ class WindowsServices(Services):
         for kind, value in (
             (SERVICE_CONFIG_DESCRIPTION, _TEXT("Runs scripts on this host, by an HTTP/JSON API.")),
             (SERVICE_CONFIG_FAILURE_ACTIONS, failure),
-            (SERVICE_CONFIG_FAILURE_ACTIONS_FLAG, _BOOL(True)),  # after a start that failed too
             (SERVICE_CONFIG_PRESHUTDOWN_INFO, _DWORD(int(_START_S * 1000))),
         ):
             ChangeServiceConfig2W(service, kind, ctypes.byref(value))
+        with contextlib.suppress(OSError):  # Wine knows no such
+            is_wide = _BOOL(True)  # after a start that failed too
+            ChangeServiceConfig2W(service, SERVICE_CONFIG_FAILURE_ACTIONS_FLAG, ctypes.byref(is_wide))
 
     def _stop(self, service: int) -> None:
         ControlService(service, SERVICE_CONTROL_STOP, ctypes.byref(ServiceStatus()))
