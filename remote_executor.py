@@ -5928,36 +5928,46 @@ class Connection(socketserver.BaseRequestHandler):
         server, begin_s = self.server, time.perf_counter()
         try:
             request = read_head(stream, patience_s, client)
-            admission, limit = server.admit(request, self._is_spare), server.body_limit
+        except ApiError as error:
+            self._send(None, refusal(error))
+            server.told_malformed(error, time.perf_counter() - begin_s)
+            return self._part(stream)
+        admission, limit, body, is_read = server.admit(request, self._is_spare), server.body_limit, b"", True
+        try:
             if admission.error:
                 limit = min(limit, _REFUSED_BODY_BYTES)
                 if request.awaits_go_on or (request.body_bytes or 0) > limit:
                     raise admission.error
-            try:
-                body = read_body(stream, request, patience_s, limit, self._go_on)
-            except TooLarge as error:
-                raise admission.error or error from None
+            body = read_body(stream, request, patience_s, limit, self._go_on)
         except ApiError as error:
-            self._send(None, refusal(error))
-            server.told_malformed(error, time.perf_counter() - begin_s)
-            socket.socket.shutdown(self.request, socket.SHUT_WR)
-            stream.drain(_LINGER_S)
-            return False
+            admission, is_read = admission._replace(error=admission.error or error), False
         with server.serve(request, admission, body) as response:
             sent = 0
             try:
-                is_kept, sent = self._send(request, response)
+                is_kept, sent = self._send(request, response, is_read)
             finally:
                 server.told(request, admission.route, response.status, time.perf_counter() - begin_s, sent)
-        return is_kept
+        return is_kept if is_read else self._part(stream)
+
+    def _part(self, stream: Stream) -> bool:
+        """The last of a connection on which more may come that nobody reads: else the answer could be lost."""
+        socket.socket.shutdown(self.request, socket.SHUT_WR)
+        stream.drain(_LINGER_S)
+        return False
 
     def _go_on(self) -> None:
         self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _send(self, request: Request | None, response: Response) -> tuple[bool, int]:
+    def _send(self, request: Request | None, response: Response, may_keep: bool = True) -> tuple[bool, int]:
         """Sends the answer; whether the connection lives on, and the bytes of the body."""
         self._end_s = time.monotonic() + self.server.timeout_s
-        is_kept = request is not None and request.keeps_alive and not self._is_spare and not self.server.is_stopping
+        is_kept = (
+            may_keep
+            and request is not None
+            and request.keeps_alive
+            and not self._is_spare
+            and not self.server.is_stopping
+        )
         is_streamed = not isinstance(response.body, bytes)
         is_chunked = is_streamed and request is not None and not request.is_old
         head = [f"HTTP/1.1 {response.status} {_REASONS[response.status]}", _date_line(int(time.time()))]

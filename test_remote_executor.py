@@ -3021,6 +3021,17 @@ def test_access_over_host_browser_and_token(guarded: Daemon, marks_of: str, toke
             assert answer.headers["WWW-Authenticate"].startswith("Bearer") and "--token_file" in answer.message
 
 
+def test_refusal_of_a_body_says_to_the_page_what_it_is_and_ends_the_connection(guarded: Daemon) -> None:
+    head = f"Host: localhost:{guarded.port}\r\nOrigin: https://console.example\r\n"
+    head += f"Authorization: Bearer {token_of(guarded)}\r\nContent-Length: 99999999\r\n\r\n"
+    answer = guarded.raw(f"POST /api/v1/task HTTP/1.1\r\n{head}".encode()).lower()
+    assert answer.startswith(b"http/1.1 413 ") and answer.count(b"http/1.1") == 1
+    assert b"\r\naccess-control-allow-origin: https://console.example\r\n" in answer
+    assert b"\r\nconnection: close\r\n" in answer
+    assert 'route="/api/v1/task",method="POST",status="413"' in guarded.get("/metrics").body.decode()
+    assert guarded.raw(f"HEAD /api/v1/pool HTTP/1.1\r\n{head}".encode()).endswith(b"\r\n\r\n")
+
+
 @pytest.mark.parametrize(
     "sent", ["Bearer x", "Bearer", "Basic {token}", "{token}", "Bearer {token}x", "bearer  {token} y"]
 )
