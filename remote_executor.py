@@ -5939,8 +5939,10 @@ class Connection(socketserver.BaseRequestHandler):
                 if request.awaits_go_on or (request.body_bytes or 0) > limit:
                     raise admission.error
             body = read_body(stream, request, patience_s, limit, self._go_on)
-        except ApiError as error:
+        except TooLarge as error:
             admission, is_read = admission._replace(error=admission.error or error), False
+        except ApiError as error:
+            admission, is_read = admission._replace(error=error), False
         with server.serve(request, admission, body) as response:
             sent = 0
             try:
