@@ -964,8 +964,12 @@ def _close_windows_directory(path: str) -> None:
     finally:
         LocalFree(ours)
     if others or (is_new and os.listdir(path)):  # they could write until now
-        told = f"--root: {path} is open to other users ({', '.join(sorted(others))}); give an empty directory,"
+        who = ", ".join(sorted(others)) or "one has just written there"
+        told = f"--root: {path} is open to other users ({who}); give an empty directory,"
         raise StartupError(f"{told} which will be closed to them, or take their rights away by icacls")
+
+
+_ROOT_MOST = 200  # so that a step's files stay below MAX_PATH, which cmd.exe cannot pass
 
 
 def _let_in(descriptor: Any) -> set[str]:
@@ -979,9 +983,6 @@ def _let_in(descriptor: Any) -> set[str]:
         return {who for kind, who in entries if kind != "D"} or {"everyone"}  # without a list there is no limit
     finally:
         LocalFree(ctypes.cast(text, ctypes.c_void_p))
-
-
-_ROOT_MOST = 200  # so that a step's files stay below MAX_PATH, which cmd.exe cannot pass
 
 
 def _own_sid() -> str:
@@ -2246,7 +2247,7 @@ class StepDirectory:
 
     def exit_code(self) -> int | None:
         """The result that the wrapper left; None while there is none. Only a whole line counts."""
-        with contextlib.suppress(OSError, ValueError), self._tasks.read(*self._names, "rc") as file:
+        with contextlib.suppress(OSError), self._tasks.read(*self._names, "rc") as file:
             found = _RESULT.fullmatch(file.read(64))
             return int(found[1]) if found else None
         return None
@@ -6069,7 +6070,6 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
     def __init__(self, path: str) -> None:
         super().__init__(path, maxBytes=10 * 2**20, backupCount=5, encoding="utf-8", delay=True)
-
         self._resume_s = 0.0  # when it may be rotated again
 
     def shouldRollover(self, record: logging.LogRecord) -> int:
@@ -6095,7 +6095,7 @@ _ROTATION_PAUSE_S = 60.0  # after one that could not be
 
 
 class Daemon:
-    """The whole of it; for the thread that runs it, but `end` is for any, and for a signal handler."""
+    """The whole of it; for the thread that runs it, but `end` is for any."""
 
     def __init__(self, settings: Settings, supervisor: Supervisor) -> None:
         self._settings = settings
