@@ -1372,6 +1372,36 @@ def forget_launcher() -> None:
         SetDllDirectoryW(None)
 
 
+class DescriptorReserve:
+    """Descriptors held open, to be let go for what must not fail for want of one: a stop, an answer. Thread-safe."""
+
+    def __init__(self, count: int = 8) -> None:
+        self._count = count
+        self._lock = threading.Lock()  # guards all below
+        self._held: list[int] = []
+        self._borrowers = 0
+
+    def fill(self) -> None:
+        """Hold as many as there are free, at most `count`."""
+        with self._lock, contextlib.suppress(OSError):  # what is missing is taken the next time
+            while len(self._held) < self._count and not self._borrowers:
+                self._held.append(os.open(os.devnull, os.O_RDONLY))
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[None]:
+        """Let them go for as long as the block lasts; several may borrow at once."""
+        with self._lock:
+            self._borrowers += 1
+            while self._held:
+                os.close(self._held.pop())
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._borrowers -= 1
+            self.fill()
+
+
 def use_all_descriptors() -> str:
     """Raises the soft limit of open files to the hard one, for each step takes a few; the one that was."""
     if sys.platform == "win32":
