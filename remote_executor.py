@@ -12,7 +12,7 @@ The file reads from top to bottom; a section uses only what stands above it:
     wire words     codes, states, messages, times         HTTP core      strict requests, answers, routes
     errors         what can be refused, and as what       access         who may call what
     submission     JSON to specs                          API document   OpenAPI, derived from the routes
-    plan           which step may run next                web pages      the page that shows it
+    dependency plan    which step may run next            web pages      the page that shows it
     Windows API    ctypes prototypes                      API            one method a route
     host           files, clocks and facts of the host    server         sockets, connections, limits
     interpreters   command type to command line           daemon         wiring, start, stop, signals
@@ -63,7 +63,8 @@ import time
 import types
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from enum import IntEnum
+from concurrent.futures import Future
+from enum import Enum, IntEnum
 from typing import Any, Callable, NamedTuple
 
 __version__ = "1.0.0"
@@ -183,11 +184,21 @@ STEP_SUCCEEDED = "execution succeed"
 STOPPED = "artificial force termination"
 TIMED_OUT = "forced termination by timeout"
 OUTPUT_EXCEEDED = "output limit exceeded"
+LOST = "lost: it ended without a result, as when it is killed or the host restarts"
 FORCED_CODE = 255  # of a step that could not start, was stopped, timed out or was lost
 
 
 def name_steps(steps: Iterable[tuple[int, str]]) -> str:
     return "; ".join(f"Step: {index}, Name: {name}" for index, name in steps)
+
+
+def summarize(steps: Iterable[tuple[int, str, int]]) -> tuple[int, str]:
+    """Return code and message of an ended task, from index, name and code of its steps."""
+    failed = [(index, name, code) for index, name, code in steps if code]
+    if not failed:
+        return 0, TASK_SUCCEEDED
+    names = name_steps((index, name) for index, name, _ in failed)
+    return sum(code for _, _, code in failed), f"execution failed: [{names}]"
 
 
 def failure_text(index: int, name: str, code: int, reason: str) -> str:
@@ -340,24 +351,27 @@ class NotInstalled(StartupError):
 
 
 class StepSpec(NamedTuple):
-    """A step as submitted; `needs` are indexes of steps, `timeout_ns` is 0 for the default."""
+    """A step as submitted; `depends_on` are indexes of steps, `timeout_ns` is 0 for the default.
+
+    A later field has a default, which leaves the fingerprint of a submission as it was.
+    """
 
     name: str
     command_type: str
     content: str
     env: tuple[str, ...]
-    needs: tuple[int, ...]
+    depends_on: tuple[int, ...]
     timeout_ns: int
 
 
 class TaskSpec(NamedTuple):
-    """A task as submitted; `digest` tells one submission from another, `timeout_ns` is 0 for none."""
+    """A task as submitted; `fingerprint` tells one submission from another, `timeout_ns` is 0 for none."""
 
     id: str
     steps: tuple[StepSpec, ...]
     env: tuple[str, ...]
     timeout_ns: int
-    digest: str
+    fingerprint: str
 
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -396,16 +410,28 @@ def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) ->
         raise Malformed("the body must be a JSON array of one step or more")
     known = tuple(command_types)
     drafts = [_step(index, item, f"{task_id}-{index}", known) for index, item in enumerate(items)]
-    steps = _with_needs(drafts, [_needed_names(index, item) for index, item in enumerate(items)], parallel)
+    steps = _with_dependencies(drafts, [_needed_names(index, item) for index, item in enumerate(items)], parallel)
     names = [item.get("name") or None for item in items]  # as given: a default holds the id, which may be random
-    said = [parallel, timeout_ns, task_env, names, [step._replace(name="") for step in steps]]
-    return TaskSpec(task_id, steps, task_env, timeout_ns, _digest(json.dumps(said)))
+    fingerprint = _fingerprint([parallel, timeout_ns, task_env, names, [_identify_step(step) for step in steps]])
+    return TaskSpec(task_id, steps, task_env, timeout_ns, fingerprint)
 
 
-def _digest(text: str) -> str:
+def _fingerprint(submission: Any) -> str:
     import hashlib  # here, because OpenSSL takes half a megabyte that an idle daemon need not
 
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(submission).encode()).hexdigest()
+
+
+def _identify_step(step: StepSpec) -> list[Any]:
+    """Return what of a step the fingerprint is made of: the fields of 1.0, and later ones unless at their default.
+
+    So a field that is added to StepSpec changes the fingerprint of no submission that lacks it.
+    """
+    first = ["", step.command_type, step.content, step.env, step.depends_on, step.timeout_ns]
+    defaults = StepSpec._field_defaults
+    later = {name: getattr(step, name) for name in StepSpec._fields[len(first) :]}
+    given = {name: value for name, value in later.items() if value != defaults[name]}
+    return [*first, given] if given else first
 
 
 def _query_values(query: Pairs) -> dict[str, tuple[str, str]]:
@@ -478,7 +504,7 @@ def _environment(where: str, value: Any) -> tuple[str, ...]:
 
 
 def _step(index: int, item: Any, default_name: str, known: tuple[str, ...]) -> StepSpec:
-    """The step of one element, its needs left out."""
+    """The step of one element, what it depends on left out."""
     where = f"[{index}]"
     if not isinstance(item, dict):
         raise Malformed(f"{where}: a step must be a JSON object")
@@ -510,8 +536,10 @@ def _needed_names(index: int, item: dict[str, Any]) -> tuple[str, list[str]]:
     return f"[{index}].depets_on", []
 
 
-def _with_needs(drafts: list[StepSpec], needed: list[tuple[str, list[str]]], parallel: bool) -> tuple[StepSpec, ...]:
-    """The steps with their needs; raises Malformed for what cannot be, cycles with the names in them."""
+def _with_dependencies(
+    drafts: list[StepSpec], needed: list[tuple[str, list[str]]], parallel: bool
+) -> tuple[StepSpec, ...]:
+    """The steps with what they depend on; raises Malformed for what cannot be, cycles with the names in them."""
     indexes: dict[str, int] = {}
     for index, step in enumerate(drafts):
         if indexes.setdefault(step.name, index) != index:
@@ -521,9 +549,9 @@ def _with_needs(drafts: list[StepSpec], needed: list[tuple[str, list[str]]], par
         needs = [_needed(where, name, index, indexes, parallel) for name in names]
         if not parallel and index:
             needs.append(index - 1)
-        steps.append(step._replace(needs=tuple(dict.fromkeys(needs))))
+        steps.append(step._replace(depends_on=tuple(dict.fromkeys(needs))))
     try:
-        graphlib.TopologicalSorter({index: step.needs for index, step in enumerate(steps)}).prepare()
+        graphlib.TopologicalSorter({index: step.depends_on for index, step in enumerate(steps)}).prepare()
     except graphlib.CycleError as error:
         ring = " -> ".join(steps[index].name for index in reversed(error.args[1]))
         raise Malformed(f"depets_on: the steps wait for each other: {ring}") from None
@@ -542,51 +570,32 @@ def _needed(where: str, name: str, index: int, indexes: Mapping[str, int], paral
 
 
 # ======================================================================================================================
-# plan: which step may run next
+# dependency plan: which step may run next
 # ======================================================================================================================
 
 
 class Plan:
-    """The order of one task's steps, by index; not for several threads at once.
+    """The dependency graph of one task, by the indexes of its steps; not for several threads at once."""
 
-    `ready()` hands a step out once, when all that it needs has succeeded; it comes back by `done()` or `fail()`.
-    """
-
-    def __init__(self, needs: Sequence[Sequence[int]]) -> None:
-        self._sorter: graphlib.TopologicalSorter[int] = graphlib.TopologicalSorter(dict(enumerate(needs)))
+    def __init__(self, depends_on: Sequence[Sequence[int]]) -> None:
+        self._sorter: graphlib.TopologicalSorter[int] = graphlib.TopologicalSorter(dict(enumerate(depends_on)))
         self._sorter.prepare()
-        self._followers: dict[int, list[int]] = {}
-        for index, needed in enumerate(needs):
-            for need in needed:
-                self._followers.setdefault(need, []).append(index)
-        self._open = set(range(len(needs)))
+        self._dependents: dict[int, list[int]] = {}
+        for index, needed in enumerate(depends_on):
+            for dependency in needed:
+                self._dependents.setdefault(dependency, []).append(index)
 
     def ready(self) -> list[int]:
-        """The steps that became ready since the last call, in order of index."""
-        return [index for index in sorted(self._sorter.get_ready()) if index in self._open]
+        """Hand out, once each and in order, the steps of which all that they depend on has succeeded."""
+        return sorted(self._sorter.get_ready())
 
-    def done(self, index: int) -> None:
-        """A step that was ready has succeeded."""
-        self._open.discard(index)
+    def succeed(self, index: int) -> None:
+        """Note that a step which was handed out has succeeded; raises ValueError for any other."""
         self._sorter.done(index)
 
-    def fail(self, index: int) -> None:
-        """A step, ready or not, has failed: what follows it, directly or not, never runs."""
-        lost = [index]
-        while lost:
-            index = lost.pop()
-            if index in self._open:
-                self._open.discard(index)
-                lost.extend(self._followers.get(index, ()))
-
-    def is_open(self, index: int) -> bool:
-        """Whether the step has yet to end and still may run."""
-        return index in self._open
-
-    @property
-    def over(self) -> bool:
-        """Whether no step is left that may run."""
-        return not self._open
+    def dependents(self, index: int) -> Sequence[int]:
+        """Return the steps that depend on this one directly."""
+        return self._dependents.get(index, ())
 
 
 # ======================================================================================================================
@@ -2241,13 +2250,12 @@ else:
     Processes = PosixProcesses
 
 # ======================================================================================================================
-# step runs: one step's directory, with its script, its output, its pid and its result
+# step directory: a step's script, its output, its pid and its result
 # ======================================================================================================================
 
 _BLOCK_BYTES = 1 << 17
-
-
 _RESULT = re.compile(rb"(-?[0-9]{1,10})\s*\n")  # no longer, for a step may write there too
+_LATE_RESULT = re.compile(rb"^ended (-?[0-9]{1,10})\n", re.MULTILINE)
 
 
 class StepDirectory:
@@ -2256,14 +2264,17 @@ class StepDirectory:
     A step runs as the daemon's own user, so it may have put anything in their place.
     """
 
-    def __init__(self, tasks: Folder, seq: int, idx: int) -> None:
+    def __init__(self, tasks: Folder, task_number: int, step_index: int) -> None:
         self._tasks = tasks
-        self._names = (str(seq), str(idx))
+        self._names = (str(task_number), str(step_index))
         self.path = os.path.join(tasks.path, *self._names)
 
-    def prepare(self, name: str, content: bytes) -> str:
-        """Makes the directory with the script alone in it; the script's path. Raises OSError."""
-        files = {name: content}
+    def prepare(self, name: str, content: bytes, others: Mapping[str, bytes]) -> str:
+        """Make the directory with the script and these other files alone in it; return the script's path.
+
+        Raises OSError; then a later call begins anew.
+        """
+        files = {name: content, **others}
         try:
             self._tasks.make(*self._names, content=files)
         except FileNotFoundError:
@@ -2276,20 +2287,32 @@ class StepDirectory:
         return os.path.join(self.path, name)
 
     def exit_code(self) -> int | None:
-        """The result that the wrapper left; None while there is none. Only a whole line counts."""
-        with contextlib.suppress(OSError), self._tasks.read(*self._names, "rc") as file:
-            found = _RESULT.fullmatch(file.read(64))
-            return int(found[1]) if found else None
-        return None
+        """Return the result that the wrapper left, None while there is none. Only a whole line counts.
+
+        A wrapper that found no room for a file of its own has told it at the end of its pid file.
+        Raises OSError where that cannot be known now.
+        """
+        found = _RESULT.fullmatch(self._head("rc")) or _LATE_RESULT.search(self._head("pid"))
+        return int(found[1]) if found else None
+
+    def _head(self, name: str) -> bytes:
+        """Return the first bytes of a file, none where it is missing or no file."""
+        try:
+            with self._tasks.read(*self._names, name) as file:
+                return file.read(256)
+        except OSError as error:
+            if is_scarcity(error):
+                raise
+            return b""
 
     def output_bytes(self) -> int:
-        """How much the step has written."""
-        with contextlib.suppress(OSError):
+        """Return how much the step has written."""
+        with contextlib.suppress(OSError):  # it has not begun, or has removed it
             return os.lstat(os.path.join(self.path, "output")).st_size
         return 0
 
     def read_output(self) -> Iterator[bytes]:
-        """What the step has written so far, in blocks; nothing where its output is no file any more."""
+        """Yield what the step has written so far, in blocks; nothing where its output is no file any more."""
         try:
             file = self._tasks.read(*self._names, "output")
         except OSError as error:
@@ -2306,6 +2329,20 @@ class StepDirectory:
 # ======================================================================================================================
 # store: sqlite; every statement, one place that writes
 # ======================================================================================================================
+
+# The store is the truth: what it has committed is what is, also for reads. Whoever changes something puts a change into
+# the queue, in the same critical section in which memory changes, so that the order in the database is the order in
+# memory; one thread takes all that waits and commits it in one transaction. Three kinds of changes:
+#
+# - Somebody waits for it, and it may be refused (a submission, a stop): an error goes to whoever waits.
+# - It tells of what has happened (the end of a step): it is tried again until it is stored, and no later one of its
+#   kind overtakes it.
+# - It must survive a loss of power: the commit that has one is synced (`PRAGMA synchronous = FULL`).
+#
+# Whatever a change raises ends that change alone: its waiter gets the error, the log a line, the thread goes on.
+#
+# The schema has a history: `_MIGRATIONS[n]` leads from version n to n + 1, and `user_version` says where a database
+# stands. A migration that has been released is never edited; comments may be.
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -2346,16 +2383,49 @@ CREATE TABLE script (                       -- of a task that has not ended
     content TEXT NOT NULL,
     PRIMARY KEY (task, idx)
 );
-PRAGMA user_version = 1;
 """
-_SCHEMA_VERSION = 1
+
+
+def _create_tables(db: sqlite3.Connection) -> None:
+    """Make the tables of version 1.0.0."""
+    for statement in _SCHEMA.split(";\n")[:-1]:
+        db.execute(statement)
+
+
+def _mend_ended_tasks(db: sqlite3.Connection) -> None:
+    """Set right what 1.0.0 could store of ended tasks: a step that runs for ever, a wrong sum, scripts kept."""
+    db.execute(
+        "UPDATE step SET state = 0, code = ?, reason = ? WHERE state = 1 "
+        "AND task IN (SELECT seq FROM task WHERE ended_ns IS NOT NULL)",
+        (FORCED_CODE, LOST),
+    )
+    wrong = db.execute(
+        "SELECT seq FROM task WHERE ended_ns IS NOT NULL AND state = 0 "
+        "AND code != (SELECT total(code) FROM step WHERE task = seq)"
+    ).fetchall()
+    for (number,) in wrong:
+        steps = db.execute("SELECT idx, name, code FROM step WHERE task = ? ORDER BY idx", (number,))
+        db.execute("UPDATE task SET code = ?, message = ? WHERE seq = ?", (*summarize(steps), number))
+    db.execute("DELETE FROM script WHERE task NOT IN (SELECT seq FROM task WHERE ended_ns IS NULL)")
+
+
+_MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create_tables, _mend_ended_tasks)
 _BATCH = 500
+_RETRY_S = 0.5
+_GROUP_COMMIT_DELAY_S = 0.003  # that a change waits for others when nobody waits for it
+_READER_TIMEOUT_S = 5.0  # for a connection to read by, where no more can be opened
+_IDLE_READERS = 8  # connections that are kept for reads to come
+_TASK = "SELECT seq, id, count, state, code, message, accepted_ns, ended_ns FROM task"
+_STEP = "SELECT idx, name, needs, state, code, reason, started_ns, ended_ns FROM step"
+_UNFINISHED_TASK = "seq, id, timeout_ns, accepted_ns, stop, count"
+_UNFINISHED_STEP = "idx, name, needs, timeout_ns, state, code, started_ns, stop"
+_INDEX = re.compile("0|[1-9][0-9]{0,8}")
 
 
 class Accepted(NamedTuple):
     """A task as the answer to its submission tells it; `is_new` is False when it was there before."""
 
-    seq: int
+    task_number: int
     id: str
     step_count: int
     accepted_ns: int
@@ -2365,7 +2435,7 @@ class Accepted(NamedTuple):
 class TaskRow(NamedTuple):
     """A task; `message` is set when it has ended."""
 
-    seq: int
+    task_number: int
     id: str
     step_count: int
     state: int
@@ -2376,11 +2446,11 @@ class TaskRow(NamedTuple):
 
 
 class StepRow(NamedTuple):
-    """A step; `needs` is JSON."""
+    """A step; `depends_on` is JSON, a list of indexes."""
 
-    idx: int
+    step_index: int
     name: str
-    needs: str
+    depends_on: str
     state: int
     code: int
     reason: str
@@ -2388,12 +2458,12 @@ class StepRow(NamedTuple):
     ended_ns: int | None
 
 
-class OpenStep(NamedTuple):
-    """What the engine needs of a step whose task has not ended."""
+class UnfinishedStep(NamedTuple):
+    """What the scheduler needs of a step whose task has not ended; `stop` is why it is to be stopped."""
 
-    idx: int
+    step_index: int
     name: str
-    needs: tuple[int, ...]
+    depends_on: tuple[int, ...]
     timeout_ns: int
     state: int
     code: int
@@ -2401,15 +2471,15 @@ class OpenStep(NamedTuple):
     stop: str
 
 
-class OpenTask(NamedTuple):
-    """A task that has not ended."""
+class UnfinishedTask(NamedTuple):
+    """A task that has not ended; `stop` is why it is to be stopped."""
 
-    seq: int
+    task_number: int
     id: str
     timeout_ns: int
     accepted_ns: int
     stop: str
-    steps: list[OpenStep]
+    steps: list[UnfinishedStep]
 
 
 class Script(NamedTuple):
@@ -2420,33 +2490,29 @@ class Script(NamedTuple):
     env: list[str]
 
 
-class _Change:
-    """A change of the database: `apply` makes it, `wait` waits until it is committed."""
+class StepEnd(NamedTuple):
+    """How a step ended."""
 
-    __slots__ = ("_committed", "_error", "_result", "apply", "is_awaited", "is_durable", "is_kept")
+    step_index: int
+    code: int
+    reason: str
 
-    def __init__(
-        self, apply: Callable[[sqlite3.Connection], Any], is_durable: bool, is_kept: bool, is_awaited: bool
-    ) -> None:
-        self.apply = apply
-        self.is_awaited = is_awaited
-        self.is_durable = is_durable  # it must survive a loss of power
-        self.is_kept = is_kept  # it is tried again until it succeeds: it tells of something that has happened
-        self._committed = threading.Lock()
-        self._committed.acquire()
-        self._result: Any = None
-        self._error: Exception | None = None
 
-    def resolve(self, result: Any = None, error: Exception | None = None) -> None:
-        self._result, self._error = result, error
-        self._committed.release()
+class TaskEnd(NamedTuple):
+    """How a task ended: the sum of its steps' codes, and its message."""
 
-    def wait(self) -> Any:
-        """What `apply` returned; raises what it or the commit raised."""
-        with self._committed:
-            if self._error:
-                raise self._error
-            return self._result
+    code: int
+    message: str
+
+
+class _Change(NamedTuple):
+    """A change of the database in the queue; `future` is done when it is committed or has failed."""
+
+    apply: Callable[[sqlite3.Connection], Any]
+    future: Future[Any]
+    is_durable: bool  # it must survive a loss of power
+    retry_until_stored: bool  # it tells of something that has happened
+    has_waiter: bool
 
 
 class Store:
@@ -2455,233 +2521,318 @@ class Store:
     Raises StorageFull and Unavailable where a change is not kept, and Conflict.
     """
 
-    def __init__(self, path: str, committed: Callable[[float, int], None]) -> None:
+    def __init__(self, path: str, on_commit: Callable[[float, int], None]) -> None:
         self._path = path
-        self._committed = committed  # told of each commit: seconds, changes
-        self._readers: list[sqlite3.Connection] = []
+        self._on_commit = on_commit  # told of each commit: seconds, changes
         self._queue: list[_Change] = []
         self._is_closing = False
-        self.warning = ""  # what a person should know of the start
-        self.aside = ""  # the ending of the names of what was put aside at the start
-        self._waiting = threading.Condition()  # guards _queue, _readers and _is_closing
+        self._queue_changed = threading.Condition()  # guards _queue and _is_closing
+        self._readers: list[sqlite3.Connection] = []
+        self._reader_returned = threading.Condition()  # guards _readers
+        self._writer: sqlite3.Connection  # from `start` on; the writing thread's
+        self._file: tuple[int, int] = (0, 0)  # device and inode of the database
+        self._start_warning = ""
+        self._trouble = ""  # why nothing can be written now
+        self.quarantine_suffix = ""  # the ending of the names of what was put aside at the start
         self._thread = threading.Thread(target=self._write, name="store", daemon=True)
 
     def start(self) -> None:
-        """Opens the database, or makes it, and puts a damaged one aside; raises StartupError."""
+        """Open the database, or make it, and put a damaged one aside; raises StartupError."""
         try:
             try:
-                connection = self._open()
+                self._writer = self._open()
             except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter of a message that quotes the file
                 if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
                     raise  # not of the file: it is locked, or cannot be opened
-                self._put_aside(error)
-                connection = self._open()
+                self._quarantine(error)
+                self._writer = self._open()
+            self._readers.append(self._connect())
+            self._file = self._identify()
         except (sqlite3.Error, OSError) as error:
             raise StartupError(f"--root: {self._path} cannot be used: {error}") from None
-        self._readers.append(connection)
         self._thread.start()
 
     def _open(self) -> sqlite3.Connection:
-        """A connection to a database that is sound, made where there was none."""
+        """Return a connection to a database that is sound and of this version, made where there was none."""
         is_new = not os.path.exists(self._path)
         connection = self._connect()
         with contextlib.ExitStack() as undo:
             undo.callback(connection.close)
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > _SCHEMA_VERSION:
+            if version > len(_MIGRATIONS):
                 raise StartupError(f"--root: {self._path} was made by a later version of this program; use that one")
-            if not is_new and (fault := _fault(connection, version)):
-                raise sqlite3.DatabaseError(fault)
+            if not is_new and (damage := _check_integrity(connection, version)):
+                raise sqlite3.DatabaseError(damage)
             connection.execute("PRAGMA journal_mode = WAL")
-            if not version:
-                connection.executescript("BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;")
+            for number in range(version, len(_MIGRATIONS)):
+                _migrate(connection, number)
             undo.pop_all()
         return connection
 
-    def _put_aside(self, error: Exception) -> None:
-        """Renames a damaged database, with all that belongs to it; a person may want to look at it."""
-        self.aside = f".corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
-        name = self._path + self.aside
+    def _quarantine(self, error: Exception) -> None:
+        """Rename a damaged database, with all that belongs to it; a person may want to look at it."""
+        self.quarantine_suffix = f".corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
+        name = self._path + self.quarantine_suffix
         for suffix in ("", "-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # not every database has all three
                 rename(self._path + suffix, name + suffix)
-        self.warning = f"the database was damaged ({error}); it is kept as {name}, and a new one was begun"
-        log.error("%s", self.warning)
+        self._start_warning = f"the database was damaged ({error}); it is kept as {name}, and a new one was begun"
+        log.error("%s", self._start_warning)
 
     def stop(self) -> None:
-        """Commits what waits, and closes."""
-        with self._waiting:
+        """Commit what waits, and close."""
+        with self._queue_changed:
             self._is_closing = True
-            self._waiting.notify()
+            self._queue_changed.notify()
         if self._thread.is_alive():
             self._thread.join()
-        with self._waiting:
+        with self._reader_returned:
             while self._readers:
                 self._readers.pop().close()
 
-    # -- changes
-
-    def remember(self, memory: Mapping[str, str]) -> None:
-        """Keeps words about the daemon."""
-        rows = list(memory.items())
-        self._change(lambda db: db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)).wait()
-
     def is_alive(self) -> bool:
-        """Whether the thread that writes runs."""
+        """Return whether the thread that writes runs."""
         return self._thread.is_alive()
 
-    def skip(self, seq: int) -> None:
-        """Gives no new task this number or a lower one."""
-        self._change(lambda db: _skip(db, seq)).wait()
+    def is_in_place(self) -> bool:
+        """Return whether the database is still the file of that name, which somebody may have removed."""
+        try:
+            return self._identify() == self._file
+        except FileNotFoundError:
+            return False
+        except OSError:  # nobody knows
+            return True
 
-    def accept(self, spec: TaskSpec, now_ns: int) -> Accepted:
-        """Adds a task, or finds the one that the same submission made; raises Conflict if another has its id."""
-        accepted: Accepted = self._change(lambda db: _accept(db, spec, now_ns), is_durable=True).wait()
-        return accepted
+    def _identify(self) -> tuple[int, int]:
+        found = os.stat(self._path)
+        return found.st_dev, found.st_ino
 
-    def begin(self, seq: int, idx: int, now_ns: int) -> _Change:
-        """The step is about to start. Not synced: after a loss of power it has not run."""
+    def warnings(self) -> list[str]:
+        """Return what the operator should know of it now."""
+        return [text for text in (self._start_warning, self._trouble) if text]
+
+    # -- changes
+
+    def save_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Keep facts about the daemon; returns at once."""
+        rows = list(metadata.items())
+        self._record(lambda db: db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows))
+
+    def accept(self, task_number: int, spec: TaskSpec, now_ns: int) -> Future[Accepted]:
+        """Add a task, or find the one that the same submission made; fails with Conflict if another has its id."""
+        return self._ask(lambda db: _accept(db, task_number, spec, now_ns), is_durable=True)
+
+    def begin(self, task_number: int, step_index: int, now_ns: int) -> Future[None]:
+        """A step is about to start. Only what is known to have begun may run."""
 
         def apply(db: sqlite3.Connection) -> None:
-            db.execute("UPDATE step SET state = 1, started_ns = ? WHERE task = ? AND idx = ?", (now_ns, seq, idx))
-            db.execute("UPDATE task SET state = 1 WHERE seq = ? AND state = 2", (seq,))
+            where = (task_number, step_index)
+            db.execute("UPDATE step SET state = 1, started_ns = ? WHERE task = ? AND idx = ?", (now_ns, *where))
+            db.execute("UPDATE task SET state = 1 WHERE seq = ? AND state = 2", (task_number,))
 
-        return self._change(apply, is_kept=True)
+        return self._ask(apply, is_durable=True)
 
-    def note_stop(self, seq: int, idx: int | None, reason: str) -> None:
+    def requeue(self, task_number: int, step_index: int, task_state: State) -> None:
+        """A step that was about to start waits again."""
+
+        def apply(db: sqlite3.Connection) -> None:
+            where = (task_number, step_index)
+            db.execute("UPDATE step SET state = 2, started_ns = NULL WHERE task = ? AND idx = ?", where)
+            db.execute("UPDATE task SET state = ? WHERE seq = ?", (task_state, task_number))
+
+        self._record(apply)
+
+    def record_stop(self, task_number: int, step_index: int | None, reason: str) -> Future[None]:
         """The task, or a step of it, is to be stopped."""
-        table, where = ("task", "seq = ?") if idx is None else ("step", "task = ? AND idx = ?")
-        key = (seq,) if idx is None else (seq, idx)
-        statement = f"UPDATE {table} SET stop = ? WHERE {where}"
-        self._change(lambda db: db.execute(statement, (reason, *key)), is_durable=True).wait()
 
-    def end(self, seq: int, ends: Sequence[tuple[int, int, str]], now_ns: int, is_over: bool) -> _Change:
-        """Steps (index, code, reason) have ended, and with them their task when it `is_over`."""
-        rows = [(code, reason, now_ns, seq, idx) for idx, code, reason in ends]
+        def apply(db: sqlite3.Connection) -> None:
+            if step_index is None:
+                db.execute("UPDATE task SET stop = ? WHERE seq = ?", (reason, task_number))
+            else:
+                where = (task_number, step_index)
+                db.execute("UPDATE step SET stop = ? WHERE task = ? AND idx = ?", (reason, *where))
+
+        return self._ask(apply, is_durable=True)
+
+    def end(self, task_number: int, ends: Sequence[StepEnd], task_end: TaskEnd | None, now_ns: int) -> None:
+        """Steps have ended, and with them their task where `task_end` is given."""
+        rows = [(end.code, end.reason, now_ns, task_number, end.step_index) for end in ends]
 
         def apply(db: sqlite3.Connection) -> None:
             db.executemany(
                 "UPDATE step SET state = 0, code = ?, reason = ?, ended_ns = ? WHERE task = ? AND idx = ?", rows
             )
-            if is_over:
-                _end_task(db, seq, now_ns)
+            if task_end:
+                _end_task(db, task_number, State.ENDED, task_end, now_ns)
 
-        return self._change(apply, is_durable=True, is_kept=True, is_awaited=False)
+        self._record(apply, is_durable=True)
 
-    def fail(self, seq: int, message: str, now_ns: int) -> None:
-        """The task cannot be taken up: it ends with a system error."""
-        values = (State.ERROR, FORCED_CODE, message, now_ns, seq)
-        statement = "UPDATE task SET state = ?, code = ?, message = ?, ended_ns = ? WHERE seq = ?"
-        self._change(lambda db: db.execute(statement, values), is_durable=True).wait()
+    def fail(self, task_number: int, message: str, now_ns: int) -> None:
+        """A task cannot be taken up: it ends with a system error, and what runs of it is lost."""
+
+        def apply(db: sqlite3.Connection) -> None:
+            lost = (FORCED_CODE, LOST, now_ns, task_number)
+            db.execute(
+                "UPDATE step SET state = 0, code = ?, reason = ?, ended_ns = ? WHERE task = ? AND state = 1", lost
+            )
+            _end_task(db, task_number, State.ERROR, TaskEnd(FORCED_CODE, message), now_ns)
+
+        self._record(apply, is_durable=True)
 
     def expire(self, ended_before_ns: int) -> list[int]:
-        """Forgets some tasks that ended before; which."""
+        """Forget some tasks that ended before; return which."""
 
         def apply(db: sqlite3.Connection) -> list[int]:
             rows = db.execute(
                 "SELECT seq FROM task WHERE ended_ns < ? ORDER BY ended_ns LIMIT ?", (ended_before_ns, _BATCH)
             )
-            seqs = rows.fetchall()
-            db.executemany("DELETE FROM step WHERE task = ?", seqs)
-            db.executemany("DELETE FROM task WHERE seq = ?", seqs)
-            return [seq for (seq,) in seqs]
+            numbers = rows.fetchall()
+            for table, column in (("step", "task"), ("script", "task"), ("task", "seq")):
+                db.executemany(f"DELETE FROM {table} WHERE {column} = ?", numbers)
+            return [number for (number,) in numbers]
 
         if not self._read("SELECT 1 FROM task WHERE ended_ns < ? LIMIT 1", (ended_before_ns,)):
             return []
-        expired: list[int] = self._change(apply).wait()
+        expired: list[int] = self._ask(apply).result()
         return expired
 
     # -- reads
 
-    def memory(self) -> dict[str, str]:
-        """What `remember` kept."""
+    def metadata(self) -> dict[str, str]:
+        """Return what `save_metadata` kept."""
         return dict(self._read("SELECT key, value FROM meta"))
 
     def latest_ns(self) -> int:
-        """The latest time that is stored."""
+        """Return the latest time that is stored."""
         rows = self._read("SELECT max(ifnull(max(accepted_ns), 0), ifnull(max(ended_ns), 0)) FROM task")
         return int(rows[0][0] or 0)
 
-    def seqs(self, sort: str = "st") -> list[int]:
-        """All tasks by acceptance (st), end (et) or expiry (rt)."""
-        order = {"st": "accepted_ns", "et": "ended_ns", "rt": "ended_ns IS NULL, ended_ns"}[sort]
-        return [seq for (seq,) in self._read(f"SELECT seq FROM task ORDER BY {order}, seq")]
+    def last_task_number(self) -> int:
+        """Return the highest number that a task ever had."""
+        kept = self._read("SELECT max(seq) FROM task")
+        given = self._read("SELECT max(seq) FROM sqlite_sequence WHERE name = 'task'")
+        return max(int(kept[0][0] or 0), int(given[0][0] or 0))
 
-    def tasks(self, seqs: Sequence[int]) -> Iterator[list[TaskRow]]:
-        """These tasks in this order, in blocks; what has expired meanwhile is left out."""
-        for begin in range(0, len(seqs), _BATCH):
-            block = seqs[begin : begin + _BATCH]
-            found = {row[0]: row for row in self._read(f"{_TASK} WHERE seq IN ({','.join(map(str, block))})")}
-            yield [TaskRow(*found[seq]) for seq in block if seq in found]
+    def task_numbers(self, sort: str = "st") -> list[int]:
+        """Return all tasks by acceptance (st), end (et) or expiry (rt)."""
+        order = {"st": "accepted_ns", "et": "ended_ns", "rt": "ended_ns IS NULL, ended_ns"}[sort]
+        return [number for (number,) in self._read(f"SELECT seq FROM task ORDER BY {order}, seq")]
+
+    def tasks(self, task_numbers: Sequence[int]) -> Iterator[list[TaskRow]]:
+        """Yield these tasks in this order, in blocks; what has expired meanwhile is left out."""
+        for begin in range(0, len(task_numbers), _BATCH):
+            block = task_numbers[begin : begin + _BATCH]
+            rows = self._read(f"{_TASK} WHERE seq IN ({','.join(map(str, block))})")
+            by_number = {row[0]: TaskRow(*row) for row in rows}
+            yield [by_number[number] for number in block if number in by_number]
 
     def task(self, task_id: str) -> TaskRow:
-        """Raises NotFound."""
+        """Return a task; raises NotFound."""
         rows = self._read(f"{_TASK} WHERE id = ?", (task_id,))
         if not rows:
             raise NotFound(NO_TASK)
         return TaskRow._make(rows[0])
 
-    def steps(self, seq: int) -> list[StepRow]:
-        """The steps of a task, in order."""
-        return [StepRow._make(row) for row in self._read(f"{_STEP} WHERE task = ? ORDER BY idx", (seq,))]
+    def steps(self, task_number: int) -> list[StepRow]:
+        """Return the steps of a task, in order."""
+        return [StepRow._make(row) for row in self._read(f"{_STEP} WHERE task = ? ORDER BY idx", (task_number,))]
 
-    def step(self, seq: int, key: str) -> StepRow:
-        """A step by its index or its name; raises NotFound."""
-        rows = self._read(f"{_STEP} WHERE task = ? AND idx = ?", (seq, int(key))) if _INDEX.fullmatch(key) else []
-        rows = rows or self._read(f"{_STEP} WHERE task = ? AND name = ?", (seq, key))
+    def step(self, task_number: int, key: str) -> StepRow:
+        """Return a step by its index or its name; raises NotFound."""
+        rows = []
+        if _INDEX.fullmatch(key):
+            rows = self._read(f"{_STEP} WHERE task = ? AND idx = ?", (task_number, int(key)))
+        if not rows:
+            rows = self._read(f"{_STEP} WHERE task = ? AND name = ?", (task_number, key))
         if not rows:
             raise NotFound(NO_TASK)
         return StepRow._make(rows[0])
 
     def running_steps(self) -> dict[int, list[tuple[int, str]]]:
-        """Index and name of the running steps, by task."""
-        found: dict[int, list[tuple[int, str]]] = {}
-        for seq, idx, name in self._read("SELECT task, idx, name FROM step WHERE state = 1 ORDER BY task, idx"):
-            found.setdefault(seq, []).append((idx, name))
-        return found
+        """Return index and name of the running steps, by task."""
+        running: dict[int, list[tuple[int, str]]] = {}
+        rows = self._read("SELECT task, idx, name FROM step WHERE state = 1 ORDER BY task, idx")
+        for task_number, step_index, name in rows:
+            running.setdefault(task_number, []).append((step_index, name))
+        return running
 
-    def script(self, seq: int, idx: int) -> Script:
-        """What the step runs; LookupError when its task has ended."""
-        rows = self._read("SELECT command_type, content, env FROM script WHERE task = ? AND idx = ?", (seq, idx))
+    def script(self, task_number: int, step_index: int) -> Script:
+        """Return what the step runs; raises LookupError when its task has ended."""
+        where = (task_number, step_index)
+        rows = self._read("SELECT command_type, content, env FROM script WHERE task = ? AND idx = ?", where)
         if not rows:
-            raise LookupError(f"no script of step {idx} of task number {seq}")
-        return Script(rows[0][0], rows[0][1], json.loads(rows[0][2]))
+            raise LookupError(f"no script of step {step_index} of task number {task_number}")
+        command_type, content, env = rows[0]
+        return Script(command_type, content, json.loads(env))
 
     def counts(self) -> dict[int, int]:
-        """How many tasks there are, by state."""
+        """Return how many tasks there are, by state."""
         return dict(self._read("SELECT state, count(*) FROM task GROUP BY state"))
 
     def oldest_ns(self) -> int | None:
-        """When the oldest task was accepted."""
+        """Return when the oldest task was accepted."""
         rows = self._read("SELECT accepted_ns FROM task ORDER BY seq LIMIT 1")
         return int(rows[0][0]) if rows else None
 
     def size_bytes(self) -> int:
-        """What the database takes on disk."""
+        """Return what the database takes on disk."""
         total = 0
         for suffix in ("", "-wal", "-shm"):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it comes and goes
                 total += os.stat(self._path + suffix).st_size
         return total
 
-    def open_seqs(self) -> list[int]:
-        """The tasks that have not ended, in order of acceptance."""
-        return [seq for (seq,) in self._read("SELECT seq FROM task WHERE ended_ns IS NULL ORDER BY seq")]
+    def unfinished_task_numbers(self) -> list[int]:
+        """Return the tasks that have not ended, in order of acceptance."""
+        return [number for (number,) in self._read("SELECT seq FROM task WHERE ended_ns IS NULL ORDER BY seq")]
 
-    def open_task(self, seq: int) -> OpenTask:
-        """A task that has not ended; raises ValueError where what is stored makes no sense."""
-        row = self._read(f"SELECT {_OPEN_TASK} FROM task WHERE seq = ?", (seq,))[0]
-        found = self._read(f"SELECT {_OPEN_STEP} FROM step WHERE task = ? ORDER BY idx", (seq,))
-        steps = [OpenStep._make((idx, name, tuple(json.loads(needs)), *rest)) for idx, name, needs, *rest in found]
-        if [step.idx for step in steps] != list(range(row[-1])) or any(
-            not 0 <= need < len(steps) for step in steps for need in step.needs
-        ):
+    def unfinished_task(self, task_number: int) -> UnfinishedTask:
+        """Return a task that has not ended; raises ValueError where what is stored makes no sense."""
+        *task, count = self._read(f"SELECT {_UNFINISHED_TASK} FROM task WHERE seq = ?", (task_number,))[0]
+        rows = self._read(f"SELECT {_UNFINISHED_STEP} FROM step WHERE task = ? ORDER BY idx", (task_number,))
+        steps = [
+            UnfinishedStep(index, name, tuple(json.loads(depends_on)), *rest) for index, name, depends_on, *rest in rows
+        ]
+        known = range(count)
+        if [step.step_index for step in steps] != list(known):
             raise ValueError("its steps are incomplete")
-        return OpenTask._make((*row[:-1], steps))
+        if any(index not in known for step in steps for index in step.depends_on):
+            raise ValueError("a step depends on one that there is not")
+        return UnfinishedTask._make((*task, steps))
 
-    # -- inside
+    def _read(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
+        try:
+            connection = self._borrow_reader()
+            try:
+                return _fetch(connection, statement, values)
+            finally:
+                self._return_reader(connection)
+        except sqlite3.Error as error:
+            raise _storage_error(error) from error
+
+    def _borrow_reader(self) -> sqlite3.Connection:
+        """Return a connection that nobody reads by; waits for one where no descriptor is left for another."""
+        with self._reader_returned:
+            if self._readers:
+                return self._readers.pop()
+        try:
+            return self._connect()
+        except sqlite3.OperationalError:
+            with self._reader_returned:
+                if not self._reader_returned.wait_for(lambda: self._readers, _READER_TIMEOUT_S):
+                    raise
+                return self._readers.pop()
+
+    def _return_reader(self, connection: sqlite3.Connection) -> None:
+        with self._reader_returned:
+            if len(self._readers) < _IDLE_READERS:
+                self._readers.append(connection)
+                self._reader_returned.notify()
+                return
+        connection.close()
 
     def _connect(self) -> sqlite3.Connection:
+        """Return a connection that has all its files open."""
         connection = sqlite3.connect(self._path, timeout=5, isolation_level=None, check_same_thread=False)
         with contextlib.ExitStack() as undo:  # Windows renames no file that is open
             undo.callback(connection.close)
@@ -2689,83 +2840,79 @@ class Store:
             undo.pop_all()
         return connection
 
-    def _read(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
-        with self._waiting:
-            connection = self._readers.pop() if self._readers else None
-        try:
-            connection = connection or self._connect()
-            try:
-                rows = connection.execute(statement, values).fetchall()
-            except sqlite3.OperationalError as error:
-                if "decode" not in str(error):
-                    raise
-                connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # a damaged text
-                rows = connection.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise _storage_error(error) from error
-        with self._waiting:
-            self._readers.append(connection)
-        return rows
+    # -- the writing thread
 
-    def _change(
-        self,
-        apply: Callable[[sqlite3.Connection], Any],
-        is_durable: bool = False,
-        is_kept: bool = False,
-        is_awaited: bool = True,
-    ) -> _Change:
-        change = _Change(apply, is_durable, is_kept, is_awaited)
-        with self._waiting:
-            if self._is_closing:
-                change.resolve(error=Unavailable("the daemon is ending; send the request again to the next one"))
-            else:
+    def _ask(self, apply: Callable[[sqlite3.Connection], Any], is_durable: bool = False) -> Future[Any]:
+        """Queue a change that somebody waits for, and that may fail."""
+        change = _Change(apply, Future(), is_durable, retry_until_stored=False, has_waiter=True)
+        self._enqueue(change)
+        return change.future
+
+    def _record(self, apply: Callable[[sqlite3.Connection], Any], is_durable: bool = False) -> None:
+        """Queue a change that tells of what has happened; it is tried again until it is stored."""
+        self._enqueue(_Change(apply, Future(), is_durable, retry_until_stored=True, has_waiter=False))
+
+    def _enqueue(self, change: _Change) -> None:
+        with self._queue_changed:
+            if not self._is_closing:
                 self._queue.append(change)
-                if is_awaited or len(self._queue) == 1:
-                    self._waiting.notify()
-        return change
+                if change.has_waiter or len(self._queue) == 1:
+                    self._queue_changed.notify()
+                return
+        change.future.set_exception(Unavailable("the daemon is ending; send the request again to the next one"))
 
     def _write(self) -> None:
-        """The thread that writes."""
-        connection = self._connect()
-        kept: list[_Change] = []  # failed, to be tried again
-        while True:
-            with self._waiting:
-                if not self._queue and not self._is_closing:
-                    self._waiting.wait(_RETRY_S if kept else None)
-                if not self._is_closing and not any(change.is_awaited for change in self._queue):
-                    self._waiting.wait(_COMPANY_S)  # the end of a step goes well with the begin of the next
-                batch, self._queue = kept + self._queue, []
-                is_last = self._is_closing
-            kept = self._commit(connection, batch) if batch else []
-            if is_last:
-                for change in kept:
-                    change.resolve(error=Unavailable("the daemon ended before this could be stored"))
-                connection.close()
-                return
+        """Commit what is queued until the store is closed; no exception ends this thread."""
+        batch: list[_Change] = []
+        is_last = False
+        while not is_last:
+            is_last = self._take_queue(batch)
+            try:
+                batch = self._commit(batch) if batch else []
+            except Exception as error:
+                log.exception("the store failed: %d changes are not stored", len(batch))
+                _fail_all(batch, error)
+                batch = []
+        _fail_all(batch, Unavailable("the daemon ended before this could be stored"))
+        self._writer.close()
 
-    def _commit(self, connection: sqlite3.Connection, batch: list[_Change]) -> list[_Change]:
-        """Commits the changes together, else one by one; what is to be tried again."""
+    def _take_queue(self, batch: list[_Change]) -> bool:
+        """Wait for changes, and add them to those to be tried again; return whether they are the last ones."""
+        with self._queue_changed:
+            if not self._queue and not self._is_closing:
+                self._queue_changed.wait(_RETRY_S if batch else None)
+            if not self._is_closing and not any(change.has_waiter for change in self._queue):
+                self._queue_changed.wait(_GROUP_COMMIT_DELAY_S)  # the end of a step goes with the begin of the next
+            batch += self._queue
+            self._queue = []
+            return self._is_closing
+
+    def _commit(self, batch: list[_Change]) -> list[_Change]:
+        """Commit the changes together, else one by one; return those to be tried again."""
         begin_s = time.perf_counter()
-        error = self._try_commit(connection, batch)
-        self._committed(time.perf_counter() - begin_s, len(batch))
+        error = self._try_commit(batch)
+        self._on_commit(time.perf_counter() - begin_s, len(batch))
         if error is None:
+            self._note_trouble("")
             return []
         if len(batch) > 1:
-            kept: list[_Change] = []
-            for change in batch:  # once a kept change fails, the kept ones after it must not overtake it
-                kept += [change] if kept and change.is_kept else self._commit(connection, [change])
-            return kept
-        if batch[0].is_kept and isinstance(error, sqlite3.Error):
-            log.error("cannot write to %s, will try again: %s", self._path, error)
+            unsaved: list[_Change] = []
+            for change in batch:  # once one fails that is tried again, those of its kind must not overtake it
+                unsaved += [change] if unsaved and change.retry_until_stored else self._commit([change])
+            return unsaved
+        if batch[0].retry_until_stored and _is_transient(error):
+            self._note_trouble(f"cannot write to {self._path}, trying again: {error}")
             return batch
-        batch[0].resolve(error=_storage_error(error))
+        _fail_all(batch, error)
         return []
 
-    def _try_commit(self, connection: sqlite3.Connection, batch: list[_Change]) -> Exception | None:
-        """The one place that writes; the error that undid all of it, or None."""
-        results: list[tuple[_Change, Any, Exception | None]] = []
+    def _try_commit(self, batch: list[_Change]) -> Exception | None:
+        """Commit the changes, the one place that writes; return the error that undid all of them, or None."""
+        connection = self._writer
+        results: list[tuple[_Change, Any, ApiError | None]] = []
         try:
-            connection.execute(f"PRAGMA synchronous = {'FULL' if any(one.is_durable for one in batch) else 'NORMAL'}")
+            level = "FULL" if any(change.is_durable for change in batch) else "NORMAL"
+            connection.execute(f"PRAGMA synchronous = {level}")
             connection.execute("BEGIN IMMEDIATE")
             for change in batch:
                 try:
@@ -2773,99 +2920,186 @@ class Store:
                 except ApiError as error:  # refused before it changed anything
                     results.append((change, None, error))
             connection.execute("COMMIT")
-        except (sqlite3.Error, *_UNFIT) as error:
-            with contextlib.suppress(sqlite3.Error):
+        except Exception as error:
+            if len(batch) == 1 and not isinstance(error, sqlite3.OperationalError):
+                log.exception("a change of the database failed")
+            with contextlib.suppress(sqlite3.Error):  # there may be no transaction
                 connection.execute("ROLLBACK")
             return error
-        if any(not change.is_awaited for change in batch):
+        if any(not change.has_waiter for change in batch):
             failpoint("stored")
         for change, result, refusal in results:
-            change.resolve(result, refusal)
+            if refusal:
+                change.future.set_exception(refusal)
+            else:
+                change.future.set_result(result)
         return None
 
-
-_UNFIT = (OverflowError, UnicodeEncodeError)  # what sqlite3 raises for a value that SQLite has no room for
-_RETRY_S = 0.5
-_COMPANY_S = 0.003  # that a change waits for others when nobody waits for it
-_TASK = "SELECT seq, id, count, state, code, message, accepted_ns, ended_ns FROM task"
-_STEP = "SELECT idx, name, needs, state, code, reason, started_ns, ended_ns FROM step"
-_OPEN_TASK = "seq, id, timeout_ns, accepted_ns, stop, count"
-_OPEN_STEP = "idx, name, needs, timeout_ns, state, code, started_ns, stop"
-_INDEX = re.compile("0|[1-9][0-9]{0,8}")
+    def _note_trouble(self, trouble: str) -> None:
+        """Log once when nothing can be written, and once when it can again."""
+        if trouble and not self._trouble:
+            log.error("%s", trouble)
+        if self._trouble and not trouble:
+            log.info("%s can be written again", self._path)
+        self._trouble = trouble
 
 
-def _fault(db: sqlite3.Connection, version: int) -> str:
-    """What is wrong with a database that was there before; empty when nothing is."""
-    if not version:
-        return "it is empty"
-    with contextlib.closing(sqlite3.connect(":memory:")) as sound:
-        sound.executescript(_SCHEMA)
-        schema = "SELECT name, sql FROM sqlite_master ORDER BY name"
-        if db.execute(schema).fetchall() != sound.execute(schema).fetchall():
-            return "its tables are not those of this program"
-    found: str = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-    return "" if found == "ok" else found.replace("\n", " ")
+def _fail_all(changes: Iterable[_Change], error: Exception) -> None:
+    """Tell whoever waits for these changes that they are not stored."""
+    for change in changes:
+        if not change.future.done():
+            change.future.set_exception(_storage_error(error))
 
 
-def _skip(db: sqlite3.Connection, seq: int) -> None:
-    (last,) = db.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'task'").fetchone()
-    if last < seq:
-        db.execute("DELETE FROM sqlite_sequence WHERE name = 'task'")
-        db.execute("INSERT INTO sqlite_sequence VALUES ('task', ?)", (seq,))
-
-
-def _accept(db: sqlite3.Connection, spec: TaskSpec, now_ns: int) -> Accepted:
-    found = db.execute("SELECT seq, count, accepted_ns, digest FROM task WHERE id = ?", (spec.id,)).fetchone()
-    if found and found[3] != spec.digest:
-        raise Conflict(f"id: {spec.id!r} is the id of a task that was submitted otherwise; use another id")
-    if found:
-        return Accepted(found[0], spec.id, found[1], found[2], False)
-    row = (spec.id, spec.digest, len(spec.steps), spec.timeout_ns, now_ns)
-    seq = db.execute(
-        "INSERT INTO task (id, digest, count, timeout_ns, accepted_ns) VALUES (?, ?, ?, ?, ?)", row
-    ).lastrowid
-    assert seq is not None
-    db.executemany(
-        "INSERT INTO step (task, idx, name, needs, timeout_ns) VALUES (?, ?, ?, ?, ?)",
-        ((seq, idx, step.name, json.dumps(step.needs), step.timeout_ns) for idx, step in enumerate(spec.steps)),
-    )
-    db.executemany(
-        "INSERT INTO script VALUES (?, ?, ?, ?, ?)",
-        (
-            (seq, idx, step.command_type, json.dumps(spec.env + step.env), step.content)
-            for idx, step in enumerate(spec.steps)
-        ),
-    )
-    return Accepted(seq, spec.id, len(spec.steps), now_ns, True)
-
-
-def _end_task(db: sqlite3.Connection, seq: int, now_ns: int) -> None:
-    failed = db.execute("SELECT idx, name, code FROM step WHERE task = ? AND code != 0 ORDER BY idx", (seq,)).fetchall()
-    code = sum(row[2] for row in failed)
-    message = f"execution failed: [{name_steps(row[:2] for row in failed)}]" if failed else TASK_SUCCEEDED
-    db.execute(
-        "UPDATE task SET state = 0, code = ?, message = ?, ended_ns = ? WHERE seq = ?", (code, message, now_ns, seq)
-    )
-    db.execute("DELETE FROM script WHERE task = ?", (seq,))
+def _is_transient(error: Exception) -> bool:
+    """Return whether a change may succeed later: the disk is full, say, and not the change at fault."""
+    return isinstance(error, (sqlite3.OperationalError, MemoryError)) or type(error) is sqlite3.DatabaseError
 
 
 def _storage_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
     if "full" in str(error):
         return StorageFull(f"the disk of the root is full; make room, or give another --root ({error})")
     return Unavailable(f"the store cannot be used now, try again ({error})")
 
 
+def _fetch(connection: sqlite3.Connection, statement: str, values: Sequence[Any]) -> list[Any]:
+    try:
+        return connection.execute(statement, values).fetchall()
+    except sqlite3.OperationalError as error:
+        if "decode" not in str(error):
+            raise
+        connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # a damaged text
+        return connection.execute(statement, values).fetchall()
+
+
+def _check_integrity(db: sqlite3.Connection, version: int) -> str:
+    """Return what is wrong with a database that was there before; empty when nothing is.
+
+    Sound is what SQLite finds sound and has the columns of its version; how the schema is worded does not matter.
+    """
+    if not version:
+        return "it is empty"
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as model:
+        for migrate in _MIGRATIONS[:version]:
+            migrate(model)
+        if missing := sorted(_columns(model) - _columns(db)):
+            return f"it lacks {', '.join(missing)}"
+    report: str = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    return "" if report == "ok" else report.replace("\n", " ")
+
+
+def _columns(db: sqlite3.Connection) -> set[str]:
+    """Return the names of the columns and indexes of a database."""
+    columns = set()
+    for kind, name in db.execute("SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite%'").fetchall():
+        if kind == "index":
+            columns.add(f"index {name}")
+        for row in db.execute(f"PRAGMA table_info('{name}')"):
+            columns.add(f"{name}.{row[1]}")
+    return columns
+
+
+def _migrate(db: sqlite3.Connection, version: int) -> None:
+    """Lead a database from this version to the next, whole or not at all."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        _MIGRATIONS[version](db)
+        db.execute(f"PRAGMA user_version = {version + 1}")
+        db.execute("COMMIT")
+    except sqlite3.Error:
+        db.execute("ROLLBACK")
+        raise
+
+
+def _accept(db: sqlite3.Connection, task_number: int, spec: TaskSpec, now_ns: int) -> Accepted:
+    known = db.execute("SELECT seq, count, accepted_ns, digest FROM task WHERE id = ?", (spec.id,)).fetchone()
+    if known:
+        number, step_count, accepted_ns, fingerprint = known
+        if fingerprint != spec.fingerprint:
+            raise Conflict(f"id: {spec.id!r} is the id of a task that was submitted otherwise; use another id")
+        return Accepted(number, spec.id, step_count, accepted_ns, False)
+    db.execute(
+        "INSERT INTO task (seq, id, digest, count, timeout_ns, accepted_ns) VALUES (?, ?, ?, ?, ?, ?)",
+        (task_number, spec.id, spec.fingerprint, len(spec.steps), spec.timeout_ns, now_ns),
+    )
+    steps = []
+    scripts = []
+    for index, step in enumerate(spec.steps):
+        steps.append((task_number, index, step.name, json.dumps(step.depends_on), step.timeout_ns))
+        scripts.append((task_number, index, step.command_type, json.dumps(spec.env + step.env), step.content))
+    db.executemany("INSERT INTO step (task, idx, name, needs, timeout_ns) VALUES (?, ?, ?, ?, ?)", steps)
+    db.executemany("INSERT INTO script VALUES (?, ?, ?, ?, ?)", scripts)
+    return Accepted(task_number, spec.id, len(spec.steps), now_ns, True)
+
+
+def _end_task(db: sqlite3.Connection, task_number: int, state: State, end: TaskEnd, now_ns: int) -> None:
+    values = (state, end.code, end.message, now_ns, task_number)
+    db.execute("UPDATE task SET state = ?, code = ?, message = ?, ended_ns = ? WHERE seq = ?", values)
+    db.execute("DELETE FROM script WHERE task = ?", (task_number,))
+
+
 # ======================================================================================================================
-# engine: the pool, the live tasks, stops, timeouts, recovery, expiry
+# scheduler: the pool, and the one place where a step or a task changes its phase
 # ======================================================================================================================
 
-_TASK_NUMBER = re.compile("[1-9][0-9]{0,17}")
-GRACE_S = 5.0  # between asking a tree to end and ending it
-_TICK_S = 0.5  # between looks at outputs and at what has expired
-_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+# An unfinished task and its steps live in memory; everything else is a row. A step moves so:
+#
+#     BLOCKED --> READY <--> STARTING --> RUNNING --> ENDED
+#
+# BLOCKED waits for other steps, READY for a slot of the pool, in the order in which steps became ready. STARTING has a
+# slot, and its begin is on the way to the disk; RUNNING has a process tree. ENDED has a code: each of the others leads
+# there too, when it is stopped or cannot start. SKIPPED, which BLOCKED alone becomes, depends on a step that failed: it
+# never runs, and is shown as pending for ever. STARTING and RUNNING go back to READY where the host lacks what a start
+# needs: a process, a descriptor, memory, room on the disk; nothing of the step's own has run then.
+#
+# Who moves it: `submit` and the end of other steps make it READY; `_dispatch` gives it a slot; its runner, the thread
+# that has it from then on, moves it to RUNNING and ENDED or back to READY; a stop ends what is not in a runner's hands,
+# and else asks its runner to. A stop that comes while the runner finds the step ended is not lost: `finish` refuses to
+# end a step that is to be stopped until its tree has been.
+#
+# `_move` is the one site that changes a phase, and refuses a move that is not in `_MOVES`. Its record is queued for the
+# store in the same critical section, so the database has all moves in the order of memory, a task's end behind its
+# steps' ends. Nothing calls out under the lock: threads are started, trees woken and files removed after it.
+#
+# What a crash leaves at each edge, by the names of the failpoints:
+#
+#     accepted  the task is stored, none of its steps has begun: the next daemon queues them
+#     begun     the step is stored as running, but has no process: the files say so, and it is queued again
+#     spawned   the process runs: it is adopted
+#     ended     the process has left its result: it is read
+#     stored    the end is in the database, what depends on it was not started: it is queued
+#
+# A task ends with its last step, with the sum of the codes; one that was stopped also waits until nothing is left of
+# what its ended steps had started.
 
 
-class PoolFigures(NamedTuple):
+class Phase(Enum):
+    """Where a step of an unfinished task stands."""
+
+    BLOCKED = "blocked"
+    READY = "ready"
+    STARTING = "starting"
+    RUNNING = "running"
+    ENDED = "ended"
+    SKIPPED = "skipped"
+
+
+_MOVES: Mapping[Phase, frozenset[Phase]] = {
+    Phase.BLOCKED: frozenset({Phase.READY, Phase.ENDED, Phase.SKIPPED}),
+    Phase.READY: frozenset({Phase.STARTING, Phase.ENDED}),
+    Phase.STARTING: frozenset({Phase.READY, Phase.RUNNING, Phase.ENDED}),
+    Phase.RUNNING: frozenset({Phase.READY, Phase.ENDED}),
+    Phase.ENDED: frozenset(),
+    Phase.SKIPPED: frozenset(),
+}
+_FINAL = (Phase.ENDED, Phase.SKIPPED)
+_START_RETRY_S = 0.5  # between two tries where the host lacks what a start needs
+_SCARCITY_S = 5.0  # without a start that failed, and the host lacks nothing any more
+
+
+class PoolStats(NamedTuple):
     """The pool: its size, the steps that run, the steps that are ready and wait."""
 
     size: int
@@ -2879,524 +3113,972 @@ class Observer:
     def commit(self, seconds: float, changes: int) -> None:
         """The store has committed."""
 
-    def step_started(self, task_id: str, idx: int, waited_s: float) -> None:
+    def step_started(self, task_id: str, step_index: int, waited_s: float) -> None:
         """A step has started, so long after it was ready."""
 
-    def step_ended(self, task_id: str, idx: int, result: str, seconds: float, output_bytes: int) -> None:
+    def step_ended(self, task_id: str, step_index: int, result: str, seconds: float, output_bytes: int) -> None:
         """A step has ended: succeeded, failed, or forced."""
 
     def request(self, method: str, template: str, status: int, seconds: float) -> None:
         """A request has been answered; the template is empty where no route has its path."""
 
 
-class _ActiveStep:
-    """A step that occupies a place of the pool. Guarded by the engine's lock, but for `tree`, its worker's."""
+class IllegalMove(Exception):
+    """A step was to move where no step moves to."""
 
-    def __init__(self, task: _LiveTask, idx: int, ready_s: float) -> None:
+
+class Step:
+    """A step of an unfinished task. Guarded by the scheduler's lock, but for `tree`, its runner's."""
+
+    __slots__ = (
+        *("begun", "code", "index", "name", "phase", "ready_s", "started_ns", "stop_count", "stop_reason"),
+        *("task", "timeout_ns", "tree"),
+    )
+
+    def __init__(self, task: Task, index: int, spec: StepSpec | UnfinishedStep) -> None:
         self.task = task
-        self.idx = idx
-        self.ready_s = ready_s
+        self.index = index
+        self.name = spec.name
+        self.timeout_ns = spec.timeout_ns
+        self.phase = Phase.BLOCKED
+        self.code = 0
+        self.ready_s = 0.0  # when it became ready, by time.monotonic()
+        self.begun: Future[None] | None = None  # done when its begin is stored
+        self.started_ns = 0  # 0: it never began
+        self.stop_reason = ""  # why it is to be stopped
+        self.stop_count = 0  # how often that was asked for
         self.tree: ProcessTree | None = None
-        self.started_ns = 0
-        self.reason = ""  # why it is stopped
-        self.stops = 0  # how often that was asked for
 
     def __str__(self) -> str:
-        return f"task {self.task.id} step {self.idx}"
+        return f"task {self.task.id} step {self.index}"
 
     @property
-    def extra(self) -> dict[str, Any]:
+    def log_fields(self) -> dict[str, Any]:
         """What a line of the log about it says beside its text."""
-        return {"about": {"task": self.task.id, "step": self.idx}}
+        return {"about": {"task": self.task.id, "step": self.index}}
 
 
-class _LiveTask:
-    """A task that has not ended. Guarded by the engine's lock."""
+class Task:
+    """A task that has not ended. Guarded by the scheduler's lock."""
 
-    def __init__(self, seq: int, task_id: str, steps: Sequence[StepSpec | OpenStep]) -> None:
-        self.seq = seq
+    def __init__(self, task_id: str, specs: Sequence[StepSpec | UnfinishedStep], timeout_ns: int) -> None:
         self.id = task_id
-        self.plan = Plan([step.needs for step in steps])
-        self.timeouts_ns = [step.timeout_ns for step in steps]
-        self.names = [step.name for step in steps]
-        self.stop = ""  # why all of it is stopped
-        self.active: dict[int, _ActiveStep] = {}
+        self.number = 0  # from its acceptance on
+        self.timeout_ns = timeout_ns
+        self.steps = [Step(self, index, spec) for index, spec in enumerate(specs)]
+        self.plan = Plan([spec.depends_on for spec in specs])
+        self.unfinished = len(specs)  # steps that are in no final phase
+        self.stop_reason = ""  # why all of it is stopped
+        self.stop_count = 0
+        self.is_cleaning = False  # what its ended steps left is being stopped
+
+    def __str__(self) -> str:
+        return f"task {self.id}"
+
+    def ended_steps(self) -> list[Step]:
+        """Return the steps that have run and may have left processes behind."""
+        return [step for step in self.steps if step.phase is Phase.ENDED and step.started_ns]
 
 
-class Engine:
-    """Runs the steps of all tasks that have not ended. `start` and `stop` are the daemon's, the rest any thread's.
+class _AfterLock(NamedTuple):
+    """What is to be done once the lock is released."""
 
-    At most `size` steps run at once, in the order in which they became ready. Each has a thread while it runs.
+    assigned: list[Step]
+    cleanups: list[Task]
+    ended: list[Task]
+
+
+class Scheduler:
+    """Decides which step runs when, and knows how it stands; any thread may call it.
+
+    At most `size` steps run at once, in the order in which they became ready. Each has a thread while it runs, which
+    takes the next one when it is done.
     """
 
-    def __init__(
-        self, store: Store, processes: Processes, clock: Clock, root: str, settings: Settings, observer: Observer
-    ) -> None:
+    def __init__(self, store: Store, clock: Clock, size: int, task_has_ended: Callable[[int], None]) -> None:
         self._store = store
-        self._processes = processes
         self._clock = clock
-        self._tasks_dir = os.path.join(root, "tasks")
-        self._files = Folder(self._tasks_dir)
-        self._settings = settings
-        self._observer = observer
-        self._path = os.environ.get("PATH", os.defpath)
-        self._lock = threading.Lock()  # guards all below, and what the live tasks hold
-        self._size = settings.pool_size
-        self._tasks: dict[int, _LiveTask] = {}
-        self._ready: collections.OrderedDict[tuple[int, int], float] = collections.OrderedDict()  # since when
-        self._active: set[_ActiveStep] = set()
-        self._workers: set[threading.Thread] = set()
+        self._task_has_ended = task_has_ended  # told the number; without the lock
+        self._run_step: Callable[[Step], None]  # from `start` on
+        self._clean_up: Callable[[Task], None]
+        self.attention = threading.Event()  # set when there is a deadline that may be the next
+        self._lock = threading.Lock()  # guards all below, and what tasks and steps hold
+        self._size = size
+        self._last_number = 0
+        self._tasks: dict[int, Task] = {}
+        self._ready: collections.OrderedDict[Step, None] = collections.OrderedDict()
+        self._active: set[Step] = set()  # STARTING and RUNNING: each has a slot
+        self._unattended: collections.deque[Step | Task] = collections.deque()  # no thread could be started for them
+        self._cleanups: list[Task] = []  # to be handed to a thread after the lock
+        self._ended: list[Task] = []  # to be told of after the lock
         self._deadlines: list[tuple[int, int]] = []  # of tasks, a heap
-        self._rubbish: collections.deque[str] = collections.deque()  # of tasks, to remove; the sweeper's
-        self._is_paused = True  # no step starts, as until `start` is done
-        self._is_leaving = False  # workers leave what they watch
-        self._stopping = threading.Event()
-        self._deadline_came = threading.Event()
-        self._sweep_now = threading.Event()
-        self._keepers = [
-            threading.Thread(
-                target=self._keep, args=(self._enforce, self._deadline_came), name="timekeeper", daemon=True
-            ),
-            threading.Thread(target=self._keep, args=(self._sweep, self._sweep_now), name="sweeper", daemon=True),
-        ]
+        self._workers: set[threading.Thread] = set()
+        self._is_paused = True  # no step starts, as until `start`
+        self.is_leaving = False  # runners leave what they watch
+        self.scarcity = ""  # what the host lacks to start steps
+        self._retry_s = 0.0  # when the next step may be tried then
+        self._lacked_s = 0.0  # when the last start failed for it
 
     # -- the daemon's
 
-    def start(self) -> None:
-        """Settles what an earlier daemon left, and starts what is ready."""
-        if self._store.aside and os.path.isdir(self._tasks_dir):
-            self._put_aside(self._tasks_dir + self._store.aside)  # it belongs to the database put aside
-        os.makedirs(self._tasks_dir, exist_ok=True)
-        self._files.open()
-        known = {str(seq) for seq in self._store.seqs()}
-        for name in os.listdir(self._tasks_dir):
-            if name not in known:
-                self._rubbish.append(self._set_apart(name))
-        adopted: list[_ActiveStep] = []
-        for seq in self._store.open_seqs():
-            try:
-                adopted += self._recover(self._store.open_task(seq))
-            except (ValueError, TypeError) as error:
-                log.error("task number %d cannot be taken up: %s", seq, error)
-                self._store.fail(seq, f"lost: what was stored of it is damaged: {error}", self._clock.now_ns())
+    def start(self, run_step: Callable[[Step], None], clean_up: Callable[[Task], None]) -> None:
+        """Start what is ready, and go on with what was restored."""
+        self._run_step = run_step
+        self._clean_up = clean_up
         with self._lock:
             self._is_paused = False
-            for active in adopted:
-                self._hire(active)
-            self._fill()
-        for keeper in self._keepers:
-            keeper.start()
+            adopted = [step for step in self._active if step.phase is Phase.RUNNING]
+            after = self._dispatch()
+            self._unattended.extend(adopted)
+        self._carry_out(after)
+        self.retry()
 
-    def _put_aside(self, place: str) -> None:
-        """Moves the directories of all tasks."""
-        try:
-            return rename(self._tasks_dir, place)
-        except OSError:  # it is a mount, or a process works in it, which Windows lets nobody move
-            log.warning("%s cannot be moved: its content is copied", self._tasks_dir)
-        try:
-            shutil.copytree(self._tasks_dir, place, symlinks=True, ignore=links_in)
-        except shutil.Error as error:
-            log.error("not all of %s could be copied to %s: %s", self._tasks_dir, place, error)
-
-    def _set_apart(self, name: str) -> str:
-        """Renames a task's directory, for a new task may get its number before it is removed; the name it has now."""
-        gone = f"{name.partition('.')[0][:20]}.gone-{time.time_ns()}"
-        try:
-            os.rename(os.path.join(self._tasks_dir, name), os.path.join(self._tasks_dir, gone))
-        except OSError:  # as above: no task gets this number
-            if _TASK_NUMBER.fullmatch(name):
-                self._store.skip(int(name))
-            return name
-        return gone
-
-    def is_alive(self) -> bool:
-        """Whether its own threads run."""
-        return all(keeper.is_alive() for keeper in self._keepers)
+    def reserve_task_numbers(self, last: int) -> None:
+        """Give no new task this number or a lower one."""
+        with self._lock:
+            self._last_number = max(self._last_number, last)
 
     def pause(self) -> int:
-        """Starts no more steps; how many run."""
+        """Start no more steps; return how many run."""
         with self._lock:
             self._is_paused = True
             return len(self._active)
 
     def stop_running(self) -> None:
-        """Stops by force what runs."""
+        """Stop by force what runs."""
         with self._lock:
-            self._stop_active(list(self._active), STOPPED)
+            trees = self._request_stops(list(self._active), STOPPED)
+        _wake(trees)
 
     def stop(self) -> None:
-        """Ends every thread; steps that run still run on without a daemon."""
+        """End every worker; steps that run still run on without a daemon."""
         with self._lock:
-            self._is_paused = self._is_leaving = True
-            for active in self._active:
-                if active.tree:
-                    active.tree.wake()
+            self._is_paused = True
+            self.is_leaving = True
+            trees = [step.tree for step in self._active if step.tree]
             workers = [*self._workers]
-        for event in (self._stopping, self._deadline_came, self._sweep_now):
-            event.set()
+        _wake(trees)
         end_s = time.monotonic() + 1.5
-        for thread in (*workers, *self._keepers):
-            if thread.is_alive():
-                thread.join(max(0, end_s - time.monotonic()))
+        for worker in workers:
+            if worker.is_alive():
+                worker.join(max(0, end_s - time.monotonic()))
 
-    # -- for the API
+    # -- submissions
 
     def submit(self, spec: TaskSpec) -> Accepted:
-        """Takes a task; returns when it is stored. Raises Conflict, StorageFull, Unavailable."""
-        if self._is_paused:
-            raise Unavailable("the daemon is ending; send the task again to the next one")
-        accepted = self._store.accept(spec, self._clock.now_ns())
+        """Take a task; return when it is stored. Raises Conflict, StorageFull, Unavailable.
+
+        It is known here before anybody can see it in the store, so that a stop finds it.
+        """
+        task = Task(spec.id, spec.steps, spec.timeout_ns)
+        now_ns = self._clock.now_ns()
+        with self._lock:
+            if self._is_paused:
+                raise Unavailable("the daemon is ending; send the task again to the next one")
+            self._last_number += 1
+            task.number = self._last_number
+            self._tasks[task.number] = task
+            stored = self._store.accept(task.number, spec, now_ns)
+        is_new = False
+        try:
+            accepted = stored.result()
+            is_new = accepted.is_new
+        finally:
+            if not is_new:
+                with self._lock:
+                    del self._tasks[task.number]
         failpoint("accepted")
-        if accepted.is_new:
-            task = _LiveTask(accepted.seq, spec.id, spec.steps)
-            with self._lock:
-                self._tasks[task.seq] = task
-                self._enqueue(task, task.plan.ready())
-                self._set_deadline(task, accepted.accepted_ns, spec.timeout_ns)
+        if is_new:
+            self._release(task, now_ns)
         return accepted
 
-    def stop_task(self, seq: int, reason: str = STOPPED) -> None:
-        """Stops all steps of a task by force; returns when that is recorded. Raises NotFound if it has ended."""
+    def _release(self, task: Task, accepted_ns: int) -> None:
+        """Let the steps of a task run that has been accepted."""
         with self._lock:
-            task = self._tasks.get(seq)
-            if task is None:
-                raise NotFound("the task has ended already")
-            task.stop = task.stop or reason
-            for active in task.active.values():
-                active.reason = active.reason or reason
-        self._note_stop(seq, None, reason)
+            self._set_deadline(task, accepted_ns)
+            if task.number in self._tasks:  # not stopped already
+                self._end_steps(task, [])
+            after = self._dispatch()
+        self._carry_out(after)
+
+    def restore(self, found: UnfinishedTask) -> list[Step]:
+        """Take up a task as it is stored; return its steps that had begun, for `attach`, `finish` or `requeue`.
+
+        Raises ValueError where what is stored makes no sense. Nothing starts before `start`.
+        """
+        task = Task(found.id, found.steps, found.timeout_ns)
+        task.number = found.task_number
+        task.stop_reason = found.stop
         with self._lock:
-            queued = [idx for task_seq, idx in self._ready if task_seq == seq]
-            self._stop_active(list(task.active.values()), reason)
-        self._end(task, [(idx, FORCED_CODE, reason) for idx in queued])
+            self._restore_ended_steps(task, found.steps)
+            ready = self._replay_plan(task)
+            begun = [step for step in ready if found.steps[step.index].state == State.RUNNING]
+            if len(begun) != sum(row.state == State.RUNNING for row in found.steps):
+                raise ValueError("a step runs before what it depends on has succeeded")
+            self._tasks[task.number] = task
+            for step in ready:
+                self._make_ready(step)
+            for step in begun:
+                self._move(step, Phase.STARTING)
+            self._set_deadline(task, found.accepted_ns)
+            after = self._settle_restored(task)
+            self._unattended.extend(after.cleanups)
+        self._carry_out(after._replace(cleanups=[]))
+        return begun
 
-    def stop_step(self, seq: int, idx: int) -> None:
-        """Stops a step by force; returns when that is recorded. Raises NotFound if it has ended, or never will run."""
-        with self._lock:
-            task = self._tasks.get(seq)
-            if task is None or not task.plan.is_open(idx):
-                raise NotFound("the step has ended already")
-            active = task.active.get(idx)
-            if active:
-                active.reason = active.reason or STOPPED
-        self._note_stop(seq, idx, STOPPED)
-        self._end(task, [(idx, FORCED_CODE, STOPPED)])  # unless it runs
-        with self._lock:
-            self._stop_active([task.active[idx]] if idx in task.active else [], STOPPED)
+    def _restore_ended_steps(self, task: Task, rows: Sequence[UnfinishedStep]) -> None:
+        """Take up how steps have ended, and skip what depends on those that failed; the lock is held."""
+        for step, row in zip(task.steps, rows):
+            step.stop_reason = task.stop_reason or row.stop
+            step.started_ns = row.started_ns or 0
+            if row.state == State.ENDED:
+                self._move(step, Phase.ENDED)
+                step.code = row.code
+        for step in task.steps:
+            if step.code:
+                self._skip_dependents(step)
 
-    def pool(self) -> PoolFigures:
-        with self._lock:
-            return PoolFigures(self._size, len(self._active), len(self._ready))
+    def _replay_plan(self, task: Task) -> list[Step]:
+        """Walk the plan as far as steps have succeeded; return those that may run now. The lock is held."""
+        ready = []
+        while indexes := task.plan.ready():
+            for index in indexes:
+                step = task.steps[index]
+                if step.phase is Phase.BLOCKED:
+                    ready.append(step)
+                elif step.phase is Phase.ENDED and not step.code:
+                    task.plan.succeed(index)
+        return ready
 
-    def resize(self, size: int) -> PoolFigures:
-        """Sets the size of the pool: more steps start at once, or running ones end before others start."""
-        with self._lock:
-            self._size = size
-            self._fill()
-            return PoolFigures(self._size, len(self._active), len(self._ready))
-
-    def read_output(self, seq: int, idx: int) -> Iterator[bytes]:
-        """What a step has written so far, in blocks."""
-        return self._directory(seq, idx).read_output()
-
-    # -- workers; each owns the active step that it runs
-
-    def _enqueue(self, task: _LiveTask, indexes: Iterable[int]) -> None:
-        """Steps have become ready; the lock is held."""
-        now_s = time.monotonic()
-        for idx in indexes:
-            self._ready[task.seq, idx] = now_s
-        self._fill()
-
-    def _fill(self) -> None:
-        """Gives free places of the pool to steps that are ready; the lock is held."""
-        while (active := self._take()) is not None:
-            self._hire(active)
-
-    def _take(self) -> _ActiveStep | None:
-        """The next step to run, None when there is none or no place; the lock is held."""
-        if self._is_paused or not self._ready or len(self._active) >= self._size:
-            return None
-        (seq, idx), ready_s = self._ready.popitem(last=False)
-        active = _ActiveStep(self._tasks[seq], idx, ready_s)
-        self._activate(active)
-        return active
-
-    def _activate(self, active: _ActiveStep) -> None:
-        active.task.active[active.idx] = active
-        self._active.add(active)
-
-    def _hire(self, active: _ActiveStep) -> None:
-        """Starts a thread for an active step; the lock is held."""
-        worker = threading.Thread(target=self._work, args=(active,), name="step", daemon=True)
-        self._workers.add(worker)
-        worker.start()
-
-    def _work(self, first: _ActiveStep) -> None:
-        """The thread of one step after another."""
-        active: _ActiveStep | None = first
-        while active is not None:
-            try:
-                result = self._run(active)
-            except Exception as error:
-                log.exception("%s: the daemon failed", active, extra=active.extra)
-                result = (FORCED_CODE, f"the daemon failed: {error}")
-            if active.tree:
-                tree, active.tree = active.tree, None
-                self._processes.forget(tree)
-            if result is not None:
-                self._end_active(active, *result)
-            with self._lock:
-                active = self._take() if result is not None else None
-                if active is None:
-                    self._workers.discard(threading.current_thread())
-
-    def _run(self, active: _ActiveStep) -> tuple[int, str] | None:
-        """Runs a step, or goes on with an adopted one; its code and reason, None when left to run without a daemon."""
-        directory = self._directory(active.task.seq, active.idx)
-        try:
-            while active.tree is None:
-                if active.reason:
-                    return FORCED_CODE, active.reason
-                if self._is_leaving:
-                    return None
-                self._launch(active, directory)
-            if not self._watch(active, active.tree):
-                return None
-        except LaunchError as error:
-            return FORCED_CODE, str(error)
-        code = active.tree.exit_code()
-        if code is None or code > 128:  # the wrapper is not our child, or was killed, as the last that it did perhaps
-            result = directory.exit_code()
-            code = code if result is None else result
-        if code == NOTHING_RAN and not active.reason and not self._processes.has_run(directory.path):
-            return FORCED_CODE, f"could not start: nothing could be written to {directory.path}"
-        return (FORCED_CODE, _LOST) if code is None else (code, "")
-
-    def _launch(self, active: _ActiveStep, directory: StepDirectory) -> None:
-        """Starts the step's process, unless the disk is full or it has been stopped meanwhile. Raises LaunchError."""
-        seq, idx = active.task.seq, active.idx
-        try:
-            script = self._store.script(seq, idx)
-            active.started_ns = self._clock.now_ns()
-            begun = self._store.begin(seq, idx, active.started_ns)
-            workspace = os.path.join(self._tasks_dir, str(seq), "workspace")
-            file = directory.prepare(
-                script_name(script.command_type), encode_script(script.command_type, script.content)
-            )
-            if not is_real_directory(workspace):  # no step has made it, or one has removed it
-                with contextlib.suppress(FileExistsError):
-                    self._files.make(str(seq), "workspace")
-            if not is_real_directory(workspace):
-                raise LaunchError("could not start: an earlier step has put something else in place of the workspace")
-            env = self._environment_of(active, (*script_environment(script.command_type), *script.env), workspace)
-            command = interpreter_command(script.command_type, file, workspace, env.get("PATH", self._path))
-            begun.wait()  # only what is known to have begun may run
-            if active.reason or self._is_leaving:
-                return
-            failpoint("begun")
-            tree = self._processes.start(command, directory.path, workspace, env)
-            failpoint("spawned")
-        except (OSError, StorageFull, Unavailable) as error:
-            if isinstance(error, OSError) and error.errno not in _FULL:
-                raise LaunchError(f"could not start: {error}") from error
-            log.error("%s: waits until it can be written: %s", active, error, extra=active.extra)
-            self._stopping.wait(_TICK_S)
-            return
-        with self._lock:
-            active.tree = tree
-        self._observer.step_started(active.task.id, idx, time.monotonic() - active.ready_s)
-        log.debug("%s: started, pid %d", active, tree.pid, extra=active.extra)
-
-    def _environment_of(self, active: _ActiveStep, entries: Sequence[str], workspace: str) -> dict[str, str]:
-        """What the step's environment has beyond the daemon's."""
-        pairs = (entry.split("=", 1) for entry in entries)
-        env = {environment_name(name): value for name, value in pairs}
-        env["TASK_ID"] = active.task.id
-        env["TASK_STEP_ID"] = str(active.idx)
-        env["TASK_STEP_NAME"] = active.task.names[active.idx]
-        env["TASK_WORKSPACE"] = workspace
-        return env
-
-    def _watch(self, active: _ActiveStep, tree: ProcessTree) -> bool:
-        """Waits for the step's end, and brings it about where need be; False when it is left to run."""
-        timeout_ns = active.task.timeouts_ns[active.idx] or self._settings.exec_timeout
-        deadline_s = self._clock.monotonic_s(active.started_ns + timeout_ns)
-        while not active.reason and not self._is_leaving:
-            if tree.wait(deadline_s):
-                return True
-            if time.monotonic() >= deadline_s:
-                with self._lock:
-                    active.reason = active.reason or TIMED_OUT
-        if not active.reason:
-            return False
-        log.info("%s: %s", active, active.reason, extra=active.extra)
-        tree.stop(GRACE_S if active.stops < 2 else 0)
-        return True
-
-    def _end_active(self, active: _ActiveStep, code: int, reason: str) -> None:
-        """A step has run: its end is stored, its place is free."""
-        failpoint("ended")
-        seconds = (self._clock.now_ns() - active.started_ns) / _SECOND_NS if active.started_ns else 0.0
-        output_bytes = self._directory(active.task.seq, active.idx).output_bytes()
-        end = self._end(active.task, [(active.idx, code, reason)], active)
-        result = "forced" if end[2] else "failed" if end[1] else "succeeded"
-        self._observer.step_ended(active.task.id, active.idx, result, seconds, output_bytes)
-        log.debug("%s: ended with code %d %s", active, *end[1:], extra=active.extra)
-
-    def _end(
-        self, task: _LiveTask, ends: list[tuple[int, int, str]], active: _ActiveStep | None = None
-    ) -> tuple[int, int, str]:
-        """Stores the end of steps that run no more, then starts what waited for them; the last end as stored."""
-        with self._lock:
-            if active:
-                if active.reason:  # recorded before the end was
-                    ends = [(active.idx, FORCED_CODE, active.reason)]
-                self._active.discard(active)
-                del task.active[active.idx]
-            ends = [end for end in ends if task.plan.is_open(end[0]) and end[0] not in task.active]
-            for idx, code, _ in ends:
-                self._ready.pop((task.seq, idx), None)
-                task.plan.fail(idx) if code else task.plan.done(idx)
-            ready = task.plan.ready()
-            is_over = task.plan.over and self._tasks.pop(task.seq, None) is not None
-        if is_over:
-            with contextlib.suppress(OSError):  # it is not empty
-                self._files.remove_empty(str(task.seq), "workspace")
-        if ends or is_over:
-            self._store.end(task.seq, ends, self._clock.now_ns(), is_over)
-        if ready:
-            with self._lock:
-                stopped = task.stop
-                if not stopped:
-                    self._enqueue(task, ready)
-            if stopped:
-                self._end(task, [(idx, FORCED_CODE, stopped) for idx in ready])
-        return ends[-1] if ends else (0, 0, "")
+    def _settle_restored(self, task: Task) -> _AfterLock:
+        """End what is to be stopped and has not begun, and the task where nothing is left; the lock is held."""
+        waiting = (Phase.BLOCKED, Phase.READY) if not task.stop_reason else (Phase.READY,)
+        stopped = [step for step in task.steps if step.stop_reason and step.phase in waiting]
+        if task.stop_reason:
+            self._queue_cleanup(task)
+        self._end_steps(task, [(step, FORCED_CODE, step.stop_reason) for step in stopped])
+        return self._dispatch()
 
     # -- stops
 
-    def _note_stop(self, seq: int, idx: int | None, reason: str) -> None:
+    def stop_task(self, task_number: int, reason: str = STOPPED) -> None:
+        """Stop all steps of a task by force, and what ended ones left; return when that is recorded.
+
+        Raises NotFound if it has ended.
+        """
+        with self._lock:
+            task = self._tasks.get(task_number)
+            if task is None:
+                raise NotFound("the task has ended already")
+            task.stop_reason = task.stop_reason or reason
+            task.stop_count += 1
+            stored = self._store.record_stop(task_number, None, task.stop_reason)
+            trees = self._request_stops([step for step in self._active if step.task is task], reason)
+            self._queue_cleanup(task)
+            ready = [step for step in task.steps if step.phase is Phase.READY]
+            self._end_steps(task, [(step, FORCED_CODE, task.stop_reason) for step in ready])
+            after = self._dispatch()
+        _wake(trees)
+        self._carry_out(after)
+        _await_stop(task, stored)
+
+    def stop_step(self, task_number: int, step_index: int) -> None:
+        """Stop a step by force; return when that is recorded. Raises NotFound if it has ended, or never will run."""
+        with self._lock:
+            task = self._tasks.get(task_number)
+            if task is None or task.steps[step_index].phase in _FINAL:
+                raise NotFound("the step has ended already")
+            step = task.steps[step_index]
+            stored = self._store.record_stop(task_number, step_index, step.stop_reason or STOPPED)
+            trees: list[ProcessTree] = []
+            if step in self._active:
+                trees = self._request_stops([step], STOPPED)
+            else:
+                self._end_steps(task, [(step, FORCED_CODE, STOPPED)])
+            after = self._dispatch()
+        _wake(trees)
+        self._carry_out(after)
+        _await_stop(step, stored)
+
+    def request_stop(self, step: Step, reason: str) -> None:
+        """Have the runner of a step stop it."""
+        with self._lock:
+            trees = self._request_stops([step], reason) if step in self._active else []
+        _wake(trees)
+
+    def _request_stops(self, steps: Iterable[Step], reason: str) -> list[ProcessTree]:
+        """Note that these active steps are to be stopped; return the trees to wake. The lock is held."""
+        trees = []
+        for step in steps:
+            if reason == STOPPED or not step.stop_reason:  # a deadline does not cut the grace of a stop
+                step.stop_count += 1
+            step.stop_reason = step.stop_reason or reason
+            if step.tree:
+                trees.append(step.tree)
+        return trees
+
+    def _queue_cleanup(self, task: Task) -> None:
+        """Have stopped what the task's ended steps left running; the lock is held."""
+        if not task.is_cleaning and task.ended_steps():
+            task.is_cleaning = True
+            self._cleanups.append(task)
+
+    def finish_cleanup(self, task: Task) -> None:
+        """Nothing is left of what the task's ended steps had started."""
+        with self._lock:
+            task.is_cleaning = False
+            self._end_steps(task, [])
+            after = self._dispatch()
+        self._carry_out(after)
+
+    # -- for runners
+
+    def attach(self, step: Step, tree: ProcessTree) -> None:
+        """The step runs, as this tree."""
+        with self._lock:
+            self._move(step, Phase.RUNNING)
+            step.tree = tree
+            self._retry_s = 0.0
+            has_recovered = self.scarcity and (not self._ready or time.monotonic() - self._lacked_s > _SCARCITY_S)
+            if has_recovered:
+                self.scarcity = ""
+            after = self._dispatch()
+        if has_recovered:
+            log.info("steps start again")
+        self._carry_out(after)
+
+    def put_back(self, step: Step) -> None:
+        """Queue a step again that had begun by the record, and of which nothing has run."""
+        with self._lock:
+            self._put_back(step)
+            after = self._dispatch()
+        self._carry_out(after)
+
+    def requeue(self, step: Step, lack: str) -> None:
+        """Put a step that could not be started back to the head of the queue: the host lacks something for now."""
+        with self._lock:
+            self._lacked_s = time.monotonic()
+            self._retry_s = self._lacked_s + _START_RETRY_S
+            is_new = not self.scarcity
+            self.scarcity = f"steps wait, they cannot be started now: {lack}"
+            self._put_back(step)
+            if step in self._ready:
+                self._ready.move_to_end(step, last=False)
+            after = self._dispatch()
+        if is_new:
+            log.error("%s: %s", step, self.scarcity, extra=step.log_fields)
+        self._carry_out(after)
+
+    def _put_back(self, step: Step) -> None:
+        """Make a step ready again, or end it where it is to be stopped; the lock is held."""
+        self._move(step, Phase.READY)
+        step.started_ns = 0
+        has_begun = any(one.started_ns for one in step.task.steps)
+        self._store.requeue(step.task.number, step.index, State.RUNNING if has_begun else State.PENDING)
+        if step.stop_reason:
+            self._end_steps(step.task, [(step, FORCED_CODE, step.stop_reason)])
+
+    def finish(self, step: Step, code: int, reason: str = "", tree_has_ended: bool = False) -> bool:
+        """End a step; return False, having done nothing, where it is to be stopped and its tree has not been."""
+        with self._lock:
+            if step.stop_reason and not tree_has_ended:
+                return False
+            if step.stop_reason:
+                code, reason = FORCED_CODE, step.stop_reason
+            self._end_steps(step.task, [(step, code, reason)])
+            self._retry_s = 0.0  # what it took is free
+            after = self._take_after_lock()
+        self._carry_out(after)
+        return True
+
+    # -- for the API and the janitor
+
+    def pool(self) -> PoolStats:
+        with self._lock:
+            return PoolStats(self._size, len(self._active), len(self._ready))
+
+    def resize(self, size: int) -> PoolStats:
+        """Set the size of the pool: more steps start at once, or running ones end before others start."""
+        with self._lock:
+            self._size = size
+            after = self._dispatch()
+            stats = PoolStats(self._size, len(self._active), len(self._ready))
+        self._carry_out(after)
+        return stats
+
+    def running_steps(self) -> list[Step]:
+        """Return the steps that have a process tree and are not being stopped."""
+        with self._lock:
+            return [step for step in self._active if step.tree and not step.stop_reason]
+
+    def overdue_tasks(self) -> list[int]:
+        """Take the tasks whose time is over, by number; some of them may have ended."""
+        now_ns = self._clock.now_ns()
+        numbers = []
+        with self._lock:
+            while self._deadlines and self._deadlines[0][0] <= now_ns:
+                numbers.append(heapq.heappop(self._deadlines)[1])
+        return numbers
+
+    def next_deadline_ns(self) -> int | None:
+        """Return when the next task's time is over."""
+        with self._lock:
+            return self._deadlines[0][0] if self._deadlines else None
+
+    def retry(self) -> None:
+        """Try again what the host lacked something for."""
+        with self._lock:
+            unattended = [*self._unattended]
+            self._unattended.clear()
+            after = self._dispatch()
+        for work in unattended:
+            self._start_worker(work)
+        self._carry_out(after)
+
+    # -- moves; the lock is held
+
+    def _move(self, step: Step, phase: Phase) -> None:
+        """Change the phase of a step, the one site that does."""
+        if phase not in _MOVES[step.phase]:
+            raise IllegalMove(f"{step}: from {step.phase.value} to {phase.value}")
+        if step.phase is Phase.READY:
+            del self._ready[step]
+        if phase is Phase.READY:
+            self._ready[step] = None
+        if phase is Phase.STARTING:
+            self._active.add(step)
+        elif phase is not Phase.RUNNING:
+            self._active.discard(step)
+        if phase in _FINAL:
+            step.task.unfinished -= 1
+        step.phase = phase
+
+    def _make_ready(self, step: Step) -> None:
+        step.ready_s = time.monotonic()
+        self._move(step, Phase.READY)
+
+    def _end_steps(self, task: Task, ends: Sequence[tuple[Step, int, str]]) -> None:
+        """End steps, make ready what waited for them, and end the task with the last; all in one record.
+
+        The steps of a stopped task that become ready end at once.
+        """
+        records: list[StepEnd] = []
+        while True:
+            for step, code, reason in ends:
+                self._move(step, Phase.ENDED)
+                step.code = code
+                records.append(StepEnd(step.index, code, reason))
+                if code:
+                    self._skip_dependents(step)
+                else:
+                    task.plan.succeed(step.index)
+            fresh = [task.steps[index] for index in task.plan.ready() if task.steps[index].phase is Phase.BLOCKED]
+            for step in fresh:
+                self._make_ready(step)
+            if not fresh or not task.stop_reason:
+                break
+            ends = [(step, FORCED_CODE, task.stop_reason) for step in fresh]
+        is_over = not task.unfinished and not task.is_cleaning
+        if is_over:
+            del self._tasks[task.number]
+            self._ended.append(task)
+        if records or is_over:
+            task_end = TaskEnd(*summarize((one.index, one.name, one.code) for one in task.steps)) if is_over else None
+            self._store.end(task.number, records, task_end, self._clock.now_ns())
+
+    def _skip_dependents(self, step: Step) -> None:
+        """A step has failed: what depends on it, directly or not, never runs."""
+        steps, plan = step.task.steps, step.task.plan
+        pending = [*plan.dependents(step.index)]
+        while pending:
+            dependent = steps[pending.pop()]
+            if dependent.phase is Phase.BLOCKED:
+                self._move(dependent, Phase.SKIPPED)
+                pending += plan.dependents(dependent.index)
+
+    def _next_ready_step(self) -> Step | None:
+        """Give a slot to the step that is ready longest; None where there is none, or no slot."""
+        if self._is_paused or not self._ready or len(self._active) >= self._size:
+            return None
+        if self.scarcity:  # one at a time is tried then
+            if time.monotonic() < self._retry_s:
+                return None
+            self._retry_s = time.monotonic() + _START_RETRY_S
+        step = next(iter(self._ready))
+        self._move(step, Phase.STARTING)
+        step.started_ns = self._clock.now_ns()
+        step.begun = self._store.begin(step.task.number, step.index, step.started_ns)
+        return step
+
+    def _dispatch(self) -> _AfterLock:
+        """Give free slots to steps that are ready."""
+        assigned = []
+        while step := self._next_ready_step():
+            assigned.append(step)
+        return self._take_after_lock(assigned)
+
+    def _take_after_lock(self, assigned: Sequence[Step] = ()) -> _AfterLock:
+        after = _AfterLock([*assigned], self._cleanups, self._ended)
+        self._cleanups = []
+        self._ended = []
+        return after
+
+    def _set_deadline(self, task: Task, accepted_ns: int) -> None:
+        if task.timeout_ns:
+            heapq.heappush(self._deadlines, (accepted_ns + task.timeout_ns, task.number))
+            self.attention.set()
+
+    # -- workers; without the lock
+
+    def _carry_out(self, after: _AfterLock) -> None:
+        """Do what must not be done under the lock."""
+        for task in after.ended:
+            self._task_has_ended(task.number)
+        for step in after.assigned:
+            self._start_worker(step)
+        for task in after.cleanups:
+            self._start_worker(task)
+
+    def _start_worker(self, work: Step | Task) -> None:
+        """Start a thread for a step that has a slot, or for the clean-up of a task."""
+        worker = threading.Thread(target=self._work, args=(work,), name="step", daemon=True)
+        with self._lock:
+            self._workers.add(worker)
         try:
-            self._store.note_stop(seq, idx, reason)
-        except (StorageFull, Unavailable) as error:  # to stop matters more: the step's end will tell of it
-            log.error("task number %d: cannot store a stop: %s", seq, error)
+            worker.start()
+        except (RuntimeError, MemoryError) as error:
+            with self._lock:
+                self._workers.discard(worker)
+            if isinstance(work, Step) and work.phase is Phase.STARTING:
+                return self.requeue(work, f"no thread can be started ({error})")
+            with self._lock:
+                self._unattended.append(work)
 
-    def _stop_active(self, steps: Iterable[_ActiveStep], reason: str) -> None:
-        """Has the workers stop their steps; the lock is held."""
-        for active in steps:
-            active.reason = active.reason or reason
-            active.stops += 1
-            if active.tree:
-                active.tree.wake()
+    def _work(self, first: Step | Task) -> None:
+        """The thread of one step after another."""
+        work: Step | Task | None = first
+        while work is not None:
+            self._run(work)
+            with self._lock:
+                work = self._next_ready_step()
+                if work is None:
+                    self._workers.discard(threading.current_thread())
+                after = self._dispatch()
+            self._carry_out(after)
 
-    # -- deadlines of tasks, limits of output, expiry
+    def _run(self, work: Step | Task) -> None:
+        """Run a step or a clean-up to its end; whatever is raised is logged, and tried again while it is ours."""
+        begun = work.begun if isinstance(work, Step) else None
+        while not self.is_leaving:
+            try:
+                if isinstance(work, Task):
+                    self._clean_up(work)
+                elif work in self._active and work.begun is begun:
+                    self._run_step(work)
+                return
+            except Exception:
+                log.exception("%s: the daemon failed, and will try again", work)
+            time.sleep(_START_RETRY_S)
 
-    def _keep(self, action: Callable[[], float], alarm: threading.Event) -> None:
-        """The thread that acts again and again, after the pause that the action says or at the alarm."""
+
+def _wake(trees: Iterable[ProcessTree]) -> None:
+    for tree in trees:
+        tree.wake()
+
+
+def _await_stop(stopped: Step | Task, stored: Future[None]) -> None:
+    """Wait until a stop is recorded. Where it cannot be, the stop matters more: the end will tell of it."""
+    try:
+        stored.result()
+    except (StorageFull, Unavailable) as error:
+        log.error("%s: cannot store a stop: %s", stopped, error)
+
+
+# ======================================================================================================================
+# runner: launch, watch and result of one step
+# ======================================================================================================================
+
+_EXCESS = 1.25  # by how much a step that is stopped for its output may exceed the limit before it is killed
+_EARLY_LOOK_BYTES = 1 << 30  # a limit of output below this is looked at as soon as a step starts
+
+
+class NotStarted(Exception):
+    """A step could not be started for now; the text says what the host lacks."""
+
+
+class Runner:
+    """Runs steps, each by a thread of the scheduler's; any thread may call it."""
+
+    def __init__(
+        self,
+        store: Store,
+        scheduler: Scheduler,
+        processes: Processes,
+        clock: Clock,
+        files: Folder,
+        settings: Settings,
+        observer: Observer,
+    ) -> None:
+        self._store = store
+        self._scheduler = scheduler
+        self._processes = processes
+        self._clock = clock
+        self._files = files
+        self._settings = settings
+        self._observer = observer
+        self._path = os.environ.get("PATH", os.defpath)
+
+    def directory(self, step: Step) -> StepDirectory:
+        """Return the directory of a step."""
+        return StepDirectory(self._files, step.task.number, step.index)
+
+    def run(self, step: Step) -> None:
+        """Run a step, or go on with an adopted one, until it has ended, waits again, or is left to run on."""
+        try:
+            if step.tree is None and not self._launch(step):
+                return
+            self._watch(step)
+        except NotStarted as error:
+            self._close_tree(step)
+            return self._scheduler.requeue(step, str(error))
+        except LaunchError as error:
+            self._finish(step, FORCED_CODE, str(error))
+        if step.phase is Phase.ENDED or self._scheduler.is_leaving:
+            self._close_tree(step)
+
+    def clean_up(self, task: Task) -> None:
+        """Stop what the ended steps of a stopped task have left running."""
+        tree = self._processes.remains([self.directory(step).path for step in task.ended_steps()])
+        try:
+            tree.stop(lambda: task.stop_count > 1)
+        finally:
+            self._processes.release(tree)
+        self._scheduler.finish_cleanup(task)
+
+    def remove_empty_workspace(self, task_number: int) -> None:
+        """Remove the workspace of an ended task if nothing is in it."""
+        with contextlib.suppress(OSError):  # it is not empty, or was never made
+            self._files.remove_empty(str(task_number), "workspace")
+
+    # -- launch
+
+    def _launch(self, step: Step) -> bool:
+        """Start the step's process; False where it ended before that, or the daemon ends.
+
+        Raises LaunchError, and NotStarted where it can be tried again.
+        """
+        directory = self.directory(step)
+        try:
+            script = self._store.script(step.task.number, step.index)
+            content = encode_script(script.command_type, script.content)
+            file = directory.prepare(script_name(script.command_type), content, self._processes.initial_files)
+            workspace = self._make_workspace(step)
+            env = self._environment_of(step, (*script_environment(script.command_type), *script.env), workspace)
+            command = interpreter_command(script.command_type, file, workspace, env.get("PATH"), self._path)
+            if step.begun:
+                step.begun.result()  # only what is known to have begun may run
+            if step.stop_reason:
+                self._finish(step, FORCED_CODE)
+            if step.phase is Phase.ENDED or self._scheduler.is_leaving:
+                return False
+            failpoint("begun")
+            tree = self._processes.start(command, directory.path, workspace, env)
+            failpoint("spawned")
+        except (StorageFull, Unavailable) as error:
+            raise NotStarted(str(error)) from error
+        except (OSError, LookupError, ValueError, MemoryError) as error:
+            if isinstance(error, MemoryError) or (isinstance(error, OSError) and is_scarcity(error)):
+                raise NotStarted(str(error)) from error
+            raise LaunchError(f"could not start: {error}") from error
+        self._scheduler.attach(step, tree)
+        if 0 < self._settings.max_output < _EARLY_LOOK_BYTES:
+            self._scheduler.attention.set()
+        self._observer.step_started(step.task.id, step.index, time.monotonic() - step.ready_s)
+        log.debug("%s: started, pid %d", step, tree.pid, extra=step.log_fields)
+        return True
+
+    def _make_workspace(self, step: Step) -> str:
+        """Return the task's workspace, made where no step has made it, or one has removed it."""
+        workspace = os.path.join(self._files.path, str(step.task.number), "workspace")
+        if not is_real_directory(workspace):
+            with contextlib.suppress(FileExistsError):  # a parallel step did
+                self._files.make(str(step.task.number), "workspace")
+        if not is_real_directory(workspace):
+            raise LaunchError("could not start: an earlier step has put something else in place of the workspace")
+        return workspace
+
+    def _environment_of(self, step: Step, entries: Sequence[str], workspace: str) -> dict[str, str]:
+        """Return what the step's environment has beyond the daemon's."""
+        env = {}
+        for entry in entries:
+            name, _, value = entry.partition("=")
+            env[environment_name(name)] = value
+        env["TASK_ID"] = step.task.id
+        env["TASK_STEP_ID"] = str(step.index)
+        env["TASK_STEP_NAME"] = step.name
+        env["TASK_WORKSPACE"] = workspace
+        return env
+
+    # -- watch
+
+    def _watch(self, step: Step) -> None:
+        """Wait for the step's end, stopping it on timeout or request, and tell how it ended.
+
+        Returns without that when the daemon ends first; raises NotStarted where nothing of it has run.
+        """
+        assert step.tree
+        timeout_ns = step.timeout_ns or self._settings.exec_timeout
+        deadline_s = self._clock.monotonic_s(step.started_ns + timeout_ns)
+        has_ended = False
+        while not (has_ended or step.stop_reason or self._scheduler.is_leaving):
+            has_ended = step.tree.wait(deadline_s)
+            if not has_ended and time.monotonic() >= deadline_s:
+                self._scheduler.request_stop(step, TIMED_OUT)
+        if step.stop_reason:
+            self._stop(step)
+            self._finish(step, FORCED_CODE, tree_has_ended=True)
+        elif has_ended:
+            self._tell_end(step)
+
+    def _tell_end(self, step: Step) -> None:
+        """End a step whose wrapper has ended by itself; a stop that comes now still reaches its tree."""
+        code = self._exit_code(step)
+        if code is None:  # its wrapper was killed: what it ran may run on
+            self._stop(step)
+            self._finish(step, FORCED_CODE, LOST, tree_has_ended=True)
+        elif not self._finish(step, code):
+            self._stop(step)
+            self._finish(step, FORCED_CODE, tree_has_ended=True)
+
+    def _exit_code(self, step: Step) -> int | None:
+        """Return the code of the step's own process, None where nobody knows; raises NotStarted if it never began."""
+        assert step.tree
+        directory = self.directory(step)
+        code = step.tree.exit_code()
+        if code is None:
+            code = directory.exit_code()
+        if code != 0 and not step.stop_reason and not self._processes.may_have_started(directory.path):
+            raise NotStarted("no process could be started, or nothing written to its directory")
+        return code
+
+    def _stop(self, step: Step) -> None:
+        """End the step's tree: asked first, killed when the grace is over."""
+        assert step.tree
+        log.info("%s: %s", step, step.stop_reason or LOST, extra=step.log_fields)
+        directory = self.directory(step)
+        most_bytes = self._settings.max_output * _EXCESS
+
+        def is_hurried() -> bool:
+            is_excessive = step.stop_reason == OUTPUT_EXCEEDED and directory.output_bytes() > most_bytes
+            return step.stop_count > 1 or is_excessive
+
+        step.tree.stop(is_hurried)
+
+    def _finish(self, step: Step, code: int, reason: str = "", tree_has_ended: bool = False) -> bool:
+        """End the step; False, having done nothing, where it is to be stopped and its tree has not been."""
+        failpoint("ended")
+        seconds = (self._clock.now_ns() - step.started_ns) / _SECOND_NS if step.started_ns else 0.0
+        output_bytes = self.directory(step).output_bytes()
+        tree_has_ended = tree_has_ended or step.tree is None
+        if not self._scheduler.finish(step, code, reason, tree_has_ended):
+            return False
+        reason = step.stop_reason or reason
+        result = "forced" if reason else "failed" if step.code else "succeeded"
+        self._observer.step_ended(step.task.id, step.index, result, seconds, output_bytes)
+        log.debug("%s: ended with code %d %s", step, step.code, reason, extra=step.log_fields)
+        return True
+
+    def _close_tree(self, step: Step) -> None:
+        tree = step.tree
+        step.tree = None
+        if tree:
+            self._processes.release(tree)
+
+
+# ======================================================================================================================
+# recovery: what an earlier daemon left
+# ======================================================================================================================
+
+_TASK_NUMBER = re.compile("[1-9][0-9]{0,17}")
+
+
+class Recovery:
+    """Takes up the tasks that an earlier daemon left; for the daemon's start, before anything runs."""
+
+    def __init__(
+        self, store: Store, scheduler: Scheduler, processes: Processes, clock: Clock, files: Folder, runner: Runner
+    ) -> None:
+        self._store = store
+        self._scheduler = scheduler
+        self._processes = processes
+        self._clock = clock
+        self._files = files
+        self._runner = runner
+
+    def run(self) -> list[str]:
+        """Restore every unfinished task; return the names of directories that belong to no task."""
+        place = self._files.path
+        if self._store.quarantine_suffix and os.path.isdir(place):
+            _move_or_copy(place, place + self._store.quarantine_suffix)  # it belongs to the database put aside
+        os.makedirs(place, exist_ok=True)
+        self._files.open()
+        self._scheduler.reserve_task_numbers(self._store.last_task_number())
+        known = {str(number) for number in self._store.task_numbers()}
+        strays = [self._rename_for_removal(name) for name in os.listdir(place) if name not in known]
+        for number in self._store.unfinished_task_numbers():
+            try:
+                self._restore(self._store.unfinished_task(number))
+            except (ValueError, TypeError) as error:
+                log.error("task number %d cannot be taken up: %s", number, error)
+                self._store.fail(number, f"lost: what was stored of it is damaged: {error}", self._clock.now_ns())
+        return strays
+
+    def _rename_for_removal(self, name: str) -> str:
+        """Rename a stray directory, for a new task may get its number before it is removed; return its name now."""
+        gone = f"{name.partition('.')[0][:20]}.gone-{time.time_ns()}"
+        try:
+            os.rename(os.path.join(self._files.path, name), os.path.join(self._files.path, gone))
+        except OSError:  # it is a mount, or a process works in it, which Windows lets nobody move
+            if _TASK_NUMBER.fullmatch(name):
+                self._scheduler.reserve_task_numbers(int(name))
+            return name
+        return gone
+
+    def _restore(self, found: UnfinishedTask) -> None:
+        for step in self._scheduler.restore(found):
+            self._settle(step)
+
+    def _settle(self, step: Step) -> None:
+        """Find out what became of a step that had begun."""
+        directory = self._runner.directory(step)
+        tree = self._processes.adopt(directory.path)
+        code = None if tree else directory.exit_code()
+        if tree:
+            log.info("%s: still runs, pid %d", step, tree.pid, extra=step.log_fields)
+            self._scheduler.attach(step, tree)
+        elif code is not None and not step.stop_reason:
+            self._scheduler.finish(step, code)
+        elif code is not None or self._processes.may_have_started(directory.path):
+            # It was stopped or killed, and may have left something: its runner ends that before anything follows.
+            self._scheduler.attach(step, self._processes.remains([directory.path]))
+        else:
+            self._scheduler.put_back(step)
+
+
+def _move_or_copy(place: str, target: str) -> None:
+    """Move a directory; where that cannot be, copy its content."""
+    try:
+        return rename(place, target)
+    except OSError:  # it is a mount, or a process works in it, which Windows lets nobody move
+        log.warning("%s cannot be moved: its content is copied", place)
+    try:
+        shutil.copytree(place, target, symlinks=True, ignore=links_in)
+    except shutil.Error as error:
+        log.error("not all of %s could be copied to %s: %s", place, target, error)
+
+
+# ======================================================================================================================
+# janitor: deadlines, limits of output, expiry, removal
+# ======================================================================================================================
+
+_TICK_S = 0.5  # between looks at outputs and at what has expired
+_LEAST_TICK_S = 0.01
+_FASTEST_WRITER_BYTES_PER_S = 2 * 10**9  # a step may fill its limit that fast
+
+
+class Janitor:
+    """Enforces deadlines and limits of output, forgets what has expired, removes its files; by threads of its own."""
+
+    def __init__(
+        self,
+        store: Store,
+        scheduler: Scheduler,
+        processes: Processes,
+        clock: Clock,
+        files: Folder,
+        settings: Settings,
+    ) -> None:
+        self._store = store
+        self._scheduler = scheduler
+        self._processes = processes
+        self._clock = clock
+        self._files = files
+        self._settings = settings
+        self._pending_removals: collections.deque[str] = collections.deque()  # names of directories; the sweeper's
+        self._stopping = threading.Event()
+        self._background_threads = [
+            threading.Thread(target=self._run_periodically, args=args, name=name, daemon=True)
+            for name, args in (
+                ("timekeeper", (self._enforce, scheduler.attention)),
+                ("sweeper", (self._sweep, self._stopping)),
+            )
+        ]
+
+    def start(self, strays: Iterable[str]) -> None:
+        """Begin; these directories are removed first."""
+        self._pending_removals.extend(strays)
+        for thread in self._background_threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End the threads, within a moment."""
+        self._stopping.set()
+        self._scheduler.attention.set()
+        for thread in self._background_threads:
+            if thread.is_alive():
+                thread.join(1.5)
+
+    def is_alive(self) -> bool:
+        """Return whether its threads run."""
+        return all(thread.is_alive() for thread in self._background_threads)
+
+    def _run_periodically(self, action: Callable[[], float], alarm: threading.Event) -> None:
+        """Act again and again, after the pause that the action asks for or at the alarm."""
         while not self._stopping.is_set():
             pause_s = _TICK_S
             try:
                 pause_s = action()
             except Exception:
                 log.exception("%s: will try again", threading.current_thread().name)
-            alarm.wait(pause_s)
-            alarm.clear()
-
-    def _set_deadline(self, task: _LiveTask, accepted_ns: int, timeout_ns: int) -> None:
-        """The task ends in time; the lock is held."""
-        if timeout_ns:
-            heapq.heappush(self._deadlines, (accepted_ns + timeout_ns, task.seq))
-            self._deadline_came.set()
+            if alarm.wait(pause_s) and alarm is not self._stopping:
+                alarm.clear()
 
     def _enforce(self) -> float:
-        """Stops the tasks whose time is over and the steps that write too much; the pause until the next look."""
-        now_ns, overdue = self._clock.now_ns(), []
-        with self._lock:
-            while self._deadlines and self._deadlines[0][0] <= now_ns:
-                overdue.append(heapq.heappop(self._deadlines)[1])
-            limit = self._settings.max_output
-            active = [one for one in self._active if one.tree and not one.reason] if limit else []
-        for seq in overdue:
-            with contextlib.suppress(NotFound):
-                self.stop_task(seq, TIMED_OUT)
-        excessive = [one for one in active if self._directory(one.task.seq, one.idx).output_bytes() > limit]
-        with self._lock:
-            self._stop_active(excessive, OUTPUT_EXCEEDED)
-            left_ns = self._deadlines[0][0] - self._clock.now_ns() if self._deadlines else _SECOND_NS
-        return max(0.0, min(_TICK_S, left_ns / _SECOND_NS))
+        """Stop what is overdue and what writes too much, start what waited; return the pause until the next look."""
+        for number in self._scheduler.overdue_tasks():
+            with contextlib.suppress(NotFound):  # it has ended
+                self._scheduler.stop_task(number, TIMED_OUT)
+        self._scheduler.retry()
+        pause_s = self._check_outputs()
+        deadline_ns = self._scheduler.next_deadline_ns()
+        if deadline_ns is not None:
+            pause_s = min(pause_s, (deadline_ns - self._clock.now_ns()) / _SECOND_NS)
+        return max(0.0, pause_s)
+
+    def _check_outputs(self) -> float:
+        """Stop the steps that write too much; return how soon another one may."""
+        limit = self._settings.max_output
+        pause_s = _TICK_S
+        for step in self._scheduler.running_steps() if limit else ():
+            written = StepDirectory(self._files, step.task.number, step.index).output_bytes()
+            if written > limit:
+                self._scheduler.request_stop(step, OUTPUT_EXCEEDED)
+            else:
+                pause_s = min(pause_s, (limit - written) / _FASTEST_WRITER_BYTES_PER_S)
+        return max(_LEAST_TICK_S, pause_s)
 
     def _sweep(self) -> float:
-        """Forgets what has expired, and removes its files; the pause until the next look."""
+        """Forget what has expired, and remove its files; return the pause until the next look."""
         self._processes.reap()
         expired = self._store.expire(self._clock.now_ns() - self._settings.key_expire)
-        self._rubbish.extend(str(seq) for seq in expired)
-        for _ in range(len(self._rubbish)):
-            name = self._rubbish.popleft()
+        self._pending_removals.extend(str(number) for number in expired)
+        for _ in range(len(self._pending_removals)):
+            name = self._pending_removals.popleft()
             if not self._files.remove(name):
-                self._rubbish.append(name)  # held by a process or a virus scanner, or mounted: later
+                self._pending_removals.append(name)  # held by a process or a virus scanner, or mounted: later
             if self._stopping.is_set():
                 break
         return 0 if len(expired) == _BATCH else _TICK_S
-
-    # -- after a restart
-
-    def _recover(self, found: OpenTask) -> list[_ActiveStep]:
-        """Takes up a task that an earlier daemon left; the steps of it that still run. No other thread is there yet."""
-        task = _LiveTask(found.seq, found.id, found.steps)
-        task.stop = found.stop
-        self._tasks[task.seq] = task
-        adopted: list[_ActiveStep] = []
-        ends: list[tuple[int, int, str]] = []
-        for step in found.steps:
-            if step.state == State.ENDED and step.code:
-                task.plan.fail(step.idx)
-        ready = collections.deque(task.plan.ready())
-        while ready:
-            step = found.steps[ready.popleft()]
-            if step.state == State.ENDED:
-                task.plan.done(step.idx)
-                ready.extend(task.plan.ready())
-            elif step.state == State.RUNNING and (active := self._adopt(task, step)):
-                adopted.append(active)
-            elif step.state == State.RUNNING and (end := self._settle(task, step)):
-                ends.append(end)
-            elif found.stop or step.stop:
-                ends.append((step.idx, FORCED_CODE, found.stop or step.stop))
-            else:
-                self._ready[task.seq, step.idx] = time.monotonic()
-        self._set_deadline(task, found.accepted_ns, found.timeout_ns)
-        self._end(task, ends)
-        return adopted
-
-    def _adopt(self, task: _LiveTask, step: OpenStep) -> _ActiveStep | None:
-        """The step if it still runs."""
-        tree = self._processes.adopt(self._directory(task.seq, step.idx).path)
-        if tree is None:
-            return None
-        active = _ActiveStep(task, step.idx, time.monotonic())
-        active.tree, active.started_ns, active.reason = tree, step.started_ns or 0, task.stop or step.stop
-        self._activate(active)
-        log.info("%s: still runs, pid %d", active, tree.pid, extra=active.extra)
-        return active
-
-    def _settle(self, task: _LiveTask, step: OpenStep) -> tuple[int, int, str] | None:
-        """How a step that had begun ended without a daemon; None when it never ran."""
-        directory = self._directory(task.seq, step.idx)
-        stopped, code = task.stop or step.stop, directory.exit_code()
-        if stopped:
-            return step.idx, FORCED_CODE, stopped
-        if code is not None:
-            return step.idx, code, ""
-        if self._processes.has_run(directory.path):
-            return step.idx, FORCED_CODE, _LOST
-        return None
-
-    def _directory(self, seq: int, idx: int) -> StepDirectory:
-        return StepDirectory(self._files, seq, idx)
-
-
-_LOST = "lost: it ended without a result, as when it is killed or the host restarts"
 
 
 # ======================================================================================================================
@@ -5135,10 +5817,11 @@ _LONG_LINE_BYTES = 1 << 20  # beyond this a line is answered piece by piece
 class Api:
     """Answers the routes of tasks and of the pool; any thread may call it."""
 
-    def __init__(self, store: Store, engine: Engine, clock: Clock, key_expire_ns: int) -> None:
+    def __init__(self, store: Store, scheduler: Scheduler, clock: Clock, files: Folder, key_expire_ns: int) -> None:
         self._store = store
-        self._engine = engine
+        self._scheduler = scheduler
         self._clock = clock
+        self._files = files
         self._key_expire_ns = key_expire_ns
 
     def routes(self) -> list[Route]:
@@ -5171,10 +5854,11 @@ class Api:
         sorts = [value for name, value in request.query if name == "sort"] or ["st"]
         if sorts not in (["st"], ["et"], ["rt"]):
             raise Malformed("sort parameter error")
-        return Response(headers=(JSON_TYPE,), body=self._task_list(self._store.seqs(sorts[0]), request.base_url))
+        numbers = self._store.task_numbers(sorts[0])
+        return Response(headers=(JSON_TYPE,), body=self._task_list(numbers, request.base_url))
 
     def submit_task(self, request: Request) -> Response:
-        accepted = self._engine.submit(parse_submission(request.body, request.query, INTERPRETERS))
+        accepted = self._scheduler.submit(parse_submission(request.body, request.query, INTERPRETERS))
         audit = f"task {accepted.id}, steps: {accepted.step_count}" + ("" if accepted.is_new else ", sent before")
         data = {
             "count": accepted.step_count,
@@ -5186,13 +5870,13 @@ class Api:
 
     def show_task(self, request: Request) -> Response:
         task = self._store.task(request.params["task"])
-        rows = self._store.steps(task.seq)
+        rows = self._store.steps(task.task_number)
         if task.ended_ns is None:
             code, message = Code.IN_PROGRESS, f"in progress: [{_running_text(rows)}]"
         elif task.state == State.ERROR:
             code, message = Code.FAILED, task.message
         elif failed := [row for row in rows if row.code]:
-            texts = (failure_text(row.idx, row.name, row.code, row.reason) for row in failed)
+            texts = (failure_text(row.step_index, row.name, row.code, row.reason) for row in failed)
             code, message = Code.FAILED, f"execution failed: [{'; '.join(texts)}]"
         else:
             code, message = Code.SUCCESS, "success"
@@ -5202,17 +5886,18 @@ class Api:
         return json_response(data, code, message, headers=(("X-Task-STATE", STATE_NAMES[State(task.state)]),))
 
     def stop_task(self, request: Request) -> Response:
-        self._engine.stop_task(self._store.task(request.params["task"]).seq)
+        self._scheduler.stop_task(self._store.task(request.params["task"]).task_number)
         return json_response()
 
     def stop_step(self, request: Request) -> Response:
         task = self._store.task(request.params["task"])
-        self._engine.stop_step(task.seq, self._store.step(task.seq, request.params["step"]).idx)
+        step = self._store.step(task.task_number, request.params["step"])
+        self._scheduler.stop_step(task.task_number, step.step_index)
         return json_response()
 
     def show_console(self, request: Request) -> Response:
         task = self._store.task(request.params["task"])
-        step = self._store.step(task.seq, request.params["step"])
+        step = self._store.step(task.task_number, request.params["step"])
         if step.state == State.PENDING:
             if task.ended_ns is not None:
                 raise NotFound(NO_TASK)
@@ -5220,32 +5905,33 @@ class Api:
         if step.state == State.RUNNING:
             code, message = Code.IN_PROGRESS, "in progress"
         elif step.code:
-            why = step.reason or failure_text(step.idx, step.name, step.code, "")
+            why = step.reason or failure_text(step.step_index, step.name, step.code, "")
             code, message = Code.FAILED, f"exit code: {step.code}; {why}"
         else:
             code, message = Code.SUCCESS, "succeed"
-        lines = encode_lines(self._engine.read_output(task.seq, step.idx), fallback_encoding())
+        output = StepDirectory(self._files, task.task_number, step.step_index).read_output()
+        lines = encode_lines(output, fallback_encoding())
         head = f'{{"code":{int(code)},"message":{to_json(message)},"data":['.encode()
         return Response(headers=(JSON_TYPE,), body=itertools.chain([head], lines, [b"]}"]))
 
     def show_pool(self, _: Request) -> Response:
-        return json_response(self._engine.pool()._asdict())
+        return json_response(self._scheduler.pool()._asdict())
 
     def resize_pool(self, request: Request) -> Response:
         body = parse_json(request.body)
         size = body.get("size") if isinstance(body, dict) else None
         if type(size) is not int or not 1 <= size <= _POOL_MOST:
             raise Malformed(f'the body must be {{"size": n}}, n from 1 to {_POOL_MOST}')
-        return json_response(self._engine.resize(size)._asdict(), audit=f"size {size}")
+        return json_response(self._scheduler.resize(size)._asdict(), audit=f"size {size}")
 
-    def _task_list(self, seqs: Sequence[int], base_url: str) -> Iterator[bytes]:
+    def _task_list(self, task_numbers: Sequence[int], base_url: str) -> Iterator[bytes]:
         """The answer of the list, block by block."""
         running, total = self._store.running_steps(), 0
         yield b'{"code":0,"message":"success","data":{"running":%d,"tasks":[' % len(running)
-        for rows in self._store.tasks(seqs):
+        for rows in self._store.tasks(task_numbers):
             if rows:
                 now = self._now()
-                block = [self._task_json(row, running.get(row.seq, ()), base_url, now) for row in rows]
+                block = [self._task_json(row, running.get(row.task_number, ()), base_url, now) for row in rows]
                 yield (b"," if total else b"") + to_json(block)[1:-1].encode()
                 total += len(rows)
         yield b'],"total":%d}}' % total
@@ -5269,14 +5955,14 @@ class Api:
     def _step_json(
         self, task: TaskRow, row: StepRow, rows: Sequence[StepRow], url: str, now: tuple[int, int]
     ) -> dict[str, Any]:
-        needs = [rows[idx].name for idx in json.loads(row.needs)]
+        needs = [rows[idx].name for idx in json.loads(row.depends_on)]
         return {
-            "step": row.idx,
-            "url": f"{url}/{row.idx}/console",
+            "step": row.step_index,
+            "url": f"{url}/{row.step_index}/console",
             "name": row.name,
             "state": row.state,
             "code": row.code,
-            "msg": step_message(row.idx, row.name, row.state, row.code, row.reason),
+            "msg": step_message(row.step_index, row.name, row.state, row.code, row.reason),
             **({"depets_on": needs} if needs else {}),
             "times": self._times(now, row.started_ns, row.ended_ns, row.ended_ns or task.ended_ns),
         }
@@ -5304,10 +5990,10 @@ class OperatorApi:
     """Answers the routes that tell of the daemon itself; any thread may call it."""
 
     def __init__(
-        self, store: Store, engine: Engine, clock: Clock, telemetry: Telemetry, root: str, warning: str
+        self, store: Store, scheduler: Scheduler, clock: Clock, telemetry: Telemetry, root: str, warning: str
     ) -> None:
         self._store = store
-        self._engine = engine
+        self._scheduler = scheduler
         self._clock = clock
         self._telemetry = telemetry
         self._root = root
@@ -5359,7 +6045,7 @@ class OperatorApi:
             Family(OWN + "tasks", "gauge", "Tasks kept, by state.", tasks),
             *(
                 single(f"{OWN}pool_{name}", "gauge", text, value)
-                for (name, value), text in zip(self._engine.pool()._asdict().items(), _POOL_HELP)
+                for (name, value), text in zip(self._scheduler.pool()._asdict().items(), _POOL_HELP)
             ),
             single(OWN + "store_size_bytes", "gauge", "What the database takes on disk.", self._store.size_bytes()),
         ]
@@ -5372,7 +6058,7 @@ class OperatorApi:
             {
                 "host": {**host._asdict(), "boot_time": format_time(int(boot_time_s()))},
                 "process": self._process_json(),
-                "pool": self._engine.pool()._asdict(),
+                "pool": self._scheduler.pool()._asdict(),
                 "tasks": {name: counts.get(state, 0) for state, name in STATE_NAMES.items()},
                 "store": {"bytes": self._store.size_bytes(), "records": sum(counts.values()), "oldest": oldest},
                 "root": {"path": self._root, "disk_free_bytes": disk.free, "disk_total_bytes": disk.total},
@@ -5538,7 +6224,7 @@ class DocumentApi:
 
 
 def _running_text(rows: Sequence[StepRow]) -> str:
-    return name_steps((row.idx, row.name) for row in rows if row.state == State.RUNNING) or WAITING
+    return name_steps((row.step_index, row.name) for row in rows if row.state == State.RUNNING) or WAITING
 
 
 def encode_lines(blocks: Iterable[bytes], fallback: str) -> Iterator[bytes]:
@@ -6216,18 +6902,25 @@ class Daemon:
         keep_descriptors()
         forget_launcher()
         descriptors = use_all_descriptors()
+        reserve = DescriptorReserve()
+        reserve.fill()
         telemetry = Telemetry()
         store = Store(os.path.join(self._root, "remote_executor.db"), telemetry.commit)
         store.start()
         closing.callback(store.stop)
-        clock = Clock.resume(store.memory(), store.latest_ns())
-        store.remember(clock.memory())
-        engine = Engine(store, Processes(umask, descriptors), clock, self._root, settings, telemetry)
+        clock = Clock.resume(store.metadata(), store.latest_ns())
+        store.save_metadata(clock.memory())
+        files = Folder(os.path.join(self._root, "tasks"))
+        processes = Processes(umask, descriptors, reserve)
+        scheduler = Scheduler(store, clock, settings.pool_size, lambda number: runner.remove_empty_workspace(number))
+        runner = Runner(store, scheduler, processes, clock, files, settings, telemetry)
+        recovery = Recovery(store, scheduler, processes, clock, files, runner)
+        janitor = Janitor(store, scheduler, processes, clock, files, settings)
         exposed = "--insecure: everybody is let in" if settings.insecure else ""
-        warning = "; ".join(text for text in (store.warning, exposed) if text)
+        warning = "; ".join(text for text in (*store.warnings(), exposed) if text)
         routes = [
-            *Api(store, engine, clock, settings.key_expire).routes(),
-            *OperatorApi(store, engine, clock, telemetry, self._root, warning).routes(),
+            *Api(store, scheduler, clock, files, settings.key_expire).routes(),
+            *OperatorApi(store, scheduler, clock, telemetry, self._root, warning).routes(),
             *ProfileApi(telemetry, settings.profile_timeout).routes(),
         ]
         router = Router([*routes, *DocumentApi(routes).routes()])
@@ -6236,29 +6929,32 @@ class Daemon:
         closing.callback(server.stop)
         server.open()
         access.start()
-        closing.callback(self._end_steps, engine)
-        engine.start()
+        closing.callback(janitor.stop)
+        closing.callback(self._end_steps, scheduler)
+        strays = recovery.run()
+        scheduler.start(runner.run, runner.clean_up)
+        janitor.start(strays)
         server.start()
         self._is_well = lambda: (
-            bool(engine.pool() and store.memory()) and all(one.is_alive() for one in (store, engine, server))
+            bool(scheduler.pool()) and all(one.is_alive() for one in (store, janitor, server))
         )
         return f"{server.scheme}://{server.authority}"
 
-    def _end_steps(self, engine: Engine) -> None:
+    def _end_steps(self, scheduler: Scheduler) -> None:
         """Does with the running steps what --on_exit says."""
-        engine.pause()
+        scheduler.pause()
         if self._settings.on_exit == "stop":
-            engine.stop_running()
+            scheduler.stop_running()
         if self._settings.on_exit != "leave":
-            while engine.pool().running and self._ends < 2:
+            while scheduler.pool().running and self._ends < 2:
                 self._supervisor.stopping()
                 time.sleep(_LOOK_S / 10)
-        running = engine.pool().running
+        running = scheduler.pool().running
         if running and self._settings.on_exit != "stop":
             log.warning(
                 "%d %s; the next start adopts them", running, "step runs on" if running == 1 else "steps run on"
             )
-        engine.stop()
+        scheduler.stop()
 
     def _configure_log(self) -> None:
         log.setLevel(logging.DEBUG if self._settings.debug else logging.INFO)
