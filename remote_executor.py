@@ -2415,6 +2415,8 @@ _RETRY_S = 0.5
 _GROUP_COMMIT_DELAY_S = 0.003  # that a change waits for others when nobody waits for it
 _READER_TIMEOUT_S = 5.0  # for a connection to read by, where no more can be opened
 _IDLE_READERS = 8  # connections that are kept for reads to come
+_RESERVE_SUFFIX = ".reserve"
+_RESERVE_BYTES = 256 * 1024  # -shm takes 32 KiB, -wal what the start and the first commits write
 _TASK = "SELECT seq, id, count, state, code, message, accepted_ns, ended_ns FROM task"
 _STEP = "SELECT idx, name, needs, state, code, reason, started_ns, ended_ns FROM step"
 _UNFINISHED_TASK = "seq, id, timeout_ns, accepted_ns, stop, count"
@@ -2540,17 +2542,46 @@ class Store:
         """Open the database, or make it, and put a damaged one aside; raises StartupError."""
         try:
             try:
-                self._writer = self._open()
-            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter of a message that quotes the file
-                if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
-                    raise  # not of the file: it is locked, or cannot be opened
-                self._quarantine(error)
-                self._writer = self._open()
-            self._readers.append(self._connect())
+                self._open_all()
+            except sqlite3.OperationalError:
+                if not self._free_reserve():
+                    raise
+                log.error("the disk of %s is full: what was kept free for a start is used now", self._path)
+                self._open_all()
             self._file = self._identify()
         except (sqlite3.Error, OSError) as error:
             raise StartupError(f"--root: {self._path} cannot be used: {error}") from None
+        self._fill_reserve()
         self._thread.start()
+
+    def _open_all(self) -> None:
+        try:
+            self._writer = self._open()
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter of a message that quotes the file
+            if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
+                raise  # not of the file: it is locked, or cannot be opened
+            self._quarantine(error)
+            self._writer = self._open()
+        self._readers.append(self._connect())
+
+    def _fill_reserve(self) -> None:
+        """Keep room on the disk for the files that SQLite needs beside the database (SQLite: Write-Ahead Logging)."""
+        path = self._path + _RESERVE_SUFFIX
+        if os.path.exists(path):
+            return
+        try:
+            with open(path, "wb") as file:
+                file.write(os.urandom(_RESERVE_BYTES))  # which no file system folds
+        except OSError:
+            self._free_reserve()  # a part of it helps nobody
+
+    def _free_reserve(self) -> bool:
+        """Give the room back; return whether there was any."""
+        try:
+            os.unlink(self._path + _RESERVE_SUFFIX)
+        except OSError:
+            return False
+        return True
 
     def _open(self) -> sqlite3.Connection:
         """Return a connection to a database that is sound and of this version, made where there was none."""
@@ -2602,6 +2633,11 @@ class Store:
             return False
         except OSError:  # nobody knows
             return True
+
+    def check_in_place(self) -> None:
+        """Raise Unavailable where what is stored from now on would be lost."""
+        if not self.is_in_place():
+            raise Unavailable(f"the database {self._path} was removed from under the daemon, which must be restarted")
 
     def _identify(self) -> tuple[int, int]:
         found = os.stat(self._path)
@@ -3270,6 +3306,7 @@ class Scheduler:
 
         It is known here before anybody can see it in the store, so that a stop finds it.
         """
+        self._store.check_in_place()
         task = Task(spec.id, spec.steps, spec.timeout_ns)
         now_ns = self._clock.now_ns()
         with self._lock:

@@ -47,6 +47,7 @@ import concurrent.futures
 import configparser
 import contextlib
 import ctypes
+import errno
 import functools
 import gzip
 import hashlib
@@ -342,8 +343,8 @@ class Daemon:
     def until_running(self, task: str, *steps: int) -> None:
         wait_until(lambda: all(self.steps(task)[step]["state"] == 1 for step in steps or (0,)), f"{task} to run")
 
-    def until_printed(self, task: str, line: str) -> None:
-        wait_until(lambda: line in self.console(task).json.get("data", []), f"{task} to print {line}")
+    def until_printed(self, task: str, line: str, step: int = 0) -> None:
+        wait_until(lambda: line in self.console(task, step).json.get("data", []), f"{task} to print {line}")
 
 
 def script(posix: str, windows: str) -> str:
@@ -439,9 +440,10 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
             *flags: str,
             root: Path = tmp_path / "root",
             env: dict[str, str] | None = None,
+            program: list[str] | None = None,
             tls: ssl.SSLContext | None = None,
         ) -> Daemon:
-            own = Daemon(root, *flags, env=env, tls=tls)
+            own = Daemon(root, *flags, env=env, program=program, tls=tls)
             stack.callback(own.retire)
             return own.start()
 
@@ -2831,6 +2833,784 @@ def test_clock_goes_on_after_a_boot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 <= clock_type.resume(memory, before).now_ns() - before - hour_ns < 10 * 10**9
     monkeypatch.setattr(time, "time_ns", lambda: real() - hour_ns)
     assert 0 <= clock_type.resume(memory, before).now_ns() - before < 10 * 10**9
+
+
+# ======================================================================================================================
+# limits: no process, no descriptor, no room on the disk; a step that writes too much
+# ======================================================================================================================
+
+
+def behind(command: str) -> list[str]:
+    """The program, behind a shell that does something first."""
+    return ["sh", "-c", f'{command} && exec "$@"', "sh", *PYTHON, str(PROGRAM)]
+
+
+@pytest.fixture
+def few_processes() -> Iterator[str]:
+    """The shell command that enters a control group of 40 processes and threads, which only root can make."""
+    place = Path("/sys/fs/cgroup/pids/remote_executor-test")
+    if not place.parent.is_dir():
+        place = Path("/sys/fs/cgroup/remote_executor-test")
+    try:
+        place.mkdir()
+    except OSError:
+        pytest.skip("this user cannot make a control group")
+    try:
+        (place / "pids.max").write_text("40")
+        yield f"echo $$ >{place}/cgroup.procs"
+    except OSError:
+        pytest.skip("this host counts no processes of a control group")
+    finally:
+        wait_until(lambda: not (place / "cgroup.procs").read_text(), "the group to be empty", 15)
+        place.rmdir()
+
+
+@linux_only
+def test_limit_of_processes_makes_steps_wait_and_fails_none(few_processes: str, launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--pool_size=60", program=behind(few_processes))
+    tasks = [daemon.submit(*[step("sleep 0.2; sleep 0.2")] * 4, ansync="1", timeout="1h") for _ in range(12)]
+    last = daemon.submit(step("sleep 1000"))
+    wait_until(lambda: daemon.get("/api/v1/pool").data["waiting"], "steps that wait")
+    assert daemon.put(f"/api/v1/task/{last}").code == 0
+    for task in tasks:
+        answer = daemon.ended(task, 120)
+        assert (answer.code, [one["code"] for one in answer.data]) == (0, [0] * 4), answer
+    assert daemon.ended(last).data[0]["msg"].endswith(STOPPED)
+    assert daemon.get("/api/v1/pool").data == {"size": 60, "running": 0, "waiting": 0}
+    assert daemon.run(step("exit 3")).data[0]["code"] == 3
+
+
+@linux_only
+@pytest.mark.parametrize("limit", [64, 128])
+def test_limit_of_descriptors_makes_steps_wait_and_a_stop_works(launch: Callable[..., Daemon], limit: int) -> None:
+    daemon = launch("--pool_size=500", program=behind(f"ulimit -Hn {limit} && ulimit -n {limit}"))
+    held_up = daemon.submit(*[step("trap '' TERM; echo up; while :; do sleep 0.1; done")] * 40, ansync="1")
+    task = daemon.submit(*[step("sleep 0.3")] * 60, ansync="1")
+    wait_until(lambda: daemon.get("/api/v1/pool").data["waiting"], "steps that wait")
+    for _ in range(2):
+        assert daemon.put(f"/api/v1/task/{held_up}").code == 0
+    stopped = daemon.ended(held_up)
+    assert {(one["code"], one["msg"].rpartition(": ")[2]) for one in stopped.data} == {(255, STOPPED)}
+    wait_until(lambda: not daemon.processes(held_up), f"the end of {daemon.processes(held_up)}", 15)
+    answer = daemon.ended(task, 120)
+    assert (answer.code, {one["code"] for one in answer.data}) == (0, {0})
+    assert daemon.run(step("exit 3")).data[0]["code"] == 3
+
+
+def fill(place: Path, leave_bytes: int = 0) -> Path:
+    """Fills a disk up to some bytes with a file, which it returns."""
+    ballast = place / f"ballast-{uuid.uuid4()}"
+    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with open(ballast, "r+b") as file:
+        file.truncate(ballast.stat().st_size // 4096 * 4096 - leave_bytes)
+    return ballast
+
+
+@linux_only
+def test_script_that_finds_no_room_waits_and_runs_whole(small_disk: Path, launch: Callable[..., Daemon]) -> None:
+    daemon = launch(root=small_disk / "root")
+    gate, text = small_disk / "gate", "#" * 100_000 + "\necho whole"
+    task = daemon.submit(held(gate), step(text), step("echo next"))
+    daemon.until_printed(task, "held")
+    ballast = fill(small_disk, 10 * 4096)
+    gate.touch()
+    wait_until(lambda: "cannot be started now" in daemon.log() or "cannot write" in daemon.log(), "a word of it")
+    assert daemon.steps(task)[1]["state"] in (1, 2) and daemon.console(task, 1).data == []
+    ballast.unlink()
+    assert daemon.ended(task).code == 0
+    assert [daemon.console(task, number).data for number in (1, 2)] == [["whole"], ["next"]]
+
+
+@linux_only
+@pytest.mark.parametrize("kill", [False, True], ids=["orderly", "killed"])
+@pytest.mark.parametrize("room", ["while it is full", "before the daemon starts"])
+def test_full_disk_loses_no_result_of_a_step_without_a_daemon(
+    small_disk: Path, tmp_path: Path, launch: Callable[..., Daemon], kill: bool, room: str
+) -> None:
+    daemon, gates = launch(root=small_disk / "root"), [tmp_path / "first", tmp_path / "second"]
+    before, adopted = (daemon.submit(held(gate), step("echo later")) for gate in gates)
+    for task in (before, adopted):
+        daemon.until_printed(task, "held")
+    daemon.kill() if kill else daemon.end()
+    ballast = fill(small_disk)
+    gates[0].touch()
+    wait_until(lambda: not daemon.processes(before), "the end of a step without a daemon")
+    if room != "while it is full":
+        ballast.unlink()
+    daemon.start()
+    wait_until(lambda: daemon.detail(adopted).code == 1001, "the daemon to serve")
+    if room == "while it is full":
+        assert daemon.try_submit([step("#" * 50_000)]).code == 507
+    gates[1].touch()
+    wait_until(lambda: not daemon.processes(adopted), "the end of the other")
+    ballast.unlink(missing_ok=True)
+    for task in (before, adopted):
+        answer = daemon.ended(task)
+        assert (answer.code, [one["code"] for one in answer.data]) == (0, [0, 0]), answer
+        assert daemon.console(task, 1).data == ["later"]
+
+
+@posix_only
+@pytest.mark.parametrize("content", ["yes", "trap '' TERM; yes; yes"], ids=["heeds", "ignores"])
+def test_max_output_is_exceeded_by_a_small_multiple_at_most(launch: Callable[..., Daemon], content: str) -> None:
+    daemon = launch("--max_output=1MiB")
+    task = daemon.submit(step(content))
+    assert daemon.ended(task).data[0]["msg"].endswith("Exit Code: 255: output limit exceeded")
+    (output,) = daemon.root.glob("tasks/*/0/output")
+    size = output.stat().st_size
+    print(f"{content}: {size / 2**20:.0f} MiB")
+    assert 2**20 < size < 200 * 2**20
+    wait_until(lambda: not daemon.processes(task), "the end of the writer")
+
+
+@posix_only
+def test_code_of_a_step_is_its_processs_own_whatever_its_files_say(daemon: Daemon) -> None:
+    contents = {
+        'rm -r "$TASK_WORKSPACE/../0"; exit 125': 125,
+        'rm -r "$TASK_WORKSPACE/../0"; exit 2': 2,
+        'echo 0 >"$TASK_WORKSPACE/../0/rc"; exit 130': 130,
+        'echo 7 >"$TASK_WORKSPACE/../0/rc"; exit 0': 0,
+        'echo 0 >"$TASK_WORKSPACE/../0/rc"; kill -9 $$': 137,
+        ': >"$TASK_WORKSPACE/../0/pid"; exit 200': 200,
+    }
+    for content, code in contents.items():
+        assert daemon.run(step(content)).data[0]["code"] == code, content
+
+
+@posix_only
+@pytest.mark.parametrize("end", ["stop", "timeout", "restart, then stop"])
+def test_end_of_a_task_by_force_reaches_what_its_ended_steps_left(
+    launch: Callable[..., Daemon], gate: Path, end: str
+) -> None:
+    daemon = launch()
+    left = "(sleep 1000 & echo $!); (setsid sleep 1000 & echo $!); (env -i setsid sleep 1000 & echo $!)"
+    task = daemon.submit(step(left), held(gate), **({"timeout": "2s"} if end == "timeout" else {}))
+    daemon.until_printed(task, "held", 1)
+    pids = [int(line) for line in daemon.console(task).data]
+    assert len(pids) == 3 and all(map(is_alive, pids))
+    if end.startswith("restart"):
+        daemon.restart(kill=True)
+    if end != "timeout":
+        assert daemon.put(f"/api/v1/task/{task}").code == 0
+    answer = daemon.ended(task)
+    assert [(one["state"], one["code"]) for one in answer.data] == [(0, 0), (0, 255)]
+    wait_until(lambda: not any(map(is_alive, pids)), f"the end of {pids}", 15)
+
+
+# The wrapper of version 1.0.0: a daemon of later versions adopts what it runs.
+WRAPPER_OF_1_0 = (
+    'set -C; echo $$ >"$1/pid" || exit 125; set +C; d=$1; umask $2; ulimit -Sn $3; shift 3; trap : TERM INT HUP; '
+    '(exec "$@" 2>&1); r=$?; umask 077; set -C; echo $r >"$d/rc"; exit $r'
+)
+DATABASE_OF_1_0 = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE task (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, digest TEXT NOT NULL, count INTEGER NOT NULL,
+    timeout_ns INTEGER NOT NULL, accepted_ns INTEGER NOT NULL, ended_ns INTEGER, state INTEGER NOT NULL DEFAULT 2,
+    code INTEGER NOT NULL DEFAULT 0, message TEXT NOT NULL DEFAULT '', stop TEXT NOT NULL DEFAULT ''
+);
+CREATE INDEX task_ended ON task (ended_ns, seq);
+CREATE TABLE step (
+    task INTEGER NOT NULL, idx INTEGER NOT NULL, name TEXT NOT NULL, needs TEXT NOT NULL, timeout_ns INTEGER NOT NULL,
+    state INTEGER NOT NULL DEFAULT 2, code INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL DEFAULT '',
+    stop TEXT NOT NULL DEFAULT '', started_ns INTEGER, ended_ns INTEGER, PRIMARY KEY (task, idx)
+) WITHOUT ROWID;
+CREATE INDEX step_running ON step (task, idx) WHERE state = 1;
+CREATE TABLE script (
+    task INTEGER NOT NULL, idx INTEGER NOT NULL, command_type TEXT NOT NULL, env TEXT NOT NULL, content TEXT NOT NULL,
+    PRIMARY KEY (task, idx)
+);
+INSERT INTO meta VALUES ('boot', 'another'), ('clock_base_ns', '0'), ('clock_offset_ns', '0');
+INSERT INTO task VALUES
+    (1, 'good', 'd1', 1, 0, {now} - 9000, {now} - 8000, 0, 0, 'all steps executed successfully', ''),
+    (2, 'bad', 'd2', 2, 0, {now} - 9000, {now} - 8000, 0, 3, 'execution failed: [Step: 0, Name: bad-0]', ''),
+    (3, 'wrong', 'd3', 2, 0, {now} - 9000, {now} - 8000, 0, 0, 'all steps executed successfully', ''),
+    (4, 'torn', 'd4', 1, 0, {now} - 9000, {now} - 8000, 0, 0, 'all steps executed successfully', ''),
+    (5, 'stopped', 'd5', 2, 0, {now} - 9000, NULL, 1, 0, '', 'artificial force termination'),
+    (6, 'over', 'd6', 2, 0, {now} - 9000, NULL, 1, 0, '', ''),
+    (7, 'runs', 'd7', 2, 0, {now} - 9000, NULL, 1, 0, '', ''),
+    (8, 'waits', 'd8', 2, 0, {now} - 9000, NULL, 2, 0, '', ''),
+    (9, 'killed', 'd9', 1, 0, {now} - 9000, NULL, 1, 0, '', '');
+INSERT INTO step VALUES
+    (1, 0, 'good-0', '[]', 0, 0, 0, '', '', {now} - 8500, {now} - 8000),
+    (2, 0, 'bad-0', '[]', 0, 0, 3, '', '', {now} - 8500, {now} - 8000),
+    (2, 1, 'bad-1', '[0]', 0, 2, 0, '', '', NULL, NULL),
+    (3, 0, 'wrong-0', '[]', 0, 0, 4, '', '', {now} - 8500, {now} - 8000),
+    (3, 1, 'wrong-1', '[]', 0, 0, 0, '', '', {now} - 8500, {now} - 8000),
+    (4, 0, 'torn-0', '[]', 0, 1, 0, '', '', {now} - 8500, NULL),
+    (5, 0, 'stopped-0', '[]', 0, 1, 0, '', '', {now} - 8500, NULL),
+    (5, 1, 'stopped-1', '[0]', 0, 2, 0, '', '', NULL, NULL),
+    (6, 0, 'over-0', '[]', 0, 1, 0, '', '', {now} - 8500, NULL),
+    (6, 1, 'over-1', '[0]', 0, 2, 0, '', '', NULL, NULL),
+    (7, 0, 'runs-0', '[]', 0, 1, 0, '', '', {now} - 8500, NULL),
+    (7, 1, 'runs-1', '[0]', 0, 2, 0, '', '', NULL, NULL),
+    (8, 0, 'waits-0', '[]', 0, 0, 0, '', '', {now} - 8500, {now} - 8000),
+    (8, 1, 'waits-1', '[0]', 0, 2, 0, '', '', NULL, NULL),
+    (9, 0, 'killed-0', '[]', 0, 1, 0, '', '', {now} - 8500, NULL);
+INSERT INTO script VALUES
+    (3, 0, 'sh', '[]', '# a secret'), (5, 0, 'sh', '[]', 'x'), (5, 1, 'sh', '[]', 'x'), (6, 0, 'sh', '[]', 'x'),
+    (6, 1, '{shell}', '["a=b"]', '{echo}'), (7, 0, 'sh', '[]', 'x'), (7, 1, '{shell}', '["a=b"]', '{echo}'),
+    (8, 0, 'sh', '[]', 'x'), (8, 1, '{shell}', '["a=b"]', '{echo}'), (9, 0, 'sh', '[]', 'x');
+PRAGMA user_version = 1;
+"""
+
+
+def make_root_of_1_0(root: Path) -> None:
+    """Makes what a daemon of version 1.0.0 leaves: the database, and files of the steps that had run."""
+    root.mkdir(mode=0o700)
+    values = {"now": time.time_ns(), "shell": SHELL, "echo": script("echo $a", "echo %a%")}
+    with contextlib.closing(sqlite3.connect(root / "remote_executor.db")) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.executescript(DATABASE_OF_1_0.format(**values))
+    for place, files in {
+        "1/0": {"output": "eins\n", "pid": "1\n", "rc": "0\n"},
+        "6/0": {"output": "over\n", "pid": "1\n", "rc": "0\n"},
+        "8/0": {"output": "", "pid": "1\n", "rc": "0\n"},
+        "9/0": {"output": "", "pid": "999999\n", "rc": "began\n"},
+    }.items():
+        (root / "tasks" / place).mkdir(parents=True)
+        for name, text in files.items():
+            (root / "tasks" / place / name).write_bytes(text.encode())
+
+
+def start_step_of_1_0(root: Path, number: int, content: str) -> subprocess.Popen[bytes]:
+    place = root / "tasks" / str(number) / "0"
+    place.mkdir(parents=True)
+    (place / "script.sh").write_text(content)
+    command = ["/bin/sh", "-c", WRAPPER_OF_1_0, "sh", str(place), "022", "256", "sh", str(place / "script.sh")]
+    with open(place / "output", "ab") as output:
+        options: Any = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.DEVNULL}
+        env = {**os.environ, "REMOTE_EXECUTOR_STEP": str(place)}
+        return subprocess.Popen(command, env=env, start_new_session=True, **options)
+
+
+def test_root_of_1_0_is_taken_up_with_all_that_is_in_it(
+    launch: Callable[..., Daemon], tmp_path: Path, gate: Path
+) -> None:
+    root = tmp_path / "root"
+    make_root_of_1_0(root)
+    children = []
+    if not WINDOWS:
+        wait = f'while [ ! -e "{gate}" ]; do sleep 0.02; done'
+        children = [start_step_of_1_0(root, 5, "sleep 1000"), start_step_of_1_0(root, 7, f"echo held; {wait}; exit 0")]
+        wait_until(lambda: len([*root.glob("tasks/[57]/0/pid")]) == 2, "both to begin")
+    daemon = launch(root=root)
+    for child in children:
+        threading.Thread(target=child.wait).start()  # or it stays a zombie of ours
+    assert [row["id"] for row in daemon.get("/api/v1/task").data["tasks"]] == (
+        ["good", "bad", "wrong", "torn", "stopped", "over", "runs", "waits", "killed"]
+    )
+    assert daemon.detail("good").head == (200, 0, "success") and daemon.console("good").data == ["eins"]
+    assert daemon.detail("bad").message == "execution failed: [Step: 0, Name: bad-0, Exit Code: 3]"
+    assert (daemon.row("wrong")["code"], daemon.row("wrong")["msg"]) == (4, "execution failed: [Step: 0, Name: wrong-0]")
+    assert (daemon.row("torn")["code"], daemon.steps("torn")[0]["state"]) == (255, 0)
+    assert "lost: " in daemon.detail("torn").message
+    assert daemon.ended("stopped").data[0]["msg"].endswith(STOPPED) and daemon.steps("stopped")[1]["state"] == 2
+    for task in ("over", "waits"):
+        assert daemon.ended(task).code == 0 and daemon.console(task, 1).data == ["b"]
+    assert "lost: " in daemon.ended("killed").message
+    if not WINDOWS:
+        assert daemon.detail("runs").head == (200, 1001, "in progress: [Step: 0, Name: runs-0]")
+        gate.touch()
+        assert daemon.ended("runs").code == 0
+        assert (daemon.console("runs").data, daemon.console("runs", 1).data) == (["held"], ["b"])
+    assert daemon.run(step()).code == 0 and (root / "tasks" / "10").is_dir()
+    daemon.end()
+    with contextlib.closing(sqlite3.connect(root / "remote_executor.db")) as db:
+        assert db.execute("SELECT count(*) FROM script").fetchone() == (0,)
+    assert not [*root.glob("*.corrupt*")]
+    daemon.start()
+
+
+def test_database_whose_schema_is_worded_otherwise_is_no_damaged_one(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    daemon.run(step(), id="a")
+    daemon.end()
+    with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as db:
+        db.execute("PRAGMA writable_schema = ON")
+        db.execute("UPDATE sqlite_master SET sql = replace(sql, '-- order of acceptance', '-- the order') WHERE name = 'task'")
+        db.commit()
+    daemon.start()
+    assert daemon.detail("a").code == 0 and not [*daemon.root.glob("*.corrupt*")]
+
+
+def test_database_that_lacks_a_column_is_put_aside(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    daemon.run(step(), id="a")
+    daemon.end()
+    with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as db:
+        db.execute("ALTER TABLE step RENAME COLUMN reason TO cause")
+        db.commit()
+    daemon.start()
+    assert daemon.detail("a").code == 1003 and "lacks step.reason" in daemon.get("/healthyz").data["warning"]
+
+
+def test_database_of_a_later_version_is_refused(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    daemon.end()
+    with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as db:
+        db.execute("PRAGMA user_version = 99")
+    line = refused(cli("run", "--addr=127.0.0.1:0", f"--root={daemon.root}"), 1)
+    assert "later version" in line
+    with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as db:
+        db.execute(f"PRAGMA user_version = {len(module()._MIGRATIONS)}")
+    daemon.start()
+
+
+# ======================================================================================================================
+# scheduler and store in process: races staged with fakes, a database with a past, changes that fail
+# ======================================================================================================================
+
+
+class FakeTree:
+    """A process tree whose end the test decides."""
+
+    pid = 1
+
+    def __init__(self, code: int | None = None) -> None:
+        self.code = code
+        self.is_over = threading.Event()
+        self.woken = threading.Event()
+        self.stops = 0
+
+    def wait(self, deadline_s: float | None) -> bool:
+        wait_until(lambda: self.is_over.is_set() or self.woken.is_set(), "an end", pause_s=0.001)
+        self.woken.clear()
+        return self.is_over.is_set()
+
+    def wake(self) -> None:
+        self.woken.set()
+
+    def exit_code(self) -> int | None:
+        return self.code
+
+    def stop(self, is_hurried: Callable[[], bool]) -> None:
+        self.stops += 1
+        self.is_over.set()
+
+    def end(self, code: int | None) -> None:
+        self.code = code
+        self.is_over.set()
+
+
+class FakeProcesses:
+    """Starts fake trees, or what a test makes of a start."""
+
+    initial_files: dict[str, bytes] = {}
+
+    def __init__(self) -> None:
+        self.trees: list[FakeTree] = []
+        self.errors: list[OSError] = []
+        self.remaining: list[list[str]] = []
+        self.has_started = True
+
+    def start(self, command: Any, step_dir: str, cwd: str, env: Any) -> FakeTree:
+        if self.errors:
+            raise self.errors.pop()
+        self.trees.append(FakeTree())
+        return self.trees[-1]
+
+    def remains(self, step_dirs: list[str]) -> FakeTree:
+        self.remaining.append([os.path.basename(place) for place in step_dirs])
+        tree = FakeTree()
+        tree.is_over.set()
+        return tree
+
+    def may_have_started(self, step_dir: str) -> bool:
+        return self.has_started
+
+    def adopt(self, step_dir: str) -> None:
+        return None
+
+    def release(self, tree: FakeTree) -> None: ...
+
+    def reap(self) -> None: ...
+
+
+class House:
+    """The rooms of the daemon that know of tasks, without HTTP, on fake processes."""
+
+    def __init__(self, root: Path, size: int = 30) -> None:
+        code = module()
+        (root / "tasks").mkdir(parents=True, exist_ok=True)
+        self.metrics = code.Telemetry()
+        self.store = code.Store(str(root / "db"), self.metrics.commit)
+        self.store.start()
+        self.clock = code.Clock.resume({}, 0)
+        self.processes = FakeProcesses()
+        self.files = code.Folder(str(root / "tasks"))
+        self.files.open()
+        settings = code.make_settings({"pool_size": str(size)})
+        self.scheduler = code.Scheduler(self.store, self.clock, size, lambda number: None)
+        rooms = (self.store, self.scheduler, self.processes, self.clock, self.files)
+        self.runner = code.Runner(*rooms, settings, self.metrics)
+        self.janitor = code.Janitor(*rooms, settings)
+        self.recovery = code.Recovery(*rooms, self.runner)
+
+    def start(self, run: Callable[[Any], None] | None = None) -> None:
+        self.scheduler.start(run or self.runner.run, self.runner.clean_up)
+
+    def submit(self, *steps: dict[str, Any], **query: str) -> Any:
+        """What the scheduler answers for a submission."""
+        return self.scheduler.submit(self.parse(*steps, **query))
+
+    def parse(self, *steps: dict[str, Any], **query: str) -> Any:
+        return module().parse_submission(json.dumps(steps).encode(), [*query.items()], module().INTERPRETERS)
+
+    def ends(self, number: int) -> list[tuple[int, int, str]]:
+        return [(row.state, row.code, row.reason) for row in self.store.steps(number)]
+
+    def ended(self, number: int) -> list[tuple[int, int, str]]:
+        """How the steps ended, once the task has."""
+        wait_until(lambda: number not in self.store.unfinished_task_numbers(), f"the end of task {number}")
+        return self.ends(number)
+
+    def tree(self, index: int = 0) -> FakeTree:
+        """The tree of the step that was started so many others after the first, once it is there."""
+        return wait_until(lambda: len(self.processes.trees) > index and self.processes.trees[index], "a start")
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    own = House(tmp_path)
+    yield own
+    own.scheduler.stop()
+    own.store.stop()
+    module().log.handlers.clear()
+
+
+@pytest.fixture
+def often_switched() -> Iterator[None]:
+    """Threads take turns every 10 microseconds, so that races happen."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("often_switched")
+@often(400 if WINDOWS else 2000, 20_000)
+def test_list_detail_metrics_and_database_agree_whatever_races(house: House, tmp_path: Path, runs: int) -> None:
+    """A model that knows nothing of order: whatever happened to a step, everybody tells the same of it."""
+    random, told = Random(runs), collections.Counter[str]()
+    lock = threading.Lock()
+
+    def run(step: Any) -> None:
+        """A runner that ends its step at once, or puts it back, or finds it stopped."""
+        begun = step.begun.result()
+        assert begun is None
+        with lock:
+            chance = random.random()
+        if chance < 0.05:
+            return house.scheduler.requeue(step, "a test")
+        house.scheduler.attach(step, FakeTree())
+        code = 0 if chance < 0.6 else 1
+        if not house.scheduler.finish(step, code):
+            assert house.scheduler.finish(step, code, tree_has_ended=True)
+        with lock:
+            told["forced" if step.stop_reason else "failed" if code else "succeeded"] += 1
+        return None
+
+    def client(count: int) -> None:
+        own = Random(count)
+        for number in range(count):
+            width = own.randint(1, 6)
+            names = [f"s{n}" for n in range(width)]
+            steps = [
+                step("exit 0", name=name, depets_on=[other for other in names[:n] if own.random() < 0.3])
+                for n, name in enumerate(names)
+            ]
+            accepted = house.submit(*steps, ansync="1", id=f"c{threading.get_ident()}-{number}")
+            with contextlib.suppress(module().NotFound):
+                if own.random() < 0.2:
+                    house.scheduler.stop_task(accepted.task_number)
+                elif own.random() < 0.2:
+                    house.scheduler.stop_step(accepted.task_number, own.randrange(width))
+
+    house.start(run)
+    stopping = threading.Event()
+    timekeeper = threading.Thread(target=lambda: [house.scheduler.retry() for _ in iter(lambda: stopping.wait(0.01), True)])
+    timekeeper.start()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(client, [runs // 8 + n for n in range(8)])] == [None] * 8
+    wait_until(lambda: not house.store.unfinished_task_numbers(), "all tasks to end", 300)
+    stopping.set()
+    timekeeper.join()
+    wait_until(lambda: house.scheduler.pool()[1:] == (0, 0), "an empty pool")
+    ends = collections.Counter[str]()
+    for block in house.store.tasks(house.store.task_numbers()):
+        for task in block:
+            rows = house.store.steps(task.task_number)
+            assert (task.state, task.code) == (0, sum(row.code for row in rows)), (task, rows)
+            failed = "; ".join(f"Step: {row.step_index}, Name: {row.name}" for row in rows if row.code)
+            assert task.message == (f"execution failed: [{failed}]" if failed else "all steps executed successfully")
+            for row in rows:
+                check_end(row, rows)
+                if row.started_ns:
+                    ends["forced" if row.reason else "failed" if row.code else "succeeded"] += 1
+    assert ends == told
+
+
+def check_end(row: Any, rows: list[Any]) -> None:
+    """A step of an ended task has ended, or never ran since one that it depends on did not succeed."""
+    needed = [rows[index] for index in json.loads(row.depends_on)]
+    if row.state == 2:
+        assert (row.code, row.started_ns, row.ended_ns) == (0, None, None), row
+        assert any(one.state == 2 or one.code for one in needed), (row, needed)
+    else:
+        assert row.state == 0 and row.ended_ns is not None, row
+        assert row.started_ns is None or all((one.state, one.code) == (0, 0) for one in needed), (row, needed)
+
+
+def test_stop_finds_a_task_as_soon_as_it_can_be_seen(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.start()
+    seen, may_go = threading.Event(), threading.Event()
+
+    class Slow(concurrent.futures.Future):  # type: ignore[type-arg]
+        def result(self, timeout: float | None = None) -> Any:
+            answer = real.result()
+            seen.set()
+            assert may_go.wait(60)
+            return answer
+
+    accept = house.store.accept
+    real: Any = None
+
+    def slow_accept(*arguments: Any) -> Any:
+        nonlocal real
+        real = accept(*arguments)
+        return Slow()
+
+    monkeypatch.setattr(house.store, "accept", slow_accept)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        accepted = pool.submit(house.submit, step(), step(), id="a")
+        assert seen.wait(60)  # it is in the list, and its submission has not been answered
+        house.scheduler.stop_task(house.store.task("a").task_number)
+        may_go.set()
+        number = accepted.result().task_number
+    assert house.ended(number) == [(0, 255, STOPPED), (2, 0, "")] and not house.processes.trees
+
+
+def test_stop_that_comes_as_a_step_ends_still_reaches_its_tree(house: House) -> None:
+    house.start()
+    number = house.submit(step()).task_number
+    tree = house.tree()
+    exit_code = tree.exit_code
+
+    def stopped_meanwhile() -> int | None:
+        house.scheduler.stop_step(number, 0)  # the runner has seen the end, and not yet told it
+        return exit_code()
+
+    tree.exit_code = stopped_meanwhile  # type: ignore[method-assign]
+    tree.end(0)
+    assert house.ended(number) == [(0, 255, STOPPED)] and tree.stops == 1
+
+
+def test_killed_wrapper_ends_its_tree_and_is_lost(house: House) -> None:
+    house.start()
+    number = house.submit(step(), step()).task_number
+    tree = house.tree()
+    tree.end(None)
+    assert house.ended(number) == [(0, 255, module().LOST), (2, 0, "")] and tree.stops == 1
+
+
+def test_stop_of_a_task_covers_what_its_ended_steps_left(house: House) -> None:
+    house.start()
+    number = house.submit(step(), step(), step()).task_number
+    house.tree(0).end(0)
+    house.tree(1)
+    house.scheduler.stop_task(number)
+    assert [end[1] for end in house.ended(number)] == [0, 255, 0] and house.processes.remaining == [["0"]]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC])
+def test_start_that_lacks_something_is_tried_again_and_told(
+    house: House, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    house.processes.errors = [OSError(number, os.strerror(number)) for _ in range(3)]
+    house.start()
+    with caplog.at_level(logging.INFO, "remote_executor"):
+        task = house.submit(step(), step("exit 1"), ansync="1").task_number
+        wait_until(lambda: house.scheduler.scarcity and house.scheduler.pool()[1:] == (0, 2), "both to wait")
+        assert os.strerror(number) in house.scheduler.scarcity
+        assert [state for state, *_ in house.ends(task)] == [2, 2] and house.store.task(house_id(house, task)).state == 2
+        for index in (0, 1):
+            wait_until(lambda index=index: house.scheduler.retry() or len(house.processes.trees) > index, "a start")  # type: ignore[misc]
+            house.tree(index).end(0)
+        assert [end[:2] for end in house.ended(task)] == [(0, 0), (0, 0)]
+        wait_until(lambda: not house.scheduler.scarcity, "all to be well")
+    assert len([one for one in caplog.records if one.levelno == logging.ERROR]) == 1
+
+
+def house_id(house: House, number: int) -> str:
+    (rows,) = house.store.tasks([number])
+    return rows[0].id
+
+
+def test_start_of_a_wrapper_that_never_began_is_tried_again(house: House) -> None:
+    house.processes.has_started = False
+    house.start()
+    task = house.submit(step()).task_number
+    house.tree(0).end(2)
+    wait_until(lambda: house.scheduler.scarcity and house.scheduler.pool().waiting == 1, "it to wait")
+    house.processes.has_started = True
+    wait_until(lambda: house.scheduler.retry() or len(house.processes.trees) > 1, "another start")
+    house.tree(1).end(2)
+    assert house.ended(task) == [(0, 2, "")]
+
+
+def test_threads_that_cannot_be_started_delay_steps_and_lose_none(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, is_refused = threading.Thread.start, True
+
+    def refusing(thread: threading.Thread) -> None:
+        if thread.name == "step" and is_refused:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refusing)
+    house.start()
+    tasks = [house.submit(step(), timeout="1h").task_number for _ in range(5)]
+    assert house.scheduler.pool()[1:] == (0, 5) and "no thread" in house.scheduler.scarcity
+    house.scheduler.stop_task(tasks[0])
+    assert house.ended(tasks[0]) == [(0, 255, STOPPED)]
+    assert house.scheduler.next_deadline_ns() is not None
+    is_refused = False
+    for index in range(4):
+        wait_until(lambda index=index: house.scheduler.retry() or len(house.processes.trees) > index, "a start")  # type: ignore[misc]
+        house.tree(index).end(0)
+    assert [house.ended(task) for task in tasks[1:]] == [[(0, 0, "")]] * 4
+
+
+def test_moves_that_are_not_in_the_table_are_refused(house: House) -> None:
+    code = module()
+    house.start()
+    house.submit(step())
+    house.tree()
+    (running,) = house.scheduler.running_steps()
+    for phase in code.Phase:
+        if phase not in code._MOVES[running.phase]:
+            with pytest.raises(code.IllegalMove):
+                house.scheduler._move(running, phase)
+    house.tree().end(0)
+
+
+def test_begin_and_end_of_steps_are_synced_before_anything_follows(house: House) -> None:
+    statements: list[str] = []
+    house.store._writer.set_trace_callback(statements.append)
+    house.start()
+    number = house.submit(step()).task_number
+    level = [text.rpartition(" ")[2] for text in statements if "synchronous" in text]
+    house.tree()  # the process has been started
+    begun = [text.rpartition(" ")[2] for text in statements if "synchronous" in text]
+    assert level == ["FULL"] and begun[1:] and set(begun) == {"FULL"}
+    house.tree().end(0)
+    house.ended(number)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), RecursionError(), sqlite3.IntegrityError("x"), KeyError("x")])
+def test_change_that_raises_anything_fails_alone(house: House, error: Exception) -> None:
+    def fail(_: Any) -> None:
+        raise error
+
+    with house.store._queue_changed:  # so that all are of one commit
+        bad = [house.store._ask(fail) for _ in range(2)]
+        house.store._record(fail)
+        good = house.store._ask(lambda db: db.execute("SELECT 7").fetchone()[0])
+    assert good.result(60) == 7
+    for change in bad:
+        with pytest.raises(module().Unavailable):
+            change.result(60)
+    assert house.store.is_alive() and house.store._ask(lambda db: 8).result(60) == 8
+    house.store.save_metadata({"a": "b"})
+    wait_until(lambda: house.store.metadata().get("a") == "b", "a change after it")
+
+
+def test_writer_that_fails_itself_goes_on(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(house.store, "_on_commit", lambda *_: 1 / 0)
+    with pytest.raises(module().Unavailable):
+        house.store._ask(lambda db: db.execute("SELECT nothing")).result(60)
+    monkeypatch.undo()
+    assert house.store._ask(lambda db: 8).result(60) == 8
+
+
+def test_changes_tried_again_keep_their_order(house: House) -> None:
+    fails = [True]
+
+    def first(db: sqlite3.Connection) -> None:
+        if fails[0]:
+            raise sqlite3.OperationalError("database or disk is full")
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('order', 'first')")
+
+    house.store._record(first)
+    house.store._record(lambda db: db.execute("UPDATE meta SET value = value || ', second' WHERE key = 'order'"))
+    wait_until(lambda: house.store.warnings(), "the first to fail")
+    assert house.store._ask(lambda db: 1).result(60) == 1
+    fails[0] = False
+    wait_until(lambda: house.store.metadata().get("order") == "first, second", "both")
+    wait_until(lambda: not house.store.warnings(), "no warning")
+
+
+def test_database_that_was_removed_takes_no_task(house: House, tmp_path: Path) -> None:
+    house.start(lambda step: None)
+    house.submit(step())
+    if WINDOWS:
+        return  # where an open file cannot be removed
+    (tmp_path / "db").rename(tmp_path / "elsewhere")
+    with pytest.raises(module().Unavailable, match="removed"):
+        house.submit(step())
+    (tmp_path / "elsewhere").rename(tmp_path / "db")
+    house.submit(step())
+
+
+def test_scripts_go_with_their_task_however_it_ends(house: House) -> None:
+    def scripts() -> int:
+        return house.store._read("SELECT count(*) FROM script")[0][0]
+
+    house.start()
+    numbers = [house.submit(step("# secret")).task_number for _ in range(4)]
+    assert scripts() == 4
+    house.store.fail(numbers[0], "lost: a test", house.clock.now_ns())
+    house.tree(1).end(0)
+    house.tree(2).end(1)
+    house.scheduler.stop_task(numbers[3])
+    for number in numbers[1:]:
+        house.ended(number)
+    wait_until(lambda: scripts() == 0, "the scripts to go")
+    house.tree(0).end(0)
+
+
+# Of version 1.0.0, of the steps that `fingerprinted` submits.
+FINGERPRINT = "bd865cd657ba7547e987cb43da3a82451631e31e67fdc5fc772cd3f383401114"
+
+
+def fingerprinted(house: House) -> str:
+    steps = [
+        step("echo $target", "sh", env_vars=["target=linux"], timeout="90s"),
+        step("print(7)", "python", name="näme", depends_on=["a-0"]),
+    ]
+    return house.parse(*steps, id="a", timeout="1h", ansync="true", env_vars="jobs=4").fingerprint
+
+
+def test_fingerprint_of_a_submission_is_that_of_1_0(house: House) -> None:
+    assert fingerprinted(house) == FINGERPRINT
+
+
+def test_fingerprint_does_not_change_by_a_field_that_is_not_given(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = module()
+    fields = [(name, Any) for name in code.StepSpec._fields]
+    later: Any = NamedTuple("StepSpec", [*fields, ("stdin", str)])  # type: ignore[misc]
+    later.__new__.__defaults__ = ("",)
+    later._field_defaults = {"stdin": ""}
+    monkeypatch.setattr(code, "StepSpec", later)
+    assert fingerprinted(house) == FINGERPRINT
+    plain = code._identify_step(later("n", "sh", "exit", (), (), 0))
+    assert code._identify_step(later("n", "sh", "exit", (), (), 0, stdin="x")) != plain
 
 
 # ======================================================================================================================
