@@ -2942,7 +2942,7 @@ def test_full_disk_loses_no_result_of_a_step_without_a_daemon(
     daemon.start()
     wait_until(lambda: daemon.detail(adopted).code == 1001, "the daemon to serve")
     if room == "while it is full":
-        assert daemon.try_submit([step("#" * 50_000)]).code == 507
+        wait_until(lambda: daemon.try_submit([step("#" * 50_000)]).code == 507, "507")
     gates[1].touch()
     wait_until(lambda: not daemon.processes(adopted), "the end of the other")
     ballast.unlink(missing_ok=True)
