@@ -65,7 +65,7 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from enum import Enum, IntEnum
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Protocol
 
 __version__ = "1.0.0"
 
@@ -1294,6 +1294,56 @@ def keep_descriptors() -> None:
                     os.set_inheritable(int(name), False)
 
 
+def reset_inherited_signals() -> None:
+    """Undo what whoever started us did to signals: steps inherit what is ignored or blocked (signal(7)).
+
+    A handler that does nothing, in place of "ignored", becomes the default at exec: nohup protects us as before.
+    """
+    if sys.platform == "win32":
+        return
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in signal.valid_signals():
+        # Popen resets what CPython itself ignores.
+        if signal.getsignal(number) is signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL if number in _UNIGNORED else _do_nothing)
+    _reset_library_signals()
+
+
+def detach() -> None:
+    """Leave the session and the group of whoever started this process."""
+    if sys.platform != "win32":
+        with contextlib.suppress(PermissionError):  # it leads a group of its own already
+            os.setsid()
+
+
+def _do_nothing(*_: Any) -> None:
+    """Handle a signal."""
+
+
+# Whoever ignores SIGCHLD gets no exit code of a child; the next three are harmless by default. With a handler, a write
+# to a terminal in the background would be tried again for ever (termios(3), TOSTOP).
+_UNIGNORED = {
+    getattr(signal, name, None) for name in ("SIGCHLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGTTIN", "SIGTTOU")
+}
+
+
+def _reset_library_signals() -> None:
+    """Set signals 32 and 33 to their defaults, which glibc's posix_spawn leaves ignored: only the kernel can.
+
+    CPython 3.13.0, make and others start their children so.
+    """
+    call = {"x86_64": 13, "aarch64": 134, "riscv64": 134}.get(os.uname().machine)  # rt_sigaction(2)
+    if not ON_LINUX or call is None or struct.calcsize("P") != 8:
+        return
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        ignored = next((int(line.split()[1], 16) for line in file if line.startswith("SigIgn:")), 0)
+    for number in (32, 33):
+        if ignored >> (number - 1) & 1:
+            import ctypes
+
+            ctypes.CDLL(None).syscall(call, number, bytes(64), None, 8)  # a struct of zeros: SIG_DFL
+
+
 class PeerTable:
     """Who holds the other ends of the connections to one port of this host; any thread may ask.
 
@@ -1628,7 +1678,10 @@ INTERPRETERS: Mapping[str, Interpreter] = {
 
 
 def interpreter_command(command_type: str, file: str, workspace: str, path: str) -> list[str]:
-    """The command line that runs the file; `path` is the PATH to search. Raises LaunchError for a missing program."""
+    """Return the command line that runs the file; `path` is the PATH to search before the daemon's own.
+
+    Raises LaunchError for a missing program.
+    """
     interpreter = INTERPRETERS[command_type]
     if ON_WINDOWS:  # cmd reads the line, to which a letter of the root's, such as %, may mean something
         file = os.path.relpath(file, workspace)
@@ -1636,9 +1689,11 @@ def interpreter_command(command_type: str, file: str, workspace: str, path: str)
             file = file.replace("\\", "/")
     places = {"{file}": file, "{quoted}": "'" + file.replace("'", "''") + "'"}
     arguments = [_PLACE.sub(lambda found: places[found[0]], argument) for argument in interpreter.arguments]
-    for program in interpreter.programs if interpreter is not _CMD or ON_WINDOWS else ():
+    programs = interpreter.programs if interpreter is not _CMD or ON_WINDOWS else ()
+    own_path = os.environ.get("PATH", os.defpath)  # for a step that looks for its own programs elsewhere
+    for directories, program in itertools.product(dict.fromkeys((path, own_path)), programs):
         name, *options = program.split()
-        found = find_program(name, path)
+        found = find_program(name, directories)
         if found:  # another batch file would not come back to the wrapper, unless it is called
             call = ["call"] if found.lower().endswith((".bat", ".cmd")) else []
             return [*call, found, *options, *arguments]
@@ -1715,23 +1770,163 @@ def _encode_batch(text: str, encoding: str) -> bytes:
 # process trees: one step's process and all that it started
 # ======================================================================================================================
 
-COOKIE = "REMOTE_EXECUTOR_STEP"  # in the environment of every process of a step; its value is the step's directory
+STEP_ENV_VAR = "REMOTE_EXECUTOR_STEP"  # in the environment of each process of a step; its value is the step's directory
+DAEMON_ENV_VAR = "REMOTE_EXECUTOR_DAEMON"  # in that of a daemon which a step has started, in its place
 
-NOTHING_RAN = 125  # of the wrapper, when it could not write to the step's directory
+WRAPPER_FAILED = 125  # of the wrapper, when it could not write to the step's directory
+GRACE_S = 5.0  # between asking a tree to end and ending it
 
-# The pid first: no pid file, no run. `trap :` and not `trap ''`: children get the default handlers, the wrapper
-# survives a SIGTERM to its group and tells the result. Its own stderr is nowhere: a shell says "Killed" there, and
-# would say it in the step's output if it did the redirection of 2 itself and not in the subshell.
-# $1 is the step's directory, $2 and $3 the umask and the limit of open files that the daemon was started with.
-# `set -C`: what is there already, a link perhaps, is not written to; off again for the step, which has it in SHELLOPTS
-# where that is exported.
-_WRAPPER = (
-    'set -C; echo $$ >"$1/pid" || exit 125; set +C; d=$1; umask $2; ulimit -Sn $3; shift 3; trap : TERM INT HUP; '
-    '(exec "$@" 2>&1); r=$?; umask 077; set -C; echo $r >"$d/rc"; exit $r'
+# A process tree is the process of a step, its wrapper before it, and whatever these have started and lost sight of.
+# Nothing in a POSIX system keeps such a tree together: a process may leave its group and its session, lose its parent,
+# change its environment. So membership is a matter of evidence, gathered anew by every scan of the process table:
+#
+#   1. the session of the wrapper, for as long as its number cannot have been given to another;
+#   2. STEP_ENV_VAR in the environment that the process was started with, naming the step's directory;
+#   3. the step's output as its standard output or error, where a process has been given another environment;
+#   4. an orphan that has become our child, bears no mark that we can read (ssh-agent denies it), and is of an age at
+#      which only this step can have started it;
+#   5. the children of members, all that is in a session of a member, and what was a member before.
+#
+# No evidence is a path among the arguments: an operator's `du` has it too. A daemon of ours is never a member, nor is
+# the walk over children led through it: it says so by DAEMON_ENV_VAR. A pid, a group and a session may come back as
+# another's: a process is its pid and its start time, compared before every signal; the wrapper is left a zombie until
+# `release`, so that its numbers stay ours. What a scan saw in the middle of an exec, when a process has no environment,
+# says nothing of it: that scan does not count.
+#
+# To stop a tree is to signal first what is known without looking, to look then, and to end when three whole scans in
+# succession have found nothing.
+
+
+class ProcessTree(Protocol):
+    """One step's wrapper and all that it started. `wake` is for any thread, the rest for the one that owns the tree."""
+
+    pid: int  # of the wrapper; 0 where unknown
+
+    def wait(self, deadline_s: float | None) -> bool:
+        """Wait for the wrapper's end, until time.monotonic() is `deadline_s` or a `wake`; whether it has ended."""
+
+    def wake(self) -> None:
+        """Make `wait` return, and have `stop` ask again whether it should hurry."""
+
+    def exit_code(self) -> int | None:
+        """Return the code of an ended wrapper that is our child and ended by itself.
+
+        None when it was killed by a signal or is no child of ours: its result file may know more. Without one the step
+        is lost, and what it left running must be stopped first.
+        """
+
+    def stop(self, is_hurried: Callable[[], bool]) -> None:
+        """End the tree: ask every member, grant the whole tree GRACE_S, end by force what is left.
+
+        The grace ends as soon as `is_hurried` says so, which is asked at every `wake` and at least every 50 ms.
+        """
+
+    def close(self) -> None:
+        """Give back the descriptors; idempotent."""
+
+
+class StepProcesses(Protocol):
+    """Starts, adopts and collects process trees; any thread may call it."""
+
+    initial_files: Mapping[str, bytes]  # what a step's directory holds beside the script before `start`, of mode 0600
+
+    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> ProcessTree:
+        """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
+
+        Raises OSError, after which nothing runs: `is_scarcity` tells whether to try again.
+        """
+
+    def adopt(self, step_dir: str) -> ProcessTree | None:
+        """Return the tree of a step that an earlier daemon started, None when its wrapper has ended."""
+
+    def remains(self, step_dirs: Sequence[str]) -> ProcessTree:
+        """Return a tree of what steps whose wrappers have ended left running: `wait` is True at once."""
+
+    def may_have_started(self, step_dir: str) -> bool:
+        """Tell by the step's files whether its script may have run; raises OSError where they cannot be read."""
+
+    def release(self, tree: ProcessTree) -> None:
+        """Give back what the tree holds; it has ended, or runs on without us."""
+
+    def reap(self) -> None:
+        """Collect orphans of steps that have ended; for one thread, now and then."""
+
+
+_SCARCE = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+# ERROR_NOT_ENOUGH_MEMORY, _DISK_FULL, _NO_SYSTEM_RESOURCES, _COMMITMENT_LIMIT, _NOT_ENOUGH_QUOTA (System Error Codes)
+_SCARCE_ON_WINDOWS = {8, 112, 1450, 1455, 1816}
+
+
+def is_scarcity(error: OSError) -> bool:
+    """Tell an error that says "not now" (descriptors, processes, memory, disk) from one that will not pass."""
+    return error.errno in _SCARCE or getattr(error, "winerror", None) in _SCARCE_ON_WINDOWS
+
+
+# Signals of which a shell's own are made, or whose default does not end a process, are left alone; a trap for a fault,
+# such as SIGSEGV, would be an endless loop. The real-time ones stand last: zsh, which knows none, stops there.
+_UNTRAPPED = (
+    "KILL",
+    "STOP",
+    "CHLD",
+    "CONT",
+    "TSTP",
+    "TTIN",
+    "TTOU",
+    "WINCH",
+    "URG",
+    "INFO",
+    "SEGV",
+    "BUS",
+    "ILL",
+    "FPE",
 )
 
 
-class _Member(NamedTuple):
+def _trapped_signals() -> list[int]:
+    """Return the signals that end a process unless it catches them, and that it can catch."""
+    kept = {getattr(signal, f"SIG{name}", None) for name in _UNTRAPPED}
+    return sorted(int(number) for number in set(signal.valid_signals()) - kept)
+
+
+# $0 is the step's directory, $1 and $2 the umask and the limit of open files that the daemon was started with: no
+# variable has a name here, for the step's environment may hold any. Every word is a builtin.
+# The file `pid` is there already, empty. The pid is appended first: no pid, no run. `begun` follows when the subshell
+# is about to become the script: a wrapper that could not fork, with whatever code its shell ends then, has begun
+# nothing; nor has one that could not write that, and is killed for it, lest it writes a result.
+# `trap :` and not `trap ''`: children get the default handlers, the wrapper survives a signal to its group and tells
+# the result. Its own stderr is nowhere: a shell says "Killed" there, and would say it in the step's output if it did
+# the redirection of 2 itself and not in the subshell.
+# `set -C`: what is there already, a link perhaps, is not written to. A result that finds no room goes into `pid`, which
+# has a block on the disk.
+_WRAPPER = (
+    'echo "$$ wrapper" >>"$0/pid" || exit 125; umask $1; ulimit -Sn $2; shift 2; '
+    f"trap : {' '.join(map(str, _trapped_signals()))}; "
+    '(echo begun >>"$0/pid" || { kill -9 $$; exit; }; exec "$@" 2>&1); set -- $?; '
+    'umask 077; set -C; echo $1 >"$0/rc" || echo "ended $1" >>"$0/pid"; exit $1'
+)
+
+# A shell drops names that are none of its own, and sets, resets or minds these. Their values travel in a file of the
+# step's directory, for everybody on the host may read a command line, and the environment is made of it after the
+# wrapper's shell. What an interpreter ignores when it starts must be as by default in the script.
+_ORDINARY_NAME = re.compile(
+    r"(?!(?:_|A__z|BASH\w*|COLUMNS|COMP_\w*|COPROC|CPUTYPE|DIRSTACK|E?[UG]ID|ENV|EPOCH\w*|ERRNO|FUNCNAME|GROUPS|HIST\w*"
+    r"|IFS|KSH\w*|LINENO|LINES|MACHTYPE|OLDPWD|OPT\w+|OSTYPE|PATHSEP|PGRP|PIPESTATUS|POSIXLY_CORRECT|PPID|PS[1-4]|PWD"
+    r"|RANDOM|REPLY|SECONDS|SHELLOPTS|SHLVL|SRANDOM|TMOUT|TTY|USERNAME|USER_ID|VENDOR|ZSH\w*|signals)\Z)"
+    r"[A-Za-z_][A-Za-z0-9_]*"
+)
+_EXEC_WITH_ENVIRONMENT = """\
+import _signal, os, sys
+with open(sys.argv[1], "rb") as file:
+    pairs = [entry.split(b"=", 1) for entry in file.read().split(b"\\0")]
+os.unlink(sys.argv[1])
+for name in ("SIGPIPE", "SIGXFSZ", "SIGXFZ"):
+    if hasattr(_signal, name):
+        _signal.signal(getattr(_signal, name), _signal.SIG_DFL)
+os.execve(sys.argv[2], sys.argv[2:], dict(pairs))
+"""
+
+
+class ProcessInfo(NamedTuple):
     """A process as a scan saw it; the start time tells it from a later one with the same pid."""
 
     pid: int
@@ -1741,136 +1936,286 @@ class _Member(NamedTuple):
     start: str
 
 
-class PosixTree:
-    """One step's wrapper and what it started, in a session of its own. `wake` is for any thread, the rest for one.
+class _Marks(NamedTuple):
+    """What a process says of itself: the step that it is of, by directory, empty for none; whether it is a daemon."""
+
+    step_dir: bytes
+    is_daemon: bool
+
+
+class _Lifetimes:
+    """When the steps ran whose orphans become children of this process; thread-safe.
+
+    A time is one of the process table, in clock ticks since the boot.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards all below
+        self._spans: dict[bytes, tuple[int, float]] = {}  # from its start to its end, by the step's directory
+        self._may_own = False
+
+    def open(self) -> None:
+        """Called before the first step: whatever becomes a child of ours from now on comes from a step.
+
+        Unless it is so with every orphan of a container, or whoever became this process by exec had children.
+        """
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            return
+        self._may_own = os.getpid() != 1
+
+    def begin(self, step_dir: bytes) -> None:
+        with self._lock:
+            self._may_own = self._may_own and len(self._spans) < _SPANS_LIMIT
+            if self._may_own:
+                self._spans[step_dir] = (_clock_ticks(), float("inf"))
+
+    def end(self, step_dir: bytes) -> None:
+        with self._lock:
+            if step_dir in self._spans:
+                self._spans[step_dir] = (self._spans[step_dir][0], _clock_ticks() + 1)
+
+    def forget_ended(self, before: int) -> None:
+        """Forget steps that ended before a time at which we had no orphan."""
+        with self._lock:
+            for step_dir in [name for name, (_, end) in self._spans.items() if end < before]:
+                del self._spans[step_dir]
+
+    def can_only_be_of(self, step_dirs: frozenset[bytes], start: int) -> bool:
+        """Whether an orphan that started then can be of none but these steps."""
+        with self._lock:
+            suspects = {name for name, (begin, end) in self._spans.items() if begin <= start <= end}
+        return self._may_own and bool(suspects) and suspects <= step_dirs
+
+
+class PosixTree(ProcessTree):
+    """Processes of steps, found in the process table; where it has a wrapper, that is in a session of its own.
 
     A process that is no member is never signalled: before every signal the start time is compared.
     """
 
     def __init__(
-        self, step_dir: str, pid: int, child: subprocess.Popen[bytes] | None, wakers: collections.deque[tuple[int, int]]
+        self,
+        step_dirs: Iterable[str],
+        pid: int,
+        child: subprocess.Popen[bytes] | None,
+        wake_pipe: tuple[int, int],
+        lifetimes: _Lifetimes,
+        reserve: DescriptorReserve,
     ) -> None:
         self.pid = pid
-        self._step_dir = os.fsencode(step_dir)
+        self.step_dirs = frozenset(os.fsencode(path) for path in step_dirs)
         self._child = child  # None when an earlier daemon started it
-        self._start = "" if child else _start_time(pid)
-        self._ended = False
-        self._wakers = wakers  # pipes of earlier trees
-        try:
-            self._wake_out, self._wake_in = wakers.pop()
-        except IndexError:
-            self._wake_out, self._wake_in = os.pipe()
+        self._lifetimes = lifetimes
+        self._reserve = reserve
+        self._ended = not pid
+        self._start = _start_time(pid) if pid and not child else ""
+        self._wake_out, self._wake_in = wake_pipe  # -1 where there was no descriptor left for it
         self._is_woken = False
-        self._pidfd = _open_pidfd(pid)
-        self._known: dict[tuple[int, str], bool] = {}  # processes met, and whether they are of the tree
-        self._is_unsure = False  # whether a scan has missed one
+        self._pidfd = _open_pidfd(pid) if pid else -1
+        self._members: set[tuple[int, str]] = set()  # processes that are or were of the tree
+        self._marks: dict[tuple[int, str], _Marks] = {}  # of those that were looked at
+        self._denied: set[tuple[int, str]] = set()  # members that we may not signal
+        self._scan_incomplete = False  # whether it may have missed one
         self._closing = threading.Lock()  # guards _wake_in: a closed descriptor's number may be another's
 
     def wait(self, deadline_s: float | None) -> bool:
-        """Waits for the wrapper's end, until time.monotonic() is `deadline_s` or a `wake`; whether it has ended."""
-        poller = select.poll()
-        poller.register(self._wake_out, select.POLLIN)
-        if self._pidfd >= 0:
-            poller.register(self._pidfd, select.POLLIN)
         while not self._ended and (self._pidfd >= 0 or not self._has_ended()):
             left_s = _FOREVER_S if deadline_s is None else deadline_s - time.monotonic()
             if left_s <= 0:
                 return False
-            pause_s = left_s if self._pidfd >= 0 else min(left_s, _POLL_S)
-            ready = [number for number, _ in poller.poll(min(pause_s, _FOREVER_S) * 1000 + 0.999)]
-            if self._pidfd in ready:
-                self._ended = True
-            elif self._wake_out in ready:
-                os.read(self._wake_out, 4096)
+            if self._pause(min(left_s, _FOREVER_S)):
                 return self._has_ended()
         return True
 
     def wake(self) -> None:
-        """Makes `wait` return."""
+        self._is_woken = True
         with self._closing:
             if self._wake_in >= 0:
-                self._is_woken = True
                 os.write(self._wake_in, b"w")
 
     def exit_code(self) -> int | None:
-        """The code of an ended child, 128+n for a signal; None for an adopted one, which only its result file knows."""
-        code = self._child.poll() if self._child else None
-        return code if code is None or code >= 0 else 128 - code
+        if self._child is None:
+            return None
+        if not _KEEP_ZOMBIES:
+            code = self._child.poll()
+            return None if code is None or code < 0 else code
+        with contextlib.suppress(ChildProcessError):  # whoever ignores SIGCHLD has none to wait for
+            status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if status is not None and status.si_code == os.CLD_EXITED:
+                return status.si_status
+        return None
 
-    def stop(self, grace_s: float) -> None:
-        """Ends the tree: SIGTERM to the group, after the grace SIGKILL to all that is left; a `wake` cuts the grace."""
-        self._members()  # to know them again when they have lost their parents
-        if grace_s > 0 and not self._has_ended():
+    def stop(self, is_hurried: Callable[[], bool]) -> None:
+        if self._owns_session():  # the number of the group, too; this needs no descriptor
             _signal_group(self.pid, signal.SIGTERM)
             _signal_group(self.pid, signal.SIGCONT)
-            self.wait(time.monotonic() + grace_s)
-        if not self._has_ended():
-            _signal_group(self.pid, signal.SIGKILL)
-        quiet, begin_s = 0, time.monotonic()
-        last_s = begin_s  # when a member was seen
-        while quiet < 3 and time.monotonic() < min(begin_s + _SWEEP_S, last_s + _UNSURE_S):
-            self._is_unsure = False
-            if self._kill_members():
-                quiet, last_s = 0, time.monotonic()
-            elif not self._is_unsure:
-                quiet += 1
+        with self._reserve.lend():
+            self._ask_other_groups()
+            has_ended = self._await_end(is_hurried)
+            self._kill_all(1 if has_ended else 0)
 
     def close(self) -> None:
-        """Gives back the descriptors; a pipe that is certain to be empty serves the next tree."""
         with self._closing:
-            if self._wake_in >= 0 and not self._is_woken and len(self._wakers) < _WAKERS:
-                self._wakers.append((self._wake_out, self._wake_in))
-                self._wake_out = self._wake_in = -1
             for descriptor in (self._pidfd, self._wake_in, self._wake_out):
                 if descriptor >= 0:
                     os.close(descriptor)
-            self._pidfd = self._wake_in = self._wake_out = -1
+            self._pidfd = -1
+            self._wake_in = -1
+            self._wake_out = -1
+
+    def reap(self) -> None:
+        """Collect the wrapper if it has ended and is our child: its numbers may be another's from now on."""
+        if self._child is not None:
+            self._child.poll()
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait so long at most, for a `wake` or the wrapper's end; whether it was a wake."""
+        poller = select.poll()
+        if self._wake_out >= 0:
+            poller.register(self._wake_out, select.POLLIN)
+        if self._pidfd >= 0 and not self._ended:
+            poller.register(self._pidfd, select.POLLIN)
+        if self._wake_out < 0 or (self._pidfd < 0 and not self._ended):
+            seconds = min(seconds, _POLL_S)
+        ready = [number for number, _ in poller.poll(seconds * 1000 + 0.999)]
+        if self._pidfd in ready:
+            self._ended = True
+        elif self._wake_out in ready:
+            os.read(self._wake_out, 4096)
+            return True
+        elif self._wake_out < 0 and self._is_woken:
+            self._is_woken = False
+            return True
+        return False
 
     def _has_ended(self) -> bool:
-        """Whether the wrapper has ended. It stays a zombie until `exit_code`: its pid, group and session stay ours."""
+        """Whether the wrapper has ended. It stays a zombie until `release`: its pid, group and session stay ours."""
         if not self._ended:
             if self._child is None:
-                self._ended = _start_time(self.pid) != self._start
+                self._ended = self._has_vanished()
             elif _KEEP_ZOMBIES:
-                self._ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+                try:
+                    status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                    self._ended = status is not None
+                except ChildProcessError:
+                    self._ended = True
             else:
                 self._ended = self._child.poll() is not None
         return self._ended
 
+    def _has_vanished(self) -> bool:
+        """Whether an adopted wrapper is gone; one that cannot be looked at is not."""
+        with contextlib.suppress(OSError):
+            return _start_time(self.pid) != self._start
+        return False
+
     def _owns_session(self) -> bool:
         """Whether the number of the session is certain to be ours."""
+        if not self.pid:
+            return False
         return not self._has_ended() or (self._child is not None and _KEEP_ZOMBIES and self._child.returncode is None)
 
-    def _kill_members(self) -> int:
-        """Kills what a scan finds of the tree; how many processes that were."""
-        members = self._members()
-        for member in members:
-            if _start_time(member.pid) == member.start:
-                with contextlib.suppress(OSError):
-                    os.kill(member.pid, signal.SIGKILL)
-        return len(members)
+    # -- the stages of a stop
 
-    def _members(self) -> list[_Member]:
-        """The live processes of the tree: its session, what carries its mark, what was found before, descendants."""
-        everyone, owns_session = list(_scan_processes()), self._owns_session()
-        found = {one for one in everyone if (owns_session and one.session == self.pid) or self._is_known(one)}
-        fresh = found
-        while fresh:
-            parents = {one.pid for one in fresh}
-            fresh = {one for one in everyone if one.parent in parents} - found
-            found |= fresh
-        for one in found:
-            self._known[one.pid, one.start] = True
-        return [one for one in found if one.pid != os.getpid()]
+    def _ask_other_groups(self) -> None:
+        """Send SIGTERM to the members that the signal to the wrapper's group did not reach, once to each."""
+        asked_group = self.pid if self._owns_session() else 0
+        asked: set[tuple[int, str]] = set()
+        for _ in range(_ASKING_SCANS):
+            for one in self._scan():
+                if one.group != asked_group and (one.pid, one.start) not in asked:
+                    asked.add((one.pid, one.start))
+                    self._signal(one, signal.SIGTERM)
+                    self._signal(one, signal.SIGCONT)
+            if not self._scan_incomplete:
+                break
 
-    def _is_known(self, one: _Member) -> bool:
-        """Whether the process was found a member, or carries the step's mark; looked up once a process."""
+    def _await_end(self, is_hurried: Callable[[], bool]) -> bool:
+        """Return when a whole scan has found nothing, True then, or when the grace is over."""
+        end_s = time.monotonic() + GRACE_S
+        pause_s = 0.001
+        while time.monotonic() < end_s and not is_hurried():
+            is_quiet = self._has_ended() and not any(map(_is_running, self._members - self._denied))
+            if is_quiet and not self._scan() and not self._scan_incomplete:
+                return True
+            self._pause(pause_s)
+            pause_s = min(2 * pause_s, _POLL_S)
+        return False
+
+    def _kill_all(self, quiet: int) -> None:
+        """Send SIGKILL to whatever is left, until three scans have found nothing; `quiet` of them have."""
+        begin_s = time.monotonic()
+        last_s = begin_s  # when a member was seen
+        while quiet < 3 and time.monotonic() < min(begin_s + _SWEEP_S, last_s + _UNSURE_S):
+            if self._owns_session():
+                _signal_group(self.pid, signal.SIGKILL)
+            members = self._scan()
+            for one in members:
+                self._signal(one, signal.SIGKILL)
+            if members:
+                quiet = 0
+                last_s = time.monotonic()
+            elif not self._scan_incomplete:
+                quiet += 1
+
+    def _signal(self, one: ProcessInfo, number: int) -> None:
+        """Signal a member that is still the process which was seen."""
+        try:
+            if _start_time(one.pid) == one.start:
+                os.kill(one.pid, number)
+        except PermissionError:
+            self._denied.add((one.pid, one.start))  # it has become another user's, by sudo: waiting does not help
+        except OSError:  # it is gone, or no descriptor is left to look: the next scan tells
+            pass
+
+    # -- membership
+
+    def _scan(self) -> list[ProcessInfo]:
+        """Return the live members that we may signal."""
+        self._scan_incomplete = False
+        try:
+            everyone = [one for one in _scan_processes() if one.pid != os.getpid() and not self._is_daemon(one)]
+            found = {one for one in everyone if self._is_member(one)}
+        except OSError:  # no descriptor or memory to look with
+            self._scan_incomplete = True
+            time.sleep(_POLL_S)
+            return []
+        outside = _own_sessions()
+        while True:
+            parents = {one.pid for one in found}
+            sessions = {one.session for one in found} - outside
+            more = {one for one in everyone if one.parent in parents or one.session in sessions} - found
+            if not more:
+                break
+            found |= more
+        self._members.update((one.pid, one.start) for one in found)
+        return [one for one in found if (one.pid, one.start) not in self._denied]
+
+    def _is_daemon(self, one: ProcessInfo) -> bool:
+        marks = self._marks_of(one)
+        return marks is not None and marks.is_daemon
+
+    def _is_member(self, one: ProcessInfo) -> bool:
+        """Whether there is evidence of the process itself, whatever others are."""
+        if (one.pid, one.start) in self._members or (self._owns_session() and one.session == self.pid):
+            return True
+        marks = self._marks_of(one)
+        if marks is None or marks.step_dir:
+            return marks is not None and marks.step_dir in self.step_dirs
+        return ON_LINUX and one.parent == os.getpid() and self._lifetimes.can_only_be_of(self.step_dirs, int(one.start))
+
+    def _marks_of(self, one: ProcessInfo) -> _Marks | None:
+        """Return what the process says of itself, looked up once; None when that cannot be known yet."""
         key = (one.pid, one.start)
-        if key not in self._known:
-            self._known[key] = _carries(one.pid, self._step_dir)
-            if not self._known[key] and _start_time(one.pid) != one.start:
-                self._is_unsure = True  # gone before it could be looked at, and maybe forked
-        return self._known[key]
+        marks = self._marks.get(key)
+        if marks is None:
+            marks = _read_marks(one.pid, self.step_dirs)
+            if marks is None or _start_time(one.pid) != one.start:
+                self._scan_incomplete = True  # it execs, or is gone before it could be looked at, and maybe forked
+                return None
+            self._marks[key] = marks
+        return marks
 
 
 _KEEP_ZOMBIES = hasattr(os, "waitid")  # not on every Mac
@@ -1878,11 +2223,13 @@ _FOREVER_S = 86400.0
 _POLL_S = 0.02  # between looks at a process that no descriptor stands for
 _SWEEP_S = 10.0
 _UNSURE_S = 1.0  # of scans that find nothing, but miss some process of a busy host
-_WAKERS = 8  # pipes that are kept for trees to come
+_SPANS_LIMIT = 10_000  # ended steps are kept for as long as there is an orphan, which may be for ever
+_ASKING_SCANS = 3  # more would ask what members start to clean up
+_KERNEL_THREAD = 0x0020_0000  # PF_KTHREAD of include/linux/sched.h
 
 
 def _open_pidfd(pid: int) -> int:
-    """A descriptor that becomes readable at the process's end; -1 where the system has none (pidfd_open(2))."""
+    """Open a descriptor that becomes readable at the process's end; -1 where there is none (pidfd_open(2))."""
     opener: Callable[[int], int] | None = getattr(os, "pidfd_open", None)
     with contextlib.suppress(OSError):
         return opener(pid) if opener else -1
@@ -1894,131 +2241,312 @@ def _signal_group(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
+def _own_sessions() -> set[int]:
+    """Return the numbers that are no step's: of this process, and of those outside of its container."""
+    return {0, os.getsid(0), os.getpgrp()}
+
+
+def _clock_ticks() -> int:
+    """Return the time as the process table has it (proc_pid_stat(5), starttime)."""
+    if not ON_LINUX:
+        return 0
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
+def _read_proc(pid: int | str, name: str) -> bytes | None:
+    """Return a file of the process in /proc; empty when the process is gone, None when it denies to show it.
+
+    Raises OSError where there is no descriptor or memory to look with.
+    """
+    try:
+        with open(f"/proc/{pid}/{name}", "rb", buffering=0) as file:
+            return file.readall()
+    except PermissionError:
+        return None
+    except OSError as error:
+        if error.errno in _SCARCE:
+            raise
+        return b""
+
+
+def _stat_of(pid: int | str) -> list[bytes]:
+    """Return the fields of /proc/PID/stat from the state on (proc_pid_stat(5)); none when there is no such process."""
+    return (_read_proc(pid, "stat") or b"").rpartition(b")")[2].split()
+
+
 def _start_time(pid: int) -> str:
-    """When the process started, in the system's words; empty when it is gone or a zombie."""
+    """Return when the process started, in the system's words; empty when it is gone or a zombie. Raises OSError."""
     if ON_LINUX:
-        fields = _stat_fields(pid)
-        return fields[19] if fields and fields[0] not in "ZX" else ""
+        fields = _stat_of(pid)
+        return fields[19].decode("ascii") if fields and fields[0] not in (b"Z", b"X") else ""
     return _ask_ps("-o", "lstart=", "-p", str(pid)).strip()
 
 
-def _scan_processes() -> Iterator[_Member]:
-    """Every live process of the host."""
+def _is_running(process: tuple[int, str]) -> bool:
+    """Whether the process with this pid and start time lives; one that cannot be looked at does."""
+    with contextlib.suppress(OSError):
+        return _start_time(process[0]) == process[1]
+    return True
+
+
+def _scan_processes() -> Iterator[ProcessInfo]:
+    """Yield every live process of the host but the kernel's. Raises OSError."""
     if ON_LINUX:
         seen: set[str] = set()
         while fresh := [name for name in os.listdir("/proc") if name.isdigit() and name not in seen]:
             seen.update(fresh)  # what they fork meanwhile, the next listing has
             for name in fresh:
-                fields = _stat_fields(name)
-                if fields and fields[0] not in "ZX":
-                    yield _Member(int(name), int(fields[1]), int(fields[2]), int(fields[3]), fields[19])
+                fields = _stat_of(name)
+                if fields and fields[0] not in (b"Z", b"X") and not int(fields[6]) & _KERNEL_THREAD:
+                    parent, group, session = map(int, fields[1:4])
+                    yield ProcessInfo(int(name), parent, group, session, fields[19].decode("ascii"))
         return
     for line in _ask_ps("-axo", "pid=,ppid=,pgid=,lstart=").splitlines():
-        pid, parent, group, start = line.split(None, 3)
-        yield _Member(int(pid), int(parent), int(group), int(group), start.strip())
+        pid, ppid, pgid, start = line.split(None, 3)
+        yield ProcessInfo(int(pid), int(ppid), int(pgid), int(pgid), start.strip())
 
 
-def _carries(pid: int, step_dir: bytes) -> bool:
-    """Whether the process has the step's directory in its environment or command line, or holds the step's output."""
-    cookie = COOKIE.encode() + b"=" + step_dir
+def _read_marks(pid: int, step_dirs: frozenset[bytes]) -> _Marks | None:
+    """Return the marks of a process; None in the middle of an exec or an exit. Raises OSError.
+
+    Of a step whose mark it does not bear, it is where it holds the output of one of `step_dirs`.
+    """
     if not ON_LINUX:
         words = _ask_ps("-Eww", "-o", "command=", "-p", str(pid)).split()
-        return os.fsdecode(cookie) in words or os.fsdecode(step_dir) in words
-    with contextlib.suppress(OSError):
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            if cookie in file.read().split(b"\0"):
-                return True
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            if step_dir in file.read().split(b"\0"):
-                return True
-        output = step_dir + b"/output"
-        return any(os.readlink(f"/proc/{pid}/fd/{number}".encode()) == output for number in (1, 2))
-    return False
+        known = [step_dir for step_dir in step_dirs if f"{STEP_ENV_VAR}={os.fsdecode(step_dir)}" in words]
+        return _Marks(known[0] if known else b"", any(word.startswith(DAEMON_ENV_VAR + "=") for word in words))
+    environ = _read_proc(pid, "environ")
+    if environ == b"" and _is_between_programs(pid):
+        return None
+    environ = environ or b""
+    variables = dict(entry.partition(b"=")[::2] for entry in reversed(environ.split(b"\0")))
+    is_fork_of_ours = bool(environ) and environ == _own_environ()  # a wrapper before its exec; never one of the tree's
+    step_dir = variables.get(STEP_ENV_VAR.encode(), b"")
+    if step_dir not in step_dirs:
+        for number in (1, 2):
+            with contextlib.suppress(OSError):  # it is gone, or denies that
+                holder, _, name = os.readlink(f"/proc/{pid}/fd/{number}".encode()).rpartition(b"/")
+                if name == b"output" and holder in step_dirs:
+                    step_dir = holder
+    return _Marks(step_dir, DAEMON_ENV_VAR.encode() in variables or is_fork_of_ours)
 
 
-class PosixProcesses:
+@functools.lru_cache(maxsize=1)
+def _own_environ() -> bytes | None:
+    return _read_proc("self", "environ")
+
+
+def _is_between_programs(pid: int) -> bool:
+    """Whether a process that shows an empty environment has none yet, or none any more."""
+    fields = _stat_of(pid)
+    return not fields or fields[48] == b"0"  # env_end
+
+
+class PosixProcesses(StepProcesses):
     """Starts, adopts and collects trees; any thread may call it."""
 
-    def __init__(self, umask: int, descriptors: str) -> None:
+    initial_files = types.MappingProxyType({"pid": b""})
+
+    def __init__(self, umask: int, descriptors: str, reserve: DescriptorReserve) -> None:
         self._limits = f"{umask:03o}", descriptors
+        self._reserve = reserve
+        self._starting = threading.Lock()  # guards _is_reaper
         self._is_reaper = False  # until the first step starts: ctypes takes memory that an idle daemon need not
-        self._environment = {k: v for k, v in os.environb.items() if not k.startswith(b"REMOTE_EXECUTOR_")}
+        own = {name: value for name, value in os.environb.items() if not name.startswith(b"REMOTE_EXECUTOR_")}
+        self._environment = {**_user_environment(), **own}
         self._null = os.open(os.devnull, os.O_RDWR)
-        self._wakers: collections.deque[tuple[int, int]] = collections.deque()  # pipes, for the next trees
-        self._children: set[int] = set()  # of one step each, until `forget`
+        self._children: set[int] = set()  # wrappers, until `release`
         self._orphans: set[int] = set()  # zombies that were not among them at the last look
-
-    def _become_reaper(self) -> None:
-        """Orphans of steps become children of this process, where a stop finds them (prctl(2))."""
-        self._is_reaper = True
-        if ON_LINUX:
-            import ctypes
-
-            ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+        self._lifetimes = _Lifetimes()
 
     def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> PosixTree:
-        """Starts the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
-
-        Raises LaunchError.
-        """
-        if not self._is_reaper:
-            self._become_reaper()
-        env = {**env, COOKIE: step_dir}
-        wrapped = ["/bin/sh", "-c", _WRAPPER, "sh", step_dir, *self._limits, *command]
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL  # no link that another step has put there
-        output = os.open(os.path.join(step_dir, "output"), flags, 0o600)
+        self._become_reaper()
+        wake_pipe = os.pipe()  # all that a running tree needs first: afterwards nothing may fail
         try:
-            child = subprocess.Popen(
-                wrapped,
-                stdin=self._null,
-                stdout=output,
-                stderr=self._null,
-                cwd=cwd,
-                env={**self._environment, **{_env_bytes(key): _env_bytes(env[key]) for key in env}},
-                start_new_session=True,
-                close_fds=False,  # all are closed at exec already, `keep_descriptors` saw to it
-            )
-        except (OSError, ValueError) as error:
-            raise LaunchError(f"could not start: {error}") from error
-        finally:
-            os.close(output)
+            child = self._spawn(command, step_dir, cwd, env)
+        except OSError:
+            for descriptor in wake_pipe:
+                os.close(descriptor)
+            raise
         self._children.add(child.pid)
-        return PosixTree(step_dir, child.pid, child, self._wakers)
+        return PosixTree((step_dir,), child.pid, child, wake_pipe, self._lifetimes, self._reserve)
 
     def adopt(self, step_dir: str) -> PosixTree | None:
-        """The live tree of a step that an earlier daemon started; None when its wrapper is gone."""
-        with contextlib.suppress(OSError, ValueError), Folder(step_dir).read("pid") as file:
-            pid = int(file.read(64))
-            if pid > 0 and _carries(pid, os.fsencode(step_dir)) and _start_time(pid):
-                return PosixTree(step_dir, pid, None, self._wakers)
-        return None
+        lines = _read_pid_file(step_dir)
+        words = lines[0].split() if lines else []
+        pid = int(words[0]) if words and words[0].isdigit() else 0
+        if not pid:  # its wrapper has not come to write it, or the script has removed it
+            pid = _find_wrapper(os.fsencode(step_dir))
+        if not pid or not _is_wrapper(pid, os.fsencode(step_dir)):
+            return None
+        return PosixTree((step_dir,), pid, None, _open_pipe(), self._lifetimes, self._reserve)
 
-    def has_run(self, step_dir: str) -> bool:
-        """Whether anything of the step may have run: its wrapper leaves its pid first, and carries the step's mark."""
-        if any(os.path.lexists(os.path.join(step_dir, name)) for name in ("pid", "rc")):
+    def remains(self, step_dirs: Sequence[str]) -> PosixTree:
+        return PosixTree(step_dirs, 0, None, _open_pipe(), self._lifetimes, self._reserve)
+
+    def may_have_started(self, step_dir: str) -> bool:
+        """Tell by the file `pid`: it was there, empty, before the wrapper, which never removes it.
+
+        The wrapper of version 1.0.0 made it itself, and wrote its pid alone into it before the script ran.
+        """
+        lines = _read_pid_file(step_dir)
+        if lines is None or os.path.lexists(os.path.join(step_dir, "rc")):
             return True
-        mark = os.fsencode(step_dir)
-        return any(_carries(one.pid, mark) for one in _scan_processes())
+        is_wrapper_alone = re.fullmatch(rb"[0-9]+ wrapper\s*", lines[0]) is not None if lines else True
+        return not is_wrapper_alone or len(lines) > 1
 
-    def forget(self, tree: PosixTree) -> None:
-        """Gives back what the tree holds; it has ended, or runs on without us."""
-        self._children.discard(tree.pid)
+    def release(self, tree: ProcessTree) -> None:
+        if isinstance(tree, PosixTree):
+            tree.reap()
+            self._children.discard(tree.pid)
+            if tree.pid:
+                for step_dir in tree.step_dirs:
+                    self._lifetimes.end(step_dir)
         tree.close()
 
     def reap(self) -> None:
-        """Collects orphans of steps that have ended; for one thread.
+        """Collect orphans of steps that have ended; for one thread.
 
         Only what was a zombie at the last look too: a child that Popen has not yet told of is no orphan.
         """
-        if not ON_LINUX or not _has_zombie_child():
+        if not ON_LINUX:
             return
-        own = str(os.getpid())
-        pids = (int(name) for name in os.listdir("/proc") if name.isdigit() and _stat_fields(name)[:2] == ["Z", own])
+        now = _clock_ticks()
+        if not _has_orphan():
+            self._lifetimes.forget_ended(now)
+        if not _has_zombie_child():
+            return
+        own = str(os.getpid()).encode()
+        pids = (int(name) for name in os.listdir("/proc") if name.isdigit() and _stat_of(name)[:2] == [b"Z", own])
         zombies = set(pids) - self._children
         for pid in zombies & self._orphans:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         self._orphans = zombies
+
+    def _become_reaper(self) -> None:
+        """Orphans of steps become children of this process, where a stop finds them (prctl(2))."""
+        with self._starting:
+            if self._is_reaper or not ON_LINUX:
+                return
+            import ctypes
+
+            self._lifetimes.open()
+            ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+            self._is_reaper = True
+
+    def _spawn(
+        self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
+        """Start the wrapper. Raises OSError, and leaves no file but an empty `pid` then."""
+        file = os.path.join(step_dir, "output")
+        with contextlib.suppress(FileExistsError):  # StepDirectory has made it
+            os.close(os.open(os.path.join(step_dir, "pid"), _NEW_FILE, 0o600))
+        output = os.open(file, _NEW_FILE | os.O_APPEND, 0o600)
+        mark = os.fsencode(step_dir)
+        self._lifetimes.begin(mark)
+        try:
+            environment, words = self._environment_for(command, step_dir, {**env, STEP_ENV_VAR: step_dir})
+            return subprocess.Popen(
+                ["/bin/sh", "-c", _WRAPPER, step_dir, *self._limits, *words],
+                stdin=self._null,
+                stdout=output,
+                stderr=self._null,
+                cwd=cwd,
+                env=environment,
+                start_new_session=True,
+                close_fds=False,  # all are closed at exec already, `keep_descriptors` saw to it
+            )
+        except (OSError, ValueError, MemoryError, subprocess.SubprocessError) as error:
+            self._lifetimes.end(mark)
+            for name in ("output", "environment"):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(step_dir, name))
+            raise _as_os_error(error) from error
+        finally:
+            os.close(output)
+
+    def _environment_for(
+        self, command: Sequence[str], step_dir: str, env: Mapping[str, str]
+    ) -> tuple[dict[bytes, bytes], list[str]]:
+        """Return the wrapper's environment, and the words of the command that sees exactly `env` beside our own."""
+        added = {_env_bytes(name): _env_bytes(value) for name, value in env.items()}
+        environment = {**self._environment, **added}
+        odd = [name for name in env if not _ORDINARY_NAME.fullmatch(name)]
+        if not odd:
+            return environment, [*command]
+        if getattr(sys, "frozen", False) or not sys.executable:
+            return environment, ["/usr/bin/env", "--", *(f"{name}={env[name]}" for name in odd), *command]
+        entries = b"\0".join(name + b"=" + value for name, value in environment.items())
+        if entries.count(b"\0") >= len(environment):
+            raise ValueError("embedded null byte")
+        file = os.path.join(step_dir, "environment")
+        with open(os.open(file, _NEW_FILE, 0o600), "wb") as target:
+            target.write(entries)
+        kept = (STEP_ENV_VAR.encode(), b"LD_LIBRARY_PATH")  # the latter may be what our Python needs to start
+        clean = {name: environment[name] for name in kept if name in environment}
+        return clean, [sys.executable, "-I", "-S", "-c", _EXEC_WITH_ENVIRONMENT, file, *command]
+
+
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # which follows no link that another step has put there
+
+
+def _as_os_error(error: Exception) -> OSError:
+    """Return what Popen raises as an error of the system."""
+    if isinstance(error, OSError):
+        return error
+    number = {MemoryError: errno.ENOMEM, ValueError: errno.EINVAL}.get(type(error), errno.EIO)
+    return OSError(number, str(error) or os.strerror(number))
+
+
+def _open_pipe() -> tuple[int, int]:
+    """Open a pipe for wake-ups; without a descriptor there is none, and the tree looks often."""
+    with contextlib.suppress(OSError):
+        return os.pipe()
+    return -1, -1
+
+
+def _read_pid_file(step_dir: str) -> list[bytes] | None:
+    """Return the lines of a step's file `pid`; None when it is gone. Raises OSError where it cannot be read now."""
+    try:
+        with Folder(step_dir).read("pid") as file:
+            return file.read(4096).splitlines()
+    except OSError as error:
+        if is_scarcity(error):
+            raise
+        return None
+
+
+def _is_wrapper(pid: int, step_dir: bytes) -> bool:
+    """Whether the process is the wrapper of a step: it leads a session, and bears the step's mark."""
+    if not ON_LINUX:
+        return (marks := _read_marks(pid, frozenset([step_dir]))) is not None and marks.step_dir == step_dir
+    fields = _stat_of(pid)
+    if not fields or fields[0] in (b"Z", b"X") or int(fields[3]) != pid:
+        return False
+    return STEP_ENV_VAR.encode() + b"=" + step_dir in (_read_proc(pid, "environ") or b"").split(b"\0")
+
+
+def _find_wrapper(step_dir: bytes) -> int:
+    """Return the pid of a step's wrapper that has not told it; 0 where none runs."""
+    for one in _scan_processes() if ON_LINUX else ():
+        if one.session == one.pid and _is_wrapper(one.pid, step_dir):
+            words = (_read_proc(one.pid, "cmdline") or b"").split(b"\0")
+            if words[1:2] == [b"-c"] and step_dir in words[3:5]:  # not what it started in a session of its own
+                return one.pid
+    return 0
+
+
+def _user_environment() -> dict[bytes, bytes]:
+    """Return what a login sets, and a service manager may not (systemd.exec(5), User=)."""
+    import pwd
+
+    try:
+        user = pwd.getpwuid(os.getuid())
+    except KeyError:  # a container's user need not be in the database
+        return {}
+    entries = {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name, "SHELL": user.pw_shell}
+    return {name.encode(): os.fsencode(value) for name, value in entries.items() if value}
 
 
 def _env_bytes(text: str) -> bytes:
@@ -2030,6 +2558,13 @@ def _has_zombie_child() -> bool:
     with contextlib.suppress(ChildProcessError):
         return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     return False
+
+
+def _has_orphan() -> bool:
+    """Whether a process of a step has become our child: the kernel gives it to the first thread, which starts none."""
+    with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children", "rb") as file:
+        return bool(file.read().split())
+    return True
 
 
 # A word that is no result first: without it, nothing ran. `%*` is the command line. The redirection stands before
@@ -2135,7 +2670,7 @@ class WindowsProcesses:
         directory = os.path.relpath(step_dir, cwd)
         with open(os.path.join(step_dir, "run.bat"), "w", encoding="ascii", newline="") as file:
             file.write(_BATCH_WRAPPER.format(result=os.path.join(directory, "rc")))
-        environment = {**self._environment, **env, COOKIE: step_dir}
+        environment = {**self._environment, **env, STEP_ENV_VAR: step_dir}
         environment.pop("ERRORLEVEL", None)  # it would hide cmd's own, which the wrapper tells
         line = " ".join(_quote_word(word) for word in (os.path.join(directory, "run.bat"), *command))
         output = os.open(os.path.join(step_dir, "output"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -2243,10 +2778,8 @@ def _quote_word(word: str) -> str:
 _OPTION = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
 if sys.platform == "win32":
-    ProcessTree = WindowsTree
     Processes = WindowsProcesses
 else:
-    ProcessTree = PosixTree
     Processes = PosixProcesses
 
 # ======================================================================================================================
@@ -3811,7 +4344,7 @@ class Runner:
             file = directory.prepare(script_name(script.command_type), content, self._processes.initial_files)
             workspace = self._make_workspace(step)
             env = self._environment_of(step, (*script_environment(script.command_type), *script.env), workspace)
-            command = interpreter_command(script.command_type, file, workspace, env.get("PATH"), self._path)
+            command = interpreter_command(script.command_type, file, workspace, env.get("PATH", self._path))
             if step.begun:
                 step.begun.result()  # only what is known to have begun may run
             if step.stop_reason:
@@ -6895,6 +7428,7 @@ class Daemon:
 
     def _heed_signals(self, closing: contextlib.ExitStack, waker: int) -> None:
         """Until `closing` is closed; from then on no signal disturbs the end of the process, which is near."""
+        reset_inherited_signals()
         deeds = {number: self._count_end for number in _EXIT_SIGNALS}
         if self._tls and hasattr(signal, "SIGHUP"):  # without certificates it means what it always means
             deeds[signal.SIGHUP] = self.renew
@@ -7182,6 +7716,21 @@ def own_command() -> list[str]:
         path = os.path.dirname(path)
     # The python.exe of a virtual environment of Windows only starts another, which is not the service's process.
     return [getattr(sys, "_base_executable", sys.executable) if ON_WINDOWS else sys.executable, path]
+
+
+def leave_step() -> None:
+    """Begin again without the mark of the step that has started this daemon, whose stop would end it and its steps.
+
+    The kernel shows the environment that a program began with, whatever it makes of it (proc_pid_environ(5)). A signal
+    to the step's group must not reach the daemon either.
+    """
+    if ON_WINDOWS or STEP_ENV_VAR not in os.environ:
+        return
+    environment = {**os.environ, DAEMON_ENV_VAR: "1"}
+    del environment[STEP_ENV_VAR]
+    detach()
+    command = [*own_command(), *sys.argv[1:]]
+    os.execve(command[0], command, environment)
 
 
 class Services:
@@ -7719,7 +8268,9 @@ def run_command(arguments: Sequence[str]) -> int:
     elif given.get("help") or given.get("help_long") or not words or words[0] == "help":
         print(help_text(words[1:] if words[:1] == ["help"] else words, "help_long" in given), end="")
     elif words == ["run"]:
-        return supervised_run(make_settings(given))
+        settings = make_settings(given)
+        leave_step()
+        return supervised_run(settings)
     elif words[:1] == ["service"]:
         return service_command(words[1:], given)
     else:
