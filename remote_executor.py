@@ -1286,6 +1286,42 @@ def keep_descriptors() -> None:
                     os.set_inheritable(int(name), False)
 
 
+_THREAD_START_S = 1.0  # within which a thread begins, on a loaded host too
+
+
+class DaemonThread(threading.Thread):
+    """A daemon thread that begins, or `start` raises RuntimeError, and then its target never runs.
+
+    Thread.start() waits for ever for one that memory failed in its first frames (CPython's issue 140746): seen in 2 of
+    12 runs under `ulimit -v 150000`, each time of the thread that accepts connections.
+    """
+
+    def __init__(self, target: Callable[..., Any], name: str, args: tuple[Any, ...] = ()) -> None:
+        super().__init__(target=target, name=name, args=args, daemon=True)
+        self._started = _BoundedEvent()  # Thread's own, which `start` waits for
+        self._claims = [True]  # one, for who comes first: the thread that begins, or `start` that gives it up
+
+    def start(self) -> None:
+        super().start()
+        if self.ident is not None:
+            return
+        with contextlib.suppress(IndexError):  # it has begun after all
+            self._claims.pop()
+            raise RuntimeError("can't start new thread: it has not begun in time")
+
+    def run(self) -> None:
+        try:
+            self._claims.pop()
+        except IndexError:
+            return
+        super().run()
+
+
+class _BoundedEvent(threading.Event):
+    def wait(self, timeout: float | None = _THREAD_START_S) -> bool:
+        return super().wait(timeout)
+
+
 # What an OSError says when something of the process or of the host is used up, and may be free again in a moment.
 # Winsock has numbers of its own for the sockets' share.
 NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
@@ -5754,12 +5790,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._hurried: set[socket.socket] = set()  # of them, those that hold a thread or a descriptor of the reserve
         self._lock = threading.Lock()  # guards _links, _reserved, _hurried and _counted
         self._counted = 0
-        self._thread = threading.Thread(target=self._listen, name="listener", daemon=True)
+        self._thread = DaemonThread(self._listen, "listener")
         self._reserve_queue: queue.Queue[tuple[socket.socket, Any] | None] = queue.Queue(_RESERVE_QUEUE)
-        self._reserve_threads = [
-            threading.Thread(target=self._serve_reserve, name="reserve connection", daemon=True)
-            for _ in range(_RESERVE_THREADS)
-        ]
+        self._reserve_threads: list[threading.Thread] = []  # grows alone
         self._warned_s = -_WARNING_INTERVAL_S  # when a lack of threads was last told; the listener's
         host, port = parse_address(settings.addr)
         self.address_family = socket.AF_INET6 if ":" in host or (not host and socket.has_ipv6) else socket.AF_INET
@@ -5805,9 +5838,16 @@ class Server(http.server.ThreadingHTTPServer):
 
     def start(self) -> None:
         """Accepts connections from now on."""
-        for thread in self._reserve_threads:
-            thread.start()
         self._thread.start()
+        self.fill_reserve()
+
+    def fill_reserve(self) -> None:
+        """Starts what threads the reserve lacks, where that can be; for the thread that runs the daemon."""
+        with contextlib.suppress(RuntimeError, MemoryError):  # tried again twice a second
+            while len(self._reserve_threads) < _RESERVE_THREADS:
+                thread = DaemonThread(self._serve_reserve, "reserve connection")
+                thread.start()
+                self._reserve_threads.append(thread)
 
     def _listen(self) -> None:
         """Accept connections until `stop`, whatever fails: a lack of memory may strike anywhere."""
@@ -5964,9 +6004,8 @@ class Server(http.server.ThreadingHTTPServer):
         if not self._take_place(request, network_of(_plain_address(client_address[0]))):
             self._reject_connection(request)
             return
-        args = (request, client_address)
         try:
-            threading.Thread(target=self.process_request_thread, args=args, name="connection", daemon=True).start()
+            DaemonThread(self.process_request_thread, "connection", (request, client_address)).start()
         except (RuntimeError, MemoryError) as error:
             self._queue_for_reserve(request, client_address, error)
 
@@ -5988,14 +6027,17 @@ class Server(http.server.ThreadingHTTPServer):
         """Leave a connection to the threads of the reserve; close it where too many wait for them."""
         with self._lock:
             self._hurried.add(sock)
+        threads = len(self._reserve_threads)
         try:
+            if not threads:
+                raise queue.Full
             self._reserve_queue.put_nowait((sock, address))
         except queue.Full:
             self._reject_connection(sock)
         now_s = time.monotonic()
         if now_s - self._warned_s >= _WARNING_INTERVAL_S:
             self._warned_s = now_s
-            log.warning("no thread can be started for a connection (%s): %d serve all", error, _RESERVE_THREADS)
+            log.warning("no thread can be started for a connection (%s): %d in reserve serve all", error, threads)
 
     def _serve_reserve(self) -> None:
         """Serve connections for which no thread can be started, one after another."""
