@@ -45,6 +45,7 @@ import json
 import logging
 import logging.handlers
 import os
+import queue
 import re
 import select
 import shlex
@@ -1344,13 +1345,119 @@ def _reset_library_signals() -> None:
             ctypes.CDLL(None).syscall(call, number, bytes(64), None, 8)  # a struct of zeros: SIG_DFL
 
 
+_THREAD_START_S = 1.0  # within which a thread begins, on a loaded host too
+
+
+class DaemonThread(threading.Thread):
+    """A daemon thread that begins, or `start` raises RuntimeError, and then its target never runs.
+
+    Thread.start() waits for ever for one that memory failed in its first frames (CPython's issue 140746): seen in 2 of
+    12 runs under `ulimit -v 150000`, each time of the thread that accepts connections.
+    """
+
+    def __init__(self, target: Callable[..., Any], name: str, args: tuple[Any, ...] = ()) -> None:
+        super().__init__(target=target, name=name, args=args, daemon=True)
+        self._started = _BoundedEvent()  # Thread's own, which `start` waits for
+        self._claims = [True]  # one, for who comes first: the thread that begins, or `start` that gives it up
+
+    def start(self) -> None:
+        super().start()
+        if self.ident is not None:
+            return
+        with contextlib.suppress(IndexError):  # it has begun after all
+            self._claims.pop()
+            raise RuntimeError("can't start new thread: it has not begun in time")
+
+    def run(self) -> None:
+        try:
+            self._claims.pop()
+        except IndexError:
+            return
+        super().run()
+
+
+class _BoundedEvent(threading.Event):
+    def wait(self, timeout: float | None = _THREAD_START_S) -> bool:
+        return super().wait(timeout)
+
+
+# What an OSError says when something of the process or of the host is used up, and may be free again in a moment.
+# Winsock has numbers of its own for the sockets' share.
+NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
+NO_RESOURCE = NO_DESCRIPTOR | {errno.ENOMEM, errno.ENOBUFS, getattr(errno, "WSAENOBUFS", errno.ENOBUFS)}
+
+
+class DescriptorReserve:
+    """Descriptors held open, to be let go for what must not fail for want of one: a stop, an answer. Thread-safe."""
+
+    def __init__(self, count: int = 8) -> None:
+        self._count = count
+        self._lock = threading.Lock()  # guards all below
+        self._held: list[int] = []
+        self._borrowers = 0
+        self._probe = -1  # duplicated to learn whether others are free; never let go
+
+    def fill(self) -> None:
+        """Hold as many as there are free, at most `count`."""
+        with self._lock, contextlib.suppress(OSError):  # what is missing is taken the next time
+            if self._probe < 0:
+                self._probe = os.open(os.devnull, os.O_RDONLY)
+            while len(self._held) < self._count and not self._borrowers:
+                self._held.append(os.open(os.devnull, os.O_RDONLY))
+
+    def is_short(self) -> bool:
+        """Whether it lacks some: all others are used, or they are lent."""
+        self.fill()
+        with self._lock:
+            return len(self._held) < self._count
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[None]:
+        """Let them go for as long as the block lasts; several may borrow at once."""
+        with self._lock:
+            self._borrowers += 1
+            while self._held:
+                os.close(self._held.pop())
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._borrowers -= 1
+            self.fill()
+
+    @contextlib.contextmanager
+    def lend_if_scarce(self) -> Iterator[None]:
+        """Lend where hardly any other descriptor is free. Costs 2 µs where many are."""
+        if self._is_scarce():
+            with self.lend():
+                yield
+        else:
+            yield
+
+    def _is_scarce(self) -> bool:
+        copies: list[int] = []
+        try:
+            for _ in range(_DESCRIPTORS_OF_AN_ANSWER):
+                copies.append(os.dup(self._probe))
+        except OSError:
+            return True
+        finally:
+            for copy in copies:
+                os.close(copy)
+        return False
+
+
+_DESCRIPTORS_OF_AN_ANSWER = 4  # the file of an output, the two directories above it, and one of the database
+
+
 class PeerTable:
     """Who holds the other ends of the connections to one port of this host; any thread may ask.
 
     The kernel's tables cost milliseconds each, so one reading serves all who asked before it began.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, descriptors: DescriptorReserve) -> None:
+        self._descriptors = descriptors
         self._lock = threading.Lock()  # guards all below
         self._read: dict[str, tuple[float, dict[tuple[str, str], int]]] = {}  # when, and the users by both ends
 
@@ -1368,8 +1475,10 @@ class PeerTable:
             with self._lock:
                 begin_s, users = self._read.get(table, (0.0, {}))
                 if begin_s <= asked_s:
-                    self._read[table] = time.monotonic(), dict(_established(table, ours[1]))
-                    users = self._read[table][1]
+                    begin_s = time.monotonic()
+                    with self._descriptors.lend_if_scarce():
+                        users = dict(_established(table, ours[1]))
+                    self._read[table] = begin_s, users
             if ends in users:
                 return users[ends]
         raise LookupError("this host does not know the client's end of the connection")
@@ -1429,36 +1538,6 @@ def forget_launcher() -> None:
             os.environ[name] = original
     if ON_WINDOWS:
         SetDllDirectoryW(None)
-
-
-class DescriptorReserve:
-    """Descriptors held open, to be let go for what must not fail for want of one: a stop, an answer. Thread-safe."""
-
-    def __init__(self, count: int = 8) -> None:
-        self._count = count
-        self._lock = threading.Lock()  # guards all below
-        self._held: list[int] = []
-        self._borrowers = 0
-
-    def fill(self) -> None:
-        """Hold as many as there are free, at most `count`."""
-        with self._lock, contextlib.suppress(OSError):  # what is missing is taken the next time
-            while len(self._held) < self._count and not self._borrowers:
-                self._held.append(os.open(os.devnull, os.O_RDONLY))
-
-    @contextlib.contextmanager
-    def lend(self) -> Iterator[None]:
-        """Let them go for as long as the block lasts; several may borrow at once."""
-        with self._lock:
-            self._borrowers += 1
-            while self._held:
-                os.close(self._held.pop())
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._borrowers -= 1
-            self.fill()
 
 
 def use_all_descriptors() -> str:
@@ -5495,10 +5574,10 @@ _REMEMBERED_MOST = 10_000  # clients that sent wrong tokens
 class Access:
     """Decides who gets in; any thread may ask. A wrong token never counts as none."""
 
-    def __init__(self, settings: Settings, root: str) -> None:
+    def __init__(self, settings: Settings, root: str, descriptors: DescriptorReserve) -> None:
         self._settings = settings
         self._path = os.path.normpath(settings.token_file.replace("$ROOT", root))
-        self._peers = PeerTable()
+        self._peers = PeerTable(descriptors)
         self._trusted: dict[Link, bool] = {}  # whether the client is our own user; a connection's thread has its entry
         self._lock = threading.Lock()  # guards all below
         self._read_at: tuple[int, ...] = ()
@@ -5656,7 +5735,9 @@ class Access:
         if known is None:
             try:
                 known = trusts_user(self._peers.user(*link))
-            except (LookupError, OSError):  # in doubt he is not
+            except (LookupError, OSError) as error:  # in doubt he is not
+                if getattr(error, "errno", None) in NO_RESOURCE:
+                    raise Unavailable("this host has no descriptor left to look the client up; try again") from None
                 known = False
             self._trusted[link] = known
         return known
@@ -6858,9 +6939,14 @@ _IDLE_S = 60.0
 _BACKLOG = 1024
 _LINGER_S = 5.0
 _PER_ADDRESS = 64  # connections of one address, but of this host
-_FOR_STOPS = 8  # places that stay free for stops
-_PAUSE_S = 0.05
-_HURRY_S = 3.0  # within which a client that has one of these must say so
+_RESERVED_CONNECTIONS = 8  # that stay free for stops
+_RESERVED_TIMEOUT_S = 3.0  # of a client that holds one of these, or what few threads and descriptors are left
+_RESERVE_THREADS = 2  # that wait for a connection for which no thread can be started
+_RESERVE_QUEUE = 8  # connections that wait for one of them
+_RESERVE_DESCRIPTORS = 4  # of the reserve of 8, that connections may take: the others are for what their answers need
+_ACCEPT_RETRY_S = 0.05
+_RESTART_PAUSE_MAX_S = 5.0
+_WARNING_INTERVAL_S = 60.0
 _REFUSED_BODY_BYTES = 64 * 1024  # that are read of a client who is refused anyway
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
@@ -6935,8 +7021,17 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = _BACKLOG
     allow_reuse_address = not hasattr(socket, "SO_EXCLUSIVEADDRUSE")  # on Windows it would share the port
 
-    def __init__(self, settings: Settings, router: Router, access: Access, observer: Observer, tls: Tls | None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        router: Router,
+        access: Access,
+        observer: Observer,
+        tls: Tls | None,
+        descriptors: DescriptorReserve,
+    ) -> None:
         self.access = access
+        self.descriptors = descriptors
         self.scheme = "https" if tls else "http"
         self.timeout_s = settings.timeout / _SECOND_NS
         self.body_limit = settings.max_body
@@ -6947,10 +7042,14 @@ class Server(http.server.ThreadingHTTPServer):
         self._observer = observer
         self._tls = tls
         self._links: dict[socket.socket, str] = {}  # and the client's network of each
-        self._spare: set[socket.socket] = set()  # of them, those in the places for stops
-        self._lock = threading.Lock()  # guards _links, _spare and _counted
+        self._reserved: set[socket.socket] = set()  # of them, those in the places for stops
+        self._hurried: set[socket.socket] = set()  # of them, those that hold a thread or a descriptor of the reserve
+        self._lock = threading.Lock()  # guards _links, _reserved, _hurried and _counted
         self._counted = 0
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), name="listener", daemon=True)
+        self._thread = DaemonThread(self._listen, "listener")
+        self._reserve_queue: queue.Queue[tuple[socket.socket, Any] | None] = queue.Queue(_RESERVE_QUEUE)
+        self._reserve_threads: list[threading.Thread] = []  # grows alone
+        self._warned_s = -_WARNING_INTERVAL_S  # when a lack of threads was last told; the listener's
         host, port = parse_address(settings.addr)
         self.address_family = socket.AF_INET6 if ":" in host or (not host and socket.has_ipv6) else socket.AF_INET
         super().__init__((host, port), Connection, bind_and_activate=False)
@@ -6988,9 +7087,39 @@ class Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = "", self.server_address[1]
 
+    def server_activate(self) -> None:
+        """Listens. An accept never waits: whoever connected may be gone by then, and BSD tells nothing of it."""
+        super().server_activate()
+        self.socket.setblocking(False)
+
     def start(self) -> None:
         """Accepts connections from now on."""
         self._thread.start()
+        self.fill_reserve()
+
+    def fill_reserve(self) -> None:
+        """Starts what threads the reserve lacks, where that can be; for the thread that runs the daemon."""
+        with contextlib.suppress(RuntimeError, MemoryError):  # tried again twice a second
+            while len(self._reserve_threads) < _RESERVE_THREADS:
+                thread = DaemonThread(self._serve_reserve, "reserve connection")
+                thread.start()
+                self._reserve_threads.append(thread)
+
+    def _listen(self) -> None:
+        """Accept connections until `stop`, whatever fails: a lack of memory may strike anywhere."""
+        pause_s = _ACCEPT_RETRY_S
+        while not self.is_stopping:
+            begin_s = time.monotonic()
+            try:
+                self.serve_forever(0.1)
+            except Exception:
+                with contextlib.suppress(MemoryError):
+                    log.exception("the listener failed; it starts again")
+            if time.monotonic() - begin_s > 2 * _RESTART_PAUSE_MAX_S:
+                pause_s = _ACCEPT_RETRY_S
+            if not self.is_stopping:
+                time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _RESTART_PAUSE_MAX_S)
 
     def is_alive(self) -> bool:
         """Whether it accepts connections."""
@@ -7007,12 +7136,15 @@ class Server(http.server.ThreadingHTTPServer):
         for link in links:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(link, socket.SHUT_RD)  # that of an SSLSocket would have it go on in clear text
+        with contextlib.suppress(queue.Full):  # they are busy then, and end with the process
+            for _ in self._reserve_threads:
+                self._reserve_queue.put_nowait(None)
 
-    def admit(self, request: Request, is_spare: bool) -> Admission:
-        """Who asks for which route, before the body is read; is_spare: over a connection that is for stops alone."""
+    def admit(self, request: Request, is_reserved: bool) -> Admission:
+        """Who asks for which route, before the body is read; is_reserved: over a connection for stops alone."""
         try:
             admission = self._admit(request)
-            if is_spare and request.method != "PUT":
+            if is_reserved and request.method != "PUT":
                 raise Unavailable("too many connections; the last places are for stops")
         except ApiError as error:
             return Admission(error=error)
@@ -7087,54 +7219,127 @@ class Server(http.server.ThreadingHTTPServer):
         self._observer.request("", "", error.status, seconds)
 
     def get_request(self) -> tuple[Any, Any]:
-        """The next connection; raises OSError."""
+        """The next connection; raises OSError where there is none, after a pause where something is used up."""
         try:
-            link, address = super().get_request()
-        except OSError:
-            time.sleep(_PAUSE_S)  # no descriptor is free, perhaps; the client waits in the backlog
+            sock, address, is_lent = self._accept()
+        except OSError as error:
+            if error.errno in NO_RESOURCE:
+                time.sleep(_ACCEPT_RETRY_S)  # the client waits in the backlog
             raise
-        return self._tls.wrap(link) if self._tls else link, address
+        if not address or not address[0]:  # reset before it was accepted: macOS and Wine give no address then
+            sock.close()
+            raise ConnectionAbortedError(errno.ECONNABORTED, "the client has gone")
+        sock.setblocking(True)
+        if self._tls:
+            sock = self._tls.wrap(sock)
+        if is_lent:
+            with self._lock:
+                self._hurried.add(sock)
+        return sock, address
+
+    def _accept(self) -> tuple[socket.socket, Any, bool]:
+        """The next connection, and whether it takes a descriptor of the reserve; raises OSError."""
+        if not self.descriptors.is_short():
+            try:
+                return (*super().get_request(), False)
+            except OSError as error:
+                if error.errno not in NO_DESCRIPTOR:
+                    raise
+        if not self._may_borrow():
+            raise OSError(errno.EMFILE, "the connections have their share of the reserve")
+        with self.descriptors.lend():
+            return (*super().get_request(), True)
+
+    def _may_borrow(self) -> bool:
+        """Whether a connection may take a descriptor of the reserve."""
+        with self._lock:
+            return len(self._hurried) < _RESERVE_DESCRIPTORS
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serves a connection in a thread of its own, when there is a place for it."""
-        client, most = network_of(_plain_address(client_address[0])), self._settings.max_connections
+        if not self._take_place(request, network_of(_plain_address(client_address[0]))):
+            self._reject_connection(request)
+            return
+        try:
+            DaemonThread(self.process_request_thread, "connection", (request, client_address)).start()
+        except (RuntimeError, MemoryError) as error:
+            self._queue_for_reserve(request, client_address, error)
+
+    def _take_place(self, sock: socket.socket, client: str) -> bool:
+        """Count the connection in, unless there are too many, or too many of its client."""
+        max_connections = self._settings.max_connections
         with self._lock:
             others = len(self._links)
-            is_full = others >= most or (
-                not is_loopback(client) and [*self._links.values()].count(client) >= _PER_ADDRESS
-            )
-            if not is_full:
-                self._links[request] = client
-            if not is_full and others >= most - _FOR_STOPS:
-                self._spare.add(request)
-        if is_full:
-            self._turn_away(request)
-            return
-        args = (request, client_address)
-        threading.Thread(target=self.process_request_thread, args=args, name="connection", daemon=True).start()
+            if others >= max_connections:
+                return False
+            if not is_loopback(client) and [*self._links.values()].count(client) >= _PER_ADDRESS:
+                return False
+            self._links[sock] = client
+            if others >= max_connections - _RESERVED_CONNECTIONS:
+                self._reserved.add(sock)
+        return True
 
-    def _turn_away(self, link: socket.socket) -> None:
+    def _queue_for_reserve(self, sock: socket.socket, address: Any, error: BaseException) -> None:
+        """Leave a connection to the threads of the reserve; close it where too many wait for them."""
+        with self._lock:
+            self._hurried.add(sock)
+        threads = len(self._reserve_threads)
+        try:
+            if not threads:
+                raise queue.Full
+            self._reserve_queue.put_nowait((sock, address))
+        except queue.Full:
+            self._reject_connection(sock)
+        now_s = time.monotonic()
+        if now_s - self._warned_s >= _WARNING_INTERVAL_S:
+            self._warned_s = now_s
+            log.warning("no thread can be started for a connection (%s): %d in reserve serve all", error, threads)
+
+    def _serve_reserve(self) -> None:
+        """Serve connections for which no thread can be started, one after another."""
+        while True:
+            try:
+                waiting = self._reserve_queue.get()
+                if waiting is None:
+                    return
+                self.process_request_thread(*waiting)
+            except Exception:
+                with contextlib.suppress(MemoryError):
+                    log.exception("a reserve connection failed")
+
+    def _reject_connection(self, sock: socket.socket) -> None:
         """Closes a connection that there is no place for, with a word where that needs no wait."""
+        self._forget_connection(sock)
         response = refusal(Unavailable("too many connections; try again"))
         head = f"HTTP/1.1 503 {_REASONS[503]}\r\nContent-Type: {JSON_TYPE[1]}\r\nConnection: close\r\n"
         body = response.body if isinstance(response.body, bytes) else b""
         with contextlib.suppress(OSError):
-            link.setblocking(False)
+            sock.setblocking(False)
             if not self._tls:
-                link.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-                link.shutdown(socket.SHUT_WR)
-                link.recv(_REFUSED_BODY_BYTES)  # a close with unread bytes would reset the connection
-        super().shutdown_request(link)
+                sock.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                sock.shutdown(socket.SHUT_WR)
+                sock.recv(_REFUSED_BODY_BYTES)  # a close with unread bytes would reset the connection
+        super().shutdown_request(sock)
 
-    def is_spare(self, link: socket.socket) -> bool:
+    def is_reserved(self, sock: socket.socket) -> bool:
         """Whether a connection has one of the last places, which are for stops."""
         with self._lock:
-            return link in self._spare
+            return sock in self._reserved
+
+    def must_hurry(self, sock: socket.socket) -> bool:
+        """Whether a connection has what others wait for: its client is given little time, and one answer."""
+        with self._lock:
+            return sock in self._reserved or sock in self._hurried
+
+    def _forget_connection(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._links.pop(sock, None)
+            self._reserved.discard(sock)
+            self._hurried.discard(sock)
 
     def shutdown_request(self, request: Any) -> None:
-        with self._lock:
-            self._links.pop(request, None)
-            self._spare.discard(request)
+        """Closes a connection."""
+        self._forget_connection(request)
         if self._tls:
             with contextlib.suppress(OSError, ValueError):  # it may have broken, or never begun
                 request.settimeout(0)
@@ -7142,8 +7347,10 @@ class Server(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """An answer broke off."""
-        log.error("connection of %s: the answer broke off", client_address[0], exc_info=True)
+        """An answer broke off. Never raises: that would end the listener."""
+        client = client_address[0] if client_address else "a client"
+        with contextlib.suppress(MemoryError):
+            log.error("connection of %s: the answer broke off", client, exc_info=True)
 
 
 def _path(request: Request) -> str:
@@ -7171,12 +7378,18 @@ class Connection(socketserver.BaseRequestHandler):
     """One client's connection, in a thread of its own."""
 
     server: Server
-    _is_spare = False
+    _is_reserved = False
+    _must_hurry = False
+    _timeout_s = 0.0  # that the client has for a request, and again for its answer
     _end_s = 0.0  # until when the answer must have been taken
 
     def handle(self) -> None:
-        ours = self.request.getsockname()
-        link = (_plain_address(self.client_address[0]), self.client_address[1]), (_plain_address(ours[0]), ours[1])
+        try:
+            ours = self.request.getsockname()
+            link = (_plain_address(self.client_address[0]), self.client_address[1]), (_plain_address(ours[0]), ours[1])
+        except (OSError, TypeError, IndexError) as error:  # it was reset: macOS knows no address of it any more
+            log.debug("a connection has gone: %s", error)
+            return
         try:
             self._serve(Client(link, self.server.scheme))
         except (OSError, ConnectionEnded) as error:
@@ -7187,19 +7400,22 @@ class Connection(socketserver.BaseRequestHandler):
     def _serve(self, client: Client) -> None:
         """Answers requests until the client or we have enough."""
         server = self.server
-        self._is_spare = server.is_spare(self.request)
-        patience_s = min(server.timeout_s, _HURRY_S) if self._is_spare else server.timeout_s
+        self._is_reserved = server.is_reserved(self.request)
+        self._must_hurry = server.must_hurry(self.request)
+        self._timeout_s = server.timeout_s
+        if self._must_hurry:
+            self._timeout_s = min(server.timeout_s, _RESERVED_TIMEOUT_S)
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if server.scheme == "http":
-            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(server.timeout_s))
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(self._timeout_s))
         else:
-            self.request.settimeout(patience_s)
+            self.request.settimeout(self._timeout_s)
             self.request.do_handshake()
             client = client._replace(certificate=certificate_name(self.request.getpeercert()))
         stream = Stream(self.request, self._limit_reads)
-        stream.expect(patience_s)
+        stream.expect(self._timeout_s)
         stream.wait()
-        while self._exchange(stream, client, patience_s):
+        while self._exchange(stream, client):
             stream.expect(_IDLE_S)
             stream.wait()
 
@@ -7210,27 +7426,27 @@ class Connection(socketserver.BaseRequestHandler):
         else:
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(seconds))
 
-    def _exchange(self, stream: Stream, client: Client, patience_s: float) -> bool:
+    def _exchange(self, stream: Stream, client: Client) -> bool:
         """One request and its answer; whether another may follow."""
         server, begin_s = self.server, time.perf_counter()
         try:
-            request = read_head(stream, patience_s, client)
+            request = read_head(stream, self._timeout_s, client)
         except ApiError as error:
             self._send(None, refusal(error))
             server.told_malformed(error, time.perf_counter() - begin_s)
             return self._part(stream)
-        admission, limit, body, is_read = server.admit(request, self._is_spare), server.body_limit, b"", True
+        admission, limit, body, is_read = server.admit(request, self._is_reserved), server.body_limit, b"", True
         try:
             if admission.error:
                 limit = min(limit, _REFUSED_BODY_BYTES)
                 if request.awaits_go_on or (request.body_bytes or 0) > limit:
                     raise admission.error
-            body = read_body(stream, request, patience_s, limit, self._go_on)
+            body = read_body(stream, request, self._timeout_s, limit, self._go_on)
         except TooLarge as error:
             admission, is_read = admission._replace(error=admission.error or error), False
         except ApiError as error:
             admission, is_read = admission._replace(error=error), False
-        with server.serve(request, admission, body) as response:
+        with server.descriptors.lend_if_scarce(), server.serve(request, admission, body) as response:
             sent = 0
             try:
                 is_kept, sent = self._send(request, response, is_read)
@@ -7241,7 +7457,7 @@ class Connection(socketserver.BaseRequestHandler):
     def _part(self, stream: Stream) -> bool:
         """The last of a connection on which more may come that nobody reads: else the answer could be lost."""
         socket.socket.shutdown(self.request, socket.SHUT_WR)
-        stream.drain(_LINGER_S)
+        stream.drain(min(_LINGER_S, self._timeout_s))
         return False
 
     def _go_on(self) -> None:
@@ -7249,12 +7465,12 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _send(self, request: Request | None, response: Response, may_keep: bool = True) -> tuple[bool, int]:
         """Sends the answer; whether the connection lives on, and the bytes of the body."""
-        self._end_s = time.monotonic() + self.server.timeout_s
+        self._end_s = time.monotonic() + self._timeout_s
         is_kept = (
             may_keep
             and request is not None
             and request.keeps_alive
-            and not self._is_spare
+            and not self._must_hurry
             and not self.server.is_stopping
         )
         is_streamed = not isinstance(response.body, bytes)
@@ -7395,6 +7611,7 @@ class Daemon:
         self._is_well: Callable[[], bool] = lambda: True  # until there is more to ask
         self._tls = Tls(settings) if settings.tls_cert else None
         self._is_renewing = False  # whether the certificates are to be read again
+        self._reserve = DescriptorReserve()
 
     def run(self) -> int:
         """Serves until the end is asked for; the exit code. Raises StartupError."""
@@ -7473,7 +7690,7 @@ class Daemon:
         keep_descriptors()
         forget_launcher()
         descriptors = use_all_descriptors()
-        reserve = DescriptorReserve()
+        reserve = self._reserve
         reserve.fill()
         telemetry = Telemetry()
         store = Store(os.path.join(self._root, "remote_executor.db"), telemetry.commit)
@@ -7495,8 +7712,8 @@ class Daemon:
             *ProfileApi(telemetry, settings.profile_timeout).routes(),
         ]
         router = Router([*routes, *DocumentApi(routes).routes()])
-        access = Access(settings, self._root)
-        server = Server(settings, router, access, telemetry, self._tls)
+        access = Access(settings, self._root, reserve)
+        server = Server(settings, router, access, telemetry, self._tls, reserve)
         closing.callback(server.stop)
         server.open()
         access.start()

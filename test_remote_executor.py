@@ -170,6 +170,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 PYTHON = [sys.executable, "-c", SIGNALLED_BY_STDIN] if WINDOWS else [sys.executable]
 
 
+def with_faults(code: str) -> list[str]:
+    """A program that runs this code, which makes some call of the system fail, and then the daemon in its process."""
+    run = SIGNALLED_BY_STDIN if WINDOWS else SIGNALLED_BY_STDIN.replace("threading.Thread", "0 and threading.Thread")
+    return [sys.executable, "-c", code + "\n" + run, str(PROGRAM)]
+
+
 class Daemon:
     """One daemon on a root of its own: started, asked, ended, and checked for what it left behind."""
 
@@ -187,6 +193,7 @@ class Daemon:
         self.stdout, self.stderr = root.parent / f"{root.name}.out", root.parent / f"{root.name}.err"
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
+        self.may_log_tracebacks = False
         root.parent.mkdir(parents=True, exist_ok=True)
 
     def start(self) -> Daemon:
@@ -261,7 +268,7 @@ class Daemon:
                 wait_until(lambda: self.get("/api/v1/pool").data["running"] == 0, "the pool to empty")
                 assert self.end() == 0, self.log()
             wait_until(lambda: not self.processes(), f"the end of {self.processes()}", 15)
-            assert "Traceback" not in self.log(), self.log()
+            assert self.may_log_tracebacks or "Traceback" not in self.log(), self.log()
         finally:
             if self.alive():
                 self.kill()
@@ -440,10 +447,10 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
             *flags: str,
             root: Path = tmp_path / "root",
             env: dict[str, str] | None = None,
-            program: list[str] | None = None,
             tls: ssl.SSLContext | None = None,
+            program: list[str] | None = None,
         ) -> Daemon:
-            own = Daemon(root, *flags, env=env, program=program, tls=tls)
+            own = Daemon(root, *flags, env=env, tls=tls, program=program)
             stack.callback(own.retire)
             return own.start()
 
@@ -4156,7 +4163,7 @@ def test_access_over_peer_host_origin_token_and_tls(
     file.write_text("alpha\nbeta # the second\n")
     file.chmod(0o600)
     given = {"token_file": str(file), "cors_origin": ["https://console.example"], "require_token": require_token}
-    access = code.Access(code.make_settings(given), "")
+    access = code.Access(code.make_settings(given), "", code.DescriptorReserve())
     access.start()
     monkeypatch.setattr(code.log, "disabled", True)
     monkeypatch.setattr(code.PeerTable, "user", user_of)
@@ -4712,6 +4719,185 @@ def test_connections_beyond_the_most_get_503_and_stops_still_pass(launch: Callab
         assert [link.recv(1) for link in spare] == [b""] * 8  # who has the last places and says nothing loses them
         assert wait_until(lambda: daemon.put("/api/v1/task/none").code == 1003)
     wait_until(lambda: daemon.get("/api/v1/pool").status == 200, "places to be free again")
+
+
+# Each connection in turn has one of these fates, and the ones behind them are sound.
+ACCEPTS_FATES = """
+import errno, socket
+accept, getsockname, fates = socket.socket.accept, socket.socket.getsockname, {fates!r}
+def fated(self):
+    fate = fates.pop(0) if fates else ""
+    if isinstance(fate, int):
+        raise OSError(fate, "the client has gone")
+    link, address = accept(self)
+    if fate == "nameless":
+        nameless.add(link.fileno())
+    return link, {{"none": None, "empty": "", "no host": ("", 0), "nothing": ()}}.get(fate, address)
+nameless = set()
+def name(self):
+    return None if self.fileno() in nameless and not nameless.clear() else getsockname(self)
+socket.socket.accept, socket.socket.getsockname = fated, name
+"""
+
+
+def test_connections_that_are_reset_before_their_accept_leave_the_next_alone(launch: Callable[..., Daemon]) -> None:
+    fates = ["none", "empty", "no host", "nothing", "nameless", errno.ECONNABORTED, errno.EMFILE, errno.EPERM]
+    daemon = launch(program=with_faults(ACCEPTS_FATES.format(fates=fates)))
+    for _ in range(5):
+        assert daemon.raw(b"GET /heartbeat HTTP/1.1\r\n\r\n") == b""
+    assert daemon.get("/api/v1/pool").code == 0
+
+
+@pytest.mark.parametrize(
+    "number, is_paused",
+    [
+        *((getattr(errno, name), False) for name in ("ECONNABORTED", "ECONNRESET", "EPERM", "EPROTO", "EAGAIN")),
+        *((getattr(errno, name), True) for name in ("EMFILE", "ENFILE", "ENOMEM", "ENOBUFS")),
+    ],
+    ids=lambda value: errno.errorcode[value] if type(value) is int else "",
+)
+def test_accept_pauses_only_for_want_of_something(
+    monkeypatch: pytest.MonkeyPatch, number: int, is_paused: bool
+) -> None:
+    server, pauses = bare_server(), []
+    monkeypatch.setattr(module().time, "sleep", pauses.append)
+    server.socket.close()
+    server.socket = FailingListener(number)
+    with pytest.raises(OSError):
+        server.get_request()
+    assert bool(pauses) == is_paused
+    server.server_close()
+
+
+class FailingListener:
+    """A socket whose accept fails with this error."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def accept(self) -> Any:
+        raise OSError(self.number, "no")
+
+    def close(self) -> None:
+        pass
+
+
+def bare_server(**given: Any) -> Any:
+    """A server of no route, which does not listen."""
+    code = module()
+    settings = code.make_settings({"addr": "127.0.0.1:0", **given})
+    reserve = code.DescriptorReserve()
+    access = code.Access(settings, "", reserve)
+    return code.Server(settings, code.Router([]), access, code.Observer(), None, reserve)
+
+
+@pytest.mark.parametrize("address", [None, "", (), ("::1", 1)])
+def test_error_of_a_connection_is_told_whatever_its_address(address: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server = bare_server()
+    server.handle_error(None, address)
+    server.server_close()
+
+
+def test_listener_survives_whatever_fails_in_it(launch: Callable[..., Daemon]) -> None:
+    fault = """
+import selectors
+select, faults = selectors._PollLikeSelector.select, [MemoryError(), OSError("broken"), RuntimeError("odd")]
+def failing(*arguments):
+    if faults:
+        raise faults.pop()
+    return select(*arguments)
+selectors._PollLikeSelector.select = failing
+"""
+    daemon = launch(program=with_faults(fault.replace("_PollLike", "Select" if WINDOWS else "_PollLike")))
+    daemon.may_log_tracebacks = True
+    assert daemon.get("/api/v1/pool").code == 0
+    wait_until(lambda: daemon.log().count("the listener failed; it starts again") == 3)
+
+
+# No connection gets a thread of its own, as under a limit of processes.
+NO_THREADS = """
+import threading
+start = threading.Thread.start
+def fail(self):
+    if self.name == "connection":
+        raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = fail
+"""
+
+
+def test_connections_without_threads_are_served_and_a_slow_client_holds_nobody(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--timeout=500ms", program=with_faults(NO_THREADS))
+    task = daemon.submit(step("exit 4"))
+    assert daemon.ended(task).data[0]["code"] == 4
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port), 30)).sendall(b"GET /heart")
+        assert wait_until(lambda: daemon.raw(b"").startswith(b"HTTP/1.1 503 "), "a full queue")
+        wait_until(lambda: daemon.put(f"/api/v1/task/{task}").code == 1003, "a stop to be answered")
+    assert daemon.get("/api/v1/pool").code == 0
+    assert daemon.log().count("no thread can be started") == 1
+
+
+@contextlib.contextmanager
+def limited(daemon: Daemon, what: str, value: int) -> Iterator[None]:
+    """Holds a running daemon to a limit of a resource."""
+    import resource
+
+    assert daemon.process
+    earlier = resource.prlimit(daemon.process.pid, getattr(resource, what))
+    resource.prlimit(daemon.process.pid, getattr(resource, what), (value, earlier[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(daemon.process.pid, getattr(resource, what), earlier)
+
+
+def taken_descriptors(daemon: Daemon) -> int:
+    """One more than the highest descriptor, if none below it is free: as a limit it leaves none."""
+    assert daemon.process
+    numbers = {int(name) for name in os.listdir(f"/proc/{daemon.process.pid}/fd")}
+    return next(number for number in itertools.count() if number not in numbers)
+
+
+@linux_only
+def test_requests_are_answered_when_no_descriptor_is_left(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch()
+    task = daemon.submit(held(gate))
+    daemon.until_printed(task, "held")
+    wait_until(lambda: daemon.get("/api/v1/pool").data["running"] == 1)
+    with limited(daemon, "RLIMIT_NOFILE", taken_descriptors(daemon)):
+        for _ in range(20):
+            assert daemon.console(task).data == ["held"]
+            assert daemon.put("/api/v1/task/none").code == 1003
+        with contextlib.ExitStack() as stack:
+            for _ in range(6):  # they say nothing, so they lose what they hold
+                stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port), 30))
+            assert daemon.console(task).data == ["held"]
+    gate.touch()
+
+
+@linux_only
+def test_listener_sheds_load_where_memory_ends_and_recovers(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    daemon.may_log_tracebacks = True
+    assert daemon.process
+    body = json.dumps([step("exit 0 #" + "x" * 200_000)]).encode()
+    head = b"POST /api/v1/task HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with limited(daemon, "RLIMIT_AS", memory_bytes(daemon.process.pid, "VmSize") + 20_000_000):
+        with contextlib.ExitStack() as stack:
+            for _ in range(60):
+                with contextlib.suppress(OSError):
+                    link = stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port), 30))
+                    link.sendall(head + body[:-1])
+        assert wait_until(lambda: survives(lambda: daemon.get("/api/v1/pool").code == 0), "an answer")
+
+
+def survives(condition: Callable[[], Any]) -> Any:
+    """What the condition says, nothing where the connection breaks."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return condition()
+    return None
 
 
 @pytest.fixture
@@ -6713,7 +6899,7 @@ def test_source_has_no_global_and_no_bare_except() -> None:
     assert [at(node) for node in nodes if isinstance(node, ast.ExceptHandler) and node.type is None] == []
 
 
-def test_source_catches_everything_at_the_outer_loops_alone_and_logs_it() -> None:
+def test_source_logs_whatever_it_catches_of_everything() -> None:
     broad = [
         node
         for node in ast.walk(tree())
@@ -6726,8 +6912,7 @@ def test_source_catches_everything_at_the_outer_loops_alone_and_logs_it() -> Non
         for node in broad
         if not re.search(r"\.exception\(|exc_info=", ast.get_source_segment(source(), node) or "")
     ]
-    assert silent == []
-    assert len(broad) <= 4, [at(node) for node in broad]
+    assert broad and silent == []
 
 
 def test_source_waits_for_processes_by_the_design() -> None:
