@@ -3338,7 +3338,7 @@ def test_limit_of_processes_makes_steps_wait_and_fails_none(few_processes: str, 
 @linux_only
 @pytest.mark.parametrize("limit", [64, 128])
 def test_limit_of_descriptors_makes_steps_wait_and_a_stop_works(launch: Callable[..., Daemon], limit: int) -> None:
-    daemon = launch("--pool_size=500", program=behind(f"ulimit -Hn {limit} && ulimit -n {limit}"))
+    daemon = launch("--pool_size=500", program=behind(f"ulimit -n {limit}"))
     held_up = daemon.submit(*[step("trap '' TERM; echo up; while :; do sleep 0.1; done")] * 40, ansync="1")
     task = daemon.submit(*[step("sleep 0.3")] * 60, ansync="1")
     wait_until(lambda: daemon.get("/api/v1/pool").data["waiting"], "steps that wait")
@@ -3385,6 +3385,8 @@ def test_full_disk_loses_no_result_of_a_step_without_a_daemon(
     small_disk: Path, tmp_path: Path, launch: Callable[..., Daemon], kill: bool, room: str
 ) -> None:
     daemon, gates = launch(root=small_disk / "root"), [tmp_path / "first", tmp_path / "second"]
+    daemon.stdout = tmp_path / "out"  # which has room
+    daemon.stderr = tmp_path / "err"
     before, adopted = (daemon.submit(held(gate), step("echo later")) for gate in gates)
     for task in (before, adopted):
         daemon.until_printed(task, "held")
