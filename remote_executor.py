@@ -66,7 +66,7 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from enum import Enum, IntEnum
-from typing import Any, Callable, NamedTuple, Protocol
+from typing import Any, Callable, NamedTuple, Protocol, TextIO
 
 __version__ = "1.0.0"
 
@@ -1027,6 +1027,35 @@ def _sid_text(sid: Any) -> str:
         LocalFree(ctypes.cast(text, ctypes.c_void_p))
 
 
+def lock_directory(path: str) -> int | None:
+    """The descriptor that holds an exclusive lock on a directory while the process lives, None where there is no such.
+
+    It holds when the files in it are gone, and systemd-tmpfiles leaves alone what is locked so (tmpfiles.d(5)); for a
+    moment it locks what it cleans itself, hence the patience. Raises StartupError when another daemon holds it.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    end_s = time.monotonic() + _DIRECTORY_LOCK_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > end_s:
+                os.close(descriptor)
+                raise StartupError(f"--root: {path} is in use by another daemon; give another root") from None
+        except OSError:  # NFS locks only what can be written
+            os.close(descriptor)
+            return None
+        time.sleep(0.05)
+
+
+_DIRECTORY_LOCK_S = 2.0
+
+
 def lock_file(path: str) -> int:
     """The descriptor that holds an exclusive lock on the file while the process lives; raises StartupError if held."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -1135,13 +1164,18 @@ class Folder:
             os.rmdir(name, dir_fd=parent)
 
     def remove(self, *names: str) -> bool:
-        """Removes a directory with all that is in it, but what is mounted there; False when something is left."""
+        """Removes a directory with all that is in it, but what is mounted there; False when something is left.
+
+        Raises OSError where no descriptor is left to look with.
+        """
         try:
             with self._parent(names) as (name, parent):
                 return _remove_by_path(name) if parent is None else _remove(name, parent, _mount_of(parent))
         except FileNotFoundError:
             return True
-        except OSError:
+        except OSError as error:
+            if error.errno in NO_DESCRIPTOR:
+                raise
             return False
 
     @contextlib.contextmanager
@@ -1631,6 +1665,74 @@ def _most_files() -> int | None:
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return soft if soft != resource.RLIM_INFINITY else None
     return None
+
+
+class Limit(NamedTuple):
+    """How many of something this process may have, and what says so."""
+
+    value: int
+    name: str
+
+
+class StepCapacity(NamedTuple):
+    """How many steps can run at once, and the limit that allows no more; None where there is none."""
+
+    steps: int
+    limit: Limit | None
+
+
+def step_capacity(descriptors: Limit | None, processes: Sequence[Limit], max_connections: int) -> StepCapacity:
+    """How many steps can run at once under these limits, at least 1."""
+    capacity = StepCapacity(_UNLIMITED_STEPS, None)
+    if descriptors:
+        connections = min(max_connections, descriptors.value // 4)
+        free = descriptors.value - connections - min(_OWN_DESCRIPTORS, descriptors.value // 2)
+        capacity = StepCapacity(free // _DESCRIPTORS_OF_A_STEP, descriptors)
+    for limit in processes:
+        steps = (limit.value - min(_OWN_THREADS, limit.value // 2)) // _PROCESSES_OF_A_STEP
+        if steps < capacity.steps:
+            capacity = StepCapacity(steps, limit)
+    return capacity._replace(steps=max(1, capacity.steps))
+
+
+_UNLIMITED_STEPS = 2**63
+_DESCRIPTORS_OF_A_STEP = 3  # a pidfd, and for the time of its start its output and the pipe that tells of the exec
+_OWN_DESCRIPTORS = 64  # the database's, the log, the reserve, the listener
+_PROCESSES_OF_A_STEP = 4  # a thread that waits, the wrapper, the script and one that it starts; more are not known
+_OWN_THREADS = 32  # some connections among them
+
+
+def descriptor_limit() -> Limit | None:
+    """How many descriptors this process may have; None where the system sets no limit."""
+    count = _most_files()
+    return None if count is None else Limit(count, "the limit of open files (ulimit -n, LimitNOFILE)")
+
+
+def process_limits(cgroups: str = "/sys/fs/cgroup", own_cgroups: str = "/proc/self/cgroup") -> list[Limit]:
+    """How many processes and threads there may be, by each limit that holds for this process."""
+    if sys.platform == "win32":
+        return []
+    import resource
+
+    limits = []
+    soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if os.geteuid() and soft != resource.RLIM_INFINITY:
+        limits.append(Limit(soft, "the limit of processes (ulimit -u, LimitNPROC)"))
+    with contextlib.suppress(OSError), open(own_cgroups, encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:  # cgroups(7): the number, the controllers, empty for version 2, and the path
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            if controllers in ("", "pids"):
+                limits += _pids_limits(os.path.join(cgroups, controllers), path)
+    return limits
+
+
+def _pids_limits(mount: str, path: str) -> Iterator[Limit]:
+    """The limits of a cgroup and of all above it; in a container the upper ones cannot be seen."""
+    names = path.strip("/").split("/")
+    for depth in range(len(names), -1, -1):
+        file = os.path.join(mount, *names[:depth], "pids.max")
+        with contextlib.suppress(OSError, ValueError), open(file, encoding="ascii") as content:
+            yield Limit(int(content.read()), f"{file} (TasksMax)")  # ValueError: "max"
 
 
 class HostFacts(NamedTuple):
@@ -3255,9 +3357,9 @@ class Store:
         found = os.stat(self._path)
         return found.st_dev, found.st_ino
 
-    def warnings(self) -> list[str]:
+    def warning(self) -> str:
         """Return what the operator should know of it now."""
-        return [text for text in (self._start_warning, self._trouble) if text]
+        return "; ".join(text for text in (self._start_warning, self._trouble) if text)
 
     # -- changes
 
@@ -3839,19 +3941,28 @@ class _AfterLock(NamedTuple):
 class Scheduler:
     """Decides which step runs when, and knows how it stands; any thread may call it.
 
-    At most `size` steps run at once, in the order in which they became ready. Each has a thread while it runs, which
-    takes the next one when it is done.
+    At most `size` steps run at once, or as many as the host can run, in the order in which they became ready. Each has
+    a thread while it runs, which takes the next one when it is done.
     """
 
-    def __init__(self, store: Store, clock: Clock, size: int, task_has_ended: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        size: int,
+        capacity: Callable[[], int],
+        task_has_ended: Callable[[int], None],
+    ) -> None:
         self._store = store
         self._clock = clock
+        self._capacity = capacity  # how many steps this host can run at once
         self._task_has_ended = task_has_ended  # told the number; without the lock
         self._run_step: Callable[[Step], None]  # from `start` on
         self._clean_up: Callable[[Task], None]
         self.attention = threading.Event()  # set when there is a deadline that may be the next
         self._lock = threading.Lock()  # guards all below, and what tasks and steps hold
         self._size = size
+        self._slots = min(size, capacity())
         self._last_number = 0
         self._tasks: dict[int, Task] = {}
         self._ready: collections.OrderedDict[Step, None] = collections.OrderedDict()
@@ -4148,8 +4259,10 @@ class Scheduler:
 
     def resize(self, size: int) -> PoolStats:
         """Set the size of the pool: more steps start at once, or running ones end before others start."""
+        capacity = self._capacity()
         with self._lock:
             self._size = size
+            self._slots = min(size, capacity)
             after = self._dispatch()
             stats = PoolStats(self._size, len(self._active), len(self._ready))
         self._carry_out(after)
@@ -4247,7 +4360,7 @@ class Scheduler:
 
     def _next_ready_step(self) -> Step | None:
         """Give a slot to the step that is ready longest; None where there is none, or no slot."""
-        if self._is_paused or not self._ready or len(self._active) >= self._size:
+        if self._is_paused or not self._ready or len(self._active) >= self._slots:
             return None
         if self.scarcity:  # one at a time is tried then
             if time.monotonic() < self._retry_s:
@@ -4290,7 +4403,7 @@ class Scheduler:
 
     def _start_worker(self, work: Step | Task) -> None:
         """Start a thread for a step that has a slot, or for the clean-up of a task."""
-        worker = threading.Thread(target=self._work, args=(work,), name="step", daemon=True)
+        worker = DaemonThread(target=self._work, args=(work,), name="step")
         with self._lock:
             self._workers.add(worker)
         try:
@@ -4718,16 +4831,23 @@ class Janitor:
 
     def _sweep(self) -> float:
         """Forget what has expired, and remove its files; return the pause until the next look."""
-        self._processes.reap()
+        with contextlib.suppress(OSError):  # no descriptor to look with: the next time
+            self._processes.reap()
         expired = self._store.expire(self._clock.now_ns() - self._settings.key_expire)
         self._pending_removals.extend(str(number) for number in expired)
         for _ in range(len(self._pending_removals)):
             name = self._pending_removals.popleft()
-            if not self._files.remove(name):
+            if not self._remove(name):
                 self._pending_removals.append(name)  # held by a process or a virus scanner, or mounted: later
             if self._stopping.is_set():
                 break
         return 0 if len(expired) == _BATCH else _TICK_S
+
+    def _remove(self, name: str) -> bool:
+        try:
+            return self._files.remove(name)
+        except OSError:  # no descriptor to look with
+            return False
 
 
 # ======================================================================================================================
@@ -6641,14 +6761,20 @@ class OperatorApi:
     """Answers the routes that tell of the daemon itself; any thread may call it."""
 
     def __init__(
-        self, store: Store, scheduler: Scheduler, clock: Clock, telemetry: Telemetry, root: str, warning: str
+        self,
+        store: Store,
+        scheduler: Scheduler,
+        clock: Clock,
+        telemetry: Telemetry,
+        root: str,
+        warnings: Sequence[Callable[[], str]],
     ) -> None:
         self._store = store
         self._scheduler = scheduler
         self._clock = clock
         self._telemetry = telemetry
         self._root = root
-        self._warning = warning  # what the operator should know
+        self._warnings = warnings  # each tells what the operator should know now, or nothing
 
     def routes(self) -> list[Route]:
         return [
@@ -6675,7 +6801,8 @@ class OperatorApi:
     def show_health(self, request: Request) -> Response:
         """The envelope, and its data beside it too, where clients of the original look."""
         health = {"server": request.host, "client": request.peer, "state": "Running", "timestamp": time.time_ns()}
-        data = {**health, "warning": self._warning} if self._warning and request.label else health
+        warning = "; ".join(filter(None, (warn() for warn in self._warnings)))
+        data = {**health, "warning": warning} if warning and request.label else health
         envelope = {"code": 0, "message": "success", "data": data, **health}
         return Response(headers=(JSON_TYPE,), body=to_json(envelope).encode())
 
@@ -7548,11 +7675,108 @@ class Supervisor:
     def ready(self, url: str) -> None:
         """The daemon serves."""
 
-    def watch(self, is_well: Callable[[], bool]) -> None:
-        """Asked for twice a second while the daemon serves; `is_well` asks whether all of it still works."""
+    def watch(self, is_healthy: Callable[[], bool]) -> None:
+        """Asked for twice a second while the daemon serves; `is_healthy` asks whether all of it still works."""
 
     def stopping(self) -> None:
         """The daemon is ending; told again while that takes long."""
+
+
+class ErrorStream(logging.Handler):
+    """The log on standard error, written by a thread of its own: nobody waits for whoever does not read there.
+
+    What finds no room in `_MAX_UNWRITTEN` is dropped and counted; one line tells how many when the stream takes lines
+    again.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        binary = getattr(stream, "buffer", None)
+        # Not by the buffer: its lock, held by a write that never ends, would abort the end of the interpreter.
+        self._file: Any = getattr(binary, "raw", binary) or stream
+        self._encoding = stream.encoding or "utf-8"
+        self._is_text = binary is None
+        self._changed = threading.Condition()  # guards all below
+        self._unwritten: collections.deque[str] = collections.deque()  # the first is being written
+        self._size = 0  # characters in it
+        self._dropped = 0
+        self._is_stuck = False  # whether the last flush had to give up
+
+    def start(self) -> None:
+        """Writes lines from now on."""
+        DaemonThread(self._run, "log").start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Leaves a line to the thread; formatted here, for what it tells of may change."""
+        try:
+            line = self.format(record)
+        except Exception:
+            line = f"a line cannot be formatted: {logging.Formatter().formatException(sys.exc_info())}"
+        with self._changed:
+            if self._size + len(line) > _MAX_UNWRITTEN:
+                self._dropped += 1
+            else:
+                self._unwritten.append(line)
+                self._size += len(line)
+                self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Waits until all is written, unless the stream takes nothing for a second."""
+        with self._changed:
+            while self._unwritten and not self._is_stuck:
+                left = len(self._unwritten)
+                if not self._changed.wait_for(lambda left=left: len(self._unwritten) < left, _FLUSH_S):  # type: ignore[misc]
+                    self._is_stuck = True
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._write_next()
+            except Exception:
+                with contextlib.suppress(MemoryError):
+                    log.exception("a line of the log cannot be written")
+                time.sleep(_STREAM_RETRY_S)
+
+    def _write_next(self) -> None:
+        """Writes the next line when there is one; what cannot be written counts as dropped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._unwritten)
+            line = self._unwritten[0]
+        is_written = self.write(line)
+        with self._changed:
+            self._unwritten.popleft()
+            self._size -= len(line)
+            self._dropped += not is_written
+            self._is_stuck = self._is_stuck and not is_written
+            if self._dropped and is_written and not self._unwritten:
+                text = f"{self._dropped} lines of the log were dropped: nobody read standard error"
+                record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
+                self._unwritten.append(self.format(record))
+                self._size += len(self._unwritten[-1])
+                self._dropped = 0
+            self._changed.notify_all()
+
+    def write(self, line: str) -> bool:
+        """Writes a line now, however long that takes; False when it cannot be written."""
+        try:
+            if self._is_text:
+                self._file.write(line + "\n")
+                return True
+            data = memoryview((line + os.linesep).encode(self._encoding, "backslashreplace"))
+            while data:
+                written = self._file.write(data)
+                if written is None:  # whoever shares the stream made it non-blocking
+                    time.sleep(_STREAM_RETRY_S)
+                else:
+                    data = data[written:]
+        except (OSError, ValueError):  # it is closed, or nobody reads it any more
+            return False
+        return True
+
+
+_MAX_UNWRITTEN = 2**20  # characters, some thousand lines
+_FLUSH_S = 1.0
+_STREAM_RETRY_S = 0.05
 
 
 class JsonLines(logging.Formatter):
@@ -7592,8 +7816,74 @@ class LogFile(logging.handlers.RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """Nothing: standard error has the line too."""
 
+    def restore(self) -> None:
+        """Begins the file anew where it has been deleted."""
+        if os.path.exists(self.baseFilename):
+            return
+        with self.lock or contextlib.nullcontext():
+            if self.stream:
+                self.stream.close()
+                self.stream = None  # opened again for the next line
+            with contextlib.suppress(OSError):  # told by the watch of the root
+                os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
+
 
 _ROTATION_PAUSE_S = 60.0  # after one that could not be
+
+
+class RootWatch:
+    """Notices what of the root is gone; the daemon's thread looks, any other asks for the warning.
+
+    Who cleans up /tmp removes files that are in use too, and what is written to them from then on is lost.
+    """
+
+    def __init__(self, root: str, has_token: bool) -> None:
+        names = [*_ROOT_ADVICE] if has_token else [name for name in _ROOT_ADVICE if name != _TOKEN_NAME]
+        self._paths = {name: os.path.join(root, name) if name else root for name in names}
+        self._known: dict[str, tuple[int, int]] = {}  # by name, the file that was there first
+        self._gone: tuple[str, ...] = ()
+
+    def look(self) -> None:
+        """Compares what is there with what was, and logs a change once."""
+        gone = []
+        for name, path in self._paths.items():
+            if self._is_gone(name, path):
+                gone.append(name)
+                if not name:
+                    break  # and with it all that was in it
+        if gone and tuple(gone) != self._gone:
+            log.error("%s", "; ".join(map(self._text, gone)))
+        elif self._gone and not gone:
+            log.info("--root: all of %s is in place again", self._paths[""])
+        self._gone = tuple(gone)
+
+    def warning(self) -> str:
+        """What is gone, and what to do; empty when nothing is."""
+        return "; ".join(map(self._text, self._gone))
+
+    def _text(self, name: str) -> str:
+        return f"--root: {self._paths[name]} is gone: {_ROOT_ADVICE[name]}"
+
+    def _is_gone(self, name: str, path: str) -> bool:
+        try:
+            status = os.lstat(path)
+        except OSError as error:
+            return name in self._known and error.errno in (errno.ENOENT, errno.ENOTDIR)  # any other tells nothing
+        known = self._known.setdefault(name, (status.st_dev, status.st_ino))
+        is_same = known == (status.st_dev, status.st_ino)
+        return not is_same and name != _TOKEN_NAME  # which an editor may replace
+
+
+_TOKEN_NAME = "token"
+_RESTART = "restart the daemon, with a --root that nobody cleans up"
+_ROOT_ADVICE = {
+    "": f"what is stored now is lost, and no task is accepted; {_RESTART}",
+    "lock": "another daemon might start on this root; restart this one, which adopts what runs",
+    "remote_executor.db": f"what is stored now is lost, and no task is accepted; {_RESTART}",
+    "remote_executor.db-wal": f"what is stored now is lost, and no task is accepted; {_RESTART}",
+    "tasks": f"the outputs and workspaces in it are lost; {_RESTART}",
+    _TOKEN_NAME: "it lets nobody in any more; a restart of the daemon writes a new one",
+}
 
 
 class Daemon:
@@ -7608,40 +7898,70 @@ class Daemon:
         # A byte wakes `run`; a signal writes one too. No Event: set() would hang in a signal handler that interrupts
         # wait(), and on Windows no signal interrupts it.
         self._waker: socket.socket | None = None
-        self._is_well: Callable[[], bool] = lambda: True  # until there is more to ask
+        self._woken: socket.socket | None = None
+        self._is_healthy: Callable[[], bool] = lambda: True  # until there is more to ask
         self._tls = Tls(settings) if settings.tls_cert else None
         self._is_renewing = False  # whether the certificates are to be read again
         self._reserve = DescriptorReserve()
+        self._watches: list[Callable[[], None]] = [self._reserve.fill]  # what is done twice a second
+        self._error_stream: ErrorStream | None = None
+        self._log_file: LogFile | None = None
 
     def run(self) -> int:
         """Serves until the end is asked for; the exit code. Raises StartupError."""
+        self._configure_log()
+        try:
+            with contextlib.ExitStack() as closing:
+                self._serve(closing)
+            log.info("ended")
+        finally:
+            if self._error_stream:
+                self._error_stream.flush()  # what is printed next, such as why it ends, comes behind it
+        return 0
+
+    def _serve(self, closing: contextlib.ExitStack) -> None:
         woken, self._waker = socket.socketpair()
+        self._woken = woken  # kept: a signal writes to the other one until `closing` is closed
         woken.settimeout(_LOOK_S)
         self._waker.setblocking(False)
-        self._configure_log()
-        with contextlib.ExitStack() as closing:
-            if threading.current_thread() is threading.main_thread():
-                self._heed_signals(closing, self._waker.fileno())
-            try:
-                url = self._start(closing)
-            except (ApiError, OSError) as error:  # of the store and of the root's files
-                raise StartupError(f"--root: {self._root} cannot be used: {error}") from error
-            try:
-                print(f"listening on {url}", flush=True)
-            except OSError as error:
-                sys.stdout = None  # or its buffer would fail again at the end
-                log.warning("standard output cannot be written: %s", error)
-            log.info("%s listens on %s", version_line(), url)
-            self._supervisor.ready(url)
-            while not self._ends:
-                with contextlib.suppress(socket.timeout):
-                    woken.recv(4096)
-                if self._is_renewing:
-                    self._renew()
-                self._supervisor.watch(self._is_well)
-            self._supervisor.stopping()
-        log.info("ended")
-        return 0
+        if threading.current_thread() is threading.main_thread():
+            self._heed_signals(closing, self._waker.fileno())
+        try:
+            url = self._start(closing)
+        except (ApiError, OSError) as error:  # of the store and of the root's files
+            raise StartupError(f"--root: {self._root} cannot be used: {error}") from error
+        self._print_ready(url)
+        log.info("%s listens on %s", version_line(), url)
+        self._supervisor.ready(url)
+        while not self._ends:
+            with contextlib.suppress(socket.timeout):
+                woken.recv(4096)
+            for watch in self._watches:
+                try:
+                    watch()
+                except Exception:
+                    with contextlib.suppress(MemoryError):
+                        log.exception("the daemon goes on")
+        self._supervisor.stopping()
+
+    def _print_ready(self, url: str) -> None:
+        """Prints that the port is open, by a thread: nobody need read it."""
+        if not sys.stdout:
+            return
+        written: list[bool] = []
+        stream = ErrorStream(sys.stdout)
+        printer = DaemonThread(lambda: written.append(stream.write(f"listening on {url}")), "ready line")
+        printer.start()
+        printer.join(_FLUSH_S)
+        if written != [True]:
+            log.warning("standard output cannot be written")
+
+    def _look_after_certificates(self) -> None:
+        if self._is_renewing:
+            self._renew()
+
+    def _ping_supervisor(self) -> None:
+        self._supervisor.watch(self._is_healthy)
 
     def _heed_signals(self, closing: contextlib.ExitStack, waker: int) -> None:
         """Until `closing` is closed; from then on no signal disturbs the end of the process, which is near."""
@@ -7684,14 +8004,11 @@ class Daemon:
         umask, settings = private_umask(), self._settings
         if self._tls:
             self._tls.load()
-        private_directory(self._root)
-        closing.callback(os.close, lock_file(os.path.join(self._root, "lock")))
-        self._log_to(os.path.join(self._root, "logs"))
+        self._open_root(closing)
         keep_descriptors()
         forget_launcher()
         descriptors = use_all_descriptors()
-        reserve = self._reserve
-        reserve.fill()
+        self._reserve.fill()
         telemetry = Telemetry()
         store = Store(os.path.join(self._root, "remote_executor.db"), telemetry.commit)
         store.start()
@@ -7699,21 +8016,33 @@ class Daemon:
         clock = Clock.resume(store.metadata(), store.latest_ns())
         store.save_metadata(clock.memory())
         files = Folder(os.path.join(self._root, "tasks"))
-        processes = Processes(umask, descriptors, reserve)
-        scheduler = Scheduler(store, clock, settings.pool_size, lambda number: runner.remove_empty_workspace(number))
+        processes = Processes(umask, descriptors, self._reserve)
+        scheduler = Scheduler(
+            store,
+            clock,
+            settings.pool_size,
+            lambda: self._capacity().steps,
+            lambda number: runner.remove_empty_workspace(number),
+        )
         runner = Runner(store, scheduler, processes, clock, files, settings, telemetry)
         recovery = Recovery(store, scheduler, processes, clock, files, runner)
         janitor = Janitor(store, scheduler, processes, clock, files, settings)
-        exposed = "--insecure: everybody is let in" if settings.insecure else ""
-        warning = "; ".join(text for text in (*store.warnings(), exposed) if text)
+        root_watch = RootWatch(self._root, has_token=settings.token_file.startswith("$ROOT"))
+        warnings: list[Callable[[], str]] = [
+            store.warning,
+            lambda: "--insecure: everybody is let in" if settings.insecure else "",
+            functools.partial(self._capacity_warning, scheduler),
+            lambda: scheduler.scarcity,
+            root_watch.warning,
+        ]
         routes = [
             *Api(store, scheduler, clock, files, settings.key_expire).routes(),
-            *OperatorApi(store, scheduler, clock, telemetry, self._root, warning).routes(),
+            *OperatorApi(store, scheduler, clock, telemetry, self._root, warnings).routes(),
             *ProfileApi(telemetry, settings.profile_timeout).routes(),
         ]
         router = Router([*routes, *DocumentApi(routes).routes()])
-        access = Access(settings, self._root, reserve)
-        server = Server(settings, router, access, telemetry, self._tls, reserve)
+        access = Access(settings, self._root, self._reserve)
+        server = Server(settings, router, access, telemetry, self._tls, self._reserve)
         closing.callback(server.stop)
         server.open()
         access.start()
@@ -7723,10 +8052,55 @@ class Daemon:
         scheduler.start(runner.run, runner.clean_up)
         janitor.start(strays)
         server.start()
-        self._is_well = lambda: (
-            bool(scheduler.pool()) and all(one.is_alive() for one in (store, janitor, server))
-        )
+        self._watch_over(scheduler, store, janitor, server, root_watch)
         return f"{server.scheme}://{server.authority}"
+
+    def _open_root(self, closing: contextlib.ExitStack) -> None:
+        """Makes the root this daemon's alone, and the log a file in it."""
+        private_directory(self._root)
+        closing.callback(os.close, lock_file(os.path.join(self._root, "lock")))
+        directory = lock_directory(self._root)
+        if directory is not None:
+            closing.callback(os.close, directory)
+        self._log_to(os.path.join(self._root, "logs"))
+
+    def _watch_over(
+        self, scheduler: Scheduler, store: Store, janitor: Janitor, server: Server, root_watch: RootWatch
+    ) -> None:
+        """Has all of it looked after from now on."""
+
+        def is_healthy() -> bool:
+            """Whether the threads live and the scheduler's lock can be taken; what lacks for a moment is no illness."""
+            scheduler.pool()
+            return store.is_alive() and janitor.is_alive() and server.is_alive()
+
+        self._is_healthy = is_healthy
+        root_watch.look()
+        warning = self._capacity_warning(scheduler)
+        if warning:
+            log.warning("%s", warning)
+        self._watches += [
+            self._look_after_certificates,
+            root_watch.look,
+            server.fill_reserve,
+            self._ping_supervisor,
+        ]
+        if self._log_file:
+            self._watches.append(self._log_file.restore)
+
+    def _capacity_warning(self, scheduler: Scheduler) -> str:
+        """That the pool is larger than this host lets it be, and what to do; empty when it is not."""
+        size = scheduler.pool().size
+        steps, limit = self._capacity()
+        if not limit or size <= steps:
+            return ""
+        return (
+            f"--pool_size: {size} steps at once are too many here, {steps} are run: {limit.name} is {limit.value}; "
+            "raise that limit, or lower --pool_size"
+        )
+
+    def _capacity(self) -> StepCapacity:
+        return step_capacity(descriptor_limit(), process_limits(), self._settings.max_connections)
 
     def _end_steps(self, scheduler: Scheduler) -> None:
         """Does with the running steps what --on_exit says."""
@@ -7747,13 +8121,17 @@ class Daemon:
     def _configure_log(self) -> None:
         log.setLevel(logging.DEBUG if self._settings.debug else logging.INFO)
         log.propagate = False
+        threading.excepthook = _log_end_of_thread
         if sys.stderr:  # a Windows service has none
-            self._log_by(logging.StreamHandler())
+            self._error_stream = ErrorStream(sys.stderr)
+            self._error_stream.start()
+            self._log_by(self._error_stream)
 
     def _log_to(self, directory: str) -> None:
         with contextlib.suppress(OSError):  # it is there, or there is no room: then the file's lines are lost
             os.mkdir(directory)
-        self._log_by(LogFile(os.path.join(directory, "remote_executor.log")))
+        self._log_file = LogFile(os.path.join(directory, "remote_executor.log"))
+        self._log_by(self._log_file)
 
     def _log_by(self, handler: logging.Handler) -> None:
         is_json = self._settings.log_format == "json"
@@ -7762,6 +8140,13 @@ class Daemon:
 
 
 _LOOK_S = 0.5
+
+
+def _log_end_of_thread(ended: Any) -> None:
+    """Tells of a thread that an exception ended, as `threading.excepthook`, which writes to standard error itself."""
+    name = ended.thread.name if ended.thread else "unknown"
+    with contextlib.suppress(MemoryError):
+        log.critical("the thread %s has ended", name, exc_info=(ended.exc_type, ended.exc_value, ended.exc_traceback))
 
 
 def _ignore_signals(numbers: Iterable[int]) -> None:
@@ -7796,6 +8181,7 @@ class SystemdSupervisor(Supervisor):
         self._address = address
         self._beat_s = watchdog_us / 2e6  # half of what it waits for; 0 for never
         self._beaten_s = 0.0  # when the last beat was
+        self._link: socket.socket | None = None  # kept, for a beat that lacks a descriptor would end the daemon
 
     @classmethod
     def of_environment(cls) -> SystemdSupervisor:
@@ -7809,19 +8195,27 @@ class SystemdSupervisor(Supervisor):
     def ready(self, url: str) -> None:
         self._tell(f"READY=1\nSTATUS=listening on {url}")
 
-    def watch(self, is_well: Callable[[], bool]) -> None:
+    def watch(self, is_healthy: Callable[[], bool]) -> None:
         now_s = time.monotonic()
-        if self._beat_s and now_s - self._beaten_s >= self._beat_s - _LOOK_S and is_well():
+        if not self._beat_s or now_s - self._beaten_s < self._beat_s - _LOOK_S:
+            return
+        if is_healthy() and self._tell("WATCHDOG=1"):
             self._beaten_s = now_s
-            self._tell("WATCHDOG=1")
 
     def stopping(self) -> None:
         self._tell(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int(_START_S * 1e6)}")
 
-    def _tell(self, words: str) -> None:
+    def _tell(self, words: str) -> bool:
+        """Whether systemd has taken it, or is not there."""
         if self._address:
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
-                link.sendto(words.encode(), self._address)
+            try:
+                if not self._link:
+                    self._link = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                    self._link.setblocking(False)
+                self._link.sendto(words.encode(), self._address)
+            except OSError:  # its queue is full, perhaps: it is told the next time
+                return False
+        return True
 
 
 class WindowsSupervisor(Supervisor):
