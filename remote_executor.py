@@ -3373,7 +3373,7 @@ class Store:
         return self._ask(lambda db: _accept(db, task_number, spec, now_ns), is_durable=True)
 
     def begin(self, task_number: int, step_index: int, now_ns: int) -> Future[None]:
-        """A step is about to start. Only what is known to have begun may run."""
+        """A step is about to start, and its files are made. Only what is known to have begun may run."""
 
         def apply(db: sqlite3.Connection) -> None:
             where = (task_number, step_index)
@@ -3676,7 +3676,7 @@ class Store:
             with contextlib.suppress(sqlite3.Error):  # there may be no transaction
                 connection.execute("ROLLBACK")
             return error
-        if any(not change.has_waiter for change in batch):
+        if any(change.is_durable and not change.has_waiter for change in batch):  # the end of a step
             failpoint("stored")
         for change, result, refusal in results:
             if refusal:
@@ -3799,8 +3799,8 @@ def _end_task(db: sqlite3.Connection, task_number: int, state: State, end: TaskE
 #     BLOCKED --> READY <--> STARTING --> RUNNING --> ENDED
 #
 # BLOCKED waits for other steps, READY for a slot of the pool, in the order in which steps became ready. STARTING has a
-# slot, and its begin is on the way to the disk; RUNNING has a process tree. ENDED has a code: each of the others leads
-# there too, when it is stopped or cannot start. SKIPPED, which BLOCKED alone becomes, depends on a step that failed: it
+# slot; its files are made, then its begin is stored; RUNNING has a process tree. ENDED has a code; each of the others
+# leads there too, when it is stopped or cannot start. SKIPPED, which BLOCKED alone becomes, depends on a step that failed: it
 # never runs, and is shown as pending for ever. STARTING and RUNNING go back to READY where the host lacks what a start
 # needs: a process, a descriptor, memory, room on the disk; nothing of the step's own has run then.
 #
@@ -3816,7 +3816,7 @@ def _end_task(db: sqlite3.Connection, task_number: int, state: State, end: TaskE
 # What a crash leaves at each edge, by the names of the failpoints:
 #
 #     accepted  the task is stored, none of its steps has begun: the next daemon queues them
-#     begun     the step is stored as running, but has no process: the files say so, and it is queued again
+#     begun     the step is stored as running, with all its files, but has no process: they say so, it is queued again
 #     spawned   the process runs: it is adopted
 #     ended     the process has left its result: it is read
 #     stored    the end is in the database, what depends on it was not started: it is queued
@@ -3881,7 +3881,7 @@ class Step:
     """A step of an unfinished task. Guarded by the scheduler's lock, but for `tree`, its runner's."""
 
     __slots__ = (
-        *("begun", "code", "index", "name", "phase", "ready_s", "started_ns", "stop_count", "stop_reason"),
+        *("attempt", "code", "index", "name", "phase", "ready_s", "started_ns", "stop_count", "stop_reason"),
         *("task", "timeout_ns", "tree"),
     )
 
@@ -3893,7 +3893,7 @@ class Step:
         self.phase = Phase.BLOCKED
         self.code = 0
         self.ready_s = 0.0  # when it became ready, by time.monotonic()
-        self.begun: Future[None] | None = None  # done when its begin is stored
+        self.attempt = 0  # how often it was given a slot
         self.started_ns = 0  # 0: it never began
         self.stop_reason = ""  # why it is to be stopped
         self.stop_count = 0  # how often that was asked for
@@ -4193,6 +4193,12 @@ class Scheduler:
 
     # -- for runners
 
+    def begin(self, step: Step) -> Future[None]:
+        """The files of a step are made; return what is done when its begin is stored, before which it must not run."""
+        with self._lock:
+            step.started_ns = self._clock.now_ns()
+            return self._store.begin(step.task.number, step.index, step.started_ns)
+
     def attach(self, step: Step, tree: ProcessTree) -> None:
         """The step runs, as this tree."""
         with self._lock:
@@ -4232,9 +4238,10 @@ class Scheduler:
     def _put_back(self, step: Step) -> None:
         """Make a step ready again, or end it where it is to be stopped; the lock is held."""
         self._move(step, Phase.READY)
-        step.started_ns = 0
-        has_begun = any(one.started_ns for one in step.task.steps)
-        self._store.requeue(step.task.number, step.index, State.RUNNING if has_begun else State.PENDING)
+        if step.started_ns:
+            step.started_ns = 0
+            has_begun = any(one.started_ns for one in step.task.steps)
+            self._store.requeue(step.task.number, step.index, State.RUNNING if has_begun else State.PENDING)
         if step.stop_reason:
             self._end_steps(step.task, [(step, FORCED_CODE, step.stop_reason)])
 
@@ -4368,8 +4375,7 @@ class Scheduler:
             self._retry_s = time.monotonic() + _START_RETRY_S
         step = next(iter(self._ready))
         self._move(step, Phase.STARTING)
-        step.started_ns = self._clock.now_ns()
-        step.begun = self._store.begin(step.task.number, step.index, step.started_ns)
+        step.attempt += 1
         return step
 
     def _dispatch(self) -> _AfterLock:
@@ -4430,12 +4436,12 @@ class Scheduler:
 
     def _run(self, work: Step | Task) -> None:
         """Run a step or a clean-up to its end; whatever is raised is logged, and tried again while it is ours."""
-        begun = work.begun if isinstance(work, Step) else None
+        attempt = work.attempt if isinstance(work, Step) else 0
         while not self.is_leaving:
             try:
                 if isinstance(work, Task):
                     self._clean_up(work)
-                elif work in self._active and work.begun is begun:
+                elif work in self._active and work.attempt == attempt:
                     self._run_step(work)
                 return
             except Exception:
@@ -4537,8 +4543,7 @@ class Runner:
             workspace = self._make_workspace(step)
             env = self._environment_of(step, (*script_environment(script.command_type), *script.env), workspace)
             command = interpreter_command(script.command_type, file, workspace, env.get("PATH", self._path))
-            if step.begun:
-                step.begun.result()  # only what is known to have begun may run
+            self._scheduler.begin(step).result()  # only what is known to have begun may run
             if step.stop_reason:
                 self._finish(step, FORCED_CODE)
             if step.phase is Phase.ENDED or self._scheduler.is_leaving:
