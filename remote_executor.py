@@ -1608,6 +1608,7 @@ class Limit(NamedTuple):
 
     value: int
     name: str
+    also: str = ""  # the flag beside --pool_size that could be lowered
 
 
 class StepCapacity(NamedTuple):
@@ -1640,7 +1641,11 @@ _OWN_THREADS = 32  # some connections among them
 def descriptor_limit() -> Limit | None:
     """How many descriptors this process may have; None where the system sets no limit."""
     count = _most_files()
-    return None if count is None else Limit(count, "the limit of open files (ulimit -n, LimitNOFILE)")
+    return (
+        None
+        if count is None
+        else Limit(count, "the limit of open files (ulimit -n, LimitNOFILE)", " or --max_connections")
+    )
 
 
 def process_limits(cgroups: str = "/sys/fs/cgroup", own_cgroups: str = "/proc/self/cgroup") -> list[Limit]:
@@ -5521,8 +5526,11 @@ class OperatorApi:
     def show_health(self, request: Request) -> Response:
         """The envelope, and its data beside it too, where clients of the original look."""
         health = {"server": request.host, "client": request.peer, "state": "Running", "timestamp": time.time_ns()}
-        warning = "; ".join(filter(None, (warn() for warn in self._warnings)))
-        data = {**health, "warning": warning} if warning and request.label else health
+        data = health
+        if request.label:
+            warning = "; ".join(filter(None, (warn() for warn in self._warnings)))
+            if warning:
+                data = {**health, "warning": warning}
         envelope = {"code": 0, "message": "success", "data": data, **health}
         return Response(headers=(JSON_TYPE,), body=to_json(envelope).encode())
 
@@ -6544,8 +6552,8 @@ class LogFile(logging.handlers.RotatingFileHandler):
             if self.stream:
                 self.stream.close()
                 self.stream = None  # opened again for the next line
-            with contextlib.suppress(OSError):  # told by the watch of the root
-                os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
+            with contextlib.suppress(OSError):  # it is there, or the root is gone too, which its watch tells
+                os.mkdir(os.path.dirname(self.baseFilename))
 
 
 _ROTATION_PAUSE_S = 60.0  # after one that could not be
@@ -6728,6 +6736,7 @@ class Daemon:
         forget_launcher()
         descriptors = use_all_descriptors()
         self._reserve.fill()
+        capacity = step_capacity(descriptor_limit(), process_limits(), settings.max_connections)
         telemetry = Telemetry()
         store = Store(os.path.join(self._root, "remote_executor.db"), telemetry.commit)
         store.start()
@@ -6739,7 +6748,7 @@ class Daemon:
         warnings: list[Callable[[], str]] = [
             lambda: store.warning,
             lambda: "--insecure: everybody is let in" if settings.insecure else "",
-            functools.partial(self._capacity_warning, engine),
+            functools.partial(_capacity_warning, capacity, engine),
             root_watch.warning,
         ]
         routes = [
@@ -6757,6 +6766,8 @@ class Daemon:
         engine.start()
         server.start()
         self._watch_over(engine, store, server, root_watch)
+        if told := _capacity_warning(capacity, engine):
+            log.warning("%s", told)
         return f"{server.scheme}://{server.authority}"
 
     def _open_root(self, closing: contextlib.ExitStack) -> None:
@@ -6778,9 +6789,6 @@ class Daemon:
 
         self._is_healthy = is_healthy
         root_watch.look()
-        warning = self._capacity_warning(engine)
-        if warning:
-            log.warning("%s", warning)
         self._watches += [
             self._look_after_certificates,
             root_watch.look,
@@ -6789,18 +6797,6 @@ class Daemon:
         ]
         if self._log_file:
             self._watches.append(self._log_file.restore)
-
-    def _capacity_warning(self, engine: Engine) -> str:
-        """That the pool is larger than this host lets it be, and what to do; empty when it is not."""
-        size = engine.pool().size
-        steps, limit = step_capacity(descriptor_limit(), process_limits(), self._settings.max_connections)
-        if not limit or size <= steps:
-            return ""
-        fewer = " or --max_connections" if limit == descriptor_limit() else ""
-        return (
-            f"--pool_size: {size} steps at once are too many here: {limit.name} is {limit.value}, enough for about "
-            f"{steps}; raise that limit, or lower --pool_size{fewer}"
-        )
 
     def _end_steps(self, engine: Engine) -> None:
         """Does with the running steps what --on_exit says."""
@@ -6842,6 +6838,18 @@ class Daemon:
 _LOOK_S = 0.5
 
 
+def _capacity_warning(capacity: StepCapacity, engine: Engine) -> str:
+    """That the pool is larger than the limits of this host let it be, and what to do; empty when it is not."""
+    size = engine.pool().size
+    steps, limit = capacity
+    if not limit or size <= steps:
+        return ""
+    return (
+        f"--pool_size: {size} steps at once are too many here: {limit.name} is {limit.value}, which is enough for "
+        f"about {steps}; raise that limit, or lower --pool_size{limit.also}"
+    )
+
+
 def _log_end_of_thread(ended: Any) -> None:
     """Tells of a thread that an exception ended, as `threading.excepthook`, which writes to standard error itself."""
     name = ended.thread.name if ended.thread else "unknown"
@@ -6850,11 +6858,16 @@ def _log_end_of_thread(ended: Any) -> None:
 
 
 def _ignore_signals(numbers: Iterable[int]) -> None:
-    """Has these signals do nothing; one that comes meanwhile is no error, as which CPython tells it."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    """Has these signals do nothing; one that came just before is no error, as which CPython tells it."""
+    hook = sys.unraisablehook
+
+    def tell_all_but_signals(failed: Any) -> None:
+        if not isinstance(failed.exc_value, OSError) or "race condition" not in str(failed.exc_value):
+            hook(failed)
+
+    sys.unraisablehook = tell_all_but_signals
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
-    sys.unraisablehook = hook
 
 
 def version_line() -> str:
