@@ -45,9 +45,9 @@ import json
 import logging
 import logging.handlers
 import os
-import queue
 import re
 import select
+import selectors
 import shlex
 import shutil
 import signal
@@ -5797,10 +5797,11 @@ _PER_ADDRESS = 64  # connections of one address, but of this host
 _RESERVED_CONNECTIONS = 8  # that stay free for stops
 _RESERVED_TIMEOUT_S = 3.0  # of a client that holds one of these, or what few threads and descriptors are left
 _RESERVE_THREADS = 2  # that wait for a connection for which no thread can be started
-_RESERVE_QUEUE = 8  # connections that wait for one of them
+_PENDING_CONNECTIONS = 8  # that wait for one of them
 _RESERVE_DESCRIPTORS = 4  # of the reserve of 8, that connections may take: the others are for what their answers need
 _ACCEPT_RETRY_S = 0.05
 _RESTART_PAUSE_MAX_S = 5.0
+_REFILL_INTERVAL_S = 10.0
 _WARNING_INTERVAL_S = 60.0
 _REFUSED_BODY_BYTES = 64 * 1024  # that are read of a client who is refused anyway
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
@@ -5868,6 +5869,61 @@ class Admission(NamedTuple):
     error: ApiError | None = None
 
 
+class PendingConnections:
+    """Connections for which no thread could be started, until one of the reserve takes them. Thread-safe.
+
+    A thread gets those alone whose clients have sent something; who says nothing makes room for others, and soon goes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._changed = threading.Condition()  # guards all below
+        self._pending: dict[socket.socket, tuple[Any, float]] = {}  # the address of each, and since when; oldest first
+        self._is_closed = False
+
+    def add(self, sock: socket.socket, address: Any) -> socket.socket | None:
+        """Add a connection; the one that must go for it, perhaps itself, None where there is room."""
+        with self._changed:
+            surplus = None
+            if len(self._pending) >= self._limit:
+                ready = _readable(self._pending)
+                surplus = next((other for other in self._pending if other not in ready), sock)
+                self._pending.pop(surplus, None)
+            if surplus is not sock:
+                self._pending[sock] = address, time.monotonic()
+            self._changed.notify_all()
+            return surplus
+
+    def take(self) -> tuple[socket.socket, Any] | None:
+        """Wait for a connection whose client has sent something, or has had his time; None after `close`."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._is_closed)
+                if self._is_closed:
+                    return None
+                ready = _readable(self._pending)
+                patient_s = time.monotonic() - _RESERVED_TIMEOUT_S
+                for sock, (address, since_s) in self._pending.items():
+                    if sock in ready or since_s < patient_s:
+                        del self._pending[sock]
+                        return sock, address
+            time.sleep(_ACCEPT_RETRY_S)
+
+    def close(self) -> None:
+        """Has `take` return None."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+
+def _readable(socks: Iterable[socket.socket]) -> set[Any]:
+    """Those from which something can be read now, be it an end."""
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:  # neither takes a descriptor
+        for sock in socks:
+            selector.register(sock, selectors.EVENT_READ)
+        return {key.fileobj for key, _ in selector.select(0)}
+
+
 class Server(http.server.ThreadingHTTPServer):
     """The listening socket and the connections; `start` and `stop` are the daemon's, the rest the connections'."""
 
@@ -5902,8 +5958,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._lock = threading.Lock()  # guards _links, _reserved, _hurried and _counted
         self._counted = 0
         self._thread = DaemonThread(self._listen, "listener")
-        self._reserve_queue: queue.Queue[tuple[socket.socket, Any] | None] = queue.Queue(_RESERVE_QUEUE)
+        self._pending = PendingConnections(_PENDING_CONNECTIONS)
         self._reserve_threads: list[threading.Thread] = []  # grows alone
+        self._filled_s = -_REFILL_INTERVAL_S  # when that was last tried
         self._warned_s = -_WARNING_INTERVAL_S  # when a lack of threads was last told; the listener's
         host, port = parse_address(settings.addr)
         self.address_family = socket.AF_INET6 if ":" in host or (not host and socket.has_ipv6) else socket.AF_INET
@@ -5954,7 +6011,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def fill_reserve(self) -> None:
         """Starts what threads the reserve lacks, where that can be; for the thread that runs the daemon."""
-        with contextlib.suppress(RuntimeError, MemoryError):  # tried again twice a second
+        now_s = time.monotonic()
+        if now_s - self._filled_s < _REFILL_INTERVAL_S:  # to fail may take a second
+            return
+        self._filled_s = now_s
+        with contextlib.suppress(RuntimeError, MemoryError):  # tried again the next time
             while len(self._reserve_threads) < _RESERVE_THREADS:
                 thread = DaemonThread(self._serve_reserve, "reserve connection")
                 thread.start()
@@ -5991,9 +6052,7 @@ class Server(http.server.ThreadingHTTPServer):
         for link in links:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(link, socket.SHUT_RD)  # that of an SSLSocket would have it go on in clear text
-        with contextlib.suppress(queue.Full):  # they are busy then, and end with the process
-            for _ in self._reserve_threads:
-                self._reserve_queue.put_nowait(None)
+        self._pending.close()
 
     def admit(self, request: Request, is_reserved: bool) -> Admission:
         """Who asks for which route, before the body is read; is_reserved: over a connection for stops alone."""
@@ -6139,12 +6198,9 @@ class Server(http.server.ThreadingHTTPServer):
         with self._lock:
             self._hurried.add(sock)
         threads = len(self._reserve_threads)
-        try:
-            if not threads:
-                raise queue.Full
-            self._reserve_queue.put_nowait((sock, address))
-        except queue.Full:
-            self._reject_connection(sock)
+        surplus = self._pending.add(sock, address) if threads else sock
+        if surplus:
+            self._reject_connection(surplus)
         now_s = time.monotonic()
         if now_s - self._warned_s >= _WARNING_INTERVAL_S:
             self._warned_s = now_s
@@ -6154,10 +6210,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Serve connections for which no thread can be started, one after another."""
         while True:
             try:
-                waiting = self._reserve_queue.get()
-                if waiting is None:
+                pending = self._pending.take()
+                if pending is None:
                     return
-                self.process_request_thread(*waiting)
+                self.process_request_thread(*pending)
             except Exception:
                 with contextlib.suppress(MemoryError):
                     log.exception("a reserve connection failed")
