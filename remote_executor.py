@@ -21,9 +21,10 @@ The file reads from top to bottom; a section uses only what stands above it:
     store          sqlite
     engine         the pool, stops, timeouts, recovery
 
-Threads: `main` waits for signals; `listener` accepts connections; one `connection` a client; one `step` a running step;
-`store` commits, many changes at a time; `timekeeper` enforces the deadlines of tasks and limits of output; `sweeper`
-removes what has expired. Under the service control manager of Windows `main` is its own, and another runs the daemon.
+Threads: `main` waits for signals and looks after the rest; `listener` accepts connections; one `connection` a client;
+two `reserve connection` for when no other can be started; one `step` a running step; `store` commits, many changes at a
+time; `timekeeper` enforces the deadlines of tasks and limits of output; `sweeper` removes what has expired; `log` writes
+to standard error. Under the service control manager of Windows `main` is its own, and another runs the daemon.
 """
 
 from __future__ import annotations
@@ -6679,6 +6680,7 @@ class Daemon:
         above, name = os.path.split(os.path.abspath(settings.root))
         self._root = os.path.join(os.path.realpath(above), name)  # the root itself must be no link
         self._ends = 0  # how often the end was asked for
+        self._exit_code = 0
         # A byte wakes `run`; a signal writes one too. No Event: set() would hang in a signal handler that interrupts
         # wait(), and on Windows no signal interrupts it.
         self._waker: socket.socket | None = None
@@ -6701,7 +6703,7 @@ class Daemon:
         finally:
             if self._error_stream:
                 self._error_stream.flush()  # what is printed next, such as why it ends, comes behind it
-        return 0
+        return self._exit_code
 
     def _serve(self, closing: contextlib.ExitStack) -> None:
         woken, self._waker = socket.socketpair()
@@ -6743,6 +6745,15 @@ class Daemon:
     def _look_after_certificates(self) -> None:
         if self._is_renewing:
             self._renew()
+
+    def _check_threads(self) -> None:
+        """Ends a daemon of which a part is dead: its next start takes all up again, as after a crash."""
+        if not self._is_healthy() and not self._ends:
+            log.critical(
+                "a thread of the daemon has ended, so it ends too, with 1; what runs is adopted at the next start"
+            )
+            self._exit_code = 1
+            self._count_end()
 
     def _ping_supervisor(self) -> None:
         self._supervisor.watch(self._is_healthy)
@@ -6849,6 +6860,7 @@ class Daemon:
             self._look_after_certificates,
             root_watch.look,
             server.fill_reserve,
+            self._check_threads,
             self._ping_supervisor,
         ]
         if self._log_file:

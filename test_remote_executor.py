@@ -3581,6 +3581,16 @@ selectors._PollLikeSelector.select = failing
     wait_until(lambda: daemon.log().count("the listener failed; it starts again") == 3)
 
 
+def test_daemon_of_which_a_thread_has_ended_ends_with_a_line(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    fault = """
+import os, threading
+run = threading.Thread.run
+threading.Thread.run = lambda self: None if self.name == "listener" else run(self)
+"""
+    daemon = launch(program=with_faults(fault))
+    assert daemon.await_end() == 1 and "CRITICAL a thread of the daemon has ended" in daemon.log()
+
+
 # No connection gets a thread of its own, as under a limit of processes.
 NO_THREADS = """
 import threading
