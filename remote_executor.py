@@ -22,9 +22,9 @@ The file reads from top to bottom; a section uses only what stands above it:
     engine         the pool, stops, timeouts, recovery
 
 Threads: `main` waits for signals and looks after the rest; `listener` accepts connections; one `connection` a client;
-two `reserve connection` for when no other can be started; one `step` a running step; `store` commits, many changes at a
-time; `timekeeper` enforces the deadlines of tasks and limits of output; `sweeper` removes what has expired; `log` writes
-to standard error. Under the service control manager of Windows `main` is its own, and another runs the daemon.
+two `reserve connection` for when no other can be started; one `step` a running step; `store` commits, many changes at
+a time; `timekeeper` enforces the deadlines of tasks and limits of output; `sweeper` removes what has expired; `log`
+writes to standard error. Under the service control manager of Windows `main` is its own, and another runs the daemon.
 """
 
 from __future__ import annotations
