@@ -21,9 +21,10 @@ The file reads from top to bottom; a section uses only what stands above it:
     store          sqlite
     engine         the pool, stops, timeouts, recovery
 
-Threads: `main` waits for signals; `listener` accepts connections; one `connection` a client; one `step` a running step;
-`store` commits, many changes at a time; `timekeeper` enforces the deadlines of tasks and limits of output; `sweeper`
-removes what has expired. Under the service control manager of Windows `main` is its own, and another runs the daemon.
+Threads: `main` waits for signals and looks after the rest; `listener` accepts connections; one `connection` a client;
+two `reserve connection` for when no other can be started; one `step` a running step; `store` commits, many changes at
+a time; `timekeeper` enforces the deadlines of tasks and limits of output; `sweeper` removes what has expired; `log`
+writes to standard error. Under the service control manager of Windows `main` is its own, and another runs the daemon.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ import json
 import logging
 import logging.handlers
 import os
-import queue
 import re
 import select
+import selectors
 import shlex
 import shutil
 import signal
@@ -1672,6 +1673,7 @@ class Limit(NamedTuple):
 
     value: int
     name: str
+    also: str = ""  # the flag beside --pool_size that could be lowered
 
 
 class StepCapacity(NamedTuple):
@@ -1705,7 +1707,11 @@ _OWN_THREADS = 32  # some connections among them
 def descriptor_limit() -> Limit | None:
     """How many descriptors this process may have; None where the system sets no limit."""
     count = _most_files()
-    return None if count is None else Limit(count, "the limit of open files (ulimit -n, LimitNOFILE)")
+    return (
+        None
+        if count is None
+        else Limit(count, "the limit of open files (ulimit -n, LimitNOFILE)", " or --max_connections")
+    )
 
 
 def process_limits(cgroups: str = "/sys/fs/cgroup", own_cgroups: str = "/proc/self/cgroup") -> list[Limit]:
@@ -3800,9 +3806,9 @@ def _end_task(db: sqlite3.Connection, task_number: int, state: State, end: TaskE
 #
 # BLOCKED waits for other steps, READY for a slot of the pool, in the order in which steps became ready. STARTING has a
 # slot; its files are made, then its begin is stored; RUNNING has a process tree. ENDED has a code; each of the others
-# leads there too, when it is stopped or cannot start. SKIPPED, which BLOCKED alone becomes, depends on a step that failed: it
-# never runs, and is shown as pending for ever. STARTING and RUNNING go back to READY where the host lacks what a start
-# needs: a process, a descriptor, memory, room on the disk; nothing of the step's own has run then.
+# leads there too, when it is stopped or cannot start. SKIPPED, which BLOCKED alone becomes, depends on a step that
+# failed: it never runs, and is shown as pending for ever. STARTING and RUNNING go back to READY where the host lacks
+# what a start needs: a process, a descriptor, memory, room on the disk; nothing of the step's own has run then.
 #
 # Who moves it: `submit` and the end of other steps make it READY; `_dispatch` gives it a slot; its runner, the thread
 # that has it from then on, moves it to RUNNING and ENDED or back to READY; a stop ends what is not in a runner's hands,
@@ -3950,7 +3956,7 @@ class Scheduler:
         store: Store,
         clock: Clock,
         size: int,
-        capacity: Callable[[], int],
+        capacity: int,
         task_has_ended: Callable[[int], None],
     ) -> None:
         self._store = store
@@ -3962,7 +3968,7 @@ class Scheduler:
         self.attention = threading.Event()  # set when there is a deadline that may be the next
         self._lock = threading.Lock()  # guards all below, and what tasks and steps hold
         self._size = size
-        self._slots = min(size, capacity())
+        self._slots = min(size, capacity)
         self._last_number = 0
         self._tasks: dict[int, Task] = {}
         self._ready: collections.OrderedDict[Step, None] = collections.OrderedDict()
@@ -4266,10 +4272,9 @@ class Scheduler:
 
     def resize(self, size: int) -> PoolStats:
         """Set the size of the pool: more steps start at once, or running ones end before others start."""
-        capacity = self._capacity()
         with self._lock:
             self._size = size
-            self._slots = min(size, capacity)
+            self._slots = min(size, self._capacity)
             after = self._dispatch()
             stats = PoolStats(self._size, len(self._active), len(self._ready))
         self._carry_out(after)
@@ -6806,8 +6811,11 @@ class OperatorApi:
     def show_health(self, request: Request) -> Response:
         """The envelope, and its data beside it too, where clients of the original look."""
         health = {"server": request.host, "client": request.peer, "state": "Running", "timestamp": time.time_ns()}
-        warning = "; ".join(filter(None, (warn() for warn in self._warnings)))
-        data = {**health, "warning": warning} if warning and request.label else health
+        data = health
+        if request.label:
+            warning = "; ".join(filter(None, (warn() for warn in self._warnings)))
+            if warning:
+                data = {**health, "warning": warning}
         envelope = {"code": 0, "message": "success", "data": data, **health}
         return Response(headers=(JSON_TYPE,), body=to_json(envelope).encode())
 
@@ -7074,10 +7082,11 @@ _PER_ADDRESS = 64  # connections of one address, but of this host
 _RESERVED_CONNECTIONS = 8  # that stay free for stops
 _RESERVED_TIMEOUT_S = 3.0  # of a client that holds one of these, or what few threads and descriptors are left
 _RESERVE_THREADS = 2  # that wait for a connection for which no thread can be started
-_RESERVE_QUEUE = 8  # connections that wait for one of them
+_PENDING_CONNECTIONS = 8  # that wait for one of them
 _RESERVE_DESCRIPTORS = 4  # of the reserve of 8, that connections may take: the others are for what their answers need
 _ACCEPT_RETRY_S = 0.05
 _RESTART_PAUSE_MAX_S = 5.0
+_REFILL_INTERVAL_S = 10.0
 _WARNING_INTERVAL_S = 60.0
 _REFUSED_BODY_BYTES = 64 * 1024  # that are read of a client who is refused anyway
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
@@ -7145,6 +7154,61 @@ class Admission(NamedTuple):
     error: ApiError | None = None
 
 
+class PendingConnections:
+    """Connections for which no thread could be started, until one of the reserve takes them. Thread-safe.
+
+    A thread gets those alone whose clients have sent something; who says nothing makes room for others, and soon goes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._changed = threading.Condition()  # guards all below
+        self._pending: dict[socket.socket, tuple[Any, float]] = {}  # the address of each, and since when; oldest first
+        self._is_closed = False
+
+    def add(self, sock: socket.socket, address: Any) -> socket.socket | None:
+        """Add a connection; the one that must go for it, perhaps itself, None where there is room."""
+        with self._changed:
+            surplus = None
+            if len(self._pending) >= self._limit:
+                ready = _readable(self._pending)
+                surplus = next((other for other in self._pending if other not in ready), sock)
+                self._pending.pop(surplus, None)
+            if surplus is not sock:
+                self._pending[sock] = address, time.monotonic()
+            self._changed.notify_all()
+            return surplus
+
+    def take(self) -> tuple[socket.socket, Any] | None:
+        """Wait for a connection whose client has sent something, or has had his time; None after `close`."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._is_closed)
+                if self._is_closed:
+                    return None
+                ready = _readable(self._pending)
+                patient_s = time.monotonic() - _RESERVED_TIMEOUT_S
+                for sock, (address, since_s) in self._pending.items():
+                    if sock in ready or since_s < patient_s:
+                        del self._pending[sock]
+                        return sock, address
+            time.sleep(_ACCEPT_RETRY_S)
+
+    def close(self) -> None:
+        """Has `take` return None."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+
+def _readable(socks: Iterable[socket.socket]) -> set[Any]:
+    """Those from which something can be read now, be it an end."""
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:  # neither takes a descriptor
+        for sock in socks:
+            selector.register(sock, selectors.EVENT_READ)
+        return {key.fileobj for key, _ in selector.select(0)}
+
+
 class Server(http.server.ThreadingHTTPServer):
     """The listening socket and the connections; `start` and `stop` are the daemon's, the rest the connections'."""
 
@@ -7179,8 +7243,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._lock = threading.Lock()  # guards _links, _reserved, _hurried and _counted
         self._counted = 0
         self._thread = DaemonThread(self._listen, "listener")
-        self._reserve_queue: queue.Queue[tuple[socket.socket, Any] | None] = queue.Queue(_RESERVE_QUEUE)
+        self._pending = PendingConnections(_PENDING_CONNECTIONS)
         self._reserve_threads: list[threading.Thread] = []  # grows alone
+        self._filled_s = -_REFILL_INTERVAL_S  # when that was last tried
         self._warned_s = -_WARNING_INTERVAL_S  # when a lack of threads was last told; the listener's
         host, port = parse_address(settings.addr)
         self.address_family = socket.AF_INET6 if ":" in host or (not host and socket.has_ipv6) else socket.AF_INET
@@ -7231,7 +7296,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def fill_reserve(self) -> None:
         """Starts what threads the reserve lacks, where that can be; for the thread that runs the daemon."""
-        with contextlib.suppress(RuntimeError, MemoryError):  # tried again twice a second
+        now_s = time.monotonic()
+        if now_s - self._filled_s < _REFILL_INTERVAL_S:  # to fail may take a second
+            return
+        self._filled_s = now_s
+        with contextlib.suppress(RuntimeError, MemoryError):  # tried again the next time
             while len(self._reserve_threads) < _RESERVE_THREADS:
                 thread = DaemonThread(self._serve_reserve, "reserve connection")
                 thread.start()
@@ -7268,9 +7337,7 @@ class Server(http.server.ThreadingHTTPServer):
         for link in links:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(link, socket.SHUT_RD)  # that of an SSLSocket would have it go on in clear text
-        with contextlib.suppress(queue.Full):  # they are busy then, and end with the process
-            for _ in self._reserve_threads:
-                self._reserve_queue.put_nowait(None)
+        self._pending.close()
 
     def admit(self, request: Request, is_reserved: bool) -> Admission:
         """Who asks for which route, before the body is read; is_reserved: over a connection for stops alone."""
@@ -7416,12 +7483,9 @@ class Server(http.server.ThreadingHTTPServer):
         with self._lock:
             self._hurried.add(sock)
         threads = len(self._reserve_threads)
-        try:
-            if not threads:
-                raise queue.Full
-            self._reserve_queue.put_nowait((sock, address))
-        except queue.Full:
-            self._reject_connection(sock)
+        surplus = self._pending.add(sock, address) if threads else sock
+        if surplus:
+            self._reject_connection(surplus)
         now_s = time.monotonic()
         if now_s - self._warned_s >= _WARNING_INTERVAL_S:
             self._warned_s = now_s
@@ -7431,10 +7495,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Serve connections for which no thread can be started, one after another."""
         while True:
             try:
-                waiting = self._reserve_queue.get()
-                if waiting is None:
+                pending = self._pending.take()
+                if pending is None:
                     return
-                self.process_request_thread(*waiting)
+                self.process_request_thread(*pending)
             except Exception:
                 with contextlib.suppress(MemoryError):
                     log.exception("a reserve connection failed")
@@ -7829,8 +7893,8 @@ class LogFile(logging.handlers.RotatingFileHandler):
             if self.stream:
                 self.stream.close()
                 self.stream = None  # opened again for the next line
-            with contextlib.suppress(OSError):  # told by the watch of the root
-                os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
+            with contextlib.suppress(OSError):  # it is there, or the root is gone too, which its watch tells
+                os.mkdir(os.path.dirname(self.baseFilename))
 
 
 _ROTATION_PAUSE_S = 60.0  # after one that could not be
@@ -7900,6 +7964,7 @@ class Daemon:
         above, name = os.path.split(os.path.abspath(settings.root))
         self._root = os.path.join(os.path.realpath(above), name)  # the root itself must be no link
         self._ends = 0  # how often the end was asked for
+        self._exit_code = 0
         # A byte wakes `run`; a signal writes one too. No Event: set() would hang in a signal handler that interrupts
         # wait(), and on Windows no signal interrupts it.
         self._waker: socket.socket | None = None
@@ -7922,7 +7987,7 @@ class Daemon:
         finally:
             if self._error_stream:
                 self._error_stream.flush()  # what is printed next, such as why it ends, comes behind it
-        return 0
+        return self._exit_code
 
     def _serve(self, closing: contextlib.ExitStack) -> None:
         woken, self._waker = socket.socketpair()
@@ -7964,6 +8029,15 @@ class Daemon:
     def _look_after_certificates(self) -> None:
         if self._is_renewing:
             self._renew()
+
+    def _check_threads(self) -> None:
+        """Ends a daemon of which a part is dead: its next start takes all up again, as after a crash."""
+        if not self._is_healthy() and not self._ends:
+            log.critical(
+                "a thread of the daemon has ended, so it ends too, with 1; what runs is adopted at the next start"
+            )
+            self._exit_code = 1
+            self._count_end()
 
     def _ping_supervisor(self) -> None:
         self._supervisor.watch(self._is_healthy)
@@ -8014,6 +8088,7 @@ class Daemon:
         forget_launcher()
         descriptors = use_all_descriptors()
         self._reserve.fill()
+        capacity = step_capacity(descriptor_limit(), process_limits(), settings.max_connections)
         telemetry = Telemetry()
         store = Store(os.path.join(self._root, "remote_executor.db"), telemetry.commit)
         store.start()
@@ -8026,7 +8101,7 @@ class Daemon:
             store,
             clock,
             settings.pool_size,
-            lambda: self._capacity().steps,
+            capacity.steps,
             lambda number: runner.remove_empty_workspace(number),
         )
         runner = Runner(store, scheduler, processes, clock, files, settings, telemetry)
@@ -8036,7 +8111,7 @@ class Daemon:
         warnings: list[Callable[[], str]] = [
             store.warning,
             lambda: "--insecure: everybody is let in" if settings.insecure else "",
-            functools.partial(self._capacity_warning, scheduler),
+            functools.partial(_capacity_warning, capacity, scheduler),
             lambda: scheduler.scarcity,
             root_watch.warning,
         ]
@@ -8058,6 +8133,8 @@ class Daemon:
         janitor.start(strays)
         server.start()
         self._watch_over(scheduler, store, janitor, server, root_watch)
+        if told := _capacity_warning(capacity, scheduler):
+            log.warning("%s", told)
         return f"{server.scheme}://{server.authority}"
 
     def _open_root(self, closing: contextlib.ExitStack) -> None:
@@ -8081,31 +8158,15 @@ class Daemon:
 
         self._is_healthy = is_healthy
         root_watch.look()
-        warning = self._capacity_warning(scheduler)
-        if warning:
-            log.warning("%s", warning)
         self._watches += [
             self._look_after_certificates,
             root_watch.look,
             server.fill_reserve,
+            self._check_threads,
             self._ping_supervisor,
         ]
         if self._log_file:
             self._watches.append(self._log_file.restore)
-
-    def _capacity_warning(self, scheduler: Scheduler) -> str:
-        """That the pool is larger than this host lets it be, and what to do; empty when it is not."""
-        size = scheduler.pool().size
-        steps, limit = self._capacity()
-        if not limit or size <= steps:
-            return ""
-        return (
-            f"--pool_size: {size} steps at once are too many here, {steps} are run: {limit.name} is {limit.value}; "
-            "raise that limit, or lower --pool_size"
-        )
-
-    def _capacity(self) -> StepCapacity:
-        return step_capacity(descriptor_limit(), process_limits(), self._settings.max_connections)
 
     def _end_steps(self, scheduler: Scheduler) -> None:
         """Does with the running steps what --on_exit says."""
@@ -8147,6 +8208,18 @@ class Daemon:
 _LOOK_S = 0.5
 
 
+def _capacity_warning(capacity: StepCapacity, scheduler: Scheduler) -> str:
+    """That the pool is larger than the limits of this host let it be, and what to do; empty when it is not."""
+    size = scheduler.pool().size
+    steps, limit = capacity
+    if not limit or size <= steps:
+        return ""
+    return (
+        f"--pool_size: {size} steps at once are too many here: {limit.name} is {limit.value}, which lets "
+        f"{steps} run; raise that limit, or lower --pool_size{limit.also}"
+    )
+
+
 def _log_end_of_thread(ended: Any) -> None:
     """Tells of a thread that an exception ended, as `threading.excepthook`, which writes to standard error itself."""
     name = ended.thread.name if ended.thread else "unknown"
@@ -8155,11 +8228,16 @@ def _log_end_of_thread(ended: Any) -> None:
 
 
 def _ignore_signals(numbers: Iterable[int]) -> None:
-    """Has these signals do nothing; one that comes meanwhile is no error, as which CPython tells it."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    """Has these signals do nothing; one that came just before is no error, as which CPython tells it."""
+    hook = sys.unraisablehook
+
+    def tell_all_but_signals(failed: Any) -> None:
+        if not isinstance(failed.exc_value, OSError) or "race condition" not in str(failed.exc_value):
+            hook(failed)
+
+    sys.unraisablehook = tell_all_but_signals
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
-    sys.unraisablehook = hook
 
 
 def version_line() -> str:

@@ -3701,7 +3701,7 @@ class House:
         self.files = code.Folder(str(root / "tasks"))
         self.files.open()
         settings = code.make_settings({"pool_size": str(size)})
-        self.scheduler = code.Scheduler(self.store, self.clock, size, lambda: 10_000, lambda number: None)
+        self.scheduler = code.Scheduler(self.store, self.clock, size, 10_000, lambda number: None)
         rooms = (self.store, self.scheduler, self.processes, self.clock, self.files)
         self.runner = code.Runner(*rooms, settings, self.metrics)
         self.janitor = code.Janitor(*rooms, settings)
@@ -4813,6 +4813,16 @@ selectors._PollLikeSelector.select = failing
     wait_until(lambda: daemon.log().count("the listener failed; it starts again") == 3)
 
 
+def test_daemon_of_which_a_thread_has_ended_ends_with_a_line(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    fault = """
+import os, threading
+run = threading.Thread.run
+threading.Thread.run = lambda self: None if self.name == "listener" else run(self)
+"""
+    daemon = launch(program=with_faults(fault))
+    assert daemon.await_end() == 1 and "CRITICAL a thread of the daemon has ended" in daemon.log()
+
+
 # No connection gets a thread of its own, as under a limit of processes.
 NO_THREADS = """
 import threading
@@ -4830,10 +4840,12 @@ def test_connections_without_threads_are_served_and_a_slow_client_holds_nobody(l
     task = daemon.submit(step("exit 4"))
     assert daemon.ended(task).data[0]["code"] == 4
     with contextlib.ExitStack() as stack:
-        for _ in range(10):
+        for _ in range(30):  # they say nothing, and hold nobody up
+            stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port), 30))
+        assert daemon.put(f"/api/v1/task/{task}").code == 1003
+        for _ in range(20):
             stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port), 30)).sendall(b"GET /heart")
-        assert wait_until(lambda: daemon.raw(b"").startswith(b"HTTP/1.1 503 "), "a full queue")
-        wait_until(lambda: daemon.put(f"/api/v1/task/{task}").code == 1003, "a stop to be answered")
+        wait_until(lambda: survives(lambda: daemon.put(f"/api/v1/task/{task}").code == 1003), "a stop to be answered")
     assert daemon.get("/api/v1/pool").code == 0
     assert daemon.log().count("no thread can be started") == 1
 
@@ -6065,6 +6077,93 @@ def test_log_has_no_access_lines_without_debug(launch: Callable[..., Daemon]) ->
     assert "/api/v1/task/some" not in daemon.log() and "started, pid" not in daemon.log()
 
 
+@contextlib.contextmanager
+def daemon_on_a_full_pipe(root: Path, *flags: str) -> Iterator[tuple[Daemon, int]]:
+    """A daemon whose standard output and error are one pipe, full of spaces, and the end from which to read it."""
+    reader, writer = os.pipe()
+    filler = threading.Thread(target=lambda: os.write(writer, b" " * 2**22), daemon=True)  # until it is read
+    filler.start()
+    port = free_port()
+    command = [*PYTHON, str(PROGRAM), "run", f"--addr=127.0.0.1:{port}", f"--root={root}", *flags]
+    daemon = Daemon(root)
+    daemon.port = port
+    stdin = subprocess.PIPE if WINDOWS else subprocess.DEVNULL
+    daemon.process = subprocess.Popen(command, stdin=stdin, stdout=writer, stderr=writer)
+    try:
+        wait_until(lambda: listens(port), "the port to open")
+        yield daemon, reader
+    finally:
+        if daemon.alive():
+            daemon.kill()
+        threading.Thread(target=lambda: all(iter(lambda: os.read(reader, 2**20), b"")), daemon=True).start()
+        filler.join(30)
+        os.close(writer)
+
+
+def test_log_that_nobody_reads_holds_nobody_up(tmp_path: Path) -> None:
+    with daemon_on_a_full_pipe(tmp_path / "root", "--debug") as (daemon, reader):
+        for _ in range(50):
+            assert daemon.get("/" + "x" * 30_000).status == 404
+        assert daemon.run(step()).code == 0
+        told = (daemon.root / "logs" / "remote_executor.log").read_text()
+        assert told.count("x" * 30_000) == 50
+        begin = time.monotonic()
+        assert daemon.end() == 0
+        assert time.monotonic() - begin < 5
+
+
+def test_log_that_is_read_again_tells_how_much_was_dropped(tmp_path: Path) -> None:
+    with daemon_on_a_full_pipe(tmp_path / "root", "--debug") as (daemon, reader):
+        for _ in range(50):
+            daemon.get("/" + "x" * 30_000)
+        text = ""
+        while not (dropped := re.search(r"WARNING (\d+) lines of the log were dropped", text)):
+            text += os.read(reader, 2**20).decode()
+        whole = len(re.findall(r"DEBUG 127.0.0.1 \S+ /x{30000}\"", text))
+        assert whole > 10 and int(dropped[1]) + whole == 50
+        daemon.get("/later")
+        while "/later" not in text:
+            text += os.read(reader, 2**20).decode()
+        assert daemon.end() == 0
+
+
+def test_log_is_on_standard_error_promptly(launch: Callable[..., Daemon]) -> None:
+    daemon, delays_s = launch("--debug"), []
+    for number in range(50):
+        daemon.get(f"/number-{number}")
+        begin = time.monotonic()
+        wait_until(lambda mark=f"/number-{number}": mark in daemon.log(), pause_s=0.001)
+        delays_s.append(time.monotonic() - begin)
+    assert statistics.median(delays_s) < 0.05
+
+
+def test_log_keeps_the_lines_of_the_end_and_why_it_failed(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path / "root").start()
+    assert daemon.end() == 0 and daemon.log().endswith("INFO ended\n")
+    (tmp_path / "r").mkdir(mode=0o700)
+    (tmp_path / "r" / "remote_executor.db").write_bytes(b"x" * 5000)
+    (tmp_path / "r" / "tasks").touch()
+    lines = cli("run", "--addr=127.0.0.1:0", f"--root={tmp_path / 'r'}").stderr.splitlines()
+    assert "ERROR the database was damaged" in lines[0] and lines[-1].startswith("remote_executor: --root: ")
+
+
+def test_log_tells_of_a_thread_that_an_exception_ended(launch: Callable[..., Daemon]) -> None:
+    fault = """
+import threading
+def end():
+    raise ValueError("odd")
+threading.Timer(0.5, end).start()
+"""
+    daemon = launch(program=with_faults(fault))
+    daemon.may_log_tracebacks = True
+    file = daemon.root / "logs" / "remote_executor.log"
+    wait_until(
+        lambda: re.search(
+            r"CRITICAL the thread Thread-\d+ has ended\nTraceback(.*\n)+ValueError: odd", file.read_text()
+        )
+    )
+
+
 # ======================================================================================================================
 # daemon: start, stop, refusals; command line
 # ======================================================================================================================
@@ -6118,6 +6217,118 @@ def test_daemon_makes_a_root_with_its_parents(launch: Callable[..., Daemon], tmp
     (tmp_path / "a").mkdir()
     assert launch(root=tmp_path / "a" / "b c").run(step()).code == 0
     assert cli("run", "--addr=127.0.0.1:1x", f"--root={tmp_path / 'x' / 'y'}").returncode == 2
+
+
+def warning(daemon: Daemon) -> str:
+    return daemon.get("/healthyz").data.get("warning", "")
+
+
+@posix_only
+def test_daemon_refuses_a_root_that_another_holds_whose_files_are_gone(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    assert warning(daemon) == ""
+    os.unlink(daemon.root / "lock")
+    assert str(daemon.root) in refused(cli("run", "--addr=127.0.0.1:0", f"--root={daemon.root}"), 1)
+    told = wait_until(lambda: warning(daemon), "a warning")
+    assert f"{daemon.root}/lock is gone: " in told and "restart this one" in told
+    assert wait_until(lambda: f"ERROR {told}\n" in daemon.log())
+    daemon.restart()
+    assert warning(daemon) == "" and daemon.run(step()).code == 0
+
+
+@posix_only
+@pytest.mark.parametrize("name", ["", "lock", "remote_executor.db", "remote_executor.db-wal", "tasks", "token"])
+def test_root_that_is_cleaned_up_is_told_once(launch: Callable[..., Daemon], tmp_path: Path, name: str) -> None:
+    daemon = launch()
+    os.rename(daemon.root / name, tmp_path / "aside")
+    told = wait_until(lambda: warning(daemon), "a warning")
+    assert told.startswith(f"--root: {daemon.root / name} is gone: ")
+    os.rename(tmp_path / "aside", daemon.root / name)
+    wait_until(lambda: warning(daemon) == "")
+    wait_until(lambda: "is in place again" in daemon.log())
+    assert daemon.log().count(told) == 1
+
+
+@posix_only
+def test_root_whose_database_is_replaced_is_told(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    for name in ("remote_executor.db", "token"):
+        shutil.copy(daemon.root / name, daemon.root / "copy")
+        os.replace(daemon.root / "copy", daemon.root / name)
+    wait_until(lambda: re.fullmatch(r"--root: \S+/remote_executor.db is gone: [^;]+; restart[^;]+", warning(daemon)))
+
+
+@posix_only
+def test_log_file_that_is_deleted_begins_anew(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    shutil.rmtree(daemon.root / "logs")
+    file = daemon.root / "logs" / "remote_executor.log"
+    wait_until(lambda: daemon.run(step()) and file.exists() and "POST /api/v1/task" in file.read_text())
+
+
+@linux_only
+@pytest.mark.skipif(not shutil.which("systemd-tmpfiles"), reason="no systemd-tmpfiles on this host")
+def test_root_is_left_alone_by_systemd_tmpfiles(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon = launch(root=tmp_path / "cleaned" / "root")
+    (tmp_path / "cleaned" / "other").mkdir()
+    for file in (daemon.root / "old", tmp_path / "cleaned" / "other" / "old"):
+        file.touch()
+    (tmp_path / "rule.conf").write_text(f"d {tmp_path}/cleaned 0700 - - 1us\n")
+    subprocess.run(["systemd-tmpfiles", "--clean", str(tmp_path / "rule.conf")], check=True)
+    assert not (tmp_path / "cleaned" / "other").exists() and (daemon.root / "old").exists()
+    daemon.stderr = tmp_path / "err"  # for that is gone too
+    daemon.stderr.touch()
+
+
+@pytest.mark.parametrize(
+    "descriptors, processes, steps, name",
+    [
+        (None, [], 2**63, ""),
+        (20_000, [], (20_000 - 512 - 64) // 3, "files"),
+        (1024, [], 149, "files"),
+        (256, [], 1, "files"),
+        (1024, [4000], 149, "files"),
+        (20_000, [40], 2, "pids"),
+        (None, [500, 122], 30, "pids"),
+        (None, [0], 1, "pids"),
+    ],
+)
+def test_capacity_is_what_the_lowest_limit_leaves(
+    descriptors: int | None, processes: list[int], steps: int, name: str
+) -> None:
+    code = module()
+    limit = None if descriptors is None else code.Limit(descriptors, "files")
+    capacity = code.step_capacity(limit, [code.Limit(value, "pids") for value in processes], 512)
+    assert (capacity.steps, capacity.limit.name if capacity.limit else "") == (steps, name)
+
+
+@posix_only
+def test_capacity_knows_the_limits_of_all_cgroups_above(tmp_path: Path) -> None:
+    for path, value in {"pids/a/b": "max", "pids/a": "300", "x/y": "70", "x": "max"}.items():
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        (tmp_path / path / "pids.max").write_text(value + "\n")
+    (tmp_path / "own").write_text("9:name=systemd:/a\n8:pids:/a/b\n1:cpu,cpuacct:/a\n0::/x/y\n")
+    limits = module().process_limits(str(tmp_path), str(tmp_path / "own"))
+    found = {
+        str(Path(limit.name.split()[0]).relative_to(tmp_path)): limit.value for limit in limits if "/" in limit.name
+    }
+    assert found == {"pids/a/pids.max": 300, "x/y/pids.max": 70}
+    assert module().process_limits(str(tmp_path), str(tmp_path / "none")) == [
+        one for one in limits if "/" not in one.name
+    ]
+
+
+@posix_only
+def test_pool_that_the_limits_cannot_carry_is_told(launch: Callable[..., Daemon]) -> None:
+    command = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (700, 700))"
+    daemon = launch("--pool_size=50", program=with_faults(command))
+    told = (
+        "--pool_size: 50 steps at once are too many here: the limit of open files (ulimit -n, LimitNOFILE) is 700, "
+        "which is enough for about 41; raise that limit, or lower --pool_size or --max_connections"
+    )
+    assert warning(daemon) == told and f"WARNING {told}\n" in daemon.log()
+    daemon.post("/api/v1/pool", {"size": 41})
+    assert warning(daemon) == ""
 
 
 def has_ipv6() -> bool:
@@ -6388,6 +6599,14 @@ def test_systemd_gets_no_beat_that_it_does_not_ask_for(
 @posix_only
 def test_systemd_that_does_not_listen_stops_nothing(launch: Callable[..., Daemon], tmp_path: Path) -> None:
     assert launch(env={"NOTIFY_SOCKET": str(tmp_path / "nobody")}).run(step()).code == 0
+
+
+@linux_only
+def test_systemd_gets_its_beats_when_no_descriptor_is_left(launch: Callable[..., Daemon], manager: Any) -> None:
+    daemon = launch(env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "1000000"})
+    with limited(daemon, "RLIMIT_NOFILE", taken_descriptors(daemon)):
+        assert wait_until(lambda: manager.recv(1000) != b"WATCHDOG=1" or b"WATCHDOG=1")
+        assert [manager.recv(1000) for _ in range(4)] == [b"WATCHDOG=1"] * 4
 
 
 def build_command(program: str) -> list[str]:
