@@ -1788,8 +1788,9 @@ class PosixTree:
         code = self._child.poll() if self._child else None
         return code if code is None or code >= 0 else 128 - code
 
-    def stop(self, grace_s: float) -> None:
+    def stop(self, is_hurried: Callable[[], bool]) -> None:
         """Ends the tree: SIGTERM to the group, after the grace SIGKILL to all that is left; a `wake` cuts the grace."""
+        grace_s = 0.0 if is_hurried() else 5.0
         self._members()  # to know them again when they have lost their parents
         if grace_s > 0 and not self._has_ended():
             _signal_group(self.pid, signal.SIGTERM)
@@ -1930,7 +1931,7 @@ def _carries(pid: int, step_dir: bytes) -> bool:
 class PosixProcesses:
     """Starts, adopts and collects trees; any thread may call it."""
 
-    def __init__(self, umask: int, descriptors: str) -> None:
+    def __init__(self, umask: int, descriptors: str, reserve: object) -> None:
         self._limits = f"{umask:03o}", descriptors
         self._is_reaper = False  # until the first step starts: ctypes takes memory that an idle daemon need not
         self._environment = {k: v for k, v in os.environb.items() if not k.startswith(b"REMOTE_EXECUTOR_")}
@@ -1984,14 +1985,14 @@ class PosixProcesses:
                 return PosixTree(step_dir, pid, None, self._wakers)
         return None
 
-    def has_run(self, step_dir: str) -> bool:
+    def may_have_started(self, step_dir: str) -> bool:
         """Whether anything of the step may have run: its wrapper leaves its pid first, and carries the step's mark."""
         if any(os.path.lexists(os.path.join(step_dir, name)) for name in ("pid", "rc")):
             return True
         mark = os.fsencode(step_dir)
         return any(_carries(one.pid, mark) for one in _scan_processes())
 
-    def forget(self, tree: PosixTree) -> None:
+    def release(self, tree: PosixTree) -> None:
         """Gives back what the tree holds; it has ended, or runs on without us."""
         self._children.discard(tree.pid)
         tree.close()
@@ -3143,7 +3144,7 @@ class Engine:
                 result = (FORCED_CODE, f"the daemon failed: {error}")
             if active.tree:
                 tree, active.tree = active.tree, None
-                self._processes.forget(tree)
+                self._processes.release(tree)
             if result is not None:
                 self._end_active(active, *result)
             with self._lock:
@@ -3166,10 +3167,11 @@ class Engine:
         except LaunchError as error:
             return FORCED_CODE, str(error)
         code = active.tree.exit_code()
-        if code is None or code > 128:  # the wrapper is not our child, or was killed, as the last that it did perhaps
+        if code is None or (code > 128 and not ON_WINDOWS):  # the wrapper is not our child, or was killed, as the last that it did perhaps
             result = directory.exit_code()
             code = code if result is None else result
-        if code == NOTHING_RAN and not active.reason and not self._processes.has_run(directory.path):
+        nothing_ran = code == NOTHING_RAN and not active.reason
+        if nothing_ran and not self._processes.may_have_started(directory.path):
             return FORCED_CODE, f"could not start: nothing could be written to {directory.path}"
         return (FORCED_CODE, _LOST) if code is None else (code, "")
 
@@ -3231,7 +3233,7 @@ class Engine:
         if not active.reason:
             return False
         log.info("%s: %s", active, active.reason, extra=active.extra)
-        tree.stop(GRACE_S if active.stops < 2 else 0)
+        tree.stop(lambda: active.stops >= 2)
         return True
 
     def _end_active(self, active: _ActiveStep, code: int, reason: str) -> None:
@@ -3388,7 +3390,7 @@ class Engine:
             return step.idx, FORCED_CODE, stopped
         if code is not None:
             return step.idx, code, ""
-        if self._processes.has_run(directory.path):
+        if self._processes.may_have_started(directory.path):
             return step.idx, FORCED_CODE, _LOST
         return None
 
@@ -6222,7 +6224,7 @@ class Daemon:
         closing.callback(store.stop)
         clock = Clock.resume(store.memory(), store.latest_ns())
         store.remember(clock.memory())
-        engine = Engine(store, Processes(umask, descriptors), clock, self._root, settings, telemetry)
+        engine = Engine(store, Processes(umask, descriptors, None), clock, self._root, settings, telemetry)
         exposed = "--insecure: everybody is let in" if settings.insecure else ""
         warning = "; ".join(text for text in (store.warning, exposed) if text)
         routes = [
