@@ -1990,6 +1990,9 @@ class PosixProcesses:
                 return PosixTree(step_dir, pid, None, self._wakers)
         return None
 
+    def remains(self, step_dirs: Sequence[str]) -> PosixTree:
+        raise NotImplementedError
+
     def may_have_started(self, step_dir: str) -> bool:
         """Whether anything of the step may have run: its wrapper leaves its pid first, and carries the step's mark."""
         if any(os.path.lexists(os.path.join(step_dir, name)) for name in ("pid", "rc")):
@@ -3446,6 +3449,8 @@ class Engine:
         except LaunchError as error:
             return FORCED_CODE, str(error)
         code = active.tree.exit_code()
+        if code is None and ON_WINDOWS:
+            active.tree.stop(lambda: True)
         if code is None or (code > 128 and not ON_WINDOWS):
             result = directory.exit_code()
             code = code if result is None else result
@@ -3513,6 +3518,10 @@ class Engine:
             return False
         log.info("%s: %s", active, active.reason, extra=active.extra)
         tree.stop(lambda: active.stops >= 2)
+        if active.task.stop and ON_WINDOWS:
+            ended = [idx for idx in range(len(active.task.names)) if not active.task.plan.is_open(idx)]
+            dirs = [self._directory(active.task.seq, idx).path for idx in ended]
+            self._processes.remains(dirs).stop(lambda: active.stops >= 2)
         return True
 
     def _end_active(self, active: _ActiveStep, code: int, reason: str) -> None:
@@ -3670,6 +3679,8 @@ class Engine:
         if code is not None:
             return step.idx, code, ""
         if self._processes.may_have_started(directory.path):
+            if ON_WINDOWS:
+                self._processes.remains([directory.path]).stop(lambda: True)
             return step.idx, FORCED_CODE, _LOST
         return None
 
