@@ -1960,12 +1960,9 @@ def test_step_whose_wrapper_is_killed_is_adopted(launch: Callable[..., Daemon], 
 
 @windows_only
 def test_step_of_which_nothing_is_known_has_no_code(tmp_path: Path) -> None:
-    processes, tree, step_dir = start_on_windows(tmp_path, LEAVES + "\n" + "ping -n 1000 localhost >nul", "cmd")
-    processes.release(tree)  # it ended, or runs on; the next is asked of a wrapper that ends before it has a process
-    (tmp_path / "b").mkdir()
-    processes, tree, step_dir = start_on_windows(tmp_path / "b", "ping -n 1000 localhost >nul")
+    processes, tree, _ = start_on_windows(tmp_path, "ping -n 1000 localhost >nul")
+    tree.find_own_process = lambda: False  # as when it ends before anybody looks
     os.kill(tree.pid, signal.SIGTERM)
-    tree.find_own_process = lambda: False
     assert tree.wait(None) and tree.exit_code() is None
     tree.stop(at_once)
     assert module()._count_active(tree._job) == 0
@@ -1974,16 +1971,16 @@ def test_step_of_which_nothing_is_known_has_no_code(tmp_path: Path) -> None:
 
 @windows_only
 def test_stopped_step_has_no_code_and_an_adopted_one_its_own(tmp_path: Path) -> None:
-    processes, tree, step_dir = start_on_windows(tmp_path, "ping -n 1000 localhost >nul")
+    processes, tree, _ = start_on_windows(tmp_path, "ping -n 1000 localhost >nul")
     tree.stop(at_once)
     assert tree.wait(None) and tree.exit_code() is None
     processes.release(tree)
     (tmp_path / "b").mkdir()
     processes, tree, step_dir = start_on_windows(tmp_path / "b", "ping -n 2 localhost >nul\nexit 0")
     adopted = processes.adopt(step_dir)
-    processes.release(tree)
     assert adopted.wait(None) and adopted.exit_code() == 0
-    processes.release(adopted)
+    for each in (tree, adopted):
+        processes.release(each)
 
 
 CTRL_C = """
