@@ -598,7 +598,6 @@ ON_LINUX = sys.platform.startswith("linux")
 
 if ON_WINDOWS:
     import ctypes
-    import msvcrt
     from ctypes import wintypes
 
     _library, _last_error, _error_of = (vars(ctypes)[name] for name in ("WinDLL", "get_last_error", "WinError"))
@@ -612,6 +611,11 @@ if ON_WINDOWS:
 
     def _checked(result: Any, _function: Any, _arguments: Any) -> Any:
         if not result:
+            raise _error_of(_last_error())
+        return result
+
+    def _checked_file(result: Any, _function: Any, _arguments: Any) -> Any:
+        if result == INVALID_HANDLE_VALUE:
             raise _error_of(_last_error())
         return result
 
@@ -650,8 +654,11 @@ if ON_WINDOWS:
     # Handles and waits (Synchronization Functions)
     DUPLICATE_SAME_ACCESS, WAIT_OBJECT_0, WAIT_FAILED = 2, 0, 0xFFFF_FFFF
     ERROR_MORE_DATA = 234
-    get_osfhandle: Callable[[int], int] = vars(msvcrt)["get_osfhandle"]
     CloseHandle = _declare(_kernel32, "CloseHandle", _BOOL, _HANDLE)
+    GENERIC_READ, OPEN_EXISTING, INVALID_HANDLE_VALUE = 0x8000_0000, 3, ctypes.c_void_p(-1).value
+    CreateFileW = _kernel32.CreateFileW
+    CreateFileW.argtypes = (_TEXT, _DWORD, _DWORD, ctypes.c_void_p, _DWORD, _DWORD, _HANDLE)
+    CreateFileW.restype, CreateFileW.errcheck = _HANDLE, _checked_file
     CreateEventW = _declare(_kernel32, "CreateEventW", _HANDLE, ctypes.c_void_p, _BOOL, _BOOL, _TEXT)
     SetEvent = _declare(_kernel32, "SetEvent", _BOOL, _HANDLE)
     WaitForMultipleObjects = _kernel32.WaitForMultipleObjects
@@ -2059,158 +2066,12 @@ goto again\r
 # The exit code of what a stop ends, as a signed number; no script ends with it by itself. Bit 29 is of applications
 # (MSDN, "GetLastError"); what the system and its runtimes use begins with 0xC0, 0x80 or 0xE0 (C++, .NET).
 _ENDED_BY_STOP = -0x1FAD_ADAE  # 0xE0525252
-
-
-class WindowsTree:
-    """One step's wrapper and what it started, in a Job Object. `wake` is for any thread, the rest for one.
-
-    The step is over when its own process is, which the wrapper has started and waits for. A wrapper that somebody
-    killed, or that took a Ctrl-C, leaves no result and may end before that process: then the tree waits for the latter.
-    """
-
-    def __init__(
-        self, record: _WrapperRecord, step_dir: str, wrapper: int, job: int, child: subprocess.Popen[bytes] | None
-    ) -> None:
-        self.pid = record.pid
-        self._result = os.path.join(step_dir, "rc")
-        self._is_batch = record.is_batch
-        self._wrapper = wrapper  # 0 when it is gone, and has left its process alone
-        self._own = 0  # the step's own process, once it is known
-        self._look_s = _LOOK_S
-        self._job = job
-        self._child = child  # None when an earlier daemon started it
-        self._woken = CreateEventW(None, False, False, None)
-        self._closing = threading.Lock()  # guards _woken: a closed handle's number may be another's
-
-    def wait(self, deadline_s: float | None) -> bool:
-        """Wait for the step's end until time.monotonic() is `deadline_s`, or a `wake`; return whether it has ended."""
-        while not self._has_ended():
-            left_s = _FOREVER_S if deadline_s is None else deadline_s - time.monotonic()
-            if left_s <= 0:
-                return False
-            awaited = self._own if self._own and self._wrapper_has_ended() else self._wrapper
-            signalled = _wait_for((awaited, self._woken), min(left_s, self._look_s, _FOREVER_S))
-            if signalled == 1:
-                return self._has_ended()
-            if signalled is None:
-                self.find_own_process()
-        return True
-
-    def wake(self) -> None:
-        """Make `wait` return."""
-        with self._closing:
-            if self._woken:
-                SetEvent(self._woken)
-
-    def exit_code(self) -> int | None:
-        """Return the code of an ended step, signed, as cmd and PowerShell show it.
-
-        The wrapper hands on that of the step's process. Where the wrapper was killed, it is asked of that process; None
-        when that is not known either, or when a stop ended it.
-        """
-        told_by = self._wrapper if self._wrapper and self._has_result() else self._own
-        if not told_by or not _is_signalled(told_by):
-            return None
-        code = ctypes.c_int32()
-        GetExitCodeProcess(told_by, ctypes.byref(code))
-        return None if code.value == _ENDED_BY_STOP else code.value
-
-    def stop(self, is_hurried: Callable[[], bool]) -> None:
-        """End all processes of the job, also those that the wrapper has left.
-
-        At once, so far: `is_hurried` is for the time when they are asked first.
-        """
-        _end_job(self._job)
-
-    def close(self) -> None:
-        """Give back the handles."""
-        with self._closing:
-            if self._woken:
-                for handle in (self._wrapper, self._own, self._job, self._woken):
-                    if handle:
-                        CloseHandle(handle)
-            self._woken = 0
-        if self._child:
-            self._child.poll()
-
-    def find_own_process(self) -> bool:
-        """Look for the step's own process, each time after a longer pause; return whether it is known."""
-        self._look_s *= 2
-        if self._is_batch:  # the wrapper runs the step itself, and its children are the step's
-            self._look_s = _FOREVER_S
-        elif not self._own:
-            self._own = _open_child(self.pid, self._job)
-        if self._own:
-            self._look_s = _FOREVER_S
-        return self._own != 0
-
-    def keep_job(self) -> int:
-        """Have what an ended step left running hold its job, for later daemons; return a handle of it.
-
-        Return 0 where nothing is left, or where the wrapper still runs and holds the job itself.
-        """
-        if not self._has_ended() or not _count_active(self._job):
-            return 0
-        for pid in _list_members(self._job):
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                process = _open_process(pid)
-                try:
-                    _hand_job(self._job, process)
-                finally:
-                    CloseHandle(process)
-        return _duplicate(self._job, GetCurrentProcess())
-
-    def _has_result(self) -> bool:
-        """Whether the wrapper came to its last line, whatever others do with the file, and however full the disk is."""
-        return os.path.exists(self._result)
-
-    def _wrapper_has_ended(self) -> bool:
-        return not self._wrapper or _is_signalled(self._wrapper)
-
-    def _has_ended(self) -> bool:
-        if not self._wrapper_has_ended():
-            return False
-        if self._wrapper and self._has_result():
-            return True
-        return not self.find_own_process() or _is_signalled(self._own)
-
-
-class WindowsRemains:
-    """What steps whose wrappers have ended left running in their jobs."""
-
-    pid = 0
-
-    def __init__(self, step_dirs: Sequence[str]) -> None:
-        self._step_dirs = step_dirs
-
-    def wait(self, deadline_s: float | None) -> bool:
-        """Return True: the steps have ended."""
-        return True
-
-    def wake(self) -> None:
-        """Do nothing: nobody waits."""
-
-    def exit_code(self) -> int | None:
-        """Return None: the steps have told theirs."""
-        return None
-
-    def stop(self, is_hurried: Callable[[], bool]) -> None:
-        """End all processes of the jobs, at once."""
-        for step_dir in self._step_dirs:
-            record = _WrapperRecord.read(step_dir)
-            if record is None:
-                continue
-            try:
-                job = OpenJobObjectW(JOB_OBJECT_ALL_ACCESS, False, record.job_name)
-            except OSError:  # nothing is left in it
-                continue
-            try:
-                _end_job(job)
-            finally:
-                CloseHandle(job)
-
-    def close(self) -> None:
-        """Do nothing: no handle is held between calls."""
+_SPAWNS = 3  # attempts
+# What is read again while the step runs: cmd opens a batch file for each of its lines, a later daemon reads the pid.
+# The wrapper holds them, so that nobody else can without sharing them. A script may change or delete itself.
+_HELD_FILES = {"pid": 0x01, "run.bat": 0x01, "script.bat": 0x07}  # FILE_SHARE_READ, and with WRITE and DELETE
+_LOOK_S = 0.2  # until a step's own process is looked for; most steps are over by then
+_OPTION = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
 
 class _WrapperRecord(NamedTuple):
@@ -2238,7 +2099,7 @@ class _WrapperRecord(NamedTuple):
 
 
 def _wait_for(handles: Sequence[int], seconds: float) -> int | None:
-    """The index of the first handle that is signalled; None when the time is over."""
+    """Return the index of the first handle that is signalled; None when the time is over."""
     found = WaitForMultipleObjects(len(handles), (_HANDLE * len(handles))(*handles), False, int(seconds * 1000 + 0.999))
     if found == WAIT_FAILED:
         raise _error_of(_last_error())
@@ -2265,10 +2126,14 @@ def _hand_job(job: int, process: int) -> None:
     _duplicate(job, process, JOB_OBJECT_QUERY, is_inherited=True)
 
 
-def _hold_file(path: str, process: int) -> None:
-    """Have a process hold a file: until its end nobody can remove that, or open it without sharing it."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        _duplicate(get_osfhandle(file.fileno()), process)
+def _hold_file(path: str, process: int, share: int) -> None:
+    """Have a process hold a file: until its end nobody can open that without sharing it, or in a way not in `share`."""
+    with contextlib.suppress(OSError):  # somebody holds it already, or there is none
+        file = CreateFileW(path, GENERIC_READ, share, None, OPEN_EXISTING, 0, None)
+        try:
+            _duplicate(file, process)
+        finally:
+            CloseHandle(file)
 
 
 def _limit_job(job: int, flags: int) -> None:
@@ -2334,14 +2199,198 @@ def _open_child(parent: int, job: int) -> int:
     return 0
 
 
+def _open_process(pid: int) -> int:
+    control = PROCESS_TERMINATE | PROCESS_DUP_HANDLE | PROCESS_SET_QUOTA | PROCESS_SUSPEND_RESUME
+    handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION | control, False, pid)
+    return handle
+
+
+def _open_wrapper(record: _WrapperRecord) -> int:
+    """Open the wrapper that the record names; return 0 when it has ended."""
+    with contextlib.suppress(OSError):
+        process = _open_process(record.pid)
+        if _creation_time(process) == record.created and not _is_signalled(process):
+            return process
+        CloseHandle(process)
+    return 0
+
+
+def _open_job(record: _WrapperRecord, wrapper: int) -> int:
+    """Open the job of an adopted step. Raises OSError where it is gone.
+
+    Then the earlier daemon died before the wrapper could hold it, so that has never run: it ends with the job.
+    """
+    try:
+        job: int = OpenJobObjectW(JOB_OBJECT_ALL_ACCESS, False, record.job_name)
+    except FileNotFoundError:
+        if wrapper and not record.may_have_started:
+            TerminateProcess(wrapper, _ENDED_BY_STOP & 0xFFFF_FFFF)
+            _wait_for((wrapper,), _SWEEP_S)
+        raise
+    return job
+
+
+def _quote_word(word: str) -> str:
+    """Return a word of a line that cmd reads: within quotes, unless it is an option, none of whose letters is cmd's."""
+    return word if _OPTION.fullmatch(word) else f'"{word}"'
+
+
+class WindowsTree:
+    """One step's wrapper and what it started, in a Job Object. `wake` is for any thread, the rest for one.
+
+    The step is over when its own process is, which the wrapper has started and waits for. A wrapper that somebody
+    killed, or that took a Ctrl-C, leaves no result and may end before that process: then the tree waits for the latter.
+    """
+
+    def __init__(
+        self, record: _WrapperRecord, step_dir: str, wrapper: int, job: int, child: subprocess.Popen[bytes] | None
+    ) -> None:
+        self.pid = record.pid
+        self._result = os.path.join(step_dir, "rc")
+        self._is_batch = record.is_batch
+        self._wrapper = wrapper
+        self._own = 0  # the step's own process, once it is known
+        self._look_s = _LOOK_S
+        self._job = job
+        self._child = child  # None when an earlier daemon started it
+        self._woken = CreateEventW(None, False, False, None)
+        self._closing = threading.Lock()  # guards _woken: a closed handle's number may be another's
+
+    def wait(self, deadline_s: float | None) -> bool:
+        """Wait for the step's end until time.monotonic() is `deadline_s`, or a `wake`; return whether it has ended."""
+        while not self._has_ended():
+            left_s = _FOREVER_S if deadline_s is None else deadline_s - time.monotonic()
+            if left_s <= 0:
+                return False
+            awaited = self._own if self._own and _is_signalled(self._wrapper) else self._wrapper
+            signalled = _wait_for((awaited, self._woken), min(left_s, self._look_s, _FOREVER_S))
+            if signalled == 1:
+                return self._has_ended()
+            if signalled is None:
+                self.find_own_process()
+        return True
+
+    def wake(self) -> None:
+        """Make `wait` return."""
+        with self._closing:
+            if self._woken:
+                SetEvent(self._woken)
+
+    def exit_code(self) -> int | None:
+        """Return the code of an ended step, signed, as cmd and PowerShell show it.
+
+        The wrapper hands on that of the step's process. Where the wrapper was killed, it is asked of that process; None
+        when that is not known either, or when a stop ended it.
+        """
+        told_by = self._wrapper if self._has_result() else self._own
+        if not told_by or not _is_signalled(told_by):
+            return None
+        code = ctypes.c_int32()
+        GetExitCodeProcess(told_by, ctypes.byref(code))
+        return None if code.value == _ENDED_BY_STOP else code.value
+
+    def stop(self, is_hurried: Callable[[], bool]) -> None:
+        """End all processes of the job, also those that the wrapper has left.
+
+        At once, so far: `is_hurried` is for the time when they are asked first.
+        """
+        _end_job(self._job)
+
+    def close(self) -> None:
+        """Give back the handles."""
+        with self._closing:
+            if self._woken:
+                for handle in (self._wrapper, self._own, self._job, self._woken):
+                    if handle:
+                        CloseHandle(handle)
+            self._woken = 0
+        if self._child:
+            self._child.poll()
+
+    def find_own_process(self) -> bool:
+        """Look for the step's own process, each time after a longer pause; return whether it is known."""
+        self._look_s *= 2
+        if self._is_batch:  # the wrapper runs the step itself, and its children are the step's
+            self._look_s = _FOREVER_S
+        elif not self._own:
+            self._own = _open_child(self.pid, self._job)
+        if self._own:
+            self._look_s = _FOREVER_S
+        return self._own != 0
+
+    def keep_job(self) -> int:
+        """Have what an ended step left running hold its job, for later daemons; return a handle of it.
+
+        Return 0 where nothing is left, or where the wrapper still runs and holds the job itself.
+        """
+        if not self._has_ended() or not _count_active(self._job):
+            return 0
+        for pid in _list_members(self._job):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                process = _open_process(pid)
+                try:
+                    _hand_job(self._job, process)
+                finally:
+                    CloseHandle(process)
+        return _duplicate(self._job, GetCurrentProcess())
+
+    def _has_result(self) -> bool:
+        """Whether the wrapper came to its last line, whatever others do with the file, and however full the disk is."""
+        return os.path.exists(self._result)
+
+    def _has_ended(self) -> bool:
+        if not _is_signalled(self._wrapper):
+            return False
+        if self._has_result():
+            return True
+        return not self.find_own_process() or _is_signalled(self._own)
+
+
+class WindowsRemains:
+    """What steps whose wrappers have ended left running in their jobs."""
+
+    pid = 0
+
+    def __init__(self, step_dirs: Sequence[str]) -> None:
+        self._step_dirs = step_dirs
+
+    def wait(self, deadline_s: float | None) -> bool:
+        """Return True: the steps have ended."""
+        return True
+
+    def wake(self) -> None:
+        """Do nothing: nobody waits."""
+
+    def exit_code(self) -> int | None:
+        """Return None: the steps have told theirs."""
+        return None
+
+    def stop(self, is_hurried: Callable[[], bool]) -> None:
+        """End all processes of the jobs, at once."""
+        for step_dir in self._step_dirs:
+            record = _WrapperRecord.read(step_dir)
+            if record is None:
+                continue
+            try:
+                job = OpenJobObjectW(JOB_OBJECT_ALL_ACCESS, False, record.job_name)
+            except OSError:  # nothing is left in it
+                continue
+            try:
+                _end_job(job)
+            finally:
+                CloseHandle(job)
+
+    def close(self) -> None:
+        """Do nothing: no handle is held between calls."""
+
+
 class WindowsProcesses:
     """Starts and adopts trees; any thread may call it, but for `reap`."""
-
-    initial_files: Mapping[str, bytes] = {}  # of a step's directory, for the wrapper
 
     def __init__(self, umask: int, descriptors: str, reserve: object) -> None:
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("REMOTE_EXECUTOR_")}
         self._null = os.open(os.devnull, os.O_RDWR)
+        self.initial_files: Mapping[str, bytes] = {}  # of a step's directory; its wrapper needs none
         self._left_jobs: collections.deque[int] = collections.deque()  # of ended steps, with processes in them
 
     def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> WindowsTree:
@@ -2356,7 +2405,8 @@ class WindowsProcesses:
         environment = {**self._environment, **env, COOKIE: step_dir}
         environment.pop("ERRORLEVEL", None)  # it would hide cmd's own, which the wrapper tells
         line = " ".join(_quote_word(word) for word in (os.path.join(directory, "run.bat"), *command))
-        output = os.open(os.path.join(step_dir, "output"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT  # to read as well: so nobody can open it and let nobody read it
+        output = os.open(os.path.join(step_dir, "output"), flags, 0o600)
         try:
             child = self._spawn(line, output, cwd, environment)
         except ValueError as error:  # such as a NUL
@@ -2370,7 +2420,7 @@ class WindowsProcesses:
             raise
 
     def _spawn(self, line: str, output: int, cwd: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """A suspended cmd with this line, with patience: a virus scanner, or a busy host, may refuse it at first."""
+        """Start a suspended cmd, with patience: a virus scanner, or a busy host, may refuse it at first."""
         shell, left = system_program("cmd.exe"), _SPAWNS
         while True:
             left -= 1
@@ -2408,8 +2458,8 @@ class WindowsProcesses:
                 file.flush()
                 _hand_job(job, process)
                 file.write("started batch\n" if is_batch else "started\n")
-            _hold_file(os.path.join(step_dir, "pid"), process)
-            _hold_file(os.path.join(step_dir, "run.bat"), process)
+            for file_name, share in _HELD_FILES.items():
+                _hold_file(os.path.join(step_dir, file_name), process, share)
             _limit_job(job, 0)
             NtResumeProcess(process)
         except OSError:
@@ -2418,28 +2468,23 @@ class WindowsProcesses:
         return tree
 
     def adopt(self, step_dir: str) -> WindowsTree | None:
-        """Return the live tree of a step that an earlier daemon started; None when its own process is gone.
+        """Return the live tree of a step that an earlier daemon started; None when its wrapper is gone.
 
         A wrapper that the earlier daemon had not made ready to run is ended.
         """
         record = _WrapperRecord.read(step_dir)
-        if record is None:
+        wrapper = _open_wrapper(record) if record else 0
+        if record is None or not wrapper:
             return None
-        wrapper = _open_wrapper(record)
-        job = 0
-        with contextlib.suppress(OSError):
+        try:
             job = _open_job(record, wrapper)
-        if job:
-            tree = WindowsTree(record, step_dir, wrapper, job, None)
-            if wrapper:
-                _limit_job(job, 0)
-                NtResumeProcess(wrapper)  # if the daemon died before it did
-            if not tree.wait(0):
-                return tree
-            tree.close()
-        elif wrapper:
+        except OSError:
             CloseHandle(wrapper)
-        return None
+            return None
+        tree = WindowsTree(record, step_dir, wrapper, job, None)
+        _limit_job(job, 0)
+        NtResumeProcess(wrapper)  # if the daemon died before it did
+        return tree
 
     def remains(self, step_dirs: Sequence[str]) -> WindowsRemains:
         """Return what these steps, whose wrappers have ended, left running in their jobs."""
@@ -2473,48 +2518,6 @@ class WindowsProcesses:
             else:
                 CloseHandle(job)
 
-
-_SPAWNS = 3
-_LOOK_S = 0.2  # until a step's own process is looked for; most steps are over by then
-
-
-def _open_process(pid: int) -> int:
-    control = PROCESS_TERMINATE | PROCESS_DUP_HANDLE | PROCESS_SET_QUOTA | PROCESS_SUSPEND_RESUME
-    handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION | control, False, pid)
-    return handle
-
-
-def _open_wrapper(record: _WrapperRecord) -> int:
-    """Open the wrapper that the record names; return 0 when it has ended."""
-    with contextlib.suppress(OSError):
-        process = _open_process(record.pid)
-        if _creation_time(process) == record.created and not _is_signalled(process):
-            return process
-        CloseHandle(process)
-    return 0
-
-
-def _open_job(record: _WrapperRecord, wrapper: int) -> int:
-    """Open the job of an adopted step. Raises OSError where it is gone.
-
-    Then the earlier daemon died before the wrapper could hold it, so that has never run: it ends with the job.
-    """
-    try:
-        job: int = OpenJobObjectW(JOB_OBJECT_ALL_ACCESS, False, record.job_name)
-    except FileNotFoundError:
-        if wrapper and not record.may_have_started:
-            TerminateProcess(wrapper, _ENDED_BY_STOP & 0xFFFF_FFFF)
-            _wait_for((wrapper,), _SWEEP_S)
-        raise
-    return job
-
-
-def _quote_word(word: str) -> str:
-    """A word of a command line that cmd reads: within quotes, unless it is an option, none of its letters is cmd's."""
-    return word if _OPTION.fullmatch(word) else f'"{word}"'
-
-
-_OPTION = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
 if sys.platform == "win32":
     ProcessTree = WindowsTree

@@ -1948,14 +1948,17 @@ def test_step_whose_wrapper_is_killed_ends_with_its_own_process(daemon: Daemon, 
 
 
 @windows_only
-def test_step_whose_wrapper_is_killed_is_adopted(launch: Callable[..., Daemon], gate: Path) -> None:
+def test_step_whose_wrapper_is_killed_is_ended_by_a_later_daemon(launch: Callable[..., Daemon]) -> None:
     daemon = launch()
-    task = daemon.submit(python(KILLS_ITS_WRAPPER.format(pause="", then=until_open(gate))), step())
-    daemon.until_printed(task, "killed")
-    daemon.restart(kill=True)
-    assert daemon.detail(task).code == 1001
-    gate.touch()
-    assert [(one["state"], one["code"]) for one in daemon.ended(task).data] == [(0, 6), (2, 0)]
+    tells = "print(os.getpid(), flush=True)\ntime.sleep(1000)"
+    task = daemon.submit(python(KILLS_ITS_WRAPPER.format(pause="", then=tells)), step())
+    pid = int(wait_until(lambda: daemon.console(task).json.get("data", [])[1:], "the pid")[0])
+    daemon.kill()
+    assert is_alive(pid)
+    daemon.start()
+    answer = daemon.ended(task)
+    assert [(one["state"], one["code"]) for one in answer.data] == [(0, 255), (2, 0)]
+    assert ": lost: " in answer.data[0]["msg"] and not is_alive(pid)
 
 
 @windows_only
@@ -1966,6 +1969,22 @@ def test_step_of_which_nothing_is_known_has_no_code(tmp_path: Path) -> None:
     assert tree.wait(None) and tree.exit_code() is None
     tree.stop(at_once)
     assert module()._count_active(tree._job) == 0
+    processes.release(tree)
+
+
+@windows_only
+def test_batch_file_run_by_a_killed_wrapper_has_no_code(tmp_path: Path) -> None:
+    program, step_dir = module(), tmp_path / "0"
+    step_dir.mkdir()
+    (tmp_path / "x.bat").write_text("@ping -n 1000 localhost >nul\n")
+    processes = program.Processes(0, "64", None)
+    tree = processes.start(["call", str(tmp_path / "x.bat")], str(step_dir), str(tmp_path), {})
+    assert not tree.wait(time.monotonic() + 0.5)
+    os.kill(tree.pid, signal.SIGTERM)
+    assert tree.wait(None) and tree.exit_code() is None and program._count_active(tree._job)
+    assert processes.adopt(str(step_dir)) is None and processes.may_have_started(str(step_dir))
+    tree.stop(at_once)
+    assert not program._count_active(tree._job)
     processes.release(tree)
 
 
@@ -2040,13 +2059,14 @@ def test_result_that_is_held_for_a_while_is_written_after_it(tmp_path: Path) -> 
 
 @windows_only
 @pytest.mark.parametrize("share", range(8))
-def test_files_of_a_step_that_others_hold_change_nothing(daemon: Daemon, share: int) -> None:
-    names = ["run.bat", "pid", "output", "script.py"]
-    task = daemon.submit(
-        python(HOLDS.format(names=names, idx=0, access=READ, share=share, seconds=1000)), step("echo next")
-    )
-    assert daemon.ended(task).code == 0
-    assert daemon.console(task, 1).data == ["next"]
+@pytest.mark.parametrize("access", [READ, READ | WRITE], ids=["read", "write"])
+def test_files_of_a_step_that_others_hold_change_nothing(daemon: Daemon, access: int, share: int) -> None:
+    names = ["run.bat", "pid", "output", "script.bat"]
+    holds = HOLDS.format(names=names, idx=0, access=access, share=share, seconds=1000)
+    run = f"exec(bytes.fromhex('{holds.encode().hex()}'))"
+    task = daemon.submit(step(f'"{sys.executable}" -c "{run}"\nexit 3'))  # cmd reads its script on
+    assert daemon.ended(task).data[0]["code"] == 3
+    assert len(daemon.console(task).data) == len(names)
 
 
 @windows_only
