@@ -625,6 +625,11 @@ if ON_WINDOWS:
             raise _error_of(_last_error())
         return result
 
+    def _checked_file(result: Any, _function: Any, _arguments: Any) -> Any:
+        if result == INVALID_HANDLE_VALUE:
+            raise _error_of(_last_error())
+        return result
+
     _kernel32 = _library("kernel32", use_last_error=True)
     _HANDLE, _BOOL, _DWORD, _TEXT = wintypes.HANDLE, wintypes.BOOL, wintypes.DWORD, wintypes.LPCWSTR
     _TIME = ctypes.POINTER(wintypes.FILETIME)
@@ -638,6 +643,7 @@ if ON_WINDOWS:
     GetCurrentProcess = _declare(_kernel32, "GetCurrentProcess", _HANDLE)
     GetProcessTimes = _declare(_kernel32, "GetProcessTimes", _BOOL, _HANDLE, _TIME, _TIME, _TIME, _TIME)
     GetExitCodeProcess = _declare(_kernel32, "GetExitCodeProcess", _BOOL, _HANDLE, ctypes.POINTER(ctypes.c_int32))
+    TerminateProcess = _declare(_kernel32, "TerminateProcess", _BOOL, _HANDLE, wintypes.UINT)
     NtResumeProcess = _library("ntdll").NtResumeProcess  # for Popen has closed the handle that ResumeThread takes
     NtResumeProcess.argtypes = (_HANDLE,)
     SetDllDirectoryW = _declare(_kernel32, "SetDllDirectoryW", _BOOL, _TEXT)
@@ -658,7 +664,12 @@ if ON_WINDOWS:
 
     # Handles and waits (Synchronization Functions)
     DUPLICATE_SAME_ACCESS, WAIT_OBJECT_0, WAIT_FAILED = 2, 0, 0xFFFF_FFFF
+    ERROR_MORE_DATA = 234
     CloseHandle = _declare(_kernel32, "CloseHandle", _BOOL, _HANDLE)
+    GENERIC_READ, OPEN_EXISTING, INVALID_HANDLE_VALUE = 0x8000_0000, 3, ctypes.c_void_p(-1).value
+    CreateFileW = _kernel32.CreateFileW
+    CreateFileW.argtypes = (_TEXT, _DWORD, _DWORD, ctypes.c_void_p, _DWORD, _DWORD, _HANDLE)
+    CreateFileW.restype, CreateFileW.errcheck = _HANDLE, _checked_file
     CreateEventW = _declare(_kernel32, "CreateEventW", _HANDLE, ctypes.c_void_p, _BOOL, _BOOL, _TEXT)
     SetEvent = _declare(_kernel32, "SetEvent", _BOOL, _HANDLE)
     WaitForMultipleObjects = _kernel32.WaitForMultipleObjects
@@ -669,8 +680,9 @@ if ON_WINDOWS:
     )
 
     # Job Objects
-    JOB_OBJECT_ALL_ACCESS = 0x001F_003F
-    JOB_OBJECT_BASIC_ACCOUNTING_INFORMATION, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION = 1, 9  # of JOBOBJECTINFOCLASS
+    JOB_OBJECT_QUERY, JOB_OBJECT_ALL_ACCESS = 0x0004, 0x001F_003F
+    JOB_OBJECT_BASIC_ACCOUNTING_INFORMATION, JOB_OBJECT_BASIC_PROCESS_ID_LIST = 1, 3  # of JOBOBJECTINFOCLASS
+    JOB_OBJECT_EXTENDED_LIMIT_INFORMATION = 9
     JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION, JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE = 0x0400, 0x2000
 
     class JobAccounting(ctypes.Structure):
@@ -2754,87 +2766,101 @@ def _has_orphan() -> bool:
     return True
 
 
-# A word that is no result first: without it, nothing ran. `%*` is the command line. The redirection stands before
-# `echo`, or the last digit would be a handle's number. Paths are relative to the workspace, where the wrapper stays: so
-# no letter of the root's, such as %, is a word of cmd's language.
+# `%*` is the command line. The wrapper's own standard error is nowhere: what cmd says when it cannot write the result
+# is no output of the step. A result that is there before is not the wrapper's: another process made it and may hold it,
+# so it is tried again for seconds. The redirection stands before `echo`, or the last digit would be a handle's number.
+# Paths are relative to the workspace, where the wrapper stays: so no letter of the root's, such as %, is a word of
+# cmd's language. What the lines below `held` set in the environment, no process of the step sees.
 _BATCH_WRAPPER = """\
-@>"{result}" echo began\r
-@if not exist "{result}" exit 125\r
-@%*\r
+@%* 2>&1\r
+@if exist "{result}" goto held\r
 @>"{result}" echo %errorlevel%& exit %errorlevel%\r
+:held\r
+@echo off\r
+set code=%errorlevel%\r
+set tries=5\r
+:again\r
+>"{result}" echo %code%\r
+set written=\r
+set /p written=<"{result}"\r
+if "%written%"=="%code%" exit %code%\r
+set /a tries-=1 >nul\r
+if %tries%==0 exit %code%\r
+"{ping}" -n 2 127.0.0.1 >nul\r
+goto again\r
 """
 
+# The exit code of what a stop ends, as a signed number; no script ends with it by itself. Bit 29 is of applications
+# (MSDN, "GetLastError"); what the system and its runtimes use begins with 0xC0, 0x80 or 0xE0 (C++, .NET).
+_ENDED_BY_STOP = -0x1FAD_ADAE  # 0xE0525252
+_SPAWNS = 3  # attempts
+# What is read again while the step runs: cmd opens a batch file for each of its lines, a later daemon reads the pid.
+# The wrapper holds them, so that nobody else can without sharing them. A script may change or delete itself.
+_HELD_FILES = {"pid": 0x01, "run.bat": 0x01, "script.bat": 0x07}  # FILE_SHARE_READ, and with WRITE and DELETE
+_LOOK_S = 0.2  # until a step's own process is looked for; most steps are over by then
+_OPTION = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
-class WindowsTree:
-    """One step's wrapper and what it started, in a Job Object. `wake` is for any thread, the rest for one."""
 
-    def __init__(self, pid: int, process: int, job: int, child: subprocess.Popen[bytes] | None) -> None:
-        self.pid = pid
-        self._process = process
-        self._job = job
-        self._child = child  # None when an earlier daemon started it
-        self._woken = CreateEventW(None, False, False, None)
-        self._closing = threading.Lock()  # guards _woken: a closed handle's number may be another's
+class _WrapperRecord(NamedTuple):
+    """The step's file `pid`, which the daemon writes while the wrapper is suspended: at first what the wrapper is.
 
-    def wait(self, deadline_s: float | None) -> bool:
-        """Waits for the wrapper's end, until time.monotonic() is `deadline_s` or a `wake`; whether it has ended."""
-        while True:
-            left_s = _FOREVER_S if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-            ended = _wait_for((self._process, self._woken), min(left_s, _FOREVER_S))
-            if ended == 0 or ended == 1 or not left_s:
-                return ended == 0 or self._has_ended()
+    A second line follows when the wrapper can be adopted, and may run.
+    """
 
-    def wake(self) -> None:
-        """Makes `wait` return."""
-        with self._closing:
-            if self._woken:
-                SetEvent(self._woken)
+    pid: int
+    created: int  # which tells the wrapper from a later process with the same pid
+    job_name: str
+    may_have_started: bool = False
+    is_batch: bool = False  # the step is a batch file that the wrapper itself runs
 
-    def exit_code(self) -> int | None:
-        """The code of an ended wrapper, signed, as cmd and PowerShell show it; None for 0, as of a closed job's."""
-        code = ctypes.c_int32()
-        GetExitCodeProcess(self._process, ctypes.byref(code))
-        return code.value or None
-
-    def stop(self, grace_s: float) -> None:
-        """Ends all processes of the job; there is nothing to ask a process without a window with."""
-        end_s = time.monotonic() + _SWEEP_S
-        while self._active_processes() and time.monotonic() < end_s:
-            with contextlib.suppress(OSError):
-                TerminateJobObject(self._job, FORCED_CODE)
-            time.sleep(_POLL_S)
-
-    def close(self) -> None:
-        """Gives back the handles."""
-        with self._closing:
-            if self._woken:
-                for handle in (self._process, self._job, self._woken):
-                    CloseHandle(handle)
-            self._woken = 0
-        if self._child:
-            self._child.poll()
-
-    def _has_ended(self) -> bool:
-        return _wait_for((self._process,), 0) == 0
-
-    def _active_processes(self) -> int:
-        accounting = JobAccounting()
-        QueryInformationJobObject(
-            self._job,
-            JOB_OBJECT_BASIC_ACCOUNTING_INFORMATION,
-            ctypes.byref(accounting),
-            ctypes.sizeof(accounting),
-            None,
-        )
-        return int(accounting.ActiveProcesses)
+    @classmethod
+    def read(cls, step_dir: str) -> _WrapperRecord | None:
+        """Return what stands in the directory; None where the first line is not whole, or cannot be read."""
+        try:
+            with open(os.path.join(step_dir, "pid"), encoding="ascii") as file:
+                first, end, second = file.read(200).partition("\n")
+            pid, created, job_name = first.split(" ")
+            return cls(int(pid), int(created), job_name, "\n" in second, "batch" in second) if end else None
+        except (OSError, ValueError):
+            return None
 
 
 def _wait_for(handles: Sequence[int], seconds: float) -> int | None:
-    """The index of the first handle that is signalled; None when the time is over."""
+    """Return the index of the first handle that is signalled; None when the time is over."""
     found = WaitForMultipleObjects(len(handles), (_HANDLE * len(handles))(*handles), False, int(seconds * 1000 + 0.999))
     if found == WAIT_FAILED:
         raise _error_of(_last_error())
     return found - WAIT_OBJECT_0 if found < WAIT_OBJECT_0 + len(handles) else None
+
+
+def _is_signalled(handle: int) -> bool:
+    return _wait_for((handle,), 0) == 0
+
+
+def _duplicate(handle: int, process: int, access: int = 0, is_inherited: bool = False) -> int:
+    """Give a process a handle of what `handle` stands for, with the same access or less; return its number there."""
+    copy = _HANDLE()
+    options = 0 if access else DUPLICATE_SAME_ACCESS
+    DuplicateHandle(GetCurrentProcess(), handle, process, ctypes.byref(copy), access, is_inherited, options)
+    return copy.value or 0
+
+
+def _hand_job(job: int, process: int) -> None:
+    """Have a process hold its job, whose name lasts as long as a handle is open somewhere.
+
+    Its children inherit the handle, with which nothing can be done to the job, where they inherit any.
+    """
+    _duplicate(job, process, JOB_OBJECT_QUERY, is_inherited=True)
+
+
+def _hold_file(path: str, process: int, share: int) -> None:
+    """Have a process hold a file: until its end nobody can open that without sharing it, or in a way not in `share`."""
+    with contextlib.suppress(OSError):  # somebody holds it already, or there is none
+        file = CreateFileW(path, GENERIC_READ, share, None, OPEN_EXISTING, 0, None)
+        try:
+            _duplicate(file, process)
+        finally:
+            CloseHandle(file)
 
 
 def _limit_job(job: int, flags: int) -> None:
@@ -2842,39 +2868,286 @@ def _limit_job(job: int, flags: int) -> None:
     SetInformationJobObject(job, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits), ctypes.sizeof(limits))
 
 
-class WindowsProcesses:
-    """Starts and adopts trees; any thread may call it."""
+def _count_active(job: int) -> int:
+    """Return how many processes of a job have not ended."""
+    accounting = JobAccounting()
+    size = ctypes.sizeof(accounting)
+    QueryInformationJobObject(job, JOB_OBJECT_BASIC_ACCOUNTING_INFORMATION, ctypes.byref(accounting), size, None)
+    return int(accounting.ActiveProcesses)
 
-    def __init__(self, umask: int, descriptors: str) -> None:
+
+def _list_members(job: int) -> list[int]:
+    """Return the pids of the processes of a job that have not ended (JOBOBJECT_BASIC_PROCESS_ID_LIST)."""
+    room = 64
+    while True:
+        table = (ctypes.c_size_t * (1 + room))()
+        heads = ctypes.cast(table, ctypes.POINTER(wintypes.DWORD))  # how many there are, how many of them in the list
+        begin = 2 * ctypes.sizeof(wintypes.DWORD) // ctypes.sizeof(ctypes.c_size_t)
+        try:
+            size = ctypes.sizeof(table)
+            QueryInformationJobObject(job, JOB_OBJECT_BASIC_PROCESS_ID_LIST, table, size, None)
+            return list(table[begin : begin + heads[1]])
+        except OSError as error:
+            if getattr(error, "winerror", 0) != ERROR_MORE_DATA:
+                raise
+        room = 2 * max(room, heads[0])
+
+
+def _end_job(job: int) -> None:
+    """End all processes of a job; return when they have ended, at the latest after some seconds."""
+    end_s = time.monotonic() + _SWEEP_S
+    while _count_active(job) and time.monotonic() < end_s:
+        with contextlib.suppress(OSError):
+            TerminateJobObject(job, _ENDED_BY_STOP & 0xFFFF_FFFF)
+        time.sleep(_POLL_S)
+
+
+def list_processes() -> Iterator[tuple[int, int, str]]:
+    """Yield pid, parent's pid and lower-case file name of the host's processes."""
+    entry = ProcessEntry(Size=ctypes.sizeof(ProcessEntry))
+    snapshot = CreateToolhelp32Snapshot(TH32CS_SNAPPROCESS, 0)
+    try:
+        more = Process32FirstW(snapshot, ctypes.byref(entry))
+        while more:
+            yield entry.ProcessID, entry.ParentProcessID, entry.ExeFile.lower()
+            more = Process32NextW(snapshot, ctypes.byref(entry))
+    finally:
+        CloseHandle(snapshot)
+
+
+def _open_child(parent: int, job: int) -> int:
+    """Open the process that a member of a job has started, the host of their console aside; return 0 without one."""
+    members = set(_list_members(job))
+    for pid, parent_pid, name in list_processes():
+        if parent_pid == parent and pid in members and name != "conhost.exe":
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION, False, pid)
+                return handle
+    return 0
+
+
+def _open_process(pid: int) -> int:
+    control = PROCESS_TERMINATE | PROCESS_DUP_HANDLE | PROCESS_SET_QUOTA | PROCESS_SUSPEND_RESUME
+    handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION | control, False, pid)
+    return handle
+
+
+def _open_wrapper(record: _WrapperRecord) -> int:
+    """Open the wrapper that the record names; return 0 when it has ended."""
+    with contextlib.suppress(OSError):
+        process = _open_process(record.pid)
+        if _creation_time(process) == record.created and not _is_signalled(process):
+            return process
+        CloseHandle(process)
+    return 0
+
+
+def _open_job(record: _WrapperRecord, wrapper: int) -> int:
+    """Open the job of an adopted step. Raises OSError where it is gone.
+
+    Then the earlier daemon died before the wrapper could hold it, so that has never run: it ends with the job.
+    """
+    try:
+        job: int = OpenJobObjectW(JOB_OBJECT_ALL_ACCESS, False, record.job_name)
+    except FileNotFoundError:
+        if wrapper and not record.may_have_started:
+            TerminateProcess(wrapper, _ENDED_BY_STOP & 0xFFFF_FFFF)
+            _wait_for((wrapper,), _SWEEP_S)
+        raise
+    return job
+
+
+def _quote_word(word: str) -> str:
+    """Return a word of a line that cmd reads: within quotes, unless it is an option, none of whose letters is cmd's."""
+    return word if _OPTION.fullmatch(word) else f'"{word}"'
+
+
+class WindowsTree:
+    """One step's wrapper and what it started, in a Job Object. `wake` is for any thread, the rest for one.
+
+    The step is over when its own process is, which the wrapper has started and waits for. A wrapper that somebody
+    killed, or that took a Ctrl-C, leaves no result and may end before that process: then the tree waits for the latter.
+    """
+
+    def __init__(
+        self, record: _WrapperRecord, step_dir: str, wrapper: int, job: int, child: subprocess.Popen[bytes] | None
+    ) -> None:
+        self.pid = record.pid
+        self._result = os.path.join(step_dir, "rc")
+        self._is_batch = record.is_batch
+        self._wrapper = wrapper
+        self._own = 0  # the step's own process, once it is known
+        self._look_s = _LOOK_S
+        self._job = job
+        self._child = child  # None when an earlier daemon started it
+        self._woken = CreateEventW(None, False, False, None)
+        self._closing = threading.Lock()  # guards _woken: a closed handle's number may be another's
+
+    def wait(self, deadline_s: float | None) -> bool:
+        """Wait for the step's end until time.monotonic() is `deadline_s`, or a `wake`; return whether it has ended."""
+        while not self._has_ended():
+            left_s = _FOREVER_S if deadline_s is None else deadline_s - time.monotonic()
+            if left_s <= 0:
+                return False
+            awaited = self._own if self._own and _is_signalled(self._wrapper) else self._wrapper
+            signalled = _wait_for((awaited, self._woken), min(left_s, self._look_s, _FOREVER_S))
+            if signalled == 1:
+                return self._has_ended()
+            if signalled is None:
+                self.find_own_process()
+        return True
+
+    def wake(self) -> None:
+        """Make `wait` return."""
+        with self._closing:
+            if self._woken:
+                SetEvent(self._woken)
+
+    def exit_code(self) -> int | None:
+        """Return the code of an ended step, signed, as cmd and PowerShell show it.
+
+        The wrapper hands on that of the step's process. Where the wrapper was killed, it is asked of that process; None
+        when that is not known either, or when a stop ended it.
+        """
+        told_by = self._wrapper if self._has_result() else self._own
+        if not told_by or not _is_signalled(told_by):
+            return None
+        code = ctypes.c_int32()
+        GetExitCodeProcess(told_by, ctypes.byref(code))
+        return None if code.value == _ENDED_BY_STOP else code.value
+
+    def stop(self, is_hurried: Callable[[], bool]) -> None:
+        """End all processes of the job, also those that the wrapper has left.
+
+        At once, so far: `is_hurried` is for the time when they are asked first.
+        """
+        _end_job(self._job)
+
+    def close(self) -> None:
+        """Give back the handles."""
+        with self._closing:
+            if self._woken:
+                for handle in (self._wrapper, self._own, self._job, self._woken):
+                    if handle:
+                        CloseHandle(handle)
+            self._woken = 0
+        if self._child:
+            self._child.poll()
+
+    def find_own_process(self) -> bool:
+        """Look for the step's own process, each time after a longer pause; return whether it is known."""
+        self._look_s *= 2
+        if self._is_batch:  # the wrapper runs the step itself, and its children are the step's
+            self._look_s = _FOREVER_S
+        elif not self._own:
+            self._own = _open_child(self.pid, self._job)
+        if self._own:
+            self._look_s = _FOREVER_S
+        return self._own != 0
+
+    def keep_job(self) -> int:
+        """Have what an ended step left running hold its job, for later daemons; return a handle of it.
+
+        Return 0 where nothing is left, or where the wrapper still runs and holds the job itself.
+        """
+        if not self._has_ended() or not _count_active(self._job):
+            return 0
+        for pid in _list_members(self._job):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                process = _open_process(pid)
+                try:
+                    _hand_job(self._job, process)
+                finally:
+                    CloseHandle(process)
+        return _duplicate(self._job, GetCurrentProcess())
+
+    def _has_result(self) -> bool:
+        """Whether the wrapper came to its last line, whatever others do with the file, and however full the disk is."""
+        return os.path.exists(self._result)
+
+    def _has_ended(self) -> bool:
+        if not _is_signalled(self._wrapper):
+            return False
+        if self._has_result():
+            return True
+        return not self.find_own_process() or _is_signalled(self._own)
+
+
+class WindowsRemains:
+    """What steps whose wrappers have ended left running in their jobs."""
+
+    pid = 0
+
+    def __init__(self, step_dirs: Sequence[str]) -> None:
+        self._step_dirs = step_dirs
+
+    def wait(self, deadline_s: float | None) -> bool:
+        """Return True: the steps have ended."""
+        return True
+
+    def wake(self) -> None:
+        """Do nothing: nobody waits."""
+
+    def exit_code(self) -> int | None:
+        """Return None: the steps have told theirs."""
+        return None
+
+    def stop(self, is_hurried: Callable[[], bool]) -> None:
+        """End all processes of the jobs, at once."""
+        for step_dir in self._step_dirs:
+            record = _WrapperRecord.read(step_dir)
+            if record is None:
+                continue
+            try:
+                job = OpenJobObjectW(JOB_OBJECT_ALL_ACCESS, False, record.job_name)
+            except OSError:  # nothing is left in it
+                continue
+            try:
+                _end_job(job)
+            finally:
+                CloseHandle(job)
+
+    def close(self) -> None:
+        """Do nothing: no handle is held between calls."""
+
+
+class WindowsProcesses:
+    """Starts and adopts trees; any thread may call it, but for `reap`."""
+
+    def __init__(self, umask: int, descriptors: str, reserve: object) -> None:
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("REMOTE_EXECUTOR_")}
         self._null = os.open(os.devnull, os.O_RDWR)
+        self.initial_files: Mapping[str, bytes] = {}  # of a step's directory; its wrapper needs none
+        self._left_jobs: collections.deque[int] = collections.deque()  # of ended steps, with processes in them
 
     def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> WindowsTree:
-        """Starts the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
+        """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
 
-        The wrapper is suspended until it is in its job and its pid is on disk. Raises LaunchError.
+        The wrapper is suspended until it is in its job and its pid is on disk. Raises OSError.
         """
         directory = os.path.relpath(step_dir, cwd)
+        wrapper = _BATCH_WRAPPER.format(result=os.path.join(directory, "rc"), ping=system_program("ping.exe"))
         with open(os.path.join(step_dir, "run.bat"), "w", encoding="ascii", newline="") as file:
-            file.write(_BATCH_WRAPPER.format(result=os.path.join(directory, "rc")))
+            file.write(wrapper)
         environment = {**self._environment, **env, STEP_ENV_VAR: step_dir}
         environment.pop("ERRORLEVEL", None)  # it would hide cmd's own, which the wrapper tells
         line = " ".join(_quote_word(word) for word in (os.path.join(directory, "run.bat"), *command))
-        output = os.open(os.path.join(step_dir, "output"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT  # to read as well: so nobody can open it and let nobody read it
+        output = os.open(os.path.join(step_dir, "output"), flags, 0o600)
         try:
             child = self._spawn(line, output, cwd, environment)
-        except (OSError, ValueError) as error:
-            raise LaunchError(f"could not start: {error}") from error
+        except ValueError as error:  # such as a NUL
+            raise OSError(errno.EINVAL, str(error)) from error
         finally:
             os.close(output)
         try:
-            return self._release(child, step_dir)
-        except OSError as error:
+            return self._launch(child, step_dir, is_batch=command[0] == "call")
+        except OSError:
             child.kill()
-            raise LaunchError(f"could not start: {error}") from error
+            raise
 
     def _spawn(self, line: str, output: int, cwd: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """A suspended cmd with this line, with patience: a virus scanner, or a busy host, may refuse it at first."""
+        """Start a suspended cmd, with patience: a virus scanner, or a busy host, may refuse it at first."""
         shell, left = system_program("cmd.exe"), _SPAWNS
         while True:
             left -= 1
@@ -2884,7 +3157,7 @@ class WindowsProcesses:
                     executable=shell,
                     stdin=self._null,
                     stdout=output,
-                    stderr=output,
+                    stderr=self._null,
                     cwd=cwd,
                     env=environment,
                     creationflags=CREATE_SUSPENDED | CREATE_NO_WINDOW,
@@ -2894,18 +3167,26 @@ class WindowsProcesses:
                     raise
             time.sleep(_POLL_S)
 
-    def _release(self, child: subprocess.Popen[bytes], step_dir: str) -> WindowsTree:
-        """Puts a suspended child into a job, which would end it if this process died now, then lets it run."""
+    def _launch(self, child: subprocess.Popen[bytes], step_dir: str, is_batch: bool) -> WindowsTree:
+        """Put a suspended child into a job, which would end it if this process died now, then let it run.
+
+        Once the child holds the job itself, that survives this process, and the child can be adopted: only then
+        is it noted that it may have started.
+        """
         name = f"Global\\remote_executor-{os.urandom(16).hex()}"  # nobody can have made one of that name
         job, process = CreateJobObjectW(None, name), _open_process(child.pid)
-        tree = WindowsTree(child.pid, process, job, child)
+        record = _WrapperRecord(child.pid, _creation_time(process), name, True, is_batch)
+        tree = WindowsTree(record, step_dir, process, job, child)
         try:
             _limit_job(job, JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE)
             AssignProcessToJobObject(job, process)
             with open(os.path.join(step_dir, "pid"), "w", encoding="ascii") as file:
-                file.write(f"{child.pid} {_creation_time(process)} {name}\n")
-            kept = _HANDLE()  # the wrapper's own, for the name lasts as long as a handle is open somewhere
-            DuplicateHandle(GetCurrentProcess(), job, process, ctypes.byref(kept), 0, False, DUPLICATE_SAME_ACCESS)
+                file.write(f"{record.pid} {record.created} {name}\n")
+                file.flush()
+                _hand_job(job, process)
+                file.write("started batch\n" if is_batch else "started\n")
+            for file_name, share in _HELD_FILES.items():
+                _hold_file(os.path.join(step_dir, file_name), process, share)
             _limit_job(job, 0)
             NtResumeProcess(process)
         except OSError:
@@ -2914,55 +3195,56 @@ class WindowsProcesses:
         return tree
 
     def adopt(self, step_dir: str) -> WindowsTree | None:
-        """The live tree of a step that an earlier daemon started; None when its wrapper is gone."""
-        with contextlib.suppress(OSError, ValueError), open(os.path.join(step_dir, "pid"), encoding="ascii") as file:
-            pid, created, name = file.read().split()
-            process = _open_process(int(pid))
-            if _creation_time(process) == int(created) and _wait_for((process,), 0) is None:
-                tree = WindowsTree(int(pid), process, _open_job(name, process), None)
-                _limit_job(tree._job, 0)
-                NtResumeProcess(process)  # if the daemon died before it did
-                return tree
-            CloseHandle(process)
-        return None
+        """Return the live tree of a step that an earlier daemon started; None when its wrapper is gone.
 
-    def has_run(self, step_dir: str) -> bool:
-        """Whether anything of the step may have run: its wrapper leaves a word there first."""
-        return os.path.exists(os.path.join(step_dir, "rc"))
+        A wrapper that the earlier daemon had not made ready to run is ended.
+        """
+        record = _WrapperRecord.read(step_dir)
+        wrapper = _open_wrapper(record) if record else 0
+        if record is None or not wrapper:
+            return None
+        try:
+            job = _open_job(record, wrapper)
+        except OSError:
+            CloseHandle(wrapper)
+            return None
+        tree = WindowsTree(record, step_dir, wrapper, job, None)
+        _limit_job(job, 0)
+        NtResumeProcess(wrapper)  # if the daemon died before it did
+        return tree
 
-    def forget(self, tree: WindowsTree) -> None:
-        """Gives back what the tree holds; it has ended, or runs on without us."""
-        tree.close()
+    def remains(self, step_dirs: Sequence[str]) -> WindowsRemains:
+        """Return what these steps, whose wrappers have ended, left running in their jobs."""
+        return WindowsRemains(step_dirs)
+
+    def may_have_started(self, step_dir: str) -> bool:
+        """Return whether anything of the step may have run: the daemon notes it first."""
+        if os.path.exists(os.path.join(step_dir, "rc")):
+            return True
+        record = _WrapperRecord.read(step_dir)
+        return record is not None and record.may_have_started
+
+    def release(self, tree: ProcessTree) -> None:
+        """Give back what the tree holds; it has ended, or runs on without us.
+
+        The job of a step that left processes stays open, for `remains` to find it by its name.
+        """
+        try:
+            job = tree.keep_job() if isinstance(tree, WindowsTree) else 0
+            if job:
+                self._left_jobs.append(job)
+        finally:
+            tree.close()
 
     def reap(self) -> None:
-        """Nothing: Windows has no zombies."""
+        """Close the jobs in which nothing is left; for one thread."""
+        for _ in range(len(self._left_jobs)):
+            job = self._left_jobs.popleft()
+            if _count_active(job):
+                self._left_jobs.append(job)
+            else:
+                CloseHandle(job)
 
-
-_SPAWNS = 3
-
-
-def _open_process(pid: int) -> int:
-    control = PROCESS_TERMINATE | PROCESS_DUP_HANDLE | PROCESS_SET_QUOTA | PROCESS_SUSPEND_RESUME
-    handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION | control, False, pid)
-    return handle
-
-
-def _open_job(name: str, process: int) -> int:
-    """The job of an adopted process; a new one where an earlier daemon died before the process could keep it."""
-    try:
-        job: int = OpenJobObjectW(JOB_OBJECT_ALL_ACCESS, False, name)
-    except OSError:
-        job = CreateJobObjectW(None, name)
-        AssignProcessToJobObject(job, process)
-    return job
-
-
-def _quote_word(word: str) -> str:
-    """A word of a command line that cmd reads: within quotes, unless it is an option, none of its letters is cmd's."""
-    return word if _OPTION.fullmatch(word) else f'"{word}"'
-
-
-_OPTION = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
 if sys.platform == "win32":
     Processes = WindowsProcesses
@@ -8370,13 +8652,7 @@ def _may_be_service() -> bool:
 
     It knows for certain, but may take ten seconds to say no.
     """
-    entry, table = ProcessEntry(Size=ctypes.sizeof(ProcessEntry)), {}
-    snapshot = CreateToolhelp32Snapshot(TH32CS_SNAPPROCESS, 0)
-    more = Process32FirstW(snapshot, ctypes.byref(entry))
-    while more:
-        table[entry.ProcessID] = entry.ParentProcessID, entry.ExeFile.lower()
-        more = Process32NextW(snapshot, ctypes.byref(entry))
-    CloseHandle(snapshot)
+    table = {pid: (parent, name) for pid, parent, name in list_processes()}
     nobody = (0, "")
     parent = table.get(table.get(os.getpid(), nobody)[0], nobody)
     return "services.exe" in (parent[1], table.get(parent[0], nobody)[1])

@@ -1822,6 +1822,279 @@ def test_file_that_a_process_holds_is_removed_later(launch: Callable[..., Daemon
     wait_until(lambda: not (daemon.root / "tasks" / "1").exists(), "the sweep of the rest")
 
 
+def start_on_windows(place: Path, content: str, kind: str = "cmd") -> tuple[Any, Any, str]:
+    """Starts a step without a daemon; the processes, its tree, its directory."""
+    program = module()
+    step_dir, workspace = place / "0", place / "workspace"
+    step_dir.mkdir()
+    workspace.mkdir()
+    file = step_dir / program.script_name(kind)
+    file.write_bytes(program.encode_script(kind, content))
+    command = program.interpreter_command(kind, str(file), str(workspace), os.environ["PATH"])
+    processes = program.Processes(0, "64", None)
+    return processes, processes.start(command, str(step_dir), str(workspace), {}), str(step_dir)
+
+
+def at_once() -> bool:
+    """What a stop is asked that grants no grace."""
+    return True
+
+
+LEAVES = "start /b ping -n 1000 localhost >nul\nexit 3"  # a child that inherits what its parent may hand on
+DETACHES = """
+import subprocess, sys
+flags = 0x208  # DETACHED_PROCESS | CREATE_NEW_PROCESS_GROUP
+left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], creationflags=flags)
+print("pid", left.pid, flush=True)
+sys.exit(3)
+"""
+
+
+@windows_only
+@pytest.mark.parametrize("content", ["", "1", "1 2", "1 2 Global\\remote_exec", "1 2 Global\\remote_executor-0\nstart"])
+def test_pid_that_a_crash_cut_short_means_that_nothing_ran(tmp_path: Path, content: str) -> None:
+    processes = module().Processes(0, "64", None)
+    (tmp_path / "pid").write_text(content)
+    assert processes.adopt(str(tmp_path)) is None and not processes.may_have_started(str(tmp_path))
+    (tmp_path / "pid").write_text("1 2 Global\\remote_executor-0\nstarted\n")
+    assert processes.adopt(str(tmp_path)) is None and processes.may_have_started(str(tmp_path))
+
+
+DIES_WITHIN = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import remote_executor
+setattr(remote_executor, {function!r}, lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+sys.exit(remote_executor.main())
+"""
+
+
+@windows_only
+@pytest.mark.parametrize("function", ["AssignProcessToJobObject", "_hand_job", "_hold_file", "NtResumeProcess"])
+def test_crash_within_a_start_loses_nothing_and_runs_nothing_twice(tmp_path: Path, function: str) -> None:
+    file, root = tmp_path / "ran", tmp_path / "root"
+    dies = [sys.executable, "-c", DIES_WITHIN.format(here=str(HERE), function=function)]
+    first = Daemon(root, program=dies).start()
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        first.try_submit([mark(file, "once"), mark(file, "then")], id="t")
+    first.await_end()
+    wrappers = [int(path.read_text().split()[0]) for path in root.glob("tasks/*/0/pid") if path.stat().st_size]
+    assert len(wrappers) == (function != "AssignProcessToJobObject")
+    second = Daemon(root).start()
+    assert second.ended("t").code == 0 and marks(file) == ["once", "then"]
+    wait_until(lambda: not any(map(is_alive, wrappers)), "the end of the first wrapper")
+    second.retire()
+
+
+@windows_only
+def test_stop_ends_what_an_ended_wrapper_left(tmp_path: Path) -> None:
+    processes, tree, _ = start_on_windows(tmp_path, LEAVES)
+    assert tree.wait(None) and tree.exit_code() == 3
+    assert len(module()._list_members(tree._job)) >= 1
+    tree.stop(at_once)
+    assert module()._count_active(tree._job) == 0 and tree.exit_code() == 3
+    processes.release(tree)
+    assert not processes._left_jobs
+
+
+@windows_only
+@pytest.mark.parametrize("kind, content", [("cmd", LEAVES), ("python", DETACHES)], ids=["inherits", "inherits nothing"])
+@pytest.mark.parametrize("later", [False, True], ids=["same daemon", "later daemon"])
+def test_remains_of_ended_steps_are_found_and_ended(tmp_path: Path, kind: str, content: str, later: bool) -> None:
+    program = module()
+    processes, tree, step_dir = start_on_windows(tmp_path, content, kind)
+    assert tree.wait(None) and tree.exit_code() == 3
+    processes.release(tree)
+    job = program.OpenJobObjectW(program.JOB_OBJECT_ALL_ACCESS, False, program._WrapperRecord.read(step_dir).job_name)
+    left = program._list_members(job)
+    if later:
+        while processes._left_jobs:
+            program.CloseHandle(processes._left_jobs.pop())
+        program.CloseHandle(job)
+        processes = program.Processes(0, "64", None)
+    assert processes.adopt(step_dir) is None and processes.may_have_started(step_dir)
+    remains = processes.remains([step_dir, str(tmp_path / "nowhere")])
+    assert remains.wait(None) and remains.exit_code() is None and any(map(is_alive, left))
+    remains.stop(at_once)
+    assert left and not any(map(is_alive, left))
+    processes.release(remains)
+    wait_until(lambda: processes.reap() or not processes._left_jobs, "handles of empty jobs to be closed")
+
+
+@windows_only
+@pytest.mark.parametrize("restart", [False, True], ids=["same daemon", "later daemon"])
+def test_stop_of_a_task_ends_what_an_ended_step_left(launch: Callable[..., Daemon], gate: Path, restart: bool) -> None:
+    daemon = launch()
+    task = daemon.submit(python(DETACHES.replace("(3)", "(0)")), held(gate))
+    daemon.until_running(task, 1)
+    pid = int(daemon.console(task).data[0].split()[1])
+    if restart:
+        daemon.restart(kill=True)
+    assert is_alive(pid)
+    daemon.put(f"/api/v1/task/{task}")
+    assert [one["code"] for one in daemon.ended(task).data] == [0, 255]
+    assert not is_alive(pid)
+
+
+KILLS_ITS_WRAPPER = """
+import os, signal, sys, time
+{pause}
+os.kill(os.getppid(), signal.SIGTERM)
+print("killed", flush=True)
+{then}
+sys.exit(6)
+"""
+
+
+@windows_only
+@pytest.mark.parametrize("pause", ["", "time.sleep(0.5)"], ids=["at once", "later"])
+def test_step_whose_wrapper_is_killed_ends_with_its_own_process(daemon: Daemon, pause: str) -> None:
+    begin = time.monotonic()
+    task = daemon.submit(python(KILLS_ITS_WRAPPER.format(pause=pause, then="time.sleep(1)\nprint('end')")), step())
+    answer = daemon.ended(task)
+    assert [(one["state"], one["code"]) for one in answer.data] == [(0, 6), (2, 0)]
+    assert daemon.console(task).data == ["killed", "end"] and time.monotonic() - begin > 1
+
+
+@windows_only
+def test_step_whose_wrapper_is_killed_is_ended_by_a_later_daemon(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    tells = "print(os.getpid(), flush=True)\ntime.sleep(1000)"
+    task = daemon.submit(python(KILLS_ITS_WRAPPER.format(pause="", then=tells)), step())
+    pid = int(wait_until(lambda: daemon.console(task).json.get("data", [])[1:], "the pid")[0])
+    daemon.kill()
+    assert is_alive(pid)
+    daemon.start()
+    answer = daemon.ended(task)
+    assert [(one["state"], one["code"]) for one in answer.data] == [(0, 255), (2, 0)]
+    assert ": lost: " in answer.data[0]["msg"] and not is_alive(pid)
+
+
+@windows_only
+def test_step_of_which_nothing_is_known_has_no_code(tmp_path: Path) -> None:
+    processes, tree, _ = start_on_windows(tmp_path, "ping -n 1000 localhost >nul")
+    tree.find_own_process = lambda: False  # as when it ends before anybody looks
+    os.kill(tree.pid, signal.SIGTERM)
+    assert tree.wait(None) and tree.exit_code() is None
+    tree.stop(at_once)
+    assert module()._count_active(tree._job) == 0
+    processes.release(tree)
+
+
+@windows_only
+def test_batch_file_run_by_a_killed_wrapper_has_no_code(tmp_path: Path) -> None:
+    program, step_dir = module(), tmp_path / "0"
+    step_dir.mkdir()
+    (tmp_path / "x.bat").write_text("@ping -n 1000 localhost >nul\n")
+    processes = program.Processes(0, "64", None)
+    tree = processes.start(["call", str(tmp_path / "x.bat")], str(step_dir), str(tmp_path), {})
+    assert not tree.wait(time.monotonic() + 0.5)
+    os.kill(tree.pid, signal.SIGTERM)
+    assert tree.wait(None) and tree.exit_code() is None and program._count_active(tree._job)
+    assert processes.adopt(str(step_dir)) is None and processes.may_have_started(str(step_dir))
+    tree.stop(at_once)
+    assert not program._count_active(tree._job)
+    processes.release(tree)
+
+
+@windows_only
+def test_stopped_step_has_no_code_and_an_adopted_one_its_own(tmp_path: Path) -> None:
+    processes, tree, _ = start_on_windows(tmp_path, "ping -n 1000 localhost >nul")
+    tree.stop(at_once)
+    assert tree.wait(None) and tree.exit_code() is None
+    processes.release(tree)
+    (tmp_path / "b").mkdir()
+    processes, tree, step_dir = start_on_windows(tmp_path / "b", "ping -n 2 localhost >nul\nexit 0")
+    adopted = processes.adopt(step_dir)
+    assert adopted.wait(None) and adopted.exit_code() == 0
+    for each in (tree, adopted):
+        processes.release(each)
+
+
+CTRL_C = """
+import ctypes, time
+kernel32 = ctypes.windll.kernel32
+kernel32.SetConsoleCtrlHandler(None, True)
+print("sent", kernel32.GenerateConsoleCtrlEvent(0, 0), flush=True)
+time.sleep(2)
+print("end")
+"""
+
+
+@windows_only
+def test_ctrl_c_to_a_console_ends_no_step_before_its_own_process(daemon: Daemon) -> None:
+    task = daemon.submit(python(CTRL_C), step("echo next"))
+    assert daemon.ended(task).code == 0
+    assert daemon.console(task).data == ["sent 1", "end"] and daemon.console(task, 1).data == ["next"]
+
+
+# Opens files of the step's directory, sharing them as is said, and has a child hold them for a while.
+HOLDS = """
+import ctypes, subprocess, sys
+class Inherited(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_ulong), ("descriptor", ctypes.c_void_p), ("is_inherited", ctypes.c_int)]
+kernel32 = ctypes.windll.kernel32
+kernel32.CreateFileW.restype = ctypes.c_void_p
+attributes = Inherited(ctypes.sizeof(Inherited), None, True)
+for name in {names!r}:
+    handle = kernel32.CreateFileW("../{idx}/" + name, {access}, {share}, ctypes.byref(attributes), 4, 0, None)
+    print(name, "held" if handle != ctypes.c_void_p(-1).value else "refused", flush=True)
+waits = "import time; time.sleep({seconds})"
+subprocess.Popen([sys.executable, "-c", waits], stdin=-3, stdout=-3, stderr=-3, close_fds=False)
+"""
+READ, WRITE = 0x8000_0000, 0x4000_0000
+
+
+@windows_only
+def test_result_that_another_process_holds_is_the_processes_own(daemon: Daemon) -> None:
+    modes = [(access, share) for access in (READ, READ | WRITE) for share in (0, 1, 3)]
+    steps = [
+        python(HOLDS.format(names=["rc"], idx=idx, access=access, share=share, seconds=1000) + f"sys.exit({idx % 2})")
+        for idx, (access, share) in enumerate(modes)
+    ]
+    task = daemon.submit(*steps, ansync="1")
+    assert [one["code"] for one in daemon.ended(task).data] == [0, 1, 0, 1, 0, 1]
+    assert [daemon.console(task, idx).data for idx in range(len(modes))] == [["rc held"]] * len(modes)
+
+
+@windows_only
+def test_result_that_is_held_for_a_while_is_written_after_it(tmp_path: Path) -> None:
+    holds = HOLDS.format(names=["rc"], idx=0, access=READ, share=1, seconds=2) + "sys.exit(7)"
+    processes, tree, step_dir = start_on_windows(tmp_path, holds, "python")
+    assert tree.wait(None) and tree.exit_code() == 7
+    processes.release(tree)
+    assert Path(step_dir, "rc").read_text() == "7\n"
+
+
+@windows_only
+@pytest.mark.parametrize("share", range(8))
+@pytest.mark.parametrize("access", [READ, READ | WRITE], ids=["read", "write"])
+def test_files_of_a_step_that_others_hold_change_nothing(daemon: Daemon, access: int, share: int) -> None:
+    names = ["run.bat", "pid", "output", "script.bat"]
+    holds = HOLDS.format(names=names, idx=0, access=access, share=share, seconds=1000)
+    run = f"exec(bytes.fromhex('{holds.encode().hex()}'))"
+    task = daemon.submit(step(f'"{sys.executable}" -c "{run}"\nexit 3'))  # cmd reads its script on
+    assert daemon.ended(task).data[0]["code"] == 3
+    assert len(daemon.console(task).data) == len(names)
+
+
+@windows_only
+@pytest.mark.parametrize(
+    "content, code",
+    [
+        ("open('../0/rc', 'w').write('0\\n')\nsys.exit(4)", 4),
+        ("open('../0/rc', 'w').write('5\\n')\nsys.exit(0)", 0),
+        ("shutil.rmtree('../0', ignore_errors=True)\nsys.exit(125)", 125),
+        ("sys.exit(129)", 129),
+        ("os.abort()", None),
+    ],
+    ids=["success of its own making", "failure of its own making", "without its directory", "above 128", "abort"],
+)
+def test_code_of_a_step_is_its_processes(daemon: Daemon, content: str, code: int | None) -> None:
+    ended = daemon.run(python(f"import os, shutil, sys\n{content}")).data[0]["code"]
+    assert ended == code if code is not None else ended not in (0, 255)
+
+
 # ======================================================================================================================
 # pool: bound, order, growing, shrinking
 # ======================================================================================================================
