@@ -1888,12 +1888,12 @@ def _trapped_signals() -> list[int]:
 # the result. Its own stderr is nowhere: a shell says "Killed" there, and would say it in the step's output if it did
 # the redirection of 2 itself and not in the subshell.
 # `set -C`: what is there already, a link perhaps, is not written to. A result that finds no room goes into `pid`, which
-# has a block on the disk.
+# has a block on the disk, by the descriptor that was opened before the script could put something else there.
 _WRAPPER = (
-    'echo "$$ wrapper" >>"$0/pid" || exit 125; umask $1; ulimit -Sn $2; shift 2; '
+    'exec 9>>"$0/pid"; echo "$$ wrapper" >&9 || exit 125; umask $1; ulimit -Sn $2; shift 2; '
     f"trap : {' '.join(map(str, _trapped_signals()))}; "
-    '(echo begun >>"$0/pid" || kill -9 $$; exec "$@" 2>&1); set -- $?; '
-    'umask 077; set -C; echo $1 >"$0/rc" || echo "ended $1" >>"$0/pid"; exit $1'
+    '(echo begun >&9 || kill -9 $$; exec "$@" 2>&1 9>&-); set -- $?; '
+    'umask 077; set -C; echo $1 >"$0/rc" || echo "ended $1" >&9; exit $1'
 )
 
 # A shell drops names that are none of its own, and sets, resets or minds these. Their values travel in a file of the
