@@ -1764,7 +1764,6 @@ def _encode_batch(text: str, encoding: str) -> bytes:
 STEP_ENV_VAR = "REMOTE_EXECUTOR_STEP"  # in the environment of each process of a step; its value is the step's directory
 DAEMON_ENV_VAR = "REMOTE_EXECUTOR_DAEMON"  # in that of a daemon which a step has started, in its place
 
-WRAPPER_FAILED = 125  # of the wrapper, when it could not write to the step's directory
 GRACE_S = 5.0  # between asking a tree to end and ending it
 
 # A process tree is the process of a step, its wrapper before it, and whatever these have started and lost sight of.
@@ -1828,7 +1827,10 @@ class StepProcesses(Protocol):
         """
 
     def adopt(self, step_dir: str) -> ProcessTree | None:
-        """Return the tree of a step that an earlier daemon started, None when its wrapper has ended."""
+        """Return the tree of a step that an earlier daemon started, None when its wrapper has ended.
+
+        Raises OSError where that cannot be known for now, for want of a descriptor.
+        """
 
     def remains(self, step_dirs: Sequence[str]) -> ProcessTree:
         """Return a tree of what steps whose wrappers have ended left running: `wait` is True at once."""
@@ -2098,7 +2100,8 @@ class PosixTree(ProcessTree):
     def _has_vanished(self) -> bool:
         """Whether an adopted wrapper is gone; one that cannot be looked at is not."""
         with contextlib.suppress(OSError):
-            return _start_time(self.pid) != self._start
+            start = _start_time(self.pid)
+            return not start or start != self._start
         return False
 
     def _owns_session(self) -> bool:

@@ -2350,17 +2350,21 @@ def test_remains_of_ended_steps_are_ended_and_nothing_else(processes: Any, step_
     other = step_dir.parent / "1"
     other.mkdir()
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", str(step_dir)])
-    left = "env -i sleep 1000 & setsid env -i sleep 1000 >/dev/null 2>&1 & setsid env -i sh -c 'sleep 1000; :' & "
-    trees = [begin(processes, place, left + "sleep 0.2") for place in (step_dir, other)]
+    left = (
+        "env -i sleep 1000 & echo $!; setsid env -i sh -c 'sleep 1000; :' & echo $!; (setsid sleep 1000 >/dev/null &)"
+    )
+    trees = [begin(processes, place, left + "; sleep 0.2") for place in (step_dir, other)]
     for tree in trees:
         assert tree.wait(None)
-    spared = bearers(other)
+    gone, spared = ([*bearers(place), *map(int, (place / "output").read_text().split())] for place in (step_dir, other))
+    assert len(gone) == len(spared) == 3
     processes.release(trees[0])
     tree = processes.remains([str(step_dir)])
     assert tree.wait(None) and tree.exit_code() is None and tree.pid == 0
     tree.stop(never)
-    assert bearers(step_dir) == [] and all(map(is_running, [stranger.pid, *spared]))
-    trees[1].stop(never)
+    assert not any(map(is_running, gone)) and all(map(is_running, [stranger.pid, *spared]))
+    trees[1].stop(never)  # its wrapper, which has ended, still holds the numbers
+    assert not any(map(is_running, spared))
     for one in (tree, trees[1]):
         processes.release(one)
     assert is_running(stranger.pid)
