@@ -2517,16 +2517,26 @@ ODD = {
 }
 
 
+@pytest.fixture(scope="module")
+def with_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon whose python3 is this one, and not a script that adds to the environment, as pyenv has it."""
+    place = tmp_path_factory.mktemp("with_python")
+    (place / "python3").symlink_to(sys.executable)
+    own = Daemon(place / "root", env={"PATH": f"{place}{os.pathsep}{os.environ['PATH']}"}).start()
+    yield own
+    own.retire()
+
+
 @posix_only
 @pytest.mark.parametrize("names", [["d"], *[[name] for name in ODD], list(ODD)], ids=lambda names: "+".join(names)[:20])
-def test_environment_of_a_step_is_what_was_sent(daemon: Daemon, names: list[str]) -> None:
+def test_environment_of_a_step_is_what_was_sent(with_python: Daemon, names: list[str]) -> None:
     sent = {name: ODD[name] for name in names}
     shows = python(
         "import json, os\nprint(json.dumps(dict(os.environ)))", env_vars=[f"{k}={v}" for k, v in sent.items()]
     )
-    shown = json.loads(daemon.output(shows)[0])
+    shown = json.loads(with_python.output(shows)[0])
     assert {name: shown.get(name) for name in sent} == sent
-    assert shown["TASK_WORKSPACE"] and shown["PATH"] == os.environ["PATH"]
+    assert shown["TASK_WORKSPACE"] and shown["PATH"] == with_python.env["PATH"]
 
 
 @linux_only
