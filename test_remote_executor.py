@@ -2458,13 +2458,14 @@ def test_process_in_the_middle_of_an_exec_is_not_taken_for_a_stranger(
     assert tree.wait(None)
     pid = int((step_dir / "output").read_text())
     wait_until(lambda: pid in bearers(step_dir))
-    info = next(one for one in module()._scan_processes() if one.pid == pid)
-    read, stat_of = module()._read_proc, module()._stat_of
+    read, stat_of, table = module()._read_proc, module()._stat_of, module()._ProcessTable()
+    marks = lambda: next((marks for one, marks in table.look()[0] if one.pid == pid))  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(module(), "_read_proc", lambda pid, name: b"" if name == "environ" else read(pid, name))
-        patch.setattr(module(), "_stat_of", lambda pid: [*stat_of(pid)[:48], b"0"])
-        assert tree._marks_of(info) is None and tree._scan_incomplete
-    assert tree._marks_of(info).step_dir == os.fsencode(step_dir)
+        hides = lambda one, name: str(one) == str(pid) and name == "environ"  # noqa: E731
+        patch.setattr(module(), "_read_proc", lambda one, name: b"" if hides(one, name) else read(one, name))
+        patch.setattr(module(), "_stat_of", lambda one: [*stat_of(one)[:48], b"0"])
+        assert marks().step_dir == b"" and not table.look()[1]
+    assert marks().step_dir == os.fsencode(step_dir)
     tree.stop(never)
     assert not is_running(pid)
     processes.release(tree)
@@ -2570,6 +2571,21 @@ def test_environment_of_a_daemon_without_a_home_has_its_users(tmp_path: Path) ->
         assert shown == [user.pw_dir, user.pw_name, user.pw_name, user.pw_shell]
     finally:
         daemon.retire()
+
+
+@linux_only
+def test_orphan_without_a_mark_is_a_steps_only_where_no_other_ran_at_that_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    lifetimes, now = module()._Lifetimes(), [10]
+    lifetimes._may_own = True
+    monkeypatch.setattr(module(), "_clock_ticks", lambda: now[0])
+    for tick, action, name in [(10, "begin", b"a"), (20, "begin", b"b"), (30, "end", b"b"), (50, "begin", b"c")]:
+        now[0] = tick
+        getattr(lifetimes, action)(name)
+    only = {(b"a",): (15, 40), (b"b",): (), (b"a", b"b"): (15, 25, 40), (b"a", b"b", b"c"): (15, 25, 40, 60)}
+    for names, times in only.items():
+        assert [t for t in (5, 15, 25, 40, 60) if lifetimes.can_only_be_of(frozenset(names), t)] == [*times]
+    lifetimes.forget_ended(40)
+    assert lifetimes.can_only_be_of(frozenset([b"a"]), 25)
 
 
 @linux_only
