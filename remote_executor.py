@@ -1761,11 +1761,6 @@ def _encode_batch(text: str, encoding: str) -> bytes:
 # process trees: one step's process and all that it started
 # ======================================================================================================================
 
-STEP_ENV_VAR = "REMOTE_EXECUTOR_STEP"  # in the environment of each process of a step; its value is the step's directory
-DAEMON_ENV_VAR = "REMOTE_EXECUTOR_DAEMON"  # in that of a daemon which a step has started, in its place
-
-GRACE_S = 5.0  # between asking a tree to end and ending it
-
 # A process tree is the process of a step, its wrapper before it, and whatever these have started and lost sight of.
 # Nothing in a POSIX system keeps such a tree together: a process may leave its group and its session, lose its parent,
 # change its environment. So membership is a matter of evidence, gathered anew by every scan of the process table:
@@ -1785,6 +1780,11 @@ GRACE_S = 5.0  # between asking a tree to end and ending it
 #
 # To stop a tree is to signal first what is known without looking, to look then, and to end when three whole scans in
 # succession have found nothing.
+
+STEP_ENV_VAR = "REMOTE_EXECUTOR_STEP"  # in the environment of each process of a step; its value is the step's directory
+DAEMON_ENV_VAR = "REMOTE_EXECUTOR_DAEMON"  # in that of a daemon which a step has started, in its place
+
+GRACE_S = 5.0  # between asking a tree to end and ending it
 
 
 class ProcessTree(Protocol):
@@ -1855,29 +1855,15 @@ def is_scarcity(error: OSError) -> bool:
     return error.errno in _SCARCE or getattr(error, "winerror", None) in _SCARCE_ON_WINDOWS
 
 
-# Signals of which a shell's own are made, or whose default does not end a process, are left alone; a trap for a fault,
-# such as SIGSEGV, would be an endless loop. The real-time ones stand last: zsh, which knows none, stops there.
-_UNTRAPPED = (
-    "KILL",
-    "STOP",
-    "CHLD",
-    "CONT",
-    "TSTP",
-    "TTIN",
-    "TTOU",
-    "WINCH",
-    "URG",
-    "INFO",
-    "SEGV",
-    "BUS",
-    "ILL",
-    "FPE",
-)
+# Left alone is what cannot be caught, is the shell's own, or ends nothing by default; and a fault, of which a trap would
+# make an endless loop. The real-time signals stand last: zsh, which knows none, stops there.
+_UNTRAPPED = {"KILL", "STOP", "CHLD", "CONT", "TSTP", "TTIN", "TTOU", "WINCH", "URG", "INFO"}
+_FAULTS = {"SEGV", "BUS", "ILL", "FPE"}
 
 
 def _trapped_signals() -> list[int]:
     """Return the signals that end a process unless it catches them, and that it can catch."""
-    kept = {getattr(signal, f"SIG{name}", None) for name in _UNTRAPPED}
+    kept = {getattr(signal, f"SIG{name}", None) for name in _UNTRAPPED | _FAULTS}
     return sorted(int(number) for number in set(signal.valid_signals()) - kept)
 
 

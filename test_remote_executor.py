@@ -6361,7 +6361,7 @@ def test_bench_wrapper(table: list[Row], tmp_path: Path) -> None:
     wrapper = module()._WRAPPER
     (tmp_path / "script.sh").write_text("exit 0\n")
     command = ["/bin/sh", str(tmp_path / "script.sh")]
-    wrapped = ["/bin/sh", "-c", wrapper, "sh", str(tmp_path), "022", *command]
+    wrapped = ["/bin/sh", "-c", wrapper, str(tmp_path), "022", "1024", *command]
     pairs = [
         [1000 * seconds(lambda line=line: subprocess.Popen(line, stdin=subprocess.DEVNULL).wait()) for line in lines]
         for lines in [(command, wrapped)] * 500
