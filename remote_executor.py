@@ -1855,8 +1855,8 @@ def is_scarcity(error: OSError) -> bool:
     return error.errno in _SCARCE or getattr(error, "winerror", None) in _SCARCE_ON_WINDOWS
 
 
-# Left alone is what cannot be caught, is the shell's own, or ends nothing by default; and a fault, of which a trap would
-# make an endless loop. The real-time signals stand last: zsh, which knows none, stops there.
+# Left alone is what cannot be caught, is the shell's own, or ends nothing by default; and a fault, of which a trap
+# would make an endless loop. The real-time signals stand last: zsh, which knows none, stops there.
 _UNTRAPPED = {"KILL", "STOP", "CHLD", "CONT", "TSTP", "TTIN", "TTOU", "WINCH", "URG", "INFO"}
 _FAULTS = {"SEGV", "BUS", "ILL", "FPE"}
 
@@ -1982,21 +1982,20 @@ class _ProcessTable:
         self._lock = threading.Lock()  # guards all below; who asks waits for the look of another
         self._begin_s = 0.0  # of the last look
         self._seen: list[tuple[ProcessInfo, _Marks]] = []
-        self._is_complete = False
+        self._unclear: list[ProcessInfo] = []
         self._strangers: dict[tuple[int, str], _Marks] = {}  # no exec gives a stranger the mark of a step
 
-    def look(self) -> tuple[list[tuple[ProcessInfo, _Marks]], bool]:
-        """Return the processes, and whether it is certain that none was missed or not understood. Raises OSError."""
+    def look(self) -> tuple[list[tuple[ProcessInfo, _Marks]], list[ProcessInfo]]:
+        """Return the processes, and those of them of which it is not clear yet what they are. Raises OSError."""
         asked_s = time.monotonic()
         with self._lock:
             if self._begin_s <= asked_s:
                 self._begin_s = time.monotonic()
                 self._take()
-            return self._seen, self._is_complete
+            return self._seen, self._unclear
 
     def _take(self) -> None:
         self._seen = []
-        self._is_complete = False
         unclear: list[ProcessInfo] = []
         strangers: dict[tuple[int, str], _Marks] = {}
         for one in _scan_processes():
@@ -2009,7 +2008,7 @@ class _ProcessTable:
             self._seen.append((one, marks or _NO_MARKS))
         self._strangers = strangers
         trusted = {pid for pid, _ in strangers} - _possible_reapers({one.pid: one.parent for one, _ in self._seen})
-        self._is_complete = all(one.parent in trusted for one in unclear)  # a stranger's child is none of ours
+        self._unclear = [one for one in unclear if one.parent not in trusted]  # a stranger's child is none of ours
 
 
 def _possible_reapers(parents: Mapping[int, int]) -> set[int]:
@@ -2221,12 +2220,14 @@ class PosixTree(ProcessTree):
     def _scan(self) -> list[ProcessInfo]:
         """Return the live members that we may signal."""
         try:
-            seen, is_complete = self._shared.table.look()
+            seen, unclear = self._shared.table.look()
         except OSError:  # no descriptor or memory to look with
             self._scan_incomplete = True
             time.sleep(_POLL_S)
             return []
-        self._scan_incomplete = not is_complete
+        step_dirs = {one.pid: marks.step_dir for one, marks in seen}
+        owners = {step_dirs.get(one.parent, b"") for one in unclear}
+        self._scan_incomplete = bool(owners & {b"", *self.step_dirs})  # what another step starts is not ours
         others = [(one, marks) for one, marks in seen if one.pid != os.getpid() and not marks.is_daemon]
         found = {one for one, marks in others if self._is_member(one, marks)}
         outside = _own_sessions()
