@@ -1969,12 +1969,6 @@ def _encode_batch(text: str, encoding: str) -> bytes:
 # process trees: one step's process and all that it started
 # ======================================================================================================================
 
-STEP_ENV_VAR = "REMOTE_EXECUTOR_STEP"  # in the environment of each process of a step; its value is the step's directory
-DAEMON_ENV_VAR = "REMOTE_EXECUTOR_DAEMON"  # in that of a daemon which a step has started, in its place
-
-WRAPPER_FAILED = 125  # of the wrapper, when it could not write to the step's directory
-GRACE_S = 5.0  # between asking a tree to end and ending it
-
 # A process tree is the process of a step, its wrapper before it, and whatever these have started and lost sight of.
 # Nothing in a POSIX system keeps such a tree together: a process may leave its group and its session, lose its parent,
 # change its environment. So membership is a matter of evidence, gathered anew by every scan of the process table:
@@ -1994,6 +1988,11 @@ GRACE_S = 5.0  # between asking a tree to end and ending it
 #
 # To stop a tree is to signal first what is known without looking, to look then, and to end when three whole scans in
 # succession have found nothing.
+
+STEP_ENV_VAR = "REMOTE_EXECUTOR_STEP"  # in the environment of each process of a step; its value is the step's directory
+DAEMON_ENV_VAR = "REMOTE_EXECUTOR_DAEMON"  # in that of a daemon which a step has started, in its place
+
+GRACE_S = 5.0  # between asking a tree to end and ending it
 
 
 class ProcessTree(Protocol):
@@ -2036,7 +2035,10 @@ class StepProcesses(Protocol):
         """
 
     def adopt(self, step_dir: str) -> ProcessTree | None:
-        """Return the tree of a step that an earlier daemon started, None when its wrapper has ended."""
+        """Return the tree of a step that an earlier daemon started, None when its wrapper has ended.
+
+        Raises OSError where that cannot be known for now, for want of a descriptor.
+        """
 
     def remains(self, step_dirs: Sequence[str]) -> ProcessTree:
         """Return a tree of what steps whose wrappers have ended left running: `wait` is True at once."""
@@ -2061,29 +2063,15 @@ def is_scarcity(error: OSError) -> bool:
     return error.errno in _SCARCE or getattr(error, "winerror", None) in _SCARCE_ON_WINDOWS
 
 
-# Signals of which a shell's own are made, or whose default does not end a process, are left alone; a trap for a fault,
-# such as SIGSEGV, would be an endless loop. The real-time ones stand last: zsh, which knows none, stops there.
-_UNTRAPPED = (
-    "KILL",
-    "STOP",
-    "CHLD",
-    "CONT",
-    "TSTP",
-    "TTIN",
-    "TTOU",
-    "WINCH",
-    "URG",
-    "INFO",
-    "SEGV",
-    "BUS",
-    "ILL",
-    "FPE",
-)
+# Left alone is what cannot be caught, is the shell's own, or ends nothing by default; and a fault, of which a trap
+# would make an endless loop. The real-time signals stand last: zsh, which knows none, stops there.
+_UNTRAPPED = {"KILL", "STOP", "CHLD", "CONT", "TSTP", "TTIN", "TTOU", "WINCH", "URG", "INFO"}
+_FAULTS = {"SEGV", "BUS", "ILL", "FPE"}
 
 
 def _trapped_signals() -> list[int]:
     """Return the signals that end a process unless it catches them, and that it can catch."""
-    kept = {getattr(signal, f"SIG{name}", None) for name in _UNTRAPPED}
+    kept = {getattr(signal, f"SIG{name}", None) for name in _UNTRAPPED | _FAULTS}
     return sorted(int(number) for number in set(signal.valid_signals()) - kept)
 
 
@@ -2096,12 +2084,12 @@ def _trapped_signals() -> list[int]:
 # the result. Its own stderr is nowhere: a shell says "Killed" there, and would say it in the step's output if it did
 # the redirection of 2 itself and not in the subshell.
 # `set -C`: what is there already, a link perhaps, is not written to. A result that finds no room goes into `pid`, which
-# has a block on the disk.
+# has a block on the disk, by the descriptor that was opened before the script could put something else there.
 _WRAPPER = (
-    'echo "$$ wrapper" >>"$0/pid" || exit 125; umask $1; ulimit -Sn $2; shift 2; '
+    'exec 9>>"$0/pid"; echo "$$ wrapper" >&9 || exit 125; umask $1; ulimit -Sn $2; shift 2; '
     f"trap : {' '.join(map(str, _trapped_signals()))}; "
-    '(echo begun >>"$0/pid" || { kill -9 $$; exit; }; exec "$@" 2>&1); set -- $?; '
-    'umask 077; set -C; echo $1 >"$0/rc" || echo "ended $1" >>"$0/pid"; exit $1'
+    '(echo begun >&9 || { kill -9 $$; exit; }; exec "$@" 2>&1 9>&-); set -- $?; '
+    'umask 077; set -C; echo $1 >"$0/rc" || echo "ended $1" >&9; exit $1'
 )
 
 # A shell drops names that are none of its own, and sets, resets or minds these. Their values travel in a file of the
@@ -2140,6 +2128,10 @@ class _Marks(NamedTuple):
 
     step_dir: bytes
     is_daemon: bool
+    is_fresh: bool = False  # it has not yet become what it will be
+
+
+_NO_MARKS = _Marks(b"", False, True)
 
 
 class _Lifetimes:
@@ -2187,6 +2179,64 @@ class _Lifetimes:
         return self._may_own and bool(suspects) and suspects <= step_dirs
 
 
+class _ProcessTable:
+    """The live processes of the host and the marks that they bear; any thread may look.
+
+    A look costs milliseconds and two descriptors, so one at a time is taken, and serves all who asked before it began:
+    a task of many steps is stopped at the cost of one.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards all below; who asks waits for the look of another
+        self._begin_s = 0.0  # of the last look
+        self._seen: list[tuple[ProcessInfo, _Marks]] = []
+        self._unclear: list[ProcessInfo] = []
+        self._strangers: dict[tuple[int, str], _Marks] = {}  # no exec gives a stranger the mark of a step
+
+    def look(self) -> tuple[list[tuple[ProcessInfo, _Marks]], list[ProcessInfo]]:
+        """Return the processes, and those of them of which it is not clear yet what they are. Raises OSError."""
+        asked_s = time.monotonic()
+        with self._lock:
+            if self._begin_s <= asked_s:
+                self._begin_s = time.monotonic()
+                self._take()
+            return self._seen, self._unclear
+
+    def _take(self) -> None:
+        self._seen = []
+        unclear: list[ProcessInfo] = []
+        strangers: dict[tuple[int, str], _Marks] = {}
+        for one in _scan_processes():
+            key = (one.pid, one.start)
+            marks = self._strangers.get(key) or _read_marks(one.pid)
+            if marks is not None and not marks.step_dir and not marks.is_fresh:
+                strangers[key] = marks
+            if marks is None or (key not in self._strangers and _start_time(one.pid) != one.start):
+                unclear.append(one)  # it execs, or is gone before it could be looked at, and maybe forked
+            self._seen.append((one, marks or _NO_MARKS))
+        self._strangers = strangers
+        trusted = {pid for pid, _ in strangers} - _possible_reapers({one.pid: one.parent for one, _ in self._seen})
+        self._unclear = [one for one in unclear if one.parent not in trusted]  # a stranger's child is none of ours
+
+
+def _possible_reapers(parents: Mapping[int, int]) -> set[int]:
+    """Return the processes whose children may be a step's orphans: this one, those above it, and the first of all."""
+    reapers = {1}
+    pid = os.getpid()
+    while pid and pid not in reapers:
+        reapers.add(pid)
+        pid = parents.get(pid, 0)
+    return reapers
+
+
+class _Shared(NamedTuple):
+    """What the trees of this process have in common."""
+
+    table: _ProcessTable
+    lifetimes: _Lifetimes
+    reserve: DescriptorReserve
+
+
 class PosixTree(ProcessTree):
     """Processes of steps, found in the process table; where it has a wrapper, that is in a session of its own.
 
@@ -2199,21 +2249,18 @@ class PosixTree(ProcessTree):
         pid: int,
         child: subprocess.Popen[bytes] | None,
         wake_pipe: tuple[int, int],
-        lifetimes: _Lifetimes,
-        reserve: DescriptorReserve,
+        shared: _Shared,
     ) -> None:
         self.pid = pid
         self.step_dirs = frozenset(os.fsencode(path) for path in step_dirs)
         self._child = child  # None when an earlier daemon started it
-        self._lifetimes = lifetimes
-        self._reserve = reserve
+        self._shared = shared
         self._ended = not pid
         self._start = _start_time(pid) if pid and not child else ""
         self._wake_out, self._wake_in = wake_pipe  # -1 where there was no descriptor left for it
         self._is_woken = False
         self._pidfd = _open_pidfd(pid) if pid else -1
         self._members: set[tuple[int, str]] = set()  # processes that are or were of the tree
-        self._marks: dict[tuple[int, str], _Marks] = {}  # of those that were looked at
         self._denied: set[tuple[int, str]] = set()  # members that we may not signal
         self._scan_incomplete = False  # whether it may have missed one
         self._closing = threading.Lock()  # guards _wake_in: a closed descriptor's number may be another's
@@ -2249,7 +2296,7 @@ class PosixTree(ProcessTree):
         if self._owns_session():  # the number of the group, too; this needs no descriptor
             _signal_group(self.pid, signal.SIGTERM)
             _signal_group(self.pid, signal.SIGCONT)
-        with self._reserve.lend():
+        with self._shared.reserve.lend():
             self._ask_other_groups()
             has_ended = self._await_end(is_hurried)
             self._kill_all(1 if has_ended else 0)
@@ -2306,7 +2353,8 @@ class PosixTree(ProcessTree):
     def _has_vanished(self) -> bool:
         """Whether an adopted wrapper is gone; one that cannot be looked at is not."""
         with contextlib.suppress(OSError):
-            return _start_time(self.pid) != self._start
+            start = _start_time(self.pid)
+            return not start or start != self._start
         return False
 
     def _owns_session(self) -> bool:
@@ -2333,11 +2381,18 @@ class PosixTree(ProcessTree):
     def _await_end(self, is_hurried: Callable[[], bool]) -> bool:
         """Return when a whole scan has found nothing, True then, or when the grace is over."""
         end_s = time.monotonic() + GRACE_S
+        unsure_s = end_s
         pause_s = 0.001
         while time.monotonic() < end_s and not is_hurried():
             is_quiet = self._has_ended() and not any(map(_is_running, self._members - self._denied))
-            if is_quiet and not self._scan() and not self._scan_incomplete:
-                return True
+            if is_quiet and not self._scan():
+                if not self._scan_incomplete:
+                    return True
+                unsure_s = min(unsure_s, time.monotonic() + _UNSURE_S)  # of a host too busy for a whole scan
+            else:
+                unsure_s = end_s
+            if time.monotonic() >= unsure_s:
+                break
             self._pause(pause_s)
             pause_s = min(2 * pause_s, _POLL_S)
         return False
@@ -2372,49 +2427,36 @@ class PosixTree(ProcessTree):
 
     def _scan(self) -> list[ProcessInfo]:
         """Return the live members that we may signal."""
-        self._scan_incomplete = False
         try:
-            everyone = [one for one in _scan_processes() if one.pid != os.getpid() and not self._is_daemon(one)]
-            found = {one for one in everyone if self._is_member(one)}
+            seen, unclear = self._shared.table.look()
         except OSError:  # no descriptor or memory to look with
             self._scan_incomplete = True
             time.sleep(_POLL_S)
             return []
+        step_dirs = {one.pid: marks.step_dir for one, marks in seen}
+        owners = {step_dirs.get(one.parent, b"") for one in unclear}
+        self._scan_incomplete = bool(owners & {b"", *self.step_dirs})  # what another step starts is not ours
+        others = [(one, marks) for one, marks in seen if one.pid != os.getpid() and not marks.is_daemon]
+        found = {one for one, marks in others if self._is_member(one, marks)}
         outside = _own_sessions()
         while True:
             parents = {one.pid for one in found}
             sessions = {one.session for one in found} - outside
-            more = {one for one in everyone if one.parent in parents or one.session in sessions} - found
+            more = {one for one, _ in others if one.parent in parents or one.session in sessions} - found
             if not more:
                 break
             found |= more
         self._members.update((one.pid, one.start) for one in found)
         return [one for one in found if (one.pid, one.start) not in self._denied]
 
-    def _is_daemon(self, one: ProcessInfo) -> bool:
-        marks = self._marks_of(one)
-        return marks is not None and marks.is_daemon
-
-    def _is_member(self, one: ProcessInfo) -> bool:
+    def _is_member(self, one: ProcessInfo, marks: _Marks) -> bool:
         """Whether there is evidence of the process itself, whatever others are."""
         if (one.pid, one.start) in self._members or (self._owns_session() and one.session == self.pid):
             return True
-        marks = self._marks_of(one)
-        if marks is None or marks.step_dir:
-            return marks is not None and marks.step_dir in self.step_dirs
-        return ON_LINUX and one.parent == os.getpid() and self._lifetimes.can_only_be_of(self.step_dirs, int(one.start))
-
-    def _marks_of(self, one: ProcessInfo) -> _Marks | None:
-        """Return what the process says of itself, looked up once; None when that cannot be known yet."""
-        key = (one.pid, one.start)
-        marks = self._marks.get(key)
-        if marks is None:
-            marks = _read_marks(one.pid, self.step_dirs)
-            if marks is None or _start_time(one.pid) != one.start:
-                self._scan_incomplete = True  # it execs, or is gone before it could be looked at, and maybe forked
-                return None
-            self._marks[key] = marks
-        return marks
+        if marks.step_dir or marks.is_fresh:
+            return marks.step_dir in self.step_dirs
+        is_orphan = ON_LINUX and one.parent == os.getpid()
+        return is_orphan and self._shared.lifetimes.can_only_be_of(self.step_dirs, int(one.start))
 
 
 _KEEP_ZOMBIES = hasattr(os, "waitid")  # not on every Mac
@@ -2423,6 +2465,7 @@ _POLL_S = 0.02  # between looks at a process that no descriptor stands for
 _SWEEP_S = 10.0
 _UNSURE_S = 1.0  # of scans that find nothing, but miss some process of a busy host
 _SPANS_LIMIT = 10_000  # ended steps are kept for as long as there is an orphan, which may be for ever
+_EXEC_LOOKS = 10
 _ASKING_SCANS = 3  # more would ask what members start to clean up
 _KERNEL_THREAD = 0x0020_0000  # PF_KTHREAD of include/linux/sched.h
 
@@ -2505,29 +2548,29 @@ def _scan_processes() -> Iterator[ProcessInfo]:
         yield ProcessInfo(int(pid), int(ppid), int(pgid), int(pgid), start.strip())
 
 
-def _read_marks(pid: int, step_dirs: frozenset[bytes]) -> _Marks | None:
+def _read_marks(pid: int) -> _Marks | None:
     """Return the marks of a process; None in the middle of an exec or an exit. Raises OSError.
 
-    Of a step whose mark it does not bear, it is where it holds the output of one of `step_dirs`.
+    A process without a mark is of the step whose output it holds.
     """
     if not ON_LINUX:
         words = _ask_ps("-Eww", "-o", "command=", "-p", str(pid)).split()
-        known = [step_dir for step_dir in step_dirs if f"{STEP_ENV_VAR}={os.fsdecode(step_dir)}" in words]
-        return _Marks(known[0] if known else b"", any(word.startswith(DAEMON_ENV_VAR + "=") for word in words))
+        variables = dict(os.fsencode(word).partition(b"=")[::2] for word in reversed(words))
+        return _Marks(variables.get(STEP_ENV_VAR.encode(), b""), DAEMON_ENV_VAR.encode() in variables)
     environ = _read_proc(pid, "environ")
     if environ == b"" and _is_between_programs(pid):
         return None
-    environ = environ or b""
-    variables = dict(entry.partition(b"=")[::2] for entry in reversed(environ.split(b"\0")))
-    is_fork_of_ours = bool(environ) and environ == _own_environ()  # a wrapper before its exec; never one of the tree's
+    if environ and environ == _own_environ():
+        return _NO_MARKS  # a wrapper before its exec; never one of a tree that is being stopped
+    variables = dict(entry.partition(b"=")[::2] for entry in reversed((environ or b"").split(b"\0")))
     step_dir = variables.get(STEP_ENV_VAR.encode(), b"")
-    if step_dir not in step_dirs:
-        for number in (1, 2):
-            with contextlib.suppress(OSError):  # it is gone, or denies that
-                holder, _, name = os.readlink(f"/proc/{pid}/fd/{number}".encode()).rpartition(b"/")
-                if name == b"output" and holder in step_dirs:
-                    step_dir = holder
-    return _Marks(step_dir, DAEMON_ENV_VAR.encode() in variables or is_fork_of_ours)
+    is_daemon = DAEMON_ENV_VAR.encode() in variables
+    for number in () if step_dir or is_daemon else (1, 2):
+        with contextlib.suppress(OSError):  # it is gone, or denies that
+            holder, _, name = os.readlink(f"/proc/{pid}/fd/{number}".encode()).rpartition(b"/")
+            if name == b"output":
+                step_dir = holder
+    return _Marks(step_dir, is_daemon)
 
 
 @functools.lru_cache(maxsize=1)
@@ -2548,7 +2591,8 @@ class PosixProcesses(StepProcesses):
 
     def __init__(self, umask: int, descriptors: str, reserve: DescriptorReserve) -> None:
         self._limits = f"{umask:03o}", descriptors
-        self._reserve = reserve
+        self._lifetimes = _Lifetimes()
+        self._shared = _Shared(_ProcessTable(), self._lifetimes, reserve)
         self._starting = threading.Lock()  # guards _is_reaper
         self._is_reaper = False  # until the first step starts: ctypes takes memory that an idle daemon need not
         own = {name: value for name, value in os.environb.items() if not name.startswith(b"REMOTE_EXECUTOR_")}
@@ -2556,7 +2600,6 @@ class PosixProcesses(StepProcesses):
         self._null = os.open(os.devnull, os.O_RDWR)
         self._children: set[int] = set()  # wrappers, until `release`
         self._orphans: set[int] = set()  # zombies that were not among them at the last look
-        self._lifetimes = _Lifetimes()
 
     def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> PosixTree:
         self._become_reaper()
@@ -2568,7 +2611,7 @@ class PosixProcesses(StepProcesses):
                 os.close(descriptor)
             raise
         self._children.add(child.pid)
-        return PosixTree((step_dir,), child.pid, child, wake_pipe, self._lifetimes, self._reserve)
+        return PosixTree((step_dir,), child.pid, child, wake_pipe, self._shared)
 
     def adopt(self, step_dir: str) -> PosixTree | None:
         lines = _read_pid_file(step_dir)
@@ -2578,10 +2621,10 @@ class PosixProcesses(StepProcesses):
             pid = _find_wrapper(os.fsencode(step_dir))
         if not pid or not _is_wrapper(pid, os.fsencode(step_dir)):
             return None
-        return PosixTree((step_dir,), pid, None, _open_pipe(), self._lifetimes, self._reserve)
+        return PosixTree((step_dir,), pid, None, _open_pipe(), self._shared)
 
     def remains(self, step_dirs: Sequence[str]) -> PosixTree:
-        return PosixTree(step_dirs, 0, None, _open_pipe(), self._lifetimes, self._reserve)
+        return PosixTree(step_dirs, 0, None, _open_pipe(), self._shared)
 
     def may_have_started(self, step_dir: str) -> bool:
         """Tell by the file `pid`: it was there, empty, before the wrapper, which never removes it.
@@ -2719,7 +2762,7 @@ def _read_pid_file(step_dir: str) -> list[bytes] | None:
 def _is_wrapper(pid: int, step_dir: bytes) -> bool:
     """Whether the process is the wrapper of a step: it leads a session, and bears the step's mark."""
     if not ON_LINUX:
-        return (marks := _read_marks(pid, frozenset([step_dir]))) is not None and marks.step_dir == step_dir
+        return (marks := _read_marks(pid)) is not None and marks.step_dir == step_dir
     fields = _stat_of(pid)
     if not fields or fields[0] in (b"Z", b"X") or int(fields[3]) != pid:
         return False
@@ -2728,11 +2771,16 @@ def _is_wrapper(pid: int, step_dir: bytes) -> bool:
 
 def _find_wrapper(step_dir: bytes) -> int:
     """Return the pid of a step's wrapper that has not told it; 0 where none runs."""
-    for one in _scan_processes() if ON_LINUX else ():
-        if one.session == one.pid and _is_wrapper(one.pid, step_dir):
-            words = (_read_proc(one.pid, "cmdline") or b"").split(b"\0")
-            if words[1:2] == [b"-c"] and step_dir in words[3:5]:  # not what it started in a session of its own
-                return one.pid
+    for _ in range(_EXEC_LOOKS if ON_LINUX else 0):
+        leaders = [one.pid for one in _scan_processes() if one.session == one.pid]
+        for pid in leaders:
+            if _is_wrapper(pid, step_dir):
+                words = (_read_proc(pid, "cmdline") or b"").split(b"\0")
+                if words[1:2] == [b"-c"] and step_dir in words[3:5]:  # not what it started in a session of its own
+                    return pid
+        if not any(_read_proc(pid, "environ") == b"" and _is_between_programs(pid) for pid in leaders):
+            break
+        time.sleep(_POLL_S)  # one of them is about to become something
     return 0
 
 
@@ -8700,7 +8748,8 @@ def leave_step() -> None:
     del environment[STEP_ENV_VAR]
     detach()
     command = [*own_command(), *sys.argv[1:]]
-    os.execve(command[0], command, environment)
+    with contextlib.suppress(OSError):  # the program has been replaced meanwhile: better with the mark than not at all
+        os.execve(command[0], command, environment)
 
 
 class Services:

@@ -2541,6 +2541,28 @@ def test_wrapper_that_cannot_fork_has_begun_nothing(processes: Any, step_dir: Pa
 
 
 @linux_only
+def test_steps_wait_where_the_user_has_no_process_left() -> None:
+    if os.getuid() or not Path("/usr/bin/python3").exists():
+        pytest.skip("needs root, to be another user")
+    place = Path("/var/tmp") / f"remote_executor-{uuid.uuid4()}"
+    place.mkdir()
+    shutil.copy(PROGRAM, place)
+    os.chown(place, 23456, 23456)
+    limits = ["setpriv", "--reuid=23456", "--regid=23456", "--clear-groups", "prlimit", "--nproc=26"]
+    daemon = Daemon(
+        place / "root", "--pool_size=8", program=[*limits, "/usr/bin/python3", "-B", str(place / PROGRAM.name)]
+    )
+    daemon.start()
+    try:
+        slow = "i=0; while [ $i -lt 50000 ]; do i=$((i+1)); done; exit 7"
+        steps = daemon.run(*[step(slow)] * 24, ansync="1").data
+        assert [row["code"] for row in steps] == [7] * 24
+    finally:
+        daemon.retire()
+        shutil.rmtree(place)
+
+
+@linux_only
 def test_wrapper_whose_result_finds_no_room_tells_it_in_the_pid_file(step_dir: Path) -> None:
     (step_dir / "rc").mkdir()
     assert run_wrapper("sh", step_dir, "exit 3").returncode == 3
@@ -2631,17 +2653,21 @@ def test_remains_of_ended_steps_are_ended_and_nothing_else(processes: Any, step_
     other = step_dir.parent / "1"
     other.mkdir()
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", str(step_dir)])
-    left = "env -i sleep 1000 & setsid env -i sleep 1000 >/dev/null 2>&1 & setsid env -i sh -c 'sleep 1000; :' & "
-    trees = [begin(processes, place, left + "sleep 0.2") for place in (step_dir, other)]
+    left = (
+        "env -i sleep 1000 & echo $!; setsid env -i sh -c 'sleep 1000; :' & echo $!; (setsid sleep 1000 >/dev/null &)"
+    )
+    trees = [begin(processes, place, left + "; sleep 0.2") for place in (step_dir, other)]
     for tree in trees:
         assert tree.wait(None)
-    spared = bearers(other)
+    gone, spared = ([*bearers(place), *map(int, (place / "output").read_text().split())] for place in (step_dir, other))
+    assert len(gone) == len(spared) == 3
     processes.release(trees[0])
     tree = processes.remains([str(step_dir)])
     assert tree.wait(None) and tree.exit_code() is None and tree.pid == 0
     tree.stop(never)
-    assert bearers(step_dir) == [] and all(map(is_running, [stranger.pid, *spared]))
-    trees[1].stop(never)
+    assert not any(map(is_running, gone)) and all(map(is_running, [stranger.pid, *spared]))
+    trees[1].stop(never)  # its wrapper, which has ended, still holds the numbers
+    assert not any(map(is_running, spared))
     for one in (tree, trees[1]):
         processes.release(one)
     assert is_running(stranger.pid)
@@ -2735,13 +2761,14 @@ def test_process_in_the_middle_of_an_exec_is_not_taken_for_a_stranger(
     assert tree.wait(None)
     pid = int((step_dir / "output").read_text())
     wait_until(lambda: pid in bearers(step_dir))
-    info = next(one for one in module()._scan_processes() if one.pid == pid)
-    read, stat_of = module()._read_proc, module()._stat_of
+    read, stat_of, table = module()._read_proc, module()._stat_of, module()._ProcessTable()
+    marks = lambda: next((marks for one, marks in table.look()[0] if one.pid == pid))  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(module(), "_read_proc", lambda pid, name: b"" if name == "environ" else read(pid, name))
-        patch.setattr(module(), "_stat_of", lambda pid: [*stat_of(pid)[:48], b"0"])
-        assert tree._marks_of(info) is None and tree._scan_incomplete
-    assert tree._marks_of(info).step_dir == os.fsencode(step_dir)
+        hides = lambda one, name: str(one) == str(pid) and name == "environ"  # noqa: E731
+        patch.setattr(module(), "_read_proc", lambda one, name: b"" if hides(one, name) else read(one, name))
+        patch.setattr(module(), "_stat_of", lambda one: [*stat_of(one)[:48], b"0"])
+        assert marks().step_dir == b"" and pid in [one.pid for one in table.look()[1]]
+    assert marks().step_dir == os.fsencode(step_dir)
     tree.stop(never)
     assert not is_running(pid)
     processes.release(tree)
@@ -2794,16 +2821,26 @@ ODD = {
 }
 
 
+@pytest.fixture(scope="module")
+def with_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon whose python3 is this one, and not a script that adds to the environment, as pyenv has it."""
+    place = tmp_path_factory.mktemp("with_python")
+    (place / "python3").symlink_to(sys.executable)
+    own = Daemon(place / "root", env={"PATH": f"{place}{os.pathsep}{os.environ['PATH']}"}).start()
+    yield own
+    own.retire()
+
+
 @posix_only
 @pytest.mark.parametrize("names", [["d"], *[[name] for name in ODD], list(ODD)], ids=lambda names: "+".join(names)[:20])
-def test_environment_of_a_step_is_what_was_sent(daemon: Daemon, names: list[str]) -> None:
+def test_environment_of_a_step_is_what_was_sent(with_python: Daemon, names: list[str]) -> None:
     sent = {name: ODD[name] for name in names}
     shows = python(
         "import json, os\nprint(json.dumps(dict(os.environ)))", env_vars=[f"{k}={v}" for k, v in sent.items()]
     )
-    shown = json.loads(daemon.output(shows)[0])
+    shown = json.loads(with_python.output(shows)[0])
     assert {name: shown.get(name) for name in sent} == sent
-    assert shown["TASK_WORKSPACE"] and shown["PATH"] == os.environ["PATH"]
+    assert shown["TASK_WORKSPACE"] and shown["PATH"] == with_python.env["PATH"]
 
 
 @linux_only
@@ -2837,6 +2874,21 @@ def test_environment_of_a_daemon_without_a_home_has_its_users(tmp_path: Path) ->
         assert shown == [user.pw_dir, user.pw_name, user.pw_name, user.pw_shell]
     finally:
         daemon.retire()
+
+
+@linux_only
+def test_orphan_without_a_mark_is_a_steps_only_where_no_other_ran_at_that_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    lifetimes, now = module()._Lifetimes(), [10]
+    lifetimes._may_own = True
+    monkeypatch.setattr(module(), "_clock_ticks", lambda: now[0])
+    for tick, action, name in [(10, "begin", b"a"), (20, "begin", b"b"), (30, "end", b"b"), (50, "begin", b"c")]:
+        now[0] = tick
+        getattr(lifetimes, action)(name)
+    only = {(b"a",): (15, 40), (b"b",): (), (b"a", b"b"): (15, 25, 40), (b"a", b"b", b"c"): (15, 25, 40, 60)}
+    for names, times in only.items():
+        assert [t for t in (5, 15, 25, 40, 60) if lifetimes.can_only_be_of(frozenset(names), t)] == [*times]
+    lifetimes.forget_ended(40)
+    assert lifetimes.can_only_be_of(frozenset([b"a"]), 25)
 
 
 @linux_only
@@ -7795,7 +7847,7 @@ def test_bench_wrapper(table: list[Row], tmp_path: Path) -> None:
     wrapper = module()._WRAPPER
     (tmp_path / "script.sh").write_text("exit 0\n")
     command = ["/bin/sh", str(tmp_path / "script.sh")]
-    wrapped = ["/bin/sh", "-c", wrapper, "sh", str(tmp_path), "022", *command]
+    wrapped = ["/bin/sh", "-c", wrapper, str(tmp_path), "022", "1024", *command]
     pairs = [
         [1000 * seconds(lambda line=line: subprocess.Popen(line, stdin=subprocess.DEVNULL).wait()) for line in lines]
         for lines in [(command, wrapped)] * 500
