@@ -8102,8 +8102,12 @@ class ErrorStream(logging.Handler):
         self._is_stuck = False  # whether the last flush had to give up
 
     def start(self) -> None:
-        """Writes lines from now on."""
-        DaemonThread(self._run, "log").start()
+        """Writes lines from now on; for the thread that runs the daemon, before it starts others."""
+        usual = threading.stack_size(_LOG_STACK_BYTES)
+        try:
+            DaemonThread(self._run, "log").start()
+        finally:
+            threading.stack_size(usual)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Leaves a line to the thread; formatted here, for what it tells of may change."""
@@ -8175,6 +8179,7 @@ class ErrorStream(logging.Handler):
 
 _MAX_UNWRITTEN = 2**20  # characters, some thousand lines
 _FLUSH_S = 1.0
+_LOG_STACK_BYTES = 512 * 1024  # it calls nothing deep; the usual 8 MB are what `ulimit -v` lacks first
 _STREAM_RETRY_S = 0.05
 
 
