@@ -2845,7 +2845,7 @@ _SPAWNS = 3  # attempts
 # What is read again while the step runs: cmd opens a batch file for each of its lines, a later daemon reads the pid.
 # The wrapper holds them, so that nobody else can without sharing them. A script may change or delete itself.
 _HELD_FILES = {"pid": 0x01, "run.bat": 0x01, "script.bat": 0x07}  # FILE_SHARE_READ, and with WRITE and DELETE
-_LOOK_S = 0.2  # until a step's own process is looked for; most steps are over by then
+_LOOK_S = 0.5  # until a step's own process is looked for; most steps are over by then
 _OPTION = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
 
@@ -2863,14 +2863,15 @@ class _WrapperRecord(NamedTuple):
 
     @classmethod
     def read(cls, step_dir: str) -> _WrapperRecord | None:
-        """Return what stands in the directory; None where the first line is not whole, or cannot be read."""
+        """Return what stands there; None where there is no file, or not the whole first line. Raises OSError."""
         try:
             with open(os.path.join(step_dir, "pid"), encoding="ascii") as file:
                 first, end, second = file.read(200).partition("\n")
             pid, created, job_name = first.split(" ")
-            return cls(int(pid), int(created), job_name, "\n" in second, "batch" in second) if end else None
-        except (OSError, ValueError):
+            record = cls(int(pid), int(created), job_name, "\n" in second, "batch" in second)
+        except (FileNotFoundError, ValueError):
             return None
+        return record if end else None
 
 
 def _wait_for(handles: Sequence[int], seconds: float) -> int | None:
@@ -2965,8 +2966,8 @@ def list_processes() -> Iterator[tuple[int, int, str]]:
 
 def _open_child(parent: int, job: int) -> int:
     """Open the process that a member of a job has started, the host of their console aside; return 0 without one."""
-    members = set(_list_members(job))
-    for pid, parent_pid, name in list_processes():
+    members = {*_list_members(job)} - {parent}
+    for pid, parent_pid, name in list_processes() if members else ():
         if parent_pid == parent and pid in members and name != "conhost.exe":
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION, False, pid)
@@ -2990,19 +2991,15 @@ def _open_wrapper(record: _WrapperRecord) -> int:
     return 0
 
 
-def _open_job(record: _WrapperRecord, wrapper: int) -> int:
-    """Open the job of an adopted step. Raises OSError where it is gone.
-
-    Then the earlier daemon died before the wrapper could hold it, so that has never run: it ends with the job.
-    """
+def _end_process(process: int) -> None:
+    """End a process and close the handle; return when it has ended, at the latest after some seconds."""
     try:
-        job: int = OpenJobObjectW(JOB_OBJECT_ALL_ACCESS, False, record.job_name)
-    except FileNotFoundError:
-        if wrapper and not record.may_have_started:
-            TerminateProcess(wrapper, _ENDED_BY_STOP & 0xFFFF_FFFF)
-            _wait_for((wrapper,), _SWEEP_S)
-        raise
-    return job
+        TerminateProcess(process, _ENDED_BY_STOP & 0xFFFF_FFFF)
+        _wait_for((process,), _SWEEP_S)
+    except OSError:  # it is ending already
+        pass
+    finally:
+        CloseHandle(process)
 
 
 def _quote_word(word: str) -> str:
@@ -3143,12 +3140,12 @@ class WindowsRemains:
     def stop(self, is_hurried: Callable[[], bool]) -> None:
         """End all processes of the jobs, at once."""
         for step_dir in self._step_dirs:
-            record = _WrapperRecord.read(step_dir)
-            if record is None:
-                continue
             try:
+                record = _WrapperRecord.read(step_dir)
+                if record is None:
+                    continue
                 job = OpenJobObjectW(JOB_OBJECT_ALL_ACCESS, False, record.job_name)
-            except OSError:  # nothing is left in it
+            except OSError:  # nothing is left in it, or another process holds its name back
                 continue
             try:
                 _end_job(job)
@@ -3245,17 +3242,25 @@ class WindowsProcesses:
     def adopt(self, step_dir: str) -> WindowsTree | None:
         """Return the live tree of a step that an earlier daemon started; None when its wrapper is gone.
 
-        A wrapper that the earlier daemon had not made ready to run is ended.
+        A wrapper that the earlier daemon had not made ready to run is ended: the step can start anew.
         """
-        record = _WrapperRecord.read(step_dir)
-        wrapper = _open_wrapper(record) if record else 0
-        if record is None or not wrapper:
+        with contextlib.suppress(OSError):
+            record = _WrapperRecord.read(step_dir)
+            wrapper = _open_wrapper(record) if record else 0
+            if record and wrapper:
+                return self._adopt(record, wrapper, step_dir)
+        return None
+
+    def _adopt(self, record: _WrapperRecord, wrapper: int, step_dir: str) -> WindowsTree | None:
+        """Take over a live wrapper, or end one that has never run. Raises OSError."""
+        if not self.may_have_started(step_dir):
+            _end_process(wrapper)
             return None
         try:
-            job = _open_job(record, wrapper)
+            job = OpenJobObjectW(JOB_OBJECT_ALL_ACCESS, False, record.job_name)
         except OSError:
             CloseHandle(wrapper)
-            return None
+            raise
         tree = WindowsTree(record, step_dir, wrapper, job, None)
         _limit_job(job, 0)
         NtResumeProcess(wrapper)  # if the daemon died before it did
@@ -3269,7 +3274,10 @@ class WindowsProcesses:
         """Return whether anything of the step may have run: the daemon notes it first."""
         if os.path.exists(os.path.join(step_dir, "rc")):
             return True
-        record = _WrapperRecord.read(step_dir)
+        try:
+            record = _WrapperRecord.read(step_dir)
+        except OSError:  # another process holds it: nobody can tell
+            return True
         return record is not None and record.may_have_started
 
     def release(self, tree: ProcessTree) -> None:
@@ -3586,7 +3594,7 @@ class Store:
         self._start_warning = ""
         self._trouble = ""  # why nothing can be written now
         self.quarantine_suffix = ""  # the ending of the names of what was put aside at the start
-        self._thread = threading.Thread(target=self._write, name="store", daemon=True)
+        self._thread = DaemonThread(target=self._write, name="store")
 
     def start(self) -> None:
         """Open the database, or make it, and put a damaged one aside; raises StartupError."""
@@ -4779,8 +4787,11 @@ class Scheduler:
                 elif work in self._active and work.attempt == attempt:
                     self._run_step(work)
                 return
-            except Exception:
-                log.exception("%s: the daemon failed, and will try again", work)
+            except Exception as error:
+                if isinstance(error, OSError) and is_scarcity(error):
+                    log.error("%s: cannot be looked after for now: %s", work, error)
+                else:
+                    log.exception("%s: the daemon failed, and will try again", work)
             time.sleep(_START_RETRY_S)
 
 
@@ -5109,7 +5120,7 @@ class Janitor:
         self._pending_removals: collections.deque[str] = collections.deque()  # names of directories; the sweeper's
         self._stopping = threading.Event()
         self._background_threads = [
-            threading.Thread(target=self._run_periodically, args=args, name=name, daemon=True)
+            DaemonThread(target=self._run_periodically, args=args, name=name)
             for name, args in (
                 ("timekeeper", (self._enforce, scheduler.attention)),
                 ("sweeper", (self._sweep, self._stopping)),
