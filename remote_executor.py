@@ -6,25 +6,28 @@
 A task is a directed acyclic graph of steps; a step is one script. A pool runs the steps, each behind a small wrapper
 that writes its pid and its result into the step's own directory, so that a step outlives the daemon that started it.
 
-The file reads from top to bottom; a section uses only what stands above it:
+The file reads from top to bottom, a section uses only what stands above it:
 
-    settings       the flags, their defaults and help     telemetry      metrics and profiles
-    wire words     codes, states, messages, times         HTTP core      strict requests, answers, routes
-    errors         what can be refused, and as what       access         who may call what
-    submission     JSON to specs                          API document   OpenAPI, derived from the routes
-    dependency plan    which step may run next            web pages      the page that shows it
-    Windows API    ctypes prototypes                      API            one method a route
-    host           files, clocks and facts of the host    server         sockets, connections, limits
-    interpreters   command type to command line           daemon         wiring, start, stop, signals
-    process trees  start, adopt, wait, stop               service hosts  systemd, launchd, Windows services
-    step runs      one step's directory                   command line   flags, commands, main
-    store          sqlite
-    engine         the pool, stops, timeouts, recovery
+    I    foundations       errors, time, options, threads, logging
+    II   operating system  Windows API, own process, private files, network peers, system information, interpreters,
+                           step processes, POSIX processes, Windows processes
+    III  tasks             task model, submission, dependency plan, metrics, step directory, store, scheduler, runner,
+                           recovery, janitor
+    IV   HTTP              messages, request parser, routing, authentication, connections
+    V    API               web pages, task API, operator API, profiling, API document
+    VI   program           daemon, supervisors, service managers, command line
 
-Threads: `main` waits for signals and looks after the rest; `listener` accepts connections; one `connection` a client;
-two `reserve connection` for when no other can be started; one `step` a running step; `store` commits, many changes at
-a time; `timekeeper` enforces the deadlines of tasks and limits of output; `sweeper` removes what has expired; `log`
-writes to standard error. Under the service control manager of Windows `main` is its own, and another runs the daemon.
+Words: a *task* is a graph of *steps*, each one script; its steps share a *workspace*, a directory of the task's own. A
+*worker* is the thread of a running step, a *slot* its place in the pool. To *stop* a step ends its whole process tree
+by force. A step that runs on without a daemon is *adopted* by the next one; it is *lost* when nobody can know how it
+ended. What is damaged goes into *quarantine*, under another name. A *token* lets a client in; its *label* is the name
+that the log gives it. A *wrapper* is the small shell that runs a step's script, and leaves its pid and its result on
+disk.
+
+Threads: `main` waits for signals; `listener` accepts connections; one `connection` a client, and two `reserve
+connection` for when no more can be started; one `step` a running step; `store` commits, many changes at a time;
+`timekeeper` enforces deadlines and limits of output; `sweeper` removes what has expired; `log` writes to standard
+error. Under the service control manager of Windows `main` is its own, and another runs the daemon.
 """
 
 from __future__ import annotations
@@ -74,86 +77,7 @@ __version__ = "1.0.0"
 log = logging.getLogger("remote_executor")
 
 # ======================================================================================================================
-# settings: one table that the command line, the help and the README come from
-# ======================================================================================================================
-
-
-class Option(NamedTuple):
-    """A flag: its name as the help shows it, the kind of its value, its default, what it is for."""
-
-    name: str
-    kind: str  # flag, address, path, duration, count, size or one of `choices`
-    default: str
-    help: str
-    least: int = 0
-    most: int = 2**63 - 1
-    choices: tuple[str, ...] = ()
-
-    @property
-    def field(self) -> str:
-        """Its attribute in Settings."""
-        return self.name.replace("-", "_")
-
-
-OPTIONS = (
-    Option("addr", "address", ":2376", "host:port for execution."),
-    Option("debug", "flag", "", "Enable debug messages"),
-    Option("log_format", "choice", "text", "How the log is written: text or json.", choices=("text", "json")),
-    Option("root", "path", "$TEMP/remote_executor", "Working root directory"),
-    Option("key_expire", "duration", "48h", 'Set the database key expire time. Example: "key_expire=1h"', least=1),
-    Option("exec_timeout", "duration", "24h", 'Set the exec command expire time. Example: "exec_timeout=30m"', least=1),
-    Option("timeout", "duration", "30s", "Timeout for calling endpoints on the engine", least=1),
-    Option("profile_timeout", "duration", "1m", "Longest time that a profile or trace may take.", least=1),
-    Option("max-requests", "count", "0", "Maximum number of concurrent requests. 0 to disable."),
-    Option("pool_size", "count", "30", "Set the size of the execution work pool.", least=1, most=10000),
-    Option("max_body", "size", "16MiB", "Largest body of a request. Larger ones get 413.", least=1),
-    Option("max_output", "size", "1GiB", "Largest output of a step, which is then stopped. 0 to disable."),
-    Option("token_file", "path", "$ROOT/token", "File of the tokens that let clients in, one a line."),
-    Option("require_token", "flag", "", "Ask for a token from clients on this host too."),
-    Option("insecure", "flag", "", "Let everybody in without a token: whoever reaches the port runs code here."),
-    Option("cors_origin", "list", "", "Origin of a web page that may call the API. Repeatable."),
-    Option("tls_cert", "path", "", "Certificate of this host, in PEM: with it the port speaks HTTPS alone."),
-    Option("tls_key", "path", "", "Private key of the certificate, where it is in a file of its own."),
-    Option("tls_client_ca", "path", "", "Authority whose client certificates let in as tokens do, in PEM."),
-    Option("max_connections", "count", "512", "Most connections at once, of which 64 from one address.", least=16),
-    Option(
-        "on_exit",
-        "choice",
-        "leave",
-        "What an orderly exit does with running steps: leave, wait or stop.",
-        choices=("leave", "wait", "stop"),
-    ),
-)
-
-
-class Settings(NamedTuple):
-    """The value of every option; durations in nanoseconds, sizes in bytes."""
-
-    addr: str
-    debug: bool
-    log_format: str
-    root: str
-    key_expire: int
-    exec_timeout: int
-    timeout: int
-    profile_timeout: int
-    max_requests: int
-    pool_size: int
-    max_body: int
-    max_output: int
-    token_file: str
-    require_token: bool
-    insecure: bool
-    cors_origin: tuple[str, ...]
-    tls_cert: str
-    tls_key: str
-    tls_client_ca: str
-    max_connections: int
-    on_exit: str
-
-
-# ======================================================================================================================
-# wire words: codes, states, messages, durations and times as clients read them
+# I foundations / errors: what is refused, and as what
 # ======================================================================================================================
 
 
@@ -164,107 +88,6 @@ class Code(IntEnum):
     IN_PROGRESS = 1001
     FAILED = 1002
     NOT_FOUND = 1003
-
-
-class State(IntEnum):
-    """Where a task or a step stands. Stored, never renumbered."""
-
-    ENDED = 0
-    RUNNING = 1
-    PENDING = 2
-    ERROR = 255
-
-
-STATE_NAMES = {State.ENDED: "Stop", State.RUNNING: "Running", State.PENDING: "Pending", State.ERROR: "System Error"}
-
-NO_TASK = "task does not exist, no data"
-TASK_SUCCEEDED = "all steps executed successfully"
-WAITING = "waiting for a free worker"
-STEP_PENDING = "The current step only proceeds if the previous step succeeds."
-STEP_RUNNING = "The step is running"
-STEP_SUCCEEDED = "execution succeed"
-STOPPED = "artificial force termination"
-TIMED_OUT = "forced termination by timeout"
-OUTPUT_EXCEEDED = "output limit exceeded"
-LOST = "lost: it ended without a result, as when it is killed or the host restarts"
-FORCED_CODE = 255  # of a step that could not start, was stopped, timed out or was lost
-
-
-def name_steps(steps: Iterable[tuple[int, str]]) -> str:
-    return "; ".join(f"Step: {index}, Name: {name}" for index, name in steps)
-
-
-def summarize(steps: Iterable[tuple[int, str, int]]) -> tuple[int, str]:
-    """Return code and message of an ended task, from index, name and code of its steps."""
-    failed = [(index, name, code) for index, name, code in steps if code]
-    if not failed:
-        return 0, TASK_SUCCEEDED
-    names = name_steps((index, name) for index, name, _ in failed)
-    return sum(code for _, _, code in failed), f"execution failed: [{names}]"
-
-
-def failure_text(index: int, name: str, code: int, reason: str) -> str:
-    """How a failed step is told, in its own message and in its task's."""
-    return f"Step: {index}, Name: {name}, Exit Code: {code}" + (f": {reason}" if reason else "")
-
-
-def step_message(index: int, name: str, state: int, code: int, reason: str) -> str:
-    """The `msg` of a step."""
-    if state == State.PENDING:
-        return STEP_PENDING
-    if state == State.RUNNING:
-        return STEP_RUNNING
-    return failure_text(index, name, code, reason) if code else STEP_SUCCEEDED
-
-
-_UNIT_NS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
-_DURATION_PART = re.compile(r"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?(ns|us|µs|μs|ms|s|m|h)")
-_MOST_NS = 2**63 - 1
-
-
-def parse_duration(text: str) -> int:
-    """The nanoseconds of a duration that is not negative, as Go's time.ParseDuration reads it; raises ValueError."""
-    rest = text[1:] if text.startswith("+") else text
-    total, end = 0, 0
-    while part := _DURATION_PART.match(rest, end):
-        whole, fraction, unit = part.groups()
-        total += int(whole or 0) * _UNIT_NS[unit] + int(fraction or 0) * _UNIT_NS[unit] // 10 ** len(fraction or "")
-        end = part.end()
-    if rest != "0" and (not rest or end < len(rest) or total > _MOST_NS):
-        raise ValueError(f"{text!r} is no duration; right would be 90s, 1h30m or 500ms")
-    return total
-
-
-def format_duration(ns: int) -> str:
-    """A duration of 0 ns or more as Go's time.Duration prints it: 47h53m30.619752642s, 1.5ms, 0s."""
-    if ns < 10**9:
-        for unit, scale in (("ms", 10**6), ("µs", 10**3)):
-            if ns >= scale:
-                return _decimal(ns, scale) + unit
-        return f"{ns}ns" if ns else "0s"
-    seconds, rest = divmod(ns, 10**9)
-    minutes, seconds = divmod(seconds, 60)
-    text = f"{seconds}.{rest:09d}".rstrip("0").rstrip(".") if rest else str(seconds)
-    if not minutes:
-        return f"{text}s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes}m{text}s" if hours else f"{minutes}m{text}s"
-
-
-def _decimal(value: int, scale: int) -> str:
-    whole, rest = divmod(value, scale)
-    return f"{whole}.{rest:0{len(str(scale)) - 1}d}".rstrip("0") if rest else str(whole)
-
-
-@functools.lru_cache(maxsize=4096)
-def format_time(seconds: int) -> str:
-    """A moment, in whole seconds since the epoch, as RFC 3339 with the local offset."""
-    return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat()
-
-
-# ======================================================================================================================
-# errors: what the daemon refuses, and as what
-# ======================================================================================================================
 
 
 class ApiError(Exception):
@@ -347,265 +170,493 @@ class NotInstalled(StartupError):
     """This host has no service of ours."""
 
 
+class UsageError(Exception):
+    """What was typed cannot be meant; the text is the one line that says what can."""
+
+
 # ======================================================================================================================
-# submission: JSON to frozen specs; an error says where
+# I foundations / time: a clock that never jumps, Go's durations, RFC 3339
 # ======================================================================================================================
 
+_SECOND_NS = 10**9
 
-class StepSpec(NamedTuple):
-    """A step as submitted; `depends_on` are indexes of steps, `timeout_ns` is 0 for the default.
 
-    A later field has a default, which leaves the fingerprint of a submission as it was.
+class Clock:
+    """The daemon's time in nanoseconds since the epoch, which never jumps; any thread may ask.
+
+    Every stored time is of this clock, so that timeouts and expiry do not care what happens to the wall clock.
+    `offset_ns` is what the wall clock says beyond it; it is added where a time is shown.
     """
+
+    def __init__(self, base_ns: int, offset_ns: int = 0) -> None:
+        self.base_ns = base_ns  # what the monotonic clock, which starts anew with each boot, lacks
+        self._offset_ns = offset_ns
+
+    @classmethod
+    def resume(cls, memory: Mapping[str, str], latest_ns: int) -> Clock:
+        """The clock of an earlier daemon that left this memory, or a new one; `latest_ns` is the last stored time."""
+        wall_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
+        offset_ns = 0
+        with contextlib.suppress(KeyError, ValueError):  # the first start, or a damaged memory
+            offset_ns, base_ns = int(memory["clock_offset_ns"]), int(memory["clock_base_ns"])
+            if memory["boot"] == boot_id():
+                return cls(base_ns, offset_ns)
+        return cls(max(latest_ns, wall_ns - offset_ns) - monotonic_ns, offset_ns)
+
+    def memory(self) -> dict[str, str]:
+        """What `resume` needs."""
+        return {
+            "boot": boot_id(),
+            "clock_base_ns": str(self.base_ns),
+            "clock_offset_ns": str(self.offset_ns()),
+        }
+
+    def now_ns(self) -> int:
+        return time.monotonic_ns() + self.base_ns
+
+    def monotonic_s(self, at_ns: int) -> float:
+        """The moment as time.monotonic() will tell it."""
+        return (at_ns - self.base_ns) / _SECOND_NS
+
+    def offset_ns(self) -> int:
+        """What to add to show a time. It changes only when the wall clock was set: a time shown stays what it was."""
+        offset_ns = time.time_ns() - self.now_ns()
+        if abs(offset_ns - self._offset_ns) > _SECOND_NS:
+            self._offset_ns = offset_ns
+        return self._offset_ns
+
+
+@functools.lru_cache(maxsize=1)
+def boot_id() -> str:
+    """What this boot of the host has and no other; a date where the system has no such word."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+    booted_s = time.time() - time.monotonic()
+    return f"about {round(booted_s / 600)}"  # the wall clock drifts, hence the coarse grain
+
+
+_UNIT_NS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
+_DURATION_PART = re.compile(r"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?(ns|us|µs|μs|ms|s|m|h)")
+_MOST_NS = 2**63 - 1
+
+
+def parse_duration(text: str) -> int:
+    """The nanoseconds of a duration that is not negative, as Go's time.ParseDuration reads it; raises ValueError."""
+    rest = text[1:] if text.startswith("+") else text
+    total, end = 0, 0
+    while part := _DURATION_PART.match(rest, end):
+        whole, fraction, unit = part.groups()
+        total += int(whole or 0) * _UNIT_NS[unit] + int(fraction or 0) * _UNIT_NS[unit] // 10 ** len(fraction or "")
+        end = part.end()
+    if rest != "0" and (not rest or end < len(rest) or total > _MOST_NS):
+        raise ValueError(f"{text!r} is no duration; right would be 90s, 1h30m or 500ms")
+    return total
+
+
+def format_duration(ns: int) -> str:
+    """A duration of 0 ns or more as Go's time.Duration prints it: 47h53m30.619752642s, 1.5ms, 0s."""
+    if ns < 10**9:
+        for unit, scale in (("ms", 10**6), ("µs", 10**3)):
+            if ns >= scale:
+                return _decimal(ns, scale) + unit
+        return f"{ns}ns" if ns else "0s"
+    seconds, rest = divmod(ns, 10**9)
+    minutes, seconds = divmod(seconds, 60)
+    text = f"{seconds}.{rest:09d}".rstrip("0").rstrip(".") if rest else str(seconds)
+    if not minutes:
+        return f"{text}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes}m{text}s" if hours else f"{minutes}m{text}s"
+
+
+def _decimal(value: int, scale: int) -> str:
+    whole, rest = divmod(value, scale)
+    return f"{whole}.{rest:0{len(str(scale)) - 1}d}".rstrip("0") if rest else str(whole)
+
+
+@functools.lru_cache(maxsize=4096)
+def format_time(seconds: int) -> str:
+    """A moment, in whole seconds since the epoch, as RFC 3339 with the local offset."""
+    return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat()
+
+
+# ======================================================================================================================
+# I foundations / options: the table of flags, how a value of each kind is read, the settings
+# ======================================================================================================================
+
+
+class Option(NamedTuple):
+    """A flag: its name as the help shows it, the kind of its value, its default, what it is for."""
 
     name: str
-    command_type: str
-    content: str
-    env: tuple[str, ...]
-    depends_on: tuple[int, ...]
-    timeout_ns: int
+    kind: str  # flag, address, path, duration, count, size or one of `choices`
+    default: str
+    help: str
+    least: int = 0
+    most: int = 2**63 - 1
+    choices: tuple[str, ...] = ()
+
+    @property
+    def field(self) -> str:
+        """Its attribute in Settings."""
+        return self.name.replace("-", "_")
 
 
-class TaskSpec(NamedTuple):
-    """A task as submitted; `fingerprint` tells one submission from another, `timeout_ns` is 0 for none."""
+OPTIONS = (
+    Option("addr", "address", ":2376", "host:port for execution."),
+    Option("debug", "flag", "", "Enable debug messages"),
+    Option("log_format", "choice", "text", "How the log is written: text or json.", choices=("text", "json")),
+    Option("root", "path", "$TEMP/remote_executor", "Working root directory"),
+    Option("key_expire", "duration", "48h", 'Set the database key expire time. Example: "key_expire=1h"', least=1),
+    Option("exec_timeout", "duration", "24h", 'Set the exec command expire time. Example: "exec_timeout=30m"', least=1),
+    Option("timeout", "duration", "30s", "Timeout for calling endpoints on the engine", least=1),
+    Option("profile_timeout", "duration", "1m", "Longest time that a profile or trace may take.", least=1),
+    Option("max-requests", "count", "0", "Maximum number of concurrent requests. 0 to disable."),
+    Option("pool_size", "count", "30", "Set the size of the execution work pool.", least=1, most=10000),
+    Option("max_body", "size", "16MiB", "Largest body of a request. Larger ones get 413.", least=1),
+    Option("max_output", "size", "1GiB", "Largest output of a step, which is then stopped. 0 to disable."),
+    Option("token_file", "path", "$ROOT/token", "File of the tokens that let clients in, one a line."),
+    Option("require_token", "flag", "", "Ask for a token from clients on this host too."),
+    Option("insecure", "flag", "", "Let everybody in without a token: whoever reaches the port runs code here."),
+    Option("cors_origin", "list", "", "Origin of a web page that may call the API. Repeatable."),
+    Option("tls_cert", "path", "", "Certificate of this host, in PEM: with it the port speaks HTTPS alone."),
+    Option("tls_key", "path", "", "Private key of the certificate, where it is in a file of its own."),
+    Option("tls_client_ca", "path", "", "Authority whose client certificates let in as tokens do, in PEM."),
+    Option("max_connections", "count", "512", "Most connections at once, of which 64 from one address.", least=16),
+    Option(
+        "on_exit",
+        "choice",
+        "leave",
+        "What an orderly exit does with running steps: leave, wait or stop.",
+        choices=("leave", "wait", "stop"),
+    ),
+)
 
-    id: str
-    steps: tuple[StepSpec, ...]
-    env: tuple[str, ...]
-    timeout_ns: int
-    fingerprint: str
+
+class Settings(NamedTuple):
+    """The value of every option; durations in nanoseconds, sizes in bytes."""
+
+    addr: str
+    debug: bool
+    log_format: str
+    root: str
+    key_expire: int
+    exec_timeout: int
+    timeout: int
+    profile_timeout: int
+    max_requests: int
+    pool_size: int
+    max_body: int
+    max_output: int
+    token_file: str
+    require_token: bool
+    insecure: bool
+    cors_origin: tuple[str, ...]
+    tls_cert: str
+    tls_key: str
+    tls_client_ca: str
+    max_connections: int
+    on_exit: str
 
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # Windows opens these as devices
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_TRUTH = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
-_NAME_LIMIT = 128
+def parse_address(text: str) -> tuple[str, int]:
+    """Host, empty for every address, and port of host:port, [::1]:port or tcp://host:port; raises ValueError."""
+    found = re.fullmatch(r"(?:tcp://)?(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]]*)):([0-9]{1,5})", text)
+    if not found or int(found[3]) > 65535:
+        raise ValueError(f"{text!r} is no address; right would be :2376, 127.0.0.1:2376 or [::1]:2376")
+    return found[1] or found[2] or "", int(found[3])
 
-Pairs = Sequence[tuple[str, str]]
+
+_SIZE = re.compile(r"([0-9]{1,15}) ?(?:([KMGT])i?)?B?", re.IGNORECASE)
 
 
-def parse_json(body: bytes) -> Any:
-    """The value of a body; raises Malformed."""
+def _checked_text(option: Option, text: str) -> str:
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
-    except RecursionError:
-        raise Malformed("the body is not JSON: nested too deeply") from None
+        value = _value(option, text)
     except ValueError as error:
-        raise Malformed(f"the body is not JSON: {error}") from None
-    return value
-
-
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no JSON")
-
-
-def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) -> TaskSpec:
-    """What a POST asks for; raises Malformed with the place of the first error, such as [2].timeout."""
-    given = _query_values(query)
-    task_id = _task_id(given["id"][1])
-    parallel = _truth(*given["ansync"])
-    timeout_ns = _timeout(*given["timeout"])
-    task_env = _environment("env_vars", [value for name, value in query if name == "env_vars"])
-    items = parse_json(body)
-    if not isinstance(items, list) or not items:
-        raise Malformed("the body must be a JSON array of one step or more")
-    known = tuple(command_types)
-    drafts = [_step(index, item, f"{task_id}-{index}", known) for index, item in enumerate(items)]
-    steps = _with_dependencies(drafts, [_needed_names(index, item) for index, item in enumerate(items)], parallel)
-    names = [item.get("name") or None for item in items]  # as given: a default holds the id, which may be random
-    fingerprint = _fingerprint([parallel, timeout_ns, task_env, names, [_identify_step(step) for step in steps]])
-    return TaskSpec(task_id, steps, task_env, timeout_ns, fingerprint)
-
-
-def _fingerprint(submission: Any) -> str:
-    import hashlib  # here, because OpenSSL takes half a megabyte that an idle daemon need not
-
-    return hashlib.sha256(json.dumps(submission).encode()).hexdigest()
-
-
-def _identify_step(step: StepSpec) -> list[Any]:
-    """Return what of a step the fingerprint is made of: the fields of 1.0, and later ones unless at their default.
-
-    So a field that is added to StepSpec changes the fingerprint of no submission that lacks it.
-    """
-    first = ["", step.command_type, step.content, step.env, step.depends_on, step.timeout_ns]
-    defaults = StepSpec._field_defaults
-    later = {name: getattr(step, name) for name in StepSpec._fields[len(first) :]}
-    given = {name: value for name, value in later.items() if value != defaults[name]}
-    return [*first, given] if given else first
-
-
-def _query_values(query: Pairs) -> dict[str, tuple[str, str]]:
-    """The single values of a submission's query, each with the name it was given by: `async` is `ansync`."""
-    spelled = {"id": "id", "timeout": "timeout", "time_out": "timeout", "ansync": "ansync", "async": "ansync"}
-    given = {field: (field, "") for field in spelled.values()}
-    for name, value in query:
-        field = spelled.get(name)
-        if field and given[field][1] not in ("", value):
-            raise Malformed(f"{name}: given twice, as {given[field][1]!r} and as {value!r}")
-        if field:
-            given[field] = name, value
-    return given
-
-
-def _task_id(text: str) -> str:
-    if not text:
-        import uuid
-
-        return str(uuid.uuid4())
-    if not _ID.fullmatch(text) or text.endswith(".") or _DEVICE.fullmatch(text):
-        raise Malformed(
-            f"id: {text!r} is no id; right would be 1 to 64 of A-Z a-z 0-9 . _ -, the first a letter or a digit, "
-            "the last no dot, and no name of a Windows device"
-        )
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if isinstance(value, int) and not option.least <= value <= option.most:
+        most = f" to {option.most}" if option.most < 2**63 - 1 else " or more"
+        least = "more than 0" if option.kind != "count" and option.least else f"{option.least}{most}"
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range; right would be {least}")
     return text
 
 
-def _truth(where: str, text: str) -> bool:
-    if text and text.lower() not in _TRUTH:
-        raise Malformed(f"{where}: {text!r} is no truth value; right would be true or false")
-    return _TRUTH[text.lower()] if text else False
+def _value(option: Option, text: str) -> Any:
+    """The value of a flag; raises ValueError that says what would be right."""
+    if option.kind == "duration":
+        return parse_duration(text)
+    if option.kind == "count" or option.kind == "size":
+        found = _SIZE.fullmatch(text) if option.kind == "size" else re.fullmatch("([0-9]{1,15})()", text)
+        if not found:
+            right = "a size such as 16MiB or 1GiB" if option.kind == "size" else "a number such as 30"
+            raise ValueError(f"{text!r} is no {option.kind}; right would be {right}")
+        return int(found[1]) << 10 * " KMGT".index((found[2] or " ").upper())
+    if option.kind == "choice" and text not in option.choices:
+        raise ValueError(f"{text!r} is none of {', '.join(option.choices)}")
+    if option.kind == "address":
+        parse_address(text)
+    if option.kind == "list" and not re.fullmatch(r"https?://[^/\s]+", text):
+        raise ValueError(f"{text!r} is no origin; right would be https://example.org")
+    if not text:
+        raise ValueError("must not be empty")
+    return text
 
 
-def _timeout(where: str, value: Any) -> int:
-    if value is None or value == "":
-        return 0
-    if not isinstance(value, str):
-        raise Malformed(f"{where}: must be a string, a duration such as 90s, 1h30m or 500ms")
-    try:
-        timeout_ns = parse_duration(value)
-    except ValueError as error:
-        raise Malformed(f"{where}: {error}") from None
-    if not timeout_ns:
-        raise Malformed(f"{where}: must be more than 0")
-    return timeout_ns
+def make_settings(given: Mapping[str, Any]) -> Settings:
+    """The settings with what was given in place of the defaults; raises UsageError for what cannot be together."""
+    settings = Settings(**{option.field: _setting(option, given) for option in OPTIONS})
+    for name in ("tls_key", "tls_client_ca"):
+        if getattr(settings, name) and not settings.tls_cert:
+            raise UsageError(f"--{name} without --tls_cert; give the certificate of this host too")
+    if settings.insecure and settings.require_token:
+        raise UsageError("--insecure and --require_token exclude each other; give one of them")
+    return settings
 
 
-def _text(where: str, value: Any) -> str:
-    """A string that can be written to a file or an environment."""
-    if not isinstance(value, str):
-        raise Malformed(f"{where}: must be a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Malformed(f"{where}: holds half of a surrogate pair, which no text has") from None
-    return value
+def _setting(option: Option, given: Mapping[str, Any]) -> Any:
+    if option.kind == "flag":
+        return given.get(option.field, False)
+    if option.kind == "list":
+        return tuple(_value(option, text) for text in given.get(option.field, ()))
+    text = given.get(option.field, _default(option))
+    return _value(option, text) if text or option.default else ""
 
 
-def _environment(where: str, value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        raise Malformed(f"{where}: must be a list of KEY=value")
-    for index, entry in enumerate(value):
-        text = _text(f"{where}[{index}]", entry)
-        if text.find("=") < 1 or "\0" in text:
-            raise Malformed(f"{where}[{index}]: {text!r} is no KEY=value")
-    return tuple(value)
+def temporary_directory() -> str:
+    return tempfile.gettempdir()
 
 
-def _step(index: int, item: Any, default_name: str, known: tuple[str, ...]) -> StepSpec:
-    """The step of one element, what it depends on left out."""
-    where = f"[{index}]"
-    if not isinstance(item, dict):
-        raise Malformed(f"{where}: a step must be a JSON object")
-    for field, key in (("CommandType", "command_type"), ("CommandContent", "command_content")):
-        if item.get(key) in (None, ""):
-            tag = f"Error:Field validation for '{field}' failed on the 'required' tag"
-            raise Malformed(f"{where}: Key: 'PostStruct.{field}' {tag}")
-    command_type = _text(f"{where}.command_type", item["command_type"])
-    if command_type not in known:
-        raise Malformed(f"{where}.command_type: {command_type!r} is unknown; known are {', '.join(known)}")
-    name = default_name if item.get("name") in (None, "") else _text(f"{where}.name", item["name"])
-    if len(name) > _NAME_LIMIT or _CONTROL.search(name):
-        raise Malformed(f"{where}.name: must have at most {_NAME_LIMIT} characters and no control characters")
-    content = _text(f"{where}.command_content", item["command_content"])
-    env = _environment(f"{where}.env_vars", item.get("env_vars"))
-    return StepSpec(name, command_type, content, env, (), _timeout(f"{where}.timeout", item.get("timeout")))
+def _default(option: Option) -> str:
+    return option.default.replace("$TEMP", temporary_directory())
 
 
-def _needed_names(index: int, item: dict[str, Any]) -> tuple[str, list[str]]:
-    """The path of a step's dependencies and the names in it."""
-    given = {key: item[key] for key in ("depets_on", "depends_on") if item.get(key)}
-    for key, names in given.items():
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise Malformed(f"[{index}].{key}: must be a list of names of steps")
-    if len(given) == 2 and given["depets_on"] != given["depends_on"]:
-        raise Malformed(f"[{index}].depends_on: differs from depets_on, which is the same field; give one of them")
-    for key, names in given.items():
-        return f"[{index}].{key}", names
-    return f"[{index}].depets_on", []
+_POOL_MOST = next(option.most for option in OPTIONS if option.name == "pool_size")
+
+# ======================================================================================================================
+# I foundations / threads: one that begins, or says that it cannot
+# ======================================================================================================================
+
+_THREAD_START_S = 1.0  # within which a thread begins, on a loaded host too
 
 
-def _with_dependencies(
-    drafts: list[StepSpec], needed: list[tuple[str, list[str]]], parallel: bool
-) -> tuple[StepSpec, ...]:
-    """The steps with what they depend on; raises Malformed for what cannot be, cycles with the names in them."""
-    indexes: dict[str, int] = {}
-    for index, step in enumerate(drafts):
-        if indexes.setdefault(step.name, index) != index:
-            raise Malformed(f"[{index}].name: {step.name!r} is the name of [{indexes[step.name]}] already")
-    steps = []
-    for index, (step, (where, names)) in enumerate(zip(drafts, needed)):
-        needs = [_needed(where, name, index, indexes, parallel) for name in names]
-        if not parallel and index:
-            needs.append(index - 1)
-        steps.append(step._replace(depends_on=tuple(dict.fromkeys(needs))))
-    try:
-        graphlib.TopologicalSorter({index: step.depends_on for index, step in enumerate(steps)}).prepare()
-    except graphlib.CycleError as error:
-        ring = " -> ".join(steps[index].name for index in reversed(error.args[1]))
-        raise Malformed(f"depets_on: the steps wait for each other: {ring}") from None
-    return tuple(steps)
+class DaemonThread(threading.Thread):
+    """A daemon thread that begins, or `start` raises RuntimeError, and then its target never runs.
+
+    Thread.start() waits for ever for one that memory failed in its first frames (CPython's issue 140746): seen in 2 of
+    12 runs under `ulimit -v 150000`, each time of the thread that accepts connections.
+    """
+
+    def __init__(self, target: Callable[..., Any], name: str, args: tuple[Any, ...] = ()) -> None:
+        super().__init__(target=target, name=name, args=args, daemon=True)
+        self._started = _BoundedEvent()  # Thread's own, which `start` waits for
+        self._claims = [True]  # one, for who comes first: the thread that begins, or `start` that gives it up
+
+    def start(self) -> None:
+        super().start()
+        if self.ident is not None:
+            return
+        with contextlib.suppress(IndexError):  # it has begun after all
+            self._claims.pop()
+            raise RuntimeError("can't start new thread: it has not begun in time")
+
+    def run(self) -> None:
+        try:
+            self._claims.pop()
+        except IndexError:
+            return
+        super().run()
 
 
-def _needed(where: str, name: str, index: int, indexes: Mapping[str, int], parallel: bool) -> int:
-    need = indexes.get(name)
-    if need is None:
-        raise Malformed(f"{where}: {name!r} is the name of no step")
-    if need == index:
-        raise Malformed(f"{where}: {name!r} is the step itself")
-    if need > index and not parallel:
-        raise Malformed(f"{where}: {name!r} comes later; steps run in the order given, unless ansync=true")
-    return need
+class _BoundedEvent(threading.Event):
+    def wait(self, timeout: float | None = _THREAD_START_S) -> bool:
+        return super().wait(timeout)
 
 
 # ======================================================================================================================
-# dependency plan: which step may run next
+# I foundations / logging: how a record is written, to a stream that nobody may read and to a file that rotates
 # ======================================================================================================================
 
 
-class Plan:
-    """The dependency graph of one task, by the indexes of its steps; not for several threads at once."""
+class LineFormatter(logging.Formatter):
+    """Writes a record so that nothing in it ends its line, colours it or turns it round."""
 
-    def __init__(self, depends_on: Sequence[Sequence[int]]) -> None:
-        self._sorter: graphlib.TopologicalSorter[int] = graphlib.TopologicalSorter(dict(enumerate(depends_on)))
-        self._sorter.prepare()
-        self._dependents: dict[int, list[int]] = {}
-        for index, needed in enumerate(depends_on):
-            for dependency in needed:
-                self._dependents.setdefault(dependency, []).append(index)
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = _printable(record.message)
+        return super().formatMessage(record)
 
-    def ready(self) -> list[int]:
-        """Hand out, once each and in order, the steps of which all that they depend on has succeeded."""
-        return sorted(self._sorter.get_ready())
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(_printable(line) for line in super().formatException(ei).split("\n"))
 
-    def succeed(self, index: int) -> None:
-        """Note that a step which was handed out has succeeded; raises ValueError for any other."""
-        self._sorter.done(index)
 
-    def dependents(self, index: int) -> Sequence[int]:
-        """Return the steps that depend on this one directly."""
-        return self._dependents.get(index, ())
+def _printable(text: str) -> str:
+    """The text with escapes in place of control characters and of others that do not show."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+class JsonLines(logging.Formatter):
+    """An event as a JSON object in a line: its time, level, text and thread, and what it is about."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+        event = {"time": at, "level": record.levelname, "message": record.getMessage(), "thread": record.threadName}
+        event.update(getattr(record, "about", {}))
+        if record.exc_info:
+            event["exception"] = self.formatException(record.exc_info)
+        return json.dumps(event)  # in ASCII, which every collector and every locale takes
+
+
+_MAX_UNWRITTEN = 2**20  # characters, some thousand lines
+_FLUSH_S = 1.0
+_STREAM_RETRY_S = 0.05
+_LOG_STACK_BYTES = 512 * 1024  # it calls nothing deep; the usual 8 MB are what `ulimit -v` lacks first
+
+
+class ErrorStream(logging.Handler):
+    """The log on standard error, written by a thread of its own: nobody waits for whoever does not read there.
+
+    What finds no room in `_MAX_UNWRITTEN` is dropped and counted; one line tells how many when the stream takes lines
+    again.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        binary = getattr(stream, "buffer", None)
+        # Not by the buffer: its lock, held by a write that never ends, would abort the end of the interpreter.
+        self._file: Any = getattr(binary, "raw", binary) or stream
+        self._encoding = stream.encoding or "utf-8"
+        self._is_text = binary is None
+        self._changed = threading.Condition()  # guards all below
+        self._unwritten: collections.deque[str] = collections.deque()  # the first is being written
+        self._size = 0  # characters in it
+        self._dropped = 0
+        self._is_stuck = False  # whether the last flush had to give up
+
+    def start(self) -> None:
+        """Writes lines from now on; for the thread that runs the daemon, before it starts others."""
+        usual = threading.stack_size(_LOG_STACK_BYTES)
+        try:
+            DaemonThread(self._run, "log").start()
+        finally:
+            threading.stack_size(usual)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Leaves a line to the thread; formatted here, for what it tells of may change."""
+        try:
+            line = self.format(record)
+        except Exception:
+            line = f"a line cannot be formatted: {logging.Formatter().formatException(sys.exc_info())}"
+        with self._changed:
+            if self._size + len(line) > _MAX_UNWRITTEN:
+                self._dropped += 1
+            else:
+                self._unwritten.append(line)
+                self._size += len(line)
+                self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Waits until all is written, unless the stream takes nothing for a second."""
+        with self._changed:
+            while self._unwritten and not self._is_stuck:
+                left = len(self._unwritten)
+                if not self._changed.wait_for(lambda left=left: len(self._unwritten) < left, _FLUSH_S):  # type: ignore[misc]
+                    self._is_stuck = True
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._write_next()
+            except Exception:
+                with contextlib.suppress(MemoryError):
+                    log.exception("a line of the log cannot be written")
+                time.sleep(_STREAM_RETRY_S)
+
+    def _write_next(self) -> None:
+        """Writes the next line when there is one; what cannot be written counts as dropped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._unwritten)
+            line = self._unwritten[0]
+        is_written = self.write(line)
+        with self._changed:
+            self._unwritten.popleft()
+            self._size -= len(line)
+            self._dropped += not is_written
+            self._is_stuck = self._is_stuck and not is_written
+            if self._dropped and is_written and not self._unwritten:
+                text = f"{self._dropped} lines of the log were dropped: nobody read standard error"
+                record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
+                self._unwritten.append(self.format(record))
+                self._size += len(self._unwritten[-1])
+                self._dropped = 0
+            self._changed.notify_all()
+
+    def write(self, line: str) -> bool:
+        """Writes a line now, however long that takes; False when it cannot be written."""
+        try:
+            if self._is_text:
+                self._file.write(line + "\n")
+                return True
+            data = memoryview((line + os.linesep).encode(self._encoding, "backslashreplace"))
+            while data:
+                written = self._file.write(data)
+                if written is None:  # whoever shares the stream made it non-blocking
+                    time.sleep(_STREAM_RETRY_S)
+                else:
+                    data = data[written:]
+        except (OSError, ValueError):  # it is closed, or nobody reads it any more
+            return False
+        return True
+
+
+_ROTATION_PAUSE_S = 60.0  # after one that could not be
+
+
+class LogFile(logging.handlers.RotatingFileHandler):
+    """The log in a file, rotated; where it cannot be written, it goes on without."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, maxBytes=10 * 2**20, backupCount=5, encoding="utf-8", delay=True)
+        self._resume_s = 0.0  # when it may be rotated again
+
+    def shouldRollover(self, record: logging.LogRecord) -> int:
+        return time.monotonic() >= self._resume_s and super().shouldRollover(record)
+
+    def doRollover(self) -> None:
+        """Rotates, unless somebody reads the file: Windows would not rename it, after all older ones had moved on."""
+        if self.stream:
+            self.stream.close()
+            self.stream = None  # opened again for the next line
+        try:
+            os.rename(self.baseFilename, self.baseFilename + ".next")
+            os.rename(self.baseFilename + ".next", self.baseFilename)
+            super().doRollover()
+        except OSError:
+            self._resume_s = time.monotonic() + _ROTATION_PAUSE_S
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: standard error has the line too."""
+
+    def restore(self) -> None:
+        """Begins the file anew where it has been deleted."""
+        if os.path.exists(self.baseFilename):
+            return
+        with self.lock or contextlib.nullcontext():
+            if self.stream:
+                self.stream.close()
+                self.stream = None  # opened again for the next line
+            with contextlib.suppress(OSError):  # it is there, or the root is gone too, which its watch tells
+                os.mkdir(os.path.dirname(self.baseFilename))
 
 
 # ======================================================================================================================
-# Windows API: constants, structures and prototypes
+# II operating system / Windows API: constants, structures and prototypes
 # ======================================================================================================================
 
 ON_WINDOWS = sys.platform == "win32"
 ON_LINUX = sys.platform.startswith("linux")
+
 
 if ON_WINDOWS:
     import ctypes
@@ -864,73 +915,177 @@ if ON_WINDOWS:
     )  # fmt: skip
 
 # ======================================================================================================================
-# host: its clocks, files, directories and facts
+# II operating system / own process: descriptors, signals and environment of this process
 # ======================================================================================================================
 
-_SECOND_NS = 10**9
+# What an OSError says when something of the process or of the host is used up, and may be free again in a moment.
+# Winsock has numbers of its own for the sockets' share.
+NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
+NO_RESOURCE = NO_DESCRIPTOR | {errno.ENOMEM, errno.ENOBUFS, getattr(errno, "WSAENOBUFS", errno.ENOBUFS)}
+_DESCRIPTORS_OF_AN_ANSWER = 4  # the file of an output, the two directories above it, and one of the database
 
 
-class Clock:
-    """The daemon's time in nanoseconds since the epoch, which never jumps; any thread may ask.
+class DescriptorReserve:
+    """Descriptors held open, to be let go for what must not fail for want of one: a stop, an answer. Thread-safe."""
 
-    Every stored time is of this clock, so that timeouts and expiry do not care what happens to the wall clock.
-    `offset_ns` is what the wall clock says beyond it; it is added where a time is shown.
+    def __init__(self, count: int = 8) -> None:
+        self._count = count
+        self._lock = threading.Lock()  # guards all below
+        self._held: list[int] = []
+        self._borrowers = 0
+        self._probe = -1  # duplicated to learn whether others are free; never let go
+
+    def fill(self) -> None:
+        """Hold as many as there are free, at most `count`."""
+        with self._lock, contextlib.suppress(OSError):  # what is missing is taken the next time
+            if self._probe < 0:
+                self._probe = os.open(os.devnull, os.O_RDONLY)
+            while len(self._held) < self._count and not self._borrowers:
+                self._held.append(os.open(os.devnull, os.O_RDONLY))
+
+    def is_short(self) -> bool:
+        """Whether it lacks some: all others are used, or they are lent."""
+        self.fill()
+        with self._lock:
+            return len(self._held) < self._count
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[None]:
+        """Let them go for as long as the block lasts; several may borrow at once."""
+        with self._lock:
+            self._borrowers += 1
+            while self._held:
+                os.close(self._held.pop())
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._borrowers -= 1
+            self.fill()
+
+    @contextlib.contextmanager
+    def lend_if_scarce(self) -> Iterator[None]:
+        """Lend where hardly any other descriptor is free. Costs 2 µs where many are."""
+        if self._is_scarce():
+            with self.lend():
+                yield
+        else:
+            yield
+
+    def _is_scarce(self) -> bool:
+        copies: list[int] = []
+        try:
+            for _ in range(_DESCRIPTORS_OF_AN_ANSWER):
+                copies.append(os.dup(self._probe))
+        except OSError:
+            return True
+        finally:
+            for copy in copies:
+                os.close(copy)
+        return False
+
+
+def keep_descriptors() -> None:
+    """Keeps what whoever started us left open from our steps; what Python opens itself is closed at exec (PEP 446)."""
+    if sys.platform != "win32":
+        for name in os.listdir("/dev/fd"):
+            with contextlib.suppress(OSError):
+                if int(name) > 2:
+                    os.set_inheritable(int(name), False)
+
+
+def use_all_descriptors() -> str:
+    """Raises the soft limit of open files to the hard one, for each step takes a few; the one that was."""
+    if sys.platform == "win32":
+        return ""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+
+
+def reset_inherited_signals() -> None:
+    """Undo what whoever started us did to signals: steps inherit what is ignored or blocked (signal(7)).
+
+    A handler that does nothing, in place of "ignored", becomes the default at exec: nohup protects us as before.
     """
-
-    def __init__(self, base_ns: int, offset_ns: int = 0) -> None:
-        self.base_ns = base_ns  # what the monotonic clock, which starts anew with each boot, lacks
-        self._offset_ns = offset_ns
-
-    @classmethod
-    def resume(cls, memory: Mapping[str, str], latest_ns: int) -> Clock:
-        """The clock of an earlier daemon that left this memory, or a new one; `latest_ns` is the last stored time."""
-        wall_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
-        offset_ns = 0
-        with contextlib.suppress(KeyError, ValueError):  # the first start, or a damaged memory
-            offset_ns, base_ns = int(memory["clock_offset_ns"]), int(memory["clock_base_ns"])
-            if memory["boot"] == boot_id():
-                return cls(base_ns, offset_ns)
-        return cls(max(latest_ns, wall_ns - offset_ns) - monotonic_ns, offset_ns)
-
-    def memory(self) -> dict[str, str]:
-        """What `resume` needs."""
-        return {
-            "boot": boot_id(),
-            "clock_base_ns": str(self.base_ns),
-            "clock_offset_ns": str(self.offset_ns()),
-        }
-
-    def now_ns(self) -> int:
-        return time.monotonic_ns() + self.base_ns
-
-    def monotonic_s(self, at_ns: int) -> float:
-        """The moment as time.monotonic() will tell it."""
-        return (at_ns - self.base_ns) / _SECOND_NS
-
-    def offset_ns(self) -> int:
-        """What to add to show a time. It changes only when the wall clock was set: a time shown stays what it was."""
-        offset_ns = time.time_ns() - self.now_ns()
-        if abs(offset_ns - self._offset_ns) > _SECOND_NS:
-            self._offset_ns = offset_ns
-        return self._offset_ns
+    if sys.platform == "win32":
+        return
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in signal.valid_signals():
+        # Popen resets what CPython itself ignores.
+        if signal.getsignal(number) is signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL if number in _UNIGNORED else _do_nothing)
+    _reset_library_signals()
 
 
-@functools.lru_cache(maxsize=1)
-def boot_id() -> str:
-    """What this boot of the host has and no other; a date where the system has no such word."""
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
-    booted_s = time.time() - time.monotonic()
-    return f"about {round(booted_s / 600)}"  # the wall clock drifts, hence the coarse grain
+def detach() -> None:
+    """Leave the session and the group of whoever started this process."""
+    if sys.platform != "win32":
+        with contextlib.suppress(PermissionError):  # it leads a group of its own already
+            os.setsid()
 
 
-def system_program(name: str) -> str:
-    """The path of a program that Windows brings."""
-    return os.path.join(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", name)
+def _do_nothing(*_: Any) -> None:
+    """Handle a signal."""
 
 
-def temporary_directory() -> str:
-    return tempfile.gettempdir()
+# Whoever ignores SIGCHLD gets no exit code of a child; the next three are harmless by default. With a handler, a write
+# to a terminal in the background would be tried again for ever (termios(3), TOSTOP).
+_UNIGNORED = {
+    getattr(signal, name, None) for name in ("SIGCHLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGTTIN", "SIGTTOU")
+}
+
+
+def _reset_library_signals() -> None:
+    """Set signals 32 and 33 to their defaults, which glibc's posix_spawn leaves ignored: only the kernel can.
+
+    CPython 3.13.0, make and others start their children so.
+    """
+    call = {"x86_64": 13, "aarch64": 134, "riscv64": 134}.get(os.uname().machine)  # rt_sigaction(2)
+    if not ON_LINUX or call is None or struct.calcsize("P") != 8:
+        return
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        ignored = next((int(line.split()[1], 16) for line in file if line.startswith("SigIgn:")), 0)
+    for number in (32, 33):
+        if ignored >> (number - 1) & 1:
+            import ctypes
+
+            ctypes.CDLL(None).syscall(call, number, bytes(64), None, 8)  # a struct of zeros: SIG_DFL
+
+
+def forget_launcher() -> None:
+    """Takes back what the launcher of a frozen program did to the environment: it is not for the steps.
+
+    PyInstaller's manual, "Launching external programs from the frozen application".
+    """
+    if not getattr(sys, "frozen", False):
+        return
+    for name in [name for name in os.environ if name.startswith(("_PYI_", "_MEIPASS"))]:
+        del os.environ[name]
+    for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"):
+        os.environ.pop(name, None)
+        if (original := os.environ.pop(name + "_ORIG", None)) is not None:
+            os.environ[name] = original
+    if ON_WINDOWS:
+        SetDllDirectoryW(None)
+
+
+_FAILPOINT = os.environ.get("REMOTE_EXECUTOR_FAILPOINT")
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # the latter is TerminateProcess on Windows
+
+
+def failpoint(name: str) -> None:
+    """Kills this process where $REMOTE_EXECUTOR_FAILPOINT names the place: how the tests prove what a crash leaves."""
+    if name == _FAILPOINT:
+        os.kill(os.getpid(), _KILL)
+
+
+# ======================================================================================================================
+# II operating system / private files: the root, which is ours alone, and what steps may leave in it
+# ======================================================================================================================
 
 
 def private_umask() -> int:
@@ -1040,6 +1195,9 @@ def _sid_text(sid: Any) -> str:
         LocalFree(ctypes.cast(text, ctypes.c_void_p))
 
 
+_DIRECTORY_LOCK_S = 2.0
+
+
 def lock_directory(path: str) -> int | None:
     """The descriptor that holds an exclusive lock on a directory while the process lives, None where there is no such.
 
@@ -1066,9 +1224,6 @@ def lock_directory(path: str) -> int | None:
         time.sleep(0.05)
 
 
-_DIRECTORY_LOCK_S = 2.0
-
-
 def lock_file(path: str) -> int:
     """The descriptor that holds an exclusive lock on the file while the process lives; raises StartupError if held."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -1087,6 +1242,9 @@ def lock_file(path: str) -> int:
     return descriptor
 
 
+_PATIENCE_S = 5.0
+
+
 def rename(path: str, new: str) -> None:
     """Renames a file or directory, with patience: on Windows a virus scanner may hold it for a moment."""
     end_s = time.monotonic() + _PATIENCE_S
@@ -1099,15 +1257,12 @@ def rename(path: str, new: str) -> None:
         time.sleep(0.05)
 
 
-_PATIENCE_S = 5.0
+_JUNCTION = 0xA000_0003  # IO_REPARSE_TAG_MOUNT_POINT
 
 
 def _is_link(found: os.stat_result) -> bool:
     """Whether a file stands for another: a link, or a junction of Windows."""
     return stat.S_ISLNK(found.st_mode) or getattr(found, "st_reparse_tag", 0) == _JUNCTION
-
-
-_JUNCTION = 0xA000_0003  # IO_REPARSE_TAG_MOUNT_POINT
 
 
 def links_in(place: str, names: Sequence[str]) -> list[str]:
@@ -1121,6 +1276,17 @@ def is_real_directory(path: str) -> bool:
         found = os.lstat(path)
         return stat.S_ISDIR(found.st_mode) and not _is_link(found)
     return False
+
+
+def is_open_to_others(path: str) -> bool:
+    """Whether other users may read or write a file; on Windows its directory decides that."""
+    return not ON_WINDOWS and os.stat(path).st_mode & 0o066 != 0
+
+
+_HAS_DESCRIPTORS = os.open in os.supports_dir_fd  # of directories
+_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+_PLAIN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_REMOVAL_S = 10.0  # for one directory, before others have their turn
 
 
 class Folder:
@@ -1210,12 +1376,6 @@ class Folder:
         finally:
             if descriptor != self._top:
                 os.close(descriptor)
-
-
-_HAS_DESCRIPTORS = os.open in os.supports_dir_fd  # of directories
-_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
-_PLAIN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-_REMOVAL_S = 10.0  # for one directory, before others have their turn
 
 
 def _remove(name: str, parent: int, mount: str) -> bool:
@@ -1316,14 +1476,64 @@ def _remove_by_path(path: str) -> bool:
     return not os.path.lexists(path)
 
 
-def fallback_encoding() -> str:
-    """The encoding of a step's output that is not UTF-8: the console's code page where there is one."""
-    return "oem" if ON_WINDOWS else "utf-8"
+_TOKEN_NAME = "token"
+_RESTART = "restart the daemon, with a --root that nobody cleans up"
+_ROOT_ADVICE = {
+    "": f"what is stored now is lost, and no task is accepted; {_RESTART}",
+    "lock": "another daemon might start on this root; restart this one, which adopts what runs",
+    "remote_executor.db": f"what is stored now is lost, and no task is accepted; {_RESTART}",
+    "remote_executor.db-wal": f"what is stored now is lost, and no task is accepted; {_RESTART}",
+    "tasks": f"the outputs and workspaces in it are lost; {_RESTART}",
+    _TOKEN_NAME: "it lets nobody in any more; a restart of the daemon writes a new one",
+}
 
 
-def environment_name(name: str) -> str:
-    """The name of a variable as the environment of this host has it: Windows knows no case."""
-    return name.upper() if ON_WINDOWS else name
+class RootWatch:
+    """Notices what of the root is gone; the daemon's thread looks, any other asks for the warning.
+
+    Who cleans up /tmp removes files that are in use too, and what is written to them from then on is lost.
+    """
+
+    def __init__(self, root: str, has_token: bool) -> None:
+        names = [*_ROOT_ADVICE] if has_token else [name for name in _ROOT_ADVICE if name != _TOKEN_NAME]
+        self._paths = {name: os.path.join(root, name) if name else root for name in names}
+        self._known: dict[str, tuple[int, int]] = {}  # by name, the file that was there first
+        self._gone: tuple[str, ...] = ()
+
+    def look(self) -> None:
+        """Compares what is there with what was, and logs a change once."""
+        gone = []
+        for name, path in self._paths.items():
+            if self._is_gone(name, path):
+                gone.append(name)
+                if not name:
+                    break  # and with it all that was in it
+        if gone and tuple(gone) != self._gone:
+            log.error("%s", "; ".join(map(self._text, gone)))
+        elif self._gone and not gone:
+            log.info("--root: all of %s is in place again", self._paths[""])
+        self._gone = tuple(gone)
+
+    def warning(self) -> str:
+        """What is gone, and what to do; empty when nothing is."""
+        return "; ".join(map(self._text, self._gone))
+
+    def _text(self, name: str) -> str:
+        return f"--root: {self._paths[name]} is gone: {_ROOT_ADVICE[name]}"
+
+    def _is_gone(self, name: str, path: str) -> bool:
+        try:
+            status = os.lstat(path)
+        except OSError as error:
+            return name in self._known and error.errno in (errno.ENOENT, errno.ENOTDIR)  # any other tells nothing
+        known = self._known.setdefault(name, (status.st_dev, status.st_ino))
+        is_same = known == (status.st_dev, status.st_ino)
+        return not is_same and name != _TOKEN_NAME  # which an editor may replace
+
+
+# ======================================================================================================================
+# II operating system / network peers: who on this host holds the other end of a connection
+# ======================================================================================================================
 
 
 def socket_timeout(seconds: float) -> bytes:
@@ -1331,170 +1541,6 @@ def socket_timeout(seconds: float) -> bytes:
     if ON_WINDOWS:
         return struct.pack("I", max(1, int(seconds * 1000)))
     return struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000) or int(seconds < 1))
-
-
-def keep_descriptors() -> None:
-    """Keeps what whoever started us left open from our steps; what Python opens itself is closed at exec (PEP 446)."""
-    if sys.platform != "win32":
-        for name in os.listdir("/dev/fd"):
-            with contextlib.suppress(OSError):
-                if int(name) > 2:
-                    os.set_inheritable(int(name), False)
-
-
-def reset_inherited_signals() -> None:
-    """Undo what whoever started us did to signals: steps inherit what is ignored or blocked (signal(7)).
-
-    A handler that does nothing, in place of "ignored", becomes the default at exec: nohup protects us as before.
-    """
-    if sys.platform == "win32":
-        return
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    for number in signal.valid_signals():
-        # Popen resets what CPython itself ignores.
-        if signal.getsignal(number) is signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_DFL if number in _UNIGNORED else _do_nothing)
-    _reset_library_signals()
-
-
-def detach() -> None:
-    """Leave the session and the group of whoever started this process."""
-    if sys.platform != "win32":
-        with contextlib.suppress(PermissionError):  # it leads a group of its own already
-            os.setsid()
-
-
-def _do_nothing(*_: Any) -> None:
-    """Handle a signal."""
-
-
-# Whoever ignores SIGCHLD gets no exit code of a child; the next three are harmless by default. With a handler, a write
-# to a terminal in the background would be tried again for ever (termios(3), TOSTOP).
-_UNIGNORED = {
-    getattr(signal, name, None) for name in ("SIGCHLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGTTIN", "SIGTTOU")
-}
-
-
-def _reset_library_signals() -> None:
-    """Set signals 32 and 33 to their defaults, which glibc's posix_spawn leaves ignored: only the kernel can.
-
-    CPython 3.13.0, make and others start their children so.
-    """
-    call = {"x86_64": 13, "aarch64": 134, "riscv64": 134}.get(os.uname().machine)  # rt_sigaction(2)
-    if not ON_LINUX or call is None or struct.calcsize("P") != 8:
-        return
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        ignored = next((int(line.split()[1], 16) for line in file if line.startswith("SigIgn:")), 0)
-    for number in (32, 33):
-        if ignored >> (number - 1) & 1:
-            import ctypes
-
-            ctypes.CDLL(None).syscall(call, number, bytes(64), None, 8)  # a struct of zeros: SIG_DFL
-
-
-_THREAD_START_S = 1.0  # within which a thread begins, on a loaded host too
-
-
-class DaemonThread(threading.Thread):
-    """A daemon thread that begins, or `start` raises RuntimeError, and then its target never runs.
-
-    Thread.start() waits for ever for one that memory failed in its first frames (CPython's issue 140746): seen in 2 of
-    12 runs under `ulimit -v 150000`, each time of the thread that accepts connections.
-    """
-
-    def __init__(self, target: Callable[..., Any], name: str, args: tuple[Any, ...] = ()) -> None:
-        super().__init__(target=target, name=name, args=args, daemon=True)
-        self._started = _BoundedEvent()  # Thread's own, which `start` waits for
-        self._claims = [True]  # one, for who comes first: the thread that begins, or `start` that gives it up
-
-    def start(self) -> None:
-        super().start()
-        if self.ident is not None:
-            return
-        with contextlib.suppress(IndexError):  # it has begun after all
-            self._claims.pop()
-            raise RuntimeError("can't start new thread: it has not begun in time")
-
-    def run(self) -> None:
-        try:
-            self._claims.pop()
-        except IndexError:
-            return
-        super().run()
-
-
-class _BoundedEvent(threading.Event):
-    def wait(self, timeout: float | None = _THREAD_START_S) -> bool:
-        return super().wait(timeout)
-
-
-# What an OSError says when something of the process or of the host is used up, and may be free again in a moment.
-# Winsock has numbers of its own for the sockets' share.
-NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
-NO_RESOURCE = NO_DESCRIPTOR | {errno.ENOMEM, errno.ENOBUFS, getattr(errno, "WSAENOBUFS", errno.ENOBUFS)}
-
-
-class DescriptorReserve:
-    """Descriptors held open, to be let go for what must not fail for want of one: a stop, an answer. Thread-safe."""
-
-    def __init__(self, count: int = 8) -> None:
-        self._count = count
-        self._lock = threading.Lock()  # guards all below
-        self._held: list[int] = []
-        self._borrowers = 0
-        self._probe = -1  # duplicated to learn whether others are free; never let go
-
-    def fill(self) -> None:
-        """Hold as many as there are free, at most `count`."""
-        with self._lock, contextlib.suppress(OSError):  # what is missing is taken the next time
-            if self._probe < 0:
-                self._probe = os.open(os.devnull, os.O_RDONLY)
-            while len(self._held) < self._count and not self._borrowers:
-                self._held.append(os.open(os.devnull, os.O_RDONLY))
-
-    def is_short(self) -> bool:
-        """Whether it lacks some: all others are used, or they are lent."""
-        self.fill()
-        with self._lock:
-            return len(self._held) < self._count
-
-    @contextlib.contextmanager
-    def lend(self) -> Iterator[None]:
-        """Let them go for as long as the block lasts; several may borrow at once."""
-        with self._lock:
-            self._borrowers += 1
-            while self._held:
-                os.close(self._held.pop())
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._borrowers -= 1
-            self.fill()
-
-    @contextlib.contextmanager
-    def lend_if_scarce(self) -> Iterator[None]:
-        """Lend where hardly any other descriptor is free. Costs 2 µs where many are."""
-        if self._is_scarce():
-            with self.lend():
-                yield
-        else:
-            yield
-
-    def _is_scarce(self) -> bool:
-        copies: list[int] = []
-        try:
-            for _ in range(_DESCRIPTORS_OF_AN_ANSWER):
-                copies.append(os.dup(self._probe))
-        except OSError:
-            return True
-        finally:
-            for copy in copies:
-                os.close(copy)
-        return False
-
-
-_DESCRIPTORS_OF_AN_ANSWER = 4  # the file of an output, the two directories above it, and one of the database
 
 
 class PeerTable:
@@ -1550,63 +1596,29 @@ def _kernel_address(host: str, port: int) -> str:
     return ""
 
 
-def is_open_to_others(path: str) -> bool:
-    """Whether other users may read or write a file; on Windows its directory decides that."""
-    return not ON_WINDOWS and os.stat(path).st_mode & 0o066 != 0
-
-
 def trusts_user(user: int | None) -> bool:
     """Whether this user may do what the daemon's own may."""
     return user is None or sys.platform == "win32" or user in (0, os.geteuid())
 
 
-def failpoint(name: str) -> None:
-    """Kills this process where $REMOTE_EXECUTOR_FAILPOINT names the place: how the tests prove what a crash leaves."""
-    if name == _FAILPOINT:
-        os.kill(os.getpid(), _KILL)
+# ======================================================================================================================
+# II operating system / system information: what the host is, what this process takes of it, what it lets run
+# ======================================================================================================================
 
 
-_FAILPOINT = os.environ.get("REMOTE_EXECUTOR_FAILPOINT")
-_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # the latter is TerminateProcess on Windows
+def system_program(name: str) -> str:
+    """The path of a program that Windows brings."""
+    return os.path.join(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", name)
 
 
-def forget_launcher() -> None:
-    """Takes back what the launcher of a frozen program did to the environment: it is not for the steps.
-
-    PyInstaller's manual, "Launching external programs from the frozen application".
-    """
-    if not getattr(sys, "frozen", False):
-        return
-    for name in [name for name in os.environ if name.startswith(("_PYI_", "_MEIPASS"))]:
-        del os.environ[name]
-    for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"):
-        os.environ.pop(name, None)
-        if (original := os.environ.pop(name + "_ORIG", None)) is not None:
-            os.environ[name] = original
-    if ON_WINDOWS:
-        SetDllDirectoryW(None)
+def fallback_encoding() -> str:
+    """The encoding of a step's output that is not UTF-8: the console's code page where there is one."""
+    return "oem" if ON_WINDOWS else "utf-8"
 
 
-def use_all_descriptors() -> str:
-    """Raises the soft limit of open files to the hard one, for each step takes a few; the one that was."""
-    if sys.platform == "win32":
-        return ""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
-
-
-@functools.lru_cache(maxsize=1)
-def boot_time_s() -> float:
-    """When the host started, in seconds since the epoch."""
-    with contextlib.suppress(OSError), open("/proc/stat", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("btime "):
-                return float(line.split()[1])
-    return time.time() - time.monotonic()
+def environment_name(name: str) -> str:
+    """The name of a variable as the environment of this host has it: Windows knows no case."""
+    return name.upper() if ON_WINDOWS else name
 
 
 def _stat_fields(pid: int | str) -> list[str]:
@@ -1626,11 +1638,26 @@ def _ask_ps(*arguments: str) -> str:
     ).stdout.decode(errors="replace")
 
 
+@functools.lru_cache(maxsize=1)
+def boot_time_s() -> float:
+    """When the host started, in seconds since the epoch."""
+    with contextlib.suppress(OSError), open("/proc/stat", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("btime "):
+                return float(line.split()[1])
+    return time.time() - time.monotonic()
+
+
 def _creation_time(process: int) -> int:
     """When the process was created, in units of 100 ns since 1601."""
     times = [wintypes.FILETIME() for _ in range(4)]
     GetProcessTimes(process, *(ctypes.byref(one) for one in times))
     return int(times[0].dwHighDateTime) << 32 | int(times[0].dwLowDateTime)
+
+
+_LOADED_S = time.time()
+_EPOCH_OF_1601 = 116_444_736_000_000_000  # 1970, in the units of a FILETIME
+_MOST_HANDLES = 16 * 1024 * 1024  # of a process (Pushing the Limits of Windows: Handles)
 
 
 class ProcessFigures(NamedTuple):
@@ -1666,11 +1693,6 @@ def process_figures() -> ProcessFigures:
     return ProcessFigures(cpu_s, started_s, int(fields[17]), resident, virtual, *files)
 
 
-_LOADED_S = time.time()
-_EPOCH_OF_1601 = 116_444_736_000_000_000  # 1970, in the units of a FILETIME
-_MOST_HANDLES = 16 * 1024 * 1024  # of a process (Pushing the Limits of Windows: Handles)
-
-
 def _most_files() -> int | None:
     if sys.platform != "win32":
         import resource
@@ -1695,6 +1717,13 @@ class StepCapacity(NamedTuple):
     limit: Limit | None
 
 
+_UNLIMITED_STEPS = 2**63
+_DESCRIPTORS_OF_A_STEP = 3  # a pidfd, and for the time of its start its output and the pipe that tells of the exec
+_OWN_DESCRIPTORS = 64  # the database's, the log, the reserve, the listener
+_PROCESSES_OF_A_STEP = 4  # a thread that waits, the wrapper, the script and one that it starts; more are not known
+_OWN_THREADS = 32  # some connections among them
+
+
 def step_capacity(descriptors: Limit | None, processes: Sequence[Limit], max_connections: int) -> StepCapacity:
     """How many steps can run at once under these limits, at least 1."""
     capacity = StepCapacity(_UNLIMITED_STEPS, None)
@@ -1707,13 +1736,6 @@ def step_capacity(descriptors: Limit | None, processes: Sequence[Limit], max_con
         if steps < capacity.steps:
             capacity = StepCapacity(steps, limit)
     return capacity._replace(steps=max(1, capacity.steps))
-
-
-_UNLIMITED_STEPS = 2**63
-_DESCRIPTORS_OF_A_STEP = 3  # a pidfd, and for the time of its start its output and the pipe that tells of the exec
-_OWN_DESCRIPTORS = 64  # the database's, the log, the reserve, the listener
-_PROCESSES_OF_A_STEP = 4  # a thread that waits, the wrapper, the script and one that it starts; more are not known
-_OWN_THREADS = 32  # some connections among them
 
 
 def descriptor_limit() -> Limit | None:
@@ -1821,8 +1843,16 @@ def _written() -> str:
     return ""
 
 
+def version_line() -> str:
+    """What /version tells, in a line."""
+    known = build()
+    commit = f"commit {known.commit[:12]}, " if known.commit else ""
+    python = f"{known.implementation} {known.python}, {known.os} {known.arch}"
+    return f"remote_executor {known.version} ({commit}built {known.built}; {python})"
+
+
 # ======================================================================================================================
-# interpreters: from a command type to the command line that runs a script, and the bytes of the script
+# II operating system / interpreters: the command line that runs a script, and the bytes of its file
 # ======================================================================================================================
 
 
@@ -1863,7 +1893,6 @@ _POWERSHELL_ARGUMENTS = (
 )
 _PWSH = Interpreter(("pwsh",), ".ps1", _POWERSHELL_ARGUMENTS)
 _POWERSHELL = Interpreter(("powershell" if ON_WINDOWS else "pwsh",), ".ps1", _POWERSHELL_ARGUMENTS)
-
 INTERPRETERS: Mapping[str, Interpreter] = {
     "sh": Interpreter(("sh",), ".sh"),
     "shell": Interpreter(("sh",), ".sh"),
@@ -1966,7 +1995,7 @@ def _encode_batch(text: str, encoding: str) -> bytes:
 
 
 # ======================================================================================================================
-# process trees: one step's process and all that it started
+# II operating system / step processes: the contract of a process tree, which two systems fulfil
 # ======================================================================================================================
 
 # A process tree is the process of a step, its wrapper before it, and whatever these have started and lost sight of.
@@ -1991,8 +2020,10 @@ def _encode_batch(text: str, encoding: str) -> bytes:
 
 STEP_ENV_VAR = "REMOTE_EXECUTOR_STEP"  # in the environment of each process of a step; its value is the step's directory
 DAEMON_ENV_VAR = "REMOTE_EXECUTOR_DAEMON"  # in that of a daemon which a step has started, in its place
-
 GRACE_S = 5.0  # between asking a tree to end and ending it
+_FOREVER_S = 86400.0
+_POLL_S = 0.02  # between looks at a process that no descriptor stands for
+_SWEEP_S = 10.0
 
 
 class ProcessTree(Protocol):
@@ -2063,6 +2094,10 @@ def is_scarcity(error: OSError) -> bool:
     return error.errno in _SCARCE or getattr(error, "winerror", None) in _SCARCE_ON_WINDOWS
 
 
+# ======================================================================================================================
+# II operating system / POSIX processes: trees found in the process table, behind a wrapper of shell builtins
+# ======================================================================================================================
+
 # Left alone is what cannot be caught, is the shell's own, or ends nothing by default; and a fault, of which a trap
 # would make an endless loop. The real-time signals stand last: zsh, which knows none, stops there.
 _UNTRAPPED = {"KILL", "STOP", "CHLD", "CONT", "TSTP", "TTIN", "TTOU", "WINCH", "URG", "INFO"}
@@ -2091,7 +2126,6 @@ _WRAPPER = (
     '(echo begun >&9 || { kill -9 $$; exit; }; exec "$@" 2>&1 9>&-); set -- $?; '
     'umask 077; set -C; echo $1 >"$0/rc" || echo "ended $1" >&9; exit $1'
 )
-
 # A shell drops names that are none of its own, and sets, resets or minds these. Their values travel in a file of the
 # step's directory, for everybody on the host may read a command line, and the environment is made of it after the
 # wrapper's shell. What an interpreter ignores when it starts must be as by default in the script.
@@ -2460,9 +2494,6 @@ class PosixTree(ProcessTree):
 
 
 _KEEP_ZOMBIES = hasattr(os, "waitid")  # not on every Mac
-_FOREVER_S = 86400.0
-_POLL_S = 0.02  # between looks at a process that no descriptor stands for
-_SWEEP_S = 10.0
 _UNSURE_S = 1.0  # of scans that find nothing, but miss some process of a busy host
 _SPANS_LIMIT = 10_000  # ended steps are kept for as long as there is an orphan, which may be for ever
 _EXEC_LOOKS = 10
@@ -2814,6 +2845,10 @@ def _has_orphan() -> bool:
     return True
 
 
+# ======================================================================================================================
+# II operating system / Windows processes: trees in Job Objects, behind a batch file
+# ======================================================================================================================
+
 # `%*` is the command line. The wrapper's own standard error is nowhere: what cmd says when it cannot write the result
 # is no output of the step. A result that is there before is not the wrapper's: another process made it and may hold it,
 # so it is tried again for seconds. The redirection stands before `echo`, or the last digit would be a handle's number.
@@ -2837,7 +2872,6 @@ if %tries%==0 exit %code%\r
 "{ping}" -n 2 127.0.0.1 >nul\r
 goto again\r
 """
-
 # The exit code of what a stop ends, as a signed number; no script ends with it by itself. Bit 29 is of applications
 # (MSDN, "GetLastError"); what the system and its runtimes use begins with 0xC0, 0x80 or 0xE0 (C++, .NET).
 _ENDED_BY_STOP = -0x1FAD_ADAE  # 0xE0525252
@@ -2845,7 +2879,7 @@ _SPAWNS = 3  # attempts
 # What is read again while the step runs: cmd opens a batch file for each of its lines, a later daemon reads the pid.
 # The wrapper holds them, so that nobody else can without sharing them. A script may change or delete itself.
 _HELD_FILES = {"pid": 0x01, "run.bat": 0x01, "script.bat": 0x07}  # FILE_SHARE_READ, and with WRITE and DELETE
-_LOOK_S = 0.5  # until a step's own process is looked for; most steps are over by then
+_OWN_PROCESS_LOOK_S = 0.5  # until a step's own process is looked for; most steps are over by then
 _OPTION = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
 
@@ -3022,7 +3056,7 @@ class WindowsTree:
         self._is_batch = record.is_batch
         self._wrapper = wrapper
         self._own = 0  # the step's own process, once it is known
-        self._look_s = _LOOK_S
+        self._look_s = _OWN_PROCESS_LOOK_S
         self._job = job
         self._child = child  # None when an earlier daemon started it
         self._woken = CreateEventW(None, False, False, None)
@@ -3308,7 +3342,544 @@ else:
     Processes = PosixProcesses
 
 # ======================================================================================================================
-# step directory: a step's script, its output, its pid and its result
+# III tasks / task model: states, messages and how the ends of steps become the end of their task
+# ======================================================================================================================
+
+
+class State(IntEnum):
+    """Where a task or a step stands. Stored, never renumbered."""
+
+    ENDED = 0
+    RUNNING = 1
+    PENDING = 2
+    ERROR = 255
+
+
+STATE_NAMES = {State.ENDED: "Stop", State.RUNNING: "Running", State.PENDING: "Pending", State.ERROR: "System Error"}
+NO_TASK = "task does not exist, no data"
+TASK_SUCCEEDED = "all steps executed successfully"
+WAITING = "waiting for a free worker"
+STEP_PENDING = "The current step only proceeds if the previous step succeeds."
+STEP_RUNNING = "The step is running"
+STEP_SUCCEEDED = "execution succeed"
+STOPPED = "artificial force termination"
+TIMED_OUT = "forced termination by timeout"
+OUTPUT_EXCEEDED = "output limit exceeded"
+LOST = "lost: it ended without a result, as when it is killed or the host restarts"
+FORCED_CODE = 255  # of a step that could not start, was stopped, timed out or was lost
+
+
+def name_steps(steps: Iterable[tuple[int, str]]) -> str:
+    return "; ".join(f"Step: {index}, Name: {name}" for index, name in steps)
+
+
+def summarize(steps: Iterable[tuple[int, str, int]]) -> tuple[int, str]:
+    """Return code and message of an ended task, from index, name and code of its steps."""
+    failed = [(index, name, code) for index, name, code in steps if code]
+    if not failed:
+        return 0, TASK_SUCCEEDED
+    names = name_steps((index, name) for index, name, _ in failed)
+    return sum(code for _, _, code in failed), f"execution failed: [{names}]"
+
+
+def failure_text(index: int, name: str, code: int, reason: str) -> str:
+    """How a failed step is told, in its own message and in its task's."""
+    return f"Step: {index}, Name: {name}, Exit Code: {code}" + (f": {reason}" if reason else "")
+
+
+def step_message(index: int, name: str, state: int, code: int, reason: str) -> str:
+    """The `msg` of a step."""
+    if state == State.PENDING:
+        return STEP_PENDING
+    if state == State.RUNNING:
+        return STEP_RUNNING
+    return failure_text(index, name, code, reason) if code else STEP_SUCCEEDED
+
+
+class StepSpec(NamedTuple):
+    """A step as submitted; `depends_on` are indexes of steps, `timeout_ns` is 0 for the default.
+
+    A later field has a default, which leaves the fingerprint of a submission as it was.
+    """
+
+    name: str
+    command_type: str
+    content: str
+    env: tuple[str, ...]
+    depends_on: tuple[int, ...]
+    timeout_ns: int
+
+
+class TaskSpec(NamedTuple):
+    """A task as submitted; `fingerprint` tells one submission from another, `timeout_ns` is 0 for none."""
+
+    id: str
+    steps: tuple[StepSpec, ...]
+    env: tuple[str, ...]
+    timeout_ns: int
+    fingerprint: str
+
+
+# ======================================================================================================================
+# III tasks / submission: JSON to frozen specs; an error says where
+# ======================================================================================================================
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # Windows opens these as devices
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_TRUTH = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+_NAME_LIMIT = 128
+Pairs = Sequence[tuple[str, str]]
+
+
+def parse_json(body: bytes) -> Any:
+    """The value of a body; raises Malformed."""
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise Malformed("the body is not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise Malformed(f"the body is not JSON: {error}") from None
+    return value
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
+def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) -> TaskSpec:
+    """What a POST asks for; raises Malformed with the place of the first error, such as [2].timeout."""
+    given = _query_values(query)
+    task_id = _task_id(given["id"][1])
+    parallel = _truth(*given["ansync"])
+    timeout_ns = _timeout(*given["timeout"])
+    task_env = _environment("env_vars", [value for name, value in query if name == "env_vars"])
+    items = parse_json(body)
+    if not isinstance(items, list) or not items:
+        raise Malformed("the body must be a JSON array of one step or more")
+    known = tuple(command_types)
+    drafts = [_step(index, item, f"{task_id}-{index}", known) for index, item in enumerate(items)]
+    steps = _with_dependencies(drafts, [_needed_names(index, item) for index, item in enumerate(items)], parallel)
+    names = [item.get("name") or None for item in items]  # as given: a default holds the id, which may be random
+    fingerprint = _fingerprint([parallel, timeout_ns, task_env, names, [_identify_step(step) for step in steps]])
+    return TaskSpec(task_id, steps, task_env, timeout_ns, fingerprint)
+
+
+def _fingerprint(submission: Any) -> str:
+    import hashlib  # here, because OpenSSL takes half a megabyte that an idle daemon need not
+
+    return hashlib.sha256(json.dumps(submission).encode()).hexdigest()
+
+
+def _identify_step(step: StepSpec) -> list[Any]:
+    """Return what of a step the fingerprint is made of: the fields of 1.0, and later ones unless at their default.
+
+    So a field that is added to StepSpec changes the fingerprint of no submission that lacks it.
+    """
+    first = ["", step.command_type, step.content, step.env, step.depends_on, step.timeout_ns]
+    defaults = StepSpec._field_defaults
+    later = {name: getattr(step, name) for name in StepSpec._fields[len(first) :]}
+    given = {name: value for name, value in later.items() if value != defaults[name]}
+    return [*first, given] if given else first
+
+
+def _query_values(query: Pairs) -> dict[str, tuple[str, str]]:
+    """The single values of a submission's query, each with the name it was given by: `async` is `ansync`."""
+    spelled = {"id": "id", "timeout": "timeout", "time_out": "timeout", "ansync": "ansync", "async": "ansync"}
+    given = {field: (field, "") for field in spelled.values()}
+    for name, value in query:
+        field = spelled.get(name)
+        if field and given[field][1] not in ("", value):
+            raise Malformed(f"{name}: given twice, as {given[field][1]!r} and as {value!r}")
+        if field:
+            given[field] = name, value
+    return given
+
+
+def _task_id(text: str) -> str:
+    if not text:
+        import uuid
+
+        return str(uuid.uuid4())
+    if not _ID.fullmatch(text) or text.endswith(".") or _DEVICE.fullmatch(text):
+        raise Malformed(
+            f"id: {text!r} is no id; right would be 1 to 64 of A-Z a-z 0-9 . _ -, the first a letter or a digit, "
+            "the last no dot, and no name of a Windows device"
+        )
+    return text
+
+
+def _truth(where: str, text: str) -> bool:
+    if text and text.lower() not in _TRUTH:
+        raise Malformed(f"{where}: {text!r} is no truth value; right would be true or false")
+    return _TRUTH[text.lower()] if text else False
+
+
+def _timeout(where: str, value: Any) -> int:
+    if value is None or value == "":
+        return 0
+    if not isinstance(value, str):
+        raise Malformed(f"{where}: must be a string, a duration such as 90s, 1h30m or 500ms")
+    try:
+        timeout_ns = parse_duration(value)
+    except ValueError as error:
+        raise Malformed(f"{where}: {error}") from None
+    if not timeout_ns:
+        raise Malformed(f"{where}: must be more than 0")
+    return timeout_ns
+
+
+def _text(where: str, value: Any) -> str:
+    """A string that can be written to a file or an environment."""
+    if not isinstance(value, str):
+        raise Malformed(f"{where}: must be a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Malformed(f"{where}: holds half of a surrogate pair, which no text has") from None
+    return value
+
+
+def _environment(where: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise Malformed(f"{where}: must be a list of KEY=value")
+    for index, entry in enumerate(value):
+        text = _text(f"{where}[{index}]", entry)
+        if text.find("=") < 1 or "\0" in text:
+            raise Malformed(f"{where}[{index}]: {text!r} is no KEY=value")
+    return tuple(value)
+
+
+def _step(index: int, item: Any, default_name: str, known: tuple[str, ...]) -> StepSpec:
+    """The step of one element, what it depends on left out."""
+    where = f"[{index}]"
+    if not isinstance(item, dict):
+        raise Malformed(f"{where}: a step must be a JSON object")
+    for field, key in (("CommandType", "command_type"), ("CommandContent", "command_content")):
+        if item.get(key) in (None, ""):
+            tag = f"Error:Field validation for '{field}' failed on the 'required' tag"
+            raise Malformed(f"{where}: Key: 'PostStruct.{field}' {tag}")
+    command_type = _text(f"{where}.command_type", item["command_type"])
+    if command_type not in known:
+        raise Malformed(f"{where}.command_type: {command_type!r} is unknown; known are {', '.join(known)}")
+    name = default_name if item.get("name") in (None, "") else _text(f"{where}.name", item["name"])
+    if len(name) > _NAME_LIMIT or _CONTROL.search(name):
+        raise Malformed(f"{where}.name: must have at most {_NAME_LIMIT} characters and no control characters")
+    content = _text(f"{where}.command_content", item["command_content"])
+    env = _environment(f"{where}.env_vars", item.get("env_vars"))
+    return StepSpec(name, command_type, content, env, (), _timeout(f"{where}.timeout", item.get("timeout")))
+
+
+def _needed_names(index: int, item: dict[str, Any]) -> tuple[str, list[str]]:
+    """The path of a step's dependencies and the names in it."""
+    given = {key: item[key] for key in ("depets_on", "depends_on") if item.get(key)}
+    for key, names in given.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise Malformed(f"[{index}].{key}: must be a list of names of steps")
+    if len(given) == 2 and given["depets_on"] != given["depends_on"]:
+        raise Malformed(f"[{index}].depends_on: differs from depets_on, which is the same field; give one of them")
+    for key, names in given.items():
+        return f"[{index}].{key}", names
+    return f"[{index}].depets_on", []
+
+
+def _with_dependencies(
+    drafts: list[StepSpec], needed: list[tuple[str, list[str]]], parallel: bool
+) -> tuple[StepSpec, ...]:
+    """The steps with what they depend on; raises Malformed for what cannot be, cycles with the names in them."""
+    indexes: dict[str, int] = {}
+    for index, step in enumerate(drafts):
+        if indexes.setdefault(step.name, index) != index:
+            raise Malformed(f"[{index}].name: {step.name!r} is the name of [{indexes[step.name]}] already")
+    steps = []
+    for index, (step, (where, names)) in enumerate(zip(drafts, needed)):
+        needs = [_needed(where, name, index, indexes, parallel) for name in names]
+        if not parallel and index:
+            needs.append(index - 1)
+        steps.append(step._replace(depends_on=tuple(dict.fromkeys(needs))))
+    try:
+        graphlib.TopologicalSorter({index: step.depends_on for index, step in enumerate(steps)}).prepare()
+    except graphlib.CycleError as error:
+        ring = " -> ".join(steps[index].name for index in reversed(error.args[1]))
+        raise Malformed(f"depets_on: the steps wait for each other: {ring}") from None
+    return tuple(steps)
+
+
+def _needed(where: str, name: str, index: int, indexes: Mapping[str, int], parallel: bool) -> int:
+    need = indexes.get(name)
+    if need is None:
+        raise Malformed(f"{where}: {name!r} is the name of no step")
+    if need == index:
+        raise Malformed(f"{where}: {name!r} is the step itself")
+    if need > index and not parallel:
+        raise Malformed(f"{where}: {name!r} comes later; steps run in the order given, unless ansync=true")
+    return need
+
+
+# ======================================================================================================================
+# III tasks / dependency plan: which step may run next
+# ======================================================================================================================
+
+
+class Plan:
+    """The dependency graph of one task, by the indexes of its steps; not for several threads at once."""
+
+    def __init__(self, depends_on: Sequence[Sequence[int]]) -> None:
+        self._sorter: graphlib.TopologicalSorter[int] = graphlib.TopologicalSorter(dict(enumerate(depends_on)))
+        self._sorter.prepare()
+        self._dependents: dict[int, list[int]] = {}
+        for index, needed in enumerate(depends_on):
+            for dependency in needed:
+                self._dependents.setdefault(dependency, []).append(index)
+
+    def ready(self) -> list[int]:
+        """Hand out, once each and in order, the steps of which all that they depend on has succeeded."""
+        return sorted(self._sorter.get_ready())
+
+    def succeed(self, index: int) -> None:
+        """Note that a step which was handed out has succeeded; raises ValueError for any other."""
+        self._sorter.done(index)
+
+    def dependents(self, index: int) -> Sequence[int]:
+        """Return the steps that depend on this one directly."""
+        return self._dependents.get(index, ())
+
+
+# ======================================================================================================================
+# III tasks / metrics: counts, histograms and spans of what the daemon does, in the text format of Prometheus
+# ======================================================================================================================
+
+_STEP_BOUNDS_S = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600, 21600, 86400)
+_QUEUE_BOUNDS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600)
+_REQUEST_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # whatever else a client makes up is "other"
+OWN = "remote_executor_"  # how the names of our own metrics begin
+
+
+class Family(NamedTuple):
+    """A metric: its name, type and help, and its samples, each a suffix of the name, labels and a value."""
+
+    name: str
+    kind: str
+    help: str
+    samples: Sequence[tuple[str, Pairs, float]]
+
+
+def single(name: str, kind: str, text: str, value: float | None, labels: Pairs = ()) -> Family:
+    """A metric of one sample, of none where the value is None."""
+    return Family(name, kind, text, [("", labels, value)] if value is not None else [])
+
+
+def exposition(families: Iterable[Family]) -> str:
+    """The metrics in the text format 0.0.4 of Prometheus (Exposition formats)."""
+    lines = []
+    for family in families:
+        if family.samples:
+            lines += [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"]
+        for suffix, labels, value in family.samples:
+            pairs = ",".join(f'{name}="{text.translate(_LABEL_ESCAPES)}"' for name, text in labels)
+            lines.append(f"{family.name}{suffix}{{{pairs}}} {value}" if pairs else f"{family.name}{suffix} {value}")
+    return "\n".join([*lines, ""])
+
+
+_LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+class Histogram:
+    """How many values lie below each bound; whoever shares one guards it."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def samples(self, labels: Pairs = ()) -> list[tuple[str, Pairs, float]]:
+        totals = itertools.accumulate(self._counts)
+        bounds = [*map(str, self._bounds), "+Inf"]
+        found: list[tuple[str, Pairs, float]]
+        found = [("_bucket", (*labels, ("le", bound)), total) for bound, total in zip(bounds, totals)]
+        return [*found, ("_sum", labels, self._sum), ("_count", labels, sum(self._counts))]
+
+
+def spread(name: str, text: str, histograms: Mapping[Pairs, Histogram]) -> Family:
+    """A metric of histograms, each with its labels."""
+    return Family(
+        name, "histogram", text, [one for labels, found in histograms.items() for one in found.samples(labels)]
+    )
+
+
+_SPANS_MOST = 100_000  # in a trace, which then holds the first of them
+
+
+class Span(NamedTuple):
+    """A piece of work in a thread; `begin_s` is of time.perf_counter()."""
+
+    name: str
+    category: str
+    begin_s: float
+    seconds: float
+    thread: int
+    thread_name: str
+    about: Mapping[str, Any]
+
+
+def _ended_span(name: str, category: str, seconds: float, about: Mapping[str, Any]) -> Span:
+    """What this thread did until now."""
+    begin_s, thread = time.perf_counter() - seconds, threading.current_thread().name
+    return Span(name, category, begin_s, seconds, threading.get_native_id(), thread, about)
+
+
+def trace_events(spans: Sequence[Span]) -> dict[str, Any]:
+    """The spans in the Trace Event Format, which Perfetto and chrome://tracing read."""
+    pid, begin_s = os.getpid(), min((span.begin_s for span in spans), default=0.0)
+    events: list[dict[str, Any]] = [
+        {"name": "thread_name", "ph": "M", "pid": pid, "tid": thread, "args": {"name": name}}
+        for thread, name in {span.thread: span.thread_name for span in spans}.items()
+    ]
+    for span in spans:
+        times = {"ts": (span.begin_s - begin_s) * 1e6, "dur": span.seconds * 1e6}
+        where = {"name": span.name, "cat": span.category, "ph": "X", "pid": pid, "tid": span.thread}
+        events.append({**where, **times, "args": span.about})
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+class Observer:
+    """What is told of the daemon's work, from any thread; does nothing with it."""
+
+    def commit(self, seconds: float, changes: int) -> None:
+        """The store has committed."""
+
+    def step_started(self, task_id: str, step_index: int, waited_s: float) -> None:
+        """A step has started, so long after it was ready."""
+
+    def step_ended(self, task_id: str, step_index: int, result: str, seconds: float, output_bytes: int) -> None:
+        """A step has ended: succeeded, failed, or forced."""
+
+    def request(self, method: str, template: str, status: int, seconds: float) -> None:
+        """A request has been answered; the template is empty where no route has its path."""
+
+
+class Telemetry(Observer):
+    """Counts what the daemon does; any thread may tell it and ask it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards all below, for some hundred nanoseconds at a time
+        self._steps = dict.fromkeys(("succeeded", "failed", "forced"), 0)
+        self._step_seconds = Histogram(_STEP_BOUNDS_S)
+        self._queue_seconds = Histogram(_QUEUE_BOUNDS_S)
+        self._output_bytes = 0
+        self._commit_seconds = Histogram(_REQUEST_BOUNDS_S)
+        self._changes = 0
+        self._requests: dict[tuple[str, str, int], int] = {}
+        self._request_seconds: dict[tuple[str, str], Histogram] = {}
+        self._running: dict[tuple[str, int], Span] = {}  # steps, with no end yet
+        self._spans: list[Span] | None = None  # while a trace is taken
+
+    def commit(self, seconds: float, changes: int) -> None:
+        with self._lock:
+            self._commit_seconds.add(seconds)
+            self._changes += changes
+            self._trace("commit", "store", seconds, {"changes": changes})
+
+    def step_started(self, task_id: str, idx: int, waited_s: float) -> None:
+        span = _ended_span(f"{task_id} step {idx}", "step", 0.0, {"waited_s": waited_s})
+        with self._lock:
+            self._queue_seconds.add(waited_s)
+            self._running[task_id, idx] = span
+
+    def step_ended(self, task_id: str, idx: int, result: str, seconds: float, output_bytes: int) -> None:
+        with self._lock:
+            self._steps[result] += 1
+            self._step_seconds.add(seconds)
+            self._output_bytes += output_bytes
+            begun = self._running.pop((task_id, idx), None)
+            about = {**(begun.about if begun else {}), "result": result, "output_bytes": output_bytes}
+            self._trace(f"{task_id} step {idx}", "step", seconds, about)
+
+    def request(self, method: str, template: str, status: int, seconds: float) -> None:
+        method = method if method in _METHODS else "other"
+        key = template, method
+        with self._lock:
+            self._requests[template, method, status] = self._requests.get((template, method, status), 0) + 1
+            if key not in self._request_seconds:
+                self._request_seconds[key] = Histogram(_REQUEST_BOUNDS_S)
+            self._request_seconds[key].add(seconds)
+            if self._spans is not None:
+                self._trace(f"{method} {template}", "request", seconds, {"status": status})
+
+    def _trace(self, name: str, category: str, seconds: float, about: Mapping[str, Any]) -> None:
+        """This thread has done a piece of work; the lock is held."""
+        if self._spans is not None and len(self._spans) < _SPANS_MOST:
+            self._spans.append(_ended_span(name, category, seconds, about))
+
+    def trace(self, seconds: float) -> list[Span]:
+        """What ends in the time to come, and the steps that run on then; for one thread at a time."""
+        with self._lock:
+            self._spans = []
+        time.sleep(seconds)
+        now_s = time.perf_counter()
+        with self._lock:
+            spans, self._spans = self._spans, None
+            running = [one._replace(seconds=now_s - one.begin_s) for one in self._running.values()]
+        return spans + [one._replace(about={**one.about, "result": "still running"}) for one in running]
+
+    def families(self) -> list[Family]:
+        """What was counted since the daemon's start."""
+        with self._lock:
+            steps = [("", (("result", result),), count) for result, count in self._steps.items()]
+            requests = [
+                ("", (*_route_labels(template, method), ("status", str(status))), count)
+                for (template, method, status), count in self._requests.items()
+            ]
+            spans = {_route_labels(*key): found for key, found in self._request_seconds.items()}
+            return [
+                Family(OWN + "steps_ended_total", "counter", "Steps that ended, by result.", steps),
+                spread(OWN + "step_duration_seconds", "How long steps ran.", {(): self._step_seconds}),
+                spread(OWN + "step_queue_seconds", "How long ready steps waited.", {(): self._queue_seconds}),
+                single(OWN + "step_output_bytes_total", "counter", "What ended steps wrote.", self._output_bytes),
+                Family(OWN + "http_requests_total", "counter", "Requests answered.", requests),
+                spread(
+                    OWN + "http_request_duration_seconds", "From a request's first byte to its answer's last.", spans
+                ),
+                spread(OWN + "store_commit_duration_seconds", "How long commits took.", {(): self._commit_seconds}),
+                single(OWN + "store_changes_total", "counter", "Changes in these commits.", self._changes),
+            ]
+
+
+def _route_labels(template: str, method: str) -> Pairs:
+    return ("route", template or "none"), ("method", method)
+
+
+def process_families(figures: ProcessFigures) -> list[Family]:
+    """The process and its Python, by the names of the official clients of Prometheus."""
+    cycles = [((("generation", str(number)),), found) for number, found in enumerate(gc.get_stats())]
+    return [
+        single("process_cpu_seconds_total", "counter", "User and system CPU time.", figures.cpu_s),
+        single("process_resident_memory_bytes", "gauge", "Resident memory.", figures.resident_bytes),
+        single("process_virtual_memory_bytes", "gauge", "Virtual memory.", figures.virtual_bytes),
+        single("process_open_fds", "gauge", "Open file descriptors, on Windows handles.", figures.open_files),
+        single("process_max_fds", "gauge", "The most of them.", figures.most_files),
+        single("process_threads", "gauge", "Threads.", figures.threads),
+        single("process_start_time_seconds", "gauge", "When it started, since the epoch.", figures.started_s),
+        *(
+            Family(f"python_gc_{name}_total", "counter", text, [("", labels, found[key]) for labels, found in cycles])
+            for name, key, text in (
+                ("collections", "collections", "Runs of the garbage collector."),
+                ("objects_collected", "collected", "Objects that it freed."),
+                ("objects_uncollectable", "uncollectable", "Objects that it could not free."),
+            )
+        ),
+    ]
+
+
+# ======================================================================================================================
+# III tasks / step directory: a step's script, its output, its pid and its result
 # ======================================================================================================================
 
 _BLOCK_BYTES = 1 << 17
@@ -3385,7 +3956,7 @@ class StepDirectory:
 
 
 # ======================================================================================================================
-# store: sqlite; every statement, one place that writes
+# III tasks / store: sqlite; every statement, one place that writes
 # ======================================================================================================================
 
 # The store is the truth: what it has committed is what is, also for reads. Whoever changes something puts a change into
@@ -4135,8 +4706,9 @@ def _end_task(db: sqlite3.Connection, task_number: int, state: State, end: TaskE
 
 
 # ======================================================================================================================
-# scheduler: the pool, and the one place where a step or a task changes its phase
+# III tasks / scheduler: the pool, and the one place where a step or a task changes its phase
 # ======================================================================================================================
+
 
 # An unfinished task and its steps live in memory; everything else is a row. A step moves so:
 #
@@ -4199,22 +4771,6 @@ class PoolStats(NamedTuple):
     size: int
     running: int
     waiting: int
-
-
-class Observer:
-    """What is told of the daemon's work, from any thread; does nothing with it."""
-
-    def commit(self, seconds: float, changes: int) -> None:
-        """The store has committed."""
-
-    def step_started(self, task_id: str, step_index: int, waited_s: float) -> None:
-        """A step has started, so long after it was ready."""
-
-    def step_ended(self, task_id: str, step_index: int, result: str, seconds: float, output_bytes: int) -> None:
-        """A step has ended: succeeded, failed, or forced."""
-
-    def request(self, method: str, template: str, status: int, seconds: float) -> None:
-        """A request has been answered; the template is empty where no route has its path."""
 
 
 class IllegalMove(Exception):
@@ -4809,7 +5365,7 @@ def _await_stop(stopped: Step | Task, stored: Future[None]) -> None:
 
 
 # ======================================================================================================================
-# runner: launch, watch and result of one step
+# III tasks / runner: launch, watch and result of one step
 # ======================================================================================================================
 
 _EXCESS = 1.25  # by how much a step that is stopped for its output may exceed the limit before it is killed
@@ -5009,7 +5565,7 @@ class Runner:
 
 
 # ======================================================================================================================
-# recovery: what an earlier daemon left
+# III tasks / recovery: what an earlier daemon left
 # ======================================================================================================================
 
 _TASK_NUMBER = re.compile("[1-9][0-9]{0,17}")
@@ -5091,7 +5647,7 @@ def _move_or_copy(place: str, target: str) -> None:
 
 
 # ======================================================================================================================
-# janitor: deadlines, limits of output, expiry, removal
+# III tasks / janitor: deadlines, limits of output, expiry, removal
 # ======================================================================================================================
 
 _TICK_S = 0.5  # between looks at outputs and at what has expired
@@ -5202,489 +5758,12 @@ class Janitor:
 
 
 # ======================================================================================================================
-# telemetry: metrics, stacks and profiles
+# IV HTTP / messages: requests and responses
 # ======================================================================================================================
-
-_STEP_BOUNDS_S = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600, 21600, 86400)
-_QUEUE_BOUNDS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600)
-_REQUEST_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # whatever else a client makes up is "other"
-OWN = "remote_executor_"  # how the names of our own metrics begin
-
-
-class Family(NamedTuple):
-    """A metric: its name, type and help, and its samples, each a suffix of the name, labels and a value."""
-
-    name: str
-    kind: str
-    help: str
-    samples: Sequence[tuple[str, Pairs, float]]
-
-
-def single(name: str, kind: str, text: str, value: float | None, labels: Pairs = ()) -> Family:
-    """A metric of one sample, of none where the value is None."""
-    return Family(name, kind, text, [("", labels, value)] if value is not None else [])
-
-
-def exposition(families: Iterable[Family]) -> str:
-    """The metrics in the text format 0.0.4 of Prometheus (Exposition formats)."""
-    lines = []
-    for family in families:
-        if family.samples:
-            lines += [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"]
-        for suffix, labels, value in family.samples:
-            pairs = ",".join(f'{name}="{text.translate(_LABEL_ESCAPES)}"' for name, text in labels)
-            lines.append(f"{family.name}{suffix}{{{pairs}}} {value}" if pairs else f"{family.name}{suffix} {value}")
-    return "\n".join([*lines, ""])
-
-
-_LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-
-
-class Histogram:
-    """How many values lie below each bound; whoever shares one guards it."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def add(self, value: float) -> None:
-        self._counts[bisect.bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def samples(self, labels: Pairs = ()) -> list[tuple[str, Pairs, float]]:
-        totals = itertools.accumulate(self._counts)
-        bounds = [*map(str, self._bounds), "+Inf"]
-        found: list[tuple[str, Pairs, float]]
-        found = [("_bucket", (*labels, ("le", bound)), total) for bound, total in zip(bounds, totals)]
-        return [*found, ("_sum", labels, self._sum), ("_count", labels, sum(self._counts))]
-
-
-def spread(name: str, text: str, histograms: Mapping[Pairs, Histogram]) -> Family:
-    """A metric of histograms, each with its labels."""
-    return Family(
-        name, "histogram", text, [one for labels, found in histograms.items() for one in found.samples(labels)]
-    )
-
-
-_SPANS_MOST = 100_000  # in a trace, which then holds the first of them
-
-
-class Span(NamedTuple):
-    """A piece of work in a thread; `begin_s` is of time.perf_counter()."""
-
-    name: str
-    category: str
-    begin_s: float
-    seconds: float
-    thread: int
-    thread_name: str
-    about: Mapping[str, Any]
-
-
-def _ended_span(name: str, category: str, seconds: float, about: Mapping[str, Any]) -> Span:
-    """What this thread did until now."""
-    begin_s, thread = time.perf_counter() - seconds, threading.current_thread().name
-    return Span(name, category, begin_s, seconds, threading.get_native_id(), thread, about)
-
-
-def trace_events(spans: Sequence[Span]) -> dict[str, Any]:
-    """The spans in the Trace Event Format, which Perfetto and chrome://tracing read."""
-    pid, begin_s = os.getpid(), min((span.begin_s for span in spans), default=0.0)
-    events: list[dict[str, Any]] = [
-        {"name": "thread_name", "ph": "M", "pid": pid, "tid": thread, "args": {"name": name}}
-        for thread, name in {span.thread: span.thread_name for span in spans}.items()
-    ]
-    for span in spans:
-        times = {"ts": (span.begin_s - begin_s) * 1e6, "dur": span.seconds * 1e6}
-        where = {"name": span.name, "cat": span.category, "ph": "X", "pid": pid, "tid": span.thread}
-        events.append({**where, **times, "args": span.about})
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-class Telemetry(Observer):
-    """Counts what the daemon does; any thread may tell it and ask it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards all below, for some hundred nanoseconds at a time
-        self._steps = dict.fromkeys(("succeeded", "failed", "forced"), 0)
-        self._step_seconds = Histogram(_STEP_BOUNDS_S)
-        self._queue_seconds = Histogram(_QUEUE_BOUNDS_S)
-        self._output_bytes = 0
-        self._commit_seconds = Histogram(_REQUEST_BOUNDS_S)
-        self._changes = 0
-        self._requests: dict[tuple[str, str, int], int] = {}
-        self._request_seconds: dict[tuple[str, str], Histogram] = {}
-        self._running: dict[tuple[str, int], Span] = {}  # steps, with no end yet
-        self._spans: list[Span] | None = None  # while a trace is taken
-
-    def commit(self, seconds: float, changes: int) -> None:
-        with self._lock:
-            self._commit_seconds.add(seconds)
-            self._changes += changes
-            self._trace("commit", "store", seconds, {"changes": changes})
-
-    def step_started(self, task_id: str, idx: int, waited_s: float) -> None:
-        span = _ended_span(f"{task_id} step {idx}", "step", 0.0, {"waited_s": waited_s})
-        with self._lock:
-            self._queue_seconds.add(waited_s)
-            self._running[task_id, idx] = span
-
-    def step_ended(self, task_id: str, idx: int, result: str, seconds: float, output_bytes: int) -> None:
-        with self._lock:
-            self._steps[result] += 1
-            self._step_seconds.add(seconds)
-            self._output_bytes += output_bytes
-            begun = self._running.pop((task_id, idx), None)
-            about = {**(begun.about if begun else {}), "result": result, "output_bytes": output_bytes}
-            self._trace(f"{task_id} step {idx}", "step", seconds, about)
-
-    def request(self, method: str, template: str, status: int, seconds: float) -> None:
-        method = method if method in _METHODS else "other"
-        key = template, method
-        with self._lock:
-            self._requests[template, method, status] = self._requests.get((template, method, status), 0) + 1
-            if key not in self._request_seconds:
-                self._request_seconds[key] = Histogram(_REQUEST_BOUNDS_S)
-            self._request_seconds[key].add(seconds)
-            if self._spans is not None:
-                self._trace(f"{method} {template}", "request", seconds, {"status": status})
-
-    def _trace(self, name: str, category: str, seconds: float, about: Mapping[str, Any]) -> None:
-        """This thread has done a piece of work; the lock is held."""
-        if self._spans is not None and len(self._spans) < _SPANS_MOST:
-            self._spans.append(_ended_span(name, category, seconds, about))
-
-    def trace(self, seconds: float) -> list[Span]:
-        """What ends in the time to come, and the steps that run on then; for one thread at a time."""
-        with self._lock:
-            self._spans = []
-        time.sleep(seconds)
-        now_s = time.perf_counter()
-        with self._lock:
-            spans, self._spans = self._spans, None
-            running = [one._replace(seconds=now_s - one.begin_s) for one in self._running.values()]
-        return spans + [one._replace(about={**one.about, "result": "still running"}) for one in running]
-
-    def families(self) -> list[Family]:
-        """What was counted since the daemon's start."""
-        with self._lock:
-            steps = [("", (("result", result),), count) for result, count in self._steps.items()]
-            requests = [
-                ("", (*_route_labels(template, method), ("status", str(status))), count)
-                for (template, method, status), count in self._requests.items()
-            ]
-            spans = {_route_labels(*key): found for key, found in self._request_seconds.items()}
-            return [
-                Family(OWN + "steps_ended_total", "counter", "Steps that ended, by result.", steps),
-                spread(OWN + "step_duration_seconds", "How long steps ran.", {(): self._step_seconds}),
-                spread(OWN + "step_queue_seconds", "How long ready steps waited.", {(): self._queue_seconds}),
-                single(OWN + "step_output_bytes_total", "counter", "What ended steps wrote.", self._output_bytes),
-                Family(OWN + "http_requests_total", "counter", "Requests answered.", requests),
-                spread(
-                    OWN + "http_request_duration_seconds", "From a request's first byte to its answer's last.", spans
-                ),
-                spread(OWN + "store_commit_duration_seconds", "How long commits took.", {(): self._commit_seconds}),
-                single(OWN + "store_changes_total", "counter", "Changes in these commits.", self._changes),
-            ]
-
-
-def _route_labels(template: str, method: str) -> Pairs:
-    return ("route", template or "none"), ("method", method)
-
-
-def process_families(figures: ProcessFigures) -> list[Family]:
-    """The process and its Python, by the names of the official clients of Prometheus."""
-    cycles = [((("generation", str(number)),), found) for number, found in enumerate(gc.get_stats())]
-    return [
-        single("process_cpu_seconds_total", "counter", "User and system CPU time.", figures.cpu_s),
-        single("process_resident_memory_bytes", "gauge", "Resident memory.", figures.resident_bytes),
-        single("process_virtual_memory_bytes", "gauge", "Virtual memory.", figures.virtual_bytes),
-        single("process_open_fds", "gauge", "Open file descriptors, on Windows handles.", figures.open_files),
-        single("process_max_fds", "gauge", "The most of them.", figures.most_files),
-        single("process_threads", "gauge", "Threads.", figures.threads),
-        single("process_start_time_seconds", "gauge", "When it started, since the epoch.", figures.started_s),
-        *(
-            Family(f"python_gc_{name}_total", "counter", text, [("", labels, found[key]) for labels, found in cycles])
-            for name, key, text in (
-                ("collections", "collections", "Runs of the garbage collector."),
-                ("objects_collected", "collected", "Objects that it freed."),
-                ("objects_uncollectable", "uncollectable", "Objects that it could not free."),
-            )
-        ),
-    ]
-
-
-class Frame(NamedTuple):
-    """A place in the program: the whole name of a function, its file and line, and the address of its code object."""
-
-    function: str
-    file: str
-    line: int
-    address: int
-
-
-class Profile:
-    """Stacks with values; for one thread."""
-
-    def __init__(self, kinds: Sequence[tuple[str, str]], note: str, seconds: float = 0.0) -> None:
-        self._kinds = kinds  # the name and the unit of each value
-        self._note = note
-        self._seconds = seconds
-        self._samples: dict[tuple[str, tuple[Frame, ...]], Sequence[int]] = {}  # by a thread's name and its stack
-
-    def add(self, thread: str, stack: tuple[Frame, ...], values: Sequence[int]) -> None:
-        """Adds the values to those of the same stack, which begins with the innermost frame."""
-        known = self._samples.get((thread, stack), (0,) * len(values))
-        self._samples[thread, stack] = [one + other for one, other in zip(known, values)]
-
-    def text(self) -> str:
-        """The stacks for people, the largest value first."""
-        kinds = ", ".join(f"{name} ({unit})" for name, unit in self._kinds)
-        lines = [f"{self._note}", f"values: {kinds}", ""]
-        for (thread, stack), values in sorted(self._samples.items(), key=lambda item: item[1][-1], reverse=True):
-            lines.append(f"{' '.join(map(str, values))} @ {thread}")
-            lines += [f"#\t{frame.function}\t{frame.file}:{frame.line}" for frame in stack] + [""]
-        return "\n".join(lines) + "\n"
-
-    def encode(self) -> bytes:
-        """The gzipped profile.proto of pprof (github.com/google/pprof/proto/profile.proto)."""
-        import gzip
-
-        words: dict[str, int] = {"": 0}
-        locations: dict[Frame, int] = {}
-        functions: dict[tuple[str, str], int] = {}
-
-        def word(text: str) -> int:
-            return words.setdefault(text, len(words))
-
-        kinds = [_field(1, word(name)) + _field(2, word(unit)) for name, unit in self._kinds]
-        parts = [_field(1, kind) for kind in kinds]
-        for (thread, stack), values in self._samples.items():
-            places = b"".join(_varint(locations.setdefault(frame, len(locations) + 1)) for frame in stack)
-            label = _field(3, _field(1, word("thread")) + _field(2, word(thread))) if thread else b""
-            parts.append(_field(2, _field(1, places) + _field(2, b"".join(map(_varint, values))) + label))
-        known = b"".join(_field(number, 1) for number in (7, 8, 9))  # it has functions, files and lines: look for none
-        parts.append(_field(3, _field(1, 1) + _field(3, 2**63 - 1) + _field(5, word(sys.executable)) + known))
-        for frame, number in locations.items():
-            function = functions.setdefault((frame.function, frame.file), len(functions) + 1)
-            line = _field(4, _field(1, function) + _field(2, frame.line))
-            parts.append(_field(4, _field(1, number) + _field(2, 1) + _field(3, frame.address) + line))
-        for (name, file), number in functions.items():
-            parts.append(_field(5, _field(1, number) + _field(2, word(name)) + _field(4, word(file))))
-        parts += [_field(9, time.time_ns()), _field(10, int(self._seconds * _SECOND_NS)), _field(11, kinds[-1])]
-        parts += [_field(12, _PERIOD_NS), _field(13, word(self._note)), _field(14, word(self._kinds[-1][0]))]
-        return gzip.compress(b"".join(parts + [_field(6, text.encode()) for text in words]), 6)
-
-
-def _varint(value: int) -> bytes:
-    found = bytearray()
-    while value > 0x7F:
-        found.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*found, value])
-
-
-def _field(number: int, value: int | bytes) -> bytes:
-    """A field of a protocol buffer: a number, or bytes with their length (Protocol Buffers, Encoding)."""
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-_PERIOD_NS = 10**7
-_LEAST_PAUSE = 24  # times what a look took of the CPU: looking takes 4 % of one at the most
-_HEAP_DEPTH = 16  # frames of an allocation's stack
-_SAMPLED = (("samples", "count"), ("wall", "nanoseconds"))
-
-_Key = tuple[str, tuple[tuple[int, int], ...]]  # a thread's name, and the code and line of each frame
-
-
-class Sampler:
-    """Looks at the stacks of all threads but its own, and counts them; for the thread that made it."""
-
-    def __init__(self, counts: Callable[[int, types.FrameType], bool] = lambda _, __: True) -> None:
-        self._counts = counts  # whether a stack is to be counted, by its thread and innermost frame
-        self._own = threading.get_ident()
-        self._names: dict[int, str] = {}
-        self._codes: dict[int, types.CodeType] = {}  # by id: code is dear to hash
-        self._seen: dict[_Key, list[int]] = {}
-
-    def run(self, seconds: float) -> None:
-        """Looks 100 times a second, less often where there are so many threads that it would cost too much."""
-        last_ns = time.perf_counter_ns()
-        end_ns = last_ns + int(seconds * _SECOND_NS)
-        pause_ns = _PERIOD_NS
-        while last_ns < end_ns:
-            time.sleep(min(pause_ns, end_ns - last_ns) / _SECOND_NS)
-            now_ns, before_ns = time.perf_counter_ns(), time.thread_time_ns()
-            self.look(now_ns - last_ns)
-            last_ns, cost_ns = now_ns, time.thread_time_ns() - before_ns
-            pause_ns = max(_PERIOD_NS - cost_ns, cost_ns * _LEAST_PAUSE)
-
-    def look(self, since_ns: int = 0) -> None:
-        """Counts every stack once, with the time since the last look."""
-        for thread, frame in sys._current_frames().items():
-            if thread != self._own and self._counts(thread, frame):
-                values = self._seen.setdefault(self._key(thread, frame), [0, 0])
-                values[0] += 1
-                values[1] += since_ns
-
-    def _key(self, thread: int, innermost: types.FrameType) -> _Key:
-        if thread not in self._names:
-            self._names.update(thread_names())
-        stack, frame = [], innermost
-        while frame:
-            code = frame.f_code
-            self._codes[id(code)] = code
-            stack.append((id(code), frame.f_lineno or 0))
-            frame = frame.f_back  # type: ignore[assignment]
-        return self._names.get(thread, "not Python's"), tuple(stack)
-
-    def stacks(self) -> Iterator[tuple[str, tuple[Frame, ...], list[int]]]:
-        """Each stack that was seen: the thread's name, the frames, how often and for how many nanoseconds."""
-        for (thread, stack), values in self._seen.items():
-            yield thread, tuple(_frame(self._codes[code], line) for code, line in stack), values
-
-
-def thread_names() -> dict[int, str]:
-    return {thread.ident: thread.name for thread in threading.enumerate() if thread.ident}
-
-
-def _frame(code: types.CodeType, line: int) -> Frame:
-    module = os.path.basename(code.co_filename).partition(".")[0]
-    return Frame(f"{module}.{getattr(code, 'co_qualname', code.co_name)}", code.co_filename, line, id(code))
-
-
-def profile_time(seconds: float) -> Profile:
-    """Where all threads are, whether they run or wait."""
-    sampler, profile = Sampler(), Profile(_SAMPLED, "Python stacks of all threads, running or waiting.", seconds)
-    sampler.run(seconds)
-    for found in sampler.stacks():
-        profile.add(*found)
-    return profile
-
-
-def profile_waits(seconds: float, is_mutex: bool) -> Profile:
-    """Where threads wait for each other, as far as looking tells; CPython keeps no account of its locks.
-
-    A thread waits when two looks in turn find it at the same instruction: of a `with` on a bare name or an acquire(),
-    which is a lock, or within `threading`, which is a condition, an event or a join.
-    """
-    last: dict[int, tuple[int, int]] = {}
-
-    def counts(thread: int, frame: types.FrameType) -> bool:
-        place = id(frame), frame.f_lasti
-        stays, last[thread] = last.get(thread) == place, place
-        return stays and (_takes_lock(frame) if is_mutex else frame.f_code.co_filename == _THREADING)
-
-    note = "waits for locks" if is_mutex else "waits in threading, for conditions, events and joins"
-    kinds = (("waits_sampled", "count"), ("wait", "nanoseconds"))
-    sampler, profile = Sampler(counts), Profile(kinds, f"Sampled {note}; those under 10 ms are seldom seen.", seconds)
-    sampler.run(seconds)
-    for found in sampler.stacks():
-        profile.add(*found)
-    return profile
-
-
-def _takes_lock(frame: types.FrameType) -> bool:
-    import linecache
-
-    code = frame.f_code
-    line = linecache.getline(code.co_filename, frame.f_lineno or 0, frame.f_globals)
-    return code.co_filename != _THREADING and bool(_LOCKING.search(line))
-
-
-_THREADING = threading.Thread.run.__code__.co_filename  # its __file__ may be of a zip, as in the embeddable package
-_LOCKING = re.compile(r"^\s*with [\w.]+:|\.acquire\(")
-
-
-def profile_threads(entries_only: bool) -> Profile:
-    """The threads there are: by their stacks, or by what each was started to run."""
-    about = "what they were started to run; CPython keeps no stack of a thread's start" if entries_only else "stacks"
-    sampler, profile = Sampler(), Profile((("threads", "count"),), f"Live threads, by {about}.")
-    sampler.look()
-    for thread, stack, values in sampler.stacks():
-        entry = tuple(frame for frame in stack if frame.file != _THREADING)[-1:] if entries_only else stack
-        profile.add(thread, entry, values[:1])
-    return profile
-
-
-def profile_memory(seconds: float) -> Profile:
-    """What is allocated in the time to come and still there at its end; traced for that long alone."""
-    import tracemalloc
-
-    is_ours = not tracemalloc.is_tracing()  # else Python was started so
-    if is_ours:
-        tracemalloc.start(_HEAP_DEPTH)
-    try:
-        time.sleep(seconds)
-        found = tracemalloc.take_snapshot().statistics("traceback")
-    finally:
-        if is_ours:
-            tracemalloc.stop()
-    kinds = (("inuse_objects", "count"), ("inuse_space", "bytes"))
-    note = "Allocated while traced, and not freed; tracemalloc knows nothing of what is freed."
-    profile = Profile(kinds, note, seconds)
-    for one in found:
-        stack = [
-            Frame(f"{os.path.basename(at.filename)}:{at.lineno}", at.filename, at.lineno, 0) for at in one.traceback
-        ]
-        profile.add("", tuple(reversed(stack)), (one.count, one.size))
-    return profile
-
-
-def stacks_text() -> str:
-    """The stack of every thread, for people, the innermost frame first."""
-    lines, threads = [], {thread.ident: thread for thread in threading.enumerate()}
-    for ident, innermost in sys._current_frames().items():
-        thread, frame = threads.get(ident), innermost
-        kind = "not Python's" if thread is None else f"{thread.name}, {'daemon' if thread.daemon else 'no daemon'}"
-        lines.append(f"thread {ident} [{kind}]:")
-        while frame:
-            found = _frame(frame.f_code, frame.f_lineno or 0)
-            lines += [found.function, f"\t{found.file}:{found.line}"]
-            frame = frame.f_back  # type: ignore[assignment]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def symbols_text(asked: str) -> str:
-    """The functions at the addresses of a profile, by the symbol protocol of pprof."""
-    wanted = [int(word, 16) for word in re.findall("0x([0-9A-Fa-f]{1,16})", asked)]
-    codes = [one.__code__ for one in gc.get_objects() if isinstance(one, types.FunctionType)] if wanted else []
-    names: dict[int, str] = {}
-    while codes:
-        code = codes.pop()
-        if id(code) not in names:
-            names[id(code)] = _frame(code, 0).function
-            codes += [one for one in code.co_consts if isinstance(one, types.CodeType)]
-    return "".join(["num_symbols: 1\n", *(f"{one:#x} {names[one]}\n" for one in wanted if one in names)])
-
-
-# ======================================================================================================================
-# HTTP core: requests read strictly, answers, routes
-# ======================================================================================================================
-
-_HEAD_LIMIT_BYTES = 32 * 1024
-_FIELDS_LIMIT = 100
-_BODY_RATE_BYTES_PER_S = 64 * 1024  # what a client must reach while it sends a body
-_LINE_LIMIT_BYTES = 256  # of a chunk's size
-_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/1\.([01])")
-_FIELD_LINE = re.compile(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)")
-_STRAY = re.compile(rb"(?<!\r)\n|\r[^\n]|\0")
-_AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(?::[0-9]{1,5})?")
-_ABSOLUTE = re.compile(r"https?://([^/?#]+)(/[^#]*|(?:\?[^#]*)?)", re.IGNORECASE)
-_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,12})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 JSON_TYPE = ("Content-Type", "application/json; charset=utf-8")
 TEXT_TYPE = ("Content-Type", "text/plain; charset=utf-8")
 METRICS_TYPE = ("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-
-
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
 
 
@@ -5772,53 +5851,22 @@ def refusal(error: ApiError) -> Response:
     return json_response(code=error.code, message=error.message, status=error.status, headers=error.headers)
 
 
-class Route(NamedTuple):
-    """What answers a method on a path; {names} in the template are parameters.
+# ======================================================================================================================
+# IV HTTP / request parser: what a client sends, read strictly and in time
+# ======================================================================================================================
 
-    `answer`, `query` and `body` are words of the API document, `refusals` the statuses that only some routes answer.
-    """
-
-    method: str
-    template: str
-    handle: Callable[[Request], Response]
-    summary: str
-    answer: str
-    query: tuple[str, ...] = ()
-    body: str = ""
-    refusals: tuple[int, ...] = ()
-    is_counted: bool = False  # by --max-requests
-    is_public: bool = False  # for those too who may call nothing else
-
-
-class Router:
-    """Finds the route of a request."""
-
-    def __init__(self, routes: Iterable[Route]) -> None:
-        self.routes = tuple(routes)
-        self._fixed: dict[tuple[str, ...], dict[str, Route]] = {}
-        self._variable: dict[tuple[str, ...], dict[str, Route]] = {}
-        for route in self.routes:
-            segments = tuple(route.template.split("/")[1:])
-            table = self._variable if "{" in route.template else self._fixed
-            table.setdefault(segments, {})[route.method] = route
-
-    def match(self, request: Request) -> tuple[Route, dict[str, str]]:
-        """The route and its parameters; raises NoRoute and WrongMethod."""
-        params: dict[str, str] = {}
-        methods = self._fixed.get(request.segments)
-        if methods is None:
-            methods, params = self._match_variable(request.segments)
-        route = methods.get(request.method)
-        if route is None:
-            right = ", ".join(methods)
-            raise WrongMethod(f"{request.method} is no method of this path; right would be {right}", [*methods])
-        return route, params
-
-    def _match_variable(self, segments: tuple[str, ...]) -> tuple[dict[str, Route], dict[str, str]]:
-        for pattern, methods in self._variable.items():
-            if len(pattern) == len(segments) and all(p == s or p[0] == "{" for p, s in zip(pattern, segments)):
-                return methods, {p[1:-1]: s for p, s in zip(pattern, segments) if p[0] == "{"}
-        raise NoRoute(f"no route has the path /{'/'.join(segments)}")
+_HEAD_LIMIT_BYTES = 32 * 1024
+_FIELDS_LIMIT = 100
+_BODY_RATE_BYTES_PER_S = 64 * 1024  # what a client must reach while it sends a body
+_LINE_LIMIT_BYTES = 256  # of a chunk's size
+_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/1\.([01])")
+_FIELD_LINE = re.compile(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)")
+_STRAY = re.compile(rb"(?<!\r)\n|\r[^\n]|\0")
+_AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(?::[0-9]{1,5})?")
+_ABSOLUTE = re.compile(r"https?://([^/?#]+)(/[^#]*|(?:\?[^#]*)?)", re.IGNORECASE)
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,12})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 
 class ConnectionEnded(Exception):
@@ -5958,6 +6006,9 @@ def read_body(stream: Stream, request: Request, timeout_s: float, limit: int, go
     return stream.exactly(size)
 
 
+_SINGLE_FIELDS = {"host", "content-length", "transfer-encoding", "authorization", "origin", "expect"}
+
+
 def _parse_fields(lines: Sequence[str]) -> dict[str, str]:
     """The header fields; a repeated one is joined by commas, unless it may stand only once."""
     if len(lines) > _FIELDS_LIMIT:
@@ -5972,9 +6023,6 @@ def _parse_fields(lines: Sequence[str]) -> dict[str, str]:
             raise Malformed(f"{found[1]} stands twice")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return fields
-
-
-_SINGLE_FIELDS = {"host", "content-length", "transfer-encoding", "authorization", "origin", "expect"}
 
 
 def _split_target(target: str, fields: Mapping[str, str]) -> tuple[str, str]:
@@ -6032,7 +6080,61 @@ def _read_chunks(stream: Stream, limit: int) -> bytes:
 
 
 # ======================================================================================================================
-# access: who may call what
+# IV HTTP / routing: which handler answers a method on a path
+# ======================================================================================================================
+
+
+class Route(NamedTuple):
+    """What answers a method on a path; {names} in the template are parameters.
+
+    `answer`, `query` and `body` are words of the API document, `refusals` the statuses that only some routes answer.
+    """
+
+    method: str
+    template: str
+    handle: Callable[[Request], Response]
+    summary: str
+    answer: str
+    query: tuple[str, ...] = ()
+    body: str = ""
+    refusals: tuple[int, ...] = ()
+    is_counted: bool = False  # by --max-requests
+    is_public: bool = False  # for those too who may call nothing else
+
+
+class Router:
+    """Finds the route of a request."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self.routes = tuple(routes)
+        self._fixed: dict[tuple[str, ...], dict[str, Route]] = {}
+        self._variable: dict[tuple[str, ...], dict[str, Route]] = {}
+        for route in self.routes:
+            segments = tuple(route.template.split("/")[1:])
+            table = self._variable if "{" in route.template else self._fixed
+            table.setdefault(segments, {})[route.method] = route
+
+    def match(self, request: Request) -> tuple[Route, dict[str, str]]:
+        """The route and its parameters; raises NoRoute and WrongMethod."""
+        params: dict[str, str] = {}
+        methods = self._fixed.get(request.segments)
+        if methods is None:
+            methods, params = self._match_variable(request.segments)
+        route = methods.get(request.method)
+        if route is None:
+            right = ", ".join(methods)
+            raise WrongMethod(f"{request.method} is no method of this path; right would be {right}", [*methods])
+        return route, params
+
+    def _match_variable(self, segments: tuple[str, ...]) -> tuple[dict[str, Route], dict[str, str]]:
+        for pattern, methods in self._variable.items():
+            if len(pattern) == len(segments) and all(p == s or p[0] == "{" for p, s in zip(pattern, segments)):
+                return methods, {p[1:-1]: s for p, s in zip(pattern, segments) if p[0] == "{"}
+        raise NoRoute(f"no route has the path /{'/'.join(segments)}")
+
+
+# ======================================================================================================================
+# IV HTTP / authentication: who may call what
 # ======================================================================================================================
 
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
@@ -6226,1194 +6328,7 @@ def network_of(peer: str) -> str:
 
 
 # ======================================================================================================================
-# API document: OpenAPI, derived from the routes
-# ======================================================================================================================
-
-Json = dict[str, Any]
-
-_POOL_MOST = next(option.most for option in OPTIONS if option.name == "pool_size")
-
-_REFUSALS = {  # by status: when it happens, and an example; the first are for every route
-    400: (
-        "The request is malformed.",
-        "[0]: Key: 'PostStruct.CommandType' Error:Field validation for 'CommandType' failed on the 'required' tag",
-    ),
-    401: ("It needs a token, or the token is wrong.", "send `Authorization: Bearer ...` with a token of the daemon"),
-    403: (
-        "It comes from a page of another origin.",
-        "pages of other sites may not call this; --cors_origin allows one",
-    ),
-    413: ("The body is too large.", "the body has 16777217 bytes; at most 16777216 are taken (--max_body)"),
-    429: ("Too many at once; wait.", "8 requests are in work, the most that --max-requests allows; try again"),
-    500: ("The daemon failed.", "the daemon failed; its log says how"),
-    503: ("Not now.", "the daemon is ending; send the task again to the next one"),
-    409: (
-        "It is in conflict with another.",
-        "id: 'a' is the id of a task that was submitted otherwise; use another id",
-    ),
-    507: ("The disk is full.", "the disk of the root is full; make room, or give another --root"),
-}
-_ANY_ROUTE = (400, 401, 403, 413, 429, 500, 503)
-_REFUSAL_HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
-
-
-def api_document(routes: Iterable[Route]) -> Json:
-    """The OpenAPI 3.1 document of these routes."""
-    paths: dict[str, Json] = {}
-    for route in routes:
-        paths.setdefault(route.template, {})[route.method.lower()] = _operation(route)
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "remote_executor",
-            "version": __version__,
-            "description": "Runs scripts on this host: tasks of steps, in order, in parallel or as a graph. The `code` "
-            "of an answer is 0 for success, 1001 in progress, 1002 execution failed, 1003 not found, expired or "
-            "destroyed, else the status of a refusal: 404 for a path that no route has, 405 for a method that a path "
-            "does not have, and those below.",
-            "license": {"name": "MIT", "identifier": "MIT"},
-        },
-        "servers": [{"url": "/"}],
-        "security": [{}, {"token": []}],
-        "paths": paths,
-        "components": {
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description": "See --token_file."}},
-            "parameters": _parameters(),
-            "requestBodies": _bodies(),
-            "responses": {**_answers(), **{f"Refused{status}": _refused(status) for status in _REFUSALS}},
-            "schemas": _schemas(),
-        },
-    }
-
-
-def _operation(route: Route) -> Json:
-    names = [*re.findall(r"{(\w+)}", route.template), *route.query]
-    statuses = [*_ANY_ROUTE, *route.refusals]
-    success = "302" if route.answer == "Redirect" else "200"
-    found: Json = {
-        "operationId": re.sub(r"\W+", "_", route.method.lower() + route.template.replace("}", "")),
-        "summary": route.summary,
-        "tags": [_tag(route.template)],
-        "responses": {success: _ref("responses", route.answer)},
-    }
-    if names:
-        found["parameters"] = [_ref("parameters", name) for name in names]
-    if route.body:
-        found["requestBody"] = _ref("requestBodies", route.body)
-    if route.is_public:
-        found["security"] = [{}]
-    found["responses"].update({str(status): _ref("responses", f"Refused{status}") for status in sorted(statuses)})
-    return found
-
-
-def _tag(template: str) -> str:
-    areas = (("/api/v1/task", "tasks"), ("/api/v1/pool", "pool"), ("/debug/", "profiles"), ("/swagger", "document"))
-    return next((tag for prefix, tag in areas if template.startswith(prefix)), "daemon")
-
-
-def _ref(kind: str, name: str) -> Json:
-    return {"$ref": f"#/components/{kind}/{name}"}
-
-
-def _schema(name: str) -> Json:
-    return _ref("schemas", name)
-
-
-def _object(fields: Json, *optional: str) -> Json:
-    """An object of these fields and no others, all but the optional ones required."""
-    required = [name for name in fields if name not in optional]
-    return {"type": "object", "required": required, "properties": fields, "additionalProperties": False}
-
-
-def _array(of: Json, **more: Any) -> Json:
-    return {"type": "array", "items": of, **more}
-
-
-def _string(about: str, **more: Any) -> Json:
-    return {"type": "string", "description": about, **more}
-
-
-def _whole(about: str, least: int = 0, **more: Any) -> Json:
-    return {"type": "integer", "description": about, "minimum": least, **more}
-
-
-def _envelope(codes: Sequence[int], data: Json | None = None) -> Json:
-    code = {"const": codes[0]} if len(codes) == 1 else {"enum": [*codes]}
-    fields = {"code": {"type": "integer", **code}, "message": {"type": "string"}}
-    return _object({**fields, "data": data} if data else fields)
-
-
-def _answer(
-    about: str, schema: Json, examples: Mapping[str, Any] = types.MappingProxyType({}), header: str = ""
-) -> Json:
-    """An answer of JSON."""
-    content: Json = {"schema": schema}
-    if examples:
-        content["examples"] = {name: {"value": value} for name, value in examples.items()}
-    found: Json = {"description": about, "content": {"application/json": content}}
-    if header:
-        found["headers"] = {header: {"schema": {"type": "string"}}}
-    return found
-
-
-def _refused(status: int) -> Json:
-    about, message = _REFUSALS[status]
-    example = {"code": status, "message": message}
-    return _answer(about, _envelope([status]), {"refused": example}, _REFUSAL_HEADERS.get(status, ""))
-
-
-def _parameters() -> Json:
-    """What stands in paths and queries."""
-    truth = {"type": "string", "pattern": "^([1tT0fF]|[tT][rR][uU][eE]|[fF][aA][lL][sS][eE])?$"}
-    path: dict[str, tuple[str, Json, Any]] = {
-        "task": ("Id of the task", {"type": "string", "minLength": 1}, "release-1"),
-        "step": ("Index of the step, or its name", {"type": "string", "minLength": 1}, "0"),
-    }
-    query: dict[str, tuple[str, Json, Any]] = {
-        "sort": ("By begin (st), end (et) or expiry (rt)", {"enum": ["st", "et", "rt"], "default": "st"}, "st"),
-        "ansync": ("true: only `depets_on` orders the steps", truth, "true"),
-        "async": ("The same as `ansync`", truth, "true"),
-        "id": ("Id of the task; sent again, the same submission runs once", {"pattern": _ID_WORD}, "release-1"),
-        "timeout": ("Of the whole task, from its acceptance", _schema("Duration"), "1h30m"),
-        "seconds": ("For how long; at most --profile_timeout", _SECONDS, "5"),
-        "debug": ("1: as text; 2: of threads the whole stacks", {"enum": ["0", "1", "2"], "default": "0"}, "1"),
-        "env_vars": ("KEY=value for all steps; may stand several times", _array(_schema("Variable")), ["target=linux"]),
-    }
-    found: Json = {}
-    for place, words in (("path", path), ("query", query)):
-        for name, (about, schema, example) in words.items():
-            schema = schema if "$ref" in schema or "type" in schema else {"type": "string", **schema}
-            found[name] = {"name": name, "in": place, "description": about, "schema": schema, "example": example}
-            if place == "path":
-                found[name]["required"] = True
-    return found
-
-
-_SECONDS: Json = {"type": "number", "exclusiveMinimum": 0}
-_ID_WORD = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?)?$"  # empty is as absent
-
-
-def _bodies() -> Json:
-    def body(name: str, examples: Json) -> Json:
-        values = {name: {"value": value} for name, value in examples.items()}
-        return {"required": True, "content": {"application/json": {"schema": _schema(name), "examples": values}}}
-
-    build_it = {"command_type": "sh", "command_content": 'echo "build $target"', "env_vars": ["target=linux"]}
-    graph = [
-        {"name": "fetch", "command_type": "sh", "command_content": "echo 42 >answer"},
-        {"name": "left", "command_type": "sh", "command_content": "cat answer", "depets_on": ["fetch"]},
-        {"name": "right", "command_type": "python", "command_content": "print(7)", "depets_on": ["fetch"]},
-    ]
-    steps = {"one after another": [build_it, {**build_it, "timeout": "90s"}], "a graph, with ansync=true": graph}
-    return {
-        "Submission": body("Submission", steps),
-        "PoolSize": body("PoolSize", {"eight": {"size": 8}}),
-        "Addresses": {
-            "content": {"text/plain": {"schema": {"type": "string"}, "example": "0x7f0000000000+0x7f0000000010"}}
-        },
-    }
-
-
-def _schemas() -> Json:
-    """What bodies and answers are made of."""
-    return {**_submitted(), **_shown(), **_figures(), "NotFound": _envelope([Code.NOT_FOUND])}
-
-
-def _submitted() -> Json:
-    """The schemas of bodies; an optional field may be null or empty too."""
-    names = _array({"type": "string"}, description="Names of the steps that must succeed first")
-    optional = {"type": ["array", "null"]}
-    duration = {"anyOf": [_schema("Duration"), {"type": "null"}], "description": "Default --exec_timeout"}
-    step = {
-        "command_type": {"type": "string", "enum": [*INTERPRETERS]},
-        "command_content": _string("The script", minLength=1),
-        "name": {**_string("Default <task id>-<index>", maxLength=_NAME_LIMIT), "type": ["string", "null"]},
-        "env_vars": {**_array(_schema("Variable")), **optional},
-        "depets_on": {**names, **optional},
-        "depends_on": {**names, **optional, "description": "The same as `depets_on`"},
-        "timeout": duration,
-    }
-    required = ["command_type", "command_content"]
-    size = _whole("Steps that run at once", 1, maximum=_POOL_MOST)
-    return {
-        "Duration": _string("As Go writes it", pattern=_DURATION_WORD, examples=["90s", "1h30m", "500ms"]),
-        "Variable": _string("KEY=value", pattern="^[^=\\x00]+=[^\\x00]*$"),
-        "SubmittedStep": {"type": "object", "required": required, "properties": step},
-        "Submission": _array(_schema("SubmittedStep"), minItems=1),
-        "PoolSize": {"type": "object", "required": ["size"], "properties": {"size": size}},
-    }
-
-
-def _shown() -> Json:
-    """The schemas of tasks, steps and the pool."""
-    names = _array({"type": "string"}, description="Names of the steps that must succeed first")
-    times = {
-        "st": _string("Begin", format="date-time"),
-        "et": _string("End", format="date-time"),
-        "rt": _string("Time left before the record expires, as Go prints a duration"),
-    }
-    state = {"type": "integer", "enum": [*State], "description": "0 ended, 1 running, 2 pending, 255 system error"}
-    code = {"type": "integer", "description": "0 success; a task's is the sum of its steps'"}
-    url, message = _string("Where it is shown", format="uri"), {"type": "string"}
-    task = {"id": _string("Id"), "url": url, "state": state, "code": code, "count": _whole("Steps", 1), "msg": message}
-    row = {"step": _whole("Index"), "url": url, "name": _string("Name"), "state": state, "code": code, "msg": message}
-    return {
-        "Times": _object(times, "st", "et"),
-        "Task": _object({**task, "times": _schema("Times")}),
-        "Step": _object({**row, "depets_on": names, "times": _schema("Times")}, "depets_on"),
-        "Pool": _object(
-            {
-                "size": _whole("The most steps that run at once", 1),
-                "running": _whole("Steps that run"),
-                "waiting": _whole("Steps that are ready and wait"),
-            }
-        ),
-    }
-
-
-_DURATION_WORD = (
-    r"^((?=.*[1-9])\+?(([0-9]+(\.[0-9]*)?|\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h))+)?$"  # empty as absent
-)
-
-
-def _figures() -> Json:
-    """The schemas of what the daemon tells of itself."""
-    unknown = {"type": ["integer", "null"], "minimum": 0}
-    moment = {"format": "date-time"}
-    python = {name: _string(name) for name in ("implementation", "version", "os", "arch")}
-    commit = {"type": ["string", "null"], "description": "The git commit, null where nobody knows it"}
-    number = {"type": "number", "minimum": 0}
-    process = {
-        "pid": _whole("Process id", 1),
-        "uptime_s": {**number, "description": "Seconds since its start"},
-        "cpu_s": {**number, "description": "Seconds of user and system CPU time"},
-        "rss_bytes": {**unknown, "description": "Resident memory"},
-        "threads": _whole("Threads", 1),
-        "open_files": {**unknown, "description": "File descriptors, on Windows handles"},
-        "python": _string("Implementation and version"),
-    }
-    host = {name: _string(name) for name in HostFacts._fields}
-    oldest = {"type": ["string", "null"], **moment, "description": "When the oldest kept task was accepted"}
-    store = {"bytes": _whole("Size of the database"), "records": _whole("Tasks kept"), "oldest": oldest}
-    disk = {"path": _string("The root"), "disk_free_bytes": _whole("Free there"), "disk_total_bytes": _whole("In all")}
-    return {
-        "Version": _object(
-            {
-                "version": _string("Of the program"),
-                "python": _object(python),
-                "commit": commit,
-                "built": _string("When"),
-            }
-        ),
-        "State": _object(
-            {
-                "host": _object({**host, "boot_time": _string("When it started", **moment)}),
-                "process": _object(process),
-                "pool": _schema("Pool"),
-                "tasks": _object({name: _whole("Tasks in this state") for name in STATE_NAMES.values()}),
-                "store": _object(store),
-                "root": _object(disk),
-            }
-        ),
-        "Health": _object(
-            {
-                "server": _string("What the client calls the daemon"),
-                "client": _string("The client's address"),
-                "state": {"const": "Running"},
-                "timestamp": _whole("Nanoseconds since the epoch"),
-                "warning": _string("What the operator should know"),
-            },
-            "warning",
-        ),
-    }
-
-
-def _answers() -> Json:
-    """What a request that is not refused is answered."""
-    pool, gone = {"size": 30, "running": 1, "waiting": 0}, {"code": 1003, "message": NO_TASK}
-    submitted = {"count": 4, "id": "release-1", "url": _EXAMPLE_URL + "release-1", "timestamp": 1668649373430555500}
-    counts = {"count": _whole("Steps", 1), "timestamp": _whole("Nanoseconds since the epoch")}
-    accepted = _object({**dict.fromkeys(("id", "url"), {"type": "string"}), **counts})
-    tasks = _object({"running": _whole("Running tasks"), "tasks": _array(_schema("Task")), "total": _whole("Tasks")})
-    health = _schemas()["Health"]["properties"]
-    beside = {name: schema for name, schema in health.items() if name != "warning"}
-    states = (Code.SUCCESS, Code.IN_PROGRESS, Code.FAILED)
-
-    def kept(data: Json) -> Json:
-        return {"oneOf": [_envelope(states, data), _schema("NotFound")]}
-
-    return {
-        "TaskList": _answer("All tasks", _envelope([0], tasks), _list_examples()),
-        "Accepted": _answer("It is stored", _envelope([0], accepted), {"stored": _success(submitted)}, "X-Task-ID"),
-        "TaskDetail": _answer(
-            "The task", kept(_array(_schema("Step"))), {**_task_examples(), "gone": gone}, "X-Task-STATE"
-        ),
-        "Stopped": _answer(
-            "The stop is recorded",
-            {"oneOf": [_envelope([0]), _schema("NotFound")]},
-            {"stopped": {"code": 0, "message": "success"}, "gone": gone},
-        ),
-        "Console": _answer("Its lines so far", kept(_array({"type": "string"})), {**_console_examples(), "gone": gone}),
-        "Pool": _answer("The pool", _envelope([0], _schema("Pool")), {"pool": _success(pool)}),
-        "Version": _answer("What runs", _envelope([0], _schema("Version"))),
-        "State": _answer("What it takes", _envelope([0], _schema("State"))),
-        "Health": _answer("It lives", _object({**_envelope([0], _schema("Health"))["properties"], **beside})),
-        "Document": _answer("This document", {"type": "object"}),
-        "Empty": {"description": "Nothing else"},
-        "Redirect": {"description": "To the page", "headers": {"Location": {"schema": {"type": "string"}}}},
-        "Metrics": _plain("Text format 0.0.4 of Prometheus"),
-        "Page": _plain("A page", "text/html"),
-        "Text": _plain("Text"),
-        "Profile": {
-            "description": "A gzipped profile.proto, for `go tool pprof` and speedscope; text where `debug` is set",
-            "content": {kind: {"schema": {"type": "string"}} for kind in ("application/octet-stream", "text/plain")},
-        },
-        "Trace": _answer(
-            "In the Trace Event Format, which Perfetto opens",
-            _object({"traceEvents": _array({"type": "object"}), "displayTimeUnit": {"const": "ms"}}),
-        ),
-    }
-
-
-_EXAMPLE_URL = "http://localhost:2376/api/v1/task/"
-
-
-def _list_examples() -> Json:
-    times = {"st": "2022-11-17T17:17:58+08:00", "et": "2022-11-17T17:17:58+08:00", "rt": "47h53m30.619752642s"}
-    task = {"id": "release-1", "url": _EXAMPLE_URL + "release-1", "state": 0, "code": 510, "count": 4}
-    task.update(msg="execution failed: [Step: 0, Name: step0; Step: 2, Name: step2]", times=times)
-    none = {"running": 0, "tasks": [], "total": 0}
-    return {"one task": _success({"running": 0, "tasks": [task], "total": 1}), "none": _success(none)}
-
-
-def _task_examples() -> Json:
-    def step(idx: int, state: int, code: int, message: str, **times: str) -> Json:
-        shown = {"step": idx, "url": f"{_EXAMPLE_URL}a/{idx}/console", "name": f"a-{idx}", "state": state, "code": code}
-        needs = {"depets_on": [f"a-{idx - 1}"]} if idx else {}
-        return {**shown, "msg": message, **needs, "times": {**times, "rt": "47h59m57.433539558s"}}
-
-    begin, end = "2022-11-18T16:20:53+08:00", "2022-11-18T16:20:56+08:00"
-    first = step(0, 0, 0, STEP_SUCCEEDED, st=begin, et=end)
-    runs, waits = step(0, 1, 0, STEP_RUNNING, st=begin), step(1, 2, 0, STEP_PENDING)
-    failed = step(1, 0, 2, failure_text(1, "a-1", 2, ""), st=end, et=end)
-    failure = f"execution failed: [{failed['msg']}]"
-    return {
-        "success": _success([first, step(1, 0, 0, STEP_SUCCEEDED, st=end, et=end)]),
-        "in progress": {"code": 1001, "message": "in progress: [Step: 0, Name: a-0]", "data": [runs, waits]},
-        "failed": {"code": 1002, "message": failure, "data": [first, failed]},
-    }
-
-
-def _console_examples() -> Json:
-    reason = failure_text(0, "a-0", 2, "")
-    return {
-        "success": {"code": 0, "message": "succeed", "data": ["build linux", "  done"]},
-        "in progress": {"code": 1001, "message": "in progress", "data": ["build linux"]},
-        "waiting": {"code": 1001, "message": "pending", "data": []},
-        "failed": {"code": 1002, "message": f"exit code: 2; {reason}", "data": ["no route to host"]},
-    }
-
-
-def _success(data: Any) -> Json:
-    return {"code": 0, "message": "success", "data": data}
-
-
-def _plain(about: str, kind: str = "text/plain") -> Json:
-    """An answer that is no JSON."""
-    return {"description": about, "content": {kind: {"schema": {"type": "string"}}}}
-
-
-# ======================================================================================================================
-# web pages: what a browser shows
-# ======================================================================================================================
-
-API_STYLE = r"""
-:root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #57606a; --line: #d0d7de; --box: #f6f8fa;
-  --link: #0550ae; --get: #0550ae; --post: #116329; --put: #953800; --bad: #b42318; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #0d1117; --text: #e6edf3; --soft: #9aa4af; --line: #3d444d; --box: #161b22;
-    --link: #79b8ff; --get: #79b8ff; --post: #7ee787; --put: #ffa657; --bad: #ff8b82; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--back); color: var(--text);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; margin: 0; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-h3 { font-size: .9rem; margin: 1rem 0 .25rem; color: var(--soft); }
-p { margin: .25rem 0; }
-a { color: var(--link); }
-code, pre, textarea, .path { font: .875rem/1.5 ui-monospace, monospace; }
-pre { margin: .25rem 0; padding: .5rem .75rem; max-height: 30rem; overflow: auto; background: var(--box);
-  border: 1px solid var(--line); border-radius: .375rem; white-space: pre-wrap; }
-input, textarea, select, button { font-size: 1rem; padding: .4rem .6rem; max-width: 100%; color: inherit;
-  background: var(--back); border: 1px solid var(--soft); border-radius: .375rem; }
-textarea { width: 100%; min-height: 9rem; }
-label textarea { min-height: 3.5rem; }
-select { display: block; margin: .5rem 0; }
-button { background: var(--box); cursor: pointer; }
-:focus-visible { outline: 3px solid var(--link); outline-offset: 1px; }
-form.token { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: 1rem 0; }
-label { display: grid; grid-template-columns: 9rem 1fr; gap: .25rem .75rem; align-items: center; margin: .5rem 0; }
-form.token label { display: contents; }
-label small { grid-column: 2; }
-small, .soft { color: var(--soft); }
-details { border: 1px solid var(--line); border-radius: .375rem; margin: .5rem 0; }
-summary { padding: .5rem .75rem; cursor: pointer; }
-summary .path { font-weight: 600; }
-summary small { display: inline-block; }
-.body { padding: 0 .75rem .75rem; border-top: 1px solid var(--line); }
-.method { display: inline-block; min-width: 3.5rem; font-weight: 700; }
-.get, .head { color: var(--get); } .post { color: var(--post); } .put { color: var(--put); }
-.bad { color: var(--bad); }
-@media (max-width: 40rem) { label { grid-template-columns: 1fr; } label small { grid-column: 1; } }
-"""
-
-API_SCRIPT = r"""
-"use strict";
-const MOST_SHOWN = 100000;
-const TOKEN = "remote_executor token";
-const content = document.getElementById("content");
-const note = document.getElementById("note");
-const field = document.getElementById("token");
-let description = null;
-
-function make(tag, attributes, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes || {})) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
-
-function resolve(thing) {
-  if (!thing || !thing.$ref) return thing;
-  return thing.$ref.split("/").slice(1).reduce((place, name) => place[name], description);
-}
-
-// A schema in the words of TypeScript, its descriptions as comments.
-function words(schema, indent = "") {
-  const found = resolve(schema) || {}, deeper = indent + "  ";
-  if (found.oneOf) return found.oneOf.map((one) => words(one, indent)).join("\n" + indent + "or ");
-  if (found.anyOf) return found.anyOf.map((one) => words(one, indent)).join(" | ");
-  if ("const" in found) return JSON.stringify(found.const);
-  if (found.enum) return found.enum.map((one) => JSON.stringify(one)).join(" | ");
-  if (found.items) return "[" + words(found.items, indent) + ", ...]";
-  if (!found.properties) return [].concat(found.type || "any").join(" | ");
-  const lines = Object.entries(found.properties).map(([name, one]) => {
-    const optional = (found.required || []).includes(name) ? "" : "?", about = (resolve(one) || {}).description;
-    return deeper + name + optional + ": " + words(one, deeper) + (about ? "  // " + about : "");
-  });
-  return ["{", ...lines, indent + "}"].join("\n");
-}
-
-function headers() {
-  return field.value ? { Authorization: "Bearer " + field.value } : {};
-}
-
-// Not by JSON.parse, which rounds the nanoseconds.
-function pretty(text) {
-  let indent = "\n";
-  return text.replace(/"(?:[^"\\]|\\.)*"|\[\]|{}|[{}[\],:]/g, (token) => {
-    if (token === "{" || token === "[") return token + (indent += "  ");
-    if (token === "}" || token === "]") return (indent = indent.slice(0, -2)) + token;
-    return token === "," ? token + indent : token === ":" ? ": " : token;
-  });
-}
-
-function showInputs(operation, inputs) {
-  return (operation.parameters || []).map(resolve).map((one) => {
-    const many = resolve(one.schema).type === "array", input = make(many ? "textarea" : "input", { name: one.name });
-    if (one.required) { input.required = true; input.value = one.example; }
-    else input.placeholder = [].concat(one.example).join("\n");
-    inputs.push([one, input, many]);
-    return make("label", {}, make("code", {}, one.name), input,
-      make("small", {}, one.description + (many ? "; one a line" : one.required ? "" : "; optional")));
-  });
-}
-
-function showBody(operation) {
-  const body = resolve(operation.requestBody);
-  if (!body) return [null, []];
-  const media = Object.values(body.content)[0];
-  const examples = Object.entries(media.examples || { "": { value: media.example } });
-  const area = make("textarea", { "aria-label": "Body", spellcheck: "false" });
-  const choice = make("select", { "aria-label": "Example" }, ...examples.map(([name]) => make("option", {}, name)));
-  const fill = () => {
-    const value = examples[choice.selectedIndex][1].value;
-    area.value = typeof value === "string" ? value : JSON.stringify(value, null, 2);
-  };
-  choice.addEventListener("change", fill);
-  fill();
-  return [area, [make("h3", {}, "Body"), make("pre", { tabindex: "0" }, words(media.schema)), choice, area]];
-}
-
-function showAnswers(operation) {
-  return Object.entries(operation.responses).map(([status, one]) => {
-    const answer = resolve(one), parts = [];
-    for (const [type, media] of Object.entries(answer.content || {})) {
-      parts.push(make("p", { class: "soft" }, type), make("pre", { tabindex: "0" }, words(media.schema)));
-      for (const [name, example] of Object.entries(media.examples || {}))
-        parts.push(make("p", { class: "soft" }, "Example: " + name),
-          make("pre", { tabindex: "0" }, JSON.stringify(example.value, null, 2)));
-    }
-    return make("details", {}, make("summary", {}, make("code", {}, status), " ", answer.description),
-      make("div", { class: "body" }, ...parts));
-  });
-}
-
-function target(path, inputs) {
-  const query = new URLSearchParams();
-  for (const [one, input, many] of inputs) {
-    if (one.in === "path") path = path.replace("{" + one.name + "}", encodeURIComponent(input.value));
-    else for (const value of many ? input.value.split("\n") : [input.value]) if (value) query.append(one.name, value);
-  }
-  return String(query) ? path + "?" + query : path;
-}
-
-async function send(url, request, result, begin) {
-  const answer = await fetch(url, request);
-  const data = new Uint8Array(await answer.arrayBuffer());
-  const type = answer.headers.get("Content-Type") || "", isText = /json|text/.test(type) || !data.length;
-  const took = Math.round(performance.now() - begin);
-  const line = `${answer.status} ${answer.statusText}, ${data.length} bytes, ${took} ms`;
-  const head = [...answer.headers].map(([name, value]) => `${name}: ${value}`).join("\n");
-  const save = make("a", { href: URL.createObjectURL(new Blob([data], { type })), download: "answer" }, "Save");
-  result.replaceChildren(make("p", answer.ok ? {} : { class: "bad" }, line, " ", save),
-    make("pre", { tabindex: "0", "aria-label": "Headers" }, head));
-  if (isText && data.length) {
-    const raw = new TextDecoder().decode(data), text = type.includes("json") ? pretty(raw) : raw;
-    const cut = text.length > MOST_SHOWN;
-    result.append(make("pre", { tabindex: "0", "aria-label": "Body of the answer" },
-      text.slice(0, MOST_SHOWN) + (cut ? "\n(and more)" : "")));
-  }
-}
-
-function showOperation(path, method, operation, place) {
-  const inputs = [], fields = showInputs(operation, inputs), [area, body] = showBody(operation);
-  const button = make("button", {}, "Send"), result = make("div", { "aria-live": "polite" });
-  const form = make("form", {}, ...fields, ...body, make("p", {}, button), result);
-  let running = null;
-  form.addEventListener("submit", async (event) => {
-    event.preventDefault();
-    if (running) return running.abort();
-    running = new AbortController();
-    button.textContent = "Cancel";
-    result.replaceChildren("waiting for the answer");
-    const request = { method: method.toUpperCase(), headers: headers(), signal: running.signal };
-    if (area) request.body = area.value;
-    try { await send(target(path, inputs), request, result, performance.now()); }
-    catch (error) { result.replaceChildren(make("p", { class: "bad" }, "no answer: " + error.message)); }
-    running = null;
-    button.textContent = "Send";
-  });
-  form.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
-  });
-  place.append(form, make("h3", {}, "Answers"), ...showAnswers(operation));
-}
-
-function show() {
-  const sections = new Map();
-  for (const [path, operations] of Object.entries(description.paths))
-    for (const [method, operation] of Object.entries(operations)) {
-      const body = make("div", { class: "body" });
-      const box = make("details", { id: operation.operationId }, make("summary", {},
-        make("span", { class: "method " + method }, method.toUpperCase()), make("span", { class: "path" }, path), " ",
-        make("small", {}, operation.summary)), body);
-      box.addEventListener("toggle", () => showOperation(path, method, operation, body), { once: true });
-      const tag = operation.tags[0];
-      if (!sections.has(tag)) sections.set(tag, make("section", {}, make("h2", {}, tag)));
-      sections.get(tag).append(box);
-    }
-  content.replaceChildren(...sections.values());
-  document.getElementById("version").textContent = description.info.version;
-  document.getElementById("about").textContent = description.info.description;
-  const chosen = document.getElementById(location.hash.slice(1));
-  if (chosen) { chosen.open = true; chosen.scrollIntoView(); }
-}
-
-async function load() {
-  note.textContent = "";
-  try {
-    const answer = await fetch("/swagger/doc.json", { headers: headers() }), found = await answer.json();
-    if (answer.ok) { description = found; show(); return; }
-    note.textContent = answer.status + ": " + found.message;
-  } catch (error) { note.textContent = "no document: " + error.message; }
-  field.focus();
-}
-
-field.value = sessionStorage.getItem(TOKEN) || "";
-document.getElementById("use").addEventListener("submit", (event) => {
-  event.preventDefault();
-  sessionStorage.setItem(TOKEN, field.value);
-  load();
-});
-load();
-"""
-
-API_PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<link rel="icon" href="data:,">
-<title>remote_executor</title>
-<style>{style}</style>
-</head>
-<body>
-<header>
-<h1>remote_executor <span id="version" class="soft"></span></h1>
-<p id="about" class="soft"></p>
-<form id="use" class="token">
-<label for="token">Token</label>
-<input id="token" type="password" autocomplete="off" spellcheck="false" aria-describedby="kept">
-<button>Use</button>
-<small id="kept">kept in this tab alone; none is needed on the host itself</small>
-</form>
-<p id="note" class="bad" role="alert"></p>
-</header>
-<main id="content"></main>
-<noscript><p>This page needs JavaScript; the document itself is <a href="/swagger/doc.json">doc.json</a>.</p></noscript>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-
-PROFILES_PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>profiles of remote_executor</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>Profiles</h1>
-<p class="soft">One that takes time at once. <code>?seconds=5</code> says how long, <code>?debug=1</code> asks for text;
-without it they are for <code>go tool pprof</code> and speedscope, the trace is for Perfetto.</p>
-<dl>
-{rows}
-</dl>
-</body>
-</html>
-"""
-
-
-def profiles_page(rows: Iterable[tuple[str, str]]) -> str:
-    """The index of profiles, each a name and what it shows."""
-    shown = "\n".join(f'<dt><a href="{name}">{name.partition("?")[0]}</a></dt><dd>{about}</dd>' for name, about in rows)
-    return PROFILES_PAGE.replace("{rows}", shown)
-
-
-def page_response(page: str, style: str, script: str) -> Response:
-    """A page of this style and script alone: it loads nothing, and speaks with this daemon alone (CSP Level 3)."""
-    allowed = f"style-src {_source(style)}; script-src {_source(script)}; connect-src 'self'; img-src data:"
-    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    headers = (
-        ("Content-Type", "text/html; charset=utf-8"),
-        ("Content-Security-Policy", policy),
-        ("X-Content-Type-Options", "nosniff"),
-        ("Referrer-Policy", "no-referrer"),
-    )
-    return Response(200, headers, page.replace("{style}", style).replace("{script}", script).encode())
-
-
-def _source(text: str) -> str:
-    """How a policy names an inline style or script: by its digest."""
-    import base64
-    import hashlib
-
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-# ======================================================================================================================
-# API: one short method a route
-# ======================================================================================================================
-
-_POOL_HELP = ("The most steps that run at once.", "Steps that run.", "Steps that are ready and wait.")
-_LONG_LINE_BYTES = 1 << 20  # beyond this a line is answered piece by piece
-
-
-class Api:
-    """Answers the routes of tasks and of the pool; any thread may call it."""
-
-    def __init__(self, store: Store, scheduler: Scheduler, clock: Clock, files: Folder, key_expire_ns: int) -> None:
-        self._store = store
-        self._scheduler = scheduler
-        self._clock = clock
-        self._files = files
-        self._key_expire_ns = key_expire_ns
-
-    def routes(self) -> list[Route]:
-        tasks, pool = "/api/v1/task", "/api/v1/pool"
-        task, step = tasks + "/{task}", tasks + "/{task}/{step}"
-        return [
-            Route("GET", tasks, self.list_tasks, "Lists all tasks", "TaskList", ("sort",), is_counted=True),
-            Route(
-                "POST",
-                tasks,
-                self.submit_task,
-                "Submits a task",
-                "Accepted",
-                ("ansync", "async", "id", "timeout", "env_vars"),
-                "Submission",
-                refusals=(409, 507),
-                is_counted=True,
-            ),
-            Route("GET", task, self.show_task, "Shows a task, step by step", "TaskDetail", is_counted=True),
-            Route("PUT", task, self.stop_task, "Stops a task by force", "Stopped"),
-            Route("PUT", step, self.stop_step, "Stops a step by force", "Stopped"),
-            Route("GET", step + "/console", self.show_console, "Shows what a step wrote", "Console", is_counted=True),
-            Route("GET", pool, self.show_pool, "Shows the pool", "Pool", is_counted=True),
-            Route(
-                "POST", pool, self.resize_pool, "Sets the size of the pool", "Pool", body="PoolSize", is_counted=True
-            ),
-        ]
-
-    def list_tasks(self, request: Request) -> Response:
-        sorts = [value for name, value in request.query if name == "sort"] or ["st"]
-        if sorts not in (["st"], ["et"], ["rt"]):
-            raise Malformed("sort parameter error")
-        numbers = self._store.task_numbers(sorts[0])
-        return Response(headers=(JSON_TYPE,), body=self._task_list(numbers, request.base_url))
-
-    def submit_task(self, request: Request) -> Response:
-        accepted = self._scheduler.submit(parse_submission(request.body, request.query, INTERPRETERS))
-        audit = f"task {accepted.id}, steps: {accepted.step_count}" + ("" if accepted.is_new else ", sent before")
-        data = {
-            "count": accepted.step_count,
-            "id": accepted.id,
-            "url": f"{request.base_url}/api/v1/task/{accepted.id}",
-            "timestamp": accepted.accepted_ns + self._clock.offset_ns(),
-        }
-        return json_response(data, headers=(("X-Task-ID", accepted.id),), audit=audit)
-
-    def show_task(self, request: Request) -> Response:
-        task = self._store.task(request.params["task"])
-        rows = self._store.steps(task.task_number)
-        if task.ended_ns is None:
-            code, message = Code.IN_PROGRESS, f"in progress: [{_running_text(rows)}]"
-        elif task.state == State.ERROR:
-            code, message = Code.FAILED, task.message
-        elif failed := [row for row in rows if row.code]:
-            texts = (failure_text(row.step_index, row.name, row.code, row.reason) for row in failed)
-            code, message = Code.FAILED, f"execution failed: [{'; '.join(texts)}]"
-        else:
-            code, message = Code.SUCCESS, "success"
-        url = f"{request.base_url}/api/v1/task/{task.id}"
-        now = self._now()
-        data = [self._step_json(task, row, rows, url, now) for row in rows]
-        return json_response(data, code, message, headers=(("X-Task-STATE", STATE_NAMES[State(task.state)]),))
-
-    def stop_task(self, request: Request) -> Response:
-        self._scheduler.stop_task(self._store.task(request.params["task"]).task_number)
-        return json_response()
-
-    def stop_step(self, request: Request) -> Response:
-        task = self._store.task(request.params["task"])
-        step = self._store.step(task.task_number, request.params["step"])
-        self._scheduler.stop_step(task.task_number, step.step_index)
-        return json_response()
-
-    def show_console(self, request: Request) -> Response:
-        task = self._store.task(request.params["task"])
-        step = self._store.step(task.task_number, request.params["step"])
-        if step.state == State.PENDING:
-            if task.ended_ns is not None:
-                raise NotFound(NO_TASK)
-            return json_response([], Code.IN_PROGRESS, "pending")
-        if step.state == State.RUNNING:
-            code, message = Code.IN_PROGRESS, "in progress"
-        elif step.code:
-            why = step.reason or failure_text(step.step_index, step.name, step.code, "")
-            code, message = Code.FAILED, f"exit code: {step.code}; {why}"
-        else:
-            code, message = Code.SUCCESS, "succeed"
-        output = StepDirectory(self._files, task.task_number, step.step_index).read_output()
-        lines = encode_lines(output, fallback_encoding())
-        head = f'{{"code":{int(code)},"message":{to_json(message)},"data":['.encode()
-        return Response(headers=(JSON_TYPE,), body=itertools.chain([head], lines, [b"]}"]))
-
-    def show_pool(self, _: Request) -> Response:
-        return json_response(self._scheduler.pool()._asdict())
-
-    def resize_pool(self, request: Request) -> Response:
-        body = parse_json(request.body)
-        size = body.get("size") if isinstance(body, dict) else None
-        if type(size) is not int or not 1 <= size <= _POOL_MOST:
-            raise Malformed(f'the body must be {{"size": n}}, n from 1 to {_POOL_MOST}')
-        return json_response(self._scheduler.resize(size)._asdict(), audit=f"size {size}")
-
-    def _task_list(self, task_numbers: Sequence[int], base_url: str) -> Iterator[bytes]:
-        """The answer of the list, block by block."""
-        running, total = self._store.running_steps(), 0
-        yield b'{"code":0,"message":"success","data":{"running":%d,"tasks":[' % len(running)
-        for rows in self._store.tasks(task_numbers):
-            if rows:
-                now = self._now()
-                block = [self._task_json(row, running.get(row.task_number, ()), base_url, now) for row in rows]
-                yield (b"," if total else b"") + to_json(block)[1:-1].encode()
-                total += len(rows)
-        yield b'],"total":%d}}' % total
-
-    def _task_json(
-        self, task: TaskRow, running: Sequence[tuple[int, str]], base_url: str, now: tuple[int, int]
-    ) -> dict[str, Any]:
-        message = task.message
-        if task.ended_ns is None:
-            message = f"currently executing: [{name_steps(running)}]" if running else WAITING
-        return {
-            "id": task.id,
-            "url": f"{base_url}/api/v1/task/{task.id}",
-            "state": task.state,
-            "code": task.code,
-            "count": task.step_count,
-            "msg": message,
-            "times": self._times(now, task.accepted_ns, task.ended_ns, task.ended_ns),
-        }
-
-    def _step_json(
-        self, task: TaskRow, row: StepRow, rows: Sequence[StepRow], url: str, now: tuple[int, int]
-    ) -> dict[str, Any]:
-        needs = [rows[idx].name for idx in json.loads(row.depends_on)]
-        return {
-            "step": row.step_index,
-            "url": f"{url}/{row.step_index}/console",
-            "name": row.name,
-            "state": row.state,
-            "code": row.code,
-            "msg": step_message(row.step_index, row.name, row.state, row.code, row.reason),
-            **({"depets_on": needs} if needs else {}),
-            "times": self._times(now, row.started_ns, row.ended_ns, row.ended_ns or task.ended_ns),
-        }
-
-    def _now(self) -> tuple[int, int]:
-        """The moment of an answer, and what to add to show a time."""
-        return self._clock.now_ns(), self._clock.offset_ns()
-
-    def _times(
-        self, now: tuple[int, int], begin_ns: int | None, end_ns: int | None, kept_ns: int | None
-    ) -> dict[str, str]:
-        """Begin and end where there are, and the time left before the record, kept since then, expires."""
-        now_ns, offset_ns = now
-        times = {}
-        if begin_ns is not None:
-            times["st"] = format_time((begin_ns + offset_ns) // _SECOND_NS)
-        if end_ns is not None:
-            times["et"] = format_time((end_ns + offset_ns) // _SECOND_NS)
-        left_ns = self._key_expire_ns - (now_ns - kept_ns) if kept_ns is not None else self._key_expire_ns
-        times["rt"] = format_duration(left_ns) if left_ns > 0 else "0s"
-        return times
-
-
-class OperatorApi:
-    """Answers the routes that tell of the daemon itself; any thread may call it."""
-
-    def __init__(
-        self,
-        store: Store,
-        scheduler: Scheduler,
-        clock: Clock,
-        telemetry: Telemetry,
-        root: str,
-        warnings: Sequence[Callable[[], str]],
-    ) -> None:
-        self._store = store
-        self._scheduler = scheduler
-        self._clock = clock
-        self._telemetry = telemetry
-        self._root = root
-        self._warnings = warnings  # each tells what the operator should know now, or nothing
-
-    def routes(self) -> list[Route]:
-        return [
-            Route("GET", "/version", self.show_version, "Tells what runs", "Version"),
-            Route("GET", "/healthyz", self.show_health, "Tells that the daemon lives", "Health", is_public=True),
-            Route("GET", "/heartbeat", self.beat, "Answers", "Empty", is_public=True),
-            Route("HEAD", "/heartbeat", self.beat, "Answers", "Empty", is_public=True),
-            Route("GET", "/metrics", self.show_metrics, "Figures for Prometheus", "Metrics"),
-            Route("GET", "/api/v1/state", self.show_state, "Shows host, process and work", "State", is_counted=True),
-        ]
-
-    def show_version(self, _: Request) -> Response:
-        known = build()
-        python = {
-            "implementation": known.implementation,
-            "version": known.python,
-            "os": known.os,
-            "arch": known.arch,
-        }
-        return json_response(
-            {"version": known.version, "python": python, "commit": known.commit or None, "built": known.built}
-        )
-
-    def show_health(self, request: Request) -> Response:
-        """The envelope, and its data beside it too, where clients of the original look."""
-        health = {"server": request.host, "client": request.peer, "state": "Running", "timestamp": time.time_ns()}
-        data = health
-        if request.label:
-            warning = "; ".join(filter(None, (warn() for warn in self._warnings)))
-            if warning:
-                data = {**health, "warning": warning}
-        envelope = {"code": 0, "message": "success", "data": data, **health}
-        return Response(headers=(JSON_TYPE,), body=to_json(envelope).encode())
-
-    def beat(self, _: Request) -> Response:
-        return Response()
-
-    def show_metrics(self, _: Request) -> Response:
-        families = [*self._families(), *self._telemetry.families(), *process_families(process_figures())]
-        return Response(headers=(METRICS_TYPE,), body=exposition(families).encode())
-
-    def _families(self) -> list[Family]:
-        """What there is now."""
-        counts = self._store.counts()
-        tasks = [("", (("state", name),), counts.get(state, 0)) for state, name in STATE_NAMES.items()]
-        known = tuple((name, value) for name, value in build()._asdict().items())
-        return [
-            single(OWN + "build_info", "gauge", "The program and its Python; always 1.", 1, known),
-            Family(OWN + "tasks", "gauge", "Tasks kept, by state.", tasks),
-            *(
-                single(f"{OWN}pool_{name}", "gauge", text, value)
-                for (name, value), text in zip(self._scheduler.pool()._asdict().items(), _POOL_HELP)
-            ),
-            single(OWN + "store_size_bytes", "gauge", "What the database takes on disk.", self._store.size_bytes()),
-        ]
-
-    def show_state(self, _: Request) -> Response:
-        counts, oldest_ns = self._store.counts(), self._store.oldest_ns()
-        host, disk = host_facts(), shutil.disk_usage(self._root)
-        oldest = None if oldest_ns is None else format_time((oldest_ns + self._clock.offset_ns()) // _SECOND_NS)
-        return json_response(
-            {
-                "host": {**host._asdict(), "boot_time": format_time(int(boot_time_s()))},
-                "process": self._process_json(),
-                "pool": self._scheduler.pool()._asdict(),
-                "tasks": {name: counts.get(state, 0) for state, name in STATE_NAMES.items()},
-                "store": {"bytes": self._store.size_bytes(), "records": sum(counts.values()), "oldest": oldest},
-                "root": {"path": self._root, "disk_free_bytes": disk.free, "disk_total_bytes": disk.total},
-            }
-        )
-
-    def _process_json(self) -> dict[str, Any]:
-        figures, known = process_figures(), build()
-        return {
-            "pid": os.getpid(),
-            "uptime_s": round(max(0.0, time.time() - figures.started_s), 3),
-            "cpu_s": round(figures.cpu_s, 3),
-            "rss_bytes": figures.resident_bytes,
-            "threads": figures.threads,
-            "open_files": figures.open_files,
-            "python": f"{known.implementation} {known.python}",
-        }
-
-
-class ProfileApi:
-    """Answers the routes of pprof with what is true of a Python process; any thread may call it."""
-
-    def __init__(self, telemetry: Telemetry, most_ns: int) -> None:
-        self._telemetry = telemetry
-        self._most_s = most_ns / _SECOND_NS
-        self._busy = threading.Lock()  # held while something is taken that takes time
-
-    def routes(self) -> list[Route]:
-        def timed(name: str, take: Callable[[float], Profile], usual_s: float) -> Route:
-            handle = functools.partial(self._take, take=take, usual_s=usual_s)
-            query = ("seconds", "debug")
-            return Route("GET", _PPROF + name, handle, _PROFILES[name], "Profile", query, refusals=(409,))
-
-        symbol, threads, created = _PPROF + "symbol", self.show_threads, self.show_thread_entries
-        return [
-            Route("GET", _PPROF, self.show_index, "Lists the profiles", "Page"),
-            Route("GET", _PPROF + "cmdline", self.show_command, _PROFILES["cmdline"], "Text"),
-            timed("profile", profile_time, _USUAL_S),
-            Route("GET", _PPROF + "goroutine", threads, _PROFILES["goroutine"], "Profile", ("debug",)),
-            timed("heap", profile_memory, _SHORT_S),
-            timed("allocs", profile_memory, _SHORT_S),
-            Route("GET", _PPROF + "threadcreate", created, _PROFILES["threadcreate"], "Profile", ("debug",)),
-            timed("block", functools.partial(profile_waits, is_mutex=False), _SHORT_S),
-            timed("mutex", functools.partial(profile_waits, is_mutex=True), _SHORT_S),
-            Route("GET", _PPROF + "trace", self.trace, _PROFILES["trace"], "Trace", ("seconds",), refusals=(409,)),
-            Route("GET", symbol, self.show_symbols, _PROFILES["symbol"], "Text"),
-            Route("POST", symbol, self.show_symbols, _PROFILES["symbol"], "Text", body="Addresses"),
-        ]
-
-    def show_index(self, _: Request) -> Response:
-        rows = (
-            (f"{name}?debug={debug}" if (debug := _SHOWN_AS.get(name)) else name, about)
-            for name, about in _PROFILES.items()
-        )
-        return page_response(profiles_page(rows), API_STYLE, "")
-
-    def show_command(self, _: Request) -> Response:
-        words = getattr(sys, "orig_argv", None) or [sys.executable, *sys.argv]
-        return Response(headers=(TEXT_TYPE,), body="\0".join(words).encode(errors="replace"))
-
-    def show_threads(self, request: Request) -> Response:
-        if _debug(request) == 2:
-            return Response(headers=(TEXT_TYPE,), body=stacks_text().encode())
-        return _profile_response(request, profile_threads(entries_only=False))
-
-    def show_thread_entries(self, request: Request) -> Response:
-        return _profile_response(request, profile_threads(entries_only=True))
-
-    def trace(self, request: Request) -> Response:
-        seconds = self._seconds(request, 1.0)
-        with self._alone():
-            events = trace_events(self._telemetry.trace(seconds))
-        return Response(headers=(JSON_TYPE,), body=to_json(events).encode())
-
-    def show_symbols(self, request: Request) -> Response:
-        asked = request.body.decode("latin-1") if request.method == "POST" else "".join(map("".join, request.query))
-        return Response(headers=(TEXT_TYPE,), body=symbols_text(asked).encode())
-
-    def _take(self, request: Request, take: Callable[[float], Profile], usual_s: float) -> Response:
-        seconds = self._seconds(request, usual_s)
-        _debug(request)  # refused before the time is spent
-        with self._alone():
-            profile = take(seconds)
-        return _profile_response(request, profile)
-
-    def _seconds(self, request: Request, usual_s: float) -> float:
-        text = _last(request, "seconds", f"{min(usual_s, self._most_s):.9f}")
-        seconds = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else 0.0
-        if not 0 < seconds <= self._most_s:
-            right = f"right would be more than 0, up to {self._most_s:g} (--profile_timeout)"
-            raise Malformed(f"seconds: {text!r} is out of range; {right}")
-        return seconds
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._busy.acquire(blocking=False):
-            raise Conflict("another profile or trace is being taken; wait for its end")
-        try:
-            yield
-        finally:
-            self._busy.release()
-
-
-_PPROF = "/debug/pprof/"
-_USUAL_S, _SHORT_S = 30.0, 5.0  # how long a profile takes where nothing is said; the first is that of Go
-_PROFILES = {
-    "profile": "Where all threads are, sampled at 100 Hz",
-    "goroutine": "The stacks of all threads now",
-    "heap": "What is allocated in some seconds and kept",
-    "allocs": "The same as heap",
-    "threadcreate": "The threads by what they were started to run",
-    "block": "Where threads wait for conditions, events and each other's end, sampled",
-    "mutex": "Where threads wait for locks, sampled",
-    "trace": "The steps, requests and commits of some seconds",
-    "cmdline": "The command line",
-    "symbol": "The functions at addresses of a profile",
-}
-_SHOWN_AS = {"goroutine": "2", "threadcreate": "1", "block": "1", "mutex": "1", "heap": "1"}
-
-
-def _last(request: Request, name: str, default: str) -> str:
-    """A value of the query."""
-    return next((value for key, value in reversed(request.query) if key == name), default)
-
-
-def _debug(request: Request) -> int:
-    text = _last(request, "debug", "0")
-    if text not in ("0", "1", "2"):
-        raise Malformed(f"debug: {text!r} is none of 0, 1 and 2")
-    return int(text)
-
-
-def _profile_response(request: Request, profile: Profile) -> Response:
-    if _debug(request):
-        return Response(headers=(TEXT_TYPE,), body=profile.text().encode())
-    return Response(headers=(("Content-Type", "application/octet-stream"),), body=profile.encode())
-
-
-class DocumentApi:
-    """Answers the document of all routes, and the page that shows it; any thread may call it."""
-
-    def __init__(self, others: Sequence[Route]) -> None:
-        self._others = others
-
-    def routes(self) -> list[Route]:
-        document, page = self.show_document, self.show_page
-        return [
-            Route("GET", "/openapi.json", document, "Shows this document", "Document"),
-            Route("GET", "/swagger/doc.json", document, "Shows this document", "Document"),
-            Route("GET", "/swagger/index.html", page, "Shows this document as a page", "Page", is_public=True),
-            Route("GET", "/swagger/", self.lead, "Leads to the page", "Redirect", is_public=True),
-            Route("GET", "/swagger", self.lead, "Leads to the page", "Redirect", is_public=True),
-        ]
-
-    def show_document(self, _: Request) -> Response:
-        return Response(headers=(JSON_TYPE,), body=to_json(api_document([*self._others, *self.routes()])).encode())
-
-    def show_page(self, _: Request) -> Response:
-        return page_response(API_PAGE, API_STYLE, API_SCRIPT)
-
-    def lead(self, _: Request) -> Response:
-        return Response(302, (("Location", "/swagger/index.html"),))
-
-
-def _running_text(rows: Sequence[StepRow]) -> str:
-    return name_steps((row.step_index, row.name) for row in rows if row.state == State.RUNNING) or WAITING
-
-
-def encode_lines(blocks: Iterable[bytes], fallback: str) -> Iterator[bytes]:
-    """The lines of an output as elements of a JSON array, in pieces; memory stays flat whatever the output is.
-
-    A line ends in LF or CRLF. It is UTF-8, else of the fallback encoding with replacement marks.
-    """
-    rest, comma, is_open = b"", b"", False  # is_open: of a long line the first pieces have been given out
-    for block in blocks:
-        whole, newline, rest = (rest + block).rpartition(b"\n")
-        if newline:
-            lines = _decode_lines(whole, fallback)
-            if is_open:
-                yield to_json(lines.pop(0))[1:].encode()
-                is_open = False
-            if lines:
-                yield comma + to_json(lines)[1:-1].encode()
-            comma = b","
-        if len(rest) > _LONG_LINE_BYTES:
-            cut = _cut(rest)
-            yield (b"" if is_open else comma + b'"') + to_json(_decode(rest[:cut], fallback))[1:-1].encode()
-            rest, comma, is_open = rest[cut:], b",", True
-    if is_open:
-        yield to_json(_decode(rest, fallback))[1:].encode()
-    elif rest:
-        yield comma + to_json(_decode(rest, fallback)).encode()
-
-
-def _decode_lines(data: bytes, fallback: str) -> list[str]:
-    try:
-        lines = data.decode().split("\n")
-    except UnicodeDecodeError:
-        lines = [_decode(line, fallback) for line in data.split(b"\n")]
-    return [line[:-1] if line.endswith("\r") else line for line in lines]
-
-
-def _decode(line: bytes, fallback: str) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError:
-        return line.decode(fallback, "replace")
-
-
-def _cut(line: bytes) -> int:
-    """Where a long line may be cut: not within a character, nor before a CR that may belong to the line's end."""
-    cut = len(line) - line.endswith(b"\r")
-    for back in range(1, 4):
-        lead = line[cut - back]
-        if lead >= 0xC0:
-            return cut - back if back < (2 if lead < 0xE0 else 3 if lead < 0xF0 else 4) else cut
-        if lead < 0x80:
-            break
-    return cut
-
-
-# ======================================================================================================================
-# server: sockets, connections, limits
+# IV HTTP / connections: the port, TLS, and one thread for each client
 # ======================================================================================================================
 
 _IDLE_S = 60.0
@@ -7431,14 +6346,6 @@ _REFILL_INTERVAL_S = 10.0
 _WARNING_INTERVAL_S = 60.0
 _REFUSED_BODY_BYTES = 64 * 1024  # that are read of a client who is refused anyway
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Host, empty for every address, and port of host:port, [::1]:port or tcp://host:port; raises ValueError."""
-    found = re.fullmatch(r"(?:tcp://)?(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]]*)):([0-9]{1,5})", text)
-    if not found or int(found[3]) > 65535:
-        raise ValueError(f"{text!r} is no address; right would be :2376, 127.0.0.1:2376 or [::1]:2376")
-    return found[1] or found[2] or "", int(found[3])
 
 
 class Tls:
@@ -8055,28 +6962,1448 @@ class Connection(socketserver.BaseRequestHandler):
 
 
 # ======================================================================================================================
-# daemon: wiring, start, stop, signals
+# V API / web pages: what a browser shows
+# ======================================================================================================================
+
+API_STYLE = r"""
+:root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #57606a; --line: #d0d7de; --box: #f6f8fa;
+  --link: #0550ae; --get: #0550ae; --post: #116329; --put: #953800; --bad: #b42318; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #0d1117; --text: #e6edf3; --soft: #9aa4af; --line: #3d444d; --box: #161b22;
+    --link: #79b8ff; --get: #79b8ff; --post: #7ee787; --put: #ffa657; --bad: #ff8b82; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--back); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; margin: 0; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+h3 { font-size: .9rem; margin: 1rem 0 .25rem; color: var(--soft); }
+p { margin: .25rem 0; }
+a { color: var(--link); }
+code, pre, textarea, .path { font: .875rem/1.5 ui-monospace, monospace; }
+pre { margin: .25rem 0; padding: .5rem .75rem; max-height: 30rem; overflow: auto; background: var(--box);
+  border: 1px solid var(--line); border-radius: .375rem; white-space: pre-wrap; }
+input, textarea, select, button { font-size: 1rem; padding: .4rem .6rem; max-width: 100%; color: inherit;
+  background: var(--back); border: 1px solid var(--soft); border-radius: .375rem; }
+textarea { width: 100%; min-height: 9rem; }
+label textarea { min-height: 3.5rem; }
+select { display: block; margin: .5rem 0; }
+button { background: var(--box); cursor: pointer; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 1px; }
+form.token { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: 1rem 0; }
+label { display: grid; grid-template-columns: 9rem 1fr; gap: .25rem .75rem; align-items: center; margin: .5rem 0; }
+form.token label { display: contents; }
+label small { grid-column: 2; }
+small, .soft { color: var(--soft); }
+details { border: 1px solid var(--line); border-radius: .375rem; margin: .5rem 0; }
+summary { padding: .5rem .75rem; cursor: pointer; }
+summary .path { font-weight: 600; }
+summary small { display: inline-block; }
+.body { padding: 0 .75rem .75rem; border-top: 1px solid var(--line); }
+.method { display: inline-block; min-width: 3.5rem; font-weight: 700; }
+.get, .head { color: var(--get); } .post { color: var(--post); } .put { color: var(--put); }
+.bad { color: var(--bad); }
+@media (max-width: 40rem) { label { grid-template-columns: 1fr; } label small { grid-column: 1; } }
+"""
+API_SCRIPT = r"""
+"use strict";
+const MOST_SHOWN = 100000;
+const TOKEN = "remote_executor token";
+const content = document.getElementById("content");
+const note = document.getElementById("note");
+const field = document.getElementById("token");
+let description = null;
+
+function make(tag, attributes, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+function resolve(thing) {
+  if (!thing || !thing.$ref) return thing;
+  return thing.$ref.split("/").slice(1).reduce((place, name) => place[name], description);
+}
+
+// A schema in the words of TypeScript, its descriptions as comments.
+function words(schema, indent = "") {
+  const found = resolve(schema) || {}, deeper = indent + "  ";
+  if (found.oneOf) return found.oneOf.map((one) => words(one, indent)).join("\n" + indent + "or ");
+  if (found.anyOf) return found.anyOf.map((one) => words(one, indent)).join(" | ");
+  if ("const" in found) return JSON.stringify(found.const);
+  if (found.enum) return found.enum.map((one) => JSON.stringify(one)).join(" | ");
+  if (found.items) return "[" + words(found.items, indent) + ", ...]";
+  if (!found.properties) return [].concat(found.type || "any").join(" | ");
+  const lines = Object.entries(found.properties).map(([name, one]) => {
+    const optional = (found.required || []).includes(name) ? "" : "?", about = (resolve(one) || {}).description;
+    return deeper + name + optional + ": " + words(one, deeper) + (about ? "  // " + about : "");
+  });
+  return ["{", ...lines, indent + "}"].join("\n");
+}
+
+function headers() {
+  return field.value ? { Authorization: "Bearer " + field.value } : {};
+}
+
+// Not by JSON.parse, which rounds the nanoseconds.
+function pretty(text) {
+  let indent = "\n";
+  return text.replace(/"(?:[^"\\]|\\.)*"|\[\]|{}|[{}[\],:]/g, (token) => {
+    if (token === "{" || token === "[") return token + (indent += "  ");
+    if (token === "}" || token === "]") return (indent = indent.slice(0, -2)) + token;
+    return token === "," ? token + indent : token === ":" ? ": " : token;
+  });
+}
+
+function showInputs(operation, inputs) {
+  return (operation.parameters || []).map(resolve).map((one) => {
+    const many = resolve(one.schema).type === "array", input = make(many ? "textarea" : "input", { name: one.name });
+    if (one.required) { input.required = true; input.value = one.example; }
+    else input.placeholder = [].concat(one.example).join("\n");
+    inputs.push([one, input, many]);
+    return make("label", {}, make("code", {}, one.name), input,
+      make("small", {}, one.description + (many ? "; one a line" : one.required ? "" : "; optional")));
+  });
+}
+
+function showBody(operation) {
+  const body = resolve(operation.requestBody);
+  if (!body) return [null, []];
+  const media = Object.values(body.content)[0];
+  const examples = Object.entries(media.examples || { "": { value: media.example } });
+  const area = make("textarea", { "aria-label": "Body", spellcheck: "false" });
+  const choice = make("select", { "aria-label": "Example" }, ...examples.map(([name]) => make("option", {}, name)));
+  const fill = () => {
+    const value = examples[choice.selectedIndex][1].value;
+    area.value = typeof value === "string" ? value : JSON.stringify(value, null, 2);
+  };
+  choice.addEventListener("change", fill);
+  fill();
+  return [area, [make("h3", {}, "Body"), make("pre", { tabindex: "0" }, words(media.schema)), choice, area]];
+}
+
+function showAnswers(operation) {
+  return Object.entries(operation.responses).map(([status, one]) => {
+    const answer = resolve(one), parts = [];
+    for (const [type, media] of Object.entries(answer.content || {})) {
+      parts.push(make("p", { class: "soft" }, type), make("pre", { tabindex: "0" }, words(media.schema)));
+      for (const [name, example] of Object.entries(media.examples || {}))
+        parts.push(make("p", { class: "soft" }, "Example: " + name),
+          make("pre", { tabindex: "0" }, JSON.stringify(example.value, null, 2)));
+    }
+    return make("details", {}, make("summary", {}, make("code", {}, status), " ", answer.description),
+      make("div", { class: "body" }, ...parts));
+  });
+}
+
+function target(path, inputs) {
+  const query = new URLSearchParams();
+  for (const [one, input, many] of inputs) {
+    if (one.in === "path") path = path.replace("{" + one.name + "}", encodeURIComponent(input.value));
+    else for (const value of many ? input.value.split("\n") : [input.value]) if (value) query.append(one.name, value);
+  }
+  return String(query) ? path + "?" + query : path;
+}
+
+async function send(url, request, result, begin) {
+  const answer = await fetch(url, request);
+  const data = new Uint8Array(await answer.arrayBuffer());
+  const type = answer.headers.get("Content-Type") || "", isText = /json|text/.test(type) || !data.length;
+  const took = Math.round(performance.now() - begin);
+  const line = `${answer.status} ${answer.statusText}, ${data.length} bytes, ${took} ms`;
+  const head = [...answer.headers].map(([name, value]) => `${name}: ${value}`).join("\n");
+  const save = make("a", { href: URL.createObjectURL(new Blob([data], { type })), download: "answer" }, "Save");
+  result.replaceChildren(make("p", answer.ok ? {} : { class: "bad" }, line, " ", save),
+    make("pre", { tabindex: "0", "aria-label": "Headers" }, head));
+  if (isText && data.length) {
+    const raw = new TextDecoder().decode(data), text = type.includes("json") ? pretty(raw) : raw;
+    const cut = text.length > MOST_SHOWN;
+    result.append(make("pre", { tabindex: "0", "aria-label": "Body of the answer" },
+      text.slice(0, MOST_SHOWN) + (cut ? "\n(and more)" : "")));
+  }
+}
+
+function showOperation(path, method, operation, place) {
+  const inputs = [], fields = showInputs(operation, inputs), [area, body] = showBody(operation);
+  const button = make("button", {}, "Send"), result = make("div", { "aria-live": "polite" });
+  const form = make("form", {}, ...fields, ...body, make("p", {}, button), result);
+  let running = null;
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (running) return running.abort();
+    running = new AbortController();
+    button.textContent = "Cancel";
+    result.replaceChildren("waiting for the answer");
+    const request = { method: method.toUpperCase(), headers: headers(), signal: running.signal };
+    if (area) request.body = area.value;
+    try { await send(target(path, inputs), request, result, performance.now()); }
+    catch (error) { result.replaceChildren(make("p", { class: "bad" }, "no answer: " + error.message)); }
+    running = null;
+    button.textContent = "Send";
+  });
+  form.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+  });
+  place.append(form, make("h3", {}, "Answers"), ...showAnswers(operation));
+}
+
+function show() {
+  const sections = new Map();
+  for (const [path, operations] of Object.entries(description.paths))
+    for (const [method, operation] of Object.entries(operations)) {
+      const body = make("div", { class: "body" });
+      const box = make("details", { id: operation.operationId }, make("summary", {},
+        make("span", { class: "method " + method }, method.toUpperCase()), make("span", { class: "path" }, path), " ",
+        make("small", {}, operation.summary)), body);
+      box.addEventListener("toggle", () => showOperation(path, method, operation, body), { once: true });
+      const tag = operation.tags[0];
+      if (!sections.has(tag)) sections.set(tag, make("section", {}, make("h2", {}, tag)));
+      sections.get(tag).append(box);
+    }
+  content.replaceChildren(...sections.values());
+  document.getElementById("version").textContent = description.info.version;
+  document.getElementById("about").textContent = description.info.description;
+  const chosen = document.getElementById(location.hash.slice(1));
+  if (chosen) { chosen.open = true; chosen.scrollIntoView(); }
+}
+
+async function load() {
+  note.textContent = "";
+  try {
+    const answer = await fetch("/swagger/doc.json", { headers: headers() }), found = await answer.json();
+    if (answer.ok) { description = found; show(); return; }
+    note.textContent = answer.status + ": " + found.message;
+  } catch (error) { note.textContent = "no document: " + error.message; }
+  field.focus();
+}
+
+field.value = sessionStorage.getItem(TOKEN) || "";
+document.getElementById("use").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(TOKEN, field.value);
+  load();
+});
+load();
+"""
+API_PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<link rel="icon" href="data:,">
+<title>remote_executor</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+<h1>remote_executor <span id="version" class="soft"></span></h1>
+<p id="about" class="soft"></p>
+<form id="use" class="token">
+<label for="token">Token</label>
+<input id="token" type="password" autocomplete="off" spellcheck="false" aria-describedby="kept">
+<button>Use</button>
+<small id="kept">kept in this tab alone; none is needed on the host itself</small>
+</form>
+<p id="note" class="bad" role="alert"></p>
+</header>
+<main id="content"></main>
+<noscript><p>This page needs JavaScript; the document itself is <a href="/swagger/doc.json">doc.json</a>.</p></noscript>
+<script>{script}</script>
+</body>
+</html>
+"""
+PROFILES_PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>profiles of remote_executor</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>Profiles</h1>
+<p class="soft">One that takes time at once. <code>?seconds=5</code> says how long, <code>?debug=1</code> asks for text;
+without it they are for <code>go tool pprof</code> and speedscope, the trace is for Perfetto.</p>
+<dl>
+{rows}
+</dl>
+</body>
+</html>
+"""
+
+
+def profiles_page(rows: Iterable[tuple[str, str]]) -> str:
+    """The index of profiles, each a name and what it shows."""
+    shown = "\n".join(f'<dt><a href="{name}">{name.partition("?")[0]}</a></dt><dd>{about}</dd>' for name, about in rows)
+    return PROFILES_PAGE.replace("{rows}", shown)
+
+
+def page_response(page: str, style: str, script: str) -> Response:
+    """A page of this style and script alone: it loads nothing, and speaks with this daemon alone (CSP Level 3)."""
+    allowed = f"style-src {_source(style)}; script-src {_source(script)}; connect-src 'self'; img-src data:"
+    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    headers = (
+        ("Content-Type", "text/html; charset=utf-8"),
+        ("Content-Security-Policy", policy),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Referrer-Policy", "no-referrer"),
+    )
+    return Response(200, headers, page.replace("{style}", style).replace("{script}", script).encode())
+
+
+def _source(text: str) -> str:
+    """How a policy names an inline style or script: by its digest."""
+    import base64
+    import hashlib
+
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+# ======================================================================================================================
+# V API / task API: tasks, steps, consoles and the pool
+# ======================================================================================================================
+
+_LONG_LINE_BYTES = 1 << 20  # beyond this a line is answered piece by piece
+
+
+class Api:
+    """Answers the routes of tasks and of the pool; any thread may call it."""
+
+    def __init__(self, store: Store, scheduler: Scheduler, clock: Clock, files: Folder, key_expire_ns: int) -> None:
+        self._store = store
+        self._scheduler = scheduler
+        self._clock = clock
+        self._files = files
+        self._key_expire_ns = key_expire_ns
+
+    def routes(self) -> list[Route]:
+        tasks, pool = "/api/v1/task", "/api/v1/pool"
+        task, step = tasks + "/{task}", tasks + "/{task}/{step}"
+        return [
+            Route("GET", tasks, self.list_tasks, "Lists all tasks", "TaskList", ("sort",), is_counted=True),
+            Route(
+                "POST",
+                tasks,
+                self.submit_task,
+                "Submits a task",
+                "Accepted",
+                ("ansync", "async", "id", "timeout", "env_vars"),
+                "Submission",
+                refusals=(409, 507),
+                is_counted=True,
+            ),
+            Route("GET", task, self.show_task, "Shows a task, step by step", "TaskDetail", is_counted=True),
+            Route("PUT", task, self.stop_task, "Stops a task by force", "Stopped"),
+            Route("PUT", step, self.stop_step, "Stops a step by force", "Stopped"),
+            Route("GET", step + "/console", self.show_console, "Shows what a step wrote", "Console", is_counted=True),
+            Route("GET", pool, self.show_pool, "Shows the pool", "Pool", is_counted=True),
+            Route(
+                "POST", pool, self.resize_pool, "Sets the size of the pool", "Pool", body="PoolSize", is_counted=True
+            ),
+        ]
+
+    def list_tasks(self, request: Request) -> Response:
+        sorts = [value for name, value in request.query if name == "sort"] or ["st"]
+        if sorts not in (["st"], ["et"], ["rt"]):
+            raise Malformed("sort parameter error")
+        numbers = self._store.task_numbers(sorts[0])
+        return Response(headers=(JSON_TYPE,), body=self._task_list(numbers, request.base_url))
+
+    def submit_task(self, request: Request) -> Response:
+        accepted = self._scheduler.submit(parse_submission(request.body, request.query, INTERPRETERS))
+        audit = f"task {accepted.id}, steps: {accepted.step_count}" + ("" if accepted.is_new else ", sent before")
+        data = {
+            "count": accepted.step_count,
+            "id": accepted.id,
+            "url": f"{request.base_url}/api/v1/task/{accepted.id}",
+            "timestamp": accepted.accepted_ns + self._clock.offset_ns(),
+        }
+        return json_response(data, headers=(("X-Task-ID", accepted.id),), audit=audit)
+
+    def show_task(self, request: Request) -> Response:
+        task = self._store.task(request.params["task"])
+        rows = self._store.steps(task.task_number)
+        if task.ended_ns is None:
+            code, message = Code.IN_PROGRESS, f"in progress: [{_running_text(rows)}]"
+        elif task.state == State.ERROR:
+            code, message = Code.FAILED, task.message
+        elif failed := [row for row in rows if row.code]:
+            texts = (failure_text(row.step_index, row.name, row.code, row.reason) for row in failed)
+            code, message = Code.FAILED, f"execution failed: [{'; '.join(texts)}]"
+        else:
+            code, message = Code.SUCCESS, "success"
+        url = f"{request.base_url}/api/v1/task/{task.id}"
+        now = self._now()
+        data = [self._step_json(task, row, rows, url, now) for row in rows]
+        return json_response(data, code, message, headers=(("X-Task-STATE", STATE_NAMES[State(task.state)]),))
+
+    def stop_task(self, request: Request) -> Response:
+        self._scheduler.stop_task(self._store.task(request.params["task"]).task_number)
+        return json_response()
+
+    def stop_step(self, request: Request) -> Response:
+        task = self._store.task(request.params["task"])
+        step = self._store.step(task.task_number, request.params["step"])
+        self._scheduler.stop_step(task.task_number, step.step_index)
+        return json_response()
+
+    def show_console(self, request: Request) -> Response:
+        task = self._store.task(request.params["task"])
+        step = self._store.step(task.task_number, request.params["step"])
+        if step.state == State.PENDING:
+            if task.ended_ns is not None:
+                raise NotFound(NO_TASK)
+            return json_response([], Code.IN_PROGRESS, "pending")
+        if step.state == State.RUNNING:
+            code, message = Code.IN_PROGRESS, "in progress"
+        elif step.code:
+            why = step.reason or failure_text(step.step_index, step.name, step.code, "")
+            code, message = Code.FAILED, f"exit code: {step.code}; {why}"
+        else:
+            code, message = Code.SUCCESS, "succeed"
+        output = StepDirectory(self._files, task.task_number, step.step_index).read_output()
+        lines = encode_lines(output, fallback_encoding())
+        head = f'{{"code":{int(code)},"message":{to_json(message)},"data":['.encode()
+        return Response(headers=(JSON_TYPE,), body=itertools.chain([head], lines, [b"]}"]))
+
+    def show_pool(self, _: Request) -> Response:
+        return json_response(self._scheduler.pool()._asdict())
+
+    def resize_pool(self, request: Request) -> Response:
+        body = parse_json(request.body)
+        size = body.get("size") if isinstance(body, dict) else None
+        if type(size) is not int or not 1 <= size <= _POOL_MOST:
+            raise Malformed(f'the body must be {{"size": n}}, n from 1 to {_POOL_MOST}')
+        return json_response(self._scheduler.resize(size)._asdict(), audit=f"size {size}")
+
+    def _task_list(self, task_numbers: Sequence[int], base_url: str) -> Iterator[bytes]:
+        """The answer of the list, block by block."""
+        running, total = self._store.running_steps(), 0
+        yield b'{"code":0,"message":"success","data":{"running":%d,"tasks":[' % len(running)
+        for rows in self._store.tasks(task_numbers):
+            if rows:
+                now = self._now()
+                block = [self._task_json(row, running.get(row.task_number, ()), base_url, now) for row in rows]
+                yield (b"," if total else b"") + to_json(block)[1:-1].encode()
+                total += len(rows)
+        yield b'],"total":%d}}' % total
+
+    def _task_json(
+        self, task: TaskRow, running: Sequence[tuple[int, str]], base_url: str, now: tuple[int, int]
+    ) -> dict[str, Any]:
+        message = task.message
+        if task.ended_ns is None:
+            message = f"currently executing: [{name_steps(running)}]" if running else WAITING
+        return {
+            "id": task.id,
+            "url": f"{base_url}/api/v1/task/{task.id}",
+            "state": task.state,
+            "code": task.code,
+            "count": task.step_count,
+            "msg": message,
+            "times": self._times(now, task.accepted_ns, task.ended_ns, task.ended_ns),
+        }
+
+    def _step_json(
+        self, task: TaskRow, row: StepRow, rows: Sequence[StepRow], url: str, now: tuple[int, int]
+    ) -> dict[str, Any]:
+        needs = [rows[idx].name for idx in json.loads(row.depends_on)]
+        return {
+            "step": row.step_index,
+            "url": f"{url}/{row.step_index}/console",
+            "name": row.name,
+            "state": row.state,
+            "code": row.code,
+            "msg": step_message(row.step_index, row.name, row.state, row.code, row.reason),
+            **({"depets_on": needs} if needs else {}),
+            "times": self._times(now, row.started_ns, row.ended_ns, row.ended_ns or task.ended_ns),
+        }
+
+    def _now(self) -> tuple[int, int]:
+        """The moment of an answer, and what to add to show a time."""
+        return self._clock.now_ns(), self._clock.offset_ns()
+
+    def _times(
+        self, now: tuple[int, int], begin_ns: int | None, end_ns: int | None, kept_ns: int | None
+    ) -> dict[str, str]:
+        """Begin and end where there are, and the time left before the record, kept since then, expires."""
+        now_ns, offset_ns = now
+        times = {}
+        if begin_ns is not None:
+            times["st"] = format_time((begin_ns + offset_ns) // _SECOND_NS)
+        if end_ns is not None:
+            times["et"] = format_time((end_ns + offset_ns) // _SECOND_NS)
+        left_ns = self._key_expire_ns - (now_ns - kept_ns) if kept_ns is not None else self._key_expire_ns
+        times["rt"] = format_duration(left_ns) if left_ns > 0 else "0s"
+        return times
+
+
+def _running_text(rows: Sequence[StepRow]) -> str:
+    return name_steps((row.step_index, row.name) for row in rows if row.state == State.RUNNING) or WAITING
+
+
+def encode_lines(blocks: Iterable[bytes], fallback: str) -> Iterator[bytes]:
+    """The lines of an output as elements of a JSON array, in pieces; memory stays flat whatever the output is.
+
+    A line ends in LF or CRLF. It is UTF-8, else of the fallback encoding with replacement marks.
+    """
+    rest, comma, is_open = b"", b"", False  # is_open: of a long line the first pieces have been given out
+    for block in blocks:
+        whole, newline, rest = (rest + block).rpartition(b"\n")
+        if newline:
+            lines = _decode_lines(whole, fallback)
+            if is_open:
+                yield to_json(lines.pop(0))[1:].encode()
+                is_open = False
+            if lines:
+                yield comma + to_json(lines)[1:-1].encode()
+            comma = b","
+        if len(rest) > _LONG_LINE_BYTES:
+            cut = _cut(rest)
+            yield (b"" if is_open else comma + b'"') + to_json(_decode(rest[:cut], fallback))[1:-1].encode()
+            rest, comma, is_open = rest[cut:], b",", True
+    if is_open:
+        yield to_json(_decode(rest, fallback))[1:].encode()
+    elif rest:
+        yield comma + to_json(_decode(rest, fallback)).encode()
+
+
+def _decode_lines(data: bytes, fallback: str) -> list[str]:
+    try:
+        lines = data.decode().split("\n")
+    except UnicodeDecodeError:
+        lines = [_decode(line, fallback) for line in data.split(b"\n")]
+    return [line[:-1] if line.endswith("\r") else line for line in lines]
+
+
+def _decode(line: bytes, fallback: str) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return line.decode(fallback, "replace")
+
+
+def _cut(line: bytes) -> int:
+    """Where a long line may be cut: not within a character, nor before a CR that may belong to the line's end."""
+    cut = len(line) - line.endswith(b"\r")
+    for back in range(1, 4):
+        lead = line[cut - back]
+        if lead >= 0xC0:
+            return cut - back if back < (2 if lead < 0xE0 else 3 if lead < 0xF0 else 4) else cut
+        if lead < 0x80:
+            break
+    return cut
+
+
+# ======================================================================================================================
+# V API / operator API: what the daemon tells of itself
+# ======================================================================================================================
+
+_POOL_HELP = ("The most steps that run at once.", "Steps that run.", "Steps that are ready and wait.")
+
+
+class OperatorApi:
+    """Answers the routes that tell of the daemon itself; any thread may call it."""
+
+    def __init__(
+        self,
+        store: Store,
+        scheduler: Scheduler,
+        clock: Clock,
+        telemetry: Telemetry,
+        root: str,
+        warnings: Sequence[Callable[[], str]],
+    ) -> None:
+        self._store = store
+        self._scheduler = scheduler
+        self._clock = clock
+        self._telemetry = telemetry
+        self._root = root
+        self._warnings = warnings  # each tells what the operator should know now, or nothing
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("GET", "/version", self.show_version, "Tells what runs", "Version"),
+            Route("GET", "/healthyz", self.show_health, "Tells that the daemon lives", "Health", is_public=True),
+            Route("GET", "/heartbeat", self.beat, "Answers", "Empty", is_public=True),
+            Route("HEAD", "/heartbeat", self.beat, "Answers", "Empty", is_public=True),
+            Route("GET", "/metrics", self.show_metrics, "Figures for Prometheus", "Metrics"),
+            Route("GET", "/api/v1/state", self.show_state, "Shows host, process and work", "State", is_counted=True),
+        ]
+
+    def show_version(self, _: Request) -> Response:
+        known = build()
+        python = {
+            "implementation": known.implementation,
+            "version": known.python,
+            "os": known.os,
+            "arch": known.arch,
+        }
+        return json_response(
+            {"version": known.version, "python": python, "commit": known.commit or None, "built": known.built}
+        )
+
+    def show_health(self, request: Request) -> Response:
+        """The envelope, and its data beside it too, where clients of the original look."""
+        health = {"server": request.host, "client": request.peer, "state": "Running", "timestamp": time.time_ns()}
+        data = health
+        if request.label:
+            warning = "; ".join(filter(None, (warn() for warn in self._warnings)))
+            if warning:
+                data = {**health, "warning": warning}
+        envelope = {"code": 0, "message": "success", "data": data, **health}
+        return Response(headers=(JSON_TYPE,), body=to_json(envelope).encode())
+
+    def beat(self, _: Request) -> Response:
+        return Response()
+
+    def show_metrics(self, _: Request) -> Response:
+        families = [*self._families(), *self._telemetry.families(), *process_families(process_figures())]
+        return Response(headers=(METRICS_TYPE,), body=exposition(families).encode())
+
+    def _families(self) -> list[Family]:
+        """What there is now."""
+        counts = self._store.counts()
+        tasks = [("", (("state", name),), counts.get(state, 0)) for state, name in STATE_NAMES.items()]
+        known = tuple((name, value) for name, value in build()._asdict().items())
+        return [
+            single(OWN + "build_info", "gauge", "The program and its Python; always 1.", 1, known),
+            Family(OWN + "tasks", "gauge", "Tasks kept, by state.", tasks),
+            *(
+                single(f"{OWN}pool_{name}", "gauge", text, value)
+                for (name, value), text in zip(self._scheduler.pool()._asdict().items(), _POOL_HELP)
+            ),
+            single(OWN + "store_size_bytes", "gauge", "What the database takes on disk.", self._store.size_bytes()),
+        ]
+
+    def show_state(self, _: Request) -> Response:
+        counts, oldest_ns = self._store.counts(), self._store.oldest_ns()
+        host, disk = host_facts(), shutil.disk_usage(self._root)
+        oldest = None if oldest_ns is None else format_time((oldest_ns + self._clock.offset_ns()) // _SECOND_NS)
+        return json_response(
+            {
+                "host": {**host._asdict(), "boot_time": format_time(int(boot_time_s()))},
+                "process": self._process_json(),
+                "pool": self._scheduler.pool()._asdict(),
+                "tasks": {name: counts.get(state, 0) for state, name in STATE_NAMES.items()},
+                "store": {"bytes": self._store.size_bytes(), "records": sum(counts.values()), "oldest": oldest},
+                "root": {"path": self._root, "disk_free_bytes": disk.free, "disk_total_bytes": disk.total},
+            }
+        )
+
+    def _process_json(self) -> dict[str, Any]:
+        figures, known = process_figures(), build()
+        return {
+            "pid": os.getpid(),
+            "uptime_s": round(max(0.0, time.time() - figures.started_s), 3),
+            "cpu_s": round(figures.cpu_s, 3),
+            "rss_bytes": figures.resident_bytes,
+            "threads": figures.threads,
+            "open_files": figures.open_files,
+            "python": f"{known.implementation} {known.python}",
+        }
+
+
+# ======================================================================================================================
+# V API / profiling: stacks, waits and memory of the daemon, in the formats of Go's tools
+# ======================================================================================================================
+
+
+class Frame(NamedTuple):
+    """A place in the program: the whole name of a function, its file and line, and the address of its code object."""
+
+    function: str
+    file: str
+    line: int
+    address: int
+
+
+class Profile:
+    """Stacks with values; for one thread."""
+
+    def __init__(self, kinds: Sequence[tuple[str, str]], note: str, seconds: float = 0.0) -> None:
+        self._kinds = kinds  # the name and the unit of each value
+        self._note = note
+        self._seconds = seconds
+        self._samples: dict[tuple[str, tuple[Frame, ...]], Sequence[int]] = {}  # by a thread's name and its stack
+
+    def add(self, thread: str, stack: tuple[Frame, ...], values: Sequence[int]) -> None:
+        """Adds the values to those of the same stack, which begins with the innermost frame."""
+        known = self._samples.get((thread, stack), (0,) * len(values))
+        self._samples[thread, stack] = [one + other for one, other in zip(known, values)]
+
+    def text(self) -> str:
+        """The stacks for people, the largest value first."""
+        kinds = ", ".join(f"{name} ({unit})" for name, unit in self._kinds)
+        lines = [f"{self._note}", f"values: {kinds}", ""]
+        for (thread, stack), values in sorted(self._samples.items(), key=lambda item: item[1][-1], reverse=True):
+            lines.append(f"{' '.join(map(str, values))} @ {thread}")
+            lines += [f"#\t{frame.function}\t{frame.file}:{frame.line}" for frame in stack] + [""]
+        return "\n".join(lines) + "\n"
+
+    def encode(self) -> bytes:
+        """The gzipped profile.proto of pprof (github.com/google/pprof/proto/profile.proto)."""
+        import gzip
+
+        words: dict[str, int] = {"": 0}
+        locations: dict[Frame, int] = {}
+        functions: dict[tuple[str, str], int] = {}
+
+        def word(text: str) -> int:
+            return words.setdefault(text, len(words))
+
+        kinds = [_field(1, word(name)) + _field(2, word(unit)) for name, unit in self._kinds]
+        parts = [_field(1, kind) for kind in kinds]
+        for (thread, stack), values in self._samples.items():
+            places = b"".join(_varint(locations.setdefault(frame, len(locations) + 1)) for frame in stack)
+            label = _field(3, _field(1, word("thread")) + _field(2, word(thread))) if thread else b""
+            parts.append(_field(2, _field(1, places) + _field(2, b"".join(map(_varint, values))) + label))
+        known = b"".join(_field(number, 1) for number in (7, 8, 9))  # it has functions, files and lines: look for none
+        parts.append(_field(3, _field(1, 1) + _field(3, 2**63 - 1) + _field(5, word(sys.executable)) + known))
+        for frame, number in locations.items():
+            function = functions.setdefault((frame.function, frame.file), len(functions) + 1)
+            line = _field(4, _field(1, function) + _field(2, frame.line))
+            parts.append(_field(4, _field(1, number) + _field(2, 1) + _field(3, frame.address) + line))
+        for (name, file), number in functions.items():
+            parts.append(_field(5, _field(1, number) + _field(2, word(name)) + _field(4, word(file))))
+        parts += [_field(9, time.time_ns()), _field(10, int(self._seconds * _SECOND_NS)), _field(11, kinds[-1])]
+        parts += [_field(12, _PERIOD_NS), _field(13, word(self._note)), _field(14, word(self._kinds[-1][0]))]
+        return gzip.compress(b"".join(parts + [_field(6, text.encode()) for text in words]), 6)
+
+
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*found, value])
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """A field of a protocol buffer: a number, or bytes with their length (Protocol Buffers, Encoding)."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+_PERIOD_NS = 10**7
+_LEAST_PAUSE = 24  # times what a look took of the CPU: looking takes 4 % of one at the most
+_HEAP_DEPTH = 16  # frames of an allocation's stack
+_SAMPLED = (("samples", "count"), ("wall", "nanoseconds"))
+_Key = tuple[str, tuple[tuple[int, int], ...]]  # a thread's name, and the code and line of each frame
+
+
+class Sampler:
+    """Looks at the stacks of all threads but its own, and counts them; for the thread that made it."""
+
+    def __init__(self, counts: Callable[[int, types.FrameType], bool] = lambda _, __: True) -> None:
+        self._counts = counts  # whether a stack is to be counted, by its thread and innermost frame
+        self._own = threading.get_ident()
+        self._names: dict[int, str] = {}
+        self._codes: dict[int, types.CodeType] = {}  # by id: code is dear to hash
+        self._seen: dict[_Key, list[int]] = {}
+
+    def run(self, seconds: float) -> None:
+        """Looks 100 times a second, less often where there are so many threads that it would cost too much."""
+        last_ns = time.perf_counter_ns()
+        end_ns = last_ns + int(seconds * _SECOND_NS)
+        pause_ns = _PERIOD_NS
+        while last_ns < end_ns:
+            time.sleep(min(pause_ns, end_ns - last_ns) / _SECOND_NS)
+            now_ns, before_ns = time.perf_counter_ns(), time.thread_time_ns()
+            self.look(now_ns - last_ns)
+            last_ns, cost_ns = now_ns, time.thread_time_ns() - before_ns
+            pause_ns = max(_PERIOD_NS - cost_ns, cost_ns * _LEAST_PAUSE)
+
+    def look(self, since_ns: int = 0) -> None:
+        """Counts every stack once, with the time since the last look."""
+        for thread, frame in sys._current_frames().items():
+            if thread != self._own and self._counts(thread, frame):
+                values = self._seen.setdefault(self._key(thread, frame), [0, 0])
+                values[0] += 1
+                values[1] += since_ns
+
+    def _key(self, thread: int, innermost: types.FrameType) -> _Key:
+        if thread not in self._names:
+            self._names.update(thread_names())
+        stack, frame = [], innermost
+        while frame:
+            code = frame.f_code
+            self._codes[id(code)] = code
+            stack.append((id(code), frame.f_lineno or 0))
+            frame = frame.f_back  # type: ignore[assignment]
+        return self._names.get(thread, "not Python's"), tuple(stack)
+
+    def stacks(self) -> Iterator[tuple[str, tuple[Frame, ...], list[int]]]:
+        """Each stack that was seen: the thread's name, the frames, how often and for how many nanoseconds."""
+        for (thread, stack), values in self._seen.items():
+            yield thread, tuple(_frame(self._codes[code], line) for code, line in stack), values
+
+
+def thread_names() -> dict[int, str]:
+    return {thread.ident: thread.name for thread in threading.enumerate() if thread.ident}
+
+
+def _frame(code: types.CodeType, line: int) -> Frame:
+    module = os.path.basename(code.co_filename).partition(".")[0]
+    return Frame(f"{module}.{getattr(code, 'co_qualname', code.co_name)}", code.co_filename, line, id(code))
+
+
+def profile_time(seconds: float) -> Profile:
+    """Where all threads are, whether they run or wait."""
+    sampler, profile = Sampler(), Profile(_SAMPLED, "Python stacks of all threads, running or waiting.", seconds)
+    sampler.run(seconds)
+    for found in sampler.stacks():
+        profile.add(*found)
+    return profile
+
+
+def profile_waits(seconds: float, is_mutex: bool) -> Profile:
+    """Where threads wait for each other, as far as looking tells; CPython keeps no account of its locks.
+
+    A thread waits when two looks in turn find it at the same instruction: of a `with` on a bare name or an acquire(),
+    which is a lock, or within `threading`, which is a condition, an event or a join.
+    """
+    last: dict[int, tuple[int, int]] = {}
+
+    def counts(thread: int, frame: types.FrameType) -> bool:
+        place = id(frame), frame.f_lasti
+        stays, last[thread] = last.get(thread) == place, place
+        return stays and (_takes_lock(frame) if is_mutex else frame.f_code.co_filename == _THREADING)
+
+    note = "waits for locks" if is_mutex else "waits in threading, for conditions, events and joins"
+    kinds = (("waits_sampled", "count"), ("wait", "nanoseconds"))
+    sampler, profile = Sampler(counts), Profile(kinds, f"Sampled {note}; those under 10 ms are seldom seen.", seconds)
+    sampler.run(seconds)
+    for found in sampler.stacks():
+        profile.add(*found)
+    return profile
+
+
+def _takes_lock(frame: types.FrameType) -> bool:
+    import linecache
+
+    code = frame.f_code
+    line = linecache.getline(code.co_filename, frame.f_lineno or 0, frame.f_globals)
+    return code.co_filename != _THREADING and bool(_LOCKING.search(line))
+
+
+_THREADING = threading.Thread.run.__code__.co_filename  # its __file__ may be of a zip, as in the embeddable package
+_LOCKING = re.compile(r"^\s*with [\w.]+:|\.acquire\(")
+
+
+def profile_threads(entries_only: bool) -> Profile:
+    """The threads there are: by their stacks, or by what each was started to run."""
+    about = "what they were started to run; CPython keeps no stack of a thread's start" if entries_only else "stacks"
+    sampler, profile = Sampler(), Profile((("threads", "count"),), f"Live threads, by {about}.")
+    sampler.look()
+    for thread, stack, values in sampler.stacks():
+        entry = tuple(frame for frame in stack if frame.file != _THREADING)[-1:] if entries_only else stack
+        profile.add(thread, entry, values[:1])
+    return profile
+
+
+def profile_memory(seconds: float) -> Profile:
+    """What is allocated in the time to come and still there at its end; traced for that long alone."""
+    import tracemalloc
+
+    is_ours = not tracemalloc.is_tracing()  # else Python was started so
+    if is_ours:
+        tracemalloc.start(_HEAP_DEPTH)
+    try:
+        time.sleep(seconds)
+        found = tracemalloc.take_snapshot().statistics("traceback")
+    finally:
+        if is_ours:
+            tracemalloc.stop()
+    kinds = (("inuse_objects", "count"), ("inuse_space", "bytes"))
+    note = "Allocated while traced, and not freed; tracemalloc knows nothing of what is freed."
+    profile = Profile(kinds, note, seconds)
+    for one in found:
+        stack = [
+            Frame(f"{os.path.basename(at.filename)}:{at.lineno}", at.filename, at.lineno, 0) for at in one.traceback
+        ]
+        profile.add("", tuple(reversed(stack)), (one.count, one.size))
+    return profile
+
+
+def stacks_text() -> str:
+    """The stack of every thread, for people, the innermost frame first."""
+    lines, threads = [], {thread.ident: thread for thread in threading.enumerate()}
+    for ident, innermost in sys._current_frames().items():
+        thread, frame = threads.get(ident), innermost
+        kind = "not Python's" if thread is None else f"{thread.name}, {'daemon' if thread.daemon else 'no daemon'}"
+        lines.append(f"thread {ident} [{kind}]:")
+        while frame:
+            found = _frame(frame.f_code, frame.f_lineno or 0)
+            lines += [found.function, f"\t{found.file}:{found.line}"]
+            frame = frame.f_back  # type: ignore[assignment]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def symbols_text(asked: str) -> str:
+    """The functions at the addresses of a profile, by the symbol protocol of pprof."""
+    wanted = [int(word, 16) for word in re.findall("0x([0-9A-Fa-f]{1,16})", asked)]
+    codes = [one.__code__ for one in gc.get_objects() if isinstance(one, types.FunctionType)] if wanted else []
+    names: dict[int, str] = {}
+    while codes:
+        code = codes.pop()
+        if id(code) not in names:
+            names[id(code)] = _frame(code, 0).function
+            codes += [one for one in code.co_consts if isinstance(one, types.CodeType)]
+    return "".join(["num_symbols: 1\n", *(f"{one:#x} {names[one]}\n" for one in wanted if one in names)])
+
+
+class ProfileApi:
+    """Answers the routes of pprof with what is true of a Python process; any thread may call it."""
+
+    def __init__(self, telemetry: Telemetry, most_ns: int) -> None:
+        self._telemetry = telemetry
+        self._most_s = most_ns / _SECOND_NS
+        self._busy = threading.Lock()  # held while something is taken that takes time
+
+    def routes(self) -> list[Route]:
+        def timed(name: str, take: Callable[[float], Profile], usual_s: float) -> Route:
+            handle = functools.partial(self._take, take=take, usual_s=usual_s)
+            query = ("seconds", "debug")
+            return Route("GET", _PPROF + name, handle, _PROFILES[name], "Profile", query, refusals=(409,))
+
+        symbol, threads, created = _PPROF + "symbol", self.show_threads, self.show_thread_entries
+        return [
+            Route("GET", _PPROF, self.show_index, "Lists the profiles", "Page"),
+            Route("GET", _PPROF + "cmdline", self.show_command, _PROFILES["cmdline"], "Text"),
+            timed("profile", profile_time, _USUAL_S),
+            Route("GET", _PPROF + "goroutine", threads, _PROFILES["goroutine"], "Profile", ("debug",)),
+            timed("heap", profile_memory, _SHORT_S),
+            timed("allocs", profile_memory, _SHORT_S),
+            Route("GET", _PPROF + "threadcreate", created, _PROFILES["threadcreate"], "Profile", ("debug",)),
+            timed("block", functools.partial(profile_waits, is_mutex=False), _SHORT_S),
+            timed("mutex", functools.partial(profile_waits, is_mutex=True), _SHORT_S),
+            Route("GET", _PPROF + "trace", self.trace, _PROFILES["trace"], "Trace", ("seconds",), refusals=(409,)),
+            Route("GET", symbol, self.show_symbols, _PROFILES["symbol"], "Text"),
+            Route("POST", symbol, self.show_symbols, _PROFILES["symbol"], "Text", body="Addresses"),
+        ]
+
+    def show_index(self, _: Request) -> Response:
+        rows = (
+            (f"{name}?debug={debug}" if (debug := _SHOWN_AS.get(name)) else name, about)
+            for name, about in _PROFILES.items()
+        )
+        return page_response(profiles_page(rows), API_STYLE, "")
+
+    def show_command(self, _: Request) -> Response:
+        words = getattr(sys, "orig_argv", None) or [sys.executable, *sys.argv]
+        return Response(headers=(TEXT_TYPE,), body="\0".join(words).encode(errors="replace"))
+
+    def show_threads(self, request: Request) -> Response:
+        if _debug(request) == 2:
+            return Response(headers=(TEXT_TYPE,), body=stacks_text().encode())
+        return _profile_response(request, profile_threads(entries_only=False))
+
+    def show_thread_entries(self, request: Request) -> Response:
+        return _profile_response(request, profile_threads(entries_only=True))
+
+    def trace(self, request: Request) -> Response:
+        seconds = self._seconds(request, 1.0)
+        with self._alone():
+            events = trace_events(self._telemetry.trace(seconds))
+        return Response(headers=(JSON_TYPE,), body=to_json(events).encode())
+
+    def show_symbols(self, request: Request) -> Response:
+        asked = request.body.decode("latin-1") if request.method == "POST" else "".join(map("".join, request.query))
+        return Response(headers=(TEXT_TYPE,), body=symbols_text(asked).encode())
+
+    def _take(self, request: Request, take: Callable[[float], Profile], usual_s: float) -> Response:
+        seconds = self._seconds(request, usual_s)
+        _debug(request)  # refused before the time is spent
+        with self._alone():
+            profile = take(seconds)
+        return _profile_response(request, profile)
+
+    def _seconds(self, request: Request, usual_s: float) -> float:
+        text = _last(request, "seconds", f"{min(usual_s, self._most_s):.9f}")
+        seconds = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else 0.0
+        if not 0 < seconds <= self._most_s:
+            right = f"right would be more than 0, up to {self._most_s:g} (--profile_timeout)"
+            raise Malformed(f"seconds: {text!r} is out of range; {right}")
+        return seconds
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise Conflict("another profile or trace is being taken; wait for its end")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+
+_PPROF = "/debug/pprof/"
+_USUAL_S, _SHORT_S = 30.0, 5.0  # how long a profile takes where nothing is said; the first is that of Go
+_PROFILES = {
+    "profile": "Where all threads are, sampled at 100 Hz",
+    "goroutine": "The stacks of all threads now",
+    "heap": "What is allocated in some seconds and kept",
+    "allocs": "The same as heap",
+    "threadcreate": "The threads by what they were started to run",
+    "block": "Where threads wait for conditions, events and each other's end, sampled",
+    "mutex": "Where threads wait for locks, sampled",
+    "trace": "The steps, requests and commits of some seconds",
+    "cmdline": "The command line",
+    "symbol": "The functions at addresses of a profile",
+}
+_SHOWN_AS = {"goroutine": "2", "threadcreate": "1", "block": "1", "mutex": "1", "heap": "1"}
+
+
+def _last(request: Request, name: str, default: str) -> str:
+    """A value of the query."""
+    return next((value for key, value in reversed(request.query) if key == name), default)
+
+
+def _debug(request: Request) -> int:
+    text = _last(request, "debug", "0")
+    if text not in ("0", "1", "2"):
+        raise Malformed(f"debug: {text!r} is none of 0, 1 and 2")
+    return int(text)
+
+
+def _profile_response(request: Request, profile: Profile) -> Response:
+    if _debug(request):
+        return Response(headers=(TEXT_TYPE,), body=profile.text().encode())
+    return Response(headers=(("Content-Type", "application/octet-stream"),), body=profile.encode())
+
+
+# ======================================================================================================================
+# V API / API document: OpenAPI, derived from the routes
+# ======================================================================================================================
+
+Json = dict[str, Any]
+_REFUSALS = {  # by status: when it happens, and an example; the first are for every route
+    400: (
+        "The request is malformed.",
+        "[0]: Key: 'PostStruct.CommandType' Error:Field validation for 'CommandType' failed on the 'required' tag",
+    ),
+    401: ("It needs a token, or the token is wrong.", "send `Authorization: Bearer ...` with a token of the daemon"),
+    403: (
+        "It comes from a page of another origin.",
+        "pages of other sites may not call this; --cors_origin allows one",
+    ),
+    413: ("The body is too large.", "the body has 16777217 bytes; at most 16777216 are taken (--max_body)"),
+    429: ("Too many at once; wait.", "8 requests are in work, the most that --max-requests allows; try again"),
+    500: ("The daemon failed.", "the daemon failed; its log says how"),
+    503: ("Not now.", "the daemon is ending; send the task again to the next one"),
+    409: (
+        "It is in conflict with another.",
+        "id: 'a' is the id of a task that was submitted otherwise; use another id",
+    ),
+    507: ("The disk is full.", "the disk of the root is full; make room, or give another --root"),
+}
+_ANY_ROUTE = (400, 401, 403, 413, 429, 500, 503)
+_REFUSAL_HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
+
+
+def api_document(routes: Iterable[Route]) -> Json:
+    """The OpenAPI 3.1 document of these routes."""
+    paths: dict[str, Json] = {}
+    for route in routes:
+        paths.setdefault(route.template, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "remote_executor",
+            "version": __version__,
+            "description": "Runs scripts on this host: tasks of steps, in order, in parallel or as a graph. The `code` "
+            "of an answer is 0 for success, 1001 in progress, 1002 execution failed, 1003 not found, expired or "
+            "destroyed, else the status of a refusal: 404 for a path that no route has, 405 for a method that a path "
+            "does not have, and those below.",
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "servers": [{"url": "/"}],
+        "security": [{}, {"token": []}],
+        "paths": paths,
+        "components": {
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description": "See --token_file."}},
+            "parameters": _parameters(),
+            "requestBodies": _bodies(),
+            "responses": {**_answers(), **{f"Refused{status}": _refused(status) for status in _REFUSALS}},
+            "schemas": _schemas(),
+        },
+    }
+
+
+def _operation(route: Route) -> Json:
+    names = [*re.findall(r"{(\w+)}", route.template), *route.query]
+    statuses = [*_ANY_ROUTE, *route.refusals]
+    success = "302" if route.answer == "Redirect" else "200"
+    found: Json = {
+        "operationId": re.sub(r"\W+", "_", route.method.lower() + route.template.replace("}", "")),
+        "summary": route.summary,
+        "tags": [_tag(route.template)],
+        "responses": {success: _ref("responses", route.answer)},
+    }
+    if names:
+        found["parameters"] = [_ref("parameters", name) for name in names]
+    if route.body:
+        found["requestBody"] = _ref("requestBodies", route.body)
+    if route.is_public:
+        found["security"] = [{}]
+    found["responses"].update({str(status): _ref("responses", f"Refused{status}") for status in sorted(statuses)})
+    return found
+
+
+def _tag(template: str) -> str:
+    areas = (("/api/v1/task", "tasks"), ("/api/v1/pool", "pool"), ("/debug/", "profiles"), ("/swagger", "document"))
+    return next((tag for prefix, tag in areas if template.startswith(prefix)), "daemon")
+
+
+def _ref(kind: str, name: str) -> Json:
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+def _schema(name: str) -> Json:
+    return _ref("schemas", name)
+
+
+def _object(fields: Json, *optional: str) -> Json:
+    """An object of these fields and no others, all but the optional ones required."""
+    required = [name for name in fields if name not in optional]
+    return {"type": "object", "required": required, "properties": fields, "additionalProperties": False}
+
+
+def _array(of: Json, **more: Any) -> Json:
+    return {"type": "array", "items": of, **more}
+
+
+def _string(about: str, **more: Any) -> Json:
+    return {"type": "string", "description": about, **more}
+
+
+def _whole(about: str, least: int = 0, **more: Any) -> Json:
+    return {"type": "integer", "description": about, "minimum": least, **more}
+
+
+def _envelope(codes: Sequence[int], data: Json | None = None) -> Json:
+    code = {"const": codes[0]} if len(codes) == 1 else {"enum": [*codes]}
+    fields = {"code": {"type": "integer", **code}, "message": {"type": "string"}}
+    return _object({**fields, "data": data} if data else fields)
+
+
+def _answer(
+    about: str, schema: Json, examples: Mapping[str, Any] = types.MappingProxyType({}), header: str = ""
+) -> Json:
+    """An answer of JSON."""
+    content: Json = {"schema": schema}
+    if examples:
+        content["examples"] = {name: {"value": value} for name, value in examples.items()}
+    found: Json = {"description": about, "content": {"application/json": content}}
+    if header:
+        found["headers"] = {header: {"schema": {"type": "string"}}}
+    return found
+
+
+def _refused(status: int) -> Json:
+    about, message = _REFUSALS[status]
+    example = {"code": status, "message": message}
+    return _answer(about, _envelope([status]), {"refused": example}, _REFUSAL_HEADERS.get(status, ""))
+
+
+def _parameters() -> Json:
+    """What stands in paths and queries."""
+    truth = {"type": "string", "pattern": "^([1tT0fF]|[tT][rR][uU][eE]|[fF][aA][lL][sS][eE])?$"}
+    path: dict[str, tuple[str, Json, Any]] = {
+        "task": ("Id of the task", {"type": "string", "minLength": 1}, "release-1"),
+        "step": ("Index of the step, or its name", {"type": "string", "minLength": 1}, "0"),
+    }
+    query: dict[str, tuple[str, Json, Any]] = {
+        "sort": ("By begin (st), end (et) or expiry (rt)", {"enum": ["st", "et", "rt"], "default": "st"}, "st"),
+        "ansync": ("true: only `depets_on` orders the steps", truth, "true"),
+        "async": ("The same as `ansync`", truth, "true"),
+        "id": ("Id of the task; sent again, the same submission runs once", {"pattern": _ID_WORD}, "release-1"),
+        "timeout": ("Of the whole task, from its acceptance", _schema("Duration"), "1h30m"),
+        "seconds": ("For how long; at most --profile_timeout", _SECONDS, "5"),
+        "debug": ("1: as text; 2: of threads the whole stacks", {"enum": ["0", "1", "2"], "default": "0"}, "1"),
+        "env_vars": ("KEY=value for all steps; may stand several times", _array(_schema("Variable")), ["target=linux"]),
+    }
+    found: Json = {}
+    for place, words in (("path", path), ("query", query)):
+        for name, (about, schema, example) in words.items():
+            schema = schema if "$ref" in schema or "type" in schema else {"type": "string", **schema}
+            found[name] = {"name": name, "in": place, "description": about, "schema": schema, "example": example}
+            if place == "path":
+                found[name]["required"] = True
+    return found
+
+
+_SECONDS: Json = {"type": "number", "exclusiveMinimum": 0}
+_ID_WORD = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?)?$"  # empty is as absent
+
+
+def _bodies() -> Json:
+    def body(name: str, examples: Json) -> Json:
+        values = {name: {"value": value} for name, value in examples.items()}
+        return {"required": True, "content": {"application/json": {"schema": _schema(name), "examples": values}}}
+
+    build_it = {"command_type": "sh", "command_content": 'echo "build $target"', "env_vars": ["target=linux"]}
+    graph = [
+        {"name": "fetch", "command_type": "sh", "command_content": "echo 42 >answer"},
+        {"name": "left", "command_type": "sh", "command_content": "cat answer", "depets_on": ["fetch"]},
+        {"name": "right", "command_type": "python", "command_content": "print(7)", "depets_on": ["fetch"]},
+    ]
+    steps = {"one after another": [build_it, {**build_it, "timeout": "90s"}], "a graph, with ansync=true": graph}
+    return {
+        "Submission": body("Submission", steps),
+        "PoolSize": body("PoolSize", {"eight": {"size": 8}}),
+        "Addresses": {
+            "content": {"text/plain": {"schema": {"type": "string"}, "example": "0x7f0000000000+0x7f0000000010"}}
+        },
+    }
+
+
+def _schemas() -> Json:
+    """What bodies and answers are made of."""
+    return {**_submitted(), **_shown(), **_figures(), "NotFound": _envelope([Code.NOT_FOUND])}
+
+
+def _submitted() -> Json:
+    """The schemas of bodies; an optional field may be null or empty too."""
+    names = _array({"type": "string"}, description="Names of the steps that must succeed first")
+    optional = {"type": ["array", "null"]}
+    duration = {"anyOf": [_schema("Duration"), {"type": "null"}], "description": "Default --exec_timeout"}
+    step = {
+        "command_type": {"type": "string", "enum": [*INTERPRETERS]},
+        "command_content": _string("The script", minLength=1),
+        "name": {**_string("Default <task id>-<index>", maxLength=_NAME_LIMIT), "type": ["string", "null"]},
+        "env_vars": {**_array(_schema("Variable")), **optional},
+        "depets_on": {**names, **optional},
+        "depends_on": {**names, **optional, "description": "The same as `depets_on`"},
+        "timeout": duration,
+    }
+    required = ["command_type", "command_content"]
+    size = _whole("Steps that run at once", 1, maximum=_POOL_MOST)
+    return {
+        "Duration": _string("As Go writes it", pattern=_DURATION_WORD, examples=["90s", "1h30m", "500ms"]),
+        "Variable": _string("KEY=value", pattern="^[^=\\x00]+=[^\\x00]*$"),
+        "SubmittedStep": {"type": "object", "required": required, "properties": step},
+        "Submission": _array(_schema("SubmittedStep"), minItems=1),
+        "PoolSize": {"type": "object", "required": ["size"], "properties": {"size": size}},
+    }
+
+
+def _shown() -> Json:
+    """The schemas of tasks, steps and the pool."""
+    names = _array({"type": "string"}, description="Names of the steps that must succeed first")
+    times = {
+        "st": _string("Begin", format="date-time"),
+        "et": _string("End", format="date-time"),
+        "rt": _string("Time left before the record expires, as Go prints a duration"),
+    }
+    state = {"type": "integer", "enum": [*State], "description": "0 ended, 1 running, 2 pending, 255 system error"}
+    code = {"type": "integer", "description": "0 success; a task's is the sum of its steps'"}
+    url, message = _string("Where it is shown", format="uri"), {"type": "string"}
+    task = {"id": _string("Id"), "url": url, "state": state, "code": code, "count": _whole("Steps", 1), "msg": message}
+    row = {"step": _whole("Index"), "url": url, "name": _string("Name"), "state": state, "code": code, "msg": message}
+    return {
+        "Times": _object(times, "st", "et"),
+        "Task": _object({**task, "times": _schema("Times")}),
+        "Step": _object({**row, "depets_on": names, "times": _schema("Times")}, "depets_on"),
+        "Pool": _object(
+            {
+                "size": _whole("The most steps that run at once", 1),
+                "running": _whole("Steps that run"),
+                "waiting": _whole("Steps that are ready and wait"),
+            }
+        ),
+    }
+
+
+_DURATION_WORD = (
+    r"^((?=.*[1-9])\+?(([0-9]+(\.[0-9]*)?|\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h))+)?$"  # empty as absent
+)
+
+
+def _figures() -> Json:
+    """The schemas of what the daemon tells of itself."""
+    unknown = {"type": ["integer", "null"], "minimum": 0}
+    moment = {"format": "date-time"}
+    python = {name: _string(name) for name in ("implementation", "version", "os", "arch")}
+    commit = {"type": ["string", "null"], "description": "The git commit, null where nobody knows it"}
+    number = {"type": "number", "minimum": 0}
+    process = {
+        "pid": _whole("Process id", 1),
+        "uptime_s": {**number, "description": "Seconds since its start"},
+        "cpu_s": {**number, "description": "Seconds of user and system CPU time"},
+        "rss_bytes": {**unknown, "description": "Resident memory"},
+        "threads": _whole("Threads", 1),
+        "open_files": {**unknown, "description": "File descriptors, on Windows handles"},
+        "python": _string("Implementation and version"),
+    }
+    host = {name: _string(name) for name in HostFacts._fields}
+    oldest = {"type": ["string", "null"], **moment, "description": "When the oldest kept task was accepted"}
+    store = {"bytes": _whole("Size of the database"), "records": _whole("Tasks kept"), "oldest": oldest}
+    disk = {"path": _string("The root"), "disk_free_bytes": _whole("Free there"), "disk_total_bytes": _whole("In all")}
+    return {
+        "Version": _object(
+            {
+                "version": _string("Of the program"),
+                "python": _object(python),
+                "commit": commit,
+                "built": _string("When"),
+            }
+        ),
+        "State": _object(
+            {
+                "host": _object({**host, "boot_time": _string("When it started", **moment)}),
+                "process": _object(process),
+                "pool": _schema("Pool"),
+                "tasks": _object({name: _whole("Tasks in this state") for name in STATE_NAMES.values()}),
+                "store": _object(store),
+                "root": _object(disk),
+            }
+        ),
+        "Health": _object(
+            {
+                "server": _string("What the client calls the daemon"),
+                "client": _string("The client's address"),
+                "state": {"const": "Running"},
+                "timestamp": _whole("Nanoseconds since the epoch"),
+                "warning": _string("What the operator should know"),
+            },
+            "warning",
+        ),
+    }
+
+
+def _answers() -> Json:
+    """What a request that is not refused is answered."""
+    pool, gone = {"size": 30, "running": 1, "waiting": 0}, {"code": 1003, "message": NO_TASK}
+    submitted = {"count": 4, "id": "release-1", "url": _EXAMPLE_URL + "release-1", "timestamp": 1668649373430555500}
+    counts = {"count": _whole("Steps", 1), "timestamp": _whole("Nanoseconds since the epoch")}
+    accepted = _object({**dict.fromkeys(("id", "url"), {"type": "string"}), **counts})
+    tasks = _object({"running": _whole("Running tasks"), "tasks": _array(_schema("Task")), "total": _whole("Tasks")})
+    health = _schemas()["Health"]["properties"]
+    beside = {name: schema for name, schema in health.items() if name != "warning"}
+    states = (Code.SUCCESS, Code.IN_PROGRESS, Code.FAILED)
+
+    def kept(data: Json) -> Json:
+        return {"oneOf": [_envelope(states, data), _schema("NotFound")]}
+
+    return {
+        "TaskList": _answer("All tasks", _envelope([0], tasks), _list_examples()),
+        "Accepted": _answer("It is stored", _envelope([0], accepted), {"stored": _success(submitted)}, "X-Task-ID"),
+        "TaskDetail": _answer(
+            "The task", kept(_array(_schema("Step"))), {**_task_examples(), "gone": gone}, "X-Task-STATE"
+        ),
+        "Stopped": _answer(
+            "The stop is recorded",
+            {"oneOf": [_envelope([0]), _schema("NotFound")]},
+            {"stopped": {"code": 0, "message": "success"}, "gone": gone},
+        ),
+        "Console": _answer("Its lines so far", kept(_array({"type": "string"})), {**_console_examples(), "gone": gone}),
+        "Pool": _answer("The pool", _envelope([0], _schema("Pool")), {"pool": _success(pool)}),
+        "Version": _answer("What runs", _envelope([0], _schema("Version"))),
+        "State": _answer("What it takes", _envelope([0], _schema("State"))),
+        "Health": _answer("It lives", _object({**_envelope([0], _schema("Health"))["properties"], **beside})),
+        "Document": _answer("This document", {"type": "object"}),
+        "Empty": {"description": "Nothing else"},
+        "Redirect": {"description": "To the page", "headers": {"Location": {"schema": {"type": "string"}}}},
+        "Metrics": _plain("Text format 0.0.4 of Prometheus"),
+        "Page": _plain("A page", "text/html"),
+        "Text": _plain("Text"),
+        "Profile": {
+            "description": "A gzipped profile.proto, for `go tool pprof` and speedscope; text where `debug` is set",
+            "content": {kind: {"schema": {"type": "string"}} for kind in ("application/octet-stream", "text/plain")},
+        },
+        "Trace": _answer(
+            "In the Trace Event Format, which Perfetto opens",
+            _object({"traceEvents": _array({"type": "object"}), "displayTimeUnit": {"const": "ms"}}),
+        ),
+    }
+
+
+_EXAMPLE_URL = "http://localhost:2376/api/v1/task/"
+
+
+def _list_examples() -> Json:
+    times = {"st": "2022-11-17T17:17:58+08:00", "et": "2022-11-17T17:17:58+08:00", "rt": "47h53m30.619752642s"}
+    task = {"id": "release-1", "url": _EXAMPLE_URL + "release-1", "state": 0, "code": 510, "count": 4}
+    task.update(msg="execution failed: [Step: 0, Name: step0; Step: 2, Name: step2]", times=times)
+    none = {"running": 0, "tasks": [], "total": 0}
+    return {"one task": _success({"running": 0, "tasks": [task], "total": 1}), "none": _success(none)}
+
+
+def _task_examples() -> Json:
+    def step(idx: int, state: int, code: int, message: str, **times: str) -> Json:
+        shown = {"step": idx, "url": f"{_EXAMPLE_URL}a/{idx}/console", "name": f"a-{idx}", "state": state, "code": code}
+        needs = {"depets_on": [f"a-{idx - 1}"]} if idx else {}
+        return {**shown, "msg": message, **needs, "times": {**times, "rt": "47h59m57.433539558s"}}
+
+    begin, end = "2022-11-18T16:20:53+08:00", "2022-11-18T16:20:56+08:00"
+    first = step(0, 0, 0, STEP_SUCCEEDED, st=begin, et=end)
+    runs, waits = step(0, 1, 0, STEP_RUNNING, st=begin), step(1, 2, 0, STEP_PENDING)
+    failed = step(1, 0, 2, failure_text(1, "a-1", 2, ""), st=end, et=end)
+    failure = f"execution failed: [{failed['msg']}]"
+    return {
+        "success": _success([first, step(1, 0, 0, STEP_SUCCEEDED, st=end, et=end)]),
+        "in progress": {"code": 1001, "message": "in progress: [Step: 0, Name: a-0]", "data": [runs, waits]},
+        "failed": {"code": 1002, "message": failure, "data": [first, failed]},
+    }
+
+
+def _console_examples() -> Json:
+    reason = failure_text(0, "a-0", 2, "")
+    return {
+        "success": {"code": 0, "message": "succeed", "data": ["build linux", "  done"]},
+        "in progress": {"code": 1001, "message": "in progress", "data": ["build linux"]},
+        "waiting": {"code": 1001, "message": "pending", "data": []},
+        "failed": {"code": 1002, "message": f"exit code: 2; {reason}", "data": ["no route to host"]},
+    }
+
+
+def _success(data: Any) -> Json:
+    return {"code": 0, "message": "success", "data": data}
+
+
+def _plain(about: str, kind: str = "text/plain") -> Json:
+    """An answer that is no JSON."""
+    return {"description": about, "content": {kind: {"schema": {"type": "string"}}}}
+
+
+class DocumentApi:
+    """Answers the document of all routes, and the page that shows it; any thread may call it."""
+
+    def __init__(self, others: Sequence[Route]) -> None:
+        self._others = others
+
+    def routes(self) -> list[Route]:
+        document, page = self.show_document, self.show_page
+        return [
+            Route("GET", "/openapi.json", document, "Shows this document", "Document"),
+            Route("GET", "/swagger/doc.json", document, "Shows this document", "Document"),
+            Route("GET", "/swagger/index.html", page, "Shows this document as a page", "Page", is_public=True),
+            Route("GET", "/swagger/", self.lead, "Leads to the page", "Redirect", is_public=True),
+            Route("GET", "/swagger", self.lead, "Leads to the page", "Redirect", is_public=True),
+        ]
+
+    def show_document(self, _: Request) -> Response:
+        return Response(headers=(JSON_TYPE,), body=to_json(api_document([*self._others, *self.routes()])).encode())
+
+    def show_page(self, _: Request) -> Response:
+        return page_response(API_PAGE, API_STYLE, API_SCRIPT)
+
+    def lead(self, _: Request) -> Response:
+        return Response(302, (("Location", "/swagger/index.html"),))
+
+
+# ======================================================================================================================
+# VI program / daemon: wiring, start, stop, signals
 # ======================================================================================================================
 
 _EXIT_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
-
-
-class LineFormatter(logging.Formatter):
-    """Writes a record so that nothing in it ends its line, colours it or turns it round."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = _printable(record.message)
-        return super().formatMessage(record)
-
-    def formatException(self, ei: Any) -> str:
-        return "\n".join(_printable(line) for line in super().formatException(ei).split("\n"))
-
-
-def _printable(text: str) -> str:
-    """The text with escapes in place of control characters and of others that do not show."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+_POLL_INTERVAL_S = 0.5
 
 
 class Supervisor:
@@ -8090,215 +8417,6 @@ class Supervisor:
 
     def stopping(self) -> None:
         """The daemon is ending; told again while that takes long."""
-
-
-class ErrorStream(logging.Handler):
-    """The log on standard error, written by a thread of its own: nobody waits for whoever does not read there.
-
-    What finds no room in `_MAX_UNWRITTEN` is dropped and counted; one line tells how many when the stream takes lines
-    again.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__()
-        binary = getattr(stream, "buffer", None)
-        # Not by the buffer: its lock, held by a write that never ends, would abort the end of the interpreter.
-        self._file: Any = getattr(binary, "raw", binary) or stream
-        self._encoding = stream.encoding or "utf-8"
-        self._is_text = binary is None
-        self._changed = threading.Condition()  # guards all below
-        self._unwritten: collections.deque[str] = collections.deque()  # the first is being written
-        self._size = 0  # characters in it
-        self._dropped = 0
-        self._is_stuck = False  # whether the last flush had to give up
-
-    def start(self) -> None:
-        """Writes lines from now on; for the thread that runs the daemon, before it starts others."""
-        usual = threading.stack_size(_LOG_STACK_BYTES)
-        try:
-            DaemonThread(self._run, "log").start()
-        finally:
-            threading.stack_size(usual)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Leaves a line to the thread; formatted here, for what it tells of may change."""
-        try:
-            line = self.format(record)
-        except Exception:
-            line = f"a line cannot be formatted: {logging.Formatter().formatException(sys.exc_info())}"
-        with self._changed:
-            if self._size + len(line) > _MAX_UNWRITTEN:
-                self._dropped += 1
-            else:
-                self._unwritten.append(line)
-                self._size += len(line)
-                self._changed.notify_all()
-
-    def flush(self) -> None:
-        """Waits until all is written, unless the stream takes nothing for a second."""
-        with self._changed:
-            while self._unwritten and not self._is_stuck:
-                left = len(self._unwritten)
-                if not self._changed.wait_for(lambda left=left: len(self._unwritten) < left, _FLUSH_S):  # type: ignore[misc]
-                    self._is_stuck = True
-
-    def _run(self) -> None:
-        while True:
-            try:
-                self._write_next()
-            except Exception:
-                with contextlib.suppress(MemoryError):
-                    log.exception("a line of the log cannot be written")
-                time.sleep(_STREAM_RETRY_S)
-
-    def _write_next(self) -> None:
-        """Writes the next line when there is one; what cannot be written counts as dropped."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._unwritten)
-            line = self._unwritten[0]
-        is_written = self.write(line)
-        with self._changed:
-            self._unwritten.popleft()
-            self._size -= len(line)
-            self._dropped += not is_written
-            self._is_stuck = self._is_stuck and not is_written
-            if self._dropped and is_written and not self._unwritten:
-                text = f"{self._dropped} lines of the log were dropped: nobody read standard error"
-                record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
-                self._unwritten.append(self.format(record))
-                self._size += len(self._unwritten[-1])
-                self._dropped = 0
-            self._changed.notify_all()
-
-    def write(self, line: str) -> bool:
-        """Writes a line now, however long that takes; False when it cannot be written."""
-        try:
-            if self._is_text:
-                self._file.write(line + "\n")
-                return True
-            data = memoryview((line + os.linesep).encode(self._encoding, "backslashreplace"))
-            while data:
-                written = self._file.write(data)
-                if written is None:  # whoever shares the stream made it non-blocking
-                    time.sleep(_STREAM_RETRY_S)
-                else:
-                    data = data[written:]
-        except (OSError, ValueError):  # it is closed, or nobody reads it any more
-            return False
-        return True
-
-
-_MAX_UNWRITTEN = 2**20  # characters, some thousand lines
-_FLUSH_S = 1.0
-_LOG_STACK_BYTES = 512 * 1024  # it calls nothing deep; the usual 8 MB are what `ulimit -v` lacks first
-_STREAM_RETRY_S = 0.05
-
-
-class JsonLines(logging.Formatter):
-    """An event as a JSON object in a line: its time, level, text and thread, and what it is about."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        at = datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
-        event = {"time": at, "level": record.levelname, "message": record.getMessage(), "thread": record.threadName}
-        event.update(getattr(record, "about", {}))
-        if record.exc_info:
-            event["exception"] = self.formatException(record.exc_info)
-        return json.dumps(event)  # in ASCII, which every collector and every locale takes
-
-
-class LogFile(logging.handlers.RotatingFileHandler):
-    """The log in a file, rotated; where it cannot be written, it goes on without."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path, maxBytes=10 * 2**20, backupCount=5, encoding="utf-8", delay=True)
-        self._resume_s = 0.0  # when it may be rotated again
-
-    def shouldRollover(self, record: logging.LogRecord) -> int:
-        return time.monotonic() >= self._resume_s and super().shouldRollover(record)
-
-    def doRollover(self) -> None:
-        """Rotates, unless somebody reads the file: Windows would not rename it, after all older ones had moved on."""
-        if self.stream:
-            self.stream.close()
-            self.stream = None  # opened again for the next line
-        try:
-            os.rename(self.baseFilename, self.baseFilename + ".next")
-            os.rename(self.baseFilename + ".next", self.baseFilename)
-            super().doRollover()
-        except OSError:
-            self._resume_s = time.monotonic() + _ROTATION_PAUSE_S
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Nothing: standard error has the line too."""
-
-    def restore(self) -> None:
-        """Begins the file anew where it has been deleted."""
-        if os.path.exists(self.baseFilename):
-            return
-        with self.lock or contextlib.nullcontext():
-            if self.stream:
-                self.stream.close()
-                self.stream = None  # opened again for the next line
-            with contextlib.suppress(OSError):  # it is there, or the root is gone too, which its watch tells
-                os.mkdir(os.path.dirname(self.baseFilename))
-
-
-_ROTATION_PAUSE_S = 60.0  # after one that could not be
-
-
-class RootWatch:
-    """Notices what of the root is gone; the daemon's thread looks, any other asks for the warning.
-
-    Who cleans up /tmp removes files that are in use too, and what is written to them from then on is lost.
-    """
-
-    def __init__(self, root: str, has_token: bool) -> None:
-        names = [*_ROOT_ADVICE] if has_token else [name for name in _ROOT_ADVICE if name != _TOKEN_NAME]
-        self._paths = {name: os.path.join(root, name) if name else root for name in names}
-        self._known: dict[str, tuple[int, int]] = {}  # by name, the file that was there first
-        self._gone: tuple[str, ...] = ()
-
-    def look(self) -> None:
-        """Compares what is there with what was, and logs a change once."""
-        gone = []
-        for name, path in self._paths.items():
-            if self._is_gone(name, path):
-                gone.append(name)
-                if not name:
-                    break  # and with it all that was in it
-        if gone and tuple(gone) != self._gone:
-            log.error("%s", "; ".join(map(self._text, gone)))
-        elif self._gone and not gone:
-            log.info("--root: all of %s is in place again", self._paths[""])
-        self._gone = tuple(gone)
-
-    def warning(self) -> str:
-        """What is gone, and what to do; empty when nothing is."""
-        return "; ".join(map(self._text, self._gone))
-
-    def _text(self, name: str) -> str:
-        return f"--root: {self._paths[name]} is gone: {_ROOT_ADVICE[name]}"
-
-    def _is_gone(self, name: str, path: str) -> bool:
-        try:
-            status = os.lstat(path)
-        except OSError as error:
-            return name in self._known and error.errno in (errno.ENOENT, errno.ENOTDIR)  # any other tells nothing
-        known = self._known.setdefault(name, (status.st_dev, status.st_ino))
-        is_same = known == (status.st_dev, status.st_ino)
-        return not is_same and name != _TOKEN_NAME  # which an editor may replace
-
-
-_TOKEN_NAME = "token"
-_RESTART = "restart the daemon, with a --root that nobody cleans up"
-_ROOT_ADVICE = {
-    "": f"what is stored now is lost, and no task is accepted; {_RESTART}",
-    "lock": "another daemon might start on this root; restart this one, which adopts what runs",
-    "remote_executor.db": f"what is stored now is lost, and no task is accepted; {_RESTART}",
-    "remote_executor.db-wal": f"what is stored now is lost, and no task is accepted; {_RESTART}",
-    "tasks": f"the outputs and workspaces in it are lost; {_RESTART}",
-    _TOKEN_NAME: "it lets nobody in any more; a restart of the daemon writes a new one",
-}
 
 
 class Daemon:
@@ -8338,7 +8456,7 @@ class Daemon:
     def _serve(self, closing: contextlib.ExitStack) -> None:
         woken, self._waker = socket.socketpair()
         self._woken = woken  # kept: a signal writes to the other one until `closing` is closed
-        woken.settimeout(_LOOK_S)
+        woken.settimeout(_POLL_INTERVAL_S)
         self._waker.setblocking(False)
         if threading.current_thread() is threading.main_thread():
             self._heed_signals(closing, self._waker.fileno())
@@ -8522,7 +8640,7 @@ class Daemon:
         if self._settings.on_exit != "leave":
             while scheduler.pool().running and self._ends < 2:
                 self._supervisor.stopping()
-                time.sleep(_LOOK_S / 10)
+                time.sleep(_POLL_INTERVAL_S / 10)
         running = scheduler.pool().running
         if running and self._settings.on_exit != "stop":
             log.warning(
@@ -8549,9 +8667,6 @@ class Daemon:
         is_json = self._settings.log_format == "json"
         handler.setFormatter(JsonLines() if is_json else LineFormatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
-
-
-_LOOK_S = 0.5
 
 
 def _capacity_warning(capacity: StepCapacity, scheduler: Scheduler) -> str:
@@ -8586,20 +8701,11 @@ def _ignore_signals(numbers: Iterable[int]) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def version_line() -> str:
-    """What /version tells, in a line."""
-    known = build()
-    commit = f"commit {known.commit[:12]}, " if known.commit else ""
-    python = f"{known.implementation} {known.python}, {known.os} {known.arch}"
-    return f"remote_executor {known.version} ({commit}built {known.built}; {python})"
-
-
 # ======================================================================================================================
-# service hosts: what starts and watches the daemon
+# VI program / supervisors: what starts the daemon and watches it
 # ======================================================================================================================
 
 SERVICE = "remote_executor"  # its name for every service manager
-_SERVICE_TITLE = "Remote executor"
 _START_S = 60.0  # that a service manager waits for, of the start and of each stage of the end
 
 
@@ -8626,7 +8732,7 @@ class SystemdSupervisor(Supervisor):
 
     def watch(self, is_healthy: Callable[[], bool]) -> None:
         now_s = time.monotonic()
-        if not self._beat_s or now_s - self._beaten_s < self._beat_s - _LOOK_S:
+        if not self._beat_s or now_s - self._beaten_s < self._beat_s - _POLL_INTERVAL_S:
             return
         if is_healthy() and self._tell("WATCHDOG=1"):
             self._beaten_s = now_s
@@ -8766,6 +8872,13 @@ def leave_step() -> None:
     command = [*own_command(), *sys.argv[1:]]
     with contextlib.suppress(OSError):  # the program has been replaced meanwhile: better with the mark than not at all
         os.execve(command[0], command, environment)
+
+
+# ======================================================================================================================
+# VI program / service managers: systemd, launchd, Windows' services
+# ======================================================================================================================
+
+_SERVICE_TITLE = "Remote executor"
 
 
 class Services:
@@ -9101,7 +9214,7 @@ def host_services() -> Services:
 
 
 # ======================================================================================================================
-# command line: flags, commands, main
+# VI program / command line: flags, commands, main
 # ======================================================================================================================
 
 _PROGRAM = SERVICE
@@ -9115,11 +9228,6 @@ _SWITCHES = (
     ("help", "Show context-sensitive help (also try --help-long and --help-man)."),
     ("version", "Show application version."),
 )
-_SIZE = re.compile(r"([0-9]{1,15}) ?(?:([KMGT])i?)?B?", re.IGNORECASE)
-
-
-class UsageError(Exception):
-    """What was typed cannot be meant; the text is the one line that says what can."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -9154,63 +9262,6 @@ def _spell(word: str) -> str:
     """A flag with `_` between its words, as the table of options has it in its fields."""
     flag, equals, value = word.partition("=")
     return flag[:2] + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else word
-
-
-def _checked_text(option: Option, text: str) -> str:
-    try:
-        value = _value(option, text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if isinstance(value, int) and not option.least <= value <= option.most:
-        most = f" to {option.most}" if option.most < 2**63 - 1 else " or more"
-        least = "more than 0" if option.kind != "count" and option.least else f"{option.least}{most}"
-        raise argparse.ArgumentTypeError(f"{text!r} is out of range; right would be {least}")
-    return text
-
-
-def _value(option: Option, text: str) -> Any:
-    """The value of a flag; raises ValueError that says what would be right."""
-    if option.kind == "duration":
-        return parse_duration(text)
-    if option.kind == "count" or option.kind == "size":
-        found = _SIZE.fullmatch(text) if option.kind == "size" else re.fullmatch("([0-9]{1,15})()", text)
-        if not found:
-            right = "a size such as 16MiB or 1GiB" if option.kind == "size" else "a number such as 30"
-            raise ValueError(f"{text!r} is no {option.kind}; right would be {right}")
-        return int(found[1]) << 10 * " KMGT".index((found[2] or " ").upper())
-    if option.kind == "choice" and text not in option.choices:
-        raise ValueError(f"{text!r} is none of {', '.join(option.choices)}")
-    if option.kind == "address":
-        parse_address(text)
-    if option.kind == "list" and not re.fullmatch(r"https?://[^/\s]+", text):
-        raise ValueError(f"{text!r} is no origin; right would be https://example.org")
-    if not text:
-        raise ValueError("must not be empty")
-    return text
-
-
-def make_settings(given: Mapping[str, Any]) -> Settings:
-    """The settings with what was given in place of the defaults; raises UsageError for what cannot be together."""
-    settings = Settings(**{option.field: _setting(option, given) for option in OPTIONS})
-    for name in ("tls_key", "tls_client_ca"):
-        if getattr(settings, name) and not settings.tls_cert:
-            raise UsageError(f"--{name} without --tls_cert; give the certificate of this host too")
-    if settings.insecure and settings.require_token:
-        raise UsageError("--insecure and --require_token exclude each other; give one of them")
-    return settings
-
-
-def _setting(option: Option, given: Mapping[str, Any]) -> Any:
-    if option.kind == "flag":
-        return given.get(option.field, False)
-    if option.kind == "list":
-        return tuple(_value(option, text) for text in given.get(option.field, ()))
-    text = given.get(option.field, _default(option))
-    return _value(option, text) if text or option.default else ""
-
-
-def _default(option: Option) -> str:
-    return option.default.replace("$TEMP", temporary_directory())
 
 
 def _flag_rows() -> Iterator[tuple[str, str]]:
