@@ -237,7 +237,7 @@ def boot_id() -> str:
 
 _UNIT_NS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 _DURATION_PART = re.compile(r"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?(ns|us|µs|μs|ms|s|m|h)")
-_MOST_NS = 2**63 - 1
+_MAX_NS = 2**63 - 1
 
 
 def parse_duration(text: str) -> int:
@@ -248,7 +248,7 @@ def parse_duration(text: str) -> int:
         whole, fraction, unit = part.groups()
         total += int(whole or 0) * _UNIT_NS[unit] + int(fraction or 0) * _UNIT_NS[unit] // 10 ** len(fraction or "")
         end = part.end()
-    if rest != "0" and (not rest or end < len(rest) or total > _MOST_NS):
+    if rest != "0" and (not rest or end < len(rest) or total > _MAX_NS):
         raise ValueError(f"{text!r} is no duration; right would be 90s, 1h30m or 500ms")
     return total
 
@@ -292,8 +292,8 @@ class Option(NamedTuple):
     kind: str  # flag, address, path, duration, count, size or one of `choices`
     default: str
     help: str
-    least: int = 0
-    most: int = 2**63 - 1
+    min: int = 0
+    max: int = 2**63 - 1
     choices: tuple[str, ...] = ()
 
     @property
@@ -307,13 +307,13 @@ OPTIONS = (
     Option("debug", "flag", "", "Enable debug messages"),
     Option("log_format", "choice", "text", "How the log is written: text or json.", choices=("text", "json")),
     Option("root", "path", "$TEMP/remote_executor", "Working root directory"),
-    Option("key_expire", "duration", "48h", 'Set the database key expire time. Example: "key_expire=1h"', least=1),
-    Option("exec_timeout", "duration", "24h", 'Set the exec command expire time. Example: "exec_timeout=30m"', least=1),
-    Option("timeout", "duration", "30s", "Timeout for calling endpoints on the engine", least=1),
-    Option("profile_timeout", "duration", "1m", "Longest time that a profile or trace may take.", least=1),
+    Option("key_expire", "duration", "48h", 'Set the database key expire time. Example: "key_expire=1h"', min=1),
+    Option("exec_timeout", "duration", "24h", 'Set the exec command expire time. Example: "exec_timeout=30m"', min=1),
+    Option("timeout", "duration", "30s", "Timeout for calling endpoints on the engine", min=1),
+    Option("profile_timeout", "duration", "1m", "Longest time that a profile or trace may take.", min=1),
     Option("max-requests", "count", "0", "Maximum number of concurrent requests. 0 to disable."),
-    Option("pool_size", "count", "30", "Set the size of the execution work pool.", least=1, most=10000),
-    Option("max_body", "size", "16MiB", "Largest body of a request. Larger ones get 413.", least=1),
+    Option("pool_size", "count", "30", "Set the size of the execution work pool.", min=1, max=10000),
+    Option("max_body", "size", "16MiB", "Largest body of a request. Larger ones get 413.", min=1),
     Option("max_output", "size", "1GiB", "Largest output of a step, which is then stopped. 0 to disable."),
     Option("token_file", "path", "$ROOT/token", "File of the tokens that let clients in, one a line."),
     Option("require_token", "flag", "", "Ask for a token from clients on this host too."),
@@ -322,7 +322,7 @@ OPTIONS = (
     Option("tls_cert", "path", "", "Certificate of this host, in PEM: with it the port speaks HTTPS alone."),
     Option("tls_key", "path", "", "Private key of the certificate, where it is in a file of its own."),
     Option("tls_client_ca", "path", "", "Authority whose client certificates let in as tokens do, in PEM."),
-    Option("max_connections", "count", "512", "Most connections at once, of which 64 from one address.", least=16),
+    Option("max_connections", "count", "512", "Most connections at once, of which 64 from one address.", min=16),
     Option(
         "on_exit",
         "choice",
@@ -375,9 +375,9 @@ def _checked_text(option: Option, text: str) -> str:
         value = _value(option, text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if isinstance(value, int) and not option.least <= value <= option.most:
-        most = f" to {option.most}" if option.most < 2**63 - 1 else " or more"
-        least = "more than 0" if option.kind != "count" and option.least else f"{option.least}{most}"
+    if isinstance(value, int) and not option.min <= value <= option.max:
+        most = f" to {option.max}" if option.max < 2**63 - 1 else " or more"
+        least = "more than 0" if option.kind != "count" and option.min else f"{option.min}{most}"
         raise argparse.ArgumentTypeError(f"{text!r} is out of range; right would be {least}")
     return text
 
@@ -431,7 +431,7 @@ def _default(option: Option) -> str:
     return option.default.replace("$TEMP", temporary_directory())
 
 
-_POOL_MOST = next(option.most for option in OPTIONS if option.name == "pool_size")
+MAX_POOL_SIZE = next(option.max for option in OPTIONS if option.name == "pool_size")
 
 # ======================================================================================================================
 # I foundations / threads: one that begins, or says that it cannot
@@ -502,7 +502,7 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
         event = {"time": at, "level": record.levelname, "message": record.getMessage(), "thread": record.threadName}
-        event.update(getattr(record, "about", {}))
+        event.update(getattr(record, "log_fields", {}))
         if record.exc_info:
             event["exception"] = self.formatException(record.exc_info)
         return json.dumps(event)  # in ASCII, which every collector and every locale takes
@@ -985,7 +985,7 @@ class DescriptorReserve:
         return False
 
 
-def keep_descriptors() -> None:
+def set_inherited_fds_cloexec() -> None:
     """Keeps what whoever started us left open from our steps; what Python opens itself is closed at exec (PEP 446)."""
     if sys.platform != "win32":
         for name in os.listdir("/dev/fd"):
@@ -994,7 +994,7 @@ def keep_descriptors() -> None:
                     os.set_inheritable(int(name), False)
 
 
-def use_all_descriptors() -> str:
+def raise_fd_limit() -> str:
     """Raises the soft limit of open files to the hard one, for each step takes a few; the one that was."""
     if sys.platform == "win32":
         return ""
@@ -1056,7 +1056,7 @@ def _reset_library_signals() -> None:
             ctypes.CDLL(None).syscall(call, number, bytes(64), None, 8)  # a struct of zeros: SIG_DFL
 
 
-def forget_launcher() -> None:
+def clean_pyinstaller_env() -> None:
     """Takes back what the launcher of a frozen program did to the environment: it is not for the steps.
 
     PyInstaller's manual, "Launching external programs from the frozen application".
@@ -1125,8 +1125,8 @@ def _close_unix_directory(path: str) -> None:
 
 def _close_windows_directory(path: str) -> None:
     """Lets the system, administrators and ourselves in alone, and so into all that is made there."""
-    if len(path) > _ROOT_MOST:
-        raise StartupError(f"--root: {path} is too long for cmd.exe; give one of {_ROOT_MOST} characters at most")
+    if len(path) > _MAX_ROOT_LENGTH:
+        raise StartupError(f"--root: {path} is too long for cmd.exe; give one of {_MAX_ROOT_LENGTH} characters at most")
     if path.startswith("\\\\"):
         raise StartupError(f"--root: {path} is on a share, where cmd.exe cannot work; give a directory of this host")
     ourselves, owner = _own_sid(), _owner_sid(path)
@@ -1138,7 +1138,9 @@ def _close_windows_directory(path: str) -> None:
     try:
         if is_new:
             SetFileSecurityW(path, DACL_SECURITY_INFORMATION | PROTECTED_DACL_SECURITY_INFORMATION, ours)
-        others = _let_in(_security_of(path, DACL_SECURITY_INFORMATION)) - _let_in(ours) - {"CO", "OW"}  # its owner
+        others = (
+            _granted_sids(_security_of(path, DACL_SECURITY_INFORMATION)) - _granted_sids(ours) - {"CO", "OW"}
+        )  # its owner
     finally:
         LocalFree(ours)
     if others or (is_new and os.listdir(path)):  # they could write until now
@@ -1147,10 +1149,10 @@ def _close_windows_directory(path: str) -> None:
         raise StartupError(f"{told} which will be closed to them, or take their rights away by icacls")
 
 
-_ROOT_MOST = 200  # so that a step's files stay below MAX_PATH, which cmd.exe cannot pass
+_MAX_ROOT_LENGTH = 200  # so that a step's files stay below MAX_PATH, which cmd.exe cannot pass
 
 
-def _let_in(descriptor: Any) -> set[str]:
+def _granted_sids(descriptor: Any) -> set[str]:
     """Whom a security descriptor lets in, as Windows writes them in text (Security Descriptor String Format, MSDN)."""
     text = _TEXT()
     ConvertSecurityDescriptorToStringSecurityDescriptorW(
@@ -1242,12 +1244,12 @@ def lock_file(path: str) -> int:
     return descriptor
 
 
-_PATIENCE_S = 5.0
+_RENAME_RETRY_S = 5.0
 
 
 def rename(path: str, new: str) -> None:
     """Renames a file or directory, with patience: on Windows a virus scanner may hold it for a moment."""
-    end_s = time.monotonic() + _PATIENCE_S
+    end_s = time.monotonic() + _RENAME_RETRY_S
     while True:
         try:
             return os.rename(path, new)
@@ -1289,7 +1291,7 @@ _PLAIN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(o
 _REMOVAL_S = 10.0  # for one directory, before others have their turn
 
 
-class Folder:
+class SafeDirectory:
     """A directory of ours, of whose content steps may have made anything; any thread may call it.
 
     Nothing in it is reached through a link: each directory is opened from the one above it, so that no exchange for a
@@ -1390,14 +1392,16 @@ def _remove(name: str, parent: int, mount: str) -> bool:
         has_gone = True
         while has_gone and time.monotonic() < end_s:
             with os.scandir(top) as entries:
-                has_gone = sum(_unlink(one.name, top) or _lift_content(one.name, top, mount) for one in entries) > 0
+                has_gone = (
+                    sum(_unlink(one.name, top) or _flatten_into_parent(one.name, top, mount) for one in entries) > 0
+                )
         os.rmdir(name, dir_fd=parent)
     finally:
         os.close(top)
     return True
 
 
-def _lift_content(name: str, top: int, mount: str) -> bool:
+def _flatten_into_parent(name: str, top: int, mount: str) -> bool:
     """Removes a directory of `top` whose own directories are now in `top`; whether anything has changed."""
     has_changed = False
     with contextlib.suppress(OSError):
@@ -1509,16 +1513,16 @@ class RootWatch:
                 if not name:
                     break  # and with it all that was in it
         if gone and tuple(gone) != self._gone:
-            log.error("%s", "; ".join(map(self._text, gone)))
+            log.error("%s", "; ".join(map(self._describe, gone)))
         elif self._gone and not gone:
             log.info("--root: all of %s is in place again", self._paths[""])
         self._gone = tuple(gone)
 
     def warning(self) -> str:
         """What is gone, and what to do; empty when nothing is."""
-        return "; ".join(map(self._text, self._gone))
+        return "; ".join(map(self._describe, self._gone))
 
-    def _text(self, name: str) -> str:
+    def _describe(self, name: str) -> str:
         return f"--root: {self._paths[name]} is gone: {_ROOT_ADVICE[name]}"
 
     def _is_gone(self, name: str, path: str) -> bool:
@@ -1543,7 +1547,7 @@ def socket_timeout(seconds: float) -> bytes:
     return struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000) or int(seconds < 1))
 
 
-class PeerTable:
+class LocalPeers:
     """Who holds the other ends of the connections to one port of this host; any thread may ask.
 
     The kernel's tables cost milliseconds each, so one reading serves all who asked before it began.
@@ -1657,10 +1661,10 @@ def _creation_time(process: int) -> int:
 
 _LOADED_S = time.time()
 _EPOCH_OF_1601 = 116_444_736_000_000_000  # 1970, in the units of a FILETIME
-_MOST_HANDLES = 16 * 1024 * 1024  # of a process (Pushing the Limits of Windows: Handles)
+_MAX_HANDLES = 16 * 1024 * 1024  # of a process (Pushing the Limits of Windows: Handles)
 
 
-class ProcessFigures(NamedTuple):
+class ProcessStats(NamedTuple):
     """What this process takes of the host; None where the system does not tell."""
 
     cpu_s: float
@@ -1669,10 +1673,10 @@ class ProcessFigures(NamedTuple):
     resident_bytes: int | None
     virtual_bytes: int | None
     open_files: int | None  # on Windows handles
-    most_files: int | None
+    max_files: int | None
 
 
-def process_figures() -> ProcessFigures:
+def process_stats() -> ProcessStats:
     """What the system tells now."""
     cpu_s = time.process_time()
     if ON_WINDOWS:
@@ -1680,20 +1684,20 @@ def process_figures() -> ProcessFigures:
         GetProcessMemoryInfo(process, ctypes.byref(memory), ctypes.sizeof(memory))
         GetProcessHandleCount(process, ctypes.byref(handles))
         started_s = (_creation_time(process) - _EPOCH_OF_1601) / 10**7
-        taken = memory.WorkingSet, memory.Private, handles.value, _MOST_HANDLES
-        return ProcessFigures(cpu_s, started_s, threading.active_count(), *taken)
-    files = len(os.listdir("/dev/fd")) - 1, _most_files()  # the listing itself takes one
+        taken = memory.WorkingSet, memory.Private, handles.value, _MAX_HANDLES
+        return ProcessStats(cpu_s, started_s, threading.active_count(), *taken)
+    files = len(os.listdir("/dev/fd")) - 1, _max_files()  # the listing itself takes one
     if not ON_LINUX:
         sizes = _ask_ps("-o", "rss=,vsz=", "-p", str(os.getpid())).split()
         resident, virtual = (int(size) * 1024 for size in sizes) if len(sizes) == 2 else (None, None)
-        return ProcessFigures(cpu_s, _LOADED_S, threading.active_count(), resident, virtual, *files)
+        return ProcessStats(cpu_s, _LOADED_S, threading.active_count(), resident, virtual, *files)
     fields = _stat_fields("self")
     started_s = boot_time_s() + int(fields[19]) / os.sysconf("SC_CLK_TCK")
     resident, virtual = int(fields[21]) * os.sysconf("SC_PAGE_SIZE"), int(fields[20])
-    return ProcessFigures(cpu_s, started_s, int(fields[17]), resident, virtual, *files)
+    return ProcessStats(cpu_s, started_s, int(fields[17]), resident, virtual, *files)
 
 
-def _most_files() -> int | None:
+def _max_files() -> int | None:
     if sys.platform != "win32":
         import resource
 
@@ -1740,7 +1744,7 @@ def step_capacity(descriptors: Limit | None, processes: Sequence[Limit], max_con
 
 def descriptor_limit() -> Limit | None:
     """How many descriptors this process may have; None where the system sets no limit."""
-    count = _most_files()
+    count = _max_files()
     return (
         None
         if count is None
@@ -1775,7 +1779,7 @@ def _pids_limits(mount: str, path: str) -> Iterator[Limit]:
             yield Limit(int(content.read()), f"{file} (TasksMax)")  # ValueError: "max"
 
 
-class HostFacts(NamedTuple):
+class HostInfo(NamedTuple):
     """What the host is."""
 
     name: str
@@ -1784,14 +1788,14 @@ class HostFacts(NamedTuple):
     machine: str
 
 
-def host_facts() -> HostFacts:
+def host_info() -> HostInfo:
     if sys.platform == "win32":  # not by `platform`, which asks WMI
         found = sys.getwindowsversion()
         release = f"{found.major}.{found.minor}.{found.build}"
         machine = os.environ.get("PROCESSOR_ARCHITEW6432") or os.environ.get("PROCESSOR_ARCHITECTURE", "")
-        return HostFacts(socket.gethostname(), "Windows", release, machine)
+        return HostInfo(socket.gethostname(), "Windows", release, machine)
     system, name, release, _, machine = os.uname()
-    return HostFacts(name, system, release, machine)
+    return HostInfo(name, system, release, machine)
 
 
 class Build(NamedTuple):
@@ -1816,7 +1820,7 @@ def build() -> Build:
     commit, built = (_COMMIT, _COMMITTED) if is_archived else (_checked_out(), _written())
     system = "windows" if ON_WINDOWS else sys.platform
     python = sys.version.split()[0]
-    return Build(__version__, commit, built, sys.implementation.name, python, system, host_facts().machine)
+    return Build(__version__, commit, built, sys.implementation.name, python, system, host_info().machine)
 
 
 def _checked_out() -> str:
@@ -1935,11 +1939,11 @@ _PLACE = re.compile(r"\{(?:file|quoted)\}")
 
 def find_program(program: str, path: str) -> str | None:
     """Where the program is on this PATH; what was found is believed for some seconds, a step would pay for it else."""
-    found = _found_program(program, path, int(time.monotonic() // _BELIEF_S))
+    found = _found_program(program, path, int(time.monotonic() // _WHICH_CACHE_TTL_S))
     return found or _search(program, path)
 
 
-_BELIEF_S = 10
+_WHICH_CACHE_TTL_S = 10
 
 
 @functools.lru_cache(maxsize=256)
@@ -2782,7 +2786,7 @@ def _open_pipe() -> tuple[int, int]:
 def _read_pid_file(step_dir: str) -> list[bytes] | None:
     """Return the lines of a step's file `pid`; None when it is gone. Raises OSError where it cannot be read now."""
     try:
-        with Folder(step_dir).read("pid") as file:
+        with SafeDirectory(step_dir).read("pid") as file:
             return file.read(4096).splitlines()
     except OSError as error:
         if is_scarcity(error):
@@ -3451,14 +3455,14 @@ def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) ->
     """What a POST asks for; raises Malformed with the place of the first error, such as [2].timeout."""
     given = _query_values(query)
     task_id = _task_id(given["id"][1])
-    parallel = _truth(*given["ansync"])
-    timeout_ns = _timeout(*given["timeout"])
-    task_env = _environment("env_vars", [value for name, value in query if name == "env_vars"])
+    parallel = _parse_bool(*given["ansync"])
+    timeout_ns = _parse_timeout(*given["timeout"])
+    task_env = _parse_environment("env_vars", [value for name, value in query if name == "env_vars"])
     items = parse_json(body)
     if not isinstance(items, list) or not items:
         raise Malformed("the body must be a JSON array of one step or more")
     known = tuple(command_types)
-    drafts = [_step(index, item, f"{task_id}-{index}", known) for index, item in enumerate(items)]
+    drafts = [_parse_step(index, item, f"{task_id}-{index}", known) for index, item in enumerate(items)]
     steps = _with_dependencies(drafts, [_needed_names(index, item) for index, item in enumerate(items)], parallel)
     names = [item.get("name") or None for item in items]  # as given: a default holds the id, which may be random
     fingerprint = _fingerprint([parallel, timeout_ns, task_env, names, [_identify_step(step) for step in steps]])
@@ -3509,13 +3513,13 @@ def _task_id(text: str) -> str:
     return text
 
 
-def _truth(where: str, text: str) -> bool:
+def _parse_bool(where: str, text: str) -> bool:
     if text and text.lower() not in _TRUTH:
         raise Malformed(f"{where}: {text!r} is no truth value; right would be true or false")
     return _TRUTH[text.lower()] if text else False
 
 
-def _timeout(where: str, value: Any) -> int:
+def _parse_timeout(where: str, value: Any) -> int:
     if value is None or value == "":
         return 0
     if not isinstance(value, str):
@@ -3529,7 +3533,7 @@ def _timeout(where: str, value: Any) -> int:
     return timeout_ns
 
 
-def _text(where: str, value: Any) -> str:
+def _require_str(where: str, value: Any) -> str:
     """A string that can be written to a file or an environment."""
     if not isinstance(value, str):
         raise Malformed(f"{where}: must be a string")
@@ -3540,19 +3544,19 @@ def _text(where: str, value: Any) -> str:
     return value
 
 
-def _environment(where: str, value: Any) -> tuple[str, ...]:
+def _parse_environment(where: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
         raise Malformed(f"{where}: must be a list of KEY=value")
     for index, entry in enumerate(value):
-        text = _text(f"{where}[{index}]", entry)
+        text = _require_str(f"{where}[{index}]", entry)
         if text.find("=") < 1 or "\0" in text:
             raise Malformed(f"{where}[{index}]: {text!r} is no KEY=value")
     return tuple(value)
 
 
-def _step(index: int, item: Any, default_name: str, known: tuple[str, ...]) -> StepSpec:
+def _parse_step(index: int, item: Any, default_name: str, known: tuple[str, ...]) -> StepSpec:
     """The step of one element, what it depends on left out."""
     where = f"[{index}]"
     if not isinstance(item, dict):
@@ -3561,15 +3565,15 @@ def _step(index: int, item: Any, default_name: str, known: tuple[str, ...]) -> S
         if item.get(key) in (None, ""):
             tag = f"Error:Field validation for '{field}' failed on the 'required' tag"
             raise Malformed(f"{where}: Key: 'PostStruct.{field}' {tag}")
-    command_type = _text(f"{where}.command_type", item["command_type"])
+    command_type = _require_str(f"{where}.command_type", item["command_type"])
     if command_type not in known:
         raise Malformed(f"{where}.command_type: {command_type!r} is unknown; known are {', '.join(known)}")
-    name = default_name if item.get("name") in (None, "") else _text(f"{where}.name", item["name"])
+    name = default_name if item.get("name") in (None, "") else _require_str(f"{where}.name", item["name"])
     if len(name) > _NAME_LIMIT or _CONTROL.search(name):
         raise Malformed(f"{where}.name: must have at most {_NAME_LIMIT} characters and no control characters")
-    content = _text(f"{where}.command_content", item["command_content"])
-    env = _environment(f"{where}.env_vars", item.get("env_vars"))
-    return StepSpec(name, command_type, content, env, (), _timeout(f"{where}.timeout", item.get("timeout")))
+    content = _require_str(f"{where}.command_content", item["command_content"])
+    env = _parse_environment(f"{where}.env_vars", item.get("env_vars"))
+    return StepSpec(name, command_type, content, env, (), _parse_timeout(f"{where}.timeout", item.get("timeout")))
 
 
 def _needed_names(index: int, item: dict[str, Any]) -> tuple[str, list[str]]:
@@ -3655,7 +3659,7 @@ _STEP_BOUNDS_S = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600, 21600, 86
 _QUEUE_BOUNDS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600)
 _REQUEST_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # whatever else a client makes up is "other"
-OWN = "remote_executor_"  # how the names of our own metrics begin
+METRIC_PREFIX = "remote_executor_"  # how the names of our own metrics begin
 
 
 class Family(NamedTuple):
@@ -3707,14 +3711,14 @@ class Histogram:
         return [*found, ("_sum", labels, self._sum), ("_count", labels, sum(self._counts))]
 
 
-def spread(name: str, text: str, histograms: Mapping[Pairs, Histogram]) -> Family:
+def histogram_metric(name: str, text: str, histograms: Mapping[Pairs, Histogram]) -> Family:
     """A metric of histograms, each with its labels."""
     return Family(
         name, "histogram", text, [one for labels, found in histograms.items() for one in found.samples(labels)]
     )
 
 
-_SPANS_MOST = 100_000  # in a trace, which then holds the first of them
+_MAX_SPANS = 100_000  # in a trace, which then holds the first of them
 
 
 class Span(NamedTuple):
@@ -3815,7 +3819,7 @@ class Telemetry(Observer):
 
     def _trace(self, name: str, category: str, seconds: float, about: Mapping[str, Any]) -> None:
         """This thread has done a piece of work; the lock is held."""
-        if self._spans is not None and len(self._spans) < _SPANS_MOST:
+        if self._spans is not None and len(self._spans) < _MAX_SPANS:
             self._spans.append(_ended_span(name, category, seconds, about))
 
     def trace(self, seconds: float) -> list[Span]:
@@ -3839,16 +3843,28 @@ class Telemetry(Observer):
             ]
             spans = {_route_labels(*key): found for key, found in self._request_seconds.items()}
             return [
-                Family(OWN + "steps_ended_total", "counter", "Steps that ended, by result.", steps),
-                spread(OWN + "step_duration_seconds", "How long steps ran.", {(): self._step_seconds}),
-                spread(OWN + "step_queue_seconds", "How long ready steps waited.", {(): self._queue_seconds}),
-                single(OWN + "step_output_bytes_total", "counter", "What ended steps wrote.", self._output_bytes),
-                Family(OWN + "http_requests_total", "counter", "Requests answered.", requests),
-                spread(
-                    OWN + "http_request_duration_seconds", "From a request's first byte to its answer's last.", spans
+                Family(METRIC_PREFIX + "steps_ended_total", "counter", "Steps that ended, by result.", steps),
+                histogram_metric(
+                    METRIC_PREFIX + "step_duration_seconds", "How long steps ran.", {(): self._step_seconds}
                 ),
-                spread(OWN + "store_commit_duration_seconds", "How long commits took.", {(): self._commit_seconds}),
-                single(OWN + "store_changes_total", "counter", "Changes in these commits.", self._changes),
+                histogram_metric(
+                    METRIC_PREFIX + "step_queue_seconds", "How long ready steps waited.", {(): self._queue_seconds}
+                ),
+                single(
+                    METRIC_PREFIX + "step_output_bytes_total", "counter", "What ended steps wrote.", self._output_bytes
+                ),
+                Family(METRIC_PREFIX + "http_requests_total", "counter", "Requests answered.", requests),
+                histogram_metric(
+                    METRIC_PREFIX + "http_request_duration_seconds",
+                    "From a request's first byte to its answer's last.",
+                    spans,
+                ),
+                histogram_metric(
+                    METRIC_PREFIX + "store_commit_duration_seconds",
+                    "How long commits took.",
+                    {(): self._commit_seconds},
+                ),
+                single(METRIC_PREFIX + "store_changes_total", "counter", "Changes in these commits.", self._changes),
             ]
 
 
@@ -3856,7 +3872,7 @@ def _route_labels(template: str, method: str) -> Pairs:
     return ("route", template or "none"), ("method", method)
 
 
-def process_families(figures: ProcessFigures) -> list[Family]:
+def process_families(figures: ProcessStats) -> list[Family]:
     """The process and its Python, by the names of the official clients of Prometheus."""
     cycles = [((("generation", str(number)),), found) for number, found in enumerate(gc.get_stats())]
     return [
@@ -3864,7 +3880,7 @@ def process_families(figures: ProcessFigures) -> list[Family]:
         single("process_resident_memory_bytes", "gauge", "Resident memory.", figures.resident_bytes),
         single("process_virtual_memory_bytes", "gauge", "Virtual memory.", figures.virtual_bytes),
         single("process_open_fds", "gauge", "Open file descriptors, on Windows handles.", figures.open_files),
-        single("process_max_fds", "gauge", "The most of them.", figures.most_files),
+        single("process_max_fds", "gauge", "The most of them.", figures.max_files),
         single("process_threads", "gauge", "Threads.", figures.threads),
         single("process_start_time_seconds", "gauge", "When it started, since the epoch.", figures.started_s),
         *(
@@ -3893,7 +3909,7 @@ class StepDirectory:
     A step runs as the daemon's own user, so it may have put anything in their place.
     """
 
-    def __init__(self, tasks: Folder, task_number: int, step_index: int) -> None:
+    def __init__(self, tasks: SafeDirectory, task_number: int, step_index: int) -> None:
         self._tasks = tasks
         self._names = (str(task_number), str(step_index))
         self.path = os.path.join(tasks.path, *self._names)
@@ -4593,9 +4609,9 @@ class Store:
             return error
         if any(change.is_durable and not change.has_waiter for change in batch):  # the end of a step
             failpoint("stored")
-        for change, result, refusal in results:
-            if refusal:
-                change.future.set_exception(refusal)
+        for change, result, error_response in results:
+            if error_response:
+                change.future.set_exception(error_response)
             else:
                 change.future.set_result(result)
         return None
@@ -4805,7 +4821,7 @@ class Step:
     @property
     def log_fields(self) -> dict[str, Any]:
         """What a line of the log about it says beside its text."""
-        return {"about": {"task": self.task.id, "step": self.index}}
+        return {"log_fields": {"task": self.task.id, "step": self.index}}
 
 
 class Task:
@@ -5385,7 +5401,7 @@ class Runner:
         scheduler: Scheduler,
         processes: Processes,
         clock: Clock,
-        files: Folder,
+        files: SafeDirectory,
         settings: Settings,
         observer: Observer,
     ) -> None:
@@ -5575,7 +5591,13 @@ class Recovery:
     """Takes up the tasks that an earlier daemon left; for the daemon's start, before anything runs."""
 
     def __init__(
-        self, store: Store, scheduler: Scheduler, processes: Processes, clock: Clock, files: Folder, runner: Runner
+        self,
+        store: Store,
+        scheduler: Scheduler,
+        processes: Processes,
+        clock: Clock,
+        files: SafeDirectory,
+        runner: Runner,
     ) -> None:
         self._store = store
         self._scheduler = scheduler
@@ -5664,7 +5686,7 @@ class Janitor:
         scheduler: Scheduler,
         processes: Processes,
         clock: Clock,
-        files: Folder,
+        files: SafeDirectory,
         settings: Settings,
     ) -> None:
         self._store = store
@@ -5772,13 +5794,15 @@ def to_json(value: Any) -> str:
     return _ENCODER.encode(value)
 
 
-Link = tuple[tuple[str, int], tuple[str, int]]  # a connection: the client's end and ours, each an address and a port
+Endpoints = tuple[
+    tuple[str, int], tuple[str, int]
+]  # a connection: the client's end and ours, each an address and a port
 
 
 class Client(NamedTuple):
     """Who is at the other end of a connection; `certificate` says whose the client has shown and TLS found good."""
 
-    link: Link = (("", 0), ("", 0))
+    link: Endpoints = (("", 0), ("", 0))
     scheme: str = "http"
     certificate: str = ""
 
@@ -5791,7 +5815,7 @@ class Request(NamedTuple):
     query: tuple[tuple[str, str], ...]
     headers: Mapping[str, str]
     host: str
-    is_old: bool  # HTTP/1.0
+    is_http_10: bool  # HTTP/1.0
     body_bytes: int | None  # as declared; None when it comes in chunks
     client: Client = Client()
     body: bytes = b""
@@ -5807,16 +5831,16 @@ class Request(NamedTuple):
         return f"{self.client.scheme}://{self.host}"
 
     @property
-    def awaits_go_on(self) -> bool:
+    def expects_continue(self) -> bool:
         """Whether the client sends its body only when told to."""
-        return not self.is_old and "expect" in self.headers and self.body_bytes != 0
+        return not self.is_http_10 and "expect" in self.headers and self.body_bytes != 0
 
     @property
     def keeps_alive(self) -> bool:
         if "connection" not in self.headers:
-            return not self.is_old
+            return not self.is_http_10
         words = {word.strip().lower() for word in self.headers["connection"].split(",")}
-        return "keep-alive" in words if self.is_old else "close" not in words
+        return "keep-alive" in words if self.is_http_10 else "close" not in words
 
 
 class Response(NamedTuple):
@@ -5846,7 +5870,7 @@ def json_response(
     return Response(status, (JSON_TYPE, *headers), to_json(envelope).encode(), audit)
 
 
-def refusal(error: ApiError) -> Response:
+def error_response(error: ApiError) -> Response:
     """The answer that an error is."""
     return json_response(code=error.code, message=error.message, status=error.status, headers=error.headers)
 
@@ -5862,7 +5886,7 @@ _LINE_LIMIT_BYTES = 256  # of a chunk's size
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/1\.([01])")
 _FIELD_LINE = re.compile(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)")
-_STRAY = re.compile(rb"(?<!\r)\n|\r[^\n]|\0")
+_BARE_CR_LF_OR_NUL = re.compile(rb"(?<!\r)\n|\r[^\n]|\0")
 _AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(?::[0-9]{1,5})?")
 _ABSOLUTE = re.compile(r"https?://([^/?#]+)(/[^#]*|(?:\?[^#]*)?)", re.IGNORECASE)
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -5873,7 +5897,7 @@ class ConnectionEnded(Exception):
     """The client has closed, reset or left the connection."""
 
 
-class Stream:
+class RequestReader:
     """What a client sends, read with absolute deadlines; for the connection's thread.
 
     `limit` holds a single read of the link to so many seconds.
@@ -5887,11 +5911,11 @@ class Stream:
         self._limit_s = float("inf")  # that a single read is held to
         self._scanned = 0
 
-    def expect(self, within_s: float) -> None:
+    def set_deadline(self, within_s: float) -> None:
         """From now on, all that is read must have come within this time."""
         self._deadline_s = time.monotonic() + within_s
 
-    def extend(self, seconds: float) -> None:
+    def extend_deadline(self, seconds: float) -> None:
         """Puts the deadline off."""
         self._deadline_s += seconds
 
@@ -5900,19 +5924,19 @@ class Stream:
         if not self._buffer:
             self._fill()
 
-    def head(self) -> list[str]:
+    def read_head(self) -> list[str]:
         """The lines of a request's head, without the empty one; raises Malformed and ConnectionEnded."""
         self._scanned = 0
-        while (end := self._buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))) < 0 and self._is_clean(
+        while (end := self._buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))) < 0 and self._has_only_crlf(
             len(self._buffer)
         ):
             self._scanned = len(self._buffer)
             self._fill()
-        if not self._is_clean(end + 4):
+        if not self._has_only_crlf(end + 4):
             raise Malformed("the request's head holds a stray CR, LF or NUL, or is larger than 32 KB")
         return self._take(end + 4)[:-4].decode("latin-1").split("\r\n")
 
-    def line(self) -> bytes:
+    def read_line(self) -> bytes:
         """The bytes up to a CRLF, which is taken too; raises Malformed and ConnectionEnded."""
         while (end := self._buffer.find(b"\r\n", 0, _LINE_LIMIT_BYTES)) < 0:
             if len(self._buffer) >= _LINE_LIMIT_BYTES:
@@ -5920,7 +5944,7 @@ class Stream:
             self._fill()
         return self._take(end + 2)[:-2]
 
-    def exactly(self, count: int) -> bytes:
+    def read_exactly(self, count: int) -> bytes:
         """So many bytes; raises ConnectionEnded."""
         while len(self._buffer) < count:
             self._fill()
@@ -5932,14 +5956,14 @@ class Stream:
 
     def drain(self, within_s: float) -> None:
         """Reads and drops what comes, until the client closes or the time is over: a close before that resets it."""
-        self.expect(within_s)
+        self.set_deadline(within_s)
         with contextlib.suppress(ConnectionEnded):
             while True:
                 self._buffer.clear()
                 self._fill()
 
-    def _is_clean(self, end: int) -> bool:
-        return end <= _HEAD_LIMIT_BYTES and not _STRAY.search(self._buffer, max(0, self._scanned - 1), end)
+    def _has_only_crlf(self, end: int) -> bool:
+        return end <= _HEAD_LIMIT_BYTES and not _BARE_CR_LF_OR_NUL.search(self._buffer, max(0, self._scanned - 1), end)
 
     def _take(self, count: int) -> bytes:
         taken = bytes(self._buffer[:count])
@@ -5960,20 +5984,20 @@ class Stream:
         self._buffer += data
 
 
-def read_head(stream: Stream, timeout_s: float, client: Client) -> Request:
+def read_head(stream: RequestReader, timeout_s: float, client: Client) -> Request:
     """The next request but for its body (RFC 9112, read strictly).
 
     Raises Malformed, after which the connection's rest cannot be trusted, and ConnectionEnded.
     """
-    stream.expect(timeout_s)
-    lines = stream.head()
+    stream.set_deadline(timeout_s)
+    lines = stream.read_head()
     found = _REQUEST_LINE.fullmatch(lines[0])
     if not found:
         raise Malformed("the first line is no request of HTTP/1.0 or HTTP/1.1")
     method, target, minor = found.groups()
     fields = _parse_fields(lines[1:])
     path, host = _split_target(target, fields)
-    body_bytes = _body_bytes(fields, is_old=minor == "0")
+    body_bytes = _body_bytes(fields, is_http_10=minor == "0")
     path, _, query = path.partition("?")
     return Request(
         method,
@@ -5987,7 +6011,9 @@ def read_head(stream: Stream, timeout_s: float, client: Client) -> Request:
     )
 
 
-def read_body(stream: Stream, request: Request, timeout_s: float, limit: int, go_on: Callable[[], None]) -> bytes:
+def read_body(
+    stream: RequestReader, request: Request, timeout_s: float, limit: int, send_continue: Callable[[], None]
+) -> bytes:
     """The body of a request whose head was read; `go_on` tells a client that waits to send it.
 
     Raises TooLarge and Malformed, after which the connection's rest cannot be trusted, and ConnectionEnded.
@@ -5997,13 +6023,13 @@ def read_body(stream: Stream, request: Request, timeout_s: float, limit: int, go
         return b""
     if size is not None and size > limit:
         raise TooLarge(f"the body has {size} bytes; at most {limit} are taken (--max_body)")
-    if request.awaits_go_on and not stream.has(size or 1):
-        go_on()
-    stream.expect(timeout_s)
+    if request.expects_continue and not stream.has(size or 1):
+        send_continue()
+    stream.set_deadline(timeout_s)
     if size is None:
         return _read_chunks(stream, limit)
-    stream.extend(size / _BODY_RATE_BYTES_PER_S)
-    return stream.exactly(size)
+    stream.extend_deadline(size / _BODY_RATE_BYTES_PER_S)
+    return stream.read_exactly(size)
 
 
 _SINGLE_FIELDS = {"host", "content-length", "transfer-encoding", "authorization", "origin", "expect"}
@@ -6042,12 +6068,12 @@ def _split_target(target: str, fields: Mapping[str, str]) -> tuple[str, str]:
     return target, host
 
 
-def _body_bytes(fields: Mapping[str, str], is_old: bool) -> int | None:
+def _body_bytes(fields: Mapping[str, str], is_http_10: bool) -> int | None:
     """The size of the body as declared, None for chunks."""
     length, coding = fields.get("content-length"), fields.get("transfer-encoding")
     if length is not None and (coding is not None or not re.fullmatch("[0-9]{1,18}", length)):
         raise Malformed("Content-Length is no number, or stands beside Transfer-Encoding")
-    if coding is not None and (coding.lower() != "chunked" or is_old):
+    if coding is not None and (coding.lower() != "chunked" or is_http_10):
         raise Malformed("Transfer-Encoding is not chunked, or in HTTP/1.0")
     if fields.get("expect", "100-continue").lower() != "100-continue":
         raise Malformed("Expect is not 100-continue")
@@ -6058,11 +6084,11 @@ def _unquote(segment: str) -> str:
     return urllib.parse.unquote(segment, errors="replace") if "%" in segment else segment
 
 
-def _read_chunks(stream: Stream, limit: int) -> bytes:
+def _read_chunks(stream: RequestReader, limit: int) -> bytes:
     """A chunked body (RFC 9112, 7.1); its trailer is read as strictly as the head, and dropped."""
     body = bytearray()
     while True:
-        found = _CHUNK_SIZE.fullmatch(stream.line())
+        found = _CHUNK_SIZE.fullmatch(stream.read_line())
         if not found:
             raise Malformed("a chunk of the body has no size")
         size = int(found[1], 16)
@@ -6070,11 +6096,11 @@ def _read_chunks(stream: Stream, limit: int) -> bytes:
             raise TooLarge(f"the body has more than {limit} bytes, which are the most (--max_body)")
         if not size:
             break
-        stream.extend(size / _BODY_RATE_BYTES_PER_S)
-        body += stream.exactly(size)
-        if stream.exactly(2) != b"\r\n":
+        stream.extend_deadline(size / _BODY_RATE_BYTES_PER_S)
+        body += stream.read_exactly(size)
+        if stream.read_exactly(2) != b"\r\n":
             raise Malformed("a chunk of the body is longer than its size")
-    lines = iter(lambda: stream.line().decode("latin-1"), "")
+    lines = iter(lambda: stream.read_line().decode("latin-1"), "")
     _parse_fields(list(itertools.islice(lines, _FIELDS_LIMIT + 1)))
     return bytes(body)
 
@@ -6097,8 +6123,8 @@ class Route(NamedTuple):
     answer: str
     query: tuple[str, ...] = ()
     body: str = ""
-    refusals: tuple[int, ...] = ()
-    is_counted: bool = False  # by --max-requests
+    errors: tuple[int, ...] = ()
+    is_limited: bool = False  # by --max-requests
     is_public: bool = False  # for those too who may call nothing else
 
 
@@ -6140,18 +6166,20 @@ class Router:
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
 _LOCAL_HOST = re.compile(rf"(?:localhost|127(?:\.{_OCTET}){{3}}|\[::1\])(?::([0-9]+))?", re.IGNORECASE)
 _FORWARDED = ("forwarded", "x-forwarded", "x-real-ip", "via")  # how the fields begin that a proxy adds
-_WRONG_MOST = 10  # wrong tokens of one client in a minute
-_REMEMBERED_MOST = 10_000  # clients that sent wrong tokens
+_MAX_WRONG_TOKENS = 10  # wrong tokens of one client in a minute
+_MAX_REMEMBERED_CLIENTS = 10_000  # clients that sent wrong tokens
 
 
-class Access:
+class Authenticator:
     """Decides who gets in; any thread may ask. A wrong token never counts as none."""
 
     def __init__(self, settings: Settings, root: str, descriptors: DescriptorReserve) -> None:
         self._settings = settings
         self._path = os.path.normpath(settings.token_file.replace("$ROOT", root))
-        self._peers = PeerTable(descriptors)
-        self._trusted: dict[Link, bool] = {}  # whether the client is our own user; a connection's thread has its entry
+        self._peers = LocalPeers(descriptors)
+        self._trusted: dict[
+            Endpoints, bool
+        ] = {}  # whether the client is our own user; a connection's thread has its entry
         self._lock = threading.Lock()  # guards all below
         self._read_at: tuple[int, ...] = ()
         self._tokens: dict[bytes, str] = {}  # and the label of each
@@ -6175,7 +6203,7 @@ class Access:
         if self._settings.insecure:
             log.warning("--insecure: whoever reaches the port runs code on this host, as the user of this daemon")
 
-    def admit(self, request: Request, is_public: bool) -> str:
+    def authorize(self, request: Request, is_public: bool) -> str:
         """Who is let in, by a label for the log, empty for a stranger on a public route.
 
         Raises Forbidden, Unauthorized and TooMany.
@@ -6205,7 +6233,7 @@ class Access:
         headers = ("Access-Control-Allow-Headers", "Authorization, Content-Type")
         return Response(204, (("Access-Control-Allow-Methods", ", ".join(methods)), headers))
 
-    def forget(self, link: Link) -> None:
+    def forget(self, link: Endpoints) -> None:
         """The connection has ended; its numbers may be another's soon."""
         self._trusted.pop(link, None)
 
@@ -6233,24 +6261,24 @@ class Access:
         import hmac  # here, because OpenSSL takes half a megabyte that an idle daemon need not
 
         scheme, _, token = sent.partition(" ")
-        client, now_s = network_of(request.peer), time.monotonic()
+        client, now_s = rate_limit_key(request.peer), time.monotonic()
         given = token.strip(" ").encode("latin-1") if scheme.lower() == "bearer" else b""
         with self._lock:
             recent = [at_s for at_s in self._wrong.get(client, ()) if now_s - at_s < 60]
-            if len(recent) >= _WRONG_MOST:
+            if len(recent) >= _MAX_WRONG_TOKENS:
                 raise MustWait("too many wrong tokens from this address; wait a minute")
             self._reload()
             labels = [label for known, label in self._tokens.items() if hmac.compare_digest(known, given)]
             if labels:
-                self._warn_of_readers(request)
+                self._warn_if_plaintext(request)
                 return labels[0]
-            if len(self._wrong) >= _REMEMBERED_MOST:
+            if len(self._wrong) >= _MAX_REMEMBERED_CLIENTS:
                 self._wrong.clear()
             self._wrong[client] = [*recent, now_s]
-        log.warning("%s: sent a wrong token", request.peer, extra={"about": {"peer": request.peer}})
-        raise Unauthorized(f"the token is wrong; {self._advice(request)}")
+        log.warning("%s: sent a wrong token", request.peer, extra={"log_fields": {"peer": request.peer}})
+        raise Unauthorized(f"the token is wrong; {self._token_hint(request)}")
 
-    def _warn_of_readers(self, request: Request) -> None:
+    def _warn_if_plaintext(self, request: Request) -> None:
         """Warns once where others on the network can read a token; the lock is held."""
         if request.client.scheme == "http" and not is_loopback(request.peer) and not self._has_warned:
             self._has_warned = True
@@ -6258,7 +6286,7 @@ class Access:
                 "%s sent its token over plain HTTP, where the network can read it; see --tls_cert", request.peer
             )
 
-    def _advice(self, request: Request) -> str:
+    def _token_hint(self, request: Request) -> str:
         """What would let a client in; only one on this host learns the whole path."""
         path = self._path if is_loopback(request.peer) else os.path.basename(self._path)
         return f"send `Authorization: Bearer ...` with a token of the daemon's file {path} (--token_file)"
@@ -6291,18 +6319,20 @@ class Access:
     def _check_local(self, request: Request) -> None:
         """Raises Unauthorized or Forbidden where a request without a token is not of this host's own people."""
         if not is_loopback(request.peer):
-            raise Unauthorized(self._advice(request))
+            raise Unauthorized(self._token_hint(request))
         named = _LOCAL_HOST.fullmatch(request.host)
         if not named or (named[1] and int(named[1]) != request.client.link[1][1]):
-            raise Forbidden(f"{request.host!r} is no name of this host that needs no token; {self._advice(request)}")
+            raise Forbidden(
+                f"{request.host!r} is no name of this host that needs no token; {self._token_hint(request)}"
+            )
         if self._settings.require_token:
-            raise Unauthorized(f"--require_token is set; {self._advice(request)}")
+            raise Unauthorized(f"--require_token is set; {self._token_hint(request)}")
         if any(name.replace("_", "-").startswith(_FORWARDED) for name in request.headers):
-            raise Unauthorized(f"a proxy has forwarded this; {self._advice(request)}")
+            raise Unauthorized(f"a proxy has forwarded this; {self._token_hint(request)}")
         if not self._is_trusted(request.client.link):
-            raise Unauthorized(f"the client is another user's; {self._advice(request)}")
+            raise Unauthorized(f"the client is another user's; {self._token_hint(request)}")
 
-    def _is_trusted(self, link: Link) -> bool:
+    def _is_trusted(self, link: Endpoints) -> bool:
         """Whether the client is a process of root or of the daemon's user; looked up once a connection."""
         known = self._trusted.get(link)
         if known is None:
@@ -6320,7 +6350,7 @@ def is_loopback(peer: str) -> bool:
     return peer == "::1" or peer.startswith("127.")
 
 
-def network_of(peer: str) -> str:
+def rate_limit_key(peer: str) -> str:
     """What one client has to itself: its address, of IPv6 the network of 64 bits (RFC 6177)."""
     if ":" not in peer or is_loopback(peer):
         return peer
@@ -6331,7 +6361,7 @@ def network_of(peer: str) -> str:
 # IV HTTP / connections: the port, TLS, and one thread for each client
 # ======================================================================================================================
 
-_IDLE_S = 60.0
+_KEEP_ALIVE_TIMEOUT_S = 60.0
 _BACKLOG = 1024
 _LINGER_S = 5.0
 _PER_ADDRESS = 64  # connections of one address, but of this host
@@ -6393,7 +6423,7 @@ def certificate_name(certificate: Mapping[str, Any] | None) -> str:
     return str(words.get("commonName") or f"number {certificate.get('serialNumber')}")
 
 
-class Admission(NamedTuple):
+class Authorization(NamedTuple):
     """What became of a request's head: its route and who asks, or why it is refused."""
 
     route: Route | None = None
@@ -6469,7 +6499,7 @@ class Server(http.server.ThreadingHTTPServer):
         self,
         settings: Settings,
         router: Router,
-        access: Access,
+        access: Authenticator,
         observer: Observer,
         tls: Tls | None,
         descriptors: DescriptorReserve,
@@ -6489,7 +6519,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._reserved: set[socket.socket] = set()  # of them, those in the places for stops
         self._hurried: set[socket.socket] = set()  # of them, those that hold a thread or a descriptor of the reserve
         self._lock = threading.Lock()  # guards _links, _reserved, _hurried and _counted
-        self._counted = 0
+        self._in_flight = 0
         self._thread = DaemonThread(self._listen, "listener")
         self._pending = PendingConnections(_PENDING_CONNECTIONS)
         self._reserve_threads: list[threading.Thread] = []  # grows alone
@@ -6587,18 +6617,18 @@ class Server(http.server.ThreadingHTTPServer):
                 socket.socket.shutdown(link, socket.SHUT_RD)  # that of an SSLSocket would have it go on in clear text
         self._pending.close()
 
-    def admit(self, request: Request, is_reserved: bool) -> Admission:
+    def authorize(self, request: Request, is_reserved: bool) -> Authorization:
         """Who asks for which route, before the body is read; is_reserved: over a connection for stops alone."""
         try:
-            admission = self._admit(request)
+            admission = self._authorize(request)
             if is_reserved and request.method != "PUT":
                 raise Unavailable("too many connections; the last places are for stops")
         except ApiError as error:
-            return Admission(error=error)
+            return Authorization(error=error)
         return admission
 
     @contextlib.contextmanager
-    def serve(self, request: Request, admission: Admission, body: bytes) -> Iterator[Response]:
+    def serve(self, request: Request, admission: Authorization, body: bytes) -> Iterator[Response]:
         """The answer to a request, which counts as in work until it is sent."""
         route, counted = admission.route, 0
         try:
@@ -6611,57 +6641,57 @@ class Server(http.server.ThreadingHTTPServer):
                 if request.method in ("POST", "PUT"):
                     self._audit(request, response)
             except ApiError as error:
-                response = refusal(error)
+                response = error_response(error)
             except Exception:
                 log.exception("%s %s failed", request.method, _path(request))
-                response = refusal(ApiError("the daemon failed; its log says how"))
+                response = error_response(ApiError("the daemon failed; its log says how"))
             cors = self.access.cors_headers(request)
             yield response._replace(headers=response.headers + cors) if cors else response
         finally:
             with self._lock:
-                self._counted -= counted
+                self._in_flight -= counted
 
-    def _admit(self, request: Request) -> Admission:
+    def _authorize(self, request: Request) -> Authorization:
         """The route, its parameters and who asks; a stranger does not even learn which routes there are."""
         try:
             route, params = self._router.match(request)
         except WrongMethod as error:
             answer = self.access.preflight(request, error.methods)
             if answer:
-                return Admission(Route("OPTIONS", "", lambda _: answer, "", ""))
-            self.access.admit(request, is_public=False)
+                return Authorization(Route("OPTIONS", "", lambda _: answer, "", ""))
+            self.access.authorize(request, is_public=False)
             raise
         except NoRoute:
-            self.access.admit(request, is_public=False)
+            self.access.authorize(request, is_public=False)
             raise
-        return Admission(route, params, self.access.admit(request, route.is_public))
+        return Authorization(route, params, self.access.authorize(request, route.is_public))
 
     def _count(self, route: Route) -> int:
-        if not self._settings.max_requests or not route.is_counted:
+        if not self._settings.max_requests or not route.is_limited:
             return 0
         with self._lock:
-            if self._counted >= self._settings.max_requests:
-                raise TooMany(f"{self._counted} requests are in work, the most that --max-requests allows; try again")
-            self._counted += 1
+            if self._in_flight >= self._settings.max_requests:
+                raise TooMany(f"{self._in_flight} requests are in work, the most that --max-requests allows; try again")
+            self._in_flight += 1
         return 1
 
     def _audit(self, request: Request, response: Response) -> None:
         """Something has been changed, and by whom; of a submission the task that it made is named."""
         task = dict(response.headers).get("X-Task-ID")
-        about = {**_about(request), "label": request.label, **({"task": task} if task else {})}
+        fields = {**_log_fields(request), "label": request.label, **({"task": task} if task else {})}
         what = f"{request.method} {_path(request)}" + (f": {response.audit}" if response.audit else "")
-        log.info("%s (%s): %s", request.peer, request.label, what, extra={"about": about})
+        log.info("%s (%s): %s", request.peer, request.label, what, extra={"log_fields": fields})
 
-    def told(self, request: Request, route: Route | None, status: int, seconds: float, sent: int) -> None:
+    def log_request(self, request: Request, route: Route | None, status: int, seconds: float, sent: int) -> None:
         """A request has been answered, or its answer broke off."""
         self._observer.request(request.method, route.template if route else "", status, seconds)
         if log.isEnabledFor(logging.DEBUG):
             what, measured = f"{request.method} {_path(request)}", {"status": status, "bytes": sent, "seconds": seconds}
-            about = {**_about(request), **measured}
+            fields = {**_log_fields(request), **measured}
             values = (request.peer, what, status, sent, seconds * 1000)
-            log.debug('%s "%s" %d %d B %.1f ms', *values, extra={"about": about})
+            log.debug('%s "%s" %d %d B %.1f ms', *values, extra={"log_fields": fields})
 
-    def told_malformed(self, error: ApiError, seconds: float) -> None:
+    def log_bad_request(self, error: ApiError, seconds: float) -> None:
         """What a client sent has been refused unread."""
         self._observer.request("", "", error.status, seconds)
 
@@ -6704,7 +6734,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serves a connection in a thread of its own, when there is a place for it."""
-        if not self._take_place(request, network_of(_plain_address(client_address[0]))):
+        if not self._take_place(request, rate_limit_key(_plain_address(client_address[0]))):
             self._reject_connection(request)
             return
         try:
@@ -6754,7 +6784,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _reject_connection(self, sock: socket.socket) -> None:
         """Closes a connection that there is no place for, with a word where that needs no wait."""
         self._forget_connection(sock)
-        response = refusal(Unavailable("too many connections; try again"))
+        response = error_response(Unavailable("too many connections; try again"))
         head = f"HTTP/1.1 503 {_REASONS[503]}\r\nContent-Type: {JSON_TYPE[1]}\r\nConnection: close\r\n"
         body = response.body if isinstance(response.body, bytes) else b""
         with contextlib.suppress(OSError):
@@ -6801,7 +6831,7 @@ def _path(request: Request) -> str:
     return "".join("/" + segment for segment in request.segments)
 
 
-def _about(request: Request) -> dict[str, Any]:
+def _log_fields(request: Request) -> dict[str, Any]:
     """What a line of the log about a request says beside its text; the task and the step that its path names too."""
     segments = request.segments
     named = zip(("task", "step"), segments[3:5]) if segments[:3] == ("api", "v1", "task") else ()
@@ -6835,13 +6865,13 @@ class Connection(socketserver.BaseRequestHandler):
             log.debug("a connection has gone: %s", error)
             return
         try:
-            self._serve(Client(link, self.server.scheme))
+            self._handle_requests(Client(link, self.server.scheme))
         except (OSError, ConnectionEnded) as error:
             log.debug("connection of %s: %s", link[0][0], error)
         finally:
             self.server.access.forget(link)
 
-    def _serve(self, client: Client) -> None:
+    def _handle_requests(self, client: Client) -> None:
         """Answers requests until the client or we have enough."""
         server = self.server
         self._is_reserved = server.is_reserved(self.request)
@@ -6856,11 +6886,11 @@ class Connection(socketserver.BaseRequestHandler):
             self.request.settimeout(self._timeout_s)
             self.request.do_handshake()
             client = client._replace(certificate=certificate_name(self.request.getpeercert()))
-        stream = Stream(self.request, self._limit_reads)
-        stream.expect(self._timeout_s)
+        stream = RequestReader(self.request, self._limit_reads)
+        stream.set_deadline(self._timeout_s)
         stream.wait()
-        while self._exchange(stream, client):
-            stream.expect(_IDLE_S)
+        while self._handle_one_request(stream, client):
+            stream.set_deadline(_KEEP_ALIVE_TIMEOUT_S)
             stream.wait()
 
     def _limit_reads(self, seconds: float) -> None:
@@ -6870,22 +6900,22 @@ class Connection(socketserver.BaseRequestHandler):
         else:
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(seconds))
 
-    def _exchange(self, stream: Stream, client: Client) -> bool:
+    def _handle_one_request(self, stream: RequestReader, client: Client) -> bool:
         """One request and its answer; whether another may follow."""
         server, begin_s = self.server, time.perf_counter()
         try:
             request = read_head(stream, self._timeout_s, client)
         except ApiError as error:
-            self._send(None, refusal(error))
-            server.told_malformed(error, time.perf_counter() - begin_s)
-            return self._part(stream)
-        admission, limit, body, is_read = server.admit(request, self._is_reserved), server.body_limit, b"", True
+            self._send(None, error_response(error))
+            server.log_bad_request(error, time.perf_counter() - begin_s)
+            return self._linger_and_close(stream)
+        admission, limit, body, is_read = server.authorize(request, self._is_reserved), server.body_limit, b"", True
         try:
             if admission.error:
                 limit = min(limit, _REFUSED_BODY_BYTES)
-                if request.awaits_go_on or (request.body_bytes or 0) > limit:
+                if request.expects_continue or (request.body_bytes or 0) > limit:
                     raise admission.error
-            body = read_body(stream, request, self._timeout_s, limit, self._go_on)
+            body = read_body(stream, request, self._timeout_s, limit, self._send_continue)
         except TooLarge as error:
             admission, is_read = admission._replace(error=admission.error or error), False
         except ApiError as error:
@@ -6895,16 +6925,16 @@ class Connection(socketserver.BaseRequestHandler):
             try:
                 is_kept, sent = self._send(request, response, is_read)
             finally:
-                server.told(request, admission.route, response.status, time.perf_counter() - begin_s, sent)
-        return is_kept if is_read else self._part(stream)
+                server.log_request(request, admission.route, response.status, time.perf_counter() - begin_s, sent)
+        return is_kept if is_read else self._linger_and_close(stream)
 
-    def _part(self, stream: Stream) -> bool:
+    def _linger_and_close(self, stream: RequestReader) -> bool:
         """The last of a connection on which more may come that nobody reads: else the answer could be lost."""
         socket.socket.shutdown(self.request, socket.SHUT_WR)
         stream.drain(min(_LINGER_S, self._timeout_s))
         return False
 
-    def _go_on(self) -> None:
+    def _send_continue(self) -> None:
         self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _send(self, request: Request | None, response: Response, may_keep: bool = True) -> tuple[bool, int]:
@@ -6918,7 +6948,7 @@ class Connection(socketserver.BaseRequestHandler):
             and not self.server.is_stopping
         )
         is_streamed = not isinstance(response.body, bytes)
-        is_chunked = is_streamed and request is not None and not request.is_old
+        is_chunked = is_streamed and request is not None and not request.is_http_10
         head = [f"HTTP/1.1 {response.status} {_REASONS[response.status]}", _date_line(int(time.time()))]
         head += [f"{name}: {value}" for name, value in response.headers]
         if is_chunked:
@@ -6928,7 +6958,7 @@ class Connection(socketserver.BaseRequestHandler):
         is_kept = is_kept and (is_chunked or not is_streamed)
         head.append(
             ""
-            if is_kept and request and not request.is_old
+            if is_kept and request and not request.is_http_10
             else f"Connection: {'keep-alive' if is_kept else 'close'}\r\n"
         )
         start = "\r\n".join(head).encode("latin-1") + b"\r\n"
@@ -7272,7 +7302,9 @@ _LONG_LINE_BYTES = 1 << 20  # beyond this a line is answered piece by piece
 class Api:
     """Answers the routes of tasks and of the pool; any thread may call it."""
 
-    def __init__(self, store: Store, scheduler: Scheduler, clock: Clock, files: Folder, key_expire_ns: int) -> None:
+    def __init__(
+        self, store: Store, scheduler: Scheduler, clock: Clock, files: SafeDirectory, key_expire_ns: int
+    ) -> None:
         self._store = store
         self._scheduler = scheduler
         self._clock = clock
@@ -7283,7 +7315,7 @@ class Api:
         tasks, pool = "/api/v1/task", "/api/v1/pool"
         task, step = tasks + "/{task}", tasks + "/{task}/{step}"
         return [
-            Route("GET", tasks, self.list_tasks, "Lists all tasks", "TaskList", ("sort",), is_counted=True),
+            Route("GET", tasks, self.list_tasks, "Lists all tasks", "TaskList", ("sort",), is_limited=True),
             Route(
                 "POST",
                 tasks,
@@ -7292,16 +7324,16 @@ class Api:
                 "Accepted",
                 ("ansync", "async", "id", "timeout", "env_vars"),
                 "Submission",
-                refusals=(409, 507),
-                is_counted=True,
+                errors=(409, 507),
+                is_limited=True,
             ),
-            Route("GET", task, self.show_task, "Shows a task, step by step", "TaskDetail", is_counted=True),
+            Route("GET", task, self.show_task, "Shows a task, step by step", "TaskDetail", is_limited=True),
             Route("PUT", task, self.stop_task, "Stops a task by force", "Stopped"),
             Route("PUT", step, self.stop_step, "Stops a step by force", "Stopped"),
-            Route("GET", step + "/console", self.show_console, "Shows what a step wrote", "Console", is_counted=True),
-            Route("GET", pool, self.show_pool, "Shows the pool", "Pool", is_counted=True),
+            Route("GET", step + "/console", self.show_console, "Shows what a step wrote", "Console", is_limited=True),
+            Route("GET", pool, self.show_pool, "Shows the pool", "Pool", is_limited=True),
             Route(
-                "POST", pool, self.resize_pool, "Sets the size of the pool", "Pool", body="PoolSize", is_counted=True
+                "POST", pool, self.resize_pool, "Sets the size of the pool", "Pool", body="PoolSize", is_limited=True
             ),
         ]
 
@@ -7375,8 +7407,8 @@ class Api:
     def resize_pool(self, request: Request) -> Response:
         body = parse_json(request.body)
         size = body.get("size") if isinstance(body, dict) else None
-        if type(size) is not int or not 1 <= size <= _POOL_MOST:
-            raise Malformed(f'the body must be {{"size": n}}, n from 1 to {_POOL_MOST}')
+        if type(size) is not int or not 1 <= size <= MAX_POOL_SIZE:
+            raise Malformed(f'the body must be {{"size": n}}, n from 1 to {MAX_POOL_SIZE}')
         return json_response(self._scheduler.resize(size)._asdict(), audit=f"size {size}")
 
     def _task_list(self, task_numbers: Sequence[int], base_url: str) -> Iterator[bytes]:
@@ -7462,7 +7494,7 @@ def encode_lines(blocks: Iterable[bytes], fallback: str) -> Iterator[bytes]:
                 yield comma + to_json(lines)[1:-1].encode()
             comma = b","
         if len(rest) > _LONG_LINE_BYTES:
-            cut = _cut(rest)
+            cut = _utf8_split_point(rest)
             yield (b"" if is_open else comma + b'"') + to_json(_decode(rest[:cut], fallback))[1:-1].encode()
             rest, comma, is_open = rest[cut:], b",", True
     if is_open:
@@ -7486,14 +7518,14 @@ def _decode(line: bytes, fallback: str) -> str:
         return line.decode(fallback, "replace")
 
 
-def _cut(line: bytes) -> int:
+def _utf8_split_point(line: bytes) -> int:
     """Where a long line may be cut: not within a character, nor before a CR that may belong to the line's end."""
     cut = len(line) - line.endswith(b"\r")
     for back in range(1, 4):
-        lead = line[cut - back]
-        if lead >= 0xC0:
-            return cut - back if back < (2 if lead < 0xE0 else 3 if lead < 0xF0 else 4) else cut
-        if lead < 0x80:
+        redirect_to_page = line[cut - back]
+        if redirect_to_page >= 0xC0:
+            return cut - back if back < (2 if redirect_to_page < 0xE0 else 3 if redirect_to_page < 0xF0 else 4) else cut
+        if redirect_to_page < 0x80:
             break
     return cut
 
@@ -7528,10 +7560,10 @@ class OperatorApi:
         return [
             Route("GET", "/version", self.show_version, "Tells what runs", "Version"),
             Route("GET", "/healthyz", self.show_health, "Tells that the daemon lives", "Health", is_public=True),
-            Route("GET", "/heartbeat", self.beat, "Answers", "Empty", is_public=True),
-            Route("HEAD", "/heartbeat", self.beat, "Answers", "Empty", is_public=True),
+            Route("GET", "/heartbeat", self.heartbeat, "Answers", "Empty", is_public=True),
+            Route("HEAD", "/heartbeat", self.heartbeat, "Answers", "Empty", is_public=True),
             Route("GET", "/metrics", self.show_metrics, "Figures for Prometheus", "Metrics"),
-            Route("GET", "/api/v1/state", self.show_state, "Shows host, process and work", "State", is_counted=True),
+            Route("GET", "/api/v1/state", self.show_state, "Shows host, process and work", "State", is_limited=True),
         ]
 
     def show_version(self, _: Request) -> Response:
@@ -7557,11 +7589,11 @@ class OperatorApi:
         envelope = {"code": 0, "message": "success", "data": data, **health}
         return Response(headers=(JSON_TYPE,), body=to_json(envelope).encode())
 
-    def beat(self, _: Request) -> Response:
+    def heartbeat(self, _: Request) -> Response:
         return Response()
 
     def show_metrics(self, _: Request) -> Response:
-        families = [*self._families(), *self._telemetry.families(), *process_families(process_figures())]
+        families = [*self._families(), *self._telemetry.families(), *process_families(process_stats())]
         return Response(headers=(METRICS_TYPE,), body=exposition(families).encode())
 
     def _families(self) -> list[Family]:
@@ -7570,18 +7602,23 @@ class OperatorApi:
         tasks = [("", (("state", name),), counts.get(state, 0)) for state, name in STATE_NAMES.items()]
         known = tuple((name, value) for name, value in build()._asdict().items())
         return [
-            single(OWN + "build_info", "gauge", "The program and its Python; always 1.", 1, known),
-            Family(OWN + "tasks", "gauge", "Tasks kept, by state.", tasks),
+            single(METRIC_PREFIX + "build_info", "gauge", "The program and its Python; always 1.", 1, known),
+            Family(METRIC_PREFIX + "tasks", "gauge", "Tasks kept, by state.", tasks),
             *(
-                single(f"{OWN}pool_{name}", "gauge", text, value)
+                single(f"{METRIC_PREFIX}pool_{name}", "gauge", text, value)
                 for (name, value), text in zip(self._scheduler.pool()._asdict().items(), _POOL_HELP)
             ),
-            single(OWN + "store_size_bytes", "gauge", "What the database takes on disk.", self._store.size_bytes()),
+            single(
+                METRIC_PREFIX + "store_size_bytes",
+                "gauge",
+                "What the database takes on disk.",
+                self._store.size_bytes(),
+            ),
         ]
 
     def show_state(self, _: Request) -> Response:
         counts, oldest_ns = self._store.counts(), self._store.oldest_ns()
-        host, disk = host_facts(), shutil.disk_usage(self._root)
+        host, disk = host_info(), shutil.disk_usage(self._root)
         oldest = None if oldest_ns is None else format_time((oldest_ns + self._clock.offset_ns()) // _SECOND_NS)
         return json_response(
             {
@@ -7595,7 +7632,7 @@ class OperatorApi:
         )
 
     def _process_json(self) -> dict[str, Any]:
-        figures, known = process_figures(), build()
+        figures, known = process_stats(), build()
         return {
             "pid": os.getpid(),
             "uptime_s": round(max(0.0, time.time() - figures.started_s), 3),
@@ -7870,7 +7907,7 @@ class ProfileApi:
         def timed(name: str, take: Callable[[float], Profile], usual_s: float) -> Route:
             handle = functools.partial(self._take, take=take, usual_s=usual_s)
             query = ("seconds", "debug")
-            return Route("GET", _PPROF + name, handle, _PROFILES[name], "Profile", query, refusals=(409,))
+            return Route("GET", _PPROF + name, handle, _PROFILES[name], "Profile", query, errors=(409,))
 
         symbol, threads, created = _PPROF + "symbol", self.show_threads, self.show_thread_entries
         return [
@@ -7883,7 +7920,7 @@ class ProfileApi:
             Route("GET", _PPROF + "threadcreate", created, _PROFILES["threadcreate"], "Profile", ("debug",)),
             timed("block", functools.partial(profile_waits, is_mutex=False), _SHORT_S),
             timed("mutex", functools.partial(profile_waits, is_mutex=True), _SHORT_S),
-            Route("GET", _PPROF + "trace", self.trace, _PROFILES["trace"], "Trace", ("seconds",), refusals=(409,)),
+            Route("GET", _PPROF + "trace", self.trace, _PROFILES["trace"], "Trace", ("seconds",), errors=(409,)),
             Route("GET", symbol, self.show_symbols, _PROFILES["symbol"], "Text"),
             Route("POST", symbol, self.show_symbols, _PROFILES["symbol"], "Text", body="Addresses"),
         ]
@@ -7909,7 +7946,7 @@ class ProfileApi:
 
     def trace(self, request: Request) -> Response:
         seconds = self._seconds(request, 1.0)
-        with self._alone():
+        with self._exclusive():
             events = trace_events(self._telemetry.trace(seconds))
         return Response(headers=(JSON_TYPE,), body=to_json(events).encode())
 
@@ -7920,7 +7957,7 @@ class ProfileApi:
     def _take(self, request: Request, take: Callable[[float], Profile], usual_s: float) -> Response:
         seconds = self._seconds(request, usual_s)
         _debug(request)  # refused before the time is spent
-        with self._alone():
+        with self._exclusive():
             profile = take(seconds)
         return _profile_response(request, profile)
 
@@ -7933,7 +7970,7 @@ class ProfileApi:
         return seconds
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         if not self._busy.acquire(blocking=False):
             raise Conflict("another profile or trace is being taken; wait for its end")
         try:
@@ -8037,7 +8074,7 @@ def api_document(routes: Iterable[Route]) -> Json:
 
 def _operation(route: Route) -> Json:
     names = [*re.findall(r"{(\w+)}", route.template), *route.query]
-    statuses = [*_ANY_ROUTE, *route.refusals]
+    statuses = [*_ANY_ROUTE, *route.errors]
     success = "302" if route.answer == "Redirect" else "200"
     found: Json = {
         "operationId": re.sub(r"\W+", "_", route.method.lower() + route.template.replace("}", "")),
@@ -8183,7 +8220,7 @@ def _submitted() -> Json:
         "timeout": duration,
     }
     required = ["command_type", "command_content"]
-    size = _whole("Steps that run at once", 1, maximum=_POOL_MOST)
+    size = _whole("Steps that run at once", 1, maximum=MAX_POOL_SIZE)
     return {
         "Duration": _string("As Go writes it", pattern=_DURATION_WORD, examples=["90s", "1h30m", "500ms"]),
         "Variable": _string("KEY=value", pattern="^[^=\\x00]+=[^\\x00]*$"),
@@ -8241,7 +8278,7 @@ def _figures() -> Json:
         "open_files": {**unknown, "description": "File descriptors, on Windows handles"},
         "python": _string("Implementation and version"),
     }
-    host = {name: _string(name) for name in HostFacts._fields}
+    host = {name: _string(name) for name in HostInfo._fields}
     oldest = {"type": ["string", "null"], **moment, "description": "When the oldest kept task was accepted"}
     store = {"bytes": _whole("Size of the database"), "records": _whole("Tasks kept"), "oldest": oldest}
     disk = {"path": _string("The root"), "disk_free_bytes": _whole("Free there"), "disk_total_bytes": _whole("In all")}
@@ -8384,8 +8421,8 @@ class DocumentApi:
             Route("GET", "/openapi.json", document, "Shows this document", "Document"),
             Route("GET", "/swagger/doc.json", document, "Shows this document", "Document"),
             Route("GET", "/swagger/index.html", page, "Shows this document as a page", "Page", is_public=True),
-            Route("GET", "/swagger/", self.lead, "Leads to the page", "Redirect", is_public=True),
-            Route("GET", "/swagger", self.lead, "Leads to the page", "Redirect", is_public=True),
+            Route("GET", "/swagger/", self.redirect_to_page, "Leads to the page", "Redirect", is_public=True),
+            Route("GET", "/swagger", self.redirect_to_page, "Leads to the page", "Redirect", is_public=True),
         ]
 
     def show_document(self, _: Request) -> Response:
@@ -8394,7 +8431,7 @@ class DocumentApi:
     def show_page(self, _: Request) -> Response:
         return page_response(API_PAGE, API_STYLE, API_SCRIPT)
 
-    def lead(self, _: Request) -> Response:
+    def redirect_to_page(self, _: Request) -> Response:
         return Response(302, (("Location", "/swagger/index.html"),))
 
 
@@ -8427,7 +8464,7 @@ class Daemon:
         self._supervisor = supervisor
         above, name = os.path.split(os.path.abspath(settings.root))
         self._root = os.path.join(os.path.realpath(above), name)  # the root itself must be no link
-        self._ends = 0  # how often the end was asked for
+        self._shutdown_requests = 0  # how often the end was asked for
         self._exit_code = 0
         # A byte wakes `run`; a signal writes one too. No Event: set() would hang in a signal handler that interrupts
         # wait(), and on Windows no signal interrupts it.
@@ -8435,7 +8472,7 @@ class Daemon:
         self._woken: socket.socket | None = None
         self._is_healthy: Callable[[], bool] = lambda: True  # until there is more to ask
         self._tls = Tls(settings) if settings.tls_cert else None
-        self._is_renewing = False  # whether the certificates are to be read again
+        self._must_reload_certificates = False  # whether the certificates are to be read again
         self._reserve = DescriptorReserve()
         self._watches: list[Callable[[], None]] = [self._reserve.fill]  # what is done twice a second
         self._error_stream: ErrorStream | None = None
@@ -8459,7 +8496,7 @@ class Daemon:
         woken.settimeout(_POLL_INTERVAL_S)
         self._waker.setblocking(False)
         if threading.current_thread() is threading.main_thread():
-            self._heed_signals(closing, self._waker.fileno())
+            self._install_signal_handlers(closing, self._waker.fileno())
         try:
             url = self._start(closing)
         except (ApiError, OSError) as error:  # of the store and of the root's files
@@ -8467,7 +8504,7 @@ class Daemon:
         self._print_ready(url)
         log.info("%s listens on %s", version_line(), url)
         self._supervisor.ready(url)
-        while not self._ends:
+        while not self._shutdown_requests:
             with contextlib.suppress(socket.timeout):
                 woken.recv(4096)
             for watch in self._watches:
@@ -8491,50 +8528,50 @@ class Daemon:
             log.warning("standard output cannot be written")
 
     def _look_after_certificates(self) -> None:
-        if self._is_renewing:
-            self._renew()
+        if self._must_reload_certificates:
+            self._reload_certificates()
 
     def _check_threads(self) -> None:
         """Ends a daemon of which a part is dead: its next start takes all up again, as after a crash."""
-        if not self._is_healthy() and not self._ends:
+        if not self._is_healthy() and not self._shutdown_requests:
             log.critical(
                 "a thread of the daemon has ended, so it ends too, with 1; what runs is adopted at the next start"
             )
             self._exit_code = 1
-            self._count_end()
+            self._count_shutdown_request()
 
     def _ping_supervisor(self) -> None:
         self._supervisor.watch(self._is_healthy)
 
-    def _heed_signals(self, closing: contextlib.ExitStack, waker: int) -> None:
+    def _install_signal_handlers(self, closing: contextlib.ExitStack, waker: int) -> None:
         """Until `closing` is closed; from then on no signal disturbs the end of the process, which is near."""
         reset_inherited_signals()
-        deeds = {number: self._count_end for number in _EXIT_SIGNALS}
+        deeds = {number: self._count_shutdown_request for number in _EXIT_SIGNALS}
         if self._tls and hasattr(signal, "SIGHUP"):  # without certificates it means what it always means
-            deeds[signal.SIGHUP] = self.renew
+            deeds[signal.SIGHUP] = self.reload_certificates
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         closing.callback(signal.set_wakeup_fd, -1)
         closing.callback(_ignore_signals, deeds)
         for number, deed in deeds.items():
             signal.signal(number, lambda *_, deed=deed: deed())
 
-    def _count_end(self) -> None:
+    def _count_shutdown_request(self) -> None:
         """What a signal does: its byte is in the socket already."""
-        self._ends += 1
+        self._shutdown_requests += 1
 
-    def end(self) -> None:
+    def request_shutdown(self) -> None:
         """Ends the daemon in order; asked for again, without waiting for steps."""
-        self._count_end()
+        self._count_shutdown_request()
         if self._waker:
             with contextlib.suppress(BlockingIOError):  # there are bytes enough
                 self._waker.send(b"\0")
 
-    def renew(self) -> None:
+    def reload_certificates(self) -> None:
         """Has the certificates read again."""
-        self._is_renewing = True
+        self._must_reload_certificates = True
 
-    def _renew(self) -> None:
-        self._is_renewing = False
+    def _reload_certificates(self) -> None:
+        self._must_reload_certificates = False
         try:
             if self._tls:
                 self._tls.load()
@@ -8548,9 +8585,9 @@ class Daemon:
         if self._tls:
             self._tls.load()
         self._open_root(closing)
-        keep_descriptors()
-        forget_launcher()
-        descriptors = use_all_descriptors()
+        set_inherited_fds_cloexec()
+        clean_pyinstaller_env()
+        descriptors = raise_fd_limit()
         self._reserve.fill()
         capacity = step_capacity(descriptor_limit(), process_limits(), settings.max_connections)
         telemetry = Telemetry()
@@ -8559,7 +8596,7 @@ class Daemon:
         closing.callback(store.stop)
         clock = Clock.resume(store.metadata(), store.latest_ns())
         store.save_metadata(clock.memory())
-        files = Folder(os.path.join(self._root, "tasks"))
+        files = SafeDirectory(os.path.join(self._root, "tasks"))
         processes = Processes(umask, descriptors, self._reserve)
         scheduler = Scheduler(
             store,
@@ -8585,7 +8622,7 @@ class Daemon:
             *ProfileApi(telemetry, settings.profile_timeout).routes(),
         ]
         router = Router([*routes, *DocumentApi(routes).routes()])
-        access = Access(settings, self._root, self._reserve)
+        access = Authenticator(settings, self._root, self._reserve)
         server = Server(settings, router, access, telemetry, self._tls, self._reserve)
         closing.callback(server.stop)
         server.open()
@@ -8638,7 +8675,7 @@ class Daemon:
         if self._settings.on_exit == "stop":
             scheduler.stop_running()
         if self._settings.on_exit != "leave":
-            while scheduler.pool().running and self._ends < 2:
+            while scheduler.pool().running and self._shutdown_requests < 2:
                 self._supervisor.stopping()
                 time.sleep(_POLL_INTERVAL_S / 10)
         running = scheduler.pool().running
@@ -8728,19 +8765,19 @@ class SystemdSupervisor(Supervisor):
         return cls(re.sub("^@", "\0", address), int(watchdog) if is_meant else 0)
 
     def ready(self, url: str) -> None:
-        self._tell(f"READY=1\nSTATUS=listening on {url}")
+        self._notify(f"READY=1\nSTATUS=listening on {url}")
 
     def watch(self, is_healthy: Callable[[], bool]) -> None:
         now_s = time.monotonic()
         if not self._beat_s or now_s - self._beaten_s < self._beat_s - _POLL_INTERVAL_S:
             return
-        if is_healthy() and self._tell("WATCHDOG=1"):
+        if is_healthy() and self._notify("WATCHDOG=1"):
             self._beaten_s = now_s
 
     def stopping(self) -> None:
-        self._tell(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int(_START_S * 1e6)}")
+        self._notify(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int(_START_S * 1e6)}")
 
-    def _tell(self, words: str) -> bool:
+    def _notify(self, words: str) -> bool:
         """Whether systemd has taken it, or is not there."""
         if self._address:
             try:
@@ -8766,7 +8803,7 @@ class WindowsSupervisor(Supervisor):
 
     def run(self) -> int | None:
         """Serves as a service; the exit code, None when no service control manager has started this process."""
-        if not _may_be_service():
+        if not _started_by_scm():
             return None
         table = (ServiceEntry * 2)(ServiceEntry(SERVICE, self._main))
         try:
@@ -8790,7 +8827,7 @@ class WindowsSupervisor(Supervisor):
         try:
             self._exit_code = self._daemon.run()
         except StartupError as error:
-            tell(str(error))
+            print_error(str(error))
             self._exit_code = 1
         except Exception:
             log.exception("the daemon failed")
@@ -8800,7 +8837,7 @@ class WindowsSupervisor(Supervisor):
     def _control(self, control: int, _type: int, _data: int, _context: int) -> int:
         if control in (SERVICE_CONTROL_STOP, SERVICE_CONTROL_PRESHUTDOWN):
             self._report(SERVICE_STOP_PENDING)
-            self._daemon.end()
+            self._daemon.request_shutdown()
         elif control != SERVICE_CONTROL_INTERROGATE:  # the manager has the status already
             return int(ERROR_CALL_NOT_IMPLEMENTED)
         return 0
@@ -8817,7 +8854,7 @@ class WindowsSupervisor(Supervisor):
             SetServiceStatus(self._handle, ctypes.byref(status))
 
 
-def _may_be_service() -> bool:
+def _started_by_scm() -> bool:
     """Whether the service control manager started this process, or its launcher, as an exe and a venv have one.
 
     It knows for certain, but may take ten seconds to say no.
@@ -8836,7 +8873,7 @@ def supervised_run(settings: Settings) -> int:
     return Daemon(settings, Supervisor()).run() if code is None else code
 
 
-def tell(text: str) -> None:
+def print_error(text: str) -> None:
     """Tells a person a line: on standard error, in the event log of Windows where there is none."""
     if sys.stderr:
         print(f"{SERVICE}: {text}", file=sys.stderr)
@@ -9254,11 +9291,11 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, A
             action = "append" if option.kind == "list" else "store"
             checked = functools.partial(_checked_text, option)
             parser.add_argument(f"--{option.field}", dest=option.field, type=checked, action=action)
-    given = vars(parser.parse_intermixed_args([_spell(word) for word in arguments]))
+    given = vars(parser.parse_intermixed_args([_normalize_flag(word) for word in arguments]))
     return given.pop("words"), given
 
 
-def _spell(word: str) -> str:
+def _normalize_flag(word: str) -> str:
     """A flag with `_` between its words, as the table of options has it in its fields."""
     flag, equals, value = word.partition("=")
     return flag[:2] + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else word
@@ -9316,7 +9353,7 @@ def service_command(words: Sequence[str], given: Mapping[str, Any]) -> int:
     deed, services = words[0] if len(words) == 1 else "", host_services()
     if deed == "install":
         root = os.path.abspath(given.get("root", services.default_root))
-        print(services.install([*own_command(), "run", *_flags({**given, "root": root})]))
+        print(services.install([*own_command(), "run", *_to_argv({**given, "root": root})]))
         program = (subprocess.list2cmdline if ON_WINDOWS else shlex.join)(own_command())
         print(f"next: {program} service start; clients on other hosts need the token it will write in {root}")
         return 0
@@ -9333,7 +9370,7 @@ def service_command(words: Sequence[str], given: Mapping[str, Any]) -> int:
     return 0
 
 
-def _flags(given: Mapping[str, Any]) -> Iterator[str]:
+def _to_argv(given: Mapping[str, Any]) -> Iterator[str]:
     """The flags that give this, paths made absolute."""
     for option in OPTIONS:
         value = given.get(option.field)
@@ -9370,10 +9407,10 @@ def main() -> int:
     try:
         return run_command(sys.argv[1:])
     except UsageError as error:
-        tell(f"{error}; see {_PROGRAM} help")
+        print_error(f"{error}; see {_PROGRAM} help")
         return 2
     except StartupError as error:
-        tell(str(error))
+        print_error(str(error))
         return 1
 
 

@@ -1056,8 +1056,8 @@ def test_max_requests_bounds_the_requests_served_at_once(launch: Callable[..., D
     with socket.create_connection(("127.0.0.1", daemon.port), 30) as reader:
         reader.sendall(f"GET /api/v1/task/{task}/0/console HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         assert reader.recv(10)
-        refusal = wait_until(lambda: (answer := daemon.get("/api/v1/pool")).status == 429 and answer)
-        assert refusal.code == 429 and int(refusal.headers["Retry-After"]) > 0
+        error_response = wait_until(lambda: (answer := daemon.get("/api/v1/pool")).status == 429 and answer)
+        assert error_response.code == 429 and int(error_response.headers["Retry-After"]) > 0
         assert {daemon.get(path).status for path in ("/heartbeat", "/healthyz", "/metrics", "/version")} == {200}
         assert daemon.put(f"/api/v1/task/{task}").code == daemon.put(f"/api/v1/task/{task}/0").code == 1003
     wait_until(lambda: daemon.get("/api/v1/pool").status == 200)
@@ -4050,7 +4050,7 @@ class House:
         self.store.start()
         self.clock = code.Clock.resume({}, 0)
         self.processes = FakeProcesses()
-        self.files = code.Folder(str(root / "tasks"))
+        self.files = code.SafeDirectory(str(root / "tasks"))
         self.files.open()
         settings = code.make_settings({"pool_size": str(size)})
         self.scheduler = code.Scheduler(self.store, self.clock, size, 10_000, lambda number: None)
@@ -4494,7 +4494,7 @@ class Wire:
 
 
 def stream_of(data: bytes, piece: int = 1 << 16) -> Any:
-    return module().Stream(Wire(data, piece), lambda seconds: None)
+    return module().RequestReader(Wire(data, piece), lambda seconds: None)
 
 
 PEERS = {"127.0.0.1": True, "127.9.9.9": True, "::1": True, "192.0.2.7": False, "2001:db8::7": False}
@@ -4514,10 +4514,10 @@ def test_access_over_peer_host_origin_token_and_tls(
     file.write_text("alpha\nbeta # the second\n")
     file.chmod(0o600)
     given = {"token_file": str(file), "cors_origin": ["https://console.example"], "require_token": require_token}
-    access = code.Access(code.make_settings(given), "", code.DescriptorReserve())
+    access = code.Authenticator(code.make_settings(given), "", code.DescriptorReserve())
     access.start()
     monkeypatch.setattr(code.log, "disabled", True)
-    monkeypatch.setattr(code.PeerTable, "user", user_of)
+    monkeypatch.setattr(code.LocalPeers, "user", user_of)
     users = ["own"] if WINDOWS else USERS  # which it does not tell apart
     axes = PEERS, users, hosts(2376), TOKENS, ("http", "https", "certificate")
     for peer, user, host, token, tls in itertools.product(*axes):
@@ -4546,7 +4546,7 @@ def request_of(client: Any, host: str, headers: dict[str, str], authorization: s
 def admitted(access: Any, request: Any, is_public: bool) -> tuple[int, str]:
     access._wrong.clear()
     try:
-        return 200, access.admit(request, is_public)
+        return 200, access.authorize(request, is_public)
     except module().ApiError as error:
         return error.status, ""
 
@@ -4712,19 +4712,19 @@ def test_token_over_plain_http_from_another_host_is_warned_of_once(
 ) -> None:
     code = module()
     (tmp_path / "token").write_text("alpha\n")
-    access = code.Access(code.make_settings({}), str(tmp_path), code.DescriptorReserve())
+    access = code.Authenticator(code.make_settings({}), str(tmp_path), code.DescriptorReserve())
     access.start()
     caplog.clear()
     for peer, scheme in (("127.0.0.1", "http"), ("192.0.2.7", "https"), ("192.0.2.7", "http"), ("192.0.2.8", "http")):
         client = code.Client(((peer, 1), ("192.0.2.1", 2376)), scheme)
         request = request_of(client, "build-7", {}, "Bearer alpha")
-        assert access.admit(request, False) == "token of line 1"
+        assert access.authorize(request, False) == "token of line 1"
     assert [record.getMessage().split()[0] for record in caplog.records] == ["192.0.2.7"]
 
 
 def test_wrong_tokens_of_a_network_of_one_client_count_together(tmp_path: Path) -> None:
     networks = {"10.0.0.1": "10.0.0.1", "2001:db8:1:2:3::4": "2001:db8:1:2::", "fe80::7%eth0": "fe80::", "::1": "::1"}
-    assert {peer: module().network_of(peer) for peer in networks} == networks
+    assert {peer: module().rate_limit_key(peer) for peer in networks} == networks
 
 
 def test_insecure_and_require_token_exclude_each_other() -> None:
@@ -4985,7 +4985,7 @@ def fields_of(block: bytes) -> dict[bytes, list[bytes]]:
     return fields
 
 
-def body_of(fields: dict[bytes, list[bytes]], data: bytes, at: int, is_old: bool) -> tuple[bytes, int]:
+def body_of(fields: dict[bytes, list[bytes]], data: bytes, at: int, is_http_10: bool) -> tuple[bytes, int]:
     """The body that begins there, and where the next request does."""
     length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
     if fields.get(b"expect", [b"100-continue"])[0].lower() != b"100-continue" or (length and coding):
@@ -4997,7 +4997,7 @@ def body_of(fields: dict[bytes, list[bytes]], data: bytes, at: int, is_old: bool
         if size > BODY_LIMIT or len(data) - at < size:
             raise Refused
         return data[at : at + size], at + size
-    if coding[0].lower() != b"chunked" or is_old:
+    if coding[0].lower() != b"chunked" or is_http_10:
         raise Refused
     body = b""
     while (chunk := CHUNK.match(data, at)) and chunk.end() - at <= 256:
@@ -5138,7 +5138,7 @@ def bare_server(**given: Any) -> Any:
     code = module()
     settings = code.make_settings({"addr": "127.0.0.1:0", **given})
     reserve = code.DescriptorReserve()
-    access = code.Access(settings, "", reserve)
+    access = code.Authenticator(settings, "", reserve)
     return code.Server(settings, code.Router([]), access, code.Observer(), None, reserve)
 
 
@@ -5473,7 +5473,7 @@ def test_removal_that_races_with_an_exchange_for_a_link_stays_inside(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, outside: Path, victim: str
 ) -> None:
     """At each system call of the removal in turn, a directory is exchanged for a link."""
-    folder, renamed = module().Folder, os.rename
+    folder, renamed = module().SafeDirectory, os.rename
     for moment in itertools.count():
         place = tmp_path / f"run{moment}"
         for directory in ("top/a/b/c", "top/d"):
