@@ -4384,16 +4384,19 @@ def test_scripts_go_with_their_task_however_it_ends(house: House) -> None:
         return house.store._read("SELECT count(*) FROM script")[0][0]
 
     house.start()
-    numbers = [house.submit(step("# secret")).task_number for _ in range(4)]
-    assert scripts() == 4
-    house.store.fail(numbers[0], "lost: a test", house.clock.now_ns())
-    house.tree(1).end(0)
-    house.tree(2).end(1)
-    house.scheduler.stop_task(numbers[3])
-    for number in numbers[1:]:
+    for index, end in enumerate(("succeeds", "fails", "is stopped", "cannot be taken up")):
+        number = house.submit(step("# secret")).task_number
+        tree = house.tree(index)
+        assert scripts() == 1, end
+        if end == "is stopped":
+            house.scheduler.stop_task(number)
+        elif end == "cannot be taken up":
+            house.store.fail(number, "lost: a test", house.clock.now_ns())
+        else:
+            tree.end(int(end == "fails"))
         house.ended(number)
-    wait_until(lambda: scripts() == 0, "the scripts to go")
-    house.tree(0).end(0)
+        wait_until(lambda: scripts() == 0, f"the scripts of a task to go that {end}")  # type: ignore[misc]
+    tree.end(0)
 
 
 # Of version 1.0.0, of the steps that `fingerprinted` submits.
