@@ -82,7 +82,7 @@ log = logging.getLogger("remote_executor")
 
 
 class Code(IntEnum):
-    """The `code` of an answer that is no refusal."""
+    """The `code` of a response that is not an error."""
 
     SUCCESS = 0
     IN_PROGRESS = 1001
@@ -91,7 +91,7 @@ class Code(IntEnum):
 
 
 class ApiError(Exception):
-    """An answer that refuses: `status` is its HTTP status, `code` the code of its body, `headers` go with it."""
+    """An error response: its HTTP `status`, the `code` of its body, and `headers` of its own."""
 
     status = 500
     code = 500
@@ -159,19 +159,19 @@ class StorageFull(ApiError):
 
 
 class LaunchError(Exception):
-    """A step could not start; the text is its reason."""
+    """A step could not start; the text is the reason that its record shows."""
 
 
 class StartupError(Exception):
-    """The daemon cannot start; the text is the one line that says why."""
+    """The daemon or a command cannot do its work; the text is the one line that the user sees."""
 
 
 class NotInstalled(StartupError):
-    """This host has no service of ours."""
+    """This program is not installed as a service of this host."""
 
 
 class UsageError(Exception):
-    """What was typed cannot be meant; the text is the one line that says what can."""
+    """The command line is wrong; the text is the one line that the user sees."""
 
 
 # ======================================================================================================================
@@ -179,47 +179,52 @@ class UsageError(Exception):
 # ======================================================================================================================
 
 _SECOND_NS = 10**9
+_INT64_MAX = 2**63 - 1
 
 
 class Clock:
-    """The daemon's time in nanoseconds since the epoch, which never jumps; any thread may ask.
+    """The daemon's clock, in nanoseconds since the epoch; setting the host's clock does not move it. Thread-safe.
 
-    Every stored time is of this clock, so that timeouts and expiry do not care what happens to the wall clock.
-    `offset_ns` is what the wall clock says beyond it; it is added where a time is shown.
+    Every stored time is of this clock, so that a change of the wall clock affects neither timeouts nor expiry.
+    `offset_ns` is how far the wall clock is ahead of it; it is added where a time is shown.
     """
 
     def __init__(self, base_ns: int, offset_ns: int = 0) -> None:
-        self.base_ns = base_ns  # what the monotonic clock, which starts anew with each boot, lacks
+        self._base_ns = base_ns  # to be added to the monotonic clock, which starts anew with each boot
         self._offset_ns = offset_ns
 
     @classmethod
-    def resume(cls, memory: Mapping[str, str], latest_ns: int) -> Clock:
-        """The clock of an earlier daemon that left this memory, or a new one; `latest_ns` is the last stored time."""
-        wall_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
+    def resume(cls, metadata: Mapping[str, str], latest_ns: int) -> Clock:
+        """Return the clock of the daemon that stored `metadata`, or a new one that is not behind `latest_ns`."""
         offset_ns = 0
-        with contextlib.suppress(KeyError, ValueError):  # the first start, or a damaged memory
-            offset_ns, base_ns = int(memory["clock_offset_ns"]), int(memory["clock_base_ns"])
-            if memory["boot"] == boot_id():
+        with contextlib.suppress(KeyError, ValueError):  # the first start, or damaged metadata
+            base_ns = int(metadata["clock_base_ns"])
+            offset_ns = int(metadata["clock_offset_ns"])
+            if metadata["boot"] == boot_id():
                 return cls(base_ns, offset_ns)
-        return cls(max(latest_ns, wall_ns - offset_ns) - monotonic_ns, offset_ns)
+        wall_ns = time.time_ns() - offset_ns
+        return cls(max(latest_ns, wall_ns) - time.monotonic_ns(), offset_ns)
 
-    def memory(self) -> dict[str, str]:
-        """What `resume` needs."""
+    def metadata(self) -> dict[str, str]:
+        """Return what `resume` needs."""
         return {
             "boot": boot_id(),
-            "clock_base_ns": str(self.base_ns),
+            "clock_base_ns": str(self._base_ns),
             "clock_offset_ns": str(self.offset_ns()),
         }
 
     def now_ns(self) -> int:
-        return time.monotonic_ns() + self.base_ns
+        return time.monotonic_ns() + self._base_ns
 
     def monotonic_s(self, at_ns: int) -> float:
-        """The moment as time.monotonic() will tell it."""
-        return (at_ns - self.base_ns) / _SECOND_NS
+        """Return what time.monotonic() is at that time."""
+        return (at_ns - self._base_ns) / _SECOND_NS
 
     def offset_ns(self) -> int:
-        """What to add to show a time. It changes only when the wall clock was set: a time shown stays what it was."""
+        """Return what to add to show a time.
+
+        It changes only when the wall clock was set by more than a second: a time that was shown does not flicker.
+        """
         offset_ns = time.time_ns() - self.now_ns()
         if abs(offset_ns - self._offset_ns) > _SECOND_NS:
             self._offset_ns = offset_ns
@@ -228,55 +233,77 @@ class Clock:
 
 @functools.lru_cache(maxsize=1)
 def boot_id() -> str:
-    """What this boot of the host has and no other; a date where the system has no such word."""
+    """Return what identifies this boot of the host: an id of the kernel, else about when it was."""
+    # suppress: not Linux, or /proc is not mounted
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()
     booted_s = time.time() - time.monotonic()
     return f"about {round(booted_s / 600)}"  # the wall clock drifts, hence the coarse grain
 
 
-_UNIT_NS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
+_UNIT_NS = {
+    "ns": 1,
+    "us": 10**3,
+    "µs": 10**3,  # U+00B5, the micro sign
+    "μs": 10**3,  # U+03BC, the Greek letter
+    "ms": 10**6,
+    "s": _SECOND_NS,
+    "m": 60 * _SECOND_NS,
+    "h": 3600 * _SECOND_NS,
+}
 _DURATION_PART = re.compile(r"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?(ns|us|µs|μs|ms|s|m|h)")
-_MAX_NS = 2**63 - 1
 
 
 def parse_duration(text: str) -> int:
-    """The nanoseconds of a duration that is not negative, as Go's time.ParseDuration reads it; raises ValueError."""
-    rest = text[1:] if text.startswith("+") else text
-    total, end = 0, 0
-    while part := _DURATION_PART.match(rest, end):
+    """Parse a duration that is not negative as Go's time.ParseDuration does; return nanoseconds. Raise ValueError."""
+    unsigned = text[1:] if text.startswith("+") else text
+    total_ns = 0
+    end = 0
+    while part := _DURATION_PART.match(unsigned, end):
         whole, fraction, unit = part.groups()
-        total += int(whole or 0) * _UNIT_NS[unit] + int(fraction or 0) * _UNIT_NS[unit] // 10 ** len(fraction or "")
+        unit_ns = _UNIT_NS[unit]
+        total_ns += int(whole or 0) * unit_ns
+        if fraction:
+            total_ns += int(fraction) * unit_ns // 10 ** len(fraction)
         end = part.end()
-    if rest != "0" and (not rest or end < len(rest) or total > _MAX_NS):
-        raise ValueError(f"{text!r} is no duration; right would be 90s, 1h30m or 500ms")
-    return total
+    is_complete = unsigned == "0" or 0 < end == len(unsigned)
+    if not is_complete or total_ns > _INT64_MAX:
+        raise ValueError(f"invalid duration {text!r}: expected for example 90s, 1h30m or 500ms")
+    return total_ns
+
+
+def _format_decimal(value: int, scale: int) -> str:
+    """Return value / scale, of which scale is a power of ten, exactly and without trailing zeros."""
+    whole, rest = divmod(value, scale)
+    if not rest:
+        return str(whole)
+    digits = len(str(scale)) - 1
+    return f"{whole}.{rest:0{digits}d}".rstrip("0")
 
 
 def format_duration(ns: int) -> str:
-    """A duration of 0 ns or more as Go's time.Duration prints it: 47h53m30.619752642s, 1.5ms, 0s."""
-    if ns < 10**9:
-        for unit, scale in (("ms", 10**6), ("µs", 10**3)):
-            if ns >= scale:
-                return _decimal(ns, scale) + unit
-        return f"{ns}ns" if ns else "0s"
-    seconds, rest = divmod(ns, 10**9)
-    minutes, seconds = divmod(seconds, 60)
-    text = f"{seconds}.{rest:09d}".rstrip("0").rstrip(".") if rest else str(seconds)
+    """Return a duration of 0 ns or more as Go's time.Duration prints it: 47h53m30.619752642s, 1.5ms, 0s."""
+    if ns == 0:
+        return "0s"
+    if ns < _UNIT_NS["us"]:
+        return f"{ns}ns"
+    if ns < _UNIT_NS["ms"]:
+        return _format_decimal(ns, _UNIT_NS["us"]) + "µs"
+    if ns < _SECOND_NS:
+        return _format_decimal(ns, _UNIT_NS["ms"]) + "ms"
+    minutes, rest_ns = divmod(ns, _UNIT_NS["m"])
+    seconds = _format_decimal(rest_ns, _SECOND_NS)
     if not minutes:
-        return f"{text}s"
+        return f"{seconds}s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes}m{text}s" if hours else f"{minutes}m{text}s"
-
-
-def _decimal(value: int, scale: int) -> str:
-    whole, rest = divmod(value, scale)
-    return f"{whole}.{rest:0{len(str(scale)) - 1}d}".rstrip("0") if rest else str(whole)
+    if not hours:
+        return f"{minutes}m{seconds}s"
+    return f"{hours}h{minutes}m{seconds}s"
 
 
 @functools.lru_cache(maxsize=4096)
 def format_time(seconds: int) -> str:
-    """A moment, in whole seconds since the epoch, as RFC 3339 with the local offset."""
+    """Return a time, in whole seconds since the epoch, as RFC 3339 with the local offset."""
     return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat()
 
 
@@ -284,50 +311,52 @@ def format_time(seconds: int) -> str:
 # I foundations / options: the table of flags, how a value of each kind is read, the settings
 # ======================================================================================================================
 
+MAX_POOL_SIZE = 10000
+
 
 class Option(NamedTuple):
-    """A flag: its name as the help shows it, the kind of its value, its default, what it is for."""
+    """A flag: its name as the help shows it, the kind of its value, its default, its help, and what bounds it."""
 
     name: str
-    kind: str  # flag, address, path, duration, count, size or one of `choices`
+    kind: str  # flag, address, path, duration, count, size, list or choice
     default: str
     help: str
     min: int = 0
-    max: int = 2**63 - 1
+    max: int = _INT64_MAX
     choices: tuple[str, ...] = ()
 
     @property
     def field(self) -> str:
-        """Its attribute in Settings."""
+        """The name of its attribute in Settings."""
         return self.name.replace("-", "_")
 
 
 OPTIONS = (
     Option("addr", "address", ":2376", "host:port for execution."),
     Option("debug", "flag", "", "Enable debug messages"),
-    Option("log_format", "choice", "text", "How the log is written: text or json.", choices=("text", "json")),
+    Option("log_format", "choice", "text", "Log format: text or json.", choices=("text", "json")),
     Option("root", "path", "$TEMP/remote_executor", "Working root directory"),
     Option("key_expire", "duration", "48h", 'Set the database key expire time. Example: "key_expire=1h"', min=1),
     Option("exec_timeout", "duration", "24h", 'Set the exec command expire time. Example: "exec_timeout=30m"', min=1),
     Option("timeout", "duration", "30s", "Timeout for calling endpoints on the engine", min=1),
-    Option("profile_timeout", "duration", "1m", "Longest time that a profile or trace may take.", min=1),
+    Option("profile_timeout", "duration", "1m", "Maximum duration of a profile or trace.", min=1),
     Option("max-requests", "count", "0", "Maximum number of concurrent requests. 0 to disable."),
-    Option("pool_size", "count", "30", "Set the size of the execution work pool.", min=1, max=10000),
-    Option("max_body", "size", "16MiB", "Largest body of a request. Larger ones get 413.", min=1),
-    Option("max_output", "size", "1GiB", "Largest output of a step, which is then stopped. 0 to disable."),
-    Option("token_file", "path", "$ROOT/token", "File of the tokens that let clients in, one a line."),
-    Option("require_token", "flag", "", "Ask for a token from clients on this host too."),
-    Option("insecure", "flag", "", "Let everybody in without a token: whoever reaches the port runs code here."),
-    Option("cors_origin", "list", "", "Origin of a web page that may call the API. Repeatable."),
-    Option("tls_cert", "path", "", "Certificate of this host, in PEM: with it the port speaks HTTPS alone."),
-    Option("tls_key", "path", "", "Private key of the certificate, where it is in a file of its own."),
-    Option("tls_client_ca", "path", "", "Authority whose client certificates let in as tokens do, in PEM."),
-    Option("max_connections", "count", "512", "Most connections at once, of which 64 from one address.", min=16),
+    Option("pool_size", "count", "30", "Set the size of the execution work pool.", min=1, max=MAX_POOL_SIZE),
+    Option("max_body", "size", "16MiB", "Maximum size of a request body. Larger ones get 413.", min=1),
+    Option("max_output", "size", "1GiB", "Maximum output of a step, which is stopped beyond it. 0 to disable."),
+    Option("token_file", "path", "$ROOT/token", "File of access tokens, one per line."),
+    Option("require_token", "flag", "", "Require a token from clients on this host too."),
+    Option("insecure", "flag", "", "Disable authentication: anyone who reaches the port can run code."),
+    Option("cors_origin", "list", "", "Origin whose web pages may call the API. Repeatable."),
+    Option("tls_cert", "path", "", "PEM file of this host's certificate. The port then speaks HTTPS only."),
+    Option("tls_key", "path", "", "PEM file of the private key, unless it is in --tls_cert."),
+    Option("tls_client_ca", "path", "", "PEM file of the CA whose client certificates are accepted like tokens."),
+    Option("max_connections", "count", "512", "Maximum number of connections, 64 from one address.", min=16),
     Option(
         "on_exit",
         "choice",
         "leave",
-        "What an orderly exit does with running steps: leave, wait or stop.",
+        "What a graceful shutdown does with running steps: leave, wait or stop.",
         choices=("leave", "wait", "stop"),
     ),
 )
@@ -359,98 +388,129 @@ class Settings(NamedTuple):
     on_exit: str
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """Host, empty for every address, and port of host:port, [::1]:port or tcp://host:port; raises ValueError."""
-    found = re.fullmatch(r"(?:tcp://)?(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]]*)):([0-9]{1,5})", text)
-    if not found or int(found[3]) > 65535:
-        raise ValueError(f"{text!r} is no address; right would be :2376, 127.0.0.1:2376 or [::1]:2376")
-    return found[1] or found[2] or "", int(found[3])
-
-
+# Stricter than urllib.parse.urlsplit, which takes user@host, a path, and on Python 3.9 a port such as 2_376.
+_ADDRESS = re.compile(r"(?:tcp://)?(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]]*)):([0-9]{1,5})")
+_COUNT = re.compile("[0-9]{1,15}")
 _SIZE = re.compile(r"([0-9]{1,15}) ?(?:([KMGT])i?)?B?", re.IGNORECASE)
+_ORIGIN = re.compile(r"https?://[^/\s]+")
 
 
-def _checked_text(option: Option, text: str) -> str:
-    try:
-        value = _value(option, text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if isinstance(value, int) and not option.min <= value <= option.max:
-        most = f" to {option.max}" if option.max < 2**63 - 1 else " or more"
-        least = "more than 0" if option.kind != "count" and option.min else f"{option.min}{most}"
-        raise argparse.ArgumentTypeError(f"{text!r} is out of range; right would be {least}")
-    return text
+def parse_address(text: str) -> tuple[str, int]:
+    """Split host:port, [::1]:port or tcp://host:port; the host is empty for every address. Raise ValueError."""
+    match = _ADDRESS.fullmatch(text)
+    if not match or int(match[3]) > 65535:
+        raise ValueError(f"invalid address {text!r}: expected for example :2376, 127.0.0.1:2376 or [::1]:2376")
+    host = match[1] or match[2]
+    return host, int(match[3])
 
 
-def _value(option: Option, text: str) -> Any:
-    """The value of a flag; raises ValueError that says what would be right."""
+def _parse_count(text: str) -> int:
+    if not _COUNT.fullmatch(text):
+        raise ValueError(f"invalid number {text!r}: expected for example 30")
+    return int(text)
+
+
+def _parse_size(text: str) -> int:
+    """Return the bytes of a size; each prefix is a power of 1024, with or without `i`. Raise ValueError."""
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise ValueError(f"invalid size {text!r}: expected for example 16MiB or 1GiB")
+    prefix = match[2] or " "
+    exponent = " KMGT".index(prefix.upper())
+    return int(match[1]) << 10 * exponent
+
+
+def _parse_value(option: Option, text: str) -> Any:
+    """Return an int for a duration (ns), a count or a size (bytes), else the text. Raise ValueError."""
     if option.kind == "duration":
         return parse_duration(text)
-    if option.kind == "count" or option.kind == "size":
-        found = _SIZE.fullmatch(text) if option.kind == "size" else re.fullmatch("([0-9]{1,15})()", text)
-        if not found:
-            right = "a size such as 16MiB or 1GiB" if option.kind == "size" else "a number such as 30"
-            raise ValueError(f"{text!r} is no {option.kind}; right would be {right}")
-        return int(found[1]) << 10 * " KMGT".index((found[2] or " ").upper())
+    if option.kind == "count":
+        return _parse_count(text)
+    if option.kind == "size":
+        return _parse_size(text)
     if option.kind == "choice" and text not in option.choices:
-        raise ValueError(f"{text!r} is none of {', '.join(option.choices)}")
+        raise ValueError(f"invalid choice {text!r}: expected one of {', '.join(option.choices)}")
+    if option.kind == "list" and not _ORIGIN.fullmatch(text):
+        raise ValueError(f"invalid origin {text!r}: expected for example https://example.org")
     if option.kind == "address":
         parse_address(text)
-    if option.kind == "list" and not re.fullmatch(r"https?://[^/\s]+", text):
-        raise ValueError(f"{text!r} is no origin; right would be https://example.org")
     if not text:
         raise ValueError("must not be empty")
     return text
 
 
-def make_settings(given: Mapping[str, Any]) -> Settings:
-    """The settings with what was given in place of the defaults; raises UsageError for what cannot be together."""
-    settings = Settings(**{option.field: _setting(option, given) for option in OPTIONS})
+def _describe_range(option: Option) -> str:
+    if option.kind != "count" and option.min:
+        return "more than 0"
+    if option.max < _INT64_MAX:
+        return f"{option.min} to {option.max}"
+    return f"{option.min} or more"
+
+
+def check_argument(option: Option, text: str) -> str:
+    """Return the text when it is a value of the option; raise argparse.ArgumentTypeError."""
+    try:
+        value = _parse_value(option, text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if isinstance(value, int) and not option.min <= value <= option.max:
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range: expected {_describe_range(option)}")
+    return text
+
+
+def default_text(option: Option) -> str:
+    """Return the default of an option as one would type it."""
+    return option.default.replace("$TEMP", tempfile.gettempdir())
+
+
+def _setting(option: Option, flags: Mapping[str, Any]) -> Any:
+    if option.kind == "flag":
+        return flags.get(option.field, False)
+    if option.kind == "list":
+        texts = flags.get(option.field, ())
+        return tuple(_parse_value(option, text) for text in texts)
+    text = flags.get(option.field, default_text(option))
+    if not text and not option.default:
+        return ""
+    return _parse_value(option, text)
+
+
+def make_settings(flags: Mapping[str, Any]) -> Settings:
+    """Return the settings: flags as typed, by field, over the defaults. Raise UsageError for those that conflict."""
+    values = {option.field: _setting(option, flags) for option in OPTIONS}
+    settings = Settings(**values)
     for name in ("tls_key", "tls_client_ca"):
-        if getattr(settings, name) and not settings.tls_cert:
-            raise UsageError(f"--{name} without --tls_cert; give the certificate of this host too")
+        if values[name] and not settings.tls_cert:
+            raise UsageError(f"--{name} needs --tls_cert, the certificate of this host")
     if settings.insecure and settings.require_token:
-        raise UsageError("--insecure and --require_token exclude each other; give one of them")
+        raise UsageError("--insecure and --require_token exclude each other; use one of them")
     return settings
 
-
-def _setting(option: Option, given: Mapping[str, Any]) -> Any:
-    if option.kind == "flag":
-        return given.get(option.field, False)
-    if option.kind == "list":
-        return tuple(_value(option, text) for text in given.get(option.field, ()))
-    text = given.get(option.field, _default(option))
-    return _value(option, text) if text or option.default else ""
-
-
-def temporary_directory() -> str:
-    return tempfile.gettempdir()
-
-
-def _default(option: Option) -> str:
-    return option.default.replace("$TEMP", temporary_directory())
-
-
-MAX_POOL_SIZE = next(option.max for option in OPTIONS if option.name == "pool_size")
 
 # ======================================================================================================================
 # I foundations / threads: one that begins, or says that it cannot
 # ======================================================================================================================
 
-_THREAD_START_S = 1.0  # within which a thread begins, on a loaded host too
+_THREAD_START_S = 1.0  # enough for a thread to begin on a loaded host too
 
 
 class DaemonThread(threading.Thread):
-    """A daemon thread that begins, or `start` raises RuntimeError, and then its target never runs.
+    """A daemon thread whose `start` never hangs: either it begins, or RuntimeError is raised and its target never runs.
 
-    Thread.start() waits for ever for one that memory failed in its first frames (CPython's issue 140746): seen in 2 of
-    12 runs under `ulimit -v 150000`, each time of the thread that accepts connections.
+    Thread.start() waits for ever for a thread that ran out of memory in its first frames (CPython issue 140746): seen
+    in 2 of 12 runs under `ulimit -v 150000`, each time with the thread that accepts connections.
     """
 
-    def __init__(self, target: Callable[..., Any], name: str, args: tuple[Any, ...] = ()) -> None:
+    def __init__(
+        self,
+        target: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...] = (),
+    ) -> None:
         super().__init__(target=target, name=name, args=args, daemon=True)
-        self._started = _BoundedEvent()  # Thread's own, which `start` waits for
-        self._claims = [True]  # one, for who comes first: the thread that begins, or `start` that gives it up
+        self._started = _BoundedEvent()  # Thread's own attribute, which its `start` waits for
+        # Popped, which is atomic, by whoever comes first: the thread that begins, or `start` that gives it up.
+        self._claims = [True]
 
     def start(self) -> None:
         super().start()
@@ -458,7 +518,7 @@ class DaemonThread(threading.Thread):
             return
         with contextlib.suppress(IndexError):  # it has begun after all
             self._claims.pop()
-            raise RuntimeError("can't start new thread: it has not begun in time")
+            raise RuntimeError(f"can't start new thread: it did not begin within {_THREAD_START_S} s")
 
     def run(self) -> None:
         try:
@@ -478,30 +538,41 @@ class _BoundedEvent(threading.Event):
 # ======================================================================================================================
 
 
+def _escape_unprintable(text: str) -> str:
+    """Return the text with control characters, and all else that does not show, escaped."""
+    if text.isprintable():
+        return text
+    escaped = []
+    for character in text:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        escaped.append(character)
+    return "".join(escaped)
+
+
 class LineFormatter(logging.Formatter):
-    """Writes a record so that nothing in it ends its line, colours it or turns it round."""
+    """Formats a record as text; nothing in it can end the line, colour it or reverse its direction."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = _printable(record.message)
+        record.message = _escape_unprintable(record.message)
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:
-        return "\n".join(_printable(line) for line in super().formatException(ei).split("\n"))
+        lines = super().formatException(ei).split("\n")
+        return "\n".join(map(_escape_unprintable, lines))
 
 
-def _printable(text: str) -> str:
-    """The text with escapes in place of control characters and of others that do not show."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-
-
-class JsonLines(logging.Formatter):
-    """An event as a JSON object in a line: its time, level, text and thread, and what it is about."""
+class JsonFormatter(logging.Formatter):
+    """Formats a record as a JSON object in a line: time, level, message, thread, its log_fields, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
-        at = datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
-        event = {"time": at, "level": record.levelname, "message": record.getMessage(), "thread": record.threadName}
+        created = datetime.datetime.fromtimestamp(record.created).astimezone()
+        event = {
+            "time": created.isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "message": record.getMessage(),
+            "thread": record.threadName,
+        }
         event.update(getattr(record, "log_fields", {}))
         if record.exc_info:
             event["exception"] = self.formatException(record.exc_info)
@@ -515,10 +586,10 @@ _LOG_STACK_BYTES = 512 * 1024  # it calls nothing deep; the usual 8 MB are what 
 
 
 class ErrorStream(logging.Handler):
-    """The log on standard error, written by a thread of its own: nobody waits for whoever does not read there.
+    """Writes the log to standard error by a thread of its own: no logging thread waits for whoever reads there.
 
-    What finds no room in `_MAX_UNWRITTEN` is dropped and counted; one line tells how many when the stream takes lines
-    again.
+    At most `_MAX_UNWRITTEN` characters wait to be written. Lines beyond are dropped, and one line says how many when
+    the stream takes lines again.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -532,49 +603,66 @@ class ErrorStream(logging.Handler):
         self._unwritten: collections.deque[str] = collections.deque()  # the first is being written
         self._size = 0  # characters in it
         self._dropped = 0
-        self._is_stuck = False  # whether the last flush had to give up
+        self._is_stuck = False  # the last flush had to give up
 
     def start(self) -> None:
-        """Writes lines from now on; for the thread that runs the daemon, before it starts others."""
-        usual = threading.stack_size(_LOG_STACK_BYTES)
+        """Start the thread that writes. Call it in the daemon's main thread, before others are started."""
+        usual_bytes = threading.stack_size(_LOG_STACK_BYTES)
         try:
             DaemonThread(self._run, "log").start()
         finally:
-            threading.stack_size(usual)
+            threading.stack_size(usual_bytes)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Leaves a line to the thread; formatted here, for what it tells of may change."""
+        """Queue a line; it is formatted here, since what its arguments refer to may change."""
         try:
             line = self.format(record)
         except Exception:
-            line = f"a line cannot be formatted: {logging.Formatter().formatException(sys.exc_info())}"
+            line = f"a log record cannot be formatted: {logging.Formatter().formatException(sys.exc_info())}"
         with self._changed:
             if self._size + len(line) > _MAX_UNWRITTEN:
                 self._dropped += 1
             else:
-                self._unwritten.append(line)
-                self._size += len(line)
+                self._append(line)
                 self._changed.notify_all()
 
     def flush(self) -> None:
-        """Waits until all is written, unless the stream takes nothing for a second."""
+        """Wait until all is written, or the stream takes nothing for a second."""
         with self._changed:
             while self._unwritten and not self._is_stuck:
-                left = len(self._unwritten)
-                if not self._changed.wait_for(lambda left=left: len(self._unwritten) < left, _FLUSH_S):  # type: ignore[misc]
+                is_shorter = functools.partial(self._is_shorter_than, len(self._unwritten))
+                if not self._changed.wait_for(is_shorter, _FLUSH_S):
                     self._is_stuck = True
+
+    def write(self, line: str) -> bool:
+        """Write a line now, however long that takes. Return False when it cannot be written."""
+        try:
+            if self._is_text:
+                self._file.write(line + "\n")
+                return True
+            encoded = (line + os.linesep).encode(self._encoding, "backslashreplace")
+            data = memoryview(encoded)
+            while data:
+                count = self._file.write(data)
+                if count is None:  # full, and made non-blocking by another process that shares the stream
+                    time.sleep(_STREAM_RETRY_S)
+                else:
+                    data = data[count:]
+        except (OSError, ValueError):  # it is closed, or nobody reads it any more
+            return False
+        return True
 
     def _run(self) -> None:
         while True:
             try:
                 self._write_next()
             except Exception:
-                with contextlib.suppress(MemoryError):
+                with contextlib.suppress(MemoryError):  # of logging; the thread has to go on
                     log.exception("a line of the log cannot be written")
                 time.sleep(_STREAM_RETRY_S)
 
     def _write_next(self) -> None:
-        """Writes the next line when there is one; what cannot be written counts as dropped."""
+        """Wait for a line and write it; one that cannot be written counts as dropped."""
         with self._changed:
             self._changed.wait_for(lambda: self._unwritten)
             line = self._unwritten[0]
@@ -582,72 +670,84 @@ class ErrorStream(logging.Handler):
         with self._changed:
             self._unwritten.popleft()
             self._size -= len(line)
-            self._dropped += not is_written
-            self._is_stuck = self._is_stuck and not is_written
+            if is_written:
+                self._is_stuck = False
+            else:
+                self._dropped += 1
             if self._dropped and is_written and not self._unwritten:
-                text = f"{self._dropped} lines of the log were dropped: nobody read standard error"
-                record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
-                self._unwritten.append(self.format(record))
-                self._size += len(self._unwritten[-1])
+                self._append(self._drop_notice())
                 self._dropped = 0
             self._changed.notify_all()
 
-    def write(self, line: str) -> bool:
-        """Writes a line now, however long that takes; False when it cannot be written."""
-        try:
-            if self._is_text:
-                self._file.write(line + "\n")
-                return True
-            data = memoryview((line + os.linesep).encode(self._encoding, "backslashreplace"))
-            while data:
-                written = self._file.write(data)
-                if written is None:  # whoever shares the stream made it non-blocking
-                    time.sleep(_STREAM_RETRY_S)
-                else:
-                    data = data[written:]
-        except (OSError, ValueError):  # it is closed, or nobody reads it any more
-            return False
-        return True
+    def _append(self, line: str) -> None:
+        self._unwritten.append(line)
+        self._size += len(line)
+
+    def _is_shorter_than(self, count: int) -> bool:
+        return len(self._unwritten) < count
+
+    def _drop_notice(self) -> str:
+        text = f"{self._dropped} lines of the log were dropped: nobody read standard error"
+        record = logging.makeLogRecord({"levelname": "WARNING", "msg": text})
+        return self.format(record)
 
 
-_ROTATION_PAUSE_S = 60.0  # after one that could not be
+_LOG_FILE_BYTES = 10 * 2**20
+_LOG_FILE_BACKUPS = 5
+_ROTATION_RETRY_S = 60.0
 
 
 class LogFile(logging.handlers.RotatingFileHandler):
-    """The log in a file, rotated; where it cannot be written, it goes on without."""
+    """Writes the log to a file and rotates it; while it cannot be written, the daemon goes on without."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, maxBytes=10 * 2**20, backupCount=5, encoding="utf-8", delay=True)
-        self._resume_s = 0.0  # when it may be rotated again
+        super().__init__(
+            path,
+            maxBytes=_LOG_FILE_BYTES,
+            backupCount=_LOG_FILE_BACKUPS,
+            encoding="utf-8",
+            delay=True,
+        )
+        self._rotate_after_s = 0.0  # of time.monotonic()
+        self._has_warned = False
 
     def shouldRollover(self, record: logging.LogRecord) -> int:
-        return time.monotonic() >= self._resume_s and super().shouldRollover(record)
+        if time.monotonic() < self._rotate_after_s:
+            return False
+        return super().shouldRollover(record)
 
     def doRollover(self) -> None:
-        """Rotates, unless somebody reads the file: Windows would not rename it, after all older ones had moved on."""
-        if self.stream:
-            self.stream.close()
-            self.stream = None  # opened again for the next line
+        """Rotate, unless somebody reads the file: Windows would refuse to rename it after all older ones had moved."""
+        self._close_stream()
         try:
             os.rename(self.baseFilename, self.baseFilename + ".next")
             os.rename(self.baseFilename + ".next", self.baseFilename)
             super().doRollover()
         except OSError:
-            self._resume_s = time.monotonic() + _ROTATION_PAUSE_S
+            self._rotate_after_s = time.monotonic() + _ROTATION_RETRY_S
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Nothing: standard error has the line too."""
+        """Warn once that the file cannot be written; standard error has the record too."""
+        if self._has_warned:
+            return
+        self._has_warned = True  # before the warning, which comes back here
+        with contextlib.suppress(MemoryError):  # of logging, from whichever thread logs
+            log.warning("the log file %s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
 
     def restore(self) -> None:
-        """Begins the file anew where it has been deleted."""
+        """Begin the file anew where it has been deleted."""
         if os.path.exists(self.baseFilename):
             return
         with self.lock or contextlib.nullcontext():
-            if self.stream:
-                self.stream.close()
-                self.stream = None  # opened again for the next line
+            self._close_stream()
             with contextlib.suppress(OSError):  # it is there, or the root is gone too, which its watch tells
                 os.mkdir(os.path.dirname(self.baseFilename))
+
+    def _close_stream(self) -> None:
+        """Close the file; the next record opens it again."""
+        if self.stream:
+            self.stream.close()
+            self.stream = None
 
 
 # ======================================================================================================================
@@ -8595,7 +8695,7 @@ class Daemon:
         store.start()
         closing.callback(store.stop)
         clock = Clock.resume(store.metadata(), store.latest_ns())
-        store.save_metadata(clock.memory())
+        store.save_metadata(clock.metadata())
         files = SafeDirectory(os.path.join(self._root, "tasks"))
         processes = Processes(umask, descriptors, self._reserve)
         scheduler = Scheduler(
@@ -8702,7 +8802,7 @@ class Daemon:
 
     def _log_by(self, handler: logging.Handler) -> None:
         is_json = self._settings.log_format == "json"
-        handler.setFormatter(JsonLines() if is_json else LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(JsonFormatter() if is_json else LineFormatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
 
 
@@ -9289,7 +9389,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, A
             parser.add_argument(f"--no_{option.field}", dest=option.field, action="store_false")
         else:
             action = "append" if option.kind == "list" else "store"
-            checked = functools.partial(_checked_text, option)
+            checked = functools.partial(check_argument, option)
             parser.add_argument(f"--{option.field}", dest=option.field, type=checked, action=action)
     given = vars(parser.parse_intermixed_args([_normalize_flag(word) for word in arguments]))
     return given.pop("words"), given
@@ -9308,7 +9408,7 @@ def _flag_rows() -> Iterator[tuple[str, str]]:
         if option.kind == "flag":
             yield f"    --[no-]{option.name}", option.help
         else:
-            default = _default(option)
+            default = default_text(option)
             quoted = f'"{default}"' if option.kind in ("address", "path") else default
             yield f"    --{option.name}={quoted}", option.help
     yield "    --[no-]version", _SWITCHES[1][1]

@@ -3623,7 +3623,7 @@ def agree(daemon: Daemon, model: Model, id: str) -> None:
 def test_clock_follows_no_change_of_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     clock_type, real = module().Clock, time.time_ns
     clock = clock_type.resume({}, 0)
-    before, memory = clock.now_ns(), clock.memory()
+    before, memory = clock.now_ns(), clock.metadata()
     for day_ns in (86_400 * 10**9, -86_400 * 10**9):
         monkeypatch.setattr(time, "time_ns", lambda day_ns=day_ns: real() + day_ns)
         for one in (clock, clock_type.resume(memory, before)):
@@ -3634,7 +3634,7 @@ def test_clock_follows_no_change_of_the_wall_clock(monkeypatch: pytest.MonkeyPat
 def test_clock_goes_on_after_a_boot(monkeypatch: pytest.MonkeyPatch) -> None:
     clock_type, real = module().Clock, time.time_ns
     clock = clock_type.resume({}, 0)
-    before, memory = clock.now_ns(), {**clock.memory(), "boot": "another"}
+    before, memory = clock.now_ns(), {**clock.metadata(), "boot": "another"}
     hour_ns = 3600 * 10**9
     monkeypatch.setattr(time, "time_ns", lambda: real() + hour_ns)
     assert 0 <= clock_type.resume(memory, before).now_ns() - before - hour_ns < 10 * 10**9
@@ -6387,7 +6387,7 @@ def test_log_rotates_only_where_no_reader_holds_it(tmp_path: Path) -> None:
         after = write(*"abcdefghij")
     if WINDOWS:
         assert {name for name in before if before[name] != after[name]} == {"log"} and "j" in after["log"]
-        handler._resume_s = 0
+        handler._rotate_after_s = 0
     assert "jjj" in "".join(write("k").values()) and len(list(tmp_path.iterdir())) == 6
     handler.close()
 
