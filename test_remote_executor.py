@@ -3102,7 +3102,7 @@ def test_on_exit_leave_says_how_many_steps_run_on(launch: Callable[..., Daemon],
     daemon = launch()
     daemon.until_running(daemon.submit(held(gate), held(gate), ansync="1"), 0, 1)
     assert daemon.end() == 0
-    assert len([line for line in daemon.log().splitlines() if "2 steps run on" in line]) == 1
+    assert len([line for line in daemon.log().splitlines() if "2 steps left running" in line]) == 1
     daemon.start()
 
 
@@ -5736,7 +5736,7 @@ def test_tls_certificates_are_read_again_on_sighup(launch_tls: Callable[..., Dae
     wait_until(lambda: shown_certificate(daemon) != before, "the new certificate")
     files["server"].write_text("none")
     daemon.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: "hold" in daemon.log(), "a word of it")
+    wait_until(lambda: "stay in use" in daemon.log(), "a word of it")
     assert shown_certificate(daemon) == ssl.PEM_cert_to_DER_cert(PEMS["client"])
     daemon.tls = trusting(files, check_names=False)
     daemon.tls.verify_mode = ssl.CERT_NONE
@@ -7073,7 +7073,7 @@ def test_service_uninstall_removes_the_unit(tmp_path: Path) -> None:
 @posix_only
 def test_service_needs_the_rights_of_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(module().StartupError, match="root; run it by sudo"):
+    with pytest.raises(module().StartupError, match="run it with sudo"):
         module().SystemdServices("").install(["x"])
 
 
@@ -7101,7 +7101,7 @@ def bare_host() -> Iterator[None]:
     if state != "not installed":
         pytest.skip(f"the service of this host is {state}")
     installed = cli("service", "install")
-    if "rights of an administrator" in installed.stderr:
+    if "administrator rights" in installed.stderr:
         pytest.skip("this user may not install a service")
     assert installed.returncode == 0, installed
     assert cli("service", "uninstall").returncode == 0
