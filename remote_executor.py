@@ -351,7 +351,7 @@ OPTIONS = (
     Option("tls_cert", "path", "", "PEM file of this host's certificate. The port then speaks HTTPS only."),
     Option("tls_key", "path", "", "PEM file of the private key, unless it is in --tls_cert."),
     Option("tls_client_ca", "path", "", "PEM file of the CA whose client certificates are accepted like tokens."),
-    Option("max_connections", "count", "512", "Maximum number of connections, 64 from one address.", min=16),
+    Option("max_connections", "count", "512", "Maximum number of connections, at most 64 from one address.", min=16),
     Option(
         "on_exit",
         "choice",
