@@ -7139,7 +7139,7 @@ def test_service_of_windows_is_installed_started_stopped_and_removed(bare_host: 
     assert cli("service", "status").stdout == "not running\n"
     assert re.fullmatch(r"running, pid \d+\n", cli("service", "start").stdout)
     drive_service(root, port)
-    assert cli("service", "start").stderr == "remote_executor: service: runs already\n"
+    assert cli("service", "start").stderr == "remote_executor: service: already running\n"
     assert cli("service", "stop").stdout == "not running\n" and cli("service", "status").returncode == 3
     assert (root / "logs" / "remote_executor.log").read_text().endswith("INFO ended\n")
     assert cli("service", "uninstall").returncode == 0 and cli("service", "status").returncode == 4
