@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""remote_executor: turns a host into a remote executor of scripts, by an HTTP/JSON API; one file, no dependency.
+"""remote_executor: a daemon that runs scripts on its host for clients of an HTTP/JSON API; one file, no dependencies.
 
     python3 remote_executor.py run --addr=:2376
 
@@ -17,17 +17,17 @@ The file reads from top to bottom, a section uses only what stands above it:
     V    API               web pages, task API, operator API, profiling, API document
     VI   program           daemon, supervisors, service managers, command line
 
-Words: a *task* is a graph of *steps*, each one script; its steps share a *workspace*, a directory of the task's own. A
-*worker* is the thread of a running step, a *slot* its place in the pool. To *stop* a step ends its whole process tree
-by force. A step that runs on without a daemon is *adopted* by the next one; it is *lost* when nobody can know how it
-ended. What is damaged goes into *quarantine*, under another name. A *token* lets a client in; its *label* is the name
-that the log gives it. A *wrapper* is the small shell that runs a step's script, and leaves its pid and its result on
-disk.
+Glossary: a *task* is a graph of *steps*, each one script; its steps share a *workspace*, the task's own directory. A
+*worker* is the thread of a running step, a *slot* its share of the pool. To *stop* a step is to kill its whole process
+tree. A step that outlives its daemon is *adopted* by the next one; it is *lost* when its result cannot be known.
+Damaged files are renamed into *quarantine*. A *token* authenticates a client; its *label* is the client's name in the
+log. The *wrapper* is the small shell that runs a step's script and leaves its pid and its result on disk.
 
-Threads: `main` waits for signals; `listener` accepts connections; one `connection` a client, and two `reserve
-connection` for when no more can be started; one `step` a running step; `store` commits, many changes at a time;
-`timekeeper` enforces deadlines and limits of output; `sweeper` removes what has expired; `log` writes to standard
-error. Under the service control manager of Windows `main` is its own, and another runs the daemon.
+Threads: `main` waits for signals and makes periodic checks; `listener` accepts connections; one `connection` per
+client, and two `reserve connection` for when no more can be started; one `step` per running step; `store` commits, many
+changes at a time; `timekeeper` enforces deadlines and output limits; `sweeper` removes what has expired; `log` writes
+to standard error. Under the service control manager of Windows `main` belongs to the manager, and another thread runs
+the daemon.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ __version__ = "1.0.0"
 log = logging.getLogger("remote_executor")
 
 # ======================================================================================================================
-# I foundations / errors: what is refused, and as what
+# I foundations / errors: which response or exit each becomes
 # ======================================================================================================================
 
 
 class Code(IntEnum):
-    """The `code` of an answer that is no refusal."""
+    """The `code` of a response that is not an error."""
 
     SUCCESS = 0
     IN_PROGRESS = 1001
@@ -91,7 +91,7 @@ class Code(IntEnum):
 
 
 class ApiError(Exception):
-    """An answer that refuses: `status` is its HTTP status, `code` the code of its body, `headers` go with it."""
+    """An error response: its HTTP `status`, the `code` of its body, and `headers` of its own."""
 
     status = 500
     code = 500
@@ -159,19 +159,19 @@ class StorageFull(ApiError):
 
 
 class LaunchError(Exception):
-    """A step could not start; the text is its reason."""
+    """A step could not start; the text is the reason that its record shows."""
 
 
 class StartupError(Exception):
-    """The daemon cannot start; the text is the one line that says why."""
+    """The daemon or a command cannot do its work; the text is the one line that the user sees."""
 
 
 class NotInstalled(StartupError):
-    """This host has no service of ours."""
+    """This program is not installed as a service of this host."""
 
 
 class UsageError(Exception):
-    """What was typed cannot be meant; the text is the one line that says what can."""
+    """The command line is wrong; the text is the one line that the user sees."""
 
 
 # ======================================================================================================================
@@ -179,47 +179,52 @@ class UsageError(Exception):
 # ======================================================================================================================
 
 _SECOND_NS = 10**9
+_INT64_MAX = 2**63 - 1
 
 
 class Clock:
-    """The daemon's time in nanoseconds since the epoch, which never jumps; any thread may ask.
+    """The daemon's clock, in nanoseconds since the epoch; setting the host's clock does not move it. Thread-safe.
 
-    Every stored time is of this clock, so that timeouts and expiry do not care what happens to the wall clock.
-    `offset_ns` is what the wall clock says beyond it; it is added where a time is shown.
+    Every stored time is of this clock, so that a change of the wall clock affects neither timeouts nor expiry.
+    `offset_ns` is how far the wall clock is ahead of it; it is added where a time is shown.
     """
 
     def __init__(self, base_ns: int, offset_ns: int = 0) -> None:
-        self.base_ns = base_ns  # what the monotonic clock, which starts anew with each boot, lacks
+        self._base_ns = base_ns  # to be added to the monotonic clock, which starts anew with each boot
         self._offset_ns = offset_ns
 
     @classmethod
-    def resume(cls, memory: Mapping[str, str], latest_ns: int) -> Clock:
-        """The clock of an earlier daemon that left this memory, or a new one; `latest_ns` is the last stored time."""
-        wall_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
+    def resume(cls, metadata: Mapping[str, str], latest_ns: int) -> Clock:
+        """Return the clock of the daemon that stored `metadata`, or a new one that is not behind `latest_ns`."""
         offset_ns = 0
-        with contextlib.suppress(KeyError, ValueError):  # the first start, or a damaged memory
-            offset_ns, base_ns = int(memory["clock_offset_ns"]), int(memory["clock_base_ns"])
-            if memory["boot"] == boot_id():
+        with contextlib.suppress(KeyError, ValueError):  # the first start, or damaged metadata
+            base_ns = int(metadata["clock_base_ns"])
+            offset_ns = int(metadata["clock_offset_ns"])
+            if metadata["boot"] == boot_id():
                 return cls(base_ns, offset_ns)
-        return cls(max(latest_ns, wall_ns - offset_ns) - monotonic_ns, offset_ns)
+        wall_ns = time.time_ns() - offset_ns
+        return cls(max(latest_ns, wall_ns) - time.monotonic_ns(), offset_ns)
 
-    def memory(self) -> dict[str, str]:
-        """What `resume` needs."""
+    def metadata(self) -> dict[str, str]:
+        """Return what `resume` needs."""
         return {
             "boot": boot_id(),
-            "clock_base_ns": str(self.base_ns),
+            "clock_base_ns": str(self._base_ns),
             "clock_offset_ns": str(self.offset_ns()),
         }
 
     def now_ns(self) -> int:
-        return time.monotonic_ns() + self.base_ns
+        return time.monotonic_ns() + self._base_ns
 
     def monotonic_s(self, at_ns: int) -> float:
-        """The moment as time.monotonic() will tell it."""
-        return (at_ns - self.base_ns) / _SECOND_NS
+        """Return what time.monotonic() is at that time."""
+        return (at_ns - self._base_ns) / _SECOND_NS
 
     def offset_ns(self) -> int:
-        """What to add to show a time. It changes only when the wall clock was set: a time shown stays what it was."""
+        """Return what to add to show a time.
+
+        It changes only when the wall clock was set by more than a second: a time that was shown does not flicker.
+        """
         offset_ns = time.time_ns() - self.now_ns()
         if abs(offset_ns - self._offset_ns) > _SECOND_NS:
             self._offset_ns = offset_ns
@@ -228,106 +233,130 @@ class Clock:
 
 @functools.lru_cache(maxsize=1)
 def boot_id() -> str:
-    """What this boot of the host has and no other; a date where the system has no such word."""
+    """Return what identifies this boot of the host: an id of the kernel, else about when it was."""
+    # suppress: not Linux, or /proc is not mounted
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()
     booted_s = time.time() - time.monotonic()
     return f"about {round(booted_s / 600)}"  # the wall clock drifts, hence the coarse grain
 
 
-_UNIT_NS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
+_UNIT_NS = {
+    "ns": 1,
+    "us": 10**3,
+    "µs": 10**3,  # U+00B5, the micro sign
+    "μs": 10**3,  # U+03BC, the Greek letter
+    "ms": 10**6,
+    "s": _SECOND_NS,
+    "m": 60 * _SECOND_NS,
+    "h": 3600 * _SECOND_NS,
+}
 _DURATION_PART = re.compile(r"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?(ns|us|µs|μs|ms|s|m|h)")
-_MAX_NS = 2**63 - 1
 
 
 def parse_duration(text: str) -> int:
-    """The nanoseconds of a duration that is not negative, as Go's time.ParseDuration reads it; raises ValueError."""
-    rest = text[1:] if text.startswith("+") else text
-    total, end = 0, 0
-    while part := _DURATION_PART.match(rest, end):
+    """Parse a duration that is not negative as Go's time.ParseDuration does; return nanoseconds. Raise ValueError."""
+    unsigned = text[1:] if text.startswith("+") else text
+    total_ns = 0
+    end = 0
+    while part := _DURATION_PART.match(unsigned, end):
         whole, fraction, unit = part.groups()
-        total += int(whole or 0) * _UNIT_NS[unit] + int(fraction or 0) * _UNIT_NS[unit] // 10 ** len(fraction or "")
+        unit_ns = _UNIT_NS[unit]
+        total_ns += int(whole or 0) * unit_ns
+        if fraction:
+            total_ns += int(fraction) * unit_ns // 10 ** len(fraction)
         end = part.end()
-    if rest != "0" and (not rest or end < len(rest) or total > _MAX_NS):
-        raise ValueError(f"{text!r} is no duration; right would be 90s, 1h30m or 500ms")
-    return total
+    is_complete = unsigned == "0" or 0 < end == len(unsigned)
+    if not is_complete or total_ns > _INT64_MAX:
+        raise ValueError(f"invalid duration {text!r}: expected for example 90s, 1h30m or 500ms")
+    return total_ns
+
+
+def _format_decimal(value: int, scale: int) -> str:
+    """Return value / scale, of which scale is a power of ten, exactly and without trailing zeros."""
+    whole, rest = divmod(value, scale)
+    if not rest:
+        return str(whole)
+    digits = len(str(scale)) - 1
+    return f"{whole}.{rest:0{digits}d}".rstrip("0")
 
 
 def format_duration(ns: int) -> str:
-    """A duration of 0 ns or more as Go's time.Duration prints it: 47h53m30.619752642s, 1.5ms, 0s."""
-    if ns < 10**9:
-        for unit, scale in (("ms", 10**6), ("µs", 10**3)):
-            if ns >= scale:
-                return _decimal(ns, scale) + unit
-        return f"{ns}ns" if ns else "0s"
-    seconds, rest = divmod(ns, 10**9)
-    minutes, seconds = divmod(seconds, 60)
-    text = f"{seconds}.{rest:09d}".rstrip("0").rstrip(".") if rest else str(seconds)
+    """Return a duration of 0 ns or more as Go's time.Duration prints it: 47h53m30.619752642s, 1.5ms, 0s."""
+    if ns == 0:
+        return "0s"
+    if ns < _UNIT_NS["us"]:
+        return f"{ns}ns"
+    if ns < _UNIT_NS["ms"]:
+        return _format_decimal(ns, _UNIT_NS["us"]) + "µs"
+    if ns < _SECOND_NS:
+        return _format_decimal(ns, _UNIT_NS["ms"]) + "ms"
+    minutes, rest_ns = divmod(ns, _UNIT_NS["m"])
+    seconds = _format_decimal(rest_ns, _SECOND_NS)
     if not minutes:
-        return f"{text}s"
+        return f"{seconds}s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes}m{text}s" if hours else f"{minutes}m{text}s"
-
-
-def _decimal(value: int, scale: int) -> str:
-    whole, rest = divmod(value, scale)
-    return f"{whole}.{rest:0{len(str(scale)) - 1}d}".rstrip("0") if rest else str(whole)
+    if not hours:
+        return f"{minutes}m{seconds}s"
+    return f"{hours}h{minutes}m{seconds}s"
 
 
 @functools.lru_cache(maxsize=4096)
 def format_time(seconds: int) -> str:
-    """A moment, in whole seconds since the epoch, as RFC 3339 with the local offset."""
+    """Return a time, in whole seconds since the epoch, as RFC 3339 with the local offset."""
     return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat()
 
 
 # ======================================================================================================================
-# I foundations / options: the table of flags, how a value of each kind is read, the settings
+# I foundations / options: the table of flags, how values are parsed, the settings
 # ======================================================================================================================
+
+MAX_POOL_SIZE = 10000
 
 
 class Option(NamedTuple):
-    """A flag: its name as the help shows it, the kind of its value, its default, what it is for."""
+    """A flag: its name as the help shows it, the kind of its value, its default, its help, and what bounds it."""
 
     name: str
-    kind: str  # flag, address, path, duration, count, size or one of `choices`
+    kind: str  # flag, address, path, duration, count, size, list or choice
     default: str
     help: str
     min: int = 0
-    max: int = 2**63 - 1
+    max: int = _INT64_MAX
     choices: tuple[str, ...] = ()
 
     @property
     def field(self) -> str:
-        """Its attribute in Settings."""
+        """The name of its attribute in Settings."""
         return self.name.replace("-", "_")
 
 
 OPTIONS = (
     Option("addr", "address", ":2376", "host:port for execution."),
     Option("debug", "flag", "", "Enable debug messages"),
-    Option("log_format", "choice", "text", "How the log is written: text or json.", choices=("text", "json")),
+    Option("log_format", "choice", "text", "Log format: text or json.", choices=("text", "json")),
     Option("root", "path", "$TEMP/remote_executor", "Working root directory"),
     Option("key_expire", "duration", "48h", 'Set the database key expire time. Example: "key_expire=1h"', min=1),
     Option("exec_timeout", "duration", "24h", 'Set the exec command expire time. Example: "exec_timeout=30m"', min=1),
     Option("timeout", "duration", "30s", "Timeout for calling endpoints on the engine", min=1),
-    Option("profile_timeout", "duration", "1m", "Longest time that a profile or trace may take.", min=1),
+    Option("profile_timeout", "duration", "1m", "Maximum duration of a profile or trace.", min=1),
     Option("max-requests", "count", "0", "Maximum number of concurrent requests. 0 to disable."),
-    Option("pool_size", "count", "30", "Set the size of the execution work pool.", min=1, max=10000),
-    Option("max_body", "size", "16MiB", "Largest body of a request. Larger ones get 413.", min=1),
-    Option("max_output", "size", "1GiB", "Largest output of a step, which is then stopped. 0 to disable."),
-    Option("token_file", "path", "$ROOT/token", "File of the tokens that let clients in, one a line."),
-    Option("require_token", "flag", "", "Ask for a token from clients on this host too."),
-    Option("insecure", "flag", "", "Let everybody in without a token: whoever reaches the port runs code here."),
-    Option("cors_origin", "list", "", "Origin of a web page that may call the API. Repeatable."),
-    Option("tls_cert", "path", "", "Certificate of this host, in PEM: with it the port speaks HTTPS alone."),
-    Option("tls_key", "path", "", "Private key of the certificate, where it is in a file of its own."),
-    Option("tls_client_ca", "path", "", "Authority whose client certificates let in as tokens do, in PEM."),
-    Option("max_connections", "count", "512", "Most connections at once, of which 64 from one address.", min=16),
+    Option("pool_size", "count", "30", "Set the size of the execution work pool.", min=1, max=MAX_POOL_SIZE),
+    Option("max_body", "size", "16MiB", "Maximum size of a request body. Larger ones get 413.", min=1),
+    Option("max_output", "size", "1GiB", "Maximum output of a step, which is stopped beyond it. 0 to disable."),
+    Option("token_file", "path", "$ROOT/token", "File of access tokens, one per line."),
+    Option("require_token", "flag", "", "Require a token from clients on this host too."),
+    Option("insecure", "flag", "", "Disable authentication: anyone who reaches the port can run code."),
+    Option("cors_origin", "list", "", "Origin whose web pages may call the API. Repeatable."),
+    Option("tls_cert", "path", "", "PEM file of this host's certificate. The port then speaks HTTPS only."),
+    Option("tls_key", "path", "", "PEM file of the private key, unless it is in --tls_cert."),
+    Option("tls_client_ca", "path", "", "PEM file of the CA whose client certificates are accepted like tokens."),
+    Option("max_connections", "count", "512", "Maximum number of connections, at most 64 from one address.", min=16),
     Option(
         "on_exit",
         "choice",
         "leave",
-        "What an orderly exit does with running steps: leave, wait or stop.",
+        "What a graceful shutdown does with running steps: leave, wait or stop.",
         choices=("leave", "wait", "stop"),
     ),
 )
@@ -359,98 +388,129 @@ class Settings(NamedTuple):
     on_exit: str
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """Host, empty for every address, and port of host:port, [::1]:port or tcp://host:port; raises ValueError."""
-    found = re.fullmatch(r"(?:tcp://)?(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]]*)):([0-9]{1,5})", text)
-    if not found or int(found[3]) > 65535:
-        raise ValueError(f"{text!r} is no address; right would be :2376, 127.0.0.1:2376 or [::1]:2376")
-    return found[1] or found[2] or "", int(found[3])
-
-
+# Stricter than urllib.parse.urlsplit, which takes user@host, a path, and on Python 3.9 a port such as 2_376.
+_ADDRESS = re.compile(r"(?:tcp://)?(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]]*)):([0-9]{1,5})")
+_COUNT = re.compile("[0-9]{1,15}")
 _SIZE = re.compile(r"([0-9]{1,15}) ?(?:([KMGT])i?)?B?", re.IGNORECASE)
+_ORIGIN = re.compile(r"https?://[^/\s]+")
 
 
-def _checked_text(option: Option, text: str) -> str:
-    try:
-        value = _value(option, text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if isinstance(value, int) and not option.min <= value <= option.max:
-        most = f" to {option.max}" if option.max < 2**63 - 1 else " or more"
-        least = "more than 0" if option.kind != "count" and option.min else f"{option.min}{most}"
-        raise argparse.ArgumentTypeError(f"{text!r} is out of range; right would be {least}")
-    return text
+def parse_address(text: str) -> tuple[str, int]:
+    """Split host:port, [::1]:port or tcp://host:port; the host is empty for every address. Raise ValueError."""
+    match = _ADDRESS.fullmatch(text)
+    if not match or int(match[3]) > 65535:
+        raise ValueError(f"invalid address {text!r}: expected for example :2376, 127.0.0.1:2376 or [::1]:2376")
+    host = match[1] or match[2]
+    return host, int(match[3])
 
 
-def _value(option: Option, text: str) -> Any:
-    """The value of a flag; raises ValueError that says what would be right."""
+def _parse_count(text: str) -> int:
+    if not _COUNT.fullmatch(text):
+        raise ValueError(f"invalid number {text!r}: expected for example 30")
+    return int(text)
+
+
+def _parse_size(text: str) -> int:
+    """Return the bytes of a size; each prefix is a power of 1024, with or without `i`. Raise ValueError."""
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise ValueError(f"invalid size {text!r}: expected for example 16MiB or 1GiB")
+    prefix = match[2] or " "
+    exponent = " KMGT".index(prefix.upper())
+    return int(match[1]) << 10 * exponent
+
+
+def _parse_value(option: Option, text: str) -> Any:
+    """Return an int for a duration (ns), a count or a size (bytes), else the text. Raise ValueError."""
     if option.kind == "duration":
         return parse_duration(text)
-    if option.kind == "count" or option.kind == "size":
-        found = _SIZE.fullmatch(text) if option.kind == "size" else re.fullmatch("([0-9]{1,15})()", text)
-        if not found:
-            right = "a size such as 16MiB or 1GiB" if option.kind == "size" else "a number such as 30"
-            raise ValueError(f"{text!r} is no {option.kind}; right would be {right}")
-        return int(found[1]) << 10 * " KMGT".index((found[2] or " ").upper())
+    if option.kind == "count":
+        return _parse_count(text)
+    if option.kind == "size":
+        return _parse_size(text)
     if option.kind == "choice" and text not in option.choices:
-        raise ValueError(f"{text!r} is none of {', '.join(option.choices)}")
+        raise ValueError(f"invalid choice {text!r}: expected one of {', '.join(option.choices)}")
+    if option.kind == "list" and not _ORIGIN.fullmatch(text):
+        raise ValueError(f"invalid origin {text!r}: expected for example https://example.org")
     if option.kind == "address":
         parse_address(text)
-    if option.kind == "list" and not re.fullmatch(r"https?://[^/\s]+", text):
-        raise ValueError(f"{text!r} is no origin; right would be https://example.org")
     if not text:
         raise ValueError("must not be empty")
     return text
 
 
-def make_settings(given: Mapping[str, Any]) -> Settings:
-    """The settings with what was given in place of the defaults; raises UsageError for what cannot be together."""
-    settings = Settings(**{option.field: _setting(option, given) for option in OPTIONS})
+def _describe_range(option: Option) -> str:
+    if option.kind != "count" and option.min:
+        return "more than 0"
+    if option.max < _INT64_MAX:
+        return f"{option.min} to {option.max}"
+    return f"{option.min} or more"
+
+
+def check_argument(option: Option, text: str) -> str:
+    """Return the text when it is a value of the option; raise argparse.ArgumentTypeError."""
+    try:
+        value = _parse_value(option, text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if isinstance(value, int) and not option.min <= value <= option.max:
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range: expected {_describe_range(option)}")
+    return text
+
+
+def default_text(option: Option) -> str:
+    """Return the default of an option as one would type it."""
+    return option.default.replace("$TEMP", tempfile.gettempdir())
+
+
+def _setting(option: Option, flags: Mapping[str, Any]) -> Any:
+    if option.kind == "flag":
+        return flags.get(option.field, False)
+    if option.kind == "list":
+        texts = flags.get(option.field, ())
+        return tuple(_parse_value(option, text) for text in texts)
+    text = flags.get(option.field, default_text(option))
+    if not text and not option.default:
+        return ""
+    return _parse_value(option, text)
+
+
+def make_settings(flags: Mapping[str, Any]) -> Settings:
+    """Return the settings: flags as typed, by field, over the defaults. Raise UsageError for those that conflict."""
+    values = {option.field: _setting(option, flags) for option in OPTIONS}
+    settings = Settings(**values)
     for name in ("tls_key", "tls_client_ca"):
-        if getattr(settings, name) and not settings.tls_cert:
-            raise UsageError(f"--{name} without --tls_cert; give the certificate of this host too")
+        if values[name] and not settings.tls_cert:
+            raise UsageError(f"--{name} needs --tls_cert, the certificate of this host")
     if settings.insecure and settings.require_token:
-        raise UsageError("--insecure and --require_token exclude each other; give one of them")
+        raise UsageError("--insecure and --require_token exclude each other; use one of them")
     return settings
 
 
-def _setting(option: Option, given: Mapping[str, Any]) -> Any:
-    if option.kind == "flag":
-        return given.get(option.field, False)
-    if option.kind == "list":
-        return tuple(_value(option, text) for text in given.get(option.field, ()))
-    text = given.get(option.field, _default(option))
-    return _value(option, text) if text or option.default else ""
-
-
-def temporary_directory() -> str:
-    return tempfile.gettempdir()
-
-
-def _default(option: Option) -> str:
-    return option.default.replace("$TEMP", temporary_directory())
-
-
-MAX_POOL_SIZE = next(option.max for option in OPTIONS if option.name == "pool_size")
-
 # ======================================================================================================================
-# I foundations / threads: one that begins, or says that it cannot
+# I foundations / threads: a start that never hangs
 # ======================================================================================================================
 
-_THREAD_START_S = 1.0  # within which a thread begins, on a loaded host too
+_THREAD_START_S = 1.0  # enough for a thread to begin on a loaded host too
 
 
 class DaemonThread(threading.Thread):
-    """A daemon thread that begins, or `start` raises RuntimeError, and then its target never runs.
+    """A daemon thread whose `start` never hangs: either it begins, or RuntimeError is raised and its target never runs.
 
-    Thread.start() waits for ever for one that memory failed in its first frames (CPython's issue 140746): seen in 2 of
-    12 runs under `ulimit -v 150000`, each time of the thread that accepts connections.
+    Thread.start() waits for ever for a thread that ran out of memory in its first frames (CPython issue 140746): seen
+    in 2 of 12 runs under `ulimit -v 150000`, each time with the thread that accepts connections.
     """
 
-    def __init__(self, target: Callable[..., Any], name: str, args: tuple[Any, ...] = ()) -> None:
+    def __init__(
+        self,
+        target: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...] = (),
+    ) -> None:
         super().__init__(target=target, name=name, args=args, daemon=True)
-        self._started = _BoundedEvent()  # Thread's own, which `start` waits for
-        self._claims = [True]  # one, for who comes first: the thread that begins, or `start` that gives it up
+        self._started = _BoundedEvent()  # Thread's own attribute, which its `start` waits for
+        # Popped, which is atomic, by whoever comes first: the thread that begins, or `start` that gives it up.
+        self._claims = [True]
 
     def start(self) -> None:
         super().start()
@@ -458,7 +518,7 @@ class DaemonThread(threading.Thread):
             return
         with contextlib.suppress(IndexError):  # it has begun after all
             self._claims.pop()
-            raise RuntimeError("can't start new thread: it has not begun in time")
+            raise RuntimeError(f"can't start new thread: it did not begin within {_THREAD_START_S} s")
 
     def run(self) -> None:
         try:
@@ -474,34 +534,45 @@ class _BoundedEvent(threading.Event):
 
 
 # ======================================================================================================================
-# I foundations / logging: how a record is written, to a stream that nobody may read and to a file that rotates
+# I foundations / logging: formatters, a stream that nobody may read, a file that rotates
 # ======================================================================================================================
 
 
+def _escape_unprintable(text: str) -> str:
+    """Return the text with control characters, and all else that does not show, escaped."""
+    if text.isprintable():
+        return text
+    escaped = []
+    for character in text:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        escaped.append(character)
+    return "".join(escaped)
+
+
 class LineFormatter(logging.Formatter):
-    """Writes a record so that nothing in it ends its line, colours it or turns it round."""
+    """Formatter of lines of text: nothing in a record can end its line, colour it or reverse its direction."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = _printable(record.message)
+        record.message = _escape_unprintable(record.message)
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:
-        return "\n".join(_printable(line) for line in super().formatException(ei).split("\n"))
+        lines = super().formatException(ei).split("\n")
+        return "\n".join(map(_escape_unprintable, lines))
 
 
-def _printable(text: str) -> str:
-    """The text with escapes in place of control characters and of others that do not show."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-
-
-class JsonLines(logging.Formatter):
-    """An event as a JSON object in a line: its time, level, text and thread, and what it is about."""
+class JsonFormatter(logging.Formatter):
+    """Formatter of JSON Lines: an object of time, level, message, thread, the record's log_fields, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
-        at = datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
-        event = {"time": at, "level": record.levelname, "message": record.getMessage(), "thread": record.threadName}
+        created = datetime.datetime.fromtimestamp(record.created).astimezone()
+        event = {
+            "time": created.isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "message": record.getMessage(),
+            "thread": record.threadName,
+        }
         event.update(getattr(record, "log_fields", {}))
         if record.exc_info:
             event["exception"] = self.formatException(record.exc_info)
@@ -514,11 +585,11 @@ _STREAM_RETRY_S = 0.05
 _LOG_STACK_BYTES = 512 * 1024  # it calls nothing deep; the usual 8 MB are what `ulimit -v` lacks first
 
 
-class ErrorStream(logging.Handler):
-    """The log on standard error, written by a thread of its own: nobody waits for whoever does not read there.
+class QueuedStreamHandler(logging.Handler):
+    """Handler that writes the log to a stream in a thread of its own: no thread that logs waits for a slow reader.
 
-    What finds no room in `_MAX_UNWRITTEN` is dropped and counted; one line tells how many when the stream takes lines
-    again.
+    At most `_MAX_UNWRITTEN` characters wait to be written. Lines beyond are dropped, and one line says how many when
+    the stream takes lines again.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -532,49 +603,66 @@ class ErrorStream(logging.Handler):
         self._unwritten: collections.deque[str] = collections.deque()  # the first is being written
         self._size = 0  # characters in it
         self._dropped = 0
-        self._is_stuck = False  # whether the last flush had to give up
+        self._is_stuck = False  # the last flush had to give up
 
     def start(self) -> None:
-        """Writes lines from now on; for the thread that runs the daemon, before it starts others."""
-        usual = threading.stack_size(_LOG_STACK_BYTES)
+        """Start the thread that writes. Call it in the daemon's main thread, before others are started."""
+        usual_bytes = threading.stack_size(_LOG_STACK_BYTES)
         try:
             DaemonThread(self._run, "log").start()
         finally:
-            threading.stack_size(usual)
+            threading.stack_size(usual_bytes)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Leaves a line to the thread; formatted here, for what it tells of may change."""
+        """Queue a line; it is formatted here, since what its arguments refer to may change."""
         try:
             line = self.format(record)
         except Exception:
-            line = f"a line cannot be formatted: {logging.Formatter().formatException(sys.exc_info())}"
+            line = f"a log record cannot be formatted: {logging.Formatter().formatException(sys.exc_info())}"
         with self._changed:
             if self._size + len(line) > _MAX_UNWRITTEN:
                 self._dropped += 1
             else:
-                self._unwritten.append(line)
-                self._size += len(line)
+                self._append(line)
                 self._changed.notify_all()
 
     def flush(self) -> None:
-        """Waits until all is written, unless the stream takes nothing for a second."""
+        """Wait until all is written, or the stream takes nothing for a second."""
         with self._changed:
             while self._unwritten and not self._is_stuck:
-                left = len(self._unwritten)
-                if not self._changed.wait_for(lambda left=left: len(self._unwritten) < left, _FLUSH_S):  # type: ignore[misc]
+                is_shorter = functools.partial(self._is_shorter_than, len(self._unwritten))
+                if not self._changed.wait_for(is_shorter, _FLUSH_S):
                     self._is_stuck = True
+
+    def write(self, line: str) -> bool:
+        """Write a line now, however long that takes. Return False when it cannot be written."""
+        try:
+            if self._is_text:
+                self._file.write(line + "\n")
+                return True
+            encoded = (line + os.linesep).encode(self._encoding, "backslashreplace")
+            data = memoryview(encoded)
+            while data:
+                count = self._file.write(data)
+                if count is None:  # full, and made non-blocking by another process that shares the stream
+                    time.sleep(_STREAM_RETRY_S)
+                else:
+                    data = data[count:]
+        except (OSError, ValueError):  # it is closed, or nobody reads it any more
+            return False
+        return True
 
     def _run(self) -> None:
         while True:
             try:
                 self._write_next()
             except Exception:
-                with contextlib.suppress(MemoryError):
+                with contextlib.suppress(MemoryError):  # of logging; the thread has to go on
                     log.exception("a line of the log cannot be written")
                 time.sleep(_STREAM_RETRY_S)
 
     def _write_next(self) -> None:
-        """Writes the next line when there is one; what cannot be written counts as dropped."""
+        """Wait for a line and write it; one that cannot be written counts as dropped."""
         with self._changed:
             self._changed.wait_for(lambda: self._unwritten)
             line = self._unwritten[0]
@@ -582,72 +670,84 @@ class ErrorStream(logging.Handler):
         with self._changed:
             self._unwritten.popleft()
             self._size -= len(line)
-            self._dropped += not is_written
-            self._is_stuck = self._is_stuck and not is_written
+            if is_written:
+                self._is_stuck = False
+            else:
+                self._dropped += 1
             if self._dropped and is_written and not self._unwritten:
-                text = f"{self._dropped} lines of the log were dropped: nobody read standard error"
-                record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
-                self._unwritten.append(self.format(record))
-                self._size += len(self._unwritten[-1])
+                self._append(self._drop_notice())
                 self._dropped = 0
             self._changed.notify_all()
 
-    def write(self, line: str) -> bool:
-        """Writes a line now, however long that takes; False when it cannot be written."""
-        try:
-            if self._is_text:
-                self._file.write(line + "\n")
-                return True
-            data = memoryview((line + os.linesep).encode(self._encoding, "backslashreplace"))
-            while data:
-                written = self._file.write(data)
-                if written is None:  # whoever shares the stream made it non-blocking
-                    time.sleep(_STREAM_RETRY_S)
-                else:
-                    data = data[written:]
-        except (OSError, ValueError):  # it is closed, or nobody reads it any more
-            return False
-        return True
+    def _append(self, line: str) -> None:
+        self._unwritten.append(line)
+        self._size += len(line)
+
+    def _is_shorter_than(self, count: int) -> bool:
+        return len(self._unwritten) < count
+
+    def _drop_notice(self) -> str:
+        text = f"{self._dropped} lines of the log were dropped: nobody read standard error"
+        record = logging.makeLogRecord({"levelname": "WARNING", "msg": text})
+        return self.format(record)
 
 
-_ROTATION_PAUSE_S = 60.0  # after one that could not be
+_LOG_FILE_BYTES = 10 * 2**20
+_LOG_FILE_BACKUPS = 5
+_ROTATION_RETRY_S = 60.0
 
 
 class LogFile(logging.handlers.RotatingFileHandler):
-    """The log in a file, rotated; where it cannot be written, it goes on without."""
+    """Handler that writes the log to a file and rotates it; while it cannot be written, the daemon goes on without."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, maxBytes=10 * 2**20, backupCount=5, encoding="utf-8", delay=True)
-        self._resume_s = 0.0  # when it may be rotated again
+        super().__init__(
+            path,
+            maxBytes=_LOG_FILE_BYTES,
+            backupCount=_LOG_FILE_BACKUPS,
+            encoding="utf-8",
+            delay=True,
+        )
+        self._rotate_after_s = 0.0  # of time.monotonic()
+        self._has_warned = False
 
     def shouldRollover(self, record: logging.LogRecord) -> int:
-        return time.monotonic() >= self._resume_s and super().shouldRollover(record)
+        if time.monotonic() < self._rotate_after_s:
+            return False
+        return super().shouldRollover(record)
 
     def doRollover(self) -> None:
-        """Rotates, unless somebody reads the file: Windows would not rename it, after all older ones had moved on."""
-        if self.stream:
-            self.stream.close()
-            self.stream = None  # opened again for the next line
+        """Rotate, unless somebody reads the file: Windows would refuse to rename it after all older ones had moved."""
+        self._close_stream()
         try:
             os.rename(self.baseFilename, self.baseFilename + ".next")
             os.rename(self.baseFilename + ".next", self.baseFilename)
             super().doRollover()
         except OSError:
-            self._resume_s = time.monotonic() + _ROTATION_PAUSE_S
+            self._rotate_after_s = time.monotonic() + _ROTATION_RETRY_S
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Nothing: standard error has the line too."""
+        """Warn once that the file cannot be written; standard error has the record too."""
+        if self._has_warned:
+            return
+        self._has_warned = True  # before the warning, which comes back here
+        with contextlib.suppress(MemoryError):  # of logging, from whichever thread logs
+            log.warning("the log file %s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
 
     def restore(self) -> None:
-        """Begins the file anew where it has been deleted."""
+        """Begin the file anew where it has been deleted."""
         if os.path.exists(self.baseFilename):
             return
         with self.lock or contextlib.nullcontext():
-            if self.stream:
-                self.stream.close()
-                self.stream = None  # opened again for the next line
+            self._close_stream()
             with contextlib.suppress(OSError):  # it is there, or the root is gone too, which its watch tells
                 os.mkdir(os.path.dirname(self.baseFilename))
+
+    def _close_stream(self) -> None:
+        """Close the file; the next record opens it again."""
+        if self.stream:
+            self.stream.close()
+            self.stream = None
 
 
 # ======================================================================================================================
@@ -8436,278 +8536,52 @@ class DocumentApi:
 
 
 # ======================================================================================================================
-# VI program / daemon: wiring, start, stop, signals
+# VI program / daemon: wiring, start, periodic checks, signals, shutdown
 # ======================================================================================================================
 
-_EXIT_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+
+_EXIT_SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last one is of Windows
+_EXIT_SIGNALS = [getattr(signal, name) for name in _EXIT_SIGNAL_NAMES if hasattr(signal, name)]
 _POLL_INTERVAL_S = 0.5
 
 
 class Supervisor:
-    """What started the daemon and watches it: here, nobody. Told by the thread that runs the daemon."""
+    """What started the daemon and watches it; this one stands for nobody. Called by the thread that runs the daemon."""
 
     def ready(self, url: str) -> None:
-        """The daemon serves."""
+        """Report that the daemon serves requests."""
 
-    def watch(self, is_healthy: Callable[[], bool]) -> None:
-        """Asked for twice a second while the daemon serves; `is_healthy` asks whether all of it still works."""
+    def ping_watchdog(self, is_healthy: Callable[[], bool]) -> None:
+        """Report that all of the daemon works, unless `is_healthy` denies it. Called twice a second."""
 
     def stopping(self) -> None:
-        """The daemon is ending; told again while that takes long."""
+        """Report that the daemon shuts down; called again while that takes long."""
 
 
-class Daemon:
-    """The whole of it; for the thread that runs it, but `end` is for any."""
+class _TaskParts(NamedTuple):
+    """The parts of the daemon that work on tasks."""
 
-    def __init__(self, settings: Settings, supervisor: Supervisor) -> None:
-        self._settings = settings
-        self._supervisor = supervisor
-        above, name = os.path.split(os.path.abspath(settings.root))
-        self._root = os.path.join(os.path.realpath(above), name)  # the root itself must be no link
-        self._shutdown_requests = 0  # how often the end was asked for
-        self._exit_code = 0
-        # A byte wakes `run`; a signal writes one too. No Event: set() would hang in a signal handler that interrupts
-        # wait(), and on Windows no signal interrupts it.
-        self._waker: socket.socket | None = None
-        self._woken: socket.socket | None = None
-        self._is_healthy: Callable[[], bool] = lambda: True  # until there is more to ask
-        self._tls = Tls(settings) if settings.tls_cert else None
-        self._must_reload_certificates = False  # whether the certificates are to be read again
-        self._reserve = DescriptorReserve()
-        self._watches: list[Callable[[], None]] = [self._reserve.fill]  # what is done twice a second
-        self._error_stream: ErrorStream | None = None
-        self._log_file: LogFile | None = None
+    store: Store
+    telemetry: Telemetry
+    clock: Clock
+    files: SafeDirectory
+    scheduler: Scheduler
+    runner: Runner
+    recovery: Recovery
+    janitor: Janitor
 
-    def run(self) -> int:
-        """Serves until the end is asked for; the exit code. Raises StartupError."""
-        self._configure_log()
-        try:
-            with contextlib.ExitStack() as closing:
-                self._serve(closing)
-            log.info("ended")
-        finally:
-            if self._error_stream:
-                self._error_stream.flush()  # what is printed next, such as why it ends, comes behind it
-        return self._exit_code
 
-    def _serve(self, closing: contextlib.ExitStack) -> None:
-        woken, self._waker = socket.socketpair()
-        self._woken = woken  # kept: a signal writes to the other one until `closing` is closed
-        woken.settimeout(_POLL_INTERVAL_S)
-        self._waker.setblocking(False)
-        if threading.current_thread() is threading.main_thread():
-            self._install_signal_handlers(closing, self._waker.fileno())
-        try:
-            url = self._start(closing)
-        except (ApiError, OSError) as error:  # of the store and of the root's files
-            raise StartupError(f"--root: {self._root} cannot be used: {error}") from error
-        self._print_ready(url)
-        log.info("%s listens on %s", version_line(), url)
-        self._supervisor.ready(url)
-        while not self._shutdown_requests:
-            with contextlib.suppress(socket.timeout):
-                woken.recv(4096)
-            for watch in self._watches:
-                try:
-                    watch()
-                except Exception:
-                    with contextlib.suppress(MemoryError):
-                        log.exception("the daemon goes on")
-        self._supervisor.stopping()
+def _is_healthy(tasks: _TaskParts, server: Server) -> bool:
+    """Return whether the daemon's threads live; hang when the scheduler's lock is never released.
 
-    def _print_ready(self, url: str) -> None:
-        """Prints that the port is open, by a thread: nobody need read it."""
-        if not sys.stdout:
-            return
-        written: list[bool] = []
-        stream = ErrorStream(sys.stdout)
-        printer = DaemonThread(lambda: written.append(stream.write(f"listening on {url}")), "ready line")
-        printer.start()
-        printer.join(_FLUSH_S)
-        if written != [True]:
-            log.warning("standard output cannot be written")
-
-    def _look_after_certificates(self) -> None:
-        if self._must_reload_certificates:
-            self._reload_certificates()
-
-    def _check_threads(self) -> None:
-        """Ends a daemon of which a part is dead: its next start takes all up again, as after a crash."""
-        if not self._is_healthy() and not self._shutdown_requests:
-            log.critical(
-                "a thread of the daemon has ended, so it ends too, with 1; what runs is adopted at the next start"
-            )
-            self._exit_code = 1
-            self._count_shutdown_request()
-
-    def _ping_supervisor(self) -> None:
-        self._supervisor.watch(self._is_healthy)
-
-    def _install_signal_handlers(self, closing: contextlib.ExitStack, waker: int) -> None:
-        """Until `closing` is closed; from then on no signal disturbs the end of the process, which is near."""
-        reset_inherited_signals()
-        deeds = {number: self._count_shutdown_request for number in _EXIT_SIGNALS}
-        if self._tls and hasattr(signal, "SIGHUP"):  # without certificates it means what it always means
-            deeds[signal.SIGHUP] = self.reload_certificates
-        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        closing.callback(signal.set_wakeup_fd, -1)
-        closing.callback(_ignore_signals, deeds)
-        for number, deed in deeds.items():
-            signal.signal(number, lambda *_, deed=deed: deed())
-
-    def _count_shutdown_request(self) -> None:
-        """What a signal does: its byte is in the socket already."""
-        self._shutdown_requests += 1
-
-    def request_shutdown(self) -> None:
-        """Ends the daemon in order; asked for again, without waiting for steps."""
-        self._count_shutdown_request()
-        if self._waker:
-            with contextlib.suppress(BlockingIOError):  # there are bytes enough
-                self._waker.send(b"\0")
-
-    def reload_certificates(self) -> None:
-        """Has the certificates read again."""
-        self._must_reload_certificates = True
-
-    def _reload_certificates(self) -> None:
-        self._must_reload_certificates = False
-        try:
-            if self._tls:
-                self._tls.load()
-            log.info("the certificates were read again")
-        except StartupError as error:
-            log.error("the certificates read before hold: %s", error)
-
-    def _start(self, closing: contextlib.ExitStack) -> str:
-        """Opens the root, takes up the work, opens the port; its URL. `closing` undoes it, the last first."""
-        umask, settings = private_umask(), self._settings
-        if self._tls:
-            self._tls.load()
-        self._open_root(closing)
-        set_inherited_fds_cloexec()
-        clean_pyinstaller_env()
-        descriptors = raise_fd_limit()
-        self._reserve.fill()
-        capacity = step_capacity(descriptor_limit(), process_limits(), settings.max_connections)
-        telemetry = Telemetry()
-        store = Store(os.path.join(self._root, "remote_executor.db"), telemetry.commit)
-        store.start()
-        closing.callback(store.stop)
-        clock = Clock.resume(store.metadata(), store.latest_ns())
-        store.save_metadata(clock.memory())
-        files = SafeDirectory(os.path.join(self._root, "tasks"))
-        processes = Processes(umask, descriptors, self._reserve)
-        scheduler = Scheduler(
-            store,
-            clock,
-            settings.pool_size,
-            capacity.steps,
-            lambda number: runner.remove_empty_workspace(number),
-        )
-        runner = Runner(store, scheduler, processes, clock, files, settings, telemetry)
-        recovery = Recovery(store, scheduler, processes, clock, files, runner)
-        janitor = Janitor(store, scheduler, processes, clock, files, settings)
-        root_watch = RootWatch(self._root, has_token=settings.token_file.startswith("$ROOT"))
-        warnings: list[Callable[[], str]] = [
-            store.warning,
-            lambda: "--insecure: everybody is let in" if settings.insecure else "",
-            functools.partial(_capacity_warning, capacity, scheduler),
-            lambda: scheduler.scarcity,
-            root_watch.warning,
-        ]
-        routes = [
-            *Api(store, scheduler, clock, files, settings.key_expire).routes(),
-            *OperatorApi(store, scheduler, clock, telemetry, self._root, warnings).routes(),
-            *ProfileApi(telemetry, settings.profile_timeout).routes(),
-        ]
-        router = Router([*routes, *DocumentApi(routes).routes()])
-        access = Authenticator(settings, self._root, self._reserve)
-        server = Server(settings, router, access, telemetry, self._tls, self._reserve)
-        closing.callback(server.stop)
-        server.open()
-        access.start()
-        closing.callback(janitor.stop)
-        closing.callback(self._end_steps, scheduler)
-        strays = recovery.run()
-        scheduler.start(runner.run, runner.clean_up)
-        janitor.start(strays)
-        server.start()
-        self._watch_over(scheduler, store, janitor, server, root_watch)
-        if told := _capacity_warning(capacity, scheduler):
-            log.warning("%s", told)
-        return f"{server.scheme}://{server.authority}"
-
-    def _open_root(self, closing: contextlib.ExitStack) -> None:
-        """Makes the root this daemon's alone, and the log a file in it."""
-        private_directory(self._root)
-        closing.callback(os.close, lock_file(os.path.join(self._root, "lock")))
-        directory = lock_directory(self._root)
-        if directory is not None:
-            closing.callback(os.close, directory)
-        self._log_to(os.path.join(self._root, "logs"))
-
-    def _watch_over(
-        self, scheduler: Scheduler, store: Store, janitor: Janitor, server: Server, root_watch: RootWatch
-    ) -> None:
-        """Has all of it looked after from now on."""
-
-        def is_healthy() -> bool:
-            """Whether the threads live and the scheduler's lock can be taken; what lacks for a moment is no illness."""
-            scheduler.pool()
-            return store.is_alive() and janitor.is_alive() and server.is_alive()
-
-        self._is_healthy = is_healthy
-        root_watch.look()
-        self._watches += [
-            self._look_after_certificates,
-            root_watch.look,
-            server.fill_reserve,
-            self._check_threads,
-            self._ping_supervisor,
-        ]
-        if self._log_file:
-            self._watches.append(self._log_file.restore)
-
-    def _end_steps(self, scheduler: Scheduler) -> None:
-        """Does with the running steps what --on_exit says."""
-        scheduler.pause()
-        if self._settings.on_exit == "stop":
-            scheduler.stop_running()
-        if self._settings.on_exit != "leave":
-            while scheduler.pool().running and self._shutdown_requests < 2:
-                self._supervisor.stopping()
-                time.sleep(_POLL_INTERVAL_S / 10)
-        running = scheduler.pool().running
-        if running and self._settings.on_exit != "stop":
-            log.warning(
-                "%d %s; the next start adopts them", running, "step runs on" if running == 1 else "steps run on"
-            )
-        scheduler.stop()
-
-    def _configure_log(self) -> None:
-        log.setLevel(logging.DEBUG if self._settings.debug else logging.INFO)
-        log.propagate = False
-        threading.excepthook = _log_end_of_thread
-        if sys.stderr:  # a Windows service has none
-            self._error_stream = ErrorStream(sys.stderr)
-            self._error_stream.start()
-            self._log_by(self._error_stream)
-
-    def _log_to(self, directory: str) -> None:
-        with contextlib.suppress(OSError):  # it is there, or there is no room: then the file's lines are lost
-            os.mkdir(directory)
-        self._log_file = LogFile(os.path.join(directory, "remote_executor.log"))
-        self._log_by(self._log_file)
-
-    def _log_by(self, handler: logging.Handler) -> None:
-        is_json = self._settings.log_format == "json"
-        handler.setFormatter(JsonLines() if is_json else LineFormatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
+    A passing shortage, of threads or of disk space, is not a failure: a restart would not help.
+    """
+    tasks.scheduler.pool()
+    return tasks.store.is_alive() and tasks.janitor.is_alive() and server.is_alive()
 
 
 def _capacity_warning(capacity: StepCapacity, scheduler: Scheduler) -> str:
-    """That the pool is larger than the limits of this host let it be, and what to do; empty when it is not."""
+    """Return that the pool is larger than what the limits of this host allow, and what to do; empty when it is not."""
     size = scheduler.pool().size
     steps, limit = capacity
     if not limit or size <= steps:
@@ -8718,24 +8592,320 @@ def _capacity_warning(capacity: StepCapacity, scheduler: Scheduler) -> str:
     )
 
 
-def _log_end_of_thread(ended: Any) -> None:
-    """Tells of a thread that an exception ended, as `threading.excepthook`, which writes to standard error itself."""
-    name = ended.thread.name if ended.thread else "unknown"
-    with contextlib.suppress(MemoryError):
-        log.critical("the thread %s has ended", name, exc_info=(ended.exc_type, ended.exc_value, ended.exc_traceback))
+def _log_uncaught_exception(uncaught: Any) -> None:
+    """Log what ended a thread; for `threading.excepthook`, which would write to standard error itself."""
+    name = uncaught.thread.name if uncaught.thread else "unknown"
+    exc_info = (uncaught.exc_type, uncaught.exc_value, uncaught.exc_traceback)
+    with contextlib.suppress(MemoryError):  # of logging; the thread has ended anyway
+        log.critical("the thread %s has ended", name, exc_info=exc_info)
 
 
 def _ignore_signals(numbers: Iterable[int]) -> None:
-    """Has these signals do nothing; one that came just before is no error, as which CPython tells it."""
+    """Ignore these signals from now on, and what CPython reports of one that arrived just before."""
     hook = sys.unraisablehook
 
-    def tell_all_but_signals(failed: Any) -> None:
-        if not isinstance(failed.exc_value, OSError) or "race condition" not in str(failed.exc_value):
-            hook(failed)
+    def drop_signal_races(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not isinstance(error, OSError) or "race condition" not in str(error):
+            hook(unraisable)
 
-    sys.unraisablehook = tell_all_but_signals
+    sys.unraisablehook = drop_signal_races
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
+
+
+class Daemon:
+    """The whole program: builds and starts its parts, checks on them, and stops them in reverse order.
+
+    One thread calls `run`; any thread may call `request_shutdown`.
+    """
+
+    def __init__(self, settings: Settings, supervisor: Supervisor) -> None:
+        self._settings = settings
+        self._supervisor = supervisor
+        parent, name = os.path.split(os.path.abspath(settings.root))
+        self._root = os.path.join(os.path.realpath(parent), name)  # the root itself must not be a link
+        self._shutdown_requests = 0
+        self._exit_code = 0
+        # A byte wakes `run`; a signal writes one too. No Event: set() would hang in a signal handler that interrupts
+        # wait(), and on Windows no signal interrupts it.
+        self._wakeup_sender: socket.socket | None = None
+        self._wakeup_receiver: socket.socket | None = None
+        self._tls = Tls(settings) if settings.tls_cert else None
+        self._must_reload_certificates = False
+        self._reserve = DescriptorReserve()
+        self._periodic_checks: list[Callable[[], None]] = []
+        self._error_stream: QueuedStreamHandler | None = None
+        self._log_file: LogFile | None = None
+
+    def run(self) -> int:
+        """Serve until a shutdown is requested; return the exit code. Raise StartupError."""
+        self._configure_log()
+        try:
+            with contextlib.ExitStack() as closing:
+                self._serve(closing)
+            log.info("ended")
+        finally:
+            if self._error_stream:
+                self._error_stream.flush()  # what is printed next, such as why it ends, comes behind it
+        return self._exit_code
+
+    def request_shutdown(self) -> None:
+        """Shut down in order; a second request ends the wait for running steps."""
+        self._shutdown_requests += 1
+        if self._wakeup_sender:
+            with contextlib.suppress(BlockingIOError):  # the bytes in it are enough to wake `run`
+                self._wakeup_sender.send(b"\0")
+
+    def _serve(self, closing: contextlib.ExitStack) -> None:
+        receiver, sender = socket.socketpair()
+        receiver.settimeout(_POLL_INTERVAL_S)
+        sender.setblocking(False)
+        self._wakeup_sender = sender
+        self._wakeup_receiver = receiver  # kept open: a signal writes to the sender until `closing` is closed
+        if threading.current_thread() is threading.main_thread():
+            self._install_signal_handlers(closing, sender.fileno())
+        try:
+            url = self._start(closing)
+        except (ApiError, OSError) as error:  # of the store and of the root's files
+            raise StartupError(f"--root: {self._root} cannot be used: {error}") from error
+        self._print_ready(url)
+        log.info("%s listens on %s", version_line(), url)
+        self._supervisor.ready(url)
+        while not self._shutdown_requests:
+            with contextlib.suppress(socket.timeout):  # the time of the next checks
+                receiver.recv(4096)
+            self._run_periodic_checks()
+        self._supervisor.stopping()
+
+    def _run_periodic_checks(self) -> None:
+        for check in self._periodic_checks:
+            try:
+                check()
+            except Exception:
+                with contextlib.suppress(MemoryError):  # of logging; the other checks have to be made
+                    log.exception("a periodic check failed; the daemon goes on")
+
+    def _print_ready(self, url: str) -> None:
+        """Print that the port is open, in a thread: whoever started the daemon need not read it."""
+        if not sys.stdout:
+            return
+        results: list[bool] = []
+        stream = QueuedStreamHandler(sys.stdout)
+        printer = DaemonThread(lambda: results.append(stream.write(f"listening on {url}")), "ready line")
+        printer.start()
+        printer.join(_FLUSH_S)
+        if results != [True]:
+            log.warning("standard output cannot be written")
+
+    # -- signals
+
+    def _install_signal_handlers(self, closing: contextlib.ExitStack, wakeup_fd: int) -> None:
+        """Handle signals until `closing` is closed; after that none disturbs the end of the process, which is near."""
+        reset_inherited_signals()
+        handlers: dict[int, Callable[..., None]] = dict.fromkeys(_EXIT_SIGNALS, self._handle_exit_signal)
+        if self._tls and hasattr(signal, "SIGHUP"):  # without certificates it keeps its default, to end the process
+            handlers[signal.SIGHUP] = self._handle_reload_signal
+        signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
+        closing.callback(signal.set_wakeup_fd, -1)
+        closing.callback(_ignore_signals, handlers)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def _handle_exit_signal(self, *_: object) -> None:
+        self._shutdown_requests += 1  # the byte that wakes `run` was written already
+
+    def _handle_reload_signal(self, *_: object) -> None:
+        self._must_reload_certificates = True
+
+    # -- start: the wiring
+
+    def _start(self, closing: contextlib.ExitStack) -> str:
+        """Build and start all parts, return the URL; `closing` stops them. Raise StartupError, ApiError and OSError."""
+        settings = self._settings
+        steps_umask = private_umask()
+        if self._tls:
+            self._tls.load()
+        self._open_root(closing)
+        steps_fd_limit = self._prepare_process()
+        capacity = step_capacity(descriptor_limit(), process_limits(), settings.max_connections)
+
+        telemetry = Telemetry()
+        store = Store(os.path.join(self._root, "remote_executor.db"), telemetry.commit)
+        store.start()
+        closing.callback(store.stop)
+        processes = Processes(steps_umask, steps_fd_limit, self._reserve)
+        tasks = self._build_task_parts(store, telemetry, processes, capacity.steps)
+
+        root_watch = RootWatch(self._root, has_token=settings.token_file.startswith("$ROOT"))
+        warnings = self._health_warnings(tasks, capacity, root_watch)
+        router = self._build_router(tasks, warnings)
+        authenticator = Authenticator(settings, self._root, self._reserve)
+        server = Server(settings, router, authenticator, telemetry, self._tls, self._reserve)
+        closing.callback(server.stop)
+        server.open()
+        authenticator.start()
+
+        self._start_task_parts(tasks, closing)
+        server.start()
+        self._start_periodic_checks(tasks, server, root_watch)
+        if warning := _capacity_warning(capacity, tasks.scheduler):
+            log.warning("%s", warning)
+        return f"{server.scheme}://{server.authority}"
+
+    def _open_root(self, closing: contextlib.ExitStack) -> None:
+        """Create and lock the root, which is this daemon's alone, and begin to log to a file in it."""
+        private_directory(self._root)
+        closing.callback(os.close, lock_file(os.path.join(self._root, "lock")))
+        directory = lock_directory(self._root)
+        if directory is not None:
+            closing.callback(os.close, directory)
+        self._log_to(os.path.join(self._root, "logs"))
+
+    def _prepare_process(self) -> str:
+        """Free this process of what its launcher left in it; return the limit of open files that steps get."""
+        set_inherited_fds_cloexec()
+        clean_pyinstaller_env()
+        steps_fd_limit = raise_fd_limit()
+        self._reserve.fill()
+        return steps_fd_limit
+
+    def _build_task_parts(
+        self,
+        store: Store,
+        telemetry: Telemetry,
+        processes: Processes,
+        capacity: int,
+    ) -> _TaskParts:
+        settings = self._settings
+        clock = Clock.resume(store.metadata(), store.latest_ns())
+        store.save_metadata(clock.metadata())
+        files = SafeDirectory(os.path.join(self._root, "tasks"))
+        scheduler = Scheduler(
+            store,
+            clock,
+            settings.pool_size,
+            capacity,
+            lambda task_number: runner.remove_empty_workspace(task_number),  # made below, for it needs the scheduler
+        )
+        runner = Runner(store, scheduler, processes, clock, files, settings, telemetry)
+        recovery = Recovery(store, scheduler, processes, clock, files, runner)
+        janitor = Janitor(store, scheduler, processes, clock, files, settings)
+        return _TaskParts(store, telemetry, clock, files, scheduler, runner, recovery, janitor)
+
+    def _health_warnings(
+        self,
+        tasks: _TaskParts,
+        capacity: StepCapacity,
+        root_watch: RootWatch,
+    ) -> list[Callable[[], str]]:
+        """Return the functions whose texts, where not empty, are the warning of /healthyz."""
+        insecure_warning = "--insecure: authentication is disabled" if self._settings.insecure else ""
+        return [
+            tasks.store.warning,
+            lambda: insecure_warning,
+            functools.partial(_capacity_warning, capacity, tasks.scheduler),
+            lambda: tasks.scheduler.scarcity,
+            root_watch.warning,
+        ]
+
+    def _build_router(self, tasks: _TaskParts, warnings: Sequence[Callable[[], str]]) -> Router:
+        settings = self._settings
+        store = tasks.store
+        scheduler = tasks.scheduler
+        clock = tasks.clock
+        task_api = Api(store, scheduler, clock, tasks.files, settings.key_expire)
+        operator_api = OperatorApi(store, scheduler, clock, tasks.telemetry, self._root, warnings)
+        profile_api = ProfileApi(tasks.telemetry, settings.profile_timeout)
+        routes = [*task_api.routes(), *operator_api.routes(), *profile_api.routes()]
+        document_api = DocumentApi(routes)
+        return Router([*routes, *document_api.routes()])
+
+    def _start_task_parts(self, tasks: _TaskParts, closing: contextlib.ExitStack) -> None:
+        """Recover the tasks of an earlier daemon, then let steps start."""
+        closing.callback(tasks.janitor.stop)
+        closing.callback(self._end_steps, tasks.scheduler)
+        strays = tasks.recovery.run()
+        tasks.scheduler.start(tasks.runner.run, tasks.runner.clean_up)
+        tasks.janitor.start(strays)
+
+    # -- while it runs
+
+    def _start_periodic_checks(self, tasks: _TaskParts, server: Server, root_watch: RootWatch) -> None:
+        is_healthy = functools.partial(_is_healthy, tasks, server)
+        root_watch.look()
+        self._periodic_checks = [
+            self._reserve.fill,
+            self._reload_certificates,
+            root_watch.look,
+            server.fill_reserve,
+            functools.partial(self._check_threads, is_healthy),
+            functools.partial(self._supervisor.ping_watchdog, is_healthy),
+        ]
+        if self._log_file:
+            self._periodic_checks.append(self._log_file.restore)
+
+    def _reload_certificates(self) -> None:
+        """Read the certificates again after a signal asked for it."""
+        if not self._must_reload_certificates or not self._tls:
+            return
+        self._must_reload_certificates = False
+        try:
+            self._tls.load()
+            log.info("certificates reloaded")
+        except StartupError as error:
+            log.error("certificates not reloaded, the previous ones stay in use: %s", error)
+
+    def _check_threads(self, is_healthy: Callable[[], bool]) -> None:
+        """Shut down when a thread is dead: the next start recovers everything, as after a crash."""
+        if self._shutdown_requests or is_healthy():
+            return
+        log.critical("a thread of the daemon has ended: exiting with code 1; the next start adopts running steps")
+        self._exit_code = 1
+        self._shutdown_requests += 1
+
+    # -- end
+
+    def _end_steps(self, scheduler: Scheduler) -> None:
+        """Do with the running steps what --on_exit says."""
+        on_exit = self._settings.on_exit
+        scheduler.pause()
+        if on_exit == "stop":
+            scheduler.stop_running()
+        if on_exit != "leave":
+            while scheduler.pool().running and self._shutdown_requests < 2:
+                self._supervisor.stopping()
+                time.sleep(_POLL_INTERVAL_S / 10)
+        running = scheduler.pool().running
+        if running and on_exit != "stop":
+            noun = "step" if running == 1 else "steps"
+            log.warning("%d %s left running; the next start adopts them", running, noun)
+        scheduler.stop()
+
+    # -- log
+
+    def _configure_log(self) -> None:
+        level = logging.DEBUG if self._settings.debug else logging.INFO
+        log.setLevel(level)
+        log.propagate = False
+        threading.excepthook = _log_uncaught_exception
+        if sys.stderr:  # a Windows service has none
+            self._error_stream = QueuedStreamHandler(sys.stderr)
+            self._error_stream.start()
+            self._add_log_handler(self._error_stream)
+
+    def _log_to(self, directory: str) -> None:
+        with contextlib.suppress(OSError):  # it is there, or it cannot be made, of which LogFile warns
+            os.mkdir(directory)
+        self._log_file = LogFile(os.path.join(directory, "remote_executor.log"))
+        self._add_log_handler(self._log_file)
+
+    def _add_log_handler(self, handler: logging.Handler) -> None:
+        formatter: logging.Formatter = LineFormatter("%(asctime)s %(levelname)s %(message)s")
+        if self._settings.log_format == "json":
+            formatter = JsonFormatter()
+        handler.setFormatter(formatter)
+        log.addHandler(handler)
 
 
 # ======================================================================================================================
@@ -8743,50 +8913,57 @@ def _ignore_signals(numbers: Iterable[int]) -> None:
 # ======================================================================================================================
 
 SERVICE = "remote_executor"  # its name for every service manager
-_START_S = 60.0  # that a service manager waits for, of the start and of each stage of the end
+_STATE_CHANGE_S = 60.0  # that a service manager waits for the start, and for each stage of the end
 
 
 class SystemdSupervisor(Supervisor):
-    """systemd, told over its socket (sd_notify(3), sd_watchdog_enabled(3)); silent where systemd is not there."""
+    """systemd, over its socket (sd_notify(3), sd_watchdog_enabled(3)); without systemd it does nothing."""
 
     def __init__(self, address: str, watchdog_us: int) -> None:
         self._address = address
-        self._beat_s = watchdog_us / 2e6  # half of what it waits for; 0 for never
-        self._beaten_s = 0.0  # when the last beat was
-        self._link: socket.socket | None = None  # kept, for a beat that lacks a descriptor would end the daemon
+        self._ping_interval_s = watchdog_us / 2e6  # half the timeout, as the manual recommends; 0 for never
+        self._last_ping_s = 0.0  # of time.monotonic()
+        self._sock: socket.socket | None = None  # kept open: for lack of a descriptor systemd would kill the daemon
 
     @classmethod
-    def of_environment(cls) -> SystemdSupervisor:
-        """As the environment says; its words are taken out of it, for they are not meant for the steps."""
-        address, watchdog, pid = (
-            os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
-        )
-        is_meant = watchdog.isdigit() and pid in ("", str(os.getpid()))
-        return cls(re.sub("^@", "\0", address), int(watchdog) if is_meant else 0)
+    def from_environ(cls) -> SystemdSupervisor:
+        """Return the one that the environment names; remove its variables, which are not meant for the steps."""
+        address = os.environ.pop("NOTIFY_SOCKET", "")
+        watchdog_us = os.environ.pop("WATCHDOG_USEC", "")
+        watchdog_pid = os.environ.pop("WATCHDOG_PID", "")
+        is_for_us = watchdog_pid in ("", str(os.getpid()))
+        if not is_for_us or not watchdog_us.isdigit():
+            watchdog_us = "0"
+        address = re.sub("^@", "\0", address)  # a socket in the abstract namespace, unix(7)
+        return cls(address, int(watchdog_us))
 
     def ready(self, url: str) -> None:
         self._notify(f"READY=1\nSTATUS=listening on {url}")
 
-    def watch(self, is_healthy: Callable[[], bool]) -> None:
+    def ping_watchdog(self, is_healthy: Callable[[], bool]) -> None:
+        if not self._ping_interval_s:
+            return
         now_s = time.monotonic()
-        if not self._beat_s or now_s - self._beaten_s < self._beat_s - _POLL_INTERVAL_S:
+        if now_s - self._last_ping_s < self._ping_interval_s - _POLL_INTERVAL_S:
             return
         if is_healthy() and self._notify("WATCHDOG=1"):
-            self._beaten_s = now_s
+            self._last_ping_s = now_s
 
     def stopping(self) -> None:
-        self._notify(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int(_START_S * 1e6)}")
+        timeout_us = int(_STATE_CHANGE_S * 1e6)
+        self._notify(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={timeout_us}")
 
-    def _notify(self, words: str) -> bool:
-        """Whether systemd has taken it, or is not there."""
-        if self._address:
-            try:
-                if not self._link:
-                    self._link = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                    self._link.setblocking(False)
-                self._link.sendto(words.encode(), self._address)
-            except OSError:  # its queue is full, perhaps: it is told the next time
-                return False
+    def _notify(self, state: str) -> bool:
+        """Return False when systemd did not take it."""
+        if not self._address:
+            return True
+        try:
+            if not self._sock:
+                self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                self._sock.setblocking(False)
+            self._sock.sendto(state.encode(), self._address)
+        except OSError:  # such as a full queue; a ping is tried again half a second later
+            return False
         return True
 
 
@@ -8802,7 +8979,10 @@ class WindowsSupervisor(Supervisor):
         self._exit_code = 0
 
     def run(self) -> int | None:
-        """Serves as a service; the exit code, None when no service control manager has started this process."""
+        """Serve as a service; return the exit code, None when the service control manager did not start this process.
+
+        Raise StartupError.
+        """
         if not _started_by_scm():
             return None
         table = (ServiceEntry * 2)(ServiceEntry(SERVICE, self._main))
@@ -8821,7 +9001,10 @@ class WindowsSupervisor(Supervisor):
         self._report(SERVICE_STOP_PENDING)
 
     def _serve(self, _count: int, _arguments: int) -> None:
-        """The service's own thread. A crash ends the process while it still counts as running: it is started again."""
+        """Run the daemon in the service's own thread.
+
+        A crash ends the process while the service still counts as running: the manager then starts it again.
+        """
         self._handle = RegisterServiceCtrlHandlerExW(SERVICE, self._handler, None)
         self._report(SERVICE_START_PENDING)
         try:
@@ -8843,60 +9026,76 @@ class WindowsSupervisor(Supervisor):
         return 0
 
     def _report(self, state: int) -> None:
-        status, is_pending = self._status, state in (SERVICE_START_PENDING, SERVICE_STOP_PENDING)
-        status.CheckPoint = status.CheckPoint + 1 if is_pending else 0
-        status.WaitHint = int(_START_S * 1000) if is_pending else 0
-        status.ControlsAccepted = SERVICE_ACCEPT_STOP | SERVICE_ACCEPT_PRESHUTDOWN if state == SERVICE_RUNNING else 0
+        status = self._status
+        status.CurrentState = state
+        if state in (SERVICE_START_PENDING, SERVICE_STOP_PENDING):
+            status.CheckPoint += 1
+            status.WaitHint = int(_STATE_CHANGE_S * 1000)
+        else:
+            status.CheckPoint = 0
+            status.WaitHint = 0
+        status.ControlsAccepted = 0
+        if state == SERVICE_RUNNING:
+            status.ControlsAccepted = SERVICE_ACCEPT_STOP | SERVICE_ACCEPT_PRESHUTDOWN
         status.Win32ExitCode = ERROR_SERVICE_SPECIFIC_ERROR if self._exit_code else 0
         status.ServiceSpecificExitCode = self._exit_code
-        status.CurrentState = state
         with contextlib.suppress(OSError):  # the manager is gone; the daemon is not its child
             SetServiceStatus(self._handle, ctypes.byref(status))
 
 
 def _started_by_scm() -> bool:
-    """Whether the service control manager started this process, or its launcher, as an exe and a venv have one.
+    """Return whether the service control manager started this process, or its launcher, as an exe and a venv have one.
 
-    It knows for certain, but may take ten seconds to say no.
+    The manager itself knows for certain, but may take ten seconds to say no.
     """
-    table = {pid: (parent, name) for pid, parent, name in list_processes()}
-    nobody = (0, "")
-    parent = table.get(table.get(os.getpid(), nobody)[0], nobody)
-    return "services.exe" in (parent[1], table.get(parent[0], nobody)[1])
+    parents: dict[int, int] = {}
+    names: dict[int, str] = {}
+    for pid, parent_pid, name in list_processes():
+        parents[pid] = parent_pid
+        names[pid] = name
+    parent = parents.get(os.getpid(), 0)
+    grandparent = parents.get(parent, 0)
+    return "services.exe" in (names.get(parent), names.get(grandparent))
 
 
-def supervised_run(settings: Settings) -> int:
-    """Runs the daemon for whatever has started it; the exit code. Raises StartupError."""
+def run_supervised(settings: Settings) -> int:
+    """Run the daemon under whatever started it; return the exit code. Raise StartupError."""
     if not ON_WINDOWS:
-        return Daemon(settings, SystemdSupervisor.of_environment()).run()
+        return Daemon(settings, SystemdSupervisor.from_environ()).run()
     code = WindowsSupervisor(settings).run()
-    return Daemon(settings, Supervisor()).run() if code is None else code
+    if code is None:
+        code = Daemon(settings, Supervisor()).run()
+    return code
 
 
 def print_error(text: str) -> None:
-    """Tells a person a line: on standard error, in the event log of Windows where there is none."""
+    """Print a line to standard error, or to the event log of Windows where there is none."""
     if sys.stderr:
         print(f"{SERVICE}: {text}", file=sys.stderr)
     elif ON_WINDOWS:
-        with contextlib.suppress(OSError):
+        strings = ctypes.byref(_TEXT(text))  # an array of one
+        with contextlib.suppress(OSError):  # no place is left to report it
             source = RegisterEventSourceW(None, SERVICE)
-            ReportEventW(source, EVENTLOG_ERROR_TYPE, 0, 0, None, 1, 0, ctypes.byref(_TEXT(text)), None)
+            ReportEventW(source, EVENTLOG_ERROR_TYPE, 0, 0, None, 1, 0, strings, None)
             DeregisterEventSource(source)
 
 
 def own_command() -> list[str]:
-    """The words that run this program, as a frozen one, a zipapp or a file."""
+    """Return the command that runs this program: a frozen one, a zipapp or a file."""
     if getattr(sys, "frozen", False):
         return [sys.executable]
     path = os.path.abspath(__file__)
     while not os.path.isfile(path):  # within a zipapp
         path = os.path.dirname(path)
-    # The python.exe of a virtual environment of Windows only starts another, which is not the service's process.
-    return [getattr(sys, "_base_executable", sys.executable) if ON_WINDOWS else sys.executable, path]
+    python = sys.executable
+    if ON_WINDOWS:
+        # The python.exe of a virtual environment only starts another one, which is not the service's process.
+        python = getattr(sys, "_base_executable", python)
+    return [python, path]
 
 
 def leave_step() -> None:
-    """Begin again without the mark of the step that has started this daemon, whose stop would end it and its steps.
+    """Execute this program anew without the marker of the step that started it, whose stop would end the daemon too.
 
     The kernel shows the environment that a program began with, whatever it makes of it (proc_pid_environ(5)). A signal
     to the step's group must not reach the daemon either.
@@ -8907,7 +9106,9 @@ def leave_step() -> None:
     del environment[STEP_ENV_VAR]
     detach()
     command = [*own_command(), *sys.argv[1:]]
-    with contextlib.suppress(OSError):  # the program has been replaced meanwhile: better with the mark than not at all
+    with contextlib.suppress(
+        OSError
+    ):  # the program has been replaced meanwhile: better with the marker than not at all
         os.execve(command[0], command, environment)
 
 
@@ -8919,26 +9120,28 @@ _SERVICE_TITLE = "Remote executor"
 
 
 class Services:
-    """This host's service manager, as far as it concerns this program. Raises StartupError."""
+    """This host's service manager, as far as it concerns this program. Its methods raise StartupError."""
 
     default_root = "/var/lib/remote_executor"
 
     def install(self, command: Sequence[str]) -> str:
-        """Makes the command a service that starts with the host; tells what was written."""
+        """Install the command as a service that starts with the host; return a line that says what was written."""
         raise NotImplementedError
 
     def uninstall(self) -> str:
-        """Stops the service and removes it; tells what was removed."""
+        """Stop the service and remove it; return a line that says what was removed."""
         raise NotImplementedError
 
     def start(self) -> str:
+        """Start the service; return its status."""
         raise NotImplementedError
 
     def stop(self) -> str:
+        """Stop the service; return its status."""
         raise NotImplementedError
 
     def status(self) -> tuple[int, str]:
-        """The exit code by the convention of init scripts (LSB), 0 running, 3 not running, 4 not installed; a line."""
+        """Return the exit code of init scripts (LSB: 0 running, 3 not running, 4 not installed) and a line."""
         raise NotImplementedError
 
 
@@ -8947,108 +9150,64 @@ class UnixServices(Services):
 
     path = ""  # of the file
 
-    def __init__(self, staging: str) -> None:
-        self._staging = staging
-        self._file = staging + self.path
+    def __init__(self, destdir: str) -> None:
+        self._destdir = destdir
+        self._file = destdir + self.path
 
     def install(self, command: Sequence[str]) -> str:
-        self._check()
+        self._require_root()
         try:
             os.makedirs(os.path.dirname(self._file), exist_ok=True)
             with open(self._file, "wb") as file:
                 os.fchmod(file.fileno(), 0o644)
                 file.write(self.content(command))
-            self._installed()
+            self._after_change()
         except OSError as error:
             raise StartupError(f"service: {error.filename} cannot be written: {error.strerror}") from None
         return f"wrote {self._file}"
 
     def uninstall(self) -> str:
-        self._check()
+        self._require_root()
         if not os.path.exists(self._file):
-            raise NotInstalled(f"service: {self._file} is not there; nothing is installed")
-        self._leave()
+            raise NotInstalled(f"service: not installed: {self._file} does not exist")
+        self._before_removal()
         os.unlink(self._file)
-        self._installed()
+        self._after_change()
         return f"removed {self._file}"
 
     def content(self, command: Sequence[str]) -> bytes:
-        """The file that has the manager run the command."""
+        """Return the content of the file that makes the manager run the command."""
         raise NotImplementedError
 
-    def _check(self) -> None:
-        if os.geteuid() and not self._staging:
-            raise StartupError("service: needs the rights of root; run it by sudo")
+    def _require_root(self) -> None:
+        if os.geteuid() and not self._destdir:
+            raise StartupError("service: root privileges required; run it with sudo")
 
-    def _installed(self) -> None:
-        """The file has changed."""
+    def _after_change(self) -> None:
+        """Let the manager read the file, which was written or removed."""
 
-    def _leave(self) -> None:
-        """The file is about to go."""
+    def _before_removal(self) -> None:
+        """Stop the service."""
 
     def _call(self, *command: str) -> str:
-        """What a command of the manager printed; raises StartupError with it where the command fails."""
+        """Run a command of the manager; return its output on one line. Raise StartupError with it when it fails."""
         try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
         except OSError as error:
             raise StartupError(f"service: {command[0]} cannot be run: {error.strerror}") from None
-        said = " ".join(done.stdout.decode(errors="replace").split())
+        output = " ".join(done.stdout.decode(errors="replace").split())
         if done.returncode:
-            raise StartupError(f"service: `{' '.join(command)}` failed: {said}")
-        return said
-
-
-class SystemdServices(UnixServices):
-    """systemd, by a unit file (systemd.service(5))."""
-
-    path = f"/etc/systemd/system/{SERVICE}.service"
-
-    def content(self, command: Sequence[str]) -> bytes:
-        # The launcher of a frozen program is the process that systemd watches, and tells it nothing.
-        kind = "exec" if getattr(sys, "frozen", False) else "notify\nWatchdogSec=60"
-        return _UNIT.format(kind=kind, command=" ".join(_quote_unit_word(word) for word in command)).encode()
-
-    def start(self) -> str:
-        self._check()
-        self._call("systemctl", "start", SERVICE)
-        return self.status()[1]
-
-    def stop(self) -> str:
-        self._check()
-        self._call("systemctl", "stop", SERVICE)
-        return self.status()[1]
-
-    def status(self) -> tuple[int, str]:
-        if not os.path.exists(self._file):
-            return 4, "not installed"
-        shown = self._call("systemctl", "show", "--property=ActiveState,SubState,MainPID", SERVICE).split()
-        facts = dict(fact.split("=", 1) for fact in shown)
-        if facts.get("ActiveState") != "active":
-            return 3, f"not running ({facts.get('ActiveState')}, {facts.get('SubState')}); see journalctl -u {SERVICE}"
-        return 0, f"running, pid {facts.get('MainPID')}"
-
-    def _installed(self) -> None:
-        is_there = os.path.exists(self._file)
-        if not self._staging:
-            self._call("systemctl", "daemon-reload")
-            if is_there:
-                self._call("systemctl", "enable", SERVICE)
-            return
-        place, name = os.path.split(self._file)
-        link = os.path.join(place, "multi-user.target.wants", name)  # which `enable` makes
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(link)
-        if is_there:
-            os.makedirs(os.path.dirname(link), exist_ok=True)
-            os.symlink(f"../{name}", link)
-
-    def _leave(self) -> None:
-        if not self._staging:
-            self._call("systemctl", "disable", "--now", SERVICE)
+            raise StartupError(f"service: `{' '.join(command)}` failed: {output}")
+        return output
 
 
 # KillMode: the steps are to outlive a restart of the daemon. OOMPolicy: one that takes too much memory does not end it.
-_UNIT = f"""\
+_UNIT_FILE = f"""\
 [Unit]
 Description={_SERVICE_TITLE}
 Wants=network-online.target
@@ -9068,12 +9227,78 @@ TasksMax=infinity
 [Install]
 WantedBy=multi-user.target
 """
+_UNIT_ESCAPES = str.maketrans(
+    {
+        "\\": r"\\",
+        '"': r"\"",
+        "%": "%%",
+        "$": "$$",
+    }
+)
 
 
 def _quote_unit_word(word: str) -> str:
-    """A word of a command line of a unit file (systemd.service(5), systemd.syntax(7))."""
-    word = word.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%").replace("$", "$$")
-    return word if re.fullmatch(r"[\w./:=@+,$%-]+", word) else f'"{word}"'
+    """Quote a word for a command line of a unit file (systemd.service(5), systemd.syntax(7))."""
+    word = word.translate(_UNIT_ESCAPES)
+    if re.fullmatch(r"[\w./:=@+,$%-]+", word):
+        return word
+    return f'"{word}"'
+
+
+class SystemdServices(UnixServices):
+    """systemd, by a unit file (systemd.service(5))."""
+
+    path = f"/etc/systemd/system/{SERVICE}.service"
+
+    def content(self, command: Sequence[str]) -> bytes:
+        # systemd watches the launcher of a frozen program, which does not speak sd_notify.
+        kind = "exec" if getattr(sys, "frozen", False) else "notify\nWatchdogSec=60"
+        command_line = " ".join(map(_quote_unit_word, command))
+        return _UNIT_FILE.format(kind=kind, command=command_line).encode()
+
+    def start(self) -> str:
+        self._require_root()
+        self._call("systemctl", "start", SERVICE)
+        return self.status()[1]
+
+    def stop(self) -> str:
+        self._require_root()
+        self._call("systemctl", "stop", SERVICE)
+        return self.status()[1]
+
+    def status(self) -> tuple[int, str]:
+        if not os.path.exists(self._file):
+            return 4, "not installed"
+        output = self._call("systemctl", "show", "--property=ActiveState,SubState,MainPID", SERVICE)
+        properties = dict(line.split("=", 1) for line in output.split())
+        state = properties.get("ActiveState")
+        if state != "active":
+            return 3, f"not running ({state}, {properties.get('SubState')}); see journalctl -u {SERVICE}"
+        return 0, f"running, pid {properties.get('MainPID')}"
+
+    def _after_change(self) -> None:
+        is_installed = os.path.exists(self._file)
+        if self._destdir:
+            self._set_enabled_in_image(is_installed)
+            return
+        self._call("systemctl", "daemon-reload")
+        if is_installed:
+            self._call("systemctl", "enable", SERVICE)
+
+    def _set_enabled_in_image(self, is_enabled: bool) -> None:
+        """Make or remove the link that `systemctl enable` would make."""
+        directory, name = os.path.split(self._file)
+        wants = os.path.join(directory, "multi-user.target.wants")
+        link = os.path.join(wants, name)
+        with contextlib.suppress(FileNotFoundError):  # of no earlier installation
+            os.unlink(link)
+        if is_enabled:
+            os.makedirs(wants, exist_ok=True)
+            os.symlink(f"../{name}", link)
+
+    def _before_removal(self) -> None:
+        if not self._destdir:
+            self._call("systemctl", "disable", "--now", SERVICE)
 
 
 class LaunchdServices(UnixServices):
@@ -9098,12 +9323,12 @@ class LaunchdServices(UnixServices):
         )
 
     def start(self) -> str:
-        self._check()
+        self._require_root()
         self._call("launchctl", "bootstrap", "system", self._file)
         return self.status()[1]
 
     def stop(self) -> str:
-        self._check()
+        self._require_root()
         self._call("launchctl", "bootout", f"system/{SERVICE}")
         return self.status()[1]
 
@@ -9111,13 +9336,16 @@ class LaunchdServices(UnixServices):
         if not os.path.exists(self._file):
             return 4, "not installed"
         try:
-            found = re.search(r"\bpid = ([0-9]+)", self._call("launchctl", "print", f"system/{SERVICE}"))
-        except StartupError:
-            found = None
-        return (0, f"running, pid {found[1]}") if found else (3, "not running")
+            output = self._call("launchctl", "print", f"system/{SERVICE}")
+        except StartupError:  # launchd does not have it
+            return 3, "not running"
+        match = re.search(r"\bpid = ([0-9]+)", output)
+        if not match:
+            return 3, "not running"
+        return 0, f"running, pid {match[1]}"
 
-    def _leave(self) -> None:
-        if not self._staging and not self.status()[0]:
+    def _before_removal(self) -> None:
+        if not self._destdir and not self.status()[0]:
             self.stop()
 
 
@@ -9127,10 +9355,23 @@ class WindowsServices(Services):
     default_root = os.path.join(os.environ.get("PROGRAMDATA", r"C:\ProgramData"), "remote_executor")
 
     def install(self, command: Sequence[str]) -> str:
-        line = subprocess.list2cmdline(command)
+        command_line = subprocess.list2cmdline(command)
         with self._manager(SC_MANAGER_CONNECT | SC_MANAGER_CREATE_SERVICE) as manager:
-            kinds = (SERVICE_ALL_ACCESS, SERVICE_WIN32_OWN_PROCESS, SERVICE_AUTO_START, SERVICE_ERROR_NORMAL)
-            service = CreateServiceW(manager, SERVICE, _SERVICE_TITLE, *kinds, line, *[None] * 5)
+            service = CreateServiceW(
+                manager,
+                SERVICE,
+                _SERVICE_TITLE,
+                SERVICE_ALL_ACCESS,
+                SERVICE_WIN32_OWN_PROCESS,
+                SERVICE_AUTO_START,
+                SERVICE_ERROR_NORMAL,
+                command_line,
+                None,  # load order group
+                None,  # its tag
+                None,  # dependencies
+                None,  # account: LocalSystem
+                None,  # password
+            )
             try:
                 self._configure(service)
             except OSError:
@@ -9138,7 +9379,7 @@ class WindowsServices(Services):
                 raise
             finally:
                 CloseServiceHandle(service)
-        return f"installed the service {SERVICE}: {line}"
+        return f"installed the service {SERVICE}: {command_line}"
 
     def uninstall(self) -> str:
         with self._service(SERVICE_ALL_ACCESS) as service:
@@ -9150,7 +9391,7 @@ class WindowsServices(Services):
     def start(self) -> str:
         with self._service(SERVICE_ALL_ACCESS) as service:
             StartServiceW(service, 0, None)
-            self._await(service, SERVICE_START_PENDING)
+            self._wait_while(SERVICE_START_PENDING, service)
             code, line = self._describe(self._query(service))
         if code:
             raise StartupError(f"service: it did not start: {line}")
@@ -9169,55 +9410,69 @@ class WindowsServices(Services):
             return 4, "not installed"
 
     def _configure(self, service: int) -> None:
-        """Tells what it is, has it started again after a crash, and gives it time when the host shuts down."""
-        delays_ms = (1_000, 5_000, 30_000)
-        actions = (ServiceAction * 3)(*(ServiceAction(SC_ACTION_RESTART, delay_ms) for delay_ms in delays_ms))
-        failure = ServiceFailureActions(3600, None, None, len(actions), actions)
+        """Set the description, the restarts after a crash, and the time to stop in when the host shuts down."""
+        restarts = [ServiceAction(SC_ACTION_RESTART, delay_ms) for delay_ms in (1_000, 5_000, 30_000)]
+        actions = (ServiceAction * len(restarts))(*restarts)
+        reset_period_s = 3600
+        failure = ServiceFailureActions(reset_period_s, None, None, len(actions), actions)
         for kind, value in (
-            (SERVICE_CONFIG_DESCRIPTION, _TEXT("Runs scripts on this host, by an HTTP/JSON API.")),
+            (SERVICE_CONFIG_DESCRIPTION, _TEXT("Runs scripts on this host for clients of its HTTP API.")),
             (SERVICE_CONFIG_FAILURE_ACTIONS, failure),
-            (SERVICE_CONFIG_PRESHUTDOWN_INFO, _DWORD(int(_START_S * 1000))),
+            (SERVICE_CONFIG_PRESHUTDOWN_INFO, _DWORD(int(_STATE_CHANGE_S * 1000))),
         ):
             ChangeServiceConfig2W(service, kind, ctypes.byref(value))
-        with contextlib.suppress(OSError):  # Wine knows no such
-            is_wide = _BOOL(True)  # after a start that failed too
-            ChangeServiceConfig2W(service, SERVICE_CONFIG_FAILURE_ACTIONS_FLAG, ctypes.byref(is_wide))
+        with contextlib.suppress(OSError):  # Wine does not have it
+            on_failed_starts_too = ctypes.byref(_BOOL(True))
+            ChangeServiceConfig2W(service, SERVICE_CONFIG_FAILURE_ACTIONS_FLAG, on_failed_starts_too)
 
     def _stop(self, service: int) -> None:
         ControlService(service, SERVICE_CONTROL_STOP, ctypes.byref(ServiceStatus()))
-        self._await(service, SERVICE_STOP_PENDING)
+        self._wait_while(SERVICE_STOP_PENDING, service)
 
-    def _await(self, service: int, pending: int) -> None:
-        """Waits while the service is on its way, as long as it goes on."""
-        end_s, checkpoint = time.monotonic() + _START_S, -1
-        while (status := self._query(service)).CurrentState == pending and time.monotonic() < end_s:
+    def _wait_while(self, pending_state: int, service: int) -> None:
+        """Wait while the service is in that state, as long as it reports progress."""
+        end_s = time.monotonic() + _STATE_CHANGE_S
+        checkpoint = -1
+        while time.monotonic() < end_s:
+            status = self._query(service)
+            if status.CurrentState != pending_state:
+                return
             if status.CheckPoint != checkpoint:
-                end_s, checkpoint = time.monotonic() + _START_S, status.CheckPoint
+                checkpoint = status.CheckPoint
+                end_s = time.monotonic() + _STATE_CHANGE_S
             time.sleep(_POLL_S)
 
     def _describe(self, status: Any) -> tuple[int, str]:
+        """Return what `status` returns."""
         state = int(status.CurrentState)
         if state == SERVICE_RUNNING:
             return 0, f"running, pid {status.ProcessId}"
+        names = {
+            SERVICE_STOPPED: "not running",
+            SERVICE_START_PENDING: "starting",
+            SERVICE_STOP_PENDING: "stopping",
+        }
+        line = names.get(state, f"state {state}")
         code = status.ServiceSpecificExitCode or status.Win32ExitCode % ERROR_SERVICE_NEVER_STARTED
-        words = {SERVICE_STOPPED: "not running", SERVICE_START_PENDING: "starting", SERVICE_STOP_PENDING: "stopping"}
-        why = f" (exit code {code}; see the log in its root, and the event log)" if code else ""
-        return 3, words.get(state, f"state {state}") + why
+        if code:
+            line += f" (exit code {code}; see the log in its root, and the event log)"
+        return 3, line
 
     def _query(self, service: int) -> Any:
-        status, needed = ServiceStatus(), _DWORD()
+        status = ServiceStatus()
         size = ctypes.sizeof(status)
-        QueryServiceStatusEx(service, SC_STATUS_PROCESS_INFO, ctypes.byref(status), size, ctypes.byref(needed))
+        needed = ctypes.byref(_DWORD())
+        QueryServiceStatusEx(service, SC_STATUS_PROCESS_INFO, ctypes.byref(status), size, needed)
         return status
 
     @contextlib.contextmanager
     def _manager(self, access: int) -> Iterator[int]:
-        """A handle of the manager; what it refuses is told in a line."""
-        told = {
-            ERROR_ACCESS_DENIED: "needs the rights of an administrator; use a prompt that was run as administrator",
-            ERROR_SERVICE_EXISTS: "is installed already; `service uninstall` removes it",
-            ERROR_SERVICE_ALREADY_RUNNING: "runs already",
-            ERROR_SERVICE_NOT_ACTIVE: "does not run",
+        """Open the manager; an OSError of the block becomes a StartupError of one line."""
+        messages = {
+            ERROR_ACCESS_DENIED: "administrator rights required; use a prompt opened by `Run as administrator`",
+            ERROR_SERVICE_EXISTS: "already installed; `service uninstall` removes it",
+            ERROR_SERVICE_ALREADY_RUNNING: "already running",
+            ERROR_SERVICE_NOT_ACTIVE: "not running",
         }
         manager = 0
         try:
@@ -9226,15 +9481,15 @@ class WindowsServices(Services):
         except OSError as error:
             code = getattr(error, "winerror", 0)
             if code == ERROR_SERVICE_DOES_NOT_EXIST:
-                raise NotInstalled("service: is not installed; `service install` installs it") from None
-            raise StartupError(f"service: {told.get(code, str(error))}") from None
+                raise NotInstalled("service: not installed; `service install` installs it") from None
+            raise StartupError(f"service: {messages.get(code, str(error))}") from None
         finally:
             if manager:
                 CloseServiceHandle(manager)
 
     @contextlib.contextmanager
     def _service(self, access: int) -> Iterator[int]:
-        """A handle of the service."""
+        """Open the service."""
         with self._manager(SC_MANAGER_CONNECT) as manager:
             service = OpenServiceW(manager, SERVICE, access)
             try:
@@ -9244,10 +9499,13 @@ class WindowsServices(Services):
 
 
 def host_services() -> Services:
-    """The service manager of this host."""
+    """Return the service manager of this host."""
     if ON_WINDOWS:
         return WindowsServices()
-    return (LaunchdServices if sys.platform == "darwin" else SystemdServices)(os.environ.get("DESTDIR", ""))
+    destdir = os.environ.get("DESTDIR", "")
+    if sys.platform == "darwin":
+        return LaunchdServices(destdir)
+    return SystemdServices(destdir)
 
 
 # ======================================================================================================================
@@ -9255,155 +9513,225 @@ def host_services() -> Services:
 # ======================================================================================================================
 
 _PROGRAM = SERVICE
-_SUMMARY = "Turns this host into a remote executor of scripts, by an HTTP/JSON API."
+_SUMMARY = "Turns this host into a remote executor of scripts with an HTTP/JSON API."
+_HELP_FLAG_HELP = "Show context-sensitive help (also try --help-long and --help-man)."
+_VERSION_FLAG_HELP = "Show application version."
+
+
+class _Command(NamedTuple):
+    name: str
+    arguments: str
+    help: str
+
+    @property
+    def usage(self) -> str:
+        return f"{self.name} {self.arguments}".rstrip()
+
+
 _COMMANDS = (
-    ("help [<command>...]", "Show help."),
-    ("run", "Run server"),
-    ("service install|uninstall|start|stop|status", "Make it a service of this host, with the flags given to install."),
-)
-_SWITCHES = (
-    ("help", "Show context-sensitive help (also try --help-long and --help-man)."),
-    ("version", "Show application version."),
+    _Command("help", "[<command>...]", "Show help."),
+    _Command("run", "", "Run server"),
+    _Command(
+        "service",
+        "install|uninstall|start|stop|status",
+        "Manage the service of this host that runs the server. install takes the flags of run.",
+    ),
 )
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises instead of ending the program."""
+    """An argument parser that raises UsageError instead of ending the program."""
 
     def error(self, message: str) -> Any:
         raise UsageError(message)
 
 
-def parse_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The command with its words, and the flags that were given, by field, as text; raises UsageError."""
+def _normalize_flag(word: str) -> str:
+    """Return a flag with `_` between its words, which may be typed as `-` too; any other word as it is."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def parse_command_line(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return the command with its arguments, and the flags as typed, by field. Raise UsageError."""
     parser = _Parser(prog=_PROGRAM, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("words", nargs="*", default=[])
+    parser.add_argument("args", nargs="*", default=[])
     parser.add_argument("-h", "--help", dest="help", action="store_true")
-    for name in ("help_long", "help_man", "version"):
-        parser.add_argument(f"--{name}", dest=name, action="store_true")
-    for name in ("help", "version"):
-        parser.add_argument(f"--no_{name}", dest=name, action="store_false")
+    switches = ["help_long", "help_man", "version"]
+    negatable = ["help", "version"]
     for option in OPTIONS:
         if option.kind == "flag":
-            parser.add_argument(f"--{option.field}", dest=option.field, action="store_true")
-            parser.add_argument(f"--no_{option.field}", dest=option.field, action="store_false")
+            switches.append(option.field)
+            negatable.append(option.field)
         else:
             action = "append" if option.kind == "list" else "store"
-            checked = functools.partial(_checked_text, option)
-            parser.add_argument(f"--{option.field}", dest=option.field, type=checked, action=action)
-    given = vars(parser.parse_intermixed_args([_normalize_flag(word) for word in arguments]))
-    return given.pop("words"), given
-
-
-def _normalize_flag(word: str) -> str:
-    """A flag with `_` between its words, as the table of options has it in its fields."""
-    flag, equals, value = word.partition("=")
-    return flag[:2] + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else word
+            check = functools.partial(check_argument, option)
+            parser.add_argument(f"--{option.field}", dest=option.field, type=check, action=action)
+    for name in switches:
+        parser.add_argument(f"--{name}", dest=name, action="store_true")
+    for name in negatable:
+        parser.add_argument(f"--no_{name}", dest=name, action="store_false")
+    flags = vars(parser.parse_intermixed_args(list(map(_normalize_flag, argv))))
+    args = flags.pop("args")
+    return args, flags
 
 
 def _flag_rows() -> Iterator[tuple[str, str]]:
-    """Each flag as the help shows it, and what it is for."""
-    yield "-h, --[no-]help", _SWITCHES[0][1]
+    """Yield each flag as the help shows it, and its help."""
+    yield "-h, --[no-]help", _HELP_FLAG_HELP
     for option in OPTIONS:
+        default = default_text(option)
         if option.kind == "flag":
-            yield f"    --[no-]{option.name}", option.help
+            flag = f"--[no-]{option.name}"
+        elif option.kind in ("address", "path"):
+            flag = f'--{option.name}="{default}"'
         else:
-            default = _default(option)
-            quoted = f'"{default}"' if option.kind in ("address", "path") else default
-            yield f"    --{option.name}={quoted}", option.help
-    yield "    --[no-]version", _SWITCHES[1][1]
+            flag = f"--{option.name}={default}"
+        yield f"    {flag}", option.help
+    yield "    --[no-]version", _VERSION_FLAG_HELP
 
 
-def help_text(words: Sequence[str] = (), is_long: bool = False) -> str:
-    """The help, of one command where it is named; raises UsageError."""
-    commands = [row for row in _COMMANDS if not words or row[0].split()[0] == words[0]]
-    if not commands:
-        raise UsageError(
-            f"unknown command {words[0]!r}; commands are {', '.join(row[0].split()[0] for row in _COMMANDS)}"
-        )
-    usage = f"usage: {_PROGRAM} {commands[0][0].split()[0] + ' ' if words else ''}[<flags>]"
-    lines = [usage if words else usage + " <command> [<args> ...]", "", _SUMMARY, "", "Flags:"]
+def _find_command(name: str) -> _Command:
+    for command in _COMMANDS:
+        if command.name == name:
+            return command
+    names = ", ".join(command.name for command in _COMMANDS)
+    raise UsageError(f"unknown command {name!r}: expected one of {names}")
+
+
+def help_text(command_name: str | None = None, is_long: bool = False) -> str:
+    """Return the help, of one command where it is named. Raise UsageError."""
+    commands: Sequence[_Command] = _COMMANDS
+    usage = f"usage: {_PROGRAM} [<flags>] <command> [<args> ...]"
+    if command_name is not None:
+        commands = [_find_command(command_name)]
+        usage = f"usage: {_PROGRAM} {command_name} [<flags>]"
+    lines = [usage, "", _SUMMARY, "", "Flags:"]
     for flag, text in _flag_rows():
-        lines += [f"  {flag:<24}{text}"] if len(flag) < 23 else [f"  {flag}  ", " " * 26 + text]
-    if not words or is_long:
+        if len(flag) < 23:
+            lines.append(f"  {flag:<24}{text}")
+        else:
+            lines.append(f"  {flag}  ")
+            lines.append(" " * 26 + text)
+    if command_name is None or is_long:
         lines += ["", "Commands:"]
-        for command, text in commands:
-            lines += [command, f"    {text}", ""]
+        for command in commands:
+            lines += [command.usage, f"    {command.help}", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def manual_text() -> str:
-    """The manual page, in the language of man(7)."""
+    """Return the manual page, in the language of man(7)."""
+    summary = _SUMMARY[0].lower() + _SUMMARY[1:].rstrip(".")
     lines = [
         f'.TH {_PROGRAM} 1 "" "{__version__}"',
         ".SH NAME",
-        f"{_PROGRAM} \\- {_SUMMARY[0].lower()}{_SUMMARY[1:-1]}",
+        f"{_PROGRAM} \\- {summary}",
+        ".SH SYNOPSIS",
+        f".B {_PROGRAM}",
+        "[<flags>] <command> [<args> ...]",
+        ".SH OPTIONS",
     ]
-    lines += [".SH SYNOPSIS", f".B {_PROGRAM}", "[<flags>] <command> [<args> ...]", ".SH OPTIONS"]
     for flag, text in _flag_rows():
-        lines += [".TP", ".B " + flag.strip().replace("-", r"\-"), text]
+        escaped = flag.strip().replace("-", r"\-")
+        lines += [".TP", f".B {escaped}", text]
     lines.append(".SH COMMANDS")
-    for command, text in _COMMANDS:
-        lines += [".TP", f".B {command}", text]
+    for command in _COMMANDS:
+        lines += [".TP", f".B {command.usage}", command.help]
     return "\n".join(lines) + "\n"
 
 
-def service_command(words: Sequence[str], given: Mapping[str, Any]) -> int:
-    """Makes the daemon a service of this host, or controls it; the exit code. Raises UsageError and StartupError."""
-    deed, services = words[0] if len(words) == 1 else "", host_services()
-    if deed == "install":
-        root = os.path.abspath(given.get("root", services.default_root))
-        print(services.install([*own_command(), "run", *_to_argv({**given, "root": root})]))
-        program = (subprocess.list2cmdline if ON_WINDOWS else shlex.join)(own_command())
-        print(f"next: {program} service start; clients on other hosts need the token it will write in {root}")
+def _to_argv(flags: Mapping[str, Any]) -> list[str]:
+    """Return the words that give these flags; paths are made absolute, for a service starts in another directory."""
+    argv = []
+    for option in OPTIONS:
+        value = flags.get(option.field)
+        if value is None:
+            continue
+        if option.kind == "flag":
+            prefix = "" if value else "no-"
+            argv.append(f"--{prefix}{option.name}")
+            continue
+        texts = value if option.kind == "list" else [value]
+        if option.kind == "path":
+            texts = map(os.path.abspath, texts)
+        argv += [f"--{option.name}={text}" for text in texts]
+    return argv
+
+
+def _join_command(command: Sequence[str]) -> str:
+    """Return the command as one types it in a shell of this host."""
+    if ON_WINDOWS:
+        return subprocess.list2cmdline(command)
+    return shlex.join(command)
+
+
+def _install_service(services: Services, flags: Mapping[str, Any]) -> None:
+    root = os.path.abspath(flags.get("root", services.default_root))
+    argv = _to_argv({**flags, "root": root})
+    print(services.install([*own_command(), "run", *argv]))
+    program = _join_command(own_command())
+    print(f"next: {program} service start; clients on other hosts need the token that it writes in {root}")
+
+
+def service_command(args: Sequence[str], flags: Mapping[str, Any]) -> int:
+    """Install the daemon as a service of this host, or control it; return the exit code.
+
+    Raise UsageError and StartupError.
+    """
+    services = host_services()
+    action = args[0] if len(args) == 1 else ""
+    if action == "install":
+        _install_service(services, flags)
         return 0
-    if given:
+    if flags:
         raise UsageError("only service install takes flags")
-    if deed == "status":
+    if action == "status":
         code, line = services.status()
         print(line)
         return code
-    deeds = {"uninstall": services.uninstall, "start": services.start, "stop": services.stop}
-    if deed not in deeds:
-        raise UsageError(f"service takes one of install, {', '.join(deeds)} and status")
-    print(deeds[deed]())
+    actions = {
+        "uninstall": services.uninstall,
+        "start": services.start,
+        "stop": services.stop,
+    }
+    if action not in actions:
+        raise UsageError(f"service: expected one of install, {', '.join(actions)} and status")
+    print(actions[action]())
     return 0
 
 
-def _to_argv(given: Mapping[str, Any]) -> Iterator[str]:
-    """The flags that give this, paths made absolute."""
-    for option in OPTIONS:
-        value = given.get(option.field)
-        if option.kind == "flag" and value is not None:
-            yield f"--{'' if value else 'no-'}{option.name}"
-        elif value is not None:
-            for text in value if option.kind == "list" else [value]:
-                yield f"--{option.name}={os.path.abspath(text) if option.kind == 'path' else text}"
-
-
-def run_command(arguments: Sequence[str]) -> int:
-    """Does what the command line says; the exit code. Raises UsageError and StartupError."""
-    words, given = parse_command_line(arguments)
-    if given.get("version"):
+def run_command(argv: Sequence[str]) -> int:
+    """Do what the command line says; return the exit code. Raise UsageError and StartupError."""
+    args, flags = parse_command_line(argv)
+    if flags.get("version"):
         print(version_line())
-    elif given.get("help_man"):
+        return 0
+    if flags.get("help_man"):
         print(manual_text(), end="")
-    elif given.get("help") or given.get("help_long") or not words or words[0] == "help":
-        print(help_text(words[1:] if words[:1] == ["help"] else words, "help_long" in given), end="")
-    elif words == ["run"]:
-        settings = make_settings(given)
-        leave_step()
-        return supervised_run(settings)
-    elif words[:1] == ["service"]:
-        return service_command(words[1:], given)
-    else:
-        help_text(words)
-        raise UsageError(f"{words[0]} takes no {words[1]!r}; see {_PROGRAM} help {words[0]}")
-    return 0
+        return 0
+    command, *rest = args or ["help"]
+    if command == "help":
+        topic = rest[0] if rest else None
+        print(help_text(topic, "help_long" in flags), end="")
+        return 0
+    if flags.get("help") or flags.get("help_long"):
+        print(help_text(command, "help_long" in flags), end="")
+        return 0
+    if command == "service":
+        return service_command(rest, flags)
+    _find_command(command)
+    if rest:
+        raise UsageError(f"{command}: unexpected argument {rest[0]!r}")
+    settings = make_settings(flags)
+    leave_step()
+    return run_supervised(settings)
 
 
 def main() -> int:
-    """The program; its exit code: 0, 1 when the daemon cannot start, 2 for a wrong command line."""
+    """Run the program; return its exit code: 0, 1 when it cannot do its work, 2 for a wrong command line."""
     try:
         return run_command(sys.argv[1:])
     except UsageError as error:

@@ -3102,7 +3102,7 @@ def test_on_exit_leave_says_how_many_steps_run_on(launch: Callable[..., Daemon],
     daemon = launch()
     daemon.until_running(daemon.submit(held(gate), held(gate), ansync="1"), 0, 1)
     assert daemon.end() == 0
-    assert len([line for line in daemon.log().splitlines() if "2 steps run on" in line]) == 1
+    assert len([line for line in daemon.log().splitlines() if "2 steps left running" in line]) == 1
     daemon.start()
 
 
@@ -3623,7 +3623,7 @@ def agree(daemon: Daemon, model: Model, id: str) -> None:
 def test_clock_follows_no_change_of_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     clock_type, real = module().Clock, time.time_ns
     clock = clock_type.resume({}, 0)
-    before, memory = clock.now_ns(), clock.memory()
+    before, memory = clock.now_ns(), clock.metadata()
     for day_ns in (86_400 * 10**9, -86_400 * 10**9):
         monkeypatch.setattr(time, "time_ns", lambda day_ns=day_ns: real() + day_ns)
         for one in (clock, clock_type.resume(memory, before)):
@@ -3634,7 +3634,7 @@ def test_clock_follows_no_change_of_the_wall_clock(monkeypatch: pytest.MonkeyPat
 def test_clock_goes_on_after_a_boot(monkeypatch: pytest.MonkeyPatch) -> None:
     clock_type, real = module().Clock, time.time_ns
     clock = clock_type.resume({}, 0)
-    before, memory = clock.now_ns(), {**clock.memory(), "boot": "another"}
+    before, memory = clock.now_ns(), {**clock.metadata(), "boot": "another"}
     hour_ns = 3600 * 10**9
     monkeypatch.setattr(time, "time_ns", lambda: real() + hour_ns)
     assert 0 <= clock_type.resume(memory, before).now_ns() - before - hour_ns < 10 * 10**9
@@ -5739,7 +5739,7 @@ def test_tls_certificates_are_read_again_on_sighup(launch_tls: Callable[..., Dae
     wait_until(lambda: shown_certificate(daemon) != before, "the new certificate")
     files["server"].write_text("none")
     daemon.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: "hold" in daemon.log(), "a word of it")
+    wait_until(lambda: "stay in use" in daemon.log(), "a word of it")
     assert shown_certificate(daemon) == ssl.PEM_cert_to_DER_cert(PEMS["client"])
     daemon.tls = trusting(files, check_names=False)
     daemon.tls.verify_mode = ssl.CERT_NONE
@@ -6390,7 +6390,7 @@ def test_log_rotates_only_where_no_reader_holds_it(tmp_path: Path) -> None:
         after = write(*"abcdefghij")
     if WINDOWS:
         assert {name for name in before if before[name] != after[name]} == {"log"} and "j" in after["log"]
-        handler._resume_s = 0
+        handler._rotate_after_s = 0
     assert "jjj" in "".join(write("k").values()) and len(list(tmp_path.iterdir())) == 6
     handler.close()
 
@@ -7076,7 +7076,7 @@ def test_service_uninstall_removes_the_unit(tmp_path: Path) -> None:
 @posix_only
 def test_service_needs_the_rights_of_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(module().StartupError, match="root; run it by sudo"):
+    with pytest.raises(module().StartupError, match="run it with sudo"):
         module().SystemdServices("").install(["x"])
 
 
@@ -7104,7 +7104,7 @@ def bare_host() -> Iterator[None]:
     if state != "not installed":
         pytest.skip(f"the service of this host is {state}")
     installed = cli("service", "install")
-    if "rights of an administrator" in installed.stderr:
+    if "administrator rights" in installed.stderr:
         pytest.skip("this user may not install a service")
     assert installed.returncode == 0, installed
     assert cli("service", "uninstall").returncode == 0
@@ -7142,7 +7142,7 @@ def test_service_of_windows_is_installed_started_stopped_and_removed(bare_host: 
     assert cli("service", "status").stdout == "not running\n"
     assert re.fullmatch(r"running, pid \d+\n", cli("service", "start").stdout)
     drive_service(root, port)
-    assert cli("service", "start").stderr == "remote_executor: service: runs already\n"
+    assert cli("service", "start").stderr == "remote_executor: service: already running\n"
     assert cli("service", "stop").stdout == "not running\n" and cli("service", "status").returncode == 3
     assert (root / "logs" / "remote_executor.log").read_text().endswith("INFO ended\n")
     assert cli("service", "uninstall").returncode == 0 and cli("service", "status").returncode == 4
