@@ -3671,7 +3671,7 @@ class Family(NamedTuple):
     samples: Sequence[tuple[str, Pairs, float]]
 
 
-def single(name: str, kind: str, text: str, value: float | None, labels: Pairs = ()) -> Family:
+def metric(name: str, kind: str, text: str, value: float | None, labels: Pairs = ()) -> Family:
     """A metric of one sample, of none where the value is None."""
     return Family(name, kind, text, [("", labels, value)] if value is not None else [])
 
@@ -3753,23 +3753,7 @@ def trace_events(spans: Sequence[Span]) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-class Observer:
-    """What is told of the daemon's work, from any thread; does nothing with it."""
-
-    def commit(self, seconds: float, changes: int) -> None:
-        """The store has committed."""
-
-    def step_started(self, task_id: str, step_index: int, waited_s: float) -> None:
-        """A step has started, so long after it was ready."""
-
-    def step_ended(self, task_id: str, step_index: int, result: str, seconds: float, output_bytes: int) -> None:
-        """A step has ended: succeeded, failed, or forced."""
-
-    def request(self, method: str, template: str, status: int, seconds: float) -> None:
-        """A request has been answered; the template is empty where no route has its path."""
-
-
-class Telemetry(Observer):
+class Metrics:
     """Counts what the daemon does; any thread may tell it and ask it."""
 
     def __init__(self) -> None:
@@ -3850,7 +3834,7 @@ class Telemetry(Observer):
                 histogram_metric(
                     METRIC_PREFIX + "step_queue_seconds", "How long ready steps waited.", {(): self._queue_seconds}
                 ),
-                single(
+                metric(
                     METRIC_PREFIX + "step_output_bytes_total", "counter", "What ended steps wrote.", self._output_bytes
                 ),
                 Family(METRIC_PREFIX + "http_requests_total", "counter", "Requests answered.", requests),
@@ -3864,7 +3848,7 @@ class Telemetry(Observer):
                     "How long commits took.",
                     {(): self._commit_seconds},
                 ),
-                single(METRIC_PREFIX + "store_changes_total", "counter", "Changes in these commits.", self._changes),
+                metric(METRIC_PREFIX + "store_changes_total", "counter", "Changes in these commits.", self._changes),
             ]
 
 
@@ -3876,13 +3860,13 @@ def process_families(figures: ProcessStats) -> list[Family]:
     """The process and its Python, by the names of the official clients of Prometheus."""
     cycles = [((("generation", str(number)),), found) for number, found in enumerate(gc.get_stats())]
     return [
-        single("process_cpu_seconds_total", "counter", "User and system CPU time.", figures.cpu_s),
-        single("process_resident_memory_bytes", "gauge", "Resident memory.", figures.resident_bytes),
-        single("process_virtual_memory_bytes", "gauge", "Virtual memory.", figures.virtual_bytes),
-        single("process_open_fds", "gauge", "Open file descriptors, on Windows handles.", figures.open_files),
-        single("process_max_fds", "gauge", "The most of them.", figures.max_files),
-        single("process_threads", "gauge", "Threads.", figures.threads),
-        single("process_start_time_seconds", "gauge", "When it started, since the epoch.", figures.started_s),
+        metric("process_cpu_seconds_total", "counter", "User and system CPU time.", figures.cpu_s),
+        metric("process_resident_memory_bytes", "gauge", "Resident memory.", figures.resident_bytes),
+        metric("process_virtual_memory_bytes", "gauge", "Virtual memory.", figures.virtual_bytes),
+        metric("process_open_fds", "gauge", "Open file descriptors, on Windows handles.", figures.open_files),
+        metric("process_max_fds", "gauge", "The most of them.", figures.max_files),
+        metric("process_threads", "gauge", "Threads.", figures.threads),
+        metric("process_start_time_seconds", "gauge", "When it started, since the epoch.", figures.started_s),
         *(
             Family(f"python_gc_{name}_total", "counter", text, [("", labels, found[key]) for labels, found in cycles])
             for name, key, text in (
@@ -5403,7 +5387,7 @@ class Runner:
         clock: Clock,
         files: SafeDirectory,
         settings: Settings,
-        observer: Observer,
+        metrics: Metrics,
     ) -> None:
         self._store = store
         self._scheduler = scheduler
@@ -5411,7 +5395,7 @@ class Runner:
         self._clock = clock
         self._files = files
         self._settings = settings
-        self._observer = observer
+        self._metrics = metrics
         self._path = os.environ.get("PATH", os.defpath)
 
     def directory(self, step: Step) -> StepDirectory:
@@ -5478,7 +5462,7 @@ class Runner:
         self._scheduler.attach(step, tree)
         if 0 < self._settings.max_output < _EARLY_LOOK_BYTES:
             self._scheduler.attention.set()
-        self._observer.step_started(step.task.id, step.index, time.monotonic() - step.ready_s)
+        self._metrics.step_started(step.task.id, step.index, time.monotonic() - step.ready_s)
         log.debug("%s: started, pid %d", step, tree.pid, extra=step.log_fields)
         return True
 
@@ -5569,7 +5553,7 @@ class Runner:
             return False
         reason = step.stop_reason or reason
         result = "forced" if reason else "failed" if step.code else "succeeded"
-        self._observer.step_ended(step.task.id, step.index, result, seconds, output_bytes)
+        self._metrics.step_ended(step.task.id, step.index, result, seconds, output_bytes)
         log.debug("%s: ended with code %d %s", step, step.code, reason, extra=step.log_fields)
         return True
 
@@ -6500,7 +6484,7 @@ class Server(http.server.ThreadingHTTPServer):
         settings: Settings,
         router: Router,
         access: Authenticator,
-        observer: Observer,
+        metrics: Metrics,
         tls: Tls | None,
         descriptors: DescriptorReserve,
     ) -> None:
@@ -6513,7 +6497,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.is_stopping = False
         self._settings = settings
         self._router = router
-        self._observer = observer
+        self._metrics = metrics
         self._tls = tls
         self._links: dict[socket.socket, str] = {}  # and the client's network of each
         self._reserved: set[socket.socket] = set()  # of them, those in the places for stops
@@ -6684,7 +6668,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def log_request(self, request: Request, route: Route | None, status: int, seconds: float, sent: int) -> None:
         """A request has been answered, or its answer broke off."""
-        self._observer.request(request.method, route.template if route else "", status, seconds)
+        self._metrics.request(request.method, route.template if route else "", status, seconds)
         if log.isEnabledFor(logging.DEBUG):
             what, measured = f"{request.method} {_path(request)}", {"status": status, "bytes": sent, "seconds": seconds}
             fields = {**_log_fields(request), **measured}
@@ -6693,7 +6677,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def log_bad_request(self, error: ApiError, seconds: float) -> None:
         """What a client sent has been refused unread."""
-        self._observer.request("", "", error.status, seconds)
+        self._metrics.request("", "", error.status, seconds)
 
     def get_request(self) -> tuple[Any, Any]:
         """The next connection; raises OSError where there is none, after a pause where something is used up."""
@@ -7545,14 +7529,14 @@ class OperatorApi:
         store: Store,
         scheduler: Scheduler,
         clock: Clock,
-        telemetry: Telemetry,
+        metrics: Metrics,
         root: str,
         warnings: Sequence[Callable[[], str]],
     ) -> None:
         self._store = store
         self._scheduler = scheduler
         self._clock = clock
-        self._telemetry = telemetry
+        self._metrics = metrics
         self._root = root
         self._warnings = warnings  # each tells what the operator should know now, or nothing
 
@@ -7593,7 +7577,7 @@ class OperatorApi:
         return Response()
 
     def show_metrics(self, _: Request) -> Response:
-        families = [*self._families(), *self._telemetry.families(), *process_families(process_stats())]
+        families = [*self._families(), *self._metrics.families(), *process_families(process_stats())]
         return Response(headers=(METRICS_TYPE,), body=exposition(families).encode())
 
     def _families(self) -> list[Family]:
@@ -7602,13 +7586,13 @@ class OperatorApi:
         tasks = [("", (("state", name),), counts.get(state, 0)) for state, name in STATE_NAMES.items()]
         known = tuple((name, value) for name, value in build()._asdict().items())
         return [
-            single(METRIC_PREFIX + "build_info", "gauge", "The program and its Python; always 1.", 1, known),
+            metric(METRIC_PREFIX + "build_info", "gauge", "The program and its Python; always 1.", 1, known),
             Family(METRIC_PREFIX + "tasks", "gauge", "Tasks kept, by state.", tasks),
             *(
-                single(f"{METRIC_PREFIX}pool_{name}", "gauge", text, value)
+                metric(f"{METRIC_PREFIX}pool_{name}", "gauge", text, value)
                 for (name, value), text in zip(self._scheduler.pool()._asdict().items(), _POOL_HELP)
             ),
-            single(
+            metric(
                 METRIC_PREFIX + "store_size_bytes",
                 "gauge",
                 "What the database takes on disk.",
@@ -7898,8 +7882,8 @@ def symbols_text(asked: str) -> str:
 class ProfileApi:
     """Answers the routes of pprof with what is true of a Python process; any thread may call it."""
 
-    def __init__(self, telemetry: Telemetry, most_ns: int) -> None:
-        self._telemetry = telemetry
+    def __init__(self, metrics: Metrics, most_ns: int) -> None:
+        self._metrics = metrics
         self._most_s = most_ns / _SECOND_NS
         self._busy = threading.Lock()  # held while something is taken that takes time
 
@@ -7947,7 +7931,7 @@ class ProfileApi:
     def trace(self, request: Request) -> Response:
         seconds = self._seconds(request, 1.0)
         with self._exclusive():
-            events = trace_events(self._telemetry.trace(seconds))
+            events = trace_events(self._metrics.trace(seconds))
         return Response(headers=(JSON_TYPE,), body=to_json(events).encode())
 
     def show_symbols(self, request: Request) -> Response:
@@ -8590,8 +8574,8 @@ class Daemon:
         descriptors = raise_fd_limit()
         self._reserve.fill()
         capacity = step_capacity(descriptor_limit(), process_limits(), settings.max_connections)
-        telemetry = Telemetry()
-        store = Store(os.path.join(self._root, "remote_executor.db"), telemetry.commit)
+        metrics = Metrics()
+        store = Store(os.path.join(self._root, "remote_executor.db"), metrics.commit)
         store.start()
         closing.callback(store.stop)
         clock = Clock.resume(store.metadata(), store.latest_ns())
@@ -8605,7 +8589,7 @@ class Daemon:
             capacity.steps,
             lambda number: runner.remove_empty_workspace(number),
         )
-        runner = Runner(store, scheduler, processes, clock, files, settings, telemetry)
+        runner = Runner(store, scheduler, processes, clock, files, settings, metrics)
         recovery = Recovery(store, scheduler, processes, clock, files, runner)
         janitor = Janitor(store, scheduler, processes, clock, files, settings)
         root_watch = RootWatch(self._root, has_token=settings.token_file.startswith("$ROOT"))
@@ -8618,12 +8602,12 @@ class Daemon:
         ]
         routes = [
             *Api(store, scheduler, clock, files, settings.key_expire).routes(),
-            *OperatorApi(store, scheduler, clock, telemetry, self._root, warnings).routes(),
-            *ProfileApi(telemetry, settings.profile_timeout).routes(),
+            *OperatorApi(store, scheduler, clock, metrics, self._root, warnings).routes(),
+            *ProfileApi(metrics, settings.profile_timeout).routes(),
         ]
         router = Router([*routes, *DocumentApi(routes).routes()])
         access = Authenticator(settings, self._root, self._reserve)
-        server = Server(settings, router, access, telemetry, self._tls, self._reserve)
+        server = Server(settings, router, access, metrics, self._tls, self._reserve)
         closing.callback(server.stop)
         server.open()
         access.start()

@@ -4045,7 +4045,7 @@ class House:
     def __init__(self, root: Path, size: int = 30) -> None:
         code = module()
         (root / "tasks").mkdir(parents=True, exist_ok=True)
-        self.metrics = code.Telemetry()
+        self.metrics = code.Metrics()
         self.store = code.Store(str(root / "db"), self.metrics.commit)
         self.store.start()
         self.clock = code.Clock.resume({}, 0)
@@ -5139,7 +5139,7 @@ def bare_server(**given: Any) -> Any:
     settings = code.make_settings({"addr": "127.0.0.1:0", **given})
     reserve = code.DescriptorReserve()
     access = code.Authenticator(settings, "", reserve)
-    return code.Server(settings, code.Router([]), access, code.Observer(), None, reserve)
+    return code.Server(settings, code.Router([]), access, code.Metrics(), None, reserve)
 
 
 @pytest.mark.parametrize("address", [None, "", (), ("::1", 1)])
