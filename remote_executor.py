@@ -3351,7 +3351,7 @@ else:
 
 
 class State(IntEnum):
-    """Where a task or a step stands. Stored, never renumbered."""
+    """The state of a task or a step as it is stored and shown. Never renumber."""
 
     ENDED = 0
     RUNNING = 1
@@ -3359,7 +3359,12 @@ class State(IntEnum):
     ERROR = 255
 
 
-STATE_NAMES = {State.ENDED: "Stop", State.RUNNING: "Running", State.PENDING: "Pending", State.ERROR: "System Error"}
+STATE_NAMES = {
+    State.ENDED: "Stop",
+    State.RUNNING: "Running",
+    State.PENDING: "Pending",
+    State.ERROR: "System Error",
+}
 NO_TASK = "task does not exist, no data"
 TASK_SUCCEEDED = "all steps executed successfully"
 WAITING = "waiting for a free worker"
@@ -3374,36 +3379,44 @@ FORCED_CODE = 255  # of a step that could not start, was stopped, timed out or w
 
 
 def name_steps(steps: Iterable[tuple[int, str]]) -> str:
+    """Return the text by which messages list steps, from index and name of each."""
     return "; ".join(f"Step: {index}, Name: {name}" for index, name in steps)
 
 
 def summarize(steps: Iterable[tuple[int, str, int]]) -> tuple[int, str]:
     """Return code and message of an ended task, from index, name and code of its steps."""
-    failed = [(index, name, code) for index, name, code in steps if code]
-    if not failed:
-        return 0, TASK_SUCCEEDED
-    names = name_steps((index, name) for index, name, _ in failed)
-    return sum(code for _, _, code in failed), f"execution failed: [{names}]"
+    total = 0
+    failed = []
+    for index, name, code in steps:
+        if code:
+            total += code
+            failed.append((index, name))
+    if failed:
+        return total, f"execution failed: [{name_steps(failed)}]"
+    return 0, TASK_SUCCEEDED
 
 
 def failure_text(index: int, name: str, code: int, reason: str) -> str:
-    """How a failed step is told, in its own message and in its task's."""
-    return f"Step: {index}, Name: {name}, Exit Code: {code}" + (f": {reason}" if reason else "")
+    """Return how a failed step is shown, in its own message and in its task's."""
+    text = f"Step: {index}, Name: {name}, Exit Code: {code}"
+    return f"{text}: {reason}" if reason else text
 
 
 def step_message(index: int, name: str, state: int, code: int, reason: str) -> str:
-    """The `msg` of a step."""
+    """Return the `msg` of a step."""
     if state == State.PENDING:
         return STEP_PENDING
     if state == State.RUNNING:
         return STEP_RUNNING
-    return failure_text(index, name, code, reason) if code else STEP_SUCCEEDED
+    if code:
+        return failure_text(index, name, code, reason)
+    return STEP_SUCCEEDED
 
 
 class StepSpec(NamedTuple):
     """A step as submitted; `depends_on` are indexes of steps, `timeout_ns` is 0 for the default.
 
-    A later field has a default, which leaves the fingerprint of a submission as it was.
+    Give each later field a default: the fingerprint of a submission that lacks it then stays what it was.
     """
 
     name: str
@@ -3415,7 +3428,7 @@ class StepSpec(NamedTuple):
 
 
 class TaskSpec(NamedTuple):
-    """A task as submitted; `fingerprint` tells one submission from another, `timeout_ns` is 0 for none."""
+    """A task as submitted; `timeout_ns` is 0 for none, `fingerprint` is a hash of all else but the id."""
 
     id: str
     steps: tuple[StepSpec, ...]
@@ -3429,97 +3442,115 @@ class TaskSpec(NamedTuple):
 # ======================================================================================================================
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # Windows opens these as devices
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_TRUTH = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+_WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_TRUE = {"1", "t", "true"}
+_FALSE = {"0", "f", "false"}
 _NAME_LIMIT = 128
+# The parameters of a submission and their aliases.
+_PARAMETERS = {"id": "id", "timeout": "timeout", "time_out": "timeout", "ansync": "ansync", "async": "ansync"}
+_REQUIRED_FIELDS = {"command_type": "CommandType", "command_content": "CommandContent"}
 Pairs = Sequence[tuple[str, str]]
 
 
 def parse_json(body: bytes) -> Any:
-    """The value of a body; raises Malformed."""
+    """Return the value of a body. Raises Malformed."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        return json.loads(body.decode("utf-8"), parse_constant=_reject_constant)
     except RecursionError:
         raise Malformed("the body is not JSON: nested too deeply") from None
     except ValueError as error:
         raise Malformed(f"the body is not JSON: {error}") from None
-    return value
 
 
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no JSON")
+def _reject_constant(word: str) -> None:
+    """Raise ValueError: NaN and Infinity, which Python's parser takes, are not of RFC 8259."""
+    raise ValueError(f"{word} is not a JSON value")
 
 
 def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) -> TaskSpec:
-    """What a POST asks for; raises Malformed with the place of the first error, such as [2].timeout."""
-    given = _query_values(query)
-    task_id = _task_id(given["id"][1])
-    parallel = _parse_bool(*given["ansync"])
-    timeout_ns = _parse_timeout(*given["timeout"])
+    """Return the task that a POST asks for. Raises Malformed, which names the field at fault, such as [2].timeout."""
+    parameters = _parse_query(query)
+    task_id = _parse_task_id(parameters["id"][1])
+    parallel = _parse_bool(*parameters["ansync"])
+    timeout_ns = _parse_timeout(*parameters["timeout"])
     task_env = _parse_environment("env_vars", [value for name, value in query if name == "env_vars"])
     items = parse_json(body)
     if not isinstance(items, list) or not items:
         raise Malformed("the body must be a JSON array of one step or more")
-    known = tuple(command_types)
-    drafts = [_parse_step(index, item, f"{task_id}-{index}", known) for index, item in enumerate(items)]
-    steps = _with_dependencies(drafts, [_needed_names(index, item) for index, item in enumerate(items)], parallel)
-    names = [item.get("name") or None for item in items]  # as given: a default holds the id, which may be random
+    allowed_types = tuple(command_types)
+    steps = []
+    for index, item in enumerate(items):
+        steps.append(_parse_step(index, item, f"{task_id}-{index}", allowed_types))
+    steps = _resolve_dependencies(steps, items, parallel)
+    names = [item.get("name") or None for item in items]  # as sent: a default name holds the id, which may be random
     fingerprint = _fingerprint([parallel, timeout_ns, task_env, names, [_identify_step(step) for step in steps]])
-    return TaskSpec(task_id, steps, task_env, timeout_ns, fingerprint)
+    return TaskSpec(task_id, tuple(steps), task_env, timeout_ns, fingerprint)
 
 
 def _fingerprint(submission: Any) -> str:
+    """Return a hash of a value that JSON can hold."""
     import hashlib  # here, because OpenSSL takes half a megabyte that an idle daemon need not
 
     return hashlib.sha256(json.dumps(submission).encode()).hexdigest()
 
 
 def _identify_step(step: StepSpec) -> list[Any]:
-    """Return what of a step the fingerprint is made of: the fields of 1.0, and later ones unless at their default.
+    """Return what the fingerprint covers of a step: the fields of 1.0, and later ones that are not at their default.
 
     So a field that is added to StepSpec changes the fingerprint of no submission that lacks it.
     """
-    first = ["", step.command_type, step.content, step.env, step.depends_on, step.timeout_ns]
-    defaults = StepSpec._field_defaults
-    later = {name: getattr(step, name) for name in StepSpec._fields[len(first) :]}
-    given = {name: value for name, value in later.items() if value != defaults[name]}
-    return [*first, given] if given else first
+    identity = ["", step.command_type, step.content, step.env, step.depends_on, step.timeout_ns]
+    later = {}
+    for name in StepSpec._fields[len(identity) :]:
+        value = getattr(step, name)
+        if value != StepSpec._field_defaults[name]:
+            later[name] = value
+    if later:
+        identity.append(later)
+    return identity
 
 
-def _query_values(query: Pairs) -> dict[str, tuple[str, str]]:
-    """The single values of a submission's query, each with the name it was given by: `async` is `ansync`."""
-    spelled = {"id": "id", "timeout": "timeout", "time_out": "timeout", "ansync": "ansync", "async": "ansync"}
-    given = {field: (field, "") for field in spelled.values()}
-    for name, value in query:
-        field = spelled.get(name)
-        if field and given[field][1] not in ("", value):
-            raise Malformed(f"{name}: given twice, as {given[field][1]!r} and as {value!r}")
-        if field:
-            given[field] = name, value
-    return given
+def _parse_query(query: Pairs) -> dict[str, tuple[str, str]]:
+    """Return the parameters that may be given once: of each the alias that was used, and its text, empty by default."""
+    parameters = {name: (name, "") for name in _PARAMETERS.values()}
+    for alias, text in query:
+        name = _PARAMETERS.get(alias)
+        if name is None:
+            continue
+        earlier = parameters[name][1]
+        if earlier not in ("", text):
+            raise Malformed(f"{alias}: given twice, as {earlier!r} and as {text!r}")
+        parameters[name] = (alias, text)
+    return parameters
 
 
-def _task_id(text: str) -> str:
+def _parse_task_id(text: str) -> str:
+    """Return a valid task id, a new UUID where none is given."""
     if not text:
         import uuid
 
         return str(uuid.uuid4())
-    if not _ID.fullmatch(text) or text.endswith(".") or _DEVICE.fullmatch(text):
+    if not _ID.fullmatch(text) or text.endswith(".") or _WINDOWS_DEVICE.fullmatch(text):
         raise Malformed(
-            f"id: {text!r} is no id; right would be 1 to 64 of A-Z a-z 0-9 . _ -, the first a letter or a digit, "
-            "the last no dot, and no name of a Windows device"
+            f"invalid id {text!r}: use 1 to 64 of A-Z a-z 0-9 . _ -, starting with a letter or digit, "
+            "not ending with a dot, and no Windows device name"
         )
     return text
 
 
 def _parse_bool(where: str, text: str) -> bool:
-    if text and text.lower() not in _TRUTH:
-        raise Malformed(f"{where}: {text!r} is no truth value; right would be true or false")
-    return _TRUTH[text.lower()] if text else False
+    """Return a boolean; an empty text is False."""
+    word = text.lower()
+    if word in _TRUE:
+        return True
+    if word and word not in _FALSE:
+        raise Malformed(f"{where}: invalid boolean {text!r}: expected true or false")
+    return False
 
 
 def _parse_timeout(where: str, value: Any) -> int:
+    """Return the nanoseconds of a duration, 0 where none is given."""
     if value is None or value == "":
         return 0
     if not isinstance(value, str):
@@ -3534,17 +3565,18 @@ def _parse_timeout(where: str, value: Any) -> int:
 
 
 def _require_str(where: str, value: Any) -> str:
-    """A string that can be written to a file or an environment."""
+    """Return the value if it is a string that can be encoded, for a file or an environment."""
     if not isinstance(value, str):
         raise Malformed(f"{where}: must be a string")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise Malformed(f"{where}: holds half of a surrogate pair, which no text has") from None
+        raise Malformed(f"{where}: contains an unpaired surrogate") from None
     return value
 
 
 def _parse_environment(where: str, value: Any) -> tuple[str, ...]:
+    """Return a list of KEY=value, empty where none is given."""
     if value is None:
         return ()
     if not isinstance(value, list):
@@ -3552,74 +3584,89 @@ def _parse_environment(where: str, value: Any) -> tuple[str, ...]:
     for index, entry in enumerate(value):
         text = _require_str(f"{where}[{index}]", entry)
         if text.find("=") < 1 or "\0" in text:
-            raise Malformed(f"{where}[{index}]: {text!r} is no KEY=value")
+            raise Malformed(f"{where}[{index}]: invalid entry {text!r}: expected KEY=value")
     return tuple(value)
 
 
-def _parse_step(index: int, item: Any, default_name: str, known: tuple[str, ...]) -> StepSpec:
-    """The step of one element, what it depends on left out."""
+def _parse_step(index: int, item: Any, default_name: str, allowed_types: tuple[str, ...]) -> StepSpec:
+    """Return the step of one element, without its dependencies."""
     where = f"[{index}]"
     if not isinstance(item, dict):
         raise Malformed(f"{where}: a step must be a JSON object")
-    for field, key in (("CommandType", "command_type"), ("CommandContent", "command_content")):
+    for key, field in _REQUIRED_FIELDS.items():
         if item.get(key) in (None, ""):
             tag = f"Error:Field validation for '{field}' failed on the 'required' tag"
             raise Malformed(f"{where}: Key: 'PostStruct.{field}' {tag}")
     command_type = _require_str(f"{where}.command_type", item["command_type"])
-    if command_type not in known:
-        raise Malformed(f"{where}.command_type: {command_type!r} is unknown; known are {', '.join(known)}")
-    name = default_name if item.get("name") in (None, "") else _require_str(f"{where}.name", item["name"])
-    if len(name) > _NAME_LIMIT or _CONTROL.search(name):
+    if command_type not in allowed_types:
+        raise Malformed(f"{where}.command_type: unknown {command_type!r}: expected one of {', '.join(allowed_types)}")
+    name = item.get("name")
+    if name in (None, ""):
+        name = default_name
+    name = _require_str(f"{where}.name", name)
+    if len(name) > _NAME_LIMIT or _CONTROL_CHARACTER.search(name):
         raise Malformed(f"{where}.name: must have at most {_NAME_LIMIT} characters and no control characters")
     content = _require_str(f"{where}.command_content", item["command_content"])
     env = _parse_environment(f"{where}.env_vars", item.get("env_vars"))
-    return StepSpec(name, command_type, content, env, (), _parse_timeout(f"{where}.timeout", item.get("timeout")))
+    timeout_ns = _parse_timeout(f"{where}.timeout", item.get("timeout"))
+    return StepSpec(name, command_type, content, env, (), timeout_ns)
 
 
-def _needed_names(index: int, item: dict[str, Any]) -> tuple[str, list[str]]:
-    """The path of a step's dependencies and the names in it."""
-    given = {key: item[key] for key in ("depets_on", "depends_on") if item.get(key)}
-    for key, names in given.items():
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise Malformed(f"[{index}].{key}: must be a list of names of steps")
-    if len(given) == 2 and given["depets_on"] != given["depends_on"]:
-        raise Malformed(f"[{index}].depends_on: differs from depets_on, which is the same field; give one of them")
-    for key, names in given.items():
-        return f"[{index}].{key}", names
-    return f"[{index}].depets_on", []
+def _dependency_names(index: int, item: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return where the dependencies of a step stand, such as [1].depets_on, and the names in it."""
+    key = "depets_on"
+    names: list[str] = []
+    for alias in ("depets_on", "depends_on"):
+        value = item.get(alias)
+        if not value:
+            continue
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise Malformed(f"[{index}].{alias}: must be a list of step names")
+        if names and names != value:
+            raise Malformed(f"[{index}].depends_on: differs from depets_on, which is the same field: give one of them")
+        if not names:
+            key = alias
+            names = value
+    return f"[{index}].{key}", names
 
 
-def _with_dependencies(
-    drafts: list[StepSpec], needed: list[tuple[str, list[str]]], parallel: bool
-) -> tuple[StepSpec, ...]:
-    """The steps with what they depend on; raises Malformed for what cannot be, cycles with the names in them."""
+def _resolve_dependencies(
+    steps: Sequence[StepSpec], items: Sequence[Mapping[str, Any]], parallel: bool
+) -> list[StepSpec]:
+    """Return the steps with the indexes of what they depend on.
+
+    Raises Malformed for duplicate names, dependencies that cannot be, and cycles, with the names in them.
+    """
+    dependencies = [_dependency_names(index, item) for index, item in enumerate(items)]
     indexes: dict[str, int] = {}
-    for index, step in enumerate(drafts):
-        if indexes.setdefault(step.name, index) != index:
-            raise Malformed(f"[{index}].name: {step.name!r} is the name of [{indexes[step.name]}] already")
-    steps = []
-    for index, (step, (where, names)) in enumerate(zip(drafts, needed)):
-        needs = [_needed(where, name, index, indexes, parallel) for name in names]
+    for index, step in enumerate(steps):
+        first = indexes.setdefault(step.name, index)
+        if first != index:
+            raise Malformed(f"[{index}].name: {step.name!r} is already the name of [{first}]")
+    graph = {}
+    for index, (where, names) in enumerate(dependencies):
+        depends_on = [_dependency_index(where, name, index, indexes, parallel) for name in names]
         if not parallel and index:
-            needs.append(index - 1)
-        steps.append(step._replace(depends_on=tuple(dict.fromkeys(needs))))
+            depends_on.append(index - 1)
+        graph[index] = tuple(dict.fromkeys(depends_on))
     try:
-        graphlib.TopologicalSorter({index: step.depends_on for index, step in enumerate(steps)}).prepare()
+        graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
-        ring = " -> ".join(steps[index].name for index in reversed(error.args[1]))
-        raise Malformed(f"depets_on: the steps wait for each other: {ring}") from None
-    return tuple(steps)
+        cycle = " -> ".join(steps[index].name for index in reversed(error.args[1]))
+        raise Malformed(f"depets_on: the steps wait for each other: {cycle}") from None
+    return [step._replace(depends_on=graph[index]) for index, step in enumerate(steps)]
 
 
-def _needed(where: str, name: str, index: int, indexes: Mapping[str, int], parallel: bool) -> int:
-    need = indexes.get(name)
-    if need is None:
-        raise Malformed(f"{where}: {name!r} is the name of no step")
-    if need == index:
-        raise Malformed(f"{where}: {name!r} is the step itself")
-    if need > index and not parallel:
-        raise Malformed(f"{where}: {name!r} comes later; steps run in the order given, unless ansync=true")
-    return need
+def _dependency_index(where: str, name: str, index: int, indexes: Mapping[str, int], parallel: bool) -> int:
+    """Return the index of the step of that name, on which the step at `index` may depend."""
+    dependency = indexes.get(name)
+    if dependency is None:
+        raise Malformed(f"{where}: unknown step {name!r}")
+    if dependency == index:
+        raise Malformed(f"{where}: step {name!r} depends on itself")
+    if dependency > index and not parallel:
+        raise Malformed(f"{where}: {name!r} comes later: steps run in the order given, unless ansync=true")
+    return dependency
 
 
 # ======================================================================================================================
@@ -3628,22 +3675,23 @@ def _needed(where: str, name: str, index: int, indexes: Mapping[str, int], paral
 
 
 class Plan:
-    """The dependency graph of one task, by the indexes of its steps; not for several threads at once."""
+    """The dependency graph of one task, by the indexes of its steps; not thread-safe. Raises graphlib.CycleError."""
 
     def __init__(self, depends_on: Sequence[Sequence[int]]) -> None:
-        self._sorter: graphlib.TopologicalSorter[int] = graphlib.TopologicalSorter(dict(enumerate(depends_on)))
+        graph = dict(enumerate(depends_on))
+        self._sorter: graphlib.TopologicalSorter[int] = graphlib.TopologicalSorter(graph)
         self._sorter.prepare()
         self._dependents: dict[int, list[int]] = {}
-        for index, needed in enumerate(depends_on):
-            for dependency in needed:
+        for index, dependencies in enumerate(depends_on):
+            for dependency in dependencies:
                 self._dependents.setdefault(dependency, []).append(index)
 
     def ready(self) -> list[int]:
-        """Hand out, once each and in order, the steps of which all that they depend on has succeeded."""
+        """Return, in order, the steps whose dependencies have all succeeded, each only once."""
         return sorted(self._sorter.get_ready())
 
     def succeed(self, index: int) -> None:
-        """Note that a step which was handed out has succeeded; raises ValueError for any other."""
+        """Mark a step that `ready` has returned as succeeded. Raises ValueError for any other."""
         self._sorter.done(index)
 
     def dependents(self, index: int) -> Sequence[int]:
@@ -3658,8 +3706,13 @@ class Plan:
 _STEP_BOUNDS_S = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600, 21600, 86400)
 _QUEUE_BOUNDS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600)
 _REQUEST_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # whatever else a client makes up is "other"
-METRIC_PREFIX = "remote_executor_"  # how the names of our own metrics begin
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # any other word of a client counts as "other"
+METRIC_PREFIX = "remote_executor_"  # of the names of our own metrics
+_GC_METRICS = (
+    ("collections", "collections", "Runs of the garbage collector."),
+    ("collected", "objects_collected", "Objects that it freed."),
+    ("uncollectable", "objects_uncollectable", "Objects that it could not free."),
+)
 
 
 class Family(NamedTuple):
@@ -3672,27 +3725,33 @@ class Family(NamedTuple):
 
 
 def metric(name: str, kind: str, text: str, value: float | None, labels: Pairs = ()) -> Family:
-    """A metric of one sample, of none where the value is None."""
-    return Family(name, kind, text, [("", labels, value)] if value is not None else [])
+    """Return a metric of one sample, or of none where the value is None."""
+    samples = []
+    if value is not None:
+        samples.append(("", labels, value))
+    return Family(name, kind, text, samples)
 
 
 def exposition(families: Iterable[Family]) -> str:
-    """The metrics in the text format 0.0.4 of Prometheus (Exposition formats)."""
+    """Return the metrics in the text format 0.0.4 of Prometheus (Exposition formats)."""
     lines = []
     for family in families:
         if family.samples:
-            lines += [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"]
+            lines.append(f"# HELP {family.name} {family.help}")
+            lines.append(f"# TYPE {family.name} {family.kind}")
         for suffix, labels, value in family.samples:
             pairs = ",".join(f'{name}="{text.translate(_LABEL_ESCAPES)}"' for name, text in labels)
-            lines.append(f"{family.name}{suffix}{{{pairs}}} {value}" if pairs else f"{family.name}{suffix} {value}")
-    return "\n".join([*lines, ""])
+            braces = f"{{{pairs}}}" if pairs else ""
+            lines.append(f"{family.name}{suffix}{braces} {value}")
+    lines.append("")
+    return "\n".join(lines)
 
 
 _LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 class Histogram:
-    """How many values lie below each bound; whoever shares one guards it."""
+    """Counts of values at or below each bound; not thread-safe."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
@@ -3700,182 +3759,217 @@ class Histogram:
         self._sum = 0.0
 
     def add(self, value: float) -> None:
+        """Count a value."""
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
 
     def samples(self, labels: Pairs = ()) -> list[tuple[str, Pairs, float]]:
-        totals = itertools.accumulate(self._counts)
-        bounds = [*map(str, self._bounds), "+Inf"]
-        found: list[tuple[str, Pairs, float]]
-        found = [("_bucket", (*labels, ("le", bound)), total) for bound, total in zip(bounds, totals)]
-        return [*found, ("_sum", labels, self._sum), ("_count", labels, sum(self._counts))]
+        """Return the samples of a metric: cumulative buckets, sum and count."""
+        samples: list[tuple[str, Pairs, float]] = []
+        total = 0
+        for bound, count in zip((*self._bounds, "+Inf"), self._counts):
+            total += count
+            samples.append(("_bucket", (*labels, ("le", str(bound))), total))
+        samples.append(("_sum", labels, self._sum))
+        samples.append(("_count", labels, total))
+        return samples
 
 
 def histogram_metric(name: str, text: str, histograms: Mapping[Pairs, Histogram]) -> Family:
-    """A metric of histograms, each with its labels."""
-    return Family(
-        name, "histogram", text, [one for labels, found in histograms.items() for one in found.samples(labels)]
-    )
+    """Return a metric of histograms, each with its labels."""
+    samples = []
+    for labels, histogram in histograms.items():
+        samples += histogram.samples(labels)
+    return Family(name, "histogram", text, samples)
 
 
 _MAX_SPANS = 100_000  # in a trace, which then holds the first of them
 
 
 class Span(NamedTuple):
-    """A piece of work in a thread; `begin_s` is of time.perf_counter()."""
+    """A piece of work in a thread, as a trace shows it; `begin_s` is of time.perf_counter()."""
 
     name: str
     category: str
     begin_s: float
     seconds: float
-    thread: int
+    thread_id: int
     thread_name: str
-    about: Mapping[str, Any]
+    args: Mapping[str, Any]
 
 
-def _ended_span(name: str, category: str, seconds: float, about: Mapping[str, Any]) -> Span:
-    """What this thread did until now."""
-    begin_s, thread = time.perf_counter() - seconds, threading.current_thread().name
-    return Span(name, category, begin_s, seconds, threading.get_native_id(), thread, about)
+def _ended_span(name: str, category: str, seconds: float, args: Mapping[str, Any]) -> Span:
+    """Return a span of this thread that ends now."""
+    begin_s = time.perf_counter() - seconds
+    thread_name = threading.current_thread().name
+    return Span(name, category, begin_s, seconds, threading.get_native_id(), thread_name, args)
 
 
 def trace_events(spans: Sequence[Span]) -> dict[str, Any]:
-    """The spans in the Trace Event Format, which Perfetto and chrome://tracing read."""
-    pid, begin_s = os.getpid(), min((span.begin_s for span in spans), default=0.0)
-    events: list[dict[str, Any]] = [
-        {"name": "thread_name", "ph": "M", "pid": pid, "tid": thread, "args": {"name": name}}
-        for thread, name in {span.thread: span.thread_name for span in spans}.items()
-    ]
+    """Return the spans in the Trace Event Format, which Perfetto and chrome://tracing read."""
+    pid = os.getpid()
+    begin_s = min((span.begin_s for span in spans), default=0.0)
+    events: list[dict[str, Any]] = []
+    thread_names = {span.thread_id: span.thread_name for span in spans}
+    for thread_id, name in thread_names.items():
+        events.append({"name": "thread_name", "ph": "M", "pid": pid, "tid": thread_id, "args": {"name": name}})
     for span in spans:
-        times = {"ts": (span.begin_s - begin_s) * 1e6, "dur": span.seconds * 1e6}
-        where = {"name": span.name, "cat": span.category, "ph": "X", "pid": pid, "tid": span.thread}
-        events.append({**where, **times, "args": span.about})
+        events.append(
+            {
+                "name": span.name,
+                "cat": span.category,
+                "ph": "X",
+                "pid": pid,
+                "tid": span.thread_id,
+                "ts": (span.begin_s - begin_s) * 1e6,
+                "dur": span.seconds * 1e6,
+                "args": span.args,
+            }
+        )
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
 class Metrics:
-    """Counts what the daemon does; any thread may tell it and ask it."""
+    """Counts what the daemon does since its start. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards all below, for some hundred nanoseconds at a time
-        self._steps = dict.fromkeys(("succeeded", "failed", "forced"), 0)
+        self._steps = {"succeeded": 0, "failed": 0, "forced": 0}
         self._step_seconds = Histogram(_STEP_BOUNDS_S)
         self._queue_seconds = Histogram(_QUEUE_BOUNDS_S)
         self._output_bytes = 0
         self._commit_seconds = Histogram(_REQUEST_BOUNDS_S)
         self._changes = 0
-        self._requests: dict[tuple[str, str, int], int] = {}
+        self._requests: collections.Counter[tuple[str, str, int]] = collections.Counter()
         self._request_seconds: dict[tuple[str, str], Histogram] = {}
         self._running: dict[tuple[str, int], Span] = {}  # steps, with no end yet
         self._spans: list[Span] | None = None  # while a trace is taken
 
     def commit(self, seconds: float, changes: int) -> None:
+        """Count a commit of the store."""
         with self._lock:
             self._commit_seconds.add(seconds)
             self._changes += changes
             self._trace("commit", "store", seconds, {"changes": changes})
 
-    def step_started(self, task_id: str, idx: int, waited_s: float) -> None:
-        span = _ended_span(f"{task_id} step {idx}", "step", 0.0, {"waited_s": waited_s})
+    def step_started(self, task_id: str, step_index: int, waited_s: float) -> None:
+        """Count the start of a step, so many seconds after it was ready."""
+        span = _ended_span(f"{task_id} step {step_index}", "step", 0.0, {"waited_s": waited_s})
         with self._lock:
             self._queue_seconds.add(waited_s)
-            self._running[task_id, idx] = span
+            self._running[task_id, step_index] = span
 
-    def step_ended(self, task_id: str, idx: int, result: str, seconds: float, output_bytes: int) -> None:
+    def step_ended(self, task_id: str, step_index: int, result: str, seconds: float, output_bytes: int) -> None:
+        """Count the end of a step; `result` is succeeded, failed or forced."""
         with self._lock:
             self._steps[result] += 1
             self._step_seconds.add(seconds)
             self._output_bytes += output_bytes
-            begun = self._running.pop((task_id, idx), None)
-            about = {**(begun.about if begun else {}), "result": result, "output_bytes": output_bytes}
-            self._trace(f"{task_id} step {idx}", "step", seconds, about)
+            args = {"result": result, "output_bytes": output_bytes}
+            started = self._running.pop((task_id, step_index), None)
+            if started:
+                args = {**started.args, **args}
+            self._trace(f"{task_id} step {step_index}", "step", seconds, args)
 
     def request(self, method: str, template: str, status: int, seconds: float) -> None:
-        method = method if method in _METHODS else "other"
-        key = template, method
+        """Count an answered request; the template is empty where no route has its path."""
+        if method not in _METHODS:
+            method = "other"
+        key = (template, method)
         with self._lock:
-            self._requests[template, method, status] = self._requests.get((template, method, status), 0) + 1
+            self._requests[template, method, status] += 1
             if key not in self._request_seconds:
                 self._request_seconds[key] = Histogram(_REQUEST_BOUNDS_S)
             self._request_seconds[key].add(seconds)
             if self._spans is not None:
                 self._trace(f"{method} {template}", "request", seconds, {"status": status})
 
-    def _trace(self, name: str, category: str, seconds: float, about: Mapping[str, Any]) -> None:
-        """This thread has done a piece of work; the lock is held."""
+    def _trace(self, name: str, category: str, seconds: float, args: Mapping[str, Any]) -> None:
+        """Add a span of this thread that ends now to the trace, if one is taken; the lock is held."""
         if self._spans is not None and len(self._spans) < _MAX_SPANS:
-            self._spans.append(_ended_span(name, category, seconds, about))
+            self._spans.append(_ended_span(name, category, seconds, args))
 
     def trace(self, seconds: float) -> list[Span]:
-        """What ends in the time to come, and the steps that run on then; for one thread at a time."""
+        """Wait, and return what has ended meanwhile and the steps that still run; for one thread at a time."""
         with self._lock:
             self._spans = []
         time.sleep(seconds)
         now_s = time.perf_counter()
         with self._lock:
-            spans, self._spans = self._spans, None
-            running = [one._replace(seconds=now_s - one.begin_s) for one in self._running.values()]
-        return spans + [one._replace(about={**one.about, "result": "still running"}) for one in running]
+            spans = self._spans
+            self._spans = None
+            running = [*self._running.values()]
+        for span in running:
+            args = {**span.args, "result": "still running"}
+            spans.append(span._replace(seconds=now_s - span.begin_s, args=args))
+        return spans
 
     def families(self) -> list[Family]:
-        """What was counted since the daemon's start."""
+        """Return all counts as metrics."""
         with self._lock:
-            steps = [("", (("result", result),), count) for result, count in self._steps.items()]
-            requests = [
-                ("", (*_route_labels(template, method), ("status", str(status))), count)
-                for (template, method, status), count in self._requests.items()
-            ]
-            spans = {_route_labels(*key): found for key, found in self._request_seconds.items()}
-            return [
-                Family(METRIC_PREFIX + "steps_ended_total", "counter", "Steps that ended, by result.", steps),
-                histogram_metric(
-                    METRIC_PREFIX + "step_duration_seconds", "How long steps ran.", {(): self._step_seconds}
-                ),
-                histogram_metric(
-                    METRIC_PREFIX + "step_queue_seconds", "How long ready steps waited.", {(): self._queue_seconds}
-                ),
-                metric(
-                    METRIC_PREFIX + "step_output_bytes_total", "counter", "What ended steps wrote.", self._output_bytes
-                ),
-                Family(METRIC_PREFIX + "http_requests_total", "counter", "Requests answered.", requests),
-                histogram_metric(
-                    METRIC_PREFIX + "http_request_duration_seconds",
-                    "From a request's first byte to its answer's last.",
-                    spans,
-                ),
-                histogram_metric(
-                    METRIC_PREFIX + "store_commit_duration_seconds",
-                    "How long commits took.",
-                    {(): self._commit_seconds},
-                ),
-                metric(METRIC_PREFIX + "store_changes_total", "counter", "Changes in these commits.", self._changes),
-            ]
+            return [*self._step_families(), *self._request_families(), *self._store_families()]
+
+    def _step_families(self) -> list[Family]:
+        steps = [("", (("result", result),), count) for result, count in self._steps.items()]
+        return [
+            Family(METRIC_PREFIX + "steps_ended_total", "counter", "Steps that ended, by result.", steps),
+            histogram_metric(METRIC_PREFIX + "step_duration_seconds", "How long steps ran.", {(): self._step_seconds}),
+            histogram_metric(
+                METRIC_PREFIX + "step_queue_seconds", "How long ready steps waited.", {(): self._queue_seconds}
+            ),
+            metric(METRIC_PREFIX + "step_output_bytes_total", "counter", "What ended steps wrote.", self._output_bytes),
+        ]
+
+    def _request_families(self) -> list[Family]:
+        requests = []
+        for (template, method, status), count in self._requests.items():
+            labels = (*_route_labels(template, method), ("status", str(status)))
+            requests.append(("", labels, count))
+        histograms = {}
+        for (template, method), histogram in self._request_seconds.items():
+            histograms[_route_labels(template, method)] = histogram
+        return [
+            Family(METRIC_PREFIX + "http_requests_total", "counter", "Requests answered.", requests),
+            histogram_metric(
+                METRIC_PREFIX + "http_request_duration_seconds",
+                "From a request's first byte to its answer's last.",
+                histograms,
+            ),
+        ]
+
+    def _store_families(self) -> list[Family]:
+        return [
+            histogram_metric(
+                METRIC_PREFIX + "store_commit_duration_seconds",
+                "How long commits took.",
+                {(): self._commit_seconds},
+            ),
+            metric(METRIC_PREFIX + "store_changes_total", "counter", "Changes in these commits.", self._changes),
+        ]
 
 
 def _route_labels(template: str, method: str) -> Pairs:
     return ("route", template or "none"), ("method", method)
 
 
-def process_families(figures: ProcessStats) -> list[Family]:
-    """The process and its Python, by the names of the official clients of Prometheus."""
-    cycles = [((("generation", str(number)),), found) for number, found in enumerate(gc.get_stats())]
-    return [
-        metric("process_cpu_seconds_total", "counter", "User and system CPU time.", figures.cpu_s),
-        metric("process_resident_memory_bytes", "gauge", "Resident memory.", figures.resident_bytes),
-        metric("process_virtual_memory_bytes", "gauge", "Virtual memory.", figures.virtual_bytes),
-        metric("process_open_fds", "gauge", "Open file descriptors, on Windows handles.", figures.open_files),
-        metric("process_max_fds", "gauge", "The most of them.", figures.max_files),
-        metric("process_threads", "gauge", "Threads.", figures.threads),
-        metric("process_start_time_seconds", "gauge", "When it started, since the epoch.", figures.started_s),
-        *(
-            Family(f"python_gc_{name}_total", "counter", text, [("", labels, found[key]) for labels, found in cycles])
-            for name, key, text in (
-                ("collections", "collections", "Runs of the garbage collector."),
-                ("objects_collected", "collected", "Objects that it freed."),
-                ("objects_uncollectable", "uncollectable", "Objects that it could not free."),
-            )
-        ),
+def process_families(stats: ProcessStats) -> list[Family]:
+    """Return metrics of the process and its Python, by the names of the official clients of Prometheus."""
+    families = [
+        metric("process_cpu_seconds_total", "counter", "User and system CPU time.", stats.cpu_s),
+        metric("process_resident_memory_bytes", "gauge", "Resident memory.", stats.resident_bytes),
+        metric("process_virtual_memory_bytes", "gauge", "Virtual memory.", stats.virtual_bytes),
+        metric("process_open_fds", "gauge", "Open file descriptors, on Windows handles.", stats.open_files),
+        metric("process_max_fds", "gauge", "The most of them.", stats.max_files),
+        metric("process_threads", "gauge", "Threads.", stats.threads),
+        metric("process_start_time_seconds", "gauge", "When it started, since the epoch.", stats.started_s),
     ]
+    generations = gc.get_stats()
+    for key, name, text in _GC_METRICS:
+        samples = []
+        for number, counts in enumerate(generations):
+            samples.append(("", (("generation", str(number)),), counts[key]))
+        families.append(Family(f"python_gc_{name}_total", "counter", text, samples))
+    return families
 
 
 # ======================================================================================================================
@@ -3883,14 +3977,15 @@ def process_families(figures: ProcessStats) -> list[Family]:
 # ======================================================================================================================
 
 _BLOCK_BYTES = 1 << 17
-_RESULT = re.compile(rb"(-?[0-9]{1,10})\s*\n")  # no longer, for a step may write there too
+_HEAD_BYTES = 256  # more than a pid file or a result has
+_RESULT = re.compile(rb"(-?[0-9]{1,10})\s*\n")  # bounded, for a step may write there too
 _LATE_RESULT = re.compile(rb"^ended (-?[0-9]{1,10})\n", re.MULTILINE)
 
 
 class StepDirectory:
-    """The files of one step; any thread may read them, one prepares.
+    """The files of one step; any thread may read them, one prepares them.
 
-    A step runs as the daemon's own user, so it may have put anything in their place.
+    A step runs as the daemon's own user: it may have replaced any of them by anything.
     """
 
     def __init__(self, tasks: SafeDirectory, task_number: int, step_index: int) -> None:
@@ -3911,24 +4006,26 @@ class StepDirectory:
                 self._tasks.make(self._names[0])
             self._tasks.make(*self._names, content=files)
         except FileExistsError:  # an earlier attempt made it, which did not start the step; or another step of the task
-            has_gone = self._tasks.remove(*self._names)  # unless a crash left a process of Windows suspended in it
-            self._tasks.make(*self._names, content=files, may_exist=not has_gone)
+            is_removed = self._tasks.remove(*self._names)  # unless a crash left a process of Windows suspended in it
+            self._tasks.make(*self._names, content=files, may_exist=not is_removed)
         return os.path.join(self.path, name)
 
     def exit_code(self) -> int | None:
         """Return the result that the wrapper left, None while there is none. Only a whole line counts.
 
-        A wrapper that found no room for a file of its own has told it at the end of its pid file.
-        Raises OSError where that cannot be known now.
+        A wrapper that has no room for a file of its own appends the result to its pid file.
+        Raises OSError where descriptors or memory are missing for now.
         """
-        found = _RESULT.fullmatch(self._head("rc")) or _LATE_RESULT.search(self._head("pid"))
-        return int(found[1]) if found else None
+        match = _RESULT.fullmatch(self._head("rc"))
+        if match is None:
+            match = _LATE_RESULT.search(self._head("pid"))
+        return int(match[1]) if match else None
 
     def _head(self, name: str) -> bytes:
-        """Return the first bytes of a file, none where it is missing or no file."""
+        """Return the first bytes of a file, none where there is no such regular file."""
         try:
             with self._tasks.read(*self._names, name) as file:
-                return file.read(256)
+                return file.read(_HEAD_BYTES)
         except OSError as error:
             if is_scarcity(error):
                 raise
@@ -3941,7 +4038,10 @@ class StepDirectory:
         return 0
 
     def read_output(self) -> Iterator[bytes]:
-        """Yield what the step has written so far, in blocks; nothing where its output is no file any more."""
+        """Yield what the step has written so far, in blocks; nothing where its output is not a regular file any more.
+
+        Raises OSError where no descriptor is free.
+        """
         try:
             file = self._tasks.read(*self._names, "output")
         except OSError as error:
@@ -3949,9 +4049,9 @@ class StepDirectory:
                 raise
             return
         with file:
-            left = os.fstat(file.fileno()).st_size
-            while left > 0 and (block := file.read(min(left, _BLOCK_BYTES))):
-                left -= len(block)
+            remaining = os.fstat(file.fileno()).st_size
+            while remaining > 0 and (block := file.read(min(remaining, _BLOCK_BYTES))):
+                remaining -= len(block)
                 yield block
 
 
