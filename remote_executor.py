@@ -3484,7 +3484,8 @@ def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) ->
         steps.append(_parse_step(index, item, f"{task_id}-{index}", allowed_types))
     steps = _resolve_dependencies(steps, items, parallel)
     names = [item.get("name") or None for item in items]  # as sent: a default name holds the id, which may be random
-    fingerprint = _fingerprint([parallel, timeout_ns, task_env, names, [_identify_step(step) for step in steps]])
+    identities = [_identify_step(step) for step in steps]
+    fingerprint = _fingerprint([parallel, timeout_ns, task_env, names, identities])
     return TaskSpec(task_id, tuple(steps), task_env, timeout_ns, fingerprint)
 
 
@@ -3715,13 +3716,16 @@ _GC_METRICS = (
 )
 
 
+Sample = tuple[str, Pairs, float]  # a suffix of the metric's name, labels and a value
+
+
 class Family(NamedTuple):
-    """A metric: its name, type and help, and its samples, each a suffix of the name, labels and a value."""
+    """A metric: its name, type and help, and its samples."""
 
     name: str
     kind: str
     help: str
-    samples: Sequence[tuple[str, Pairs, float]]
+    samples: Sequence[Sample]
 
 
 def metric(name: str, kind: str, text: str, value: float | None, labels: Pairs = ()) -> Family:
@@ -3763,13 +3767,14 @@ class Histogram:
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def samples(self, labels: Pairs = ()) -> list[tuple[str, Pairs, float]]:
+    def samples(self, labels: Pairs = ()) -> list[Sample]:
         """Return the samples of a metric: cumulative buckets, sum and count."""
-        samples: list[tuple[str, Pairs, float]] = []
+        samples: list[Sample] = []
         total = 0
         for bound, count in zip((*self._bounds, "+Inf"), self._counts):
             total += count
-            samples.append(("_bucket", (*labels, ("le", str(bound))), total))
+            bucket_labels = (*labels, ("le", str(bound)))
+            samples.append(("_bucket", bucket_labels, total))
         samples.append(("_sum", labels, self._sum))
         samples.append(("_count", labels, total))
         return samples
@@ -3965,9 +3970,10 @@ def process_families(stats: ProcessStats) -> list[Family]:
     ]
     generations = gc.get_stats()
     for key, name, text in _GC_METRICS:
-        samples = []
+        samples: list[Sample] = []
         for number, counts in enumerate(generations):
-            samples.append(("", (("generation", str(number)),), counts[key]))
+            labels = (("generation", str(number)),)
+            samples.append(("", labels, counts[key]))
         families.append(Family(f"python_gc_{name}_total", "counter", text, samples))
     return families
 
@@ -4150,8 +4156,9 @@ _RESERVE_SUFFIX = ".reserve"
 _RESERVE_BYTES = 256 * 1024  # -shm takes 32 KiB, -wal what the start and the first commits write
 _TASK = "SELECT seq, id, count, state, code, message, accepted_ns, ended_ns FROM task"
 _STEP = "SELECT idx, name, needs, state, code, reason, started_ns, ended_ns FROM step"
-_UNFINISHED_TASK = "seq, id, timeout_ns, accepted_ns, stop, count"
-_UNFINISHED_STEP = "idx, name, needs, timeout_ns, state, code, started_ns, stop"
+_RUNNING_STEPS = "SELECT task, idx, name FROM step WHERE state = 1 ORDER BY task, idx"
+_UNFINISHED_TASK = "SELECT seq, id, timeout_ns, accepted_ns, stop, count FROM task"
+_UNFINISHED_STEP = "SELECT idx, name, needs, timeout_ns, state, code, started_ns, stop FROM step"
 _INDEX = re.compile("0|[1-9][0-9]{0,8}")
 
 
@@ -4241,12 +4248,15 @@ class TaskEnd(NamedTuple):
     message: str
 
 
+_Apply = Callable[[sqlite3.Connection], Any]
+
+
 class _Change(NamedTuple):
     """A change of the database in the queue; `future` is done when it is committed or has failed."""
 
-    apply: Callable[[sqlite3.Connection], Any]
+    apply: _Apply
     future: Future[Any]
-    task_number: int  # none of the same task overtakes it; 0 for no task
+    task_number: int  # no later change of the same task overtakes it; 0 for no task
     is_durable: bool  # it must survive a loss of power
     retry_until_stored: bool  # it records what has happened
     has_waiter: bool
@@ -4398,7 +4408,11 @@ class Store:
 
     def accept(self, task_number: int, spec: TaskSpec, now_ns: int) -> Future[Accepted]:
         """Add a task, or find the one that the same submission made; fails with Conflict if another has its id."""
-        return self._submit(lambda db: _accept(db, task_number, spec, now_ns), is_durable=True)
+
+        def apply(db: sqlite3.Connection) -> Accepted:
+            return _accept(db, task_number, spec, now_ns)
+
+        return self._submit(apply, is_durable=True)
 
     def begin(self, task_number: int, step_index: int, now_ns: int) -> Future[None]:
         """Mark a step as running, whose files are made. Only what is known to have begun may run."""
@@ -4531,11 +4545,10 @@ class Store:
         return StepRow._make(rows[0])
 
     def running_steps(self) -> dict[int, list[tuple[int, str]]]:
-        """Return index and name of the running steps, by task."""
-        running: dict[int, list[tuple[int, str]]] = {}
-        rows = self._read("SELECT task, idx, name FROM step WHERE state = 1 ORDER BY task, idx")
-        for task_number, step_index, name in rows:
-            running.setdefault(task_number, []).append((step_index, name))
+        """Return index and name of the running steps, by task number."""
+        running = collections.defaultdict(list)
+        for task_number, *step in self._read(_RUNNING_STEPS):
+            running[task_number].append(tuple(step))
         return running
 
     def script(self, task_number: int, step_index: int) -> Script:
@@ -4571,16 +4584,17 @@ class Store:
 
     def unfinished_task(self, task_number: int) -> UnfinishedTask:
         """Return a task that has not ended. Raises ValueError and TypeError where what is stored is inconsistent."""
-        *task, count = self._read(f"SELECT {_UNFINISHED_TASK} FROM task WHERE seq = ?", (task_number,))[0]
-        rows = self._read(f"SELECT {_UNFINISHED_STEP} FROM step WHERE task = ? ORDER BY idx", (task_number,))
+        *task, count = self._read(f"{_UNFINISHED_TASK} WHERE seq = ?", (task_number,))[0]
         steps = []
-        for index, name, depends_on, *others in rows:
-            steps.append(UnfinishedStep(index, name, tuple(json.loads(depends_on)), *others))
+        for row in self._read(f"{_UNFINISHED_STEP} WHERE task = ? ORDER BY idx", (task_number,)):
+            step = UnfinishedStep._make(row)
+            steps.append(step._replace(depends_on=tuple(json.loads(row[2]))))
         indexes = range(count)
         if [step.step_index for step in steps] != list(indexes):
             raise ValueError("its steps are incomplete")
-        if any(index not in indexes for step in steps for index in step.depends_on):
-            raise ValueError("a step depends on one that does not exist")
+        for step in steps:
+            if any(index not in indexes for index in step.depends_on):
+                raise ValueError("a step depends on one that does not exist")
         return UnfinishedTask._make((*task, steps))
 
     def _read(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
@@ -4626,17 +4640,13 @@ class Store:
 
     # -- the queue and the thread that writes
 
-    def _submit(
-        self, apply: Callable[[sqlite3.Connection], Any], task_number: int = 0, is_durable: bool = False
-    ) -> Future[Any]:
+    def _submit(self, apply: _Apply, task_number: int = 0, is_durable: bool = False) -> Future[Any]:
         """Queue a change that somebody waits for, and that may fail."""
         future: Future[Any] = Future()
         self._enqueue(_Change(apply, future, task_number, is_durable, retry_until_stored=False, has_waiter=True))
         return future
 
-    def _record(
-        self, apply: Callable[[sqlite3.Connection], Any], task_number: int = 0, is_durable: bool = False
-    ) -> None:
+    def _record(self, apply: _Apply, task_number: int = 0, is_durable: bool = False) -> None:
         """Queue a change that records what has happened; it is tried again until it is stored."""
         self._enqueue(_Change(apply, Future(), task_number, is_durable, retry_until_stored=True, has_waiter=False))
 
@@ -4831,23 +4841,30 @@ def _migrate(db: sqlite3.Connection, version: int) -> None:
 def _accept(db: sqlite3.Connection, task_number: int, spec: TaskSpec, now_ns: int) -> Accepted:
     """Insert a task, unless the same submission has already done so. Raises Conflict."""
     row = db.execute("SELECT seq, count, accepted_ns, digest FROM task WHERE id = ?", (spec.id,)).fetchone()
-    if row:
-        earlier_number, step_count, accepted_ns, fingerprint = row
-        if fingerprint != spec.fingerprint:
-            raise Conflict(f"id {spec.id!r} already belongs to a different task; use another id")
-        return Accepted(earlier_number, spec.id, step_count, accepted_ns, is_new=False)
-    values = (task_number, spec.id, spec.fingerprint, len(spec.steps), spec.timeout_ns, now_ns)
-    db.execute("INSERT INTO task (seq, id, digest, count, timeout_ns, accepted_ns) VALUES (?, ?, ?, ?, ?, ?)", values)
-    steps = []
-    scripts = []
+    if row is None:
+        _insert_task(db, task_number, spec, now_ns)
+        return Accepted(task_number, spec.id, len(spec.steps), now_ns, is_new=True)
+    earlier_number, step_count, accepted_ns, fingerprint = row
+    if fingerprint != spec.fingerprint:
+        raise Conflict(f"id {spec.id!r} already belongs to a different task; use another id")
+    return Accepted(earlier_number, spec.id, step_count, accepted_ns, is_new=False)
+
+
+def _insert_task(db: sqlite3.Connection, task_number: int, spec: TaskSpec, now_ns: int) -> None:
+    db.execute(
+        "INSERT INTO task (seq, id, digest, count, timeout_ns, accepted_ns) VALUES (?, ?, ?, ?, ?, ?)",
+        (task_number, spec.id, spec.fingerprint, len(spec.steps), spec.timeout_ns, now_ns),
+    )
     for index, step in enumerate(spec.steps):
         depends_on = json.dumps(step.depends_on)
         env = json.dumps(spec.env + step.env)
-        steps.append((task_number, index, step.name, depends_on, step.timeout_ns))
-        scripts.append((task_number, index, step.command_type, env, step.content))
-    db.executemany("INSERT INTO step (task, idx, name, needs, timeout_ns) VALUES (?, ?, ?, ?, ?)", steps)
-    db.executemany("INSERT INTO script VALUES (?, ?, ?, ?, ?)", scripts)
-    return Accepted(task_number, spec.id, len(spec.steps), now_ns, is_new=True)
+        db.execute(
+            "INSERT INTO step (task, idx, name, needs, timeout_ns) VALUES (?, ?, ?, ?, ?)",
+            (task_number, index, step.name, depends_on, step.timeout_ns),
+        )
+        db.execute(
+            "INSERT INTO script VALUES (?, ?, ?, ?, ?)", (task_number, index, step.command_type, env, step.content)
+        )
 
 
 def _end_task(db: sqlite3.Connection, task_number: int, state: State, end: TaskEnd, now_ns: int) -> None:
@@ -5574,6 +5591,14 @@ class NotStarted(Exception):
     """A step could not be started for now; the text says what the host lacks."""
 
 
+class _Command(NamedTuple):
+    """What starts a step; `env` is added to the daemon's environment."""
+
+    args: list[str]
+    workspace: str
+    env: dict[str, str]
+
+
 class Runner:
     """Runs steps, each in a worker of the scheduler; any thread may call it."""
 
@@ -5639,22 +5664,15 @@ class Runner:
 
         Raises LaunchError, and NotStarted where it can be tried again.
         """
-        directory = self.directory(step)
         try:
-            script = self._store.script(step.task.number, step.index)
-            content = encode_script(script.command_type, script.content)
-            file = directory.prepare(script_name(script.command_type), content, self._processes.initial_files)
-            workspace = self._make_workspace(step)
-            entries = (*script_environment(script.command_type), *script.env)
-            env = self._environment(step, entries, workspace)
-            command = interpreter_command(script.command_type, file, workspace, env.get("PATH", self._path))
+            command = self._prepare(step)
             self._scheduler.begin(step).result()  # only what is known to have begun may run
             if step.stop_reason:
                 self._finish(step, FORCED_CODE)
             if step.phase is Phase.ENDED or self._scheduler.is_shutting_down:
                 return False
             failpoint("begun")
-            tree = self._processes.start(command, directory.path, workspace, env)
+            tree = self._processes.start(command.args, self.directory(step).path, command.workspace, command.env)
             failpoint("spawned")
         except (StorageFull, Unavailable, MemoryError) as error:
             raise NotStarted(str(error)) from error
@@ -5665,9 +5683,23 @@ class Runner:
         self._scheduler.attach(step, tree)
         if 0 < self._settings.max_output < _EARLY_LOOK_BYTES:
             self._scheduler.timekeeper_wakeup.set()
-        self._metrics.step_started(step.task.id, step.index, time.monotonic() - step.ready_s)
+        waited_s = time.monotonic() - step.ready_s
+        self._metrics.step_started(step.task.id, step.index, waited_s)
         log.debug("%s: started, pid %d", step, tree.pid, extra=step.log_extra)
         return True
+
+    def _prepare(self, step: Step) -> _Command:
+        """Make the files of a step; return what is to be started. Raises what `_launch` sorts, and LaunchError."""
+        script = self._store.script(step.task.number, step.index)
+        name = script_name(script.command_type)
+        content = encode_script(script.command_type, script.content)
+        file = self.directory(step).prepare(name, content, self._processes.initial_files)
+        workspace = self._make_workspace(step)
+        entries = (*script_environment(script.command_type), *script.env)
+        env = self._environment(step, entries, workspace)
+        path = env.get("PATH", self._path)
+        args = interpreter_command(script.command_type, file, workspace, path)
+        return _Command(args, workspace, env)
 
     def _make_workspace(self, step: Step) -> str:
         """Return the task's workspace, created where there is none. Raises LaunchError."""
@@ -5802,14 +5834,13 @@ class Recovery:
 
     def run(self) -> list[str]:
         """Restore every unfinished task; return the names of directories that belong to no task."""
-        path = self._files.path
-        if self._store.quarantine_suffix and os.path.isdir(path):
-            _move_or_copy(path, path + self._store.quarantine_suffix)  # it belongs to the database in quarantine
-        os.makedirs(path, exist_ok=True)
-        self._files.open()
+        self._open_files()
         self._scheduler.reserve_task_numbers(self._store.last_task_number())
         stored = {str(number) for number in self._store.task_numbers()}
-        strays = [self._rename_for_removal(name) for name in os.listdir(path) if name not in stored]
+        strays = []
+        for name in os.listdir(self._files.path):
+            if name not in stored:
+                strays.append(self._rename_for_removal(name))
         for number in self._store.unfinished_task_numbers():
             try:
                 self._restore(self._store.unfinished_task(number))
@@ -5817,6 +5848,15 @@ class Recovery:
                 log.error("task number %d cannot be restored: %s", number, error)
                 self._store.fail(number, f"lost: what was stored of it is damaged: {error}", self._clock.now_ns())
         return strays
+
+    def _open_files(self) -> None:
+        """Open the tasks' directory, a new one where the old one belongs to a database in quarantine."""
+        path = self._files.path
+        suffix = self._store.quarantine_suffix
+        if suffix and os.path.isdir(path):
+            _move_or_copy(path, path + suffix)
+        os.makedirs(path, exist_ok=True)
+        self._files.open()
 
     def _rename_for_removal(self, name: str) -> str:
         """Rename a stray directory, for a new task may get its number before it is removed; return its new name."""
