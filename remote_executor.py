@@ -3864,6 +3864,11 @@ class Metrics:
             self._queue_seconds.add(waited_s)
             self._running[task_id, step_index] = span
 
+    def step_requeued(self, task_id: str, step_index: int) -> None:
+        """Forget the start of a step, if there was one: nothing of it has run."""
+        with self._lock:
+            self._running.pop((task_id, step_index), None)
+
     def step_ended(self, task_id: str, step_index: int, result: str, seconds: float, output_bytes: int) -> None:
         """Count the end of a step; `result` is succeeded, failed or forced."""
         with self._lock:
@@ -5551,18 +5556,24 @@ class Scheduler:
         attempt = work.attempt if isinstance(work, Step) else 0
         while not self.is_shutting_down:
             try:
+                if not self._owns(work, attempt):
+                    return
                 if isinstance(work, Task):
-                    if work.is_cleaning:
-                        self._clean_up(work)
-                elif work in self._active and work.attempt == attempt:
-                    self._run_step(work)
-                return
+                    return self._clean_up(work)
+                return self._run_step(work)
             except Exception as error:
                 if isinstance(error, OSError) and is_scarcity(error):
                     log.error("%s: cannot be attended to now, trying again: %s", work, error)
                 else:
                     log.exception("%s: the daemon failed, trying again", work)
             time.sleep(_START_RETRY_S)
+
+    def _owns(self, work: Step | Task, attempt: int) -> bool:
+        """Return whether a piece of work is still that of the worker that got it, at this attempt of a step."""
+        with self._lock:
+            if isinstance(work, Task):
+                return work.is_cleaning
+            return work in self._active and work.attempt == attempt
 
 
 def _wake(trees: Iterable[ProcessTree]) -> None:
@@ -5632,6 +5643,7 @@ class Runner:
                 return
             self._watch(step)
         except NotStarted as error:
+            self._metrics.step_requeued(step.task.id, step.index)
             try:
                 self._close_tree(step)
             finally:  # else it would be launched once more while it counts as running

@@ -4322,6 +4322,18 @@ def test_deadline_does_not_cut_the_grace_of_a_stop(house: House) -> None:
         assert (task.stop_reason, task.stop_count) == (STOPPED, count)
 
 
+def test_trace_shows_no_step_that_was_put_back(house: House) -> None:
+    house.processes.has_started = False
+    house.start()
+    number = house.submit(step()).task_number
+    house.tree(0)
+    wait_until(lambda: house.metrics.trace(0), "the step to run")
+    house.tree(0).end(2)
+    wait_until(lambda: house.scheduler.scarcity and house.scheduler.pool().waiting == 1, "it to wait")
+    house.scheduler.stop_task(number)
+    assert house.ended(number) == [(0, 255, STOPPED)] and house.metrics.trace(0) == []
+
+
 def test_release_that_fails_starts_no_second_process(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     house.processes.has_started = False
     released: list[FakeTree] = []
