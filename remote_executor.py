@@ -3707,6 +3707,7 @@ class Plan:
 _STEP_BOUNDS_S = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600, 21600, 86400)
 _QUEUE_BOUNDS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600)
 _REQUEST_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_MAX_SPANS = 100_000  # in a trace, which then holds the first of them
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # any other word of a client counts as "other"
 METRIC_PREFIX = "remote_executor_"  # of the names of our own metrics
 _GC_METRICS = (
@@ -3714,8 +3715,7 @@ _GC_METRICS = (
     ("collected", "objects_collected", "Objects that it freed."),
     ("uncollectable", "objects_uncollectable", "Objects that it could not free."),
 )
-
-
+_LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 Sample = tuple[str, Pairs, float]  # a suffix of the metric's name, labels and a value
 
 
@@ -3751,9 +3751,6 @@ def exposition(families: Iterable[Family]) -> str:
     return "\n".join(lines)
 
 
-_LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-
-
 class Histogram:
     """Counts of values at or below each bound; not thread-safe."""
 
@@ -3786,9 +3783,6 @@ def histogram_metric(name: str, text: str, histograms: Mapping[Pairs, Histogram]
     for labels, histogram in histograms.items():
         samples += histogram.samples(labels)
     return Family(name, "histogram", text, samples)
-
-
-_MAX_SPANS = 100_000  # in a trace, which then holds the first of them
 
 
 class Span(NamedTuple):
@@ -4880,9 +4874,8 @@ def _end_task(db: sqlite3.Connection, task_number: int, state: State, end: TaskE
 
 
 # ======================================================================================================================
-# III tasks / scheduler: the pool, and the one place where a step or a task changes its phase
+# III tasks / scheduler: the pool, and the one site where a step or a task changes its phase
 # ======================================================================================================================
-
 
 # An unfinished task and its steps live in memory; everything else is a row. The phases of a step:
 #
@@ -4901,8 +4894,8 @@ def _end_task(db: sqlite3.Connection, task_number: int, state: State, end: TaskE
 #
 # `_move` is the one site that changes a phase, and raises for a move that is not in `_MOVES`. Its record is queued for
 # the store in the same critical section, so the database has all moves in the order of memory, a task's end after its
-# steps' ends. Under the lock there is no I/O and no waiting, and the only lock taken is that of the store's queue: what
-# else a move brings about (threads, wake-ups, files) is in a `_Deferred`, for after the lock.
+# steps' ends. Under the lock there is no I/O and no waiting, and no other lock is taken but those of the store's queue
+# and of an event: what else a move brings about (threads, wake-ups, files) is in a `_Deferred`, for after the lock.
 #
 # What a crash leaves at each edge, by the names of the failpoints:
 #
@@ -5359,7 +5352,7 @@ class Scheduler:
     # -- for the API and the janitor
 
     def pool(self) -> PoolStats:
-        """Return the figures of the pool."""
+        """Return the pool's size and how many steps run and wait."""
         with self._lock:
             return self._pool_stats()
 
