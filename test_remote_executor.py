@@ -5553,7 +5553,7 @@ def test_step_that_replaces_its_files_leads_the_daemon_nowhere(
     if "next step" in what:
         assert daemon.console(task, 1).data[0] == "after"
     if what == "workspace by a link":
-        assert "in place of the workspace" in daemon.steps(task)[1]["msg"]
+        assert "has replaced the workspace" in daemon.steps(task)[1]["msg"]
     wait_until(lambda: daemon.get("/api/v1/task").data["total"] == 0, "expiry")
     wait_until(lambda: not [path for path in (daemon.root / "tasks").iterdir() if path.name.isdigit()], "the sweep")
 
