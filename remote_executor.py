@@ -3451,7 +3451,7 @@ else:
 
 
 class State(IntEnum):
-    """Where a task or a step stands. Stored, never renumbered."""
+    """The state of a task or a step as it is stored and shown. Never renumber."""
 
     ENDED = 0
     RUNNING = 1
@@ -3459,7 +3459,12 @@ class State(IntEnum):
     ERROR = 255
 
 
-STATE_NAMES = {State.ENDED: "Stop", State.RUNNING: "Running", State.PENDING: "Pending", State.ERROR: "System Error"}
+STATE_NAMES = {
+    State.ENDED: "Stop",
+    State.RUNNING: "Running",
+    State.PENDING: "Pending",
+    State.ERROR: "System Error",
+}
 NO_TASK = "task does not exist, no data"
 TASK_SUCCEEDED = "all steps executed successfully"
 WAITING = "waiting for a free worker"
@@ -3474,36 +3479,44 @@ FORCED_CODE = 255  # of a step that could not start, was stopped, timed out or w
 
 
 def name_steps(steps: Iterable[tuple[int, str]]) -> str:
+    """Return the text by which messages list steps, from index and name of each."""
     return "; ".join(f"Step: {index}, Name: {name}" for index, name in steps)
 
 
 def summarize(steps: Iterable[tuple[int, str, int]]) -> tuple[int, str]:
     """Return code and message of an ended task, from index, name and code of its steps."""
-    failed = [(index, name, code) for index, name, code in steps if code]
-    if not failed:
-        return 0, TASK_SUCCEEDED
-    names = name_steps((index, name) for index, name, _ in failed)
-    return sum(code for _, _, code in failed), f"execution failed: [{names}]"
+    total = 0
+    failed = []
+    for index, name, code in steps:
+        if code:
+            total += code
+            failed.append((index, name))
+    if failed:
+        return total, f"execution failed: [{name_steps(failed)}]"
+    return 0, TASK_SUCCEEDED
 
 
 def failure_text(index: int, name: str, code: int, reason: str) -> str:
-    """How a failed step is told, in its own message and in its task's."""
-    return f"Step: {index}, Name: {name}, Exit Code: {code}" + (f": {reason}" if reason else "")
+    """Return how a failed step is shown, in its own message and in its task's."""
+    text = f"Step: {index}, Name: {name}, Exit Code: {code}"
+    return f"{text}: {reason}" if reason else text
 
 
 def step_message(index: int, name: str, state: int, code: int, reason: str) -> str:
-    """The `msg` of a step."""
+    """Return the `msg` of a step."""
     if state == State.PENDING:
         return STEP_PENDING
     if state == State.RUNNING:
         return STEP_RUNNING
-    return failure_text(index, name, code, reason) if code else STEP_SUCCEEDED
+    if code:
+        return failure_text(index, name, code, reason)
+    return STEP_SUCCEEDED
 
 
 class StepSpec(NamedTuple):
     """A step as submitted; `depends_on` are indexes of steps, `timeout_ns` is 0 for the default.
 
-    A later field has a default, which leaves the fingerprint of a submission as it was.
+    Give each later field a default: the fingerprint of a submission that lacks it then stays what it was.
     """
 
     name: str
@@ -3515,7 +3528,7 @@ class StepSpec(NamedTuple):
 
 
 class TaskSpec(NamedTuple):
-    """A task as submitted; `fingerprint` tells one submission from another, `timeout_ns` is 0 for none."""
+    """A task as submitted; `timeout_ns` is 0 for none, `fingerprint` is a hash of all else but the id."""
 
     id: str
     steps: tuple[StepSpec, ...]
@@ -3529,97 +3542,116 @@ class TaskSpec(NamedTuple):
 # ======================================================================================================================
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # Windows opens these as devices
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_TRUTH = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+_WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_TRUE = {"1", "t", "true"}
+_FALSE = {"0", "f", "false"}
 _NAME_LIMIT = 128
+# The parameters of a submission and their aliases.
+_PARAMETERS = {"id": "id", "timeout": "timeout", "time_out": "timeout", "ansync": "ansync", "async": "ansync"}
+_REQUIRED_FIELDS = {"command_type": "CommandType", "command_content": "CommandContent"}
 Pairs = Sequence[tuple[str, str]]
 
 
 def parse_json(body: bytes) -> Any:
-    """The value of a body; raises Malformed."""
+    """Return the value of a body. Raises Malformed."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        return json.loads(body.decode("utf-8"), parse_constant=_reject_constant)
     except RecursionError:
         raise Malformed("the body is not JSON: nested too deeply") from None
     except ValueError as error:
         raise Malformed(f"the body is not JSON: {error}") from None
-    return value
 
 
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no JSON")
+def _reject_constant(word: str) -> None:
+    """Raise ValueError: NaN and Infinity, which Python's parser takes, are not of RFC 8259."""
+    raise ValueError(f"{word} is not a JSON value")
 
 
 def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) -> TaskSpec:
-    """What a POST asks for; raises Malformed with the place of the first error, such as [2].timeout."""
-    given = _query_values(query)
-    task_id = _task_id(given["id"][1])
-    parallel = _parse_bool(*given["ansync"])
-    timeout_ns = _parse_timeout(*given["timeout"])
+    """Return the task that a POST asks for. Raises Malformed, which names the field at fault, such as [2].timeout."""
+    parameters = _parse_query(query)
+    task_id = _parse_task_id(parameters["id"][1])
+    parallel = _parse_bool(*parameters["ansync"])
+    timeout_ns = _parse_timeout(*parameters["timeout"])
     task_env = _parse_environment("env_vars", [value for name, value in query if name == "env_vars"])
     items = parse_json(body)
     if not isinstance(items, list) or not items:
         raise Malformed("the body must be a JSON array of one step or more")
-    known = tuple(command_types)
-    drafts = [_parse_step(index, item, f"{task_id}-{index}", known) for index, item in enumerate(items)]
-    steps = _with_dependencies(drafts, [_needed_names(index, item) for index, item in enumerate(items)], parallel)
-    names = [item.get("name") or None for item in items]  # as given: a default holds the id, which may be random
-    fingerprint = _fingerprint([parallel, timeout_ns, task_env, names, [_identify_step(step) for step in steps]])
-    return TaskSpec(task_id, steps, task_env, timeout_ns, fingerprint)
+    allowed_types = tuple(command_types)
+    steps = []
+    for index, item in enumerate(items):
+        steps.append(_parse_step(index, item, f"{task_id}-{index}", allowed_types))
+    steps = _resolve_dependencies(steps, items, parallel)
+    names = [item.get("name") or None for item in items]  # as sent: a default name holds the id, which may be random
+    identities = [_identify_step(step) for step in steps]
+    fingerprint = _fingerprint([parallel, timeout_ns, task_env, names, identities])
+    return TaskSpec(task_id, tuple(steps), task_env, timeout_ns, fingerprint)
 
 
 def _fingerprint(submission: Any) -> str:
+    """Return a hash of a value that JSON can hold."""
     import hashlib  # here, because OpenSSL takes half a megabyte that an idle daemon need not
 
     return hashlib.sha256(json.dumps(submission).encode()).hexdigest()
 
 
 def _identify_step(step: StepSpec) -> list[Any]:
-    """Return what of a step the fingerprint is made of: the fields of 1.0, and later ones unless at their default.
+    """Return what the fingerprint covers of a step: the fields of 1.0, and later ones that are not at their default.
 
     So a field that is added to StepSpec changes the fingerprint of no submission that lacks it.
     """
-    first = ["", step.command_type, step.content, step.env, step.depends_on, step.timeout_ns]
-    defaults = StepSpec._field_defaults
-    later = {name: getattr(step, name) for name in StepSpec._fields[len(first) :]}
-    given = {name: value for name, value in later.items() if value != defaults[name]}
-    return [*first, given] if given else first
+    identity = ["", step.command_type, step.content, step.env, step.depends_on, step.timeout_ns]
+    later = {}
+    for name in StepSpec._fields[len(identity) :]:
+        value = getattr(step, name)
+        if value != StepSpec._field_defaults[name]:
+            later[name] = value
+    if later:
+        identity.append(later)
+    return identity
 
 
-def _query_values(query: Pairs) -> dict[str, tuple[str, str]]:
-    """The single values of a submission's query, each with the name it was given by: `async` is `ansync`."""
-    spelled = {"id": "id", "timeout": "timeout", "time_out": "timeout", "ansync": "ansync", "async": "ansync"}
-    given = {field: (field, "") for field in spelled.values()}
-    for name, value in query:
-        field = spelled.get(name)
-        if field and given[field][1] not in ("", value):
-            raise Malformed(f"{name}: given twice, as {given[field][1]!r} and as {value!r}")
-        if field:
-            given[field] = name, value
-    return given
+def _parse_query(query: Pairs) -> dict[str, tuple[str, str]]:
+    """Return the parameters that may be given once: of each the alias that was used, and its text, empty by default."""
+    parameters = {name: (name, "") for name in _PARAMETERS.values()}
+    for alias, text in query:
+        name = _PARAMETERS.get(alias)
+        if name is None:
+            continue
+        earlier = parameters[name][1]
+        if earlier not in ("", text):
+            raise Malformed(f"{alias}: given twice, as {earlier!r} and as {text!r}")
+        parameters[name] = (alias, text)
+    return parameters
 
 
-def _task_id(text: str) -> str:
+def _parse_task_id(text: str) -> str:
+    """Return a valid task id, a new UUID where none is given."""
     if not text:
         import uuid
 
         return str(uuid.uuid4())
-    if not _ID.fullmatch(text) or text.endswith(".") or _DEVICE.fullmatch(text):
+    if not _ID.fullmatch(text) or text.endswith(".") or _WINDOWS_DEVICE.fullmatch(text):
         raise Malformed(
-            f"id: {text!r} is no id; right would be 1 to 64 of A-Z a-z 0-9 . _ -, the first a letter or a digit, "
-            "the last no dot, and no name of a Windows device"
+            f"invalid id {text!r}: use 1 to 64 of A-Z a-z 0-9 . _ -, starting with a letter or digit, "
+            "not ending with a dot, and no Windows device name"
         )
     return text
 
 
 def _parse_bool(where: str, text: str) -> bool:
-    if text and text.lower() not in _TRUTH:
-        raise Malformed(f"{where}: {text!r} is no truth value; right would be true or false")
-    return _TRUTH[text.lower()] if text else False
+    """Return a boolean; an empty text is False."""
+    word = text.lower()
+    if word in _TRUE:
+        return True
+    if word and word not in _FALSE:
+        raise Malformed(f"{where}: invalid boolean {text!r}: expected true or false")
+    return False
 
 
 def _parse_timeout(where: str, value: Any) -> int:
+    """Return the nanoseconds of a duration, 0 where none is given."""
     if value is None or value == "":
         return 0
     if not isinstance(value, str):
@@ -3634,17 +3666,18 @@ def _parse_timeout(where: str, value: Any) -> int:
 
 
 def _require_str(where: str, value: Any) -> str:
-    """A string that can be written to a file or an environment."""
+    """Return the value if it is a string that can be encoded, for a file or an environment."""
     if not isinstance(value, str):
         raise Malformed(f"{where}: must be a string")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise Malformed(f"{where}: holds half of a surrogate pair, which no text has") from None
+        raise Malformed(f"{where}: contains an unpaired surrogate") from None
     return value
 
 
 def _parse_environment(where: str, value: Any) -> tuple[str, ...]:
+    """Return a list of KEY=value, empty where none is given."""
     if value is None:
         return ()
     if not isinstance(value, list):
@@ -3652,74 +3685,89 @@ def _parse_environment(where: str, value: Any) -> tuple[str, ...]:
     for index, entry in enumerate(value):
         text = _require_str(f"{where}[{index}]", entry)
         if text.find("=") < 1 or "\0" in text:
-            raise Malformed(f"{where}[{index}]: {text!r} is no KEY=value")
+            raise Malformed(f"{where}[{index}]: invalid entry {text!r}: expected KEY=value")
     return tuple(value)
 
 
-def _parse_step(index: int, item: Any, default_name: str, known: tuple[str, ...]) -> StepSpec:
-    """The step of one element, what it depends on left out."""
+def _parse_step(index: int, item: Any, default_name: str, allowed_types: tuple[str, ...]) -> StepSpec:
+    """Return the step of one element, without its dependencies."""
     where = f"[{index}]"
     if not isinstance(item, dict):
         raise Malformed(f"{where}: a step must be a JSON object")
-    for field, key in (("CommandType", "command_type"), ("CommandContent", "command_content")):
+    for key, field in _REQUIRED_FIELDS.items():
         if item.get(key) in (None, ""):
             tag = f"Error:Field validation for '{field}' failed on the 'required' tag"
             raise Malformed(f"{where}: Key: 'PostStruct.{field}' {tag}")
     command_type = _require_str(f"{where}.command_type", item["command_type"])
-    if command_type not in known:
-        raise Malformed(f"{where}.command_type: {command_type!r} is unknown; known are {', '.join(known)}")
-    name = default_name if item.get("name") in (None, "") else _require_str(f"{where}.name", item["name"])
-    if len(name) > _NAME_LIMIT or _CONTROL.search(name):
+    if command_type not in allowed_types:
+        raise Malformed(f"{where}.command_type: unknown {command_type!r}: expected one of {', '.join(allowed_types)}")
+    name = item.get("name")
+    if name in (None, ""):
+        name = default_name
+    name = _require_str(f"{where}.name", name)
+    if len(name) > _NAME_LIMIT or _CONTROL_CHARACTER.search(name):
         raise Malformed(f"{where}.name: must have at most {_NAME_LIMIT} characters and no control characters")
     content = _require_str(f"{where}.command_content", item["command_content"])
     env = _parse_environment(f"{where}.env_vars", item.get("env_vars"))
-    return StepSpec(name, command_type, content, env, (), _parse_timeout(f"{where}.timeout", item.get("timeout")))
+    timeout_ns = _parse_timeout(f"{where}.timeout", item.get("timeout"))
+    return StepSpec(name, command_type, content, env, (), timeout_ns)
 
 
-def _needed_names(index: int, item: dict[str, Any]) -> tuple[str, list[str]]:
-    """The path of a step's dependencies and the names in it."""
-    given = {key: item[key] for key in ("depets_on", "depends_on") if item.get(key)}
-    for key, names in given.items():
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise Malformed(f"[{index}].{key}: must be a list of names of steps")
-    if len(given) == 2 and given["depets_on"] != given["depends_on"]:
-        raise Malformed(f"[{index}].depends_on: differs from depets_on, which is the same field; give one of them")
-    for key, names in given.items():
-        return f"[{index}].{key}", names
-    return f"[{index}].depets_on", []
+def _dependency_names(index: int, item: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return where the dependencies of a step stand, such as [1].depets_on, and the names in it."""
+    key = "depets_on"
+    names: list[str] = []
+    for alias in ("depets_on", "depends_on"):
+        value = item.get(alias)
+        if not value:
+            continue
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise Malformed(f"[{index}].{alias}: must be a list of step names")
+        if names and names != value:
+            raise Malformed(f"[{index}].depends_on: differs from depets_on, which is the same field: give one of them")
+        if not names:
+            key = alias
+            names = value
+    return f"[{index}].{key}", names
 
 
-def _with_dependencies(
-    drafts: list[StepSpec], needed: list[tuple[str, list[str]]], parallel: bool
-) -> tuple[StepSpec, ...]:
-    """The steps with what they depend on; raises Malformed for what cannot be, cycles with the names in them."""
+def _resolve_dependencies(
+    steps: Sequence[StepSpec], items: Sequence[Mapping[str, Any]], parallel: bool
+) -> list[StepSpec]:
+    """Return the steps with the indexes of what they depend on.
+
+    Raises Malformed for duplicate names, dependencies that cannot be, and cycles, with the names in them.
+    """
+    dependencies = [_dependency_names(index, item) for index, item in enumerate(items)]
     indexes: dict[str, int] = {}
-    for index, step in enumerate(drafts):
-        if indexes.setdefault(step.name, index) != index:
-            raise Malformed(f"[{index}].name: {step.name!r} is the name of [{indexes[step.name]}] already")
-    steps = []
-    for index, (step, (where, names)) in enumerate(zip(drafts, needed)):
-        needs = [_needed(where, name, index, indexes, parallel) for name in names]
+    for index, step in enumerate(steps):
+        first = indexes.setdefault(step.name, index)
+        if first != index:
+            raise Malformed(f"[{index}].name: {step.name!r} is already the name of [{first}]")
+    graph = {}
+    for index, (where, names) in enumerate(dependencies):
+        depends_on = [_dependency_index(where, name, index, indexes, parallel) for name in names]
         if not parallel and index:
-            needs.append(index - 1)
-        steps.append(step._replace(depends_on=tuple(dict.fromkeys(needs))))
+            depends_on.append(index - 1)
+        graph[index] = tuple(dict.fromkeys(depends_on))
     try:
-        graphlib.TopologicalSorter({index: step.depends_on for index, step in enumerate(steps)}).prepare()
+        graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
-        ring = " -> ".join(steps[index].name for index in reversed(error.args[1]))
-        raise Malformed(f"depets_on: the steps wait for each other: {ring}") from None
-    return tuple(steps)
+        cycle = " -> ".join(steps[index].name for index in reversed(error.args[1]))
+        raise Malformed(f"depets_on: the steps wait for each other: {cycle}") from None
+    return [step._replace(depends_on=graph[index]) for index, step in enumerate(steps)]
 
 
-def _needed(where: str, name: str, index: int, indexes: Mapping[str, int], parallel: bool) -> int:
-    need = indexes.get(name)
-    if need is None:
-        raise Malformed(f"{where}: {name!r} is the name of no step")
-    if need == index:
-        raise Malformed(f"{where}: {name!r} is the step itself")
-    if need > index and not parallel:
-        raise Malformed(f"{where}: {name!r} comes later; steps run in the order given, unless ansync=true")
-    return need
+def _dependency_index(where: str, name: str, index: int, indexes: Mapping[str, int], parallel: bool) -> int:
+    """Return the index of the step of that name, on which the step at `index` may depend."""
+    dependency = indexes.get(name)
+    if dependency is None:
+        raise Malformed(f"{where}: unknown step {name!r}")
+    if dependency == index:
+        raise Malformed(f"{where}: step {name!r} depends on itself")
+    if dependency > index and not parallel:
+        raise Malformed(f"{where}: {name!r} comes later: steps run in the order given, unless ansync=true")
+    return dependency
 
 
 # ======================================================================================================================
@@ -3728,22 +3776,23 @@ def _needed(where: str, name: str, index: int, indexes: Mapping[str, int], paral
 
 
 class Plan:
-    """The dependency graph of one task, by the indexes of its steps; not for several threads at once."""
+    """The dependency graph of one task, by the indexes of its steps; not thread-safe. Raises graphlib.CycleError."""
 
     def __init__(self, depends_on: Sequence[Sequence[int]]) -> None:
-        self._sorter: graphlib.TopologicalSorter[int] = graphlib.TopologicalSorter(dict(enumerate(depends_on)))
+        graph = dict(enumerate(depends_on))
+        self._sorter: graphlib.TopologicalSorter[int] = graphlib.TopologicalSorter(graph)
         self._sorter.prepare()
         self._dependents: dict[int, list[int]] = {}
-        for index, needed in enumerate(depends_on):
-            for dependency in needed:
+        for index, dependencies in enumerate(depends_on):
+            for dependency in dependencies:
                 self._dependents.setdefault(dependency, []).append(index)
 
     def ready(self) -> list[int]:
-        """Hand out, once each and in order, the steps of which all that they depend on has succeeded."""
+        """Return, in order, the steps whose dependencies have all succeeded, each only once."""
         return sorted(self._sorter.get_ready())
 
     def succeed(self, index: int) -> None:
-        """Note that a step which was handed out has succeeded; raises ValueError for any other."""
+        """Mark a step that `ready` has returned as succeeded. Raises ValueError for any other."""
         self._sorter.done(index)
 
     def dependents(self, index: int) -> Sequence[int]:
@@ -3758,41 +3807,52 @@ class Plan:
 _STEP_BOUNDS_S = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600, 21600, 86400)
 _QUEUE_BOUNDS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 3600)
 _REQUEST_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # whatever else a client makes up is "other"
-METRIC_PREFIX = "remote_executor_"  # how the names of our own metrics begin
+_MAX_SPANS = 100_000  # in a trace, which then holds the first of them
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # any other word of a client counts as "other"
+METRIC_PREFIX = "remote_executor_"  # of the names of our own metrics
+_GC_METRICS = (
+    ("collections", "collections", "Runs of the garbage collector."),
+    ("collected", "objects_collected", "Objects that it freed."),
+    ("uncollectable", "objects_uncollectable", "Objects that it could not free."),
+)
+_LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+Sample = tuple[str, Pairs, float]  # a suffix of the metric's name, labels and a value
 
 
 class Family(NamedTuple):
-    """A metric: its name, type and help, and its samples, each a suffix of the name, labels and a value."""
+    """A metric: its name, type and help, and its samples."""
 
     name: str
     kind: str
     help: str
-    samples: Sequence[tuple[str, Pairs, float]]
+    samples: Sequence[Sample]
 
 
-def single(name: str, kind: str, text: str, value: float | None, labels: Pairs = ()) -> Family:
-    """A metric of one sample, of none where the value is None."""
-    return Family(name, kind, text, [("", labels, value)] if value is not None else [])
+def metric(name: str, kind: str, text: str, value: float | None, labels: Pairs = ()) -> Family:
+    """Return a metric of one sample, or of none where the value is None."""
+    samples = []
+    if value is not None:
+        samples.append(("", labels, value))
+    return Family(name, kind, text, samples)
 
 
 def exposition(families: Iterable[Family]) -> str:
-    """The metrics in the text format 0.0.4 of Prometheus (Exposition formats)."""
+    """Return the metrics in the text format 0.0.4 of Prometheus (Exposition formats)."""
     lines = []
     for family in families:
         if family.samples:
-            lines += [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"]
+            lines.append(f"# HELP {family.name} {family.help}")
+            lines.append(f"# TYPE {family.name} {family.kind}")
         for suffix, labels, value in family.samples:
             pairs = ",".join(f'{name}="{text.translate(_LABEL_ESCAPES)}"' for name, text in labels)
-            lines.append(f"{family.name}{suffix}{{{pairs}}} {value}" if pairs else f"{family.name}{suffix} {value}")
-    return "\n".join([*lines, ""])
-
-
-_LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+            braces = f"{{{pairs}}}" if pairs else ""
+            lines.append(f"{family.name}{suffix}{braces} {value}")
+    lines.append("")
+    return "\n".join(lines)
 
 
 class Histogram:
-    """How many values lie below each bound; whoever shares one guards it."""
+    """Counts of values at or below each bound; not thread-safe."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
@@ -3800,198 +3860,221 @@ class Histogram:
         self._sum = 0.0
 
     def add(self, value: float) -> None:
+        """Count a value."""
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def samples(self, labels: Pairs = ()) -> list[tuple[str, Pairs, float]]:
-        totals = itertools.accumulate(self._counts)
-        bounds = [*map(str, self._bounds), "+Inf"]
-        found: list[tuple[str, Pairs, float]]
-        found = [("_bucket", (*labels, ("le", bound)), total) for bound, total in zip(bounds, totals)]
-        return [*found, ("_sum", labels, self._sum), ("_count", labels, sum(self._counts))]
+    def samples(self, labels: Pairs = ()) -> list[Sample]:
+        """Return the samples of a metric: cumulative buckets, sum and count."""
+        samples: list[Sample] = []
+        total = 0
+        for bound, count in zip((*self._bounds, "+Inf"), self._counts):
+            total += count
+            bucket_labels = (*labels, ("le", str(bound)))
+            samples.append(("_bucket", bucket_labels, total))
+        samples.append(("_sum", labels, self._sum))
+        samples.append(("_count", labels, total))
+        return samples
 
 
 def histogram_metric(name: str, text: str, histograms: Mapping[Pairs, Histogram]) -> Family:
-    """A metric of histograms, each with its labels."""
-    return Family(
-        name, "histogram", text, [one for labels, found in histograms.items() for one in found.samples(labels)]
-    )
-
-
-_MAX_SPANS = 100_000  # in a trace, which then holds the first of them
+    """Return a metric of histograms, each with its labels."""
+    samples = []
+    for labels, histogram in histograms.items():
+        samples += histogram.samples(labels)
+    return Family(name, "histogram", text, samples)
 
 
 class Span(NamedTuple):
-    """A piece of work in a thread; `begin_s` is of time.perf_counter()."""
+    """A piece of work in a thread, as a trace shows it; `begin_s` is of time.perf_counter()."""
 
     name: str
     category: str
     begin_s: float
     seconds: float
-    thread: int
+    thread_id: int
     thread_name: str
-    about: Mapping[str, Any]
+    args: Mapping[str, Any]
 
 
-def _ended_span(name: str, category: str, seconds: float, about: Mapping[str, Any]) -> Span:
-    """What this thread did until now."""
-    begin_s, thread = time.perf_counter() - seconds, threading.current_thread().name
-    return Span(name, category, begin_s, seconds, threading.get_native_id(), thread, about)
+def _ended_span(name: str, category: str, seconds: float, args: Mapping[str, Any]) -> Span:
+    """Return a span of this thread that ends now."""
+    begin_s = time.perf_counter() - seconds
+    thread_name = threading.current_thread().name
+    return Span(name, category, begin_s, seconds, threading.get_native_id(), thread_name, args)
 
 
 def trace_events(spans: Sequence[Span]) -> dict[str, Any]:
-    """The spans in the Trace Event Format, which Perfetto and chrome://tracing read."""
-    pid, begin_s = os.getpid(), min((span.begin_s for span in spans), default=0.0)
-    events: list[dict[str, Any]] = [
-        {"name": "thread_name", "ph": "M", "pid": pid, "tid": thread, "args": {"name": name}}
-        for thread, name in {span.thread: span.thread_name for span in spans}.items()
-    ]
+    """Return the spans in the Trace Event Format, which Perfetto and chrome://tracing read."""
+    pid = os.getpid()
+    begin_s = min((span.begin_s for span in spans), default=0.0)
+    events: list[dict[str, Any]] = []
+    thread_names = {span.thread_id: span.thread_name for span in spans}
+    for thread_id, name in thread_names.items():
+        events.append({"name": "thread_name", "ph": "M", "pid": pid, "tid": thread_id, "args": {"name": name}})
     for span in spans:
-        times = {"ts": (span.begin_s - begin_s) * 1e6, "dur": span.seconds * 1e6}
-        where = {"name": span.name, "cat": span.category, "ph": "X", "pid": pid, "tid": span.thread}
-        events.append({**where, **times, "args": span.about})
+        events.append(
+            {
+                "name": span.name,
+                "cat": span.category,
+                "ph": "X",
+                "pid": pid,
+                "tid": span.thread_id,
+                "ts": (span.begin_s - begin_s) * 1e6,
+                "dur": span.seconds * 1e6,
+                "args": span.args,
+            }
+        )
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-class Observer:
-    """What is told of the daemon's work, from any thread; does nothing with it."""
-
-    def commit(self, seconds: float, changes: int) -> None:
-        """The store has committed."""
-
-    def step_started(self, task_id: str, step_index: int, waited_s: float) -> None:
-        """A step has started, so long after it was ready."""
-
-    def step_ended(self, task_id: str, step_index: int, result: str, seconds: float, output_bytes: int) -> None:
-        """A step has ended: succeeded, failed, or forced."""
-
-    def request(self, method: str, template: str, status: int, seconds: float) -> None:
-        """A request has been answered; the template is empty where no route has its path."""
-
-
-class Telemetry(Observer):
-    """Counts what the daemon does; any thread may tell it and ask it."""
+class Metrics:
+    """Counts what the daemon does since its start. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards all below, for some hundred nanoseconds at a time
-        self._steps = dict.fromkeys(("succeeded", "failed", "forced"), 0)
+        self._steps = {"succeeded": 0, "failed": 0, "forced": 0}
         self._step_seconds = Histogram(_STEP_BOUNDS_S)
         self._queue_seconds = Histogram(_QUEUE_BOUNDS_S)
         self._output_bytes = 0
         self._commit_seconds = Histogram(_REQUEST_BOUNDS_S)
         self._changes = 0
-        self._requests: dict[tuple[str, str, int], int] = {}
+        self._requests: collections.Counter[tuple[str, str, int]] = collections.Counter()
         self._request_seconds: dict[tuple[str, str], Histogram] = {}
         self._running: dict[tuple[str, int], Span] = {}  # steps, with no end yet
         self._spans: list[Span] | None = None  # while a trace is taken
 
     def commit(self, seconds: float, changes: int) -> None:
+        """Count a commit of the store."""
         with self._lock:
             self._commit_seconds.add(seconds)
             self._changes += changes
             self._trace("commit", "store", seconds, {"changes": changes})
 
-    def step_started(self, task_id: str, idx: int, waited_s: float) -> None:
-        span = _ended_span(f"{task_id} step {idx}", "step", 0.0, {"waited_s": waited_s})
+    def step_started(self, task_id: str, step_index: int, waited_s: float) -> None:
+        """Count the start of a step, so many seconds after it was ready."""
+        span = _ended_span(f"{task_id} step {step_index}", "step", 0.0, {"waited_s": waited_s})
         with self._lock:
             self._queue_seconds.add(waited_s)
-            self._running[task_id, idx] = span
+            self._running[task_id, step_index] = span
 
-    def step_ended(self, task_id: str, idx: int, result: str, seconds: float, output_bytes: int) -> None:
+    def step_requeued(self, task_id: str, step_index: int) -> None:
+        """Forget the start of a step, if there was one: nothing of it has run."""
+        with self._lock:
+            self._running.pop((task_id, step_index), None)
+
+    def step_ended(self, task_id: str, step_index: int, result: str, seconds: float, output_bytes: int) -> None:
+        """Count the end of a step; `result` is succeeded, failed or forced."""
         with self._lock:
             self._steps[result] += 1
             self._step_seconds.add(seconds)
             self._output_bytes += output_bytes
-            begun = self._running.pop((task_id, idx), None)
-            about = {**(begun.about if begun else {}), "result": result, "output_bytes": output_bytes}
-            self._trace(f"{task_id} step {idx}", "step", seconds, about)
+            args = {"result": result, "output_bytes": output_bytes}
+            started = self._running.pop((task_id, step_index), None)
+            if started:
+                args = {**started.args, **args}
+            self._trace(f"{task_id} step {step_index}", "step", seconds, args)
 
     def request(self, method: str, template: str, status: int, seconds: float) -> None:
-        method = method if method in _METHODS else "other"
-        key = template, method
+        """Count an answered request; the template is empty where no route has its path."""
+        if method not in _METHODS:
+            method = "other"
+        key = (template, method)
         with self._lock:
-            self._requests[template, method, status] = self._requests.get((template, method, status), 0) + 1
+            self._requests[template, method, status] += 1
             if key not in self._request_seconds:
                 self._request_seconds[key] = Histogram(_REQUEST_BOUNDS_S)
             self._request_seconds[key].add(seconds)
             if self._spans is not None:
                 self._trace(f"{method} {template}", "request", seconds, {"status": status})
 
-    def _trace(self, name: str, category: str, seconds: float, about: Mapping[str, Any]) -> None:
-        """This thread has done a piece of work; the lock is held."""
+    def _trace(self, name: str, category: str, seconds: float, args: Mapping[str, Any]) -> None:
+        """Add a span of this thread that ends now to the trace, if one is taken; the lock is held."""
         if self._spans is not None and len(self._spans) < _MAX_SPANS:
-            self._spans.append(_ended_span(name, category, seconds, about))
+            self._spans.append(_ended_span(name, category, seconds, args))
 
     def trace(self, seconds: float) -> list[Span]:
-        """What ends in the time to come, and the steps that run on then; for one thread at a time."""
+        """Wait, and return what has ended meanwhile and the steps that still run; for one thread at a time."""
         with self._lock:
             self._spans = []
         time.sleep(seconds)
         now_s = time.perf_counter()
         with self._lock:
-            spans, self._spans = self._spans, None
-            running = [one._replace(seconds=now_s - one.begin_s) for one in self._running.values()]
-        return spans + [one._replace(about={**one.about, "result": "still running"}) for one in running]
+            spans = self._spans
+            self._spans = None
+            running = [*self._running.values()]
+        for span in running:
+            args = {**span.args, "result": "still running"}
+            spans.append(span._replace(seconds=now_s - span.begin_s, args=args))
+        return spans
 
     def families(self) -> list[Family]:
-        """What was counted since the daemon's start."""
+        """Return all counts as metrics."""
         with self._lock:
-            steps = [("", (("result", result),), count) for result, count in self._steps.items()]
-            requests = [
-                ("", (*_route_labels(template, method), ("status", str(status))), count)
-                for (template, method, status), count in self._requests.items()
-            ]
-            spans = {_route_labels(*key): found for key, found in self._request_seconds.items()}
-            return [
-                Family(METRIC_PREFIX + "steps_ended_total", "counter", "Steps that ended, by result.", steps),
-                histogram_metric(
-                    METRIC_PREFIX + "step_duration_seconds", "How long steps ran.", {(): self._step_seconds}
-                ),
-                histogram_metric(
-                    METRIC_PREFIX + "step_queue_seconds", "How long ready steps waited.", {(): self._queue_seconds}
-                ),
-                single(
-                    METRIC_PREFIX + "step_output_bytes_total", "counter", "What ended steps wrote.", self._output_bytes
-                ),
-                Family(METRIC_PREFIX + "http_requests_total", "counter", "Requests answered.", requests),
-                histogram_metric(
-                    METRIC_PREFIX + "http_request_duration_seconds",
-                    "From a request's first byte to its answer's last.",
-                    spans,
-                ),
-                histogram_metric(
-                    METRIC_PREFIX + "store_commit_duration_seconds",
-                    "How long commits took.",
-                    {(): self._commit_seconds},
-                ),
-                single(METRIC_PREFIX + "store_changes_total", "counter", "Changes in these commits.", self._changes),
-            ]
+            return [*self._step_families(), *self._request_families(), *self._store_families()]
+
+    def _step_families(self) -> list[Family]:
+        steps = [("", (("result", result),), count) for result, count in self._steps.items()]
+        return [
+            Family(METRIC_PREFIX + "steps_ended_total", "counter", "Steps that ended, by result.", steps),
+            histogram_metric(METRIC_PREFIX + "step_duration_seconds", "How long steps ran.", {(): self._step_seconds}),
+            histogram_metric(
+                METRIC_PREFIX + "step_queue_seconds", "How long ready steps waited.", {(): self._queue_seconds}
+            ),
+            metric(METRIC_PREFIX + "step_output_bytes_total", "counter", "What ended steps wrote.", self._output_bytes),
+        ]
+
+    def _request_families(self) -> list[Family]:
+        requests = []
+        for (template, method, status), count in self._requests.items():
+            labels = (*_route_labels(template, method), ("status", str(status)))
+            requests.append(("", labels, count))
+        histograms = {}
+        for (template, method), histogram in self._request_seconds.items():
+            histograms[_route_labels(template, method)] = histogram
+        return [
+            Family(METRIC_PREFIX + "http_requests_total", "counter", "Requests answered.", requests),
+            histogram_metric(
+                METRIC_PREFIX + "http_request_duration_seconds",
+                "From a request's first byte to its answer's last.",
+                histograms,
+            ),
+        ]
+
+    def _store_families(self) -> list[Family]:
+        return [
+            histogram_metric(
+                METRIC_PREFIX + "store_commit_duration_seconds",
+                "How long commits took.",
+                {(): self._commit_seconds},
+            ),
+            metric(METRIC_PREFIX + "store_changes_total", "counter", "Changes in these commits.", self._changes),
+        ]
 
 
 def _route_labels(template: str, method: str) -> Pairs:
     return ("route", template or "none"), ("method", method)
 
 
-def process_families(figures: ProcessStats) -> list[Family]:
-    """The process and its Python, by the names of the official clients of Prometheus."""
-    cycles = [((("generation", str(number)),), found) for number, found in enumerate(gc.get_stats())]
-    return [
-        single("process_cpu_seconds_total", "counter", "User and system CPU time.", figures.cpu_s),
-        single("process_resident_memory_bytes", "gauge", "Resident memory.", figures.resident_bytes),
-        single("process_virtual_memory_bytes", "gauge", "Virtual memory.", figures.virtual_bytes),
-        single("process_open_fds", "gauge", "Open file descriptors, on Windows handles.", figures.open_files),
-        single("process_max_fds", "gauge", "The most of them.", figures.max_files),
-        single("process_threads", "gauge", "Threads.", figures.threads),
-        single("process_start_time_seconds", "gauge", "When it started, since the epoch.", figures.started_s),
-        *(
-            Family(f"python_gc_{name}_total", "counter", text, [("", labels, found[key]) for labels, found in cycles])
-            for name, key, text in (
-                ("collections", "collections", "Runs of the garbage collector."),
-                ("objects_collected", "collected", "Objects that it freed."),
-                ("objects_uncollectable", "uncollectable", "Objects that it could not free."),
-            )
-        ),
+def process_families(stats: ProcessStats) -> list[Family]:
+    """Return metrics of the process and its Python, by the names of the official clients of Prometheus."""
+    families = [
+        metric("process_cpu_seconds_total", "counter", "User and system CPU time.", stats.cpu_s),
+        metric("process_resident_memory_bytes", "gauge", "Resident memory.", stats.resident_bytes),
+        metric("process_virtual_memory_bytes", "gauge", "Virtual memory.", stats.virtual_bytes),
+        metric("process_open_fds", "gauge", "Open file descriptors, on Windows handles.", stats.open_files),
+        metric("process_max_fds", "gauge", "The most of them.", stats.max_files),
+        metric("process_threads", "gauge", "Threads.", stats.threads),
+        metric("process_start_time_seconds", "gauge", "When it started, since the epoch.", stats.started_s),
     ]
+    generations = gc.get_stats()
+    for key, name, text in _GC_METRICS:
+        samples: list[Sample] = []
+        for number, counts in enumerate(generations):
+            labels = (("generation", str(number)),)
+            samples.append(("", labels, counts[key]))
+        families.append(Family(f"python_gc_{name}_total", "counter", text, samples))
+    return families
 
 
 # ======================================================================================================================
@@ -3999,14 +4082,15 @@ def process_families(figures: ProcessStats) -> list[Family]:
 # ======================================================================================================================
 
 _BLOCK_BYTES = 1 << 17
-_RESULT = re.compile(rb"(-?[0-9]{1,10})\s*\n")  # no longer, for a step may write there too
+_HEAD_BYTES = 256  # more than a pid file or a result has
+_RESULT = re.compile(rb"(-?[0-9]{1,10})\s*\n")  # bounded, for a step may write there too
 _LATE_RESULT = re.compile(rb"^ended (-?[0-9]{1,10})\n", re.MULTILINE)
 
 
 class StepDirectory:
-    """The files of one step; any thread may read them, one prepares.
+    """The files of one step; any thread may read them, one prepares them.
 
-    A step runs as the daemon's own user, so it may have put anything in their place.
+    A step runs as the daemon's own user: it may have replaced any of them by anything.
     """
 
     def __init__(self, tasks: SafeDirectory, task_number: int, step_index: int) -> None:
@@ -4027,24 +4111,26 @@ class StepDirectory:
                 self._tasks.make(self._names[0])
             self._tasks.make(*self._names, content=files)
         except FileExistsError:  # an earlier attempt made it, which did not start the step; or another step of the task
-            has_gone = self._tasks.remove(*self._names)  # unless a crash left a process of Windows suspended in it
-            self._tasks.make(*self._names, content=files, may_exist=not has_gone)
+            is_removed = self._tasks.remove(*self._names)  # unless a crash left a process of Windows suspended in it
+            self._tasks.make(*self._names, content=files, may_exist=not is_removed)
         return os.path.join(self.path, name)
 
     def exit_code(self) -> int | None:
         """Return the result that the wrapper left, None while there is none. Only a whole line counts.
 
-        A wrapper that found no room for a file of its own has told it at the end of its pid file.
-        Raises OSError where that cannot be known now.
+        A wrapper that has no room for a file of its own appends the result to its pid file.
+        Raises OSError where descriptors or memory are missing for now.
         """
-        found = _RESULT.fullmatch(self._head("rc")) or _LATE_RESULT.search(self._head("pid"))
-        return int(found[1]) if found else None
+        match = _RESULT.fullmatch(self._head("rc"))
+        if match is None:
+            match = _LATE_RESULT.search(self._head("pid"))
+        return int(match[1]) if match else None
 
     def _head(self, name: str) -> bytes:
-        """Return the first bytes of a file, none where it is missing or no file."""
+        """Return the first bytes of a file, none where there is no such regular file."""
         try:
             with self._tasks.read(*self._names, name) as file:
-                return file.read(256)
+                return file.read(_HEAD_BYTES)
         except OSError as error:
             if is_scarcity(error):
                 raise
@@ -4057,7 +4143,10 @@ class StepDirectory:
         return 0
 
     def read_output(self) -> Iterator[bytes]:
-        """Yield what the step has written so far, in blocks; nothing where its output is no file any more."""
+        """Yield what the step has written so far, in blocks; nothing where its output is not a regular file any more.
+
+        Raises OSError where no descriptor is free.
+        """
         try:
             file = self._tasks.read(*self._names, "output")
         except OSError as error:
@@ -4065,9 +4154,9 @@ class StepDirectory:
                 raise
             return
         with file:
-            left = os.fstat(file.fileno()).st_size
-            while left > 0 and (block := file.read(min(left, _BLOCK_BYTES))):
-                left -= len(block)
+            remaining = os.fstat(file.fileno()).st_size
+            while remaining > 0 and (block := file.read(min(remaining, _BLOCK_BYTES))):
+                remaining -= len(block)
                 yield block
 
 
@@ -4075,16 +4164,16 @@ class StepDirectory:
 # III tasks / store: sqlite; every statement, one place that writes
 # ======================================================================================================================
 
-# The store is the truth: what it has committed is what is, also for reads. Whoever changes something puts a change into
-# the queue, in the same critical section in which memory changes, so that the order in the database is the order in
-# memory; one thread takes all that waits and commits it in one transaction. Three kinds of changes:
+# The store is the truth: a change is valid once it is committed, and reads see nothing else. Whoever changes something
+# queues a change in the same critical section in which memory changes, so that the database has the order of memory;
+# one thread takes all that is queued and commits it in one transaction. A change is one of two kinds:
 #
-# - Somebody waits for it, and it may be refused (a submission, a stop): an error goes to whoever waits.
-# - It tells of what has happened (the end of a step): it is tried again until it is stored, and no later one of its
-#   kind overtakes it.
-# - It must survive a loss of power: the commit that has one is synced (`PRAGMA synchronous = FULL`).
+# - A request (`_submit`: a submission, the begin of a step, a stop): it may fail, and the error goes to who waits.
+# - A record (`_record`: the end of a step): it has happened, so it is tried again until it is stored. Meanwhile it is
+#   overtaken by no later record and by no request for the same task; those fail. Other requests go on.
 #
-# Whatever a change raises ends that change alone: its waiter gets the error, the log a line, the thread goes on.
+# A change of either kind may have to survive a loss of power: a commit with such a one is synced (`PRAGMA synchronous =
+# FULL`). Whatever a change raises fails that change alone: its waiter gets the error, and the thread goes on.
 #
 # The schema has a history: `_MIGRATIONS[n]` leads from version n to n + 1, and `user_version` says where a database
 # stands. A migration that has been released is never edited; comments may be.
@@ -4132,13 +4221,13 @@ CREATE TABLE script (                       -- of a task that has not ended
 
 
 def _create_tables(db: sqlite3.Connection) -> None:
-    """Make the tables of version 1.0.0."""
+    """Create the tables of version 1.0.0."""
     for statement in _SCHEMA.split(";\n")[:-1]:
         db.execute(statement)
 
 
-def _mend_ended_tasks(db: sqlite3.Connection) -> None:
-    """Set right what 1.0.0 could store of ended tasks: a step that runs for ever, a wrong sum, scripts kept."""
+def _repair_ended_tasks(db: sqlite3.Connection) -> None:
+    """Repair what 1.0.0 could store of ended tasks: a step that runs for ever, a wrong sum, scripts kept."""
     db.execute(
         "UPDATE step SET state = 0, code = ?, reason = ? WHERE state = 1 "
         "AND task IN (SELECT seq FROM task WHERE ended_ns IS NOT NULL)",
@@ -4148,29 +4237,32 @@ def _mend_ended_tasks(db: sqlite3.Connection) -> None:
         "SELECT seq FROM task WHERE ended_ns IS NOT NULL AND state = 0 "
         "AND code != (SELECT total(code) FROM step WHERE task = seq)"
     ).fetchall()
-    for (number,) in wrong:
-        steps = db.execute("SELECT idx, name, code FROM step WHERE task = ? ORDER BY idx", (number,))
-        db.execute("UPDATE task SET code = ?, message = ? WHERE seq = ?", (*summarize(steps), number))
+    for (task_number,) in wrong:
+        steps = db.execute("SELECT idx, name, code FROM step WHERE task = ? ORDER BY idx", (task_number,))
+        code, message = summarize(steps)
+        db.execute("UPDATE task SET code = ?, message = ? WHERE seq = ?", (code, message, task_number))
     db.execute("DELETE FROM script WHERE task NOT IN (SELECT seq FROM task WHERE ended_ns IS NULL)")
 
 
-_MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create_tables, _mend_ended_tasks)
-_BATCH = 500
-_RETRY_S = 0.5
+_MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create_tables, _repair_ended_tasks)
+_BATCH = 500  # tasks in a query or a transaction
+_RETRY_S = 0.5  # between attempts to store a record
 _GROUP_COMMIT_DELAY_S = 0.003  # that a change waits for others when nobody waits for it
-_READER_TIMEOUT_S = 5.0  # for a connection to read by, where no more can be opened
-_IDLE_READERS = 8  # connections that are kept for reads to come
+_READER_TIMEOUT_S = 5.0  # to wait for a connection where no more can be opened
+_MAX_IDLE_READERS = 8
+_FILE_SUFFIXES = ("", "-wal", "-shm")
 _RESERVE_SUFFIX = ".reserve"
 _RESERVE_BYTES = 256 * 1024  # -shm takes 32 KiB, -wal what the start and the first commits write
 _TASK = "SELECT seq, id, count, state, code, message, accepted_ns, ended_ns FROM task"
 _STEP = "SELECT idx, name, needs, state, code, reason, started_ns, ended_ns FROM step"
-_UNFINISHED_TASK = "seq, id, timeout_ns, accepted_ns, stop, count"
-_UNFINISHED_STEP = "idx, name, needs, timeout_ns, state, code, started_ns, stop"
+_RUNNING_STEPS = "SELECT task, idx, name FROM step WHERE state = 1 ORDER BY task, idx"
+_UNFINISHED_TASK = "SELECT seq, id, timeout_ns, accepted_ns, stop, count FROM task"
+_UNFINISHED_STEP = "SELECT idx, name, needs, timeout_ns, state, code, started_ns, stop FROM step"
 _INDEX = re.compile("0|[1-9][0-9]{0,8}")
 
 
 class Accepted(NamedTuple):
-    """A task as the answer to its submission tells it; `is_new` is False when it was there before."""
+    """A task as the answer to its submission shows it; `is_new` is False for one that was there before."""
 
     task_number: int
     id: str
@@ -4180,7 +4272,7 @@ class Accepted(NamedTuple):
 
 
 class TaskRow(NamedTuple):
-    """A task; `message` is set when it has ended."""
+    """A stored task; `message` is empty until it has ended."""
 
     task_number: int
     id: str
@@ -4193,7 +4285,7 @@ class TaskRow(NamedTuple):
 
 
 class StepRow(NamedTuple):
-    """A step; `depends_on` is JSON, a list of indexes."""
+    """A stored step; `depends_on` is JSON, a list of indexes."""
 
     step_index: int
     name: str
@@ -4206,7 +4298,10 @@ class StepRow(NamedTuple):
 
 
 class UnfinishedStep(NamedTuple):
-    """What the scheduler needs of a step whose task has not ended; `stop` is why it is to be stopped."""
+    """What the scheduler needs of a step of an unfinished task; `stop` is why it is to be stopped, empty if it is not.
+
+    Each has the fields `name`, `depends_on` and `timeout_ns` of a StepSpec.
+    """
 
     step_index: int
     name: str
@@ -4219,7 +4314,7 @@ class UnfinishedStep(NamedTuple):
 
 
 class UnfinishedTask(NamedTuple):
-    """A task that has not ended; `stop` is why it is to be stopped."""
+    """A task that has not ended; `stop` is why it is to be stopped, empty if it is not."""
 
     task_number: int
     id: str
@@ -4252,76 +4347,84 @@ class TaskEnd(NamedTuple):
     message: str
 
 
+_Apply = Callable[[sqlite3.Connection], Any]
+
+
 class _Change(NamedTuple):
     """A change of the database in the queue; `future` is done when it is committed or has failed."""
 
-    apply: Callable[[sqlite3.Connection], Any]
+    apply: _Apply
     future: Future[Any]
+    task_number: int  # no later change of the same task overtakes it; 0 for no task
     is_durable: bool  # it must survive a loss of power
-    retry_until_stored: bool  # it tells of something that has happened
+    retry_until_stored: bool  # it records what has happened
     has_waiter: bool
 
 
 class Store:
-    """The database; any thread may call it. One thread of its own writes, all waiting changes in one transaction.
+    """The database; any thread may call it. One thread of its own writes, all queued changes in one transaction.
 
-    Raises StorageFull and Unavailable where a change is not kept, and Conflict.
+    Reads raise StorageFull and Unavailable; futures fail with these and Conflict.
     """
 
     def __init__(self, path: str, on_commit: Callable[[float, int], None]) -> None:
         self._path = path
-        self._on_commit = on_commit  # told of each commit: seconds, changes
+        self._on_commit = on_commit  # called after each commit: its seconds, its changes
         self._queue: list[_Change] = []
         self._is_closing = False
         self._queue_changed = threading.Condition()  # guards _queue and _is_closing
         self._readers: list[sqlite3.Connection] = []
         self._reader_returned = threading.Condition()  # guards _readers
         self._writer: sqlite3.Connection  # from `start` on; the writing thread's
-        self._file: tuple[int, int] = (0, 0)  # device and inode of the database
+        self._file_id: tuple[int, int] = (0, 0)  # device and inode of the database
         self._start_warning = ""
-        self._trouble = ""  # why nothing can be written now
-        self.quarantine_suffix = ""  # the ending of the names of what was put aside at the start
+        self._write_error = ""  # why changes wait to be stored
+        self.quarantine_suffix = ""  # of the names of a damaged database's files
         self._thread = DaemonThread(target=self._write, name="store")
 
     def start(self) -> None:
-        """Open the database, or make it, and put a damaged one aside; raises StartupError."""
+        """Open the database, created where there is none; a damaged one goes into quarantine. Raises StartupError."""
         try:
-            try:
-                self._open_all()
-            except sqlite3.OperationalError:
-                if not self._free_reserve():
-                    raise
-                log.error("the disk of %s is full: what was kept free for a start is used now", self._path)
-                self._open_all()
-            self._file = self._identify()
+            self._open_all_or_use_reserve()
+            self._file_id = self._stat_id()
         except (sqlite3.Error, OSError) as error:
             raise StartupError(f"--root: {self._path} cannot be used: {error}") from None
         self._fill_reserve()
         self._thread.start()
 
+    def _open_all_or_use_reserve(self) -> None:
+        try:
+            self._open_all()
+        except sqlite3.OperationalError:
+            if not self._release_reserve():
+                raise
+            log.error("no space left for %s: starting with the reserved space", self._path)
+            self._open_all()
+
     def _open_all(self) -> None:
+        """Open the writer's connection and the first reader's."""
         try:
             self._writer = self._open()
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter of a message that quotes the file
             if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
-                raise  # not of the file: it is locked, or cannot be opened
+                raise  # the file is not at fault: it is locked, or cannot be opened
             self._quarantine(error)
             self._writer = self._open()
         self._readers.append(self._connect())
 
     def _fill_reserve(self) -> None:
-        """Keep room on the disk for the files that SQLite needs beside the database (SQLite: Write-Ahead Logging)."""
+        """Reserve disk space for the files that SQLite needs beside the database (SQLite: Write-Ahead Logging)."""
         path = self._path + _RESERVE_SUFFIX
         if os.path.exists(path):
             return
         try:
             with open(path, "wb") as file:
-                file.write(os.urandom(_RESERVE_BYTES))  # which no file system folds
+                file.write(os.urandom(_RESERVE_BYTES))  # random, so that no file system compresses it
         except OSError:
-            self._free_reserve()  # a part of it helps nobody
+            self._release_reserve()  # a part of it helps nobody
 
-    def _free_reserve(self) -> bool:
-        """Give the room back; return whether there was any."""
+    def _release_reserve(self) -> bool:
+        """Free the reserved disk space; return whether there was any."""
         try:
             os.unlink(self._path + _RESERVE_SUFFIX)
         except OSError:
@@ -4329,7 +4432,10 @@ class Store:
         return True
 
     def _open(self) -> sqlite3.Connection:
-        """Return a connection to a database that is sound and of this version, made where there was none."""
+        """Return a connection to a sound database of the current version, created where there is none.
+
+        Raises sqlite3.DatabaseError where it is damaged, StartupError where it is of a later version.
+        """
         is_new = not os.path.exists(self._path)
         connection = self._connect()
         with contextlib.ExitStack() as undo:
@@ -4346,17 +4452,17 @@ class Store:
         return connection
 
     def _quarantine(self, error: Exception) -> None:
-        """Rename a damaged database, with all that belongs to it; a person may want to look at it."""
+        """Rename a damaged database with all its files; a person may want to look at it."""
         self.quarantine_suffix = f".corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
         name = self._path + self.quarantine_suffix
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in _FILE_SUFFIXES:
             with contextlib.suppress(FileNotFoundError):  # not every database has all three
                 rename(self._path + suffix, name + suffix)
-        self._start_warning = f"the database was damaged ({error}); it is kept as {name}, and a new one was begun"
+        self._start_warning = f"the database was damaged ({error}); it was renamed to {name}, and a new one created"
         log.error("%s", self._start_warning)
 
     def stop(self) -> None:
-        """Commit what waits, and close."""
+        """Commit what is queued, and close."""
         with self._queue_changed:
             self._is_closing = True
             self._queue_changed.notify()
@@ -4367,76 +4473,80 @@ class Store:
                 self._readers.pop().close()
 
     def is_alive(self) -> bool:
-        """Return whether the thread that writes runs."""
+        """Return whether the writing thread runs."""
         return self._thread.is_alive()
 
     def is_in_place(self) -> bool:
-        """Return whether the database is still the file of that name, which somebody may have removed."""
+        """Return whether the open database is still the file of its name; True where that cannot be known."""
         try:
-            return self._identify() == self._file
+            return self._stat_id() == self._file_id
         except FileNotFoundError:
             return False
-        except OSError:  # nobody knows
+        except OSError:
             return True
 
     def check_in_place(self) -> None:
-        """Raise Unavailable where what is stored from now on would be lost."""
+        """Raise Unavailable if the database was removed, and what is stored from now on would be lost."""
         if not self.is_in_place():
-            raise Unavailable(f"the database {self._path} was removed from under the daemon, which must be restarted")
+            raise Unavailable(f"the database {self._path} was removed while in use; restart the daemon")
 
-    def _identify(self) -> tuple[int, int]:
-        found = os.stat(self._path)
-        return found.st_dev, found.st_ino
+    def _stat_id(self) -> tuple[int, int]:
+        status = os.stat(self._path)
+        return status.st_dev, status.st_ino
 
     def warning(self) -> str:
-        """Return what the operator should know of it now."""
-        return "; ".join(text for text in (self._start_warning, self._trouble) if text)
+        """Return what the operator should know of the store now, empty for nothing."""
+        return "; ".join(filter(None, (self._start_warning, self._write_error)))
 
     # -- changes
 
     def save_metadata(self, metadata: Mapping[str, str]) -> None:
-        """Keep facts about the daemon; returns at once."""
+        """Store daemon metadata; do not wait for it."""
         rows = list(metadata.items())
         self._record(lambda db: db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows))
 
     def accept(self, task_number: int, spec: TaskSpec, now_ns: int) -> Future[Accepted]:
         """Add a task, or find the one that the same submission made; fails with Conflict if another has its id."""
-        return self._ask(lambda db: _accept(db, task_number, spec, now_ns), is_durable=True)
+
+        def apply(db: sqlite3.Connection) -> Accepted:
+            return _accept(db, task_number, spec, now_ns)
+
+        return self._submit(apply, is_durable=True)
 
     def begin(self, task_number: int, step_index: int, now_ns: int) -> Future[None]:
-        """A step is about to start, and its files are made. Only what is known to have begun may run."""
+        """Mark a step as running, whose files are made. Only what is known to have begun may run."""
 
         def apply(db: sqlite3.Connection) -> None:
-            where = (task_number, step_index)
-            db.execute("UPDATE step SET state = 1, started_ns = ? WHERE task = ? AND idx = ?", (now_ns, *where))
+            values = (now_ns, task_number, step_index)
+            db.execute("UPDATE step SET state = 1, started_ns = ? WHERE task = ? AND idx = ?", values)
             db.execute("UPDATE task SET state = 1 WHERE seq = ? AND state = 2", (task_number,))
 
-        return self._ask(apply, is_durable=True)
+        return self._submit(apply, task_number, is_durable=True)
 
     def requeue(self, task_number: int, step_index: int, task_state: State) -> None:
-        """A step that was about to start waits again."""
+        """Mark a step that was marked as running, and has not run, as pending again."""
 
         def apply(db: sqlite3.Connection) -> None:
-            where = (task_number, step_index)
-            db.execute("UPDATE step SET state = 2, started_ns = NULL WHERE task = ? AND idx = ?", where)
+            key = (task_number, step_index)
+            db.execute("UPDATE step SET state = 2, started_ns = NULL WHERE task = ? AND idx = ?", key)
             db.execute("UPDATE task SET state = ? WHERE seq = ?", (task_state, task_number))
 
-        self._record(apply)
+        self._record(apply, task_number)
 
     def record_stop(self, task_number: int, step_index: int | None, reason: str) -> Future[None]:
-        """The task, or a step of it, is to be stopped."""
+        """Store that a task is to be stopped, or a step of it."""
 
         def apply(db: sqlite3.Connection) -> None:
             if step_index is None:
                 db.execute("UPDATE task SET stop = ? WHERE seq = ?", (reason, task_number))
             else:
-                where = (task_number, step_index)
-                db.execute("UPDATE step SET stop = ? WHERE task = ? AND idx = ?", (reason, *where))
+                values = (reason, task_number, step_index)
+                db.execute("UPDATE step SET stop = ? WHERE task = ? AND idx = ?", values)
 
-        return self._ask(apply, is_durable=True)
+        return self._submit(apply, task_number, is_durable=True)
 
     def end(self, task_number: int, ends: Sequence[StepEnd], task_end: TaskEnd | None, now_ns: int) -> None:
-        """Steps have ended, and with them their task where `task_end` is given."""
+        """Store the ends of steps, and with them that of their task where `task_end` is not None."""
         rows = [(end.code, end.reason, now_ns, task_number, end.step_index) for end in ends]
 
         def apply(db: sqlite3.Connection) -> None:
@@ -4446,22 +4556,22 @@ class Store:
             if task_end:
                 _end_task(db, task_number, State.ENDED, task_end, now_ns)
 
-        self._record(apply, is_durable=True)
+        self._record(apply, task_number, is_durable=True)
 
     def fail(self, task_number: int, message: str, now_ns: int) -> None:
-        """A task cannot be taken up: it ends with a system error, and what runs of it is lost."""
+        """End a task that cannot be restored with a system error; its running steps are lost."""
 
         def apply(db: sqlite3.Connection) -> None:
-            lost = (FORCED_CODE, LOST, now_ns, task_number)
+            values = (FORCED_CODE, LOST, now_ns, task_number)
             db.execute(
-                "UPDATE step SET state = 0, code = ?, reason = ?, ended_ns = ? WHERE task = ? AND state = 1", lost
+                "UPDATE step SET state = 0, code = ?, reason = ?, ended_ns = ? WHERE task = ? AND state = 1", values
             )
             _end_task(db, task_number, State.ERROR, TaskEnd(FORCED_CODE, message), now_ns)
 
-        self._record(apply, is_durable=True)
+        self._record(apply, task_number, is_durable=True)
 
     def expire(self, ended_before_ns: int) -> list[int]:
-        """Forget some tasks that ended before; return which."""
+        """Delete the records of tasks that ended before, at most a batch; return the tasks' numbers."""
 
         def apply(db: sqlite3.Connection) -> list[int]:
             rows = db.execute(
@@ -4474,41 +4584,44 @@ class Store:
 
         if not self._read("SELECT 1 FROM task WHERE ended_ns < ? LIMIT 1", (ended_before_ns,)):
             return []
-        expired: list[int] = self._ask(apply).result()
+        expired: list[int] = self._submit(apply).result()
         return expired
 
     # -- reads
 
     def metadata(self) -> dict[str, str]:
-        """Return what `save_metadata` kept."""
+        """Return what `save_metadata` has stored."""
         return dict(self._read("SELECT key, value FROM meta"))
 
     def latest_ns(self) -> int:
-        """Return the latest time that is stored."""
+        """Return the latest time that is stored, 0 where there is none."""
         rows = self._read("SELECT max(ifnull(max(accepted_ns), 0), ifnull(max(ended_ns), 0)) FROM task")
         return int(rows[0][0] or 0)
 
     def last_task_number(self) -> int:
-        """Return the highest number that a task ever had."""
-        kept = self._read("SELECT max(seq) FROM task")
-        given = self._read("SELECT max(seq) FROM sqlite_sequence WHERE name = 'task'")
-        return max(int(kept[0][0] or 0), int(given[0][0] or 0))
+        """Return the highest number that a task has, or had before it expired; 0 where there was none."""
+        stored = self._read("SELECT max(seq) FROM task")
+        assigned = self._read("SELECT max(seq) FROM sqlite_sequence WHERE name = 'task'")
+        numbers = [row[0] or 0 for row in stored + assigned]
+        return max(map(int, numbers))
 
     def task_numbers(self, sort: str = "st") -> list[int]:
-        """Return all tasks by acceptance (st), end (et) or expiry (rt)."""
+        """Return the numbers of all tasks by acceptance (st), end (et) or expiry (rt)."""
         order = {"st": "accepted_ns", "et": "ended_ns", "rt": "ended_ns IS NULL, ended_ns"}[sort]
-        return [number for (number,) in self._read(f"SELECT seq FROM task ORDER BY {order}, seq")]
+        rows = self._read(f"SELECT seq FROM task ORDER BY {order}, seq")
+        return [number for (number,) in rows]
 
     def tasks(self, task_numbers: Sequence[int]) -> Iterator[list[TaskRow]]:
-        """Yield these tasks in this order, in blocks; what has expired meanwhile is left out."""
+        """Yield these tasks in this order, in blocks; those that have expired meanwhile are left out."""
         for begin in range(0, len(task_numbers), _BATCH):
             block = task_numbers[begin : begin + _BATCH]
-            rows = self._read(f"{_TASK} WHERE seq IN ({','.join(map(str, block))})")
-            by_number = {row[0]: TaskRow(*row) for row in rows}
+            in_block = ",".join(map(str, block))
+            rows = self._read(f"{_TASK} WHERE seq IN ({in_block})")
+            by_number = {row[0]: TaskRow._make(row) for row in rows}
             yield [by_number[number] for number in block if number in by_number]
 
     def task(self, task_id: str) -> TaskRow:
-        """Return a task; raises NotFound."""
+        """Return a task by its id. Raises NotFound."""
         rows = self._read(f"{_TASK} WHERE id = ?", (task_id,))
         if not rows:
             raise NotFound(NO_TASK)
@@ -4516,10 +4629,11 @@ class Store:
 
     def steps(self, task_number: int) -> list[StepRow]:
         """Return the steps of a task, in order."""
-        return [StepRow._make(row) for row in self._read(f"{_STEP} WHERE task = ? ORDER BY idx", (task_number,))]
+        rows = self._read(f"{_STEP} WHERE task = ? ORDER BY idx", (task_number,))
+        return [StepRow._make(row) for row in rows]
 
     def step(self, task_number: int, key: str) -> StepRow:
-        """Return a step by its index or its name; raises NotFound."""
+        """Return a step by its index or its name, the index first. Raises NotFound."""
         rows = []
         if _INDEX.fullmatch(key):
             rows = self._read(f"{_STEP} WHERE task = ? AND idx = ?", (task_number, int(key)))
@@ -4530,58 +4644,60 @@ class Store:
         return StepRow._make(rows[0])
 
     def running_steps(self) -> dict[int, list[tuple[int, str]]]:
-        """Return index and name of the running steps, by task."""
-        running: dict[int, list[tuple[int, str]]] = {}
-        rows = self._read("SELECT task, idx, name FROM step WHERE state = 1 ORDER BY task, idx")
-        for task_number, step_index, name in rows:
-            running.setdefault(task_number, []).append((step_index, name))
+        """Return index and name of the running steps, by task number."""
+        running = collections.defaultdict(list)
+        for task_number, *step in self._read(_RUNNING_STEPS):
+            running[task_number].append(tuple(step))
         return running
 
     def script(self, task_number: int, step_index: int) -> Script:
-        """Return what the step runs; raises LookupError when its task has ended."""
-        where = (task_number, step_index)
-        rows = self._read("SELECT command_type, content, env FROM script WHERE task = ? AND idx = ?", where)
+        """Return what the step runs. Raises LookupError when its task has ended."""
+        key = (task_number, step_index)
+        rows = self._read("SELECT command_type, content, env FROM script WHERE task = ? AND idx = ?", key)
         if not rows:
             raise LookupError(f"no script of step {step_index} of task number {task_number}")
         command_type, content, env = rows[0]
         return Script(command_type, content, json.loads(env))
 
     def counts(self) -> dict[int, int]:
-        """Return how many tasks there are, by state."""
+        """Return the number of tasks by state."""
         return dict(self._read("SELECT state, count(*) FROM task GROUP BY state"))
 
     def oldest_ns(self) -> int | None:
-        """Return when the oldest task was accepted."""
+        """Return when the oldest task was accepted, None where there is no task."""
         rows = self._read("SELECT accepted_ns FROM task ORDER BY seq LIMIT 1")
         return int(rows[0][0]) if rows else None
 
     def size_bytes(self) -> int:
-        """Return what the database takes on disk."""
+        """Return the size of the database on disk."""
         total = 0
-        for suffix in ("", "-wal", "-shm"):
-            with contextlib.suppress(OSError):  # it comes and goes
+        for suffix in _FILE_SUFFIXES:
+            with contextlib.suppress(OSError):  # SQLite may remove it at any moment
                 total += os.stat(self._path + suffix).st_size
         return total
 
     def unfinished_task_numbers(self) -> list[int]:
-        """Return the tasks that have not ended, in order of acceptance."""
-        return [number for (number,) in self._read("SELECT seq FROM task WHERE ended_ns IS NULL ORDER BY seq")]
+        """Return the numbers of the tasks that have not ended, in order of acceptance."""
+        rows = self._read("SELECT seq FROM task WHERE ended_ns IS NULL ORDER BY seq")
+        return [number for (number,) in rows]
 
     def unfinished_task(self, task_number: int) -> UnfinishedTask:
-        """Return a task that has not ended; raises ValueError where what is stored makes no sense."""
-        *task, count = self._read(f"SELECT {_UNFINISHED_TASK} FROM task WHERE seq = ?", (task_number,))[0]
-        rows = self._read(f"SELECT {_UNFINISHED_STEP} FROM step WHERE task = ? ORDER BY idx", (task_number,))
-        steps = [
-            UnfinishedStep(index, name, tuple(json.loads(depends_on)), *rest) for index, name, depends_on, *rest in rows
-        ]
-        known = range(count)
-        if [step.step_index for step in steps] != list(known):
+        """Return a task that has not ended. Raises ValueError and TypeError where what is stored is inconsistent."""
+        *task, count = self._read(f"{_UNFINISHED_TASK} WHERE seq = ?", (task_number,))[0]
+        steps = []
+        for row in self._read(f"{_UNFINISHED_STEP} WHERE task = ? ORDER BY idx", (task_number,)):
+            step = UnfinishedStep._make(row)
+            steps.append(step._replace(depends_on=tuple(json.loads(row[2]))))
+        indexes = range(count)
+        if [step.step_index for step in steps] != list(indexes):
             raise ValueError("its steps are incomplete")
-        if any(index not in known for step in steps for index in step.depends_on):
-            raise ValueError("a step depends on one that there is not")
+        for step in steps:
+            if any(index not in indexes for index in step.depends_on):
+                raise ValueError("a step depends on one that does not exist")
         return UnfinishedTask._make((*task, steps))
 
     def _read(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Return the rows of a query. Raises StorageFull and Unavailable."""
         try:
             connection = self._borrow_reader()
             try:
@@ -4592,7 +4708,7 @@ class Store:
             raise _storage_error(error) from error
 
     def _borrow_reader(self) -> sqlite3.Connection:
-        """Return a connection that nobody reads by; waits for one where no descriptor is left for another."""
+        """Return an idle connection, or a new one; wait for one to be returned where no more can be opened."""
         with self._reader_returned:
             if self._readers:
                 return self._readers.pop()
@@ -4606,7 +4722,7 @@ class Store:
 
     def _return_reader(self, connection: sqlite3.Connection) -> None:
         with self._reader_returned:
-            if len(self._readers) < _IDLE_READERS:
+            if len(self._readers) < _MAX_IDLE_READERS:
                 self._readers.append(connection)
                 self._reader_returned.notify()
                 return
@@ -4621,26 +4737,27 @@ class Store:
             undo.pop_all()
         return connection
 
-    # -- the writing thread
+    # -- the queue and the thread that writes
 
-    def _ask(self, apply: Callable[[sqlite3.Connection], Any], is_durable: bool = False) -> Future[Any]:
+    def _submit(self, apply: _Apply, task_number: int = 0, is_durable: bool = False) -> Future[Any]:
         """Queue a change that somebody waits for, and that may fail."""
-        change = _Change(apply, Future(), is_durable, retry_until_stored=False, has_waiter=True)
-        self._enqueue(change)
-        return change.future
+        future: Future[Any] = Future()
+        self._enqueue(_Change(apply, future, task_number, is_durable, retry_until_stored=False, has_waiter=True))
+        return future
 
-    def _record(self, apply: Callable[[sqlite3.Connection], Any], is_durable: bool = False) -> None:
-        """Queue a change that tells of what has happened; it is tried again until it is stored."""
-        self._enqueue(_Change(apply, Future(), is_durable, retry_until_stored=True, has_waiter=False))
+    def _record(self, apply: _Apply, task_number: int = 0, is_durable: bool = False) -> None:
+        """Queue a change that records what has happened; it is tried again until it is stored."""
+        self._enqueue(_Change(apply, Future(), task_number, is_durable, retry_until_stored=True, has_waiter=False))
 
     def _enqueue(self, change: _Change) -> None:
+        """Queue a change; wake the writing thread for it, or leave it to the one that woke it."""
         with self._queue_changed:
             if not self._is_closing:
                 self._queue.append(change)
                 if change.has_waiter or len(self._queue) == 1:
                     self._queue_changed.notify()
                 return
-        change.future.set_exception(Unavailable("the daemon is ending; send the request again to the next one"))
+        change.future.set_exception(Unavailable("the daemon is shutting down; send the request again to the next one"))
 
     def _write(self) -> None:
         """Commit what is queued until the store is closed; no exception ends this thread."""
@@ -4648,127 +4765,153 @@ class Store:
         is_last = False
         while not is_last:
             is_last = self._take_queue(batch)
+            if not batch:
+                continue
             try:
-                batch = self._commit(batch) if batch else []
+                batch = self._commit(batch)
             except Exception as error:
                 log.exception("the store failed: %d changes are not stored", len(batch))
                 _fail_all(batch, error)
                 batch = []
-        _fail_all(batch, Unavailable("the daemon ended before this could be stored"))
+            if not batch:
+                self._set_write_error("")
+        if batch:
+            log.error("%d changes could not be stored before the exit", len(batch))
+            _fail_all(batch, Unavailable("the daemon exited before this could be stored"))
         self._writer.close()
 
     def _take_queue(self, batch: list[_Change]) -> bool:
-        """Wait for changes, and add them to those to be tried again; return whether they are the last ones."""
+        """Wait for changes and append them to `batch`, those to be tried again; return whether the store is closing."""
         with self._queue_changed:
             if not self._queue and not self._is_closing:
-                self._queue_changed.wait(_RETRY_S if batch else None)
-            if not self._is_closing and not any(change.has_waiter for change in self._queue):
+                timeout_s = _RETRY_S if batch else None
+                self._queue_changed.wait(timeout_s)
+            has_waiter = any(change.has_waiter for change in self._queue)
+            if not self._is_closing and not has_waiter:
                 self._queue_changed.wait(_GROUP_COMMIT_DELAY_S)  # the end of a step goes with the begin of the next
             batch += self._queue
             self._queue = []
             return self._is_closing
 
-    def _commit(self, batch: list[_Change]) -> list[_Change]:
+    def _commit(self, batch: Sequence[_Change]) -> list[_Change]:
         """Commit the changes together, else one by one; return those to be tried again."""
         begin_s = time.perf_counter()
         error = self._try_commit(batch)
         self._on_commit(time.perf_counter() - begin_s, len(batch))
         if error is None:
-            self._note_trouble("")
             return []
         if len(batch) > 1:
-            unsaved: list[_Change] = []
-            for change in batch:  # once one fails that is tried again, those of its kind must not overtake it
-                unsaved += [change] if unsaved and change.retry_until_stored else self._commit([change])
-            return unsaved
+            return self._commit_singly(batch)
         if batch[0].retry_until_stored and _is_transient(error):
-            self._note_trouble(f"cannot write to {self._path}, trying again: {error}")
-            return batch
+            self._set_write_error(f"cannot write to {self._path}, trying again: {error}")
+            return [*batch]
         _fail_all(batch, error)
         return []
 
-    def _try_commit(self, batch: list[_Change]) -> Exception | None:
+    def _commit_singly(self, batch: Sequence[_Change]) -> list[_Change]:
+        """Commit the changes one by one; return those to be tried again.
+
+        Neither another record nor a change of the same task overtakes one of these.
+        """
+        unsaved: list[_Change] = []
+        unsaved_tasks: set[int] = set()
+        for change in batch:
+            if unsaved and change.retry_until_stored:
+                unsaved.append(change)
+            elif change.task_number in unsaved_tasks:
+                _fail_all([change], Unavailable(self._write_error))
+            else:
+                unsaved += self._commit([change])
+            if unsaved and unsaved[-1] is change and change.task_number:
+                unsaved_tasks.add(change.task_number)
+        return unsaved
+
+    def _try_commit(self, batch: Sequence[_Change]) -> Exception | None:
         """Commit the changes, the one place that writes; return the error that undid all of them, or None."""
-        connection = self._writer
-        results: list[tuple[_Change, Any, ApiError | None]] = []
+        results: list[Any] = []
         try:
             level = "FULL" if any(change.is_durable for change in batch) else "NORMAL"
-            connection.execute(f"PRAGMA synchronous = {level}")
-            connection.execute("BEGIN IMMEDIATE")
+            self._writer.execute(f"PRAGMA synchronous = {level}")
+            self._writer.execute("BEGIN IMMEDIATE")
             for change in batch:
                 try:
-                    results.append((change, change.apply(connection), None))
+                    results.append(change.apply(self._writer))
                 except ApiError as error:  # refused before it changed anything
-                    results.append((change, None, error))
-            connection.execute("COMMIT")
+                    results.append(error)
+            self._writer.execute("COMMIT")
         except Exception as error:
             if len(batch) == 1 and not isinstance(error, sqlite3.OperationalError):
                 log.exception("a change of the database failed")
             with contextlib.suppress(sqlite3.Error):  # there may be no transaction
-                connection.execute("ROLLBACK")
+                self._writer.execute("ROLLBACK")
             return error
         if any(change.is_durable and not change.has_waiter for change in batch):  # the end of a step
             failpoint("stored")
-        for change, result, error_response in results:
-            if error_response:
-                change.future.set_exception(error_response)
+        for change, result in zip(batch, results):
+            if isinstance(result, ApiError):
+                change.future.set_exception(result)
             else:
                 change.future.set_result(result)
         return None
 
-    def _note_trouble(self, trouble: str) -> None:
-        """Log once when nothing can be written, and once when it can again."""
-        if trouble and not self._trouble:
-            log.error("%s", trouble)
-        if self._trouble and not trouble:
+    def _set_write_error(self, text: str) -> None:
+        """Set why changes wait, empty for none do; log when that begins, and when it is over."""
+        if text and not self._write_error:
+            log.error("%s", text)
+        if self._write_error and not text:
             log.info("%s can be written again", self._path)
-        self._trouble = trouble
+        self._write_error = text
 
 
 def _fail_all(changes: Iterable[_Change], error: Exception) -> None:
-    """Tell whoever waits for these changes that they are not stored."""
+    """Give the error to whoever waits for these changes."""
     for change in changes:
         if not change.future.done():
             change.future.set_exception(_storage_error(error))
 
 
 def _is_transient(error: Exception) -> bool:
-    """Return whether a change may succeed later: the disk is full, say, and not the change at fault."""
+    """Return whether a change may succeed later: the disk is full, say, and the change itself not at fault."""
     return isinstance(error, (sqlite3.OperationalError, MemoryError)) or type(error) is sqlite3.DatabaseError
 
 
 def _storage_error(error: Exception) -> ApiError:
+    """Return what a client is answered."""
     if isinstance(error, ApiError):
         return error
     if "full" in str(error):
-        return StorageFull(f"the disk of the root is full; make room, or give another --root ({error})")
-    return Unavailable(f"the store cannot be used now, try again ({error})")
+        return StorageFull(f"no space left on the disk of --root; free some or choose another --root ({error})")
+    return Unavailable(f"the database is unavailable, try again ({error})")
 
 
 def _fetch(connection: sqlite3.Connection, statement: str, values: Sequence[Any]) -> list[Any]:
+    """Return the rows of a query; damaged texts have replacement characters."""
     try:
         return connection.execute(statement, values).fetchall()
     except sqlite3.OperationalError as error:
         if "decode" not in str(error):
             raise
-        connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # a damaged text
-        return connection.execute(statement, values).fetchall()
+    connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
+    return connection.execute(statement, values).fetchall()
 
 
 def _check_integrity(db: sqlite3.Connection, version: int) -> str:
-    """Return what is wrong with a database that was there before; empty when nothing is.
+    """Return what is wrong with an existing database, empty for nothing.
 
-    Sound is what SQLite finds sound and has the columns of its version; how the schema is worded does not matter.
+    It is sound if SQLite says so, and if it has the columns of its version; how the schema is worded does not matter.
     """
     if not version:
         return "it is empty"
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as model:
         for migrate in _MIGRATIONS[:version]:
             migrate(model)
-        if missing := sorted(_columns(model) - _columns(db)):
-            return f"it lacks {', '.join(missing)}"
+        missing = _columns(model) - _columns(db)
+    if missing:
+        return f"it lacks {', '.join(sorted(missing))}"
     report: str = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-    return "" if report == "ok" else report.replace("\n", " ")
+    if report == "ok":
+        return ""
+    return report.replace("\n", " ")
 
 
 def _columns(db: sqlite3.Connection) -> set[str]:
@@ -4783,7 +4926,7 @@ def _columns(db: sqlite3.Connection) -> set[str]:
 
 
 def _migrate(db: sqlite3.Connection, version: int) -> None:
-    """Lead a database from this version to the next, whole or not at all."""
+    """Migrate a database from this version to the next, whole or not at all."""
     db.execute("BEGIN IMMEDIATE")
     try:
         _MIGRATIONS[version](db)
@@ -4795,70 +4938,79 @@ def _migrate(db: sqlite3.Connection, version: int) -> None:
 
 
 def _accept(db: sqlite3.Connection, task_number: int, spec: TaskSpec, now_ns: int) -> Accepted:
-    known = db.execute("SELECT seq, count, accepted_ns, digest FROM task WHERE id = ?", (spec.id,)).fetchone()
-    if known:
-        number, step_count, accepted_ns, fingerprint = known
-        if fingerprint != spec.fingerprint:
-            raise Conflict(f"id: {spec.id!r} is the id of a task that was submitted otherwise; use another id")
-        return Accepted(number, spec.id, step_count, accepted_ns, False)
+    """Insert a task, unless the same submission has already done so. Raises Conflict."""
+    row = db.execute("SELECT seq, count, accepted_ns, digest FROM task WHERE id = ?", (spec.id,)).fetchone()
+    if row is None:
+        _insert_task(db, task_number, spec, now_ns)
+        return Accepted(task_number, spec.id, len(spec.steps), now_ns, is_new=True)
+    earlier_number, step_count, accepted_ns, fingerprint = row
+    if fingerprint != spec.fingerprint:
+        raise Conflict(f"id {spec.id!r} already belongs to a different task; use another id")
+    return Accepted(earlier_number, spec.id, step_count, accepted_ns, is_new=False)
+
+
+def _insert_task(db: sqlite3.Connection, task_number: int, spec: TaskSpec, now_ns: int) -> None:
     db.execute(
         "INSERT INTO task (seq, id, digest, count, timeout_ns, accepted_ns) VALUES (?, ?, ?, ?, ?, ?)",
         (task_number, spec.id, spec.fingerprint, len(spec.steps), spec.timeout_ns, now_ns),
     )
-    steps = []
-    scripts = []
     for index, step in enumerate(spec.steps):
-        steps.append((task_number, index, step.name, json.dumps(step.depends_on), step.timeout_ns))
-        scripts.append((task_number, index, step.command_type, json.dumps(spec.env + step.env), step.content))
-    db.executemany("INSERT INTO step (task, idx, name, needs, timeout_ns) VALUES (?, ?, ?, ?, ?)", steps)
-    db.executemany("INSERT INTO script VALUES (?, ?, ?, ?, ?)", scripts)
-    return Accepted(task_number, spec.id, len(spec.steps), now_ns, True)
+        depends_on = json.dumps(step.depends_on)
+        env = json.dumps(spec.env + step.env)
+        db.execute(
+            "INSERT INTO step (task, idx, name, needs, timeout_ns) VALUES (?, ?, ?, ?, ?)",
+            (task_number, index, step.name, depends_on, step.timeout_ns),
+        )
+        db.execute(
+            "INSERT INTO script VALUES (?, ?, ?, ?, ?)", (task_number, index, step.command_type, env, step.content)
+        )
 
 
 def _end_task(db: sqlite3.Connection, task_number: int, state: State, end: TaskEnd, now_ns: int) -> None:
+    """Mark a task as ended, and delete its scripts."""
     values = (state, end.code, end.message, now_ns, task_number)
     db.execute("UPDATE task SET state = ?, code = ?, message = ?, ended_ns = ? WHERE seq = ?", values)
     db.execute("DELETE FROM script WHERE task = ?", (task_number,))
 
 
 # ======================================================================================================================
-# III tasks / scheduler: the pool, and the one place where a step or a task changes its phase
+# III tasks / scheduler: the pool, and the one site where a step or a task changes its phase
 # ======================================================================================================================
 
-
-# An unfinished task and its steps live in memory; everything else is a row. A step moves so:
+# An unfinished task and its steps live in memory; everything else is a row. The phases of a step:
 #
 #     BLOCKED --> READY <--> STARTING --> RUNNING --> ENDED
 #
 # BLOCKED waits for other steps, READY for a slot of the pool, in the order in which steps became ready. STARTING has a
-# slot; its files are made, then its begin is stored; RUNNING has a process tree. ENDED has a code; each of the others
+# slot; its files are made, then its begin is stored. RUNNING has a process tree. ENDED has a code; each of the others
 # leads there too, when it is stopped or cannot start. SKIPPED, which BLOCKED alone becomes, depends on a step that
 # failed: it never runs, and is shown as pending for ever. STARTING and RUNNING go back to READY where the host lacks
-# what a start needs: a process, a descriptor, memory, room on the disk; nothing of the step's own has run then.
+# what a start needs: a process, a descriptor, memory, disk space; nothing of the step's own has run then.
 #
-# Who moves it: `submit` and the end of other steps make it READY; `_dispatch` gives it a slot; its runner, the thread
-# that has it from then on, moves it to RUNNING and ENDED or back to READY; a stop ends what is not in a runner's hands,
-# and else asks its runner to. A stop that comes while the runner finds the step ended is not lost: `finish` refuses to
-# end a step that is to be stopped until its tree has been.
+# Who moves it: `submit` and the end of other steps make it READY; `_dispatch` gives it a slot; its worker, which owns
+# it from then on, moves it to RUNNING and ENDED or back to READY; a stop ends a step that no worker owns, and else asks
+# its worker to. A stop that comes while the worker sees the step end is not lost: `finish` does not end a step that is
+# to be stopped until its tree has been. A worker that fails in between keeps its step, and tries again.
 #
-# `_move` is the one site that changes a phase, and refuses a move that is not in `_MOVES`. Its record is queued for the
-# store in the same critical section, so the database has all moves in the order of memory, a task's end behind its
-# steps' ends. Nothing calls out under the lock: threads are started, trees woken and files removed after it.
+# `_move` is the one site that changes a phase, and raises for a move that is not in `_MOVES`. Its record is queued for
+# the store in the same critical section, so the database has all moves in the order of memory, a task's end after its
+# steps' ends. Under the lock there is no I/O and no waiting, and no other lock is taken but those of the store's queue
+# and of an event: what else a move brings about (threads, wake-ups, files) is in a `_Deferred`, for after the lock.
 #
 # What a crash leaves at each edge, by the names of the failpoints:
 #
 #     accepted  the task is stored, none of its steps has begun: the next daemon queues them
-#     begun     the step is stored as running, with all its files, but has no process: they say so, it is queued again
+#     begun     the step is stored as running, but its files show that it has no process: it is queued again
 #     spawned   the process runs: it is adopted
 #     ended     the process has left its result: it is read
 #     stored    the end is in the database, what depends on it was not started: it is queued
 #
-# A task ends with its last step, with the sum of the codes; one that was stopped also waits until nothing is left of
-# what its ended steps had started.
+# A task ends with its last step, with the sum of the codes (`summarize`); one that was stopped also waits until nothing
+# is left of what its ended steps had started.
 
 
 class Phase(Enum):
-    """Where a step of an unfinished task stands."""
+    """The phase of a step of an unfinished task."""
 
     BLOCKED = "blocked"
     READY = "ready"
@@ -4877,12 +5029,13 @@ _MOVES: Mapping[Phase, frozenset[Phase]] = {
     Phase.SKIPPED: frozenset(),
 }
 _FINAL = (Phase.ENDED, Phase.SKIPPED)
-_START_RETRY_S = 0.5  # between two tries where the host lacks what a start needs
-_SCARCITY_S = 5.0  # without a start that failed, and the host lacks nothing any more
+_START_RETRY_S = 0.5  # between attempts where the host lacks what a start needs
+_SCARCITY_S = 5.0  # after this time without a failed start the host lacks nothing any more
+_JOIN_TIMEOUT_S = 1.5  # that an exit waits for threads, which the process ends anyway
 
 
 class PoolStats(NamedTuple):
-    """The pool: its size, the steps that run, the steps that are ready and wait."""
+    """The pool: its size, the steps that have a slot, the steps that are ready and wait for one."""
 
     size: int
     running: int
@@ -4890,15 +5043,25 @@ class PoolStats(NamedTuple):
 
 
 class IllegalMove(Exception):
-    """A step was to move where no step moves to."""
+    """A step was to make a move that is not in the table."""
 
 
 class Step:
-    """A step of an unfinished task. Guarded by the scheduler's lock, but for `tree`, its runner's."""
+    """A step of an unfinished task. Guarded by the scheduler's lock, but for `tree`, which its runner owns."""
 
     __slots__ = (
-        *("attempt", "code", "index", "name", "phase", "ready_s", "started_ns", "stop_count", "stop_reason"),
-        *("task", "timeout_ns", "tree"),
+        "attempt",
+        "code",
+        "index",
+        "name",
+        "phase",
+        "ready_s",
+        "started_ns",
+        "stop_count",
+        "stop_reason",
+        "task",
+        "timeout_ns",
+        "tree",
     )
 
     def __init__(self, task: Task, index: int, spec: StepSpec | UnfinishedStep) -> None:
@@ -4919,8 +5082,8 @@ class Step:
         return f"task {self.task.id} step {self.index}"
 
     @property
-    def log_fields(self) -> dict[str, Any]:
-        """What a line of the log about it says beside its text."""
+    def log_extra(self) -> dict[str, Any]:
+        """The `extra` of a log record: fields that the JSON format shows."""
         return {"log_fields": {"task": self.task.id, "step": self.index}}
 
 
@@ -4935,8 +5098,8 @@ class Task:
         self.plan = Plan([spec.depends_on for spec in specs])
         self.unfinished = len(specs)  # steps that are in no final phase
         self.stop_reason = ""  # why all of it is stopped
-        self.stop_count = 0
-        self.is_cleaning = False  # what its ended steps left is being stopped
+        self.stop_count = 0  # how often that was asked for
+        self.is_cleaning = False  # what its ended steps left running is being stopped
 
     def __str__(self) -> str:
         return f"task {self.id}"
@@ -4946,19 +5109,19 @@ class Task:
         return [step for step in self.steps if step.phase is Phase.ENDED and step.started_ns]
 
 
-class _AfterLock(NamedTuple):
-    """What is to be done once the lock is released."""
+class _Deferred(NamedTuple):
+    """What a critical section leaves to be done without the lock."""
 
-    assigned: list[Step]
-    cleanups: list[Task]
+    assigned: list[Step]  # given a slot: each needs a worker
+    cleanups: list[Task]  # each needs a thread
     ended: list[Task]
 
 
 class Scheduler:
-    """Decides which step runs when, and knows how it stands; any thread may call it.
+    """Decides which step runs when, and knows the phase of each. Thread-safe.
 
-    At most `size` steps run at once, or as many as the host can run, in the order in which they became ready. Each has
-    a thread while it runs, which takes the next one when it is done.
+    At most `size` steps run at once, or as many as the host can run, in the order in which they became ready. A worker
+    runs one step after another for as long as there are ready ones.
     """
 
     def __init__(
@@ -4967,45 +5130,44 @@ class Scheduler:
         clock: Clock,
         size: int,
         capacity: int,
-        task_has_ended: Callable[[int], None],
+        on_task_end: Callable[[int], None],
     ) -> None:
         self._store = store
         self._clock = clock
         self._capacity = capacity  # how many steps this host can run at once
-        self._task_has_ended = task_has_ended  # told the number; without the lock
+        self._on_task_end = on_task_end  # called with the task's number, without the lock
         self._run_step: Callable[[Step], None]  # from `start` on
         self._clean_up: Callable[[Task], None]
-        self.attention = threading.Event()  # set when there is a deadline that may be the next
+        self.timekeeper_wakeup = threading.Event()  # set where a deadline or limit may come before its next look
         self._lock = threading.Lock()  # guards all below, and what tasks and steps hold
         self._size = size
-        self._slots = min(size, capacity)
         self._last_number = 0
         self._tasks: dict[int, Task] = {}
         self._ready: collections.OrderedDict[Step, None] = collections.OrderedDict()
         self._active: set[Step] = set()  # STARTING and RUNNING: each has a slot
-        self._unattended: collections.deque[Step | Task] = collections.deque()  # no thread could be started for them
-        self._cleanups: list[Task] = []  # to be handed to a thread after the lock
-        self._ended: list[Task] = []  # to be told of after the lock
-        self._deadlines: list[tuple[int, int]] = []  # of tasks, a heap
+        self._without_thread: collections.deque[Step | Task] = collections.deque()  # none could be started so far
+        self._cleanups: list[Task] = []  # for the next _Deferred
+        self._ended: list[Task] = []  # for the next _Deferred
+        self._deadlines: list[tuple[int, int]] = []  # a heap: when, task number; the task may have ended
         self._workers: set[threading.Thread] = set()
         self._is_paused = True  # no step starts, as until `start`
-        self.is_leaving = False  # runners leave what they watch
-        self.scarcity = ""  # what the host lacks to start steps
-        self._retry_s = 0.0  # when the next step may be tried then
-        self._lacked_s = 0.0  # when the last start failed for it
+        self.is_shutting_down = False  # runners leave their steps running, and return
+        self.scarcity = ""  # what the host lacks to start steps; empty for nothing
+        self._retry_at_s = 0.0  # the next attempt while there is scarcity
+        self._last_lack_s = 0.0  # when the last attempt failed for it
 
     # -- the daemon's
 
     def start(self, run_step: Callable[[Step], None], clean_up: Callable[[Task], None]) -> None:
-        """Start what is ready, and go on with what was restored."""
+        """Start what is ready, and attend to what was restored."""
         self._run_step = run_step
         self._clean_up = clean_up
         with self._lock:
             self._is_paused = False
             adopted = [step for step in self._active if step.phase is Phase.RUNNING]
-            after = self._dispatch()
-            self._unattended.extend(adopted)
-        self._carry_out(after)
+            deferred = self._dispatch()
+            self._without_thread.extend(adopted)
+        self._run_deferred(deferred)
         self.retry()
 
     def reserve_task_numbers(self, last: int) -> None:
@@ -5020,28 +5182,28 @@ class Scheduler:
             return len(self._active)
 
     def stop_running(self) -> None:
-        """Stop by force what runs."""
+        """Stop all running steps by force; do not wait for it."""
         with self._lock:
-            trees = self._request_stops(list(self._active), STOPPED)
+            trees = self._request_stops([*self._active], STOPPED)
         _wake(trees)
 
     def stop(self) -> None:
         """End every worker; steps that run still run on without a daemon."""
         with self._lock:
             self._is_paused = True
-            self.is_leaving = True
+            self.is_shutting_down = True
             trees = [step.tree for step in self._active if step.tree]
             workers = [*self._workers]
         _wake(trees)
-        end_s = time.monotonic() + 1.5
+        deadline_s = time.monotonic() + _JOIN_TIMEOUT_S
         for worker in workers:
             if worker.is_alive():
-                worker.join(max(0, end_s - time.monotonic()))
+                worker.join(max(0, deadline_s - time.monotonic()))
 
     # -- submissions
 
     def submit(self, spec: TaskSpec) -> Accepted:
-        """Take a task; return when it is stored. Raises Conflict, StorageFull, Unavailable.
+        """Accept a task; return when it is stored. Raises Conflict, StorageFull, Unavailable.
 
         It is known here before anybody can see it in the store, so that a stop finds it.
         """
@@ -5050,14 +5212,14 @@ class Scheduler:
         now_ns = self._clock.now_ns()
         with self._lock:
             if self._is_paused:
-                raise Unavailable("the daemon is ending; send the task again to the next one")
+                raise Unavailable("the daemon is shutting down; send the task again to the next one")
             self._last_number += 1
             task.number = self._last_number
+            future = self._store.accept(task.number, spec, now_ns)
             self._tasks[task.number] = task
-            stored = self._store.accept(task.number, spec, now_ns)
         is_new = False
         try:
-            accepted = stored.result()
+            accepted = future.result()
             is_new = accepted.is_new
         finally:
             if not is_new:
@@ -5065,45 +5227,45 @@ class Scheduler:
                     del self._tasks[task.number]
         failpoint("accepted")
         if is_new:
-            self._release(task, now_ns)
+            self._activate(task, now_ns)
         return accepted
 
-    def _release(self, task: Task, accepted_ns: int) -> None:
-        """Let the steps of a task run that has been accepted."""
+    def _activate(self, task: Task, accepted_ns: int) -> None:
+        """Let the steps of an accepted task run."""
         with self._lock:
             self._set_deadline(task, accepted_ns)
             if task.number in self._tasks:  # not stopped already
                 self._end_steps(task, [])
-            after = self._dispatch()
-        self._carry_out(after)
+            deferred = self._dispatch()
+        self._run_deferred(deferred)
 
-    def restore(self, found: UnfinishedTask) -> list[Step]:
-        """Take up a task as it is stored; return its steps that had begun, for `attach`, `finish` or `requeue`.
+    def restore(self, stored: UnfinishedTask) -> list[Step]:
+        """Restore a task as it is stored; return its steps that had begun, for `attach`, `finish` or `reset`.
 
-        Raises ValueError where what is stored makes no sense. Nothing starts before `start`.
+        Raises ValueError and TypeError where what is stored is inconsistent. Nothing starts before `start`.
         """
-        task = Task(found.id, found.steps, found.timeout_ns)
-        task.number = found.task_number
-        task.stop_reason = found.stop
+        task = Task(stored.id, stored.steps, stored.timeout_ns)
+        task.number = stored.task_number
+        task.stop_reason = stored.stop
         with self._lock:
-            self._restore_ended_steps(task, found.steps)
+            self._restore_ended_steps(task, stored.steps)
             ready = self._replay_plan(task)
-            begun = [step for step in ready if found.steps[step.index].state == State.RUNNING]
-            if len(begun) != sum(row.state == State.RUNNING for row in found.steps):
+            begun = [step for step in ready if stored.steps[step.index].state == State.RUNNING]
+            if len(begun) != sum(row.state == State.RUNNING for row in stored.steps):
                 raise ValueError("a step runs before what it depends on has succeeded")
-            self._tasks[task.number] = task
+            self._set_deadline(task, stored.accepted_ns)
+            self._tasks[task.number] = task  # nothing raises from here on
             for step in ready:
                 self._make_ready(step)
             for step in begun:
                 self._move(step, Phase.STARTING)
-            self._set_deadline(task, found.accepted_ns)
-            after = self._settle_restored(task)
-            self._unattended.extend(after.cleanups)
-        self._carry_out(after._replace(cleanups=[]))
+            deferred = self._end_restored(task)
+            self._without_thread.extend(deferred.cleanups)
+        self._run_deferred(deferred._replace(cleanups=[]))
         return begun
 
     def _restore_ended_steps(self, task: Task, rows: Sequence[UnfinishedStep]) -> None:
-        """Take up how steps have ended, and skip what depends on those that failed; the lock is held."""
+        """Restore how steps have ended, and skip what depends on those that failed; the lock is held."""
         for step, row in zip(task.steps, rows):
             step.stop_reason = task.stop_reason or row.stop
             step.started_ns = row.started_ns or 0
@@ -5126,64 +5288,73 @@ class Scheduler:
                     task.plan.succeed(index)
         return ready
 
-    def _settle_restored(self, task: Task) -> _AfterLock:
-        """End what is to be stopped and has not begun, and the task where nothing is left; the lock is held."""
-        waiting = (Phase.BLOCKED, Phase.READY) if not task.stop_reason else (Phase.READY,)
-        stopped = [step for step in task.steps if step.stop_reason and step.phase in waiting]
+    def _end_restored(self, task: Task) -> _Deferred:
+        """End the steps that are to be stopped and have not begun, and the task with its last step; the lock is held.
+
+        The BLOCKED steps of a task that is stopped as a whole are ended or skipped when what they wait for has ended.
+        """
+        phases = {Phase.READY}
         if task.stop_reason:
             self._queue_cleanup(task)
+        else:
+            phases.add(Phase.BLOCKED)
+        stopped = [step for step in task.steps if step.stop_reason and step.phase in phases]
         self._end_steps(task, [(step, FORCED_CODE, step.stop_reason) for step in stopped])
         return self._dispatch()
 
     # -- stops
 
     def stop_task(self, task_number: int, reason: str = STOPPED) -> None:
-        """Stop all steps of a task by force, and what ended ones left; return when that is recorded.
+        """Stop all steps of a task by force, and what ended ones left running; return when that is recorded.
 
         Raises NotFound if it has ended.
         """
         with self._lock:
             task = self._tasks.get(task_number)
             if task is None:
-                raise NotFound("the task has ended already")
+                raise NotFound("the task has already ended")
+            if reason == STOPPED or not task.stop_reason:  # a deadline does not cut the grace of a stop
+                task.stop_count += 1
             task.stop_reason = task.stop_reason or reason
-            task.stop_count += 1
-            stored = self._store.record_stop(task_number, None, task.stop_reason)
-            trees = self._request_stops([step for step in self._active if step.task is task], reason)
+            future = self._store.record_stop(task_number, None, task.stop_reason)
+            active = [step for step in self._active if step.task is task]
+            trees = self._request_stops(active, reason)
             self._queue_cleanup(task)
             ready = [step for step in task.steps if step.phase is Phase.READY]
             self._end_steps(task, [(step, FORCED_CODE, task.stop_reason) for step in ready])
-            after = self._dispatch()
+            deferred = self._dispatch()
         _wake(trees)
-        self._carry_out(after)
-        _await_stop(task, stored)
+        self._run_deferred(deferred)
+        _wait_until_recorded(task, future)
 
     def stop_step(self, task_number: int, step_index: int) -> None:
         """Stop a step by force; return when that is recorded. Raises NotFound if it has ended, or never will run."""
         with self._lock:
             task = self._tasks.get(task_number)
             if task is None or task.steps[step_index].phase in _FINAL:
-                raise NotFound("the step has ended already")
+                raise NotFound("the step has already ended")
             step = task.steps[step_index]
-            stored = self._store.record_stop(task_number, step_index, step.stop_reason or STOPPED)
+            future = self._store.record_stop(task_number, step_index, step.stop_reason or STOPPED)
             trees: list[ProcessTree] = []
             if step in self._active:
                 trees = self._request_stops([step], STOPPED)
             else:
                 self._end_steps(task, [(step, FORCED_CODE, STOPPED)])
-            after = self._dispatch()
+            deferred = self._dispatch()
         _wake(trees)
-        self._carry_out(after)
-        _await_stop(step, stored)
+        self._run_deferred(deferred)
+        _wait_until_recorded(step, future)
 
     def request_stop(self, step: Step, reason: str) -> None:
-        """Have the runner of a step stop it."""
+        """Have a step stopped by its runner, if it has one; do not wait for it."""
+        trees: list[ProcessTree] = []
         with self._lock:
-            trees = self._request_stops([step], reason) if step in self._active else []
+            if step in self._active:
+                trees = self._request_stops([step], reason)
         _wake(trees)
 
     def _request_stops(self, steps: Iterable[Step], reason: str) -> list[ProcessTree]:
-        """Note that these active steps are to be stopped; return the trees to wake. The lock is held."""
+        """Mark these active steps as to be stopped; return the trees to wake. The lock is held."""
         trees = []
         for step in steps:
             if reason == STOPPED or not step.stop_reason:  # a deadline does not cut the grace of a stop
@@ -5194,135 +5365,141 @@ class Scheduler:
         return trees
 
     def _queue_cleanup(self, task: Task) -> None:
-        """Have stopped what the task's ended steps left running; the lock is held."""
+        """Have what the task's ended steps left running stopped; the lock is held."""
         if not task.is_cleaning and task.ended_steps():
             task.is_cleaning = True
             self._cleanups.append(task)
 
     def finish_cleanup(self, task: Task) -> None:
-        """Nothing is left of what the task's ended steps had started."""
+        """End the clean-up of a task: nothing is left of what its ended steps had started."""
         with self._lock:
             task.is_cleaning = False
             self._end_steps(task, [])
-            after = self._dispatch()
-        self._carry_out(after)
+            deferred = self._dispatch()
+        self._run_deferred(deferred)
 
     # -- for runners
 
     def begin(self, step: Step) -> Future[None]:
-        """The files of a step are made; return what is done when its begin is stored, before which it must not run."""
+        """Store that a step begins, whose files are made; it must not run before the future is done."""
         with self._lock:
             step.started_ns = self._clock.now_ns()
             return self._store.begin(step.task.number, step.index, step.started_ns)
 
     def attach(self, step: Step, tree: ProcessTree) -> None:
-        """The step runs, as this tree."""
+        """Mark a step as running, as this tree."""
         with self._lock:
             self._move(step, Phase.RUNNING)
             step.tree = tree
-            self._retry_s = 0.0
-            has_recovered = self.scarcity and (not self._ready or time.monotonic() - self._lacked_s > _SCARCITY_S)
+            self._retry_at_s = 0.0
+            is_quiet = not self._ready or time.monotonic() - self._last_lack_s > _SCARCITY_S
+            has_recovered = bool(self.scarcity) and is_quiet
             if has_recovered:
                 self.scarcity = ""
-            after = self._dispatch()
+            deferred = self._dispatch()
         if has_recovered:
             log.info("steps start again")
-        self._carry_out(after)
+        self._run_deferred(deferred)
 
-    def put_back(self, step: Step) -> None:
-        """Queue a step again that had begun by the record, and of which nothing has run."""
+    def reset(self, step: Step) -> None:
+        """Make a step ready again that has a slot, and of which nothing has run."""
         with self._lock:
-            self._put_back(step)
-            after = self._dispatch()
-        self._carry_out(after)
+            self._reset(step)
+            deferred = self._dispatch()
+        self._run_deferred(deferred)
 
     def requeue(self, step: Step, lack: str) -> None:
-        """Put a step that could not be started back to the head of the queue: the host lacks something for now."""
+        """Put a step at the head of the queue that could not be started, for want of something on this host."""
         with self._lock:
-            self._lacked_s = time.monotonic()
-            self._retry_s = self._lacked_s + _START_RETRY_S
+            self._last_lack_s = time.monotonic()
+            self._retry_at_s = self._last_lack_s + _START_RETRY_S
             is_new = not self.scarcity
             self.scarcity = f"steps wait, they cannot be started now: {lack}"
-            self._put_back(step)
+            self._reset(step)
             if step in self._ready:
                 self._ready.move_to_end(step, last=False)
-            after = self._dispatch()
+            deferred = self._dispatch()
         if is_new:
-            log.error("%s: %s", step, self.scarcity, extra=step.log_fields)
-        self._carry_out(after)
+            log.error("%s: %s", step, self.scarcity, extra=step.log_extra)
+        self._run_deferred(deferred)
 
-    def _put_back(self, step: Step) -> None:
+    def _reset(self, step: Step) -> None:
         """Make a step ready again, or end it where it is to be stopped; the lock is held."""
+        task = step.task
         self._move(step, Phase.READY)
         if step.started_ns:
             step.started_ns = 0
-            has_begun = any(one.started_ns for one in step.task.steps)
-            self._store.requeue(step.task.number, step.index, State.RUNNING if has_begun else State.PENDING)
+            has_begun = any(other.started_ns for other in task.steps)
+            task_state = State.RUNNING if has_begun else State.PENDING
+            self._store.requeue(task.number, step.index, task_state)
         if step.stop_reason:
-            self._end_steps(step.task, [(step, FORCED_CODE, step.stop_reason)])
+            self._end_steps(task, [(step, FORCED_CODE, step.stop_reason)])
 
     def finish(self, step: Step, code: int, reason: str = "", tree_has_ended: bool = False) -> bool:
         """End a step; return False, having done nothing, where it is to be stopped and its tree has not been."""
         with self._lock:
-            if step.stop_reason and not tree_has_ended:
-                return False
             if step.stop_reason:
-                code, reason = FORCED_CODE, step.stop_reason
+                if not tree_has_ended:
+                    return False
+                code = FORCED_CODE
+                reason = step.stop_reason
             self._end_steps(step.task, [(step, code, reason)])
-            self._retry_s = 0.0  # what it took is free
-            after = self._take_after_lock()
-        self._carry_out(after)
+            self._retry_at_s = 0.0  # what it took is free
+            deferred = self._take_deferred()  # its worker takes the next step
+        self._run_deferred(deferred)
         return True
 
     # -- for the API and the janitor
 
     def pool(self) -> PoolStats:
+        """Return the pool's size and how many steps run and wait."""
         with self._lock:
-            return PoolStats(self._size, len(self._active), len(self._ready))
+            return self._pool_stats()
 
     def resize(self, size: int) -> PoolStats:
         """Set the size of the pool: more steps start at once, or running ones end before others start."""
         with self._lock:
             self._size = size
-            self._slots = min(size, self._capacity)
-            after = self._dispatch()
-            stats = PoolStats(self._size, len(self._active), len(self._ready))
-        self._carry_out(after)
+            deferred = self._dispatch()
+            stats = self._pool_stats()
+        self._run_deferred(deferred)
         return stats
+
+    def _pool_stats(self) -> PoolStats:
+        return PoolStats(self._size, len(self._active), len(self._ready))
 
     def running_steps(self) -> list[Step]:
         """Return the steps that have a process tree and are not being stopped."""
         with self._lock:
             return [step for step in self._active if step.tree and not step.stop_reason]
 
-    def overdue_tasks(self) -> list[int]:
-        """Take the tasks whose time is over, by number; some of them may have ended."""
+    def pop_overdue_task(self) -> int | None:
+        """Return the number of a task whose deadline has passed, each once; it may have ended. None for no more."""
         now_ns = self._clock.now_ns()
-        numbers = []
         with self._lock:
-            while self._deadlines and self._deadlines[0][0] <= now_ns:
-                numbers.append(heapq.heappop(self._deadlines)[1])
-        return numbers
+            if self._deadlines and self._deadlines[0][0] <= now_ns:
+                return heapq.heappop(self._deadlines)[1]
+        return None
 
     def next_deadline_ns(self) -> int | None:
-        """Return when the next task's time is over."""
+        """Return the next deadline of a task, None where no task has one."""
         with self._lock:
             return self._deadlines[0][0] if self._deadlines else None
 
     def retry(self) -> None:
         """Try again what the host lacked something for."""
         with self._lock:
-            unattended = [*self._unattended]
-            self._unattended.clear()
-            after = self._dispatch()
-        for work in unattended:
+            without_thread = [*self._without_thread]
+            self._without_thread.clear()
+            deferred = self._dispatch()
+        for work in without_thread:
             self._start_worker(work)
-        self._carry_out(after)
+        self._run_deferred(deferred)
 
     # -- moves; the lock is held
 
     def _move(self, step: Step, phase: Phase) -> None:
-        """Change the phase of a step, the one site that does."""
+        """Change the phase of a step, the one site that does. Raises IllegalMove."""
         if phase not in _MOVES[step.phase]:
             raise IllegalMove(f"{step}: from {step.phase.value} to {phase.value}")
         if step.phase is Phase.READY:
@@ -5342,103 +5519,121 @@ class Scheduler:
         self._move(step, Phase.READY)
 
     def _end_steps(self, task: Task, ends: Sequence[tuple[Step, int, str]]) -> None:
-        """End steps, make ready what waited for them, and end the task with the last; all in one record.
+        """End steps, make ready what waited for them, and end the task with its last step; all in one record.
 
-        The steps of a stopped task that become ready end at once.
+        Each end is a step, its code and the reason. The steps of a stopped task that become ready end at once.
         """
         records: list[StepEnd] = []
         while True:
             for step, code, reason in ends:
-                self._move(step, Phase.ENDED)
-                step.code = code
+                self._end_step(step, code)
                 records.append(StepEnd(step.index, code, reason))
-                if code:
-                    self._skip_dependents(step)
-                else:
-                    task.plan.succeed(step.index)
-            fresh = [task.steps[index] for index in task.plan.ready() if task.steps[index].phase is Phase.BLOCKED]
-            for step in fresh:
-                self._make_ready(step)
-            if not fresh or not task.stop_reason:
+            ready = self._make_dependents_ready(task)
+            if not ready or not task.stop_reason:
                 break
-            ends = [(step, FORCED_CODE, task.stop_reason) for step in fresh]
-        is_over = not task.unfinished and not task.is_cleaning
-        if is_over:
+            ends = [(step, FORCED_CODE, task.stop_reason) for step in ready]
+        task_end = None
+        if not task.unfinished and not task.is_cleaning:
+            code, message = summarize((step.index, step.name, step.code) for step in task.steps)
+            task_end = TaskEnd(code, message)
             del self._tasks[task.number]
             self._ended.append(task)
-        if records or is_over:
-            task_end = TaskEnd(*summarize((one.index, one.name, one.code) for one in task.steps)) if is_over else None
+        if records or task_end:
             self._store.end(task.number, records, task_end, self._clock.now_ns())
 
+    def _end_step(self, step: Step, code: int) -> None:
+        self._move(step, Phase.ENDED)
+        step.code = code
+        if code:
+            self._skip_dependents(step)
+        else:
+            step.task.plan.succeed(step.index)
+
+    def _make_dependents_ready(self, task: Task) -> list[Step]:
+        """Make ready, and return, the steps whose dependencies have all succeeded by now."""
+        ready = []
+        for index in task.plan.ready():
+            step = task.steps[index]
+            if step.phase is Phase.BLOCKED:  # not stopped meanwhile
+                self._make_ready(step)
+                ready.append(step)
+        return ready
+
     def _skip_dependents(self, step: Step) -> None:
-        """A step has failed: what depends on it, directly or not, never runs."""
-        steps, plan = step.task.steps, step.task.plan
-        pending = [*plan.dependents(step.index)]
+        """Skip what depends on a failed step, directly or not."""
+        task = step.task
+        pending = [*task.plan.dependents(step.index)]
         while pending:
-            dependent = steps[pending.pop()]
+            dependent = task.steps[pending.pop()]
             if dependent.phase is Phase.BLOCKED:
                 self._move(dependent, Phase.SKIPPED)
-                pending += plan.dependents(dependent.index)
+                pending += task.plan.dependents(dependent.index)
 
     def _next_ready_step(self) -> Step | None:
-        """Give a slot to the step that is ready longest; None where there is none, or no slot."""
-        if self._is_paused or not self._ready or len(self._active) >= self._slots:
+        """Give a slot to the step that is ready longest; return None where there is none, or no slot."""
+        slots = min(self._size, self._capacity)
+        if self._is_paused or not self._ready or len(self._active) >= slots:
             return None
         if self.scarcity:  # one at a time is tried then
-            if time.monotonic() < self._retry_s:
+            now_s = time.monotonic()
+            if now_s < self._retry_at_s:
                 return None
-            self._retry_s = time.monotonic() + _START_RETRY_S
+            self._retry_at_s = now_s + _START_RETRY_S
         step = next(iter(self._ready))
         self._move(step, Phase.STARTING)
         step.attempt += 1
         return step
 
-    def _dispatch(self) -> _AfterLock:
-        """Give free slots to steps that are ready."""
+    def _dispatch(self) -> _Deferred:
+        """Give free slots to ready steps; return what is to be done without the lock."""
         assigned = []
         while step := self._next_ready_step():
             assigned.append(step)
-        return self._take_after_lock(assigned)
+        return self._take_deferred(assigned)
 
-    def _take_after_lock(self, assigned: Sequence[Step] = ()) -> _AfterLock:
-        after = _AfterLock([*assigned], self._cleanups, self._ended)
+    def _take_deferred(self, assigned: Sequence[Step] = ()) -> _Deferred:
+        deferred = _Deferred([*assigned], self._cleanups, self._ended)
         self._cleanups = []
         self._ended = []
-        return after
+        return deferred
 
     def _set_deadline(self, task: Task, accepted_ns: int) -> None:
         if task.timeout_ns:
             heapq.heappush(self._deadlines, (accepted_ns + task.timeout_ns, task.number))
-            self.attention.set()
+            self.timekeeper_wakeup.set()
 
     # -- workers; without the lock
 
-    def _carry_out(self, after: _AfterLock) -> None:
-        """Do what must not be done under the lock."""
-        for task in after.ended:
-            self._task_has_ended(task.number)
-        for step in after.assigned:
+    def _run_deferred(self, deferred: _Deferred) -> None:
+        """Do what must not be done under the lock. Threads come first: a slot without one would be lost."""
+        for step in deferred.assigned:
             self._start_worker(step)
-        for task in after.cleanups:
+        for task in deferred.cleanups:
             self._start_worker(task)
+        for task in deferred.ended:
+            try:
+                self._on_task_end(task.number)
+            except Exception:
+                log.exception("%s: failed after its end", task)
 
     def _start_worker(self, work: Step | Task) -> None:
-        """Start a thread for a step that has a slot, or for the clean-up of a task."""
-        worker = DaemonThread(target=self._work, args=(work,), name="step")
-        with self._lock:
-            self._workers.add(worker)
+        """Start a thread for a step that has a slot, or for the clean-up of a task; where none can be, retry later."""
+        worker = None
         try:
+            worker = DaemonThread(target=self._work, args=(work,), name="step")
+            with self._lock:
+                self._workers.add(worker)
             worker.start()
         except (RuntimeError, MemoryError) as error:
             with self._lock:
                 self._workers.discard(worker)
-            if isinstance(work, Step) and work.phase is Phase.STARTING:
-                return self.requeue(work, f"no thread can be started ({error})")
-            with self._lock:
-                self._unattended.append(work)
+                if not isinstance(work, Step) or work.phase is not Phase.STARTING:
+                    self._without_thread.append(work)
+                    return
+            self.requeue(work, f"no thread can be started ({error})")
 
     def _work(self, first: Step | Task) -> None:
-        """The thread of one step after another."""
+        """Run one piece of work, then ready steps until there are none; the body of a worker."""
         work: Step | Task | None = first
         while work is not None:
             self._run(work)
@@ -5446,36 +5641,44 @@ class Scheduler:
                 work = self._next_ready_step()
                 if work is None:
                     self._workers.discard(threading.current_thread())
-                after = self._dispatch()
-            self._carry_out(after)
+                deferred = self._dispatch()
+            self._run_deferred(deferred)
 
     def _run(self, work: Step | Task) -> None:
-        """Run a step or a clean-up to its end; whatever is raised is logged, and tried again while it is ours."""
+        """Run a step or a clean-up to its end. Whatever it raises is logged, and it is tried again while it is ours."""
         attempt = work.attempt if isinstance(work, Step) else 0
-        while not self.is_leaving:
+        while not self.is_shutting_down:
             try:
+                if not self._owns(work, attempt):
+                    return
                 if isinstance(work, Task):
-                    self._clean_up(work)
-                elif work in self._active and work.attempt == attempt:
-                    self._run_step(work)
-                return
+                    return self._clean_up(work)
+                return self._run_step(work)
             except Exception as error:
                 if isinstance(error, OSError) and is_scarcity(error):
-                    log.error("%s: cannot be looked after for now: %s", work, error)
+                    log.error("%s: cannot be attended to now, trying again: %s", work, error)
                 else:
-                    log.exception("%s: the daemon failed, and will try again", work)
+                    log.exception("%s: the daemon failed, trying again", work)
             time.sleep(_START_RETRY_S)
+
+    def _owns(self, work: Step | Task, attempt: int) -> bool:
+        """Return whether a piece of work is still that of the worker that got it, at this attempt of a step."""
+        with self._lock:
+            if isinstance(work, Task):
+                return work.is_cleaning
+            return work in self._active and work.attempt == attempt
 
 
 def _wake(trees: Iterable[ProcessTree]) -> None:
+    """Wake the runners that wait for these trees."""
     for tree in trees:
         tree.wake()
 
 
-def _await_stop(stopped: Step | Task, stored: Future[None]) -> None:
-    """Wait until a stop is recorded. Where it cannot be, the stop matters more: the end will tell of it."""
+def _wait_until_recorded(stopped: Step | Task, future: Future[None]) -> None:
+    """Wait until a stop is stored. If it cannot be, the step is stopped all the same, and its end will be stored."""
     try:
-        stored.result()
+        future.result()
     except (StorageFull, Unavailable) as error:
         log.error("%s: cannot store a stop: %s", stopped, error)
 
@@ -5484,16 +5687,24 @@ def _await_stop(stopped: Step | Task, stored: Future[None]) -> None:
 # III tasks / runner: launch, watch and result of one step
 # ======================================================================================================================
 
-_EXCESS = 1.25  # by how much a step that is stopped for its output may exceed the limit before it is killed
-_EARLY_LOOK_BYTES = 1 << 30  # a limit of output below this is looked at as soon as a step starts
+_EXCESS = 1.25  # a step that is stopped for its output is killed at this multiple of the limit
+_EARLY_LOOK_BYTES = 1 << 30  # a limit of output below this is checked as soon as a step starts
 
 
 class NotStarted(Exception):
     """A step could not be started for now; the text says what the host lacks."""
 
 
+class _Launch(NamedTuple):
+    """What starts a step; `env` is added to the daemon's environment."""
+
+    args: list[str]
+    workspace: str
+    env: dict[str, str]
+
+
 class Runner:
-    """Runs steps, each by a thread of the scheduler's; any thread may call it."""
+    """Runs steps, each in a worker of the scheduler; any thread may call it."""
 
     def __init__(
         self,
@@ -5503,7 +5714,7 @@ class Runner:
         clock: Clock,
         files: SafeDirectory,
         settings: Settings,
-        observer: Observer,
+        metrics: Metrics,
     ) -> None:
         self._store = store
         self._scheduler = scheduler
@@ -5511,7 +5722,7 @@ class Runner:
         self._clock = clock
         self._files = files
         self._settings = settings
-        self._observer = observer
+        self._metrics = metrics
         self._path = os.environ.get("PATH", os.defpath)
 
     def directory(self, step: Step) -> StepDirectory:
@@ -5519,22 +5730,27 @@ class Runner:
         return StepDirectory(self._files, step.task.number, step.index)
 
     def run(self, step: Step) -> None:
-        """Run a step, or go on with an adopted one, until it has ended, waits again, or is left to run on."""
+        """Run a step, or continue with an adopted one, until it has ended, is ready again, or the daemon exits."""
         try:
             if step.tree is None and not self._launch(step):
                 return
             self._watch(step)
         except NotStarted as error:
-            self._close_tree(step)
-            return self._scheduler.requeue(step, str(error))
+            self._metrics.step_requeued(step.task.id, step.index)
+            try:
+                self._close_tree(step)
+            finally:  # else it would be launched once more while it counts as running
+                self._scheduler.requeue(step, str(error))
+            return
         except LaunchError as error:
             self._finish(step, FORCED_CODE, str(error))
-        if step.phase is Phase.ENDED or self._scheduler.is_leaving:
+        if step.phase is Phase.ENDED or self._scheduler.is_shutting_down:
             self._close_tree(step)
 
     def clean_up(self, task: Task) -> None:
         """Stop what the ended steps of a stopped task have left running."""
-        tree = self._processes.remains([self.directory(step).path for step in task.ended_steps()])
+        paths = [self.directory(step).path for step in task.ended_steps()]
+        tree = self._processes.remains(paths)
         try:
             tree.stop(lambda: task.stop_count > 1)
         finally:
@@ -5542,58 +5758,67 @@ class Runner:
         self._scheduler.finish_cleanup(task)
 
     def remove_empty_workspace(self, task_number: int) -> None:
-        """Remove the workspace of an ended task if nothing is in it."""
+        """Remove the workspace of an ended task if it is empty."""
         with contextlib.suppress(OSError):  # it is not empty, or was never made
             self._files.remove_empty(str(task_number), "workspace")
 
     # -- launch
 
     def _launch(self, step: Step) -> bool:
-        """Start the step's process; False where it ended before that, or the daemon ends.
+        """Start the step's process; return False where the step was stopped before that, or the daemon exits.
 
         Raises LaunchError, and NotStarted where it can be tried again.
         """
-        directory = self.directory(step)
         try:
-            script = self._store.script(step.task.number, step.index)
-            content = encode_script(script.command_type, script.content)
-            file = directory.prepare(script_name(script.command_type), content, self._processes.initial_files)
-            workspace = self._make_workspace(step)
-            env = self._environment_of(step, (*script_environment(script.command_type), *script.env), workspace)
-            command = interpreter_command(script.command_type, file, workspace, env.get("PATH", self._path))
+            command = self._prepare(step)
             self._scheduler.begin(step).result()  # only what is known to have begun may run
             if step.stop_reason:
                 self._finish(step, FORCED_CODE)
-            if step.phase is Phase.ENDED or self._scheduler.is_leaving:
+            if step.phase is Phase.ENDED or self._scheduler.is_shutting_down:
                 return False
             failpoint("begun")
-            tree = self._processes.start(command, directory.path, workspace, env)
+            tree = self._processes.start(command.args, self.directory(step).path, command.workspace, command.env)
             failpoint("spawned")
-        except (StorageFull, Unavailable) as error:
+        except (StorageFull, Unavailable, MemoryError) as error:
             raise NotStarted(str(error)) from error
-        except (OSError, LookupError, ValueError, MemoryError) as error:
-            if isinstance(error, MemoryError) or (isinstance(error, OSError) and is_scarcity(error)):
+        except (OSError, LookupError, ValueError) as error:
+            if isinstance(error, OSError) and is_scarcity(error):
                 raise NotStarted(str(error)) from error
             raise LaunchError(f"could not start: {error}") from error
         self._scheduler.attach(step, tree)
         if 0 < self._settings.max_output < _EARLY_LOOK_BYTES:
-            self._scheduler.attention.set()
-        self._observer.step_started(step.task.id, step.index, time.monotonic() - step.ready_s)
-        log.debug("%s: started, pid %d", step, tree.pid, extra=step.log_fields)
+            self._scheduler.timekeeper_wakeup.set()
+        waited_s = time.monotonic() - step.ready_s
+        self._metrics.step_started(step.task.id, step.index, waited_s)
+        log.debug("%s: started, pid %d", step, tree.pid, extra=step.log_extra)
         return True
 
+    def _prepare(self, step: Step) -> _Launch:
+        """Make the files of a step; return what is to be started. Raises what `_launch` sorts, and LaunchError."""
+        script = self._store.script(step.task.number, step.index)
+        name = script_name(script.command_type)
+        content = encode_script(script.command_type, script.content)
+        file = self.directory(step).prepare(name, content, self._processes.initial_files)
+        workspace = self._make_workspace(step)
+        entries = (*script_environment(script.command_type), *script.env)
+        env = self._environment(step, entries, workspace)
+        path = env.get("PATH", self._path)
+        args = interpreter_command(script.command_type, file, workspace, path)
+        return _Launch(args, workspace, env)
+
     def _make_workspace(self, step: Step) -> str:
-        """Return the task's workspace, made where no step has made it, or one has removed it."""
-        workspace = os.path.join(self._files.path, str(step.task.number), "workspace")
+        """Return the task's workspace, created where there is none. Raises LaunchError."""
+        names = (str(step.task.number), "workspace")
+        workspace = os.path.join(self._files.path, *names)
         if not is_real_directory(workspace):
             with contextlib.suppress(FileExistsError):  # a parallel step did
-                self._files.make(str(step.task.number), "workspace")
+                self._files.make(*names)
         if not is_real_directory(workspace):
-            raise LaunchError("could not start: an earlier step has put something else in place of the workspace")
+            raise LaunchError("could not start: an earlier step has replaced the workspace by something else")
         return workspace
 
-    def _environment_of(self, step: Step, entries: Sequence[str], workspace: str) -> dict[str, str]:
-        """Return what the step's environment has beyond the daemon's."""
+    def _environment(self, step: Step, entries: Iterable[str], workspace: str) -> dict[str, str]:
+        """Return what the step's environment has beyond the daemon's; `entries` are KEY=value, the last one counts."""
         env = {}
         for entry in entries:
             name, _, value = entry.partition("=")
@@ -5607,15 +5832,15 @@ class Runner:
     # -- watch
 
     def _watch(self, step: Step) -> None:
-        """Wait for the step's end, stopping it on timeout or request, and tell how it ended.
+        """Wait for the step, stopping it on timeout or request, and end it. Return early if the daemon exits.
 
-        Returns without that when the daemon ends first; raises NotStarted where nothing of it has run.
+        Raises NotStarted where nothing of it has run.
         """
         assert step.tree
         timeout_ns = step.timeout_ns or self._settings.exec_timeout
         deadline_s = self._clock.monotonic_s(step.started_ns + timeout_ns)
         has_ended = False
-        while not (has_ended or step.stop_reason or self._scheduler.is_leaving):
+        while not (has_ended or step.stop_reason or self._scheduler.is_shutting_down):
             has_ended = step.tree.wait(deadline_s)
             if not has_ended and time.monotonic() >= deadline_s:
                 self._scheduler.request_stop(step, TIMED_OUT)
@@ -5623,9 +5848,9 @@ class Runner:
             self._stop(step)
             self._finish(step, FORCED_CODE, tree_has_ended=True)
         elif has_ended:
-            self._tell_end(step)
+            self._finish_ended(step)
 
-    def _tell_end(self, step: Step) -> None:
+    def _finish_ended(self, step: Step) -> None:
         """End a step whose wrapper has ended by itself; a stop that comes now still reaches its tree."""
         code = self._exit_code(step)
         if code is None:  # its wrapper was killed: what it ran may run on
@@ -5636,7 +5861,7 @@ class Runner:
             self._finish(step, FORCED_CODE, tree_has_ended=True)
 
     def _exit_code(self, step: Step) -> int | None:
-        """Return the code of the step's own process, None where nobody knows; raises NotStarted if it never began."""
+        """Return the exit code of the step's script, None where it is lost. Raises NotStarted if it never began."""
         assert step.tree
         directory = self.directory(step)
         code = step.tree.exit_code()
@@ -5647,30 +5872,36 @@ class Runner:
         return code
 
     def _stop(self, step: Step) -> None:
-        """End the step's tree: asked first, killed when the grace is over."""
+        """Stop the step's tree: ask it to end, kill it when the grace period is over."""
         assert step.tree
-        log.info("%s: %s", step, step.stop_reason or LOST, extra=step.log_fields)
+        log.info("%s: %s", step, step.stop_reason or LOST, extra=step.log_extra)
         directory = self.directory(step)
-        most_bytes = self._settings.max_output * _EXCESS
+        max_bytes = self._settings.max_output * _EXCESS
 
         def is_hurried() -> bool:
-            is_excessive = step.stop_reason == OUTPUT_EXCEEDED and directory.output_bytes() > most_bytes
+            is_excessive = step.stop_reason == OUTPUT_EXCEEDED and directory.output_bytes() > max_bytes
             return step.stop_count > 1 or is_excessive
 
         step.tree.stop(is_hurried)
 
     def _finish(self, step: Step, code: int, reason: str = "", tree_has_ended: bool = False) -> bool:
-        """End the step; False, having done nothing, where it is to be stopped and its tree has not been."""
+        """End the step; return False, having done nothing, where it is to be stopped and its tree has not been."""
         failpoint("ended")
-        seconds = (self._clock.now_ns() - step.started_ns) / _SECOND_NS if step.started_ns else 0.0
+        seconds = 0.0
+        if step.started_ns:
+            seconds = (self._clock.now_ns() - step.started_ns) / _SECOND_NS
         output_bytes = self.directory(step).output_bytes()
         tree_has_ended = tree_has_ended or step.tree is None
         if not self._scheduler.finish(step, code, reason, tree_has_ended):
             return False
         reason = step.stop_reason or reason
-        result = "forced" if reason else "failed" if step.code else "succeeded"
-        self._observer.step_ended(step.task.id, step.index, result, seconds, output_bytes)
-        log.debug("%s: ended with code %d %s", step, step.code, reason, extra=step.log_fields)
+        result = "succeeded"
+        if reason:
+            result = "forced"
+        elif step.code:
+            result = "failed"
+        self._metrics.step_ended(step.task.id, step.index, result, seconds, output_bytes)
+        log.debug("%s: ended with code %d %s", step, step.code, reason, extra=step.log_extra)
         return True
 
     def _close_tree(self, step: Step) -> None:
@@ -5688,7 +5919,7 @@ _TASK_NUMBER = re.compile("[1-9][0-9]{0,17}")
 
 
 class Recovery:
-    """Takes up the tasks that an earlier daemon left; for the daemon's start, before anything runs."""
+    """Restores the tasks that an earlier daemon left; for the daemon's start, before anything runs."""
 
     def __init__(
         self,
@@ -5708,77 +5939,90 @@ class Recovery:
 
     def run(self) -> list[str]:
         """Restore every unfinished task; return the names of directories that belong to no task."""
-        place = self._files.path
-        if self._store.quarantine_suffix and os.path.isdir(place):
-            _move_or_copy(place, place + self._store.quarantine_suffix)  # it belongs to the database put aside
-        os.makedirs(place, exist_ok=True)
-        self._files.open()
+        self._open_files()
         self._scheduler.reserve_task_numbers(self._store.last_task_number())
-        known = {str(number) for number in self._store.task_numbers()}
-        strays = [self._rename_for_removal(name) for name in os.listdir(place) if name not in known]
+        stored = {str(number) for number in self._store.task_numbers()}
+        strays = []
+        for name in os.listdir(self._files.path):
+            if name not in stored:
+                strays.append(self._rename_for_removal(name))
         for number in self._store.unfinished_task_numbers():
             try:
                 self._restore(self._store.unfinished_task(number))
             except (ValueError, TypeError) as error:
-                log.error("task number %d cannot be taken up: %s", number, error)
+                log.error("task number %d cannot be restored: %s", number, error)
                 self._store.fail(number, f"lost: what was stored of it is damaged: {error}", self._clock.now_ns())
         return strays
 
+    def _open_files(self) -> None:
+        """Open the tasks' directory, a new one where the old one belongs to a database in quarantine."""
+        path = self._files.path
+        suffix = self._store.quarantine_suffix
+        if suffix and os.path.isdir(path):
+            _move_or_copy(path, path + suffix)
+        os.makedirs(path, exist_ok=True)
+        self._files.open()
+
     def _rename_for_removal(self, name: str) -> str:
-        """Rename a stray directory, for a new task may get its number before it is removed; return its name now."""
-        gone = f"{name.partition('.')[0][:20]}.gone-{time.time_ns()}"
+        """Rename a stray directory, for a new task may get its number before it is removed; return its new name."""
+        stem = name.partition(".")[0][:20]
+        new_name = f"{stem}.gone-{time.time_ns()}"
+        path = os.path.join(self._files.path, name)
         try:
-            os.rename(os.path.join(self._files.path, name), os.path.join(self._files.path, gone))
+            os.rename(path, os.path.join(self._files.path, new_name))
         except OSError:  # it is a mount, or a process works in it, which Windows lets nobody move
             if _TASK_NUMBER.fullmatch(name):
                 self._scheduler.reserve_task_numbers(int(name))
             return name
-        return gone
+        return new_name
 
-    def _restore(self, found: UnfinishedTask) -> None:
-        for step in self._scheduler.restore(found):
-            self._settle(step)
+    def _restore(self, stored: UnfinishedTask) -> None:
+        for step in self._scheduler.restore(stored):
+            self._restore_begun_step(step)
 
-    def _settle(self, step: Step) -> None:
-        """Find out what became of a step that had begun."""
+    def _restore_begun_step(self, step: Step) -> None:
+        """Find out by its files and processes what became of a step that had begun, and have it attended to."""
         directory = self._runner.directory(step)
         tree = self._processes.adopt(directory.path)
-        code = None if tree else directory.exit_code()
         if tree:
-            log.info("%s: still runs, pid %d", step, tree.pid, extra=step.log_fields)
+            log.info("%s: still runs, pid %d", step, tree.pid, extra=step.log_extra)
             self._scheduler.attach(step, tree)
-        elif code is not None and not step.stop_reason:
+            return
+        code = directory.exit_code()
+        if code is not None and not step.stop_reason:
             self._scheduler.finish(step, code)
         elif code is not None or self._processes.may_have_started(directory.path):
             # It was stopped or killed, and may have left something: its runner ends that before anything follows.
             self._scheduler.attach(step, self._processes.remains([directory.path]))
         else:
-            self._scheduler.put_back(step)
+            self._scheduler.reset(step)
 
 
-def _move_or_copy(place: str, target: str) -> None:
-    """Move a directory; where that cannot be, copy its content."""
+def _move_or_copy(path: str, target: str) -> None:
+    """Move a directory; copy its content where it cannot be moved."""
     try:
-        return rename(place, target)
+        rename(path, target)
+        return
     except OSError:  # it is a mount, or a process works in it, which Windows lets nobody move
-        log.warning("%s cannot be moved: its content is copied", place)
+        log.warning("%s cannot be moved: copying its content", path)
     try:
-        shutil.copytree(place, target, symlinks=True, ignore=links_in)
+        shutil.copytree(path, target, symlinks=True, ignore=links_in)
     except shutil.Error as error:
-        log.error("not all of %s could be copied to %s: %s", place, target, error)
+        log.error("not all of %s could be copied to %s: %s", path, target, error)
 
 
 # ======================================================================================================================
 # III tasks / janitor: deadlines, limits of output, expiry, removal
 # ======================================================================================================================
 
-_TICK_S = 0.5  # between looks at outputs and at what has expired
-_LEAST_TICK_S = 0.01
+_TICK_S = 0.5  # between checks of outputs and of what has expired
+_MIN_TICK_S = 0.01
 _FASTEST_WRITER_BYTES_PER_S = 2 * 10**9  # a step may fill its limit that fast
+_REMOVAL_ATTEMPTS = 20  # until a removal that fails is logged: 10 s, longer than a virus scanner holds a file
 
 
 class Janitor:
-    """Enforces deadlines and limits of output, forgets what has expired, removes its files; by threads of its own."""
+    """Enforces deadlines and limits of output, deletes what has expired and its files; by threads of its own."""
 
     def __init__(
         self,
@@ -5795,50 +6039,56 @@ class Janitor:
         self._clock = clock
         self._files = files
         self._settings = settings
-        self._pending_removals: collections.deque[str] = collections.deque()  # names of directories; the sweeper's
+        self._pending_removals: dict[str, int] = {}  # names of directories, and how often that failed; the sweeper's
         self._stopping = threading.Event()
+        timekeeper = (self._enforce_limits, scheduler.timekeeper_wakeup)
+        sweeper = (self._sweep, self._stopping)
         self._background_threads = [
-            DaemonThread(target=self._run_periodically, args=args, name=name)
-            for name, args in (
-                ("timekeeper", (self._enforce, scheduler.attention)),
-                ("sweeper", (self._sweep, self._stopping)),
-            )
+            DaemonThread(target=self._run_periodically, args=timekeeper, name="timekeeper"),
+            DaemonThread(target=self._run_periodically, args=sweeper, name="sweeper"),
         ]
 
     def start(self, strays: Iterable[str]) -> None:
-        """Begin; these directories are removed first."""
-        self._pending_removals.extend(strays)
+        """Start the threads; these directories are removed first."""
+        self._pending_removals.update(dict.fromkeys(strays, 0))
         for thread in self._background_threads:
             thread.start()
 
     def stop(self) -> None:
-        """End the threads, within a moment."""
+        """End the threads, or leave them after a moment."""
         self._stopping.set()
-        self._scheduler.attention.set()
+        self._scheduler.timekeeper_wakeup.set()
         for thread in self._background_threads:
             if thread.is_alive():
-                thread.join(1.5)
+                thread.join(_JOIN_TIMEOUT_S)
 
     def is_alive(self) -> bool:
         """Return whether its threads run."""
         return all(thread.is_alive() for thread in self._background_threads)
 
-    def _run_periodically(self, action: Callable[[], float], alarm: threading.Event) -> None:
-        """Act again and again, after the pause that the action asks for or at the alarm."""
+    def _run_periodically(self, action: Callable[[], float], wakeup: threading.Event) -> None:
+        """Repeat an action, after the pause in seconds that it returns, or at the wake-up; the body of a thread.
+
+        What it raises is logged, the same thing only once in succession.
+        """
+        last_error = ""
         while not self._stopping.is_set():
             pause_s = _TICK_S
             try:
                 pause_s = action()
-            except Exception:
-                log.exception("%s: will try again", threading.current_thread().name)
-            if alarm.wait(pause_s) and alarm is not self._stopping:
-                alarm.clear()
+                last_error = ""
+            except Exception as error:
+                if repr(error) != last_error:
+                    log.exception("%s failed, trying again", threading.current_thread().name)
+                last_error = repr(error)
+            if wakeup.wait(pause_s) and wakeup is not self._stopping:
+                wakeup.clear()
 
-    def _enforce(self) -> float:
-        """Stop what is overdue and what writes too much, start what waited; return the pause until the next look."""
-        for number in self._scheduler.overdue_tasks():
+    def _enforce_limits(self) -> float:
+        """Stop what is overdue and what writes too much, retry what waits; return the pause until the next look."""
+        while (task_number := self._scheduler.pop_overdue_task()) is not None:
             with contextlib.suppress(NotFound):  # it has ended
-                self._scheduler.stop_task(number, TIMED_OUT)
+                self._scheduler.stop_task(task_number, TIMED_OUT)
         self._scheduler.retry()
         pause_s = self._check_outputs()
         deadline_ns = self._scheduler.next_deadline_ns()
@@ -5849,28 +6099,38 @@ class Janitor:
     def _check_outputs(self) -> float:
         """Stop the steps that write too much; return how soon another one may."""
         limit = self._settings.max_output
+        if not limit:
+            return _TICK_S
         pause_s = _TICK_S
-        for step in self._scheduler.running_steps() if limit else ():
-            written = StepDirectory(self._files, step.task.number, step.index).output_bytes()
-            if written > limit:
+        for step in self._scheduler.running_steps():
+            output_bytes = StepDirectory(self._files, step.task.number, step.index).output_bytes()
+            if output_bytes > limit:
                 self._scheduler.request_stop(step, OUTPUT_EXCEEDED)
             else:
-                pause_s = min(pause_s, (limit - written) / _FASTEST_WRITER_BYTES_PER_S)
-        return max(_LEAST_TICK_S, pause_s)
+                pause_s = min(pause_s, (limit - output_bytes) / _FASTEST_WRITER_BYTES_PER_S)
+        return max(_MIN_TICK_S, pause_s)
 
     def _sweep(self) -> float:
-        """Forget what has expired, and remove its files; return the pause until the next look."""
+        """Delete what has expired, and its files; return the pause until the next look."""
         with contextlib.suppress(OSError):  # no descriptor to look with: the next time
             self._processes.reap()
+        self._remove_pending()  # first, for on a full disk nothing expires
         expired = self._store.expire(self._clock.now_ns() - self._settings.key_expire)
-        self._pending_removals.extend(str(number) for number in expired)
-        for _ in range(len(self._pending_removals)):
-            name = self._pending_removals.popleft()
-            if not self._remove(name):
-                self._pending_removals.append(name)  # held by a process or a virus scanner, or mounted: later
+        for task_number in expired:
+            self._pending_removals[str(task_number)] = 0
+        return 0 if expired else _TICK_S
+
+    def _remove_pending(self) -> None:
+        """Remove the directories that are pending; log once which ones cannot be."""
+        for name in [*self._pending_removals]:
             if self._stopping.is_set():
-                break
-        return 0 if len(expired) == _BATCH else _TICK_S
+                return
+            if self._remove(name):
+                del self._pending_removals[name]
+                continue
+            self._pending_removals[name] += 1  # held by a process or a virus scanner, or mounted: later
+            if self._pending_removals[name] == _REMOVAL_ATTEMPTS:
+                log.warning("%s cannot be removed yet, trying again", os.path.join(self._files.path, name))
 
     def _remove(self, name: str) -> bool:
         try:
@@ -6600,7 +6860,7 @@ class Server(http.server.ThreadingHTTPServer):
         settings: Settings,
         router: Router,
         access: Authenticator,
-        observer: Observer,
+        metrics: Metrics,
         tls: Tls | None,
         descriptors: DescriptorReserve,
     ) -> None:
@@ -6613,7 +6873,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.is_stopping = False
         self._settings = settings
         self._router = router
-        self._observer = observer
+        self._metrics = metrics
         self._tls = tls
         self._links: dict[socket.socket, str] = {}  # and the client's network of each
         self._reserved: set[socket.socket] = set()  # of them, those in the places for stops
@@ -6784,7 +7044,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def log_request(self, request: Request, route: Route | None, status: int, seconds: float, sent: int) -> None:
         """A request has been answered, or its answer broke off."""
-        self._observer.request(request.method, route.template if route else "", status, seconds)
+        self._metrics.request(request.method, route.template if route else "", status, seconds)
         if log.isEnabledFor(logging.DEBUG):
             what, measured = f"{request.method} {_path(request)}", {"status": status, "bytes": sent, "seconds": seconds}
             fields = {**_log_fields(request), **measured}
@@ -6793,7 +7053,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def log_bad_request(self, error: ApiError, seconds: float) -> None:
         """What a client sent has been refused unread."""
-        self._observer.request("", "", error.status, seconds)
+        self._metrics.request("", "", error.status, seconds)
 
     def get_request(self) -> tuple[Any, Any]:
         """The next connection; raises OSError where there is none, after a pause where something is used up."""
@@ -7645,14 +7905,14 @@ class OperatorApi:
         store: Store,
         scheduler: Scheduler,
         clock: Clock,
-        telemetry: Telemetry,
+        metrics: Metrics,
         root: str,
         warnings: Sequence[Callable[[], str]],
     ) -> None:
         self._store = store
         self._scheduler = scheduler
         self._clock = clock
-        self._telemetry = telemetry
+        self._metrics = metrics
         self._root = root
         self._warnings = warnings  # each tells what the operator should know now, or nothing
 
@@ -7693,7 +7953,7 @@ class OperatorApi:
         return Response()
 
     def show_metrics(self, _: Request) -> Response:
-        families = [*self._families(), *self._telemetry.families(), *process_families(process_stats())]
+        families = [*self._families(), *self._metrics.families(), *process_families(process_stats())]
         return Response(headers=(METRICS_TYPE,), body=exposition(families).encode())
 
     def _families(self) -> list[Family]:
@@ -7702,13 +7962,13 @@ class OperatorApi:
         tasks = [("", (("state", name),), counts.get(state, 0)) for state, name in STATE_NAMES.items()]
         known = tuple((name, value) for name, value in build()._asdict().items())
         return [
-            single(METRIC_PREFIX + "build_info", "gauge", "The program and its Python; always 1.", 1, known),
+            metric(METRIC_PREFIX + "build_info", "gauge", "The program and its Python; always 1.", 1, known),
             Family(METRIC_PREFIX + "tasks", "gauge", "Tasks kept, by state.", tasks),
             *(
-                single(f"{METRIC_PREFIX}pool_{name}", "gauge", text, value)
+                metric(f"{METRIC_PREFIX}pool_{name}", "gauge", text, value)
                 for (name, value), text in zip(self._scheduler.pool()._asdict().items(), _POOL_HELP)
             ),
-            single(
+            metric(
                 METRIC_PREFIX + "store_size_bytes",
                 "gauge",
                 "What the database takes on disk.",
@@ -7998,8 +8258,8 @@ def symbols_text(asked: str) -> str:
 class ProfileApi:
     """Answers the routes of pprof with what is true of a Python process; any thread may call it."""
 
-    def __init__(self, telemetry: Telemetry, most_ns: int) -> None:
-        self._telemetry = telemetry
+    def __init__(self, metrics: Metrics, most_ns: int) -> None:
+        self._metrics = metrics
         self._most_s = most_ns / _SECOND_NS
         self._busy = threading.Lock()  # held while something is taken that takes time
 
@@ -8047,7 +8307,7 @@ class ProfileApi:
     def trace(self, request: Request) -> Response:
         seconds = self._seconds(request, 1.0)
         with self._exclusive():
-            events = trace_events(self._telemetry.trace(seconds))
+            events = trace_events(self._metrics.trace(seconds))
         return Response(headers=(JSON_TYPE,), body=to_json(events).encode())
 
     def show_symbols(self, request: Request) -> Response:
@@ -8562,7 +8822,7 @@ class _TaskParts(NamedTuple):
     """The parts of the daemon that work on tasks."""
 
     store: Store
-    telemetry: Telemetry
+    metrics: Metrics
     clock: Clock
     files: SafeDirectory
     scheduler: Scheduler
@@ -8730,18 +8990,18 @@ class Daemon:
         steps_fd_limit = self._prepare_process()
         capacity = step_capacity(descriptor_limit(), process_limits(), settings.max_connections)
 
-        telemetry = Telemetry()
-        store = Store(os.path.join(self._root, "remote_executor.db"), telemetry.commit)
+        metrics = Metrics()
+        store = Store(os.path.join(self._root, "remote_executor.db"), metrics.commit)
         store.start()
         closing.callback(store.stop)
         processes = Processes(steps_umask, steps_fd_limit, self._reserve)
-        tasks = self._build_task_parts(store, telemetry, processes, capacity.steps)
+        tasks = self._build_task_parts(store, metrics, processes, capacity.steps)
 
         root_watch = RootWatch(self._root, has_token=settings.token_file.startswith("$ROOT"))
         warnings = self._health_warnings(tasks, capacity, root_watch)
         router = self._build_router(tasks, warnings)
         authenticator = Authenticator(settings, self._root, self._reserve)
-        server = Server(settings, router, authenticator, telemetry, self._tls, self._reserve)
+        server = Server(settings, router, authenticator, metrics, self._tls, self._reserve)
         closing.callback(server.stop)
         server.open()
         authenticator.start()
@@ -8773,7 +9033,7 @@ class Daemon:
     def _build_task_parts(
         self,
         store: Store,
-        telemetry: Telemetry,
+        metrics: Metrics,
         processes: Processes,
         capacity: int,
     ) -> _TaskParts:
@@ -8788,10 +9048,10 @@ class Daemon:
             capacity,
             lambda task_number: runner.remove_empty_workspace(task_number),  # made below, for it needs the scheduler
         )
-        runner = Runner(store, scheduler, processes, clock, files, settings, telemetry)
+        runner = Runner(store, scheduler, processes, clock, files, settings, metrics)
         recovery = Recovery(store, scheduler, processes, clock, files, runner)
         janitor = Janitor(store, scheduler, processes, clock, files, settings)
-        return _TaskParts(store, telemetry, clock, files, scheduler, runner, recovery, janitor)
+        return _TaskParts(store, metrics, clock, files, scheduler, runner, recovery, janitor)
 
     def _health_warnings(
         self,
@@ -8815,8 +9075,8 @@ class Daemon:
         scheduler = tasks.scheduler
         clock = tasks.clock
         task_api = Api(store, scheduler, clock, tasks.files, settings.key_expire)
-        operator_api = OperatorApi(store, scheduler, clock, tasks.telemetry, self._root, warnings)
-        profile_api = ProfileApi(tasks.telemetry, settings.profile_timeout)
+        operator_api = OperatorApi(store, scheduler, clock, tasks.metrics, self._root, warnings)
+        profile_api = ProfileApi(tasks.metrics, settings.profile_timeout)
         routes = [*task_api.routes(), *operator_api.routes(), *profile_api.routes()]
         document_api = DocumentApi(routes)
         return Router([*routes, *document_api.routes()])

@@ -4045,7 +4045,7 @@ class House:
     def __init__(self, root: Path, size: int = 30) -> None:
         code = module()
         (root / "tasks").mkdir(parents=True, exist_ok=True)
-        self.metrics = code.Telemetry()
+        self.metrics = code.Metrics()
         self.store = code.Store(str(root / "db"), self.metrics.commit)
         self.store.start()
         self.clock = code.Clock.resume({}, 0)
@@ -4313,6 +4313,115 @@ def test_moves_that_are_not_in_the_table_are_refused(house: House) -> None:
     house.tree().end(0)
 
 
+def test_deadline_does_not_cut_the_grace_of_a_stop(house: House) -> None:
+    house.start(lambda step: None)  # a runner that leaves its step as it is
+    number = house.submit(step(), timeout="1h").task_number
+    task = house.scheduler._tasks[number]
+    for reason, count in ((STOPPED, 1), (module().TIMED_OUT, 1), (STOPPED, 2)):
+        house.scheduler.stop_task(number, reason)
+        assert (task.stop_reason, task.stop_count) == (STOPPED, count)
+
+
+def test_trace_shows_no_step_that_was_put_back(house: House) -> None:
+    house.processes.has_started = False
+    house.start()
+    number = house.submit(step()).task_number
+    house.tree(0)
+    wait_until(lambda: house.metrics.trace(0), "the step to run")
+    house.tree(0).end(2)
+    wait_until(lambda: house.scheduler.scarcity and house.scheduler.pool().waiting == 1, "it to wait")
+    house.scheduler.stop_task(number)
+    assert house.ended(number) == [(0, 255, STOPPED)] and house.metrics.trace(0) == []
+
+
+def test_release_that_fails_starts_no_second_process(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.processes.has_started = False
+    released: list[FakeTree] = []
+
+    def release(tree: FakeTree) -> None:
+        released.append(tree)
+        if len(released) == 1:
+            raise OSError(errno.EBADF, "a test")
+
+    monkeypatch.setattr(house.processes, "release", release)
+    house.start()
+    number = house.submit(step()).task_number
+    house.tree(0).end(2)
+    wait_until(lambda: house.scheduler.scarcity and house.scheduler.pool().waiting == 1, "it to wait")
+    house.processes.has_started = True
+    wait_until(lambda: house.scheduler.retry() or len(house.processes.trees) > 1, "another start")
+    house.tree(1).end(0)
+    assert house.ended(number) == [(0, 0, "")] and len(house.processes.trees) == 2
+    wait_until(lambda: house.scheduler.pool().running == 0, "a free slot")
+
+
+def test_callback_that_fails_at_the_end_of_a_task_loses_no_slot(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(house.scheduler, "_on_task_end", lambda number: 1 / 0)
+    house.start()
+    house.scheduler.resize(1)
+    stopped, *others = [house.submit(step(), step()).task_number for _ in range(4)]
+    house.tree(0).end(0)
+    house.tree(1)  # of the second task
+    house.scheduler.stop_task(stopped)  # ends after the clean-up of its first step
+    for index in range(6):
+        house.tree(1 + index).end(0)
+    assert house.ended(stopped) == [(0, 0, ""), (0, 255, STOPPED)]
+    assert [house.ended(number) for number in others] == [[(0, 0, "")] * 2] * 3
+    wait_until(lambda: house.scheduler.pool()[1:] == (0, 0), "an empty pool")
+
+
+def test_timekeeper_that_fails_at_a_task_stops_the_other_overdue_ones(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    house.start()
+    first, second = [house.submit(step(), timeout="1ms").task_number for _ in range(2)]
+    stop_task = house.scheduler.stop_task
+
+    def failing(number: int, reason: str) -> None:
+        if number == first:
+            raise ZeroDivisionError
+        stop_task(number, reason)
+
+    monkeypatch.setattr(house.scheduler, "stop_task", failing)
+    house.janitor.start([])
+    assert house.ended(second) == [(0, 255, module().TIMED_OUT)]
+    house.janitor.stop()
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == ["timekeeper failed, trying again"]
+    stop_task(first)
+    house.ended(first)
+
+
+def test_failure_of_a_periodic_action_is_logged_once_in_succession(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rounds: list[int] = []
+
+    def expire(before_ns: int) -> list[int]:
+        rounds.append(before_ns)
+        raise module().StorageFull("no space left")
+
+    monkeypatch.setattr(house.store, "expire", expire)
+    (Path(house.files.path) / "7.gone").mkdir()
+    house.start()
+    house.janitor.start(["7.gone"])
+    wait_until(lambda: len(rounds) > 2, "three rounds")
+    house.janitor.stop()
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+    assert not (Path(house.files.path) / "7.gone").exists()
+
+
+def test_removal_that_keeps_failing_is_logged_once(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(house.files, "remove", lambda name: False)
+    house.janitor._pending_removals["7"] = 0
+    for _ in range(50):
+        house.janitor._sweep()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{Path(house.files.path) / '7'} cannot be removed yet, trying again"
+    ]
+
+
 def test_begin_and_end_of_steps_are_synced_before_anything_follows(house: House) -> None:
     statements: list[str] = []
     house.store._writer.set_trace_callback(statements.append)
@@ -4330,14 +4439,14 @@ def test_change_that_raises_anything_fails_alone(house: House, error: Exception)
         raise error
 
     with house.store._queue_changed:  # so that all are of one commit
-        bad = [house.store._ask(fail) for _ in range(2)]
+        bad = [house.store._submit(fail) for _ in range(2)]
         house.store._record(fail)
-        good = house.store._ask(lambda db: db.execute("SELECT 7").fetchone()[0])
+        good = house.store._submit(lambda db: db.execute("SELECT 7").fetchone()[0])
     assert good.result(60) == 7
     for change in bad:
         with pytest.raises(module().Unavailable):
             change.result(60)
-    assert house.store.is_alive() and house.store._ask(lambda db: 8).result(60) == 8
+    assert house.store.is_alive() and house.store._submit(lambda db: 8).result(60) == 8
     house.store.save_metadata({"a": "b"})
     wait_until(lambda: house.store.metadata().get("a") == "b", "a change after it")
 
@@ -4345,9 +4454,9 @@ def test_change_that_raises_anything_fails_alone(house: House, error: Exception)
 def test_writer_that_fails_itself_goes_on(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(house.store, "_on_commit", lambda *_: 1 / 0)
     with pytest.raises(module().Unavailable):
-        house.store._ask(lambda db: db.execute("SELECT nothing")).result(60)
+        house.store._submit(lambda db: db.execute("SELECT nothing")).result(60)
     monkeypatch.undo()
-    assert house.store._ask(lambda db: 8).result(60) == 8
+    assert house.store._submit(lambda db: 8).result(60) == 8
 
 
 def test_changes_tried_again_keep_their_order(house: House) -> None:
@@ -4361,10 +4470,35 @@ def test_changes_tried_again_keep_their_order(house: House) -> None:
     house.store._record(first)
     house.store._record(lambda db: db.execute("UPDATE meta SET value = value || ', second' WHERE key = 'order'"))
     wait_until(lambda: house.store.warning(), "the first to fail")
-    assert house.store._ask(lambda db: 1).result(60) == 1
+    assert house.store._submit(lambda db: 1).result(60) == 1
     fails[0] = False
     wait_until(lambda: house.store.metadata().get("order") == "first, second", "both")
     wait_until(lambda: not house.store.warning(), "no warning")
+
+
+def test_record_tried_again_is_overtaken_by_no_request_for_its_task(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    fails = [True]
+
+    def requeue(db: sqlite3.Connection) -> None:
+        if fails[0]:
+            raise sqlite3.OperationalError("database or disk is full")
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('order', 'requeued')")
+
+    begin = "UPDATE meta SET value = value || ', begun' WHERE key = 'order'"
+    with caplog.at_level(logging.INFO, "remote_executor"):
+        house.store._record(requeue, 7)
+        wait_until(lambda: house.store.warning(), "the record to fail")
+        with pytest.raises(module().Unavailable, match="trying again"):
+            house.store._submit(lambda db: db.execute(begin), 7).result(60)
+        for number in (8, 0):
+            assert house.store._submit(lambda db: 1, number).result(60) == 1
+        fails[0] = False
+        wait_until(lambda: not house.store.warning(), "the record to be stored")
+    assert house.store._submit(lambda db: db.execute(begin).rowcount, 7).result(60) == 1
+    assert house.store.metadata()["order"] == "requeued, begun"
+    assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
 
 
 def test_database_that_was_removed_takes_no_task(house: House, tmp_path: Path) -> None:
@@ -5142,7 +5276,7 @@ def bare_server(**given: Any) -> Any:
     settings = code.make_settings({"addr": "127.0.0.1:0", **given})
     reserve = code.DescriptorReserve()
     access = code.Authenticator(settings, "", reserve)
-    return code.Server(settings, code.Router([]), access, code.Observer(), None, reserve)
+    return code.Server(settings, code.Router([]), access, code.Metrics(), None, reserve)
 
 
 @pytest.mark.parametrize("address", [None, "", (), ("::1", 1)])
@@ -5422,7 +5556,7 @@ def test_step_that_replaces_its_files_leads_the_daemon_nowhere(
     if "next step" in what:
         assert daemon.console(task, 1).data[0] == "after"
     if what == "workspace by a link":
-        assert "in place of the workspace" in daemon.steps(task)[1]["msg"]
+        assert "has replaced the workspace" in daemon.steps(task)[1]["msg"]
     wait_until(lambda: daemon.get("/api/v1/task").data["total"] == 0, "expiry")
     wait_until(lambda: not [path for path in (daemon.root / "tasks").iterdir() if path.name.isdigit()], "the sweep")
 
