@@ -7033,186 +7033,217 @@ summary small { display: inline-block; }
 .body { padding: 0 .75rem .75rem; border-top: 1px solid var(--line); }
 .method { display: inline-block; min-width: 3.5rem; font-weight: 700; }
 .get, .head { color: var(--get); } .post { color: var(--post); } .put { color: var(--put); }
+.delete { color: var(--bad); }
 .bad { color: var(--bad); }
 @media (max-width: 40rem) { label { grid-template-columns: 1fr; } label small { grid-column: 1; } }
 """
 API_SCRIPT = r"""
 "use strict";
-const MOST_SHOWN = 100000;
-const TOKEN = "remote_executor token";
+const MAX_SHOWN_CHARACTERS = 100000;
+const TOKEN_KEY = "remote_executor token";
 const content = document.getElementById("content");
 const note = document.getElementById("note");
-const field = document.getElementById("token");
-let description = null;
+const tokenInput = document.getElementById("token");
+let openapi = null;
 
-function make(tag, attributes, ...children) {
+function createElement(tag, attributes, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes || {})) element.setAttribute(name, value);
   element.append(...children);
   return element;
 }
 
-function resolve(thing) {
-  if (!thing || !thing.$ref) return thing;
-  return thing.$ref.split("/").slice(1).reduce((place, name) => place[name], description);
+function createPre(text, label) {
+  return createElement("pre", label ? { tabindex: "0", "aria-label": label } : { tabindex: "0" }, text);
 }
 
-// A schema in the words of TypeScript, its descriptions as comments.
-function words(schema, indent = "") {
-  const found = resolve(schema) || {}, deeper = indent + "  ";
-  if (found.oneOf) return found.oneOf.map((one) => words(one, indent)).join("\n" + indent + "or ");
-  if (found.anyOf) return found.anyOf.map((one) => words(one, indent)).join(" | ");
-  if ("const" in found) return JSON.stringify(found.const);
-  if (found.enum) return found.enum.map((one) => JSON.stringify(one)).join(" | ");
-  if (found.items) return "[" + words(found.items, indent) + ", ...]";
-  if (!found.properties) return [].concat(found.type || "any").join(" | ");
-  const lines = Object.entries(found.properties).map(([name, one]) => {
-    const optional = (found.required || []).includes(name) ? "" : "?", about = (resolve(one) || {}).description;
-    return deeper + name + optional + ": " + words(one, deeper) + (about ? "  // " + about : "");
+function resolve(object) {
+  if (!object || !object.$ref) return object;
+  return object.$ref.split("/").slice(1).reduce((parent, name) => parent[name], openapi);
+}
+
+// A schema as a type of TypeScript, its descriptions as comments.
+function typeText(reference, indent = "") {
+  const schema = resolve(reference) || {};
+  const deeper = indent + "  ";
+  if (schema.oneOf) return schema.oneOf.map((choice) => typeText(choice, indent)).join("\n" + indent + "or ");
+  if (schema.anyOf) return schema.anyOf.map((choice) => typeText(choice, indent)).join(" | ");
+  if ("const" in schema) return JSON.stringify(schema.const);
+  if (schema.enum) return schema.enum.map((value) => JSON.stringify(value)).join(" | ");
+  if (schema.items) return "[" + typeText(schema.items, indent) + ", ...]";
+  if (!schema.properties) return [].concat(schema.type || "any").join(" | ");
+  const required = schema.required || [];
+  const lines = Object.entries(schema.properties).map(([name, property]) => {
+    const mark = required.includes(name) ? "" : "?";
+    const description = (resolve(property) || {}).description;
+    const comment = description ? "  // " + description : "";
+    return deeper + name + mark + ": " + typeText(property, deeper) + comment;
   });
   return ["{", ...lines, indent + "}"].join("\n");
 }
 
-function headers() {
-  return field.value ? { Authorization: "Bearer " + field.value } : {};
+function authorization() {
+  return tokenInput.value ? { Authorization: "Bearer " + tokenInput.value } : {};
 }
 
 // Not by JSON.parse, which rounds the nanoseconds.
-function pretty(text) {
+function indentJson(text) {
   let indent = "\n";
   return text.replace(/"(?:[^"\\]|\\.)*"|\[\]|{}|[{}[\],:]/g, (token) => {
     if (token === "{" || token === "[") return token + (indent += "  ");
     if (token === "}" || token === "]") return (indent = indent.slice(0, -2)) + token;
-    return token === "," ? token + indent : token === ":" ? ": " : token;
+    if (token === ",") return token + indent;
+    return token === ":" ? ": " : token;
   });
 }
 
-function showInputs(operation, inputs) {
-  return (operation.parameters || []).map(resolve).map((one) => {
-    const many = resolve(one.schema).type === "array", input = make(many ? "textarea" : "input", { name: one.name });
-    if (one.required) { input.required = true; input.value = one.example; }
-    else input.placeholder = [].concat(one.example).join("\n");
-    inputs.push([one, input, many]);
-    return make("label", {}, make("code", {}, one.name), input,
-      make("small", {}, one.description + (many ? "; one a line" : one.required ? "" : "; optional")));
+// The parameters of an operation, each with its input.
+function createInputs(operation) {
+  return (operation.parameters || []).map(resolve).map((parameter) => {
+    const isArray = resolve(parameter.schema).type === "array";
+    const input = createElement(isArray ? "textarea" : "input", { name: parameter.name });
+    if (parameter.required) { input.required = true; input.value = parameter.example; }
+    else input.placeholder = [].concat(parameter.example).join("\n");
+    return { parameter, input, isArray };
   });
 }
 
-function showBody(operation) {
+function createLabel({ parameter, input, isArray }) {
+  let hint = parameter.required ? "" : "; optional";
+  if (isArray) hint = "; one a line";
+  return createElement("label", {}, createElement("code", {}, parameter.name), input,
+    createElement("small", {}, parameter.description + hint));
+}
+
+function createBody(operation) {
   const body = resolve(operation.requestBody);
   if (!body) return [null, []];
   const media = Object.values(body.content)[0];
   const examples = Object.entries(media.examples || { "": { value: media.example } });
-  const area = make("textarea", { "aria-label": "Body", spellcheck: "false" });
-  const choice = make("select", { "aria-label": "Example" }, ...examples.map(([name]) => make("option", {}, name)));
+  const titles = examples.map(([title]) => createElement("option", {}, title));
+  const area = createElement("textarea", { "aria-label": "Body", spellcheck: "false" });
+  const choice = createElement("select", { "aria-label": "Example" }, ...titles);
   const fill = () => {
     const value = examples[choice.selectedIndex][1].value;
     area.value = typeof value === "string" ? value : JSON.stringify(value, null, 2);
   };
   choice.addEventListener("change", fill);
   fill();
-  return [area, [make("h3", {}, "Body"), make("pre", { tabindex: "0" }, words(media.schema)), choice, area]];
+  return [area, [createElement("h3", {}, "Body"), createPre(typeText(media.schema)), choice, area]];
 }
 
-function showAnswers(operation) {
-  return Object.entries(operation.responses).map(([status, one]) => {
-    const answer = resolve(one), parts = [];
-    for (const [type, media] of Object.entries(answer.content || {})) {
-      parts.push(make("p", { class: "soft" }, type), make("pre", { tabindex: "0" }, words(media.schema)));
-      for (const [name, example] of Object.entries(media.examples || {}))
-        parts.push(make("p", { class: "soft" }, "Example: " + name),
-          make("pre", { tabindex: "0" }, JSON.stringify(example.value, null, 2)));
+function createResponses(operation) {
+  return Object.entries(operation.responses).map(([status, reference]) => {
+    const response = resolve(reference);
+    const parts = [];
+    for (const [type, media] of Object.entries(response.content || {})) {
+      parts.push(createElement("p", { class: "soft" }, type), createPre(typeText(media.schema)));
+      for (const [title, example] of Object.entries(media.examples || {}))
+        parts.push(createElement("p", { class: "soft" }, "Example: " + title),
+          createPre(JSON.stringify(example.value, null, 2)));
     }
-    return make("details", {}, make("summary", {}, make("code", {}, status), " ", answer.description),
-      make("div", { class: "body" }, ...parts));
+    const summary = createElement("summary", {}, createElement("code", {}, status), " ", response.description);
+    return createElement("details", {}, summary, createElement("div", { class: "body" }, ...parts));
   });
 }
 
-function target(path, inputs) {
+function targetUrl(template, inputs) {
+  let path = template;
   const query = new URLSearchParams();
-  for (const [one, input, many] of inputs) {
-    if (one.in === "path") path = path.replace("{" + one.name + "}", encodeURIComponent(input.value));
-    else for (const value of many ? input.value.split("\n") : [input.value]) if (value) query.append(one.name, value);
+  for (const { parameter, input, isArray } of inputs) {
+    const values = isArray ? input.value.split("\n") : [input.value];
+    if (parameter.in === "path") path = path.replace("{" + parameter.name + "}", encodeURIComponent(input.value));
+    else for (const value of values) if (value) query.append(parameter.name, value);
   }
   return String(query) ? path + "?" + query : path;
 }
 
-async function send(url, request, result, begin) {
-  const answer = await fetch(url, request);
-  const data = new Uint8Array(await answer.arrayBuffer());
-  const type = answer.headers.get("Content-Type") || "", isText = /json|text/.test(type) || !data.length;
-  const took = Math.round(performance.now() - begin);
-  const line = `${answer.status} ${answer.statusText}, ${data.length} bytes, ${took} ms`;
-  const head = [...answer.headers].map(([name, value]) => `${name}: ${value}`).join("\n");
-  const save = make("a", { href: URL.createObjectURL(new Blob([data], { type })), download: "answer" }, "Save");
-  result.replaceChildren(make("p", answer.ok ? {} : { class: "bad" }, line, " ", save),
-    make("pre", { tabindex: "0", "aria-label": "Headers" }, head));
-  if (isText && data.length) {
-    const raw = new TextDecoder().decode(data), text = type.includes("json") ? pretty(raw) : raw;
-    const cut = text.length > MOST_SHOWN;
-    result.append(make("pre", { tabindex: "0", "aria-label": "Body of the answer" },
-      text.slice(0, MOST_SHOWN) + (cut ? "\n(and more)" : "")));
-  }
+async function send(url, request, result) {
+  const begin = performance.now();
+  const response = await fetch(url, request);
+  const data = new Uint8Array(await response.arrayBuffer());
+  const milliseconds = Math.round(performance.now() - begin);
+  const type = response.headers.get("Content-Type") || "";
+  const status = `${response.status} ${response.statusText}, ${data.length} bytes, ${milliseconds} ms`;
+  const headers = [...response.headers].map(([name, value]) => `${name}: ${value}`).join("\n");
+  const blob = URL.createObjectURL(new Blob([data], { type }));
+  const save = createElement("a", { href: blob, download: "response" }, "Save");
+  result.replaceChildren(createElement("p", response.ok ? {} : { class: "bad" }, status, " ", save),
+    createPre(headers, "Headers"));
+  if (!data.length || !/json|text/.test(type)) return;
+  let text = new TextDecoder().decode(data);
+  if (type.includes("json")) text = indentJson(text);
+  const ending = text.length > MAX_SHOWN_CHARACTERS ? "\n(truncated)" : "";
+  result.append(createPre(text.slice(0, MAX_SHOWN_CHARACTERS) + ending, "Response body"));
 }
 
-function showOperation(path, method, operation, place) {
-  const inputs = [], fields = showInputs(operation, inputs), [area, body] = showBody(operation);
-  const button = make("button", {}, "Send"), result = make("div", { "aria-live": "polite" });
-  const form = make("form", {}, ...fields, ...body, make("p", {}, button), result);
-  let running = null;
+function showOperation(path, method, operation, parent) {
+  const inputs = createInputs(operation);
+  const [area, body] = createBody(operation);
+  const button = createElement("button", {}, "Send");
+  const result = createElement("div", { "aria-live": "polite" });
+  const form = createElement("form", {},
+    ...inputs.map(createLabel), ...body, createElement("p", {}, button), result);
+  let controller = null;
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    if (running) return running.abort();
-    running = new AbortController();
+    if (controller) return controller.abort();
+    controller = new AbortController();
     button.textContent = "Cancel";
-    result.replaceChildren("waiting for the answer");
-    const request = { method: method.toUpperCase(), headers: headers(), signal: running.signal };
+    result.replaceChildren("waiting for the response");
+    const request = { method: method.toUpperCase(), headers: authorization(), signal: controller.signal };
     if (area) request.body = area.value;
-    try { await send(target(path, inputs), request, result, performance.now()); }
-    catch (error) { result.replaceChildren(make("p", { class: "bad" }, "no answer: " + error.message)); }
-    running = null;
+    try { await send(targetUrl(path, inputs), request, result); }
+    catch (error) { result.replaceChildren(createElement("p", { class: "bad" }, "no response: " + error.message)); }
+    controller = null;
     button.textContent = "Send";
   });
   form.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
   });
-  place.append(form, make("h3", {}, "Answers"), ...showAnswers(operation));
+  parent.append(form, createElement("h3", {}, "Responses"), ...createResponses(operation));
 }
 
-function show() {
+function createOperation(path, method, operation) {
+  const body = createElement("div", { class: "body" });
+  const summary = createElement("summary", {},
+    createElement("span", { class: "method " + method }, method.toUpperCase()),
+    createElement("span", { class: "path" }, path), " ", createElement("small", {}, operation.summary));
+  const details = createElement("details", { id: operation.operationId }, summary, body);
+  details.addEventListener("toggle", () => showOperation(path, method, operation, body), { once: true });
+  return details;
+}
+
+function showDocument() {
   const sections = new Map();
-  for (const [path, operations] of Object.entries(description.paths))
+  for (const [path, operations] of Object.entries(openapi.paths))
     for (const [method, operation] of Object.entries(operations)) {
-      const body = make("div", { class: "body" });
-      const box = make("details", { id: operation.operationId }, make("summary", {},
-        make("span", { class: "method " + method }, method.toUpperCase()), make("span", { class: "path" }, path), " ",
-        make("small", {}, operation.summary)), body);
-      box.addEventListener("toggle", () => showOperation(path, method, operation, body), { once: true });
       const tag = operation.tags[0];
-      if (!sections.has(tag)) sections.set(tag, make("section", {}, make("h2", {}, tag)));
-      sections.get(tag).append(box);
+      if (!sections.has(tag)) sections.set(tag, createElement("section", {}, createElement("h2", {}, tag)));
+      sections.get(tag).append(createOperation(path, method, operation));
     }
   content.replaceChildren(...sections.values());
-  document.getElementById("version").textContent = description.info.version;
-  document.getElementById("about").textContent = description.info.description;
-  const chosen = document.getElementById(location.hash.slice(1));
-  if (chosen) { chosen.open = true; chosen.scrollIntoView(); }
+  document.getElementById("version").textContent = openapi.info.version;
+  document.getElementById("description").textContent = openapi.info.description;
+  const target = document.getElementById(location.hash.slice(1));
+  if (target) { target.open = true; target.scrollIntoView(); }
 }
 
 async function load() {
   note.textContent = "";
   try {
-    const answer = await fetch("/swagger/doc.json", { headers: headers() }), found = await answer.json();
-    if (answer.ok) { description = found; show(); return; }
-    note.textContent = answer.status + ": " + found.message;
-  } catch (error) { note.textContent = "no document: " + error.message; }
-  field.focus();
+    const response = await fetch("/swagger/doc.json", { headers: authorization() });
+    const body = await response.json();
+    if (response.ok) { openapi = body; showDocument(); return; }
+    note.textContent = response.status + ": " + body.message;
+  } catch (error) { note.textContent = "cannot load the API document: " + error.message; }
+  tokenInput.focus();
 }
 
-field.value = sessionStorage.getItem(TOKEN) || "";
+tokenInput.value = sessionStorage.getItem(TOKEN_KEY) || "";
 document.getElementById("use").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem(TOKEN, field.value);
+  sessionStorage.setItem(TOKEN_KEY, tokenInput.value);
   load();
 });
 load();
@@ -7230,17 +7261,17 @@ API_PAGE = r"""<!DOCTYPE html>
 <body>
 <header>
 <h1>remote_executor <span id="version" class="soft"></span></h1>
-<p id="about" class="soft"></p>
+<p id="description" class="soft"></p>
 <form id="use" class="token">
 <label for="token">Token</label>
-<input id="token" type="password" autocomplete="off" spellcheck="false" aria-describedby="kept">
+<input id="token" type="password" autocomplete="off" spellcheck="false" aria-describedby="token-hint">
 <button>Use</button>
-<small id="kept">kept in this tab alone; none is needed on the host itself</small>
+<small id="token-hint">kept in this tab only; none is needed on the host itself</small>
 </form>
 <p id="note" class="bad" role="alert"></p>
 </header>
 <main id="content"></main>
-<noscript><p>This page needs JavaScript; the document itself is <a href="/swagger/doc.json">doc.json</a>.</p></noscript>
+<noscript><p>This page needs JavaScript; the API document is <a href="/swagger/doc.json">doc.json</a>.</p></noscript>
 <script>{script}</script>
 </body>
 </html>
@@ -7256,8 +7287,9 @@ PROFILES_PAGE = r"""<!DOCTYPE html>
 </head>
 <body>
 <h1>Profiles</h1>
-<p class="soft">One that takes time at once. <code>?seconds=5</code> says how long, <code>?debug=1</code> asks for text;
-without it they are for <code>go tool pprof</code> and speedscope, the trace is for Perfetto.</p>
+<p class="soft">Profiles that take time run one at a time. <code>?seconds=5</code> sets how long,
+<code>?debug=1</code> asks for text; without it they are for <code>go tool pprof</code> and speedscope, the trace is for
+Perfetto.</p>
 <dl>
 {rows}
 </dl>
@@ -7267,30 +7299,43 @@ without it they are for <code>go tool pprof</code> and speedscope, the trace is 
 
 
 def profiles_page(rows: Iterable[tuple[str, str]]) -> str:
-    """The index of profiles, each a name and what it shows."""
-    shown = "\n".join(f'<dt><a href="{name}">{name.partition("?")[0]}</a></dt><dd>{about}</dd>' for name, about in rows)
-    return PROFILES_PAGE.replace("{rows}", shown)
+    """Return the index of profiles, from a link and a description of each."""
+    items = []
+    for link, description in rows:
+        name = link.partition("?")[0]
+        items.append(f'<dt><a href="{link}">{name}</a></dt><dd>{description}</dd>')
+    return PROFILES_PAGE.replace("{rows}", "\n".join(items))
+
+
+def _csp_hash(text: str) -> str:
+    """Return the source expression that allows an inline style or script with this text."""
+    import base64
+    import hashlib  # here, because OpenSSL takes half a megabyte that an idle daemon need not
+
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 def page_response(page: str, style: str, script: str) -> Response:
-    """A page of this style and script alone: it loads nothing, and speaks with this daemon alone (CSP Level 3)."""
-    allowed = f"style-src {_source(style)}; script-src {_source(script)}; connect-src 'self'; img-src data:"
-    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    """Return a page with this style and script, which loads nothing and calls this daemon only (CSP Level 3)."""
+    directives = (
+        "default-src 'none'",
+        f"style-src {_csp_hash(style)}",
+        f"script-src {_csp_hash(script)}",
+        "connect-src 'self'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
     headers = (
         ("Content-Type", "text/html; charset=utf-8"),
-        ("Content-Security-Policy", policy),
+        ("Content-Security-Policy", "; ".join(directives)),
         ("X-Content-Type-Options", "nosniff"),
         ("Referrer-Policy", "no-referrer"),
     )
-    return Response(200, headers, page.replace("{style}", style).replace("{script}", script).encode())
-
-
-def _source(text: str) -> str:
-    """How a policy names an inline style or script: by its digest."""
-    import base64
-    import hashlib
-
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    html = page.replace("{style}", style).replace("{script}", script)
+    return Response(200, headers, html.encode())
 
 
 # ======================================================================================================================
@@ -7702,7 +7747,7 @@ def _bool_pattern() -> str:
 
 
 def _duration_schema() -> Json:
-    units = json.dumps("|".join(_UNIT_NS))[1:-1]  # escaped: the document is read by engines of other charsets too
+    units = json.dumps("|".join(_UNIT_NS))[1:-1]  # not ASCII by the escapes of ECMA 262, as JSON Schema's patterns are
     number = r"([0-9]+(\.[0-9]*)?|\.[0-9]+)"
     pattern = rf"^((?=.*[1-9])\+?({number}({units}))+)?$"
     return string_schema("As Go writes it", pattern=pattern, examples=["90s", "1h30m", "500ms"])
@@ -8228,9 +8273,7 @@ def operator_components() -> Components:
 
 _PPROF_PATH = "/debug/pprof/"
 _PERIOD_NS = 10**7  # between two samples, 100 Hz as in Go
-_SAMPLING_PAUSE_FACTOR = (
-    24  # pause so many times as long as a sample took of the CPU: sampling takes 4 % of one at most
-)
+_PAUSE_FACTOR = 24  # pause 24 times the CPU time of a sample: sampling takes 4 % of a CPU at most
 _HEAP_DEPTH = 16  # frames of an allocation's stack
 _DEFAULT_PROFILE_S = 30.0  # as in Go
 _DEFAULT_TRACE_S = 1.0  # as in Go
@@ -8429,7 +8472,7 @@ class Sampler:
             self.sample(now_ns - last_ns)
             last_ns = now_ns
             cost_ns = time.thread_time_ns() - cpu_ns
-            pause_ns = max(_PERIOD_NS - cost_ns, cost_ns * _SAMPLING_PAUSE_FACTOR)
+            pause_ns = max(_PERIOD_NS - cost_ns, cost_ns * _PAUSE_FACTOR)
 
     def sample(self, elapsed_ns: int = 0) -> None:
         """Count every stack once, with the time since the last sample."""
