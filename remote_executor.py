@@ -7346,6 +7346,7 @@ def page_response(page: str, style: str, script: str) -> Response:
 # offers them to the API document as Components. They are functions, since an idle daemon need not hold the document.
 
 Json = dict[str, Any]
+ParameterSpec = tuple[str, Json, Any]  # description, schema and example
 
 
 class Components(NamedTuple):
@@ -7367,8 +7368,12 @@ def schema_reference(name: str) -> Json:
 
 def object_schema(properties: Json, optional: Sequence[str] = ()) -> Json:
     """Return the schema of an object with these properties and no others, all but the optional ones required."""
-    required = [name for name in properties if name not in optional]
-    return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+    return {
+        "type": "object",
+        "required": [name for name in properties if name not in optional],
+        "properties": properties,
+        "additionalProperties": False,
+    }
 
 
 def array_schema(items: Json, **keywords: Any) -> Json:
@@ -7407,8 +7412,8 @@ def success_example(data: Any) -> Json:
     return {"code": 0, "message": "success", "data": data}
 
 
-def parameter_objects(location: str, parameters: Mapping[str, tuple[str, Json, Any]]) -> Json:
-    """Return parameters by name, each from its description, schema and example; `location` is "path" or "query"."""
+def parameter_objects(location: str, parameters: Mapping[str, ParameterSpec]) -> Json:
+    """Return the parameters in "path" or "query", by name."""
     objects: Json = {}
     for name, (description, schema, example) in parameters.items():
         objects[name] = {
@@ -7626,7 +7631,10 @@ def _task_outcome(task: TaskRow, steps: Sequence[StepRow]) -> tuple[Code, str]:
         return Code.IN_PROGRESS, f"in progress: [{name_steps(running) or WAITING}]"
     if task.state == State.ERROR:
         return Code.FAILED, task.message
-    failures = [failure_text(step.step_index, step.name, step.code, step.reason) for step in steps if step.code]
+    failures = []
+    for step in steps:
+        if step.code:
+            failures.append(failure_text(step.step_index, step.name, step.code, step.reason))
     if failures:
         return Code.FAILED, f"execution failed: [{'; '.join(failures)}]"
     return Code.SUCCESS, "success"
@@ -7643,14 +7651,19 @@ def _task_detail_response() -> Json:
     end = "2022-11-18T16:20:56+08:00"
     succeeded = _step_example(0, State.ENDED, st=begin, et=end)
     failed = _step_example(1, State.ENDED, code=2, st=end, et=end)
+    running = _step_example(0, State.RUNNING, st=begin)
     examples = {
         "success": success_example([succeeded, _step_example(1, State.ENDED, st=end, et=end)]),
         "in progress": {
             "code": 1001,
             "message": "in progress: [Step: 0, Name: a-0]",
-            "data": [_step_example(0, State.RUNNING, st=begin), _step_example(1, State.PENDING)],
+            "data": [running, _step_example(1, State.PENDING)],
         },
-        "failed": {"code": 1002, "message": f"execution failed: [{failed['msg']}]", "data": [succeeded, failed]},
+        "failed": {
+            "code": 1002,
+            "message": f"execution failed: [{failed['msg']}]",
+            "data": [succeeded, failed],
+        },
         "gone": _NOT_FOUND_EXAMPLE,
     }
     schema = _progress_schema(array_schema(schema_reference("Step")))
@@ -7782,7 +7795,8 @@ def _submission_body() -> Json:
 
 
 def _pool_size_body() -> Json:
-    return {"required": True, "content": json_content(schema_reference("PoolSize"), {"eight": {"size": 8}})}
+    content = json_content(schema_reference("PoolSize"), {"eight": {"size": 8}})
+    return {"required": True, "content": content}
 
 
 def _task_parameters() -> Json:
@@ -7795,7 +7809,7 @@ def _task_parameters() -> Json:
         "task": ("Id of the task", non_empty, "release-1"),
         "step": ("Index of the step, or its name", non_empty, "0"),
     }
-    query: dict[str, tuple[str, Json, Any]] = {
+    query: dict[str, ParameterSpec] = {
         "sort": ("By begin (st), end (et) or expiry (rt)", sort_key, "st"),
         "ansync": ("true: only `depets_on` orders the steps", boolean, "true"),
         "async": ("The same as `ansync`", boolean, "true"),
@@ -7867,7 +7881,8 @@ def encode_lines(blocks: Iterable[bytes], fallback: str) -> Iterator[bytes]:
         if len(rest) > _MAX_LINE_BYTES:
             cut = _utf8_split_point(rest)
             opening = b"" if is_inside_line else comma + b'"'
-            yield opening + to_json(_decode(rest[:cut], fallback))[1:-1].encode()
+            piece = to_json(_decode(rest[:cut], fallback))[1:-1]
+            yield opening + piece.encode()
             rest = rest[cut:]
             comma = b","
             is_inside_line = True
@@ -7942,14 +7957,18 @@ class Api:
             if not rows:
                 continue
             times = self._time_format()
-            block = [task_json(row, running.get(row.task_number, ()), base_url, times.task(row)) for row in rows]
+            block = []
+            for row in rows:
+                running_steps = running.get(row.task_number, ())
+                block.append(task_json(row, running_steps, base_url, times.task(row)))
             separator = b"," if total else b""
             yield separator + to_json(block)[1:-1].encode()
             total += len(rows)
         yield b'],"total":%d}}' % total
 
     def submit_task(self, request: Request) -> Response:
-        accepted = self._scheduler.submit(parse_submission(request.body, request.query, INTERPRETERS))
+        submission = parse_submission(request.body, request.query, INTERPRETERS)
+        accepted = self._scheduler.submit(submission)
         audit = f"task {accepted.id}, steps: {accepted.step_count}"
         if not accepted.is_new:
             audit += ", submitted before"
@@ -7969,7 +7988,8 @@ class Api:
         task_url = _task_url(request.base_url, task.id)
         data = [step_json(row, names, task_url, times.step(row, task)) for row in rows]
         code, message = _task_outcome(task, rows)
-        return json_response(data, code, message, headers=(("X-Task-STATE", STATE_NAMES[State(task.state)]),))
+        state_header = ("X-Task-STATE", STATE_NAMES[State(task.state)])
+        return json_response(data, code, message, headers=(state_header,))
 
     def stop_task(self, request: Request) -> Response:
         task = self._store.task(request.params["task"])
@@ -7993,7 +8013,8 @@ class Api:
         output = StepDirectory(self._files, task.task_number, step.step_index).read_output()
         lines = encode_lines(output, fallback_encoding())
         head = f'{{"code":{int(code)},"message":{to_json(message)},"data":['.encode()
-        return Response(headers=(JSON_TYPE,), body=itertools.chain([head], lines, [b"]}"]))
+        body = itertools.chain([head], lines, [b"]}"])
+        return Response(headers=(JSON_TYPE,), body=body)
 
     def show_pool(self, _: Request) -> Response:
         return json_response(pool_json(self._scheduler.pool()))
@@ -8206,13 +8227,17 @@ class OperatorApi:
         return Response()
 
     def show_metrics(self, _: Request) -> Response:
-        families = [*self._gauges(), *self._telemetry.families(), *process_families(process_stats())]
+        families = self._gauges()
+        families += self._telemetry.families()
+        families += process_families(process_stats())
         return Response(headers=(METRICS_TYPE,), body=exposition(families).encode())
 
     def _gauges(self) -> list[Family]:
         """Return the metrics of what there is now, read when they are asked for."""
         counts = self._store.counts()
-        tasks = [("", (("state", name),), counts.get(state, 0)) for state, name in STATE_NAMES.items()]
+        tasks = []
+        for state, name in STATE_NAMES.items():
+            tasks.append(("", (("state", name),), counts.get(state, 0)))
         labels = tuple(build()._asdict().items())
         families = [
             single(METRIC_PREFIX + "build_info", "gauge", "The program and its Python; always 1.", 1, labels),
@@ -8237,8 +8262,16 @@ class OperatorApi:
             "process": _process_json(process_stats(), build()),
             "pool": pool_json(self._scheduler.pool()),
             "tasks": {name: counts.get(number, 0) for number, name in STATE_NAMES.items()},
-            "store": {"bytes": self._store.size_bytes(), "records": sum(counts.values()), "oldest": oldest},
-            "root": {"path": self._root, "disk_free_bytes": disk.free, "disk_total_bytes": disk.total},
+            "store": {
+                "bytes": self._store.size_bytes(),
+                "records": sum(counts.values()),
+                "oldest": oldest,
+            },
+            "root": {
+                "path": self._root,
+                "disk_free_bytes": disk.free,
+                "disk_total_bytes": disk.total,
+            },
         }
         return json_response(state)
 
@@ -8317,6 +8350,9 @@ class Frame(NamedTuple):
 
 
 Stack = tuple[Frame, ...]  # the innermost frame first
+_StackKey = tuple[
+    str, tuple[tuple[int, int], ...]
+]  # a thread's name, and the id of the code and the line of each frame
 
 
 def _varint(value: int) -> bytes:
@@ -8363,8 +8399,10 @@ class _ProfileEncoder:
 
     def mapping(self) -> bytes:
         """Return the only mapping, of all addresses. It has functions, files and lines: no tool need look for them."""
+        addresses = _field(1, 1) + _field(3, 2**63 - 1)
+        file = _field(5, self.string(sys.executable))
         has_symbols = _field(7, 1) + _field(8, 1) + _field(9, 1)
-        return _field(1, 1) + _field(3, 2**63 - 1) + _field(5, self.string(sys.executable)) + has_symbols
+        return addresses + file + has_symbols
 
     def tables(self) -> list[bytes]:
         """Return the locations, functions and strings; call it when all else is encoded."""
@@ -8373,10 +8411,11 @@ class _ProfileEncoder:
             key = (frame.function, frame.file)
             function_id = self._functions.setdefault(key, len(self._functions) + 1)
             line = _field(1, function_id) + _field(2, frame.line)
-            fields.append(_field(4, _field(1, location_id) + _field(2, 1) + _field(4, line)))
+            location = _field(1, location_id) + _field(2, 1) + _field(4, line)
+            fields.append(_field(4, location))
         for (name, file), function_id in self._functions.items():
-            function = _field(1, function_id) + _field(2, self.string(name)) + _field(4, self.string(file))
-            fields.append(_field(5, function))
+            names = _field(2, self.string(name)) + _field(4, self.string(file))
+            fields.append(_field(5, _field(1, function_id) + names))
         fields += [_field(6, text.encode()) for text in self._strings]
         return fields
 
@@ -8457,8 +8496,7 @@ class Sampler:
         self._own_thread = threading.get_ident()
         self._thread_names: dict[int, str] = {}
         self._codes: dict[int, types.CodeType] = {}  # by id: a code object is slow to hash
-        # by a thread's name, and the code and line of each frame: how often, and for how many nanoseconds
-        self._counts: dict[tuple[str, tuple[tuple[int, int], ...]], list[int]] = {}
+        self._counts: dict[_StackKey, list[int]] = {}  # how often, and for how many nanoseconds
 
     def run(self, seconds: float) -> None:
         """Sample 100 times a second, less often where there are so many threads that it would cost too much."""
@@ -8482,7 +8520,7 @@ class Sampler:
                 counts[0] += 1
                 counts[1] += elapsed_ns
 
-    def _key(self, thread: int, innermost: types.FrameType) -> tuple[str, tuple[tuple[int, int], ...]]:
+    def _key(self, thread: int, innermost: types.FrameType) -> _StackKey:
         if thread not in self._thread_names:
             self._thread_names.update(_thread_names())
         stack = []
@@ -8581,9 +8619,14 @@ def _debug_level(request: Request) -> int:
     return int(text)
 
 
+def _text_response(text: str) -> Response:
+    """Return a text, with `?` for what UTF-8 cannot have: arguments and names of files may hold stray bytes."""
+    return Response(headers=(TEXT_TYPE,), body=text.encode(errors="replace"))
+
+
 def _profile_response(request: Request, profile: Profile) -> Response:
     if _debug_level(request):
-        return Response(headers=(TEXT_TYPE,), body=profile.text().encode())
+        return _text_response(profile.text())
     return Response(headers=(_PROFILE_TYPE,), body=profile.encode())
 
 
@@ -8632,11 +8675,11 @@ class ProfileApi:
 
     def show_command_line(self, _: Request) -> Response:
         argv = getattr(sys, "orig_argv", None) or [sys.executable, *sys.argv]  # Python 3.10
-        return Response(headers=(TEXT_TYPE,), body="\0".join(argv).encode(errors="replace"))
+        return _text_response("\0".join(argv))
 
     def show_threads(self, request: Request) -> Response:
         if _debug_level(request) == 2:
-            return Response(headers=(TEXT_TYPE,), body=stacks_text().encode())
+            return _text_response(stacks_text())
         return _profile_response(request, profile_threads())
 
     def show_thread_starts(self, request: Request) -> Response:
@@ -8650,7 +8693,7 @@ class ProfileApi:
 
     def show_symbols(self, _: Request) -> Response:
         """Say that there are none to look up, as the symbol protocol of pprof has it: profiles come with names."""
-        return Response(headers=(TEXT_TYPE,), body=b"num_symbols: 0\n")
+        return _text_response("num_symbols: 0\n")
 
     def _take(self, request: Request, take: Callable[[float], Profile], default_s: float) -> Response:
         seconds = self._seconds(request, default_s)
@@ -8685,7 +8728,7 @@ def profile_components() -> Components:
     """Return what the API document says of the routes of profiles."""
     seconds = {"type": "number", "exclusiveMinimum": 0}
     debug = {"type": "string", "enum": [*_DEBUG_LEVELS], "default": "0"}
-    parameters: dict[str, tuple[str, Json, Any]] = {
+    parameters: dict[str, ParameterSpec] = {
         "seconds": ("For how long; at most --profile_timeout", seconds, "5"),
         "debug": ("1: as text; 2: of threads the whole stacks", debug, "1"),
     }
@@ -8736,11 +8779,16 @@ _DESCRIPTION = (
     "0 for success, 1001 in progress, 1002 execution failed, 1003 not found, expired or destroyed, else the status of "
     "an error: 404 for a path that does not exist, 405 for a method that is not allowed on a path, and those below."
 )
-_TAGS = (("/api/v1/task", "tasks"), ("/api/v1/pool", "pool"), ("/debug/", "profiles"), ("/swagger", "document"))
+_TAGS = {  # by how the paths begin; all others are "daemon"
+    "/api/v1/task": "tasks",
+    "/api/v1/pool": "pool",
+    "/debug/": "profiles",
+    "/swagger": "document",
+}
 
 
 def _tag(template: str) -> str:
-    for prefix, tag in _TAGS:
+    for prefix, tag in _TAGS.items():
         if template.startswith(prefix):
             return tag
     return "daemon"
@@ -8763,8 +8811,9 @@ def _operation(route: Route) -> Json:
     responses = {success: reference("responses", route.answer)}
     for status in sorted((*_ERRORS_OF_EVERY_ROUTE, *route.errors)):
         responses[str(status)] = reference("responses", _error_name(status))
+    words = route.method.lower() + route.template.replace("}", "")
     operation: Json = {
-        "operationId": re.sub(r"\W+", "_", route.method.lower() + route.template.replace("}", "")),
+        "operationId": re.sub(r"\W+", "_", words),
         "summary": route.summary,
         "tags": [_tag(route.template)],
         "responses": responses,
