@@ -7465,6 +7465,11 @@ _STEP_PATH = _TASK_PATH + "/{step}"
 _POOL_PATH = "/api/v1/pool"
 _NOT_FOUND_EXAMPLE = {"code": 1003, "message": NO_TASK}
 _EXAMPLE_BASE_URL = "http://localhost:2376"
+POOL_FIELDS = {  # of PoolStats, as the API document and the metrics describe them
+    "size": "Maximum number of steps that run at once",
+    "running": "Steps that run",
+    "waiting": "Steps that are ready and wait",
+}
 _SORT_KEYS = ("st", "et", "rt")
 _MAX_LINE_BYTES = 1 << 20  # a longer line of a console is sent piece by piece
 
@@ -7479,10 +7484,10 @@ class TimeFormat(NamedTuple):
     offset_ns: int
     key_expire_ns: int
 
-    def task(self, task: TaskRow) -> Json:
+    def task_times(self, task: TaskRow) -> Json:
         return self._times_json(task.accepted_ns, task.ended_ns, task.ended_ns)
 
-    def step(self, step: StepRow, task: TaskRow) -> Json:
+    def step_times(self, step: StepRow, task: TaskRow) -> Json:
         return self._times_json(step.started_ns, step.ended_ns, step.ended_ns or task.ended_ns)
 
     def _times_json(self, begin_ns: int | None, end_ns: int | None, kept_since_ns: int | None) -> Json:
@@ -7516,7 +7521,7 @@ def _task_url(base_url: str, task_id: str) -> str:
 
 
 def _url_schema() -> Json:
-    return string_schema("Where it is shown", format="uri")
+    return string_schema("Where it can be read", format="uri")
 
 
 def _state_schema() -> Json:
@@ -7692,7 +7697,7 @@ def _accepted_response() -> Json:
     )
     example = accepted_json(4, "release-1", _EXAMPLE_BASE_URL, 1668649373430555500)
     schema = envelope_schema([Code.SUCCESS], data)
-    return response_object("It is stored", schema, {"stored": success_example(example)}, "X-Task-ID")
+    return response_object("The task is stored", schema, {"stored": success_example(example)}, "X-Task-ID")
 
 
 def _console_outcome(step: StepRow) -> tuple[Code, str]:
@@ -7722,13 +7727,9 @@ def pool_json(stats: PoolStats) -> Json:
 
 
 def _pool_schema() -> Json:
-    return object_schema(
-        {
-            "size": integer_schema("The most steps that run at once", 1),
-            "running": integer_schema("Steps that run"),
-            "waiting": integer_schema("Steps that are ready and wait"),
-        }
-    )
+    properties = {name: integer_schema(description) for name, description in POOL_FIELDS.items()}
+    properties["size"]["minimum"] = 1
+    return object_schema(properties)
 
 
 def _pool_response() -> Json:
@@ -7738,7 +7739,7 @@ def _pool_response() -> Json:
 
 
 def _pool_size_schema() -> Json:
-    size = integer_schema("Steps that run at once", 1, maximum=MAX_POOL_SIZE)
+    size = integer_schema(POOL_FIELDS["size"], 1, maximum=MAX_POOL_SIZE)
     return {"type": "object", "required": ["size"], "properties": {"size": size}}
 
 
@@ -7814,7 +7815,7 @@ def _task_parameters() -> Json:
         "ansync": ("true: only `depets_on` orders the steps", boolean, "true"),
         "async": ("The same as `ansync`", boolean, "true"),
         "id": ("Id of the task; sent again, the same submission runs once", task_id, "release-1"),
-        "timeout": ("Of the whole task, from its acceptance", schema_reference("Duration"), "1h30m"),
+        "timeout": ("Timeout of the whole task, from its acceptance", schema_reference("Duration"), "1h30m"),
         "env_vars": ("KEY=value for all steps; may be repeated", variables, ["target=linux"]),
     }
     return {**parameter_objects("path", path), **parameter_objects("query", query)}
@@ -7956,11 +7957,11 @@ class Api:
         for rows in self._store.tasks(task_numbers):
             if not rows:
                 continue
-            times = self._time_format()
+            time_format = self._time_format()
             block = []
             for row in rows:
                 running_steps = running.get(row.task_number, ())
-                block.append(task_json(row, running_steps, base_url, times.task(row)))
+                block.append(task_json(row, running_steps, base_url, time_format.task_times(row)))
             separator = b"," if total else b""
             yield separator + to_json(block)[1:-1].encode()
             total += len(rows)
@@ -7984,9 +7985,9 @@ class Api:
         task = self._store.task(request.params["task"])
         rows = self._store.steps(task.task_number)
         names = [row.name for row in rows]
-        times = self._time_format()
+        time_format = self._time_format()
         task_url = _task_url(request.base_url, task.id)
-        data = [step_json(row, names, task_url, times.step(row, task)) for row in rows]
+        data = [step_json(row, names, task_url, time_format.step_times(row, task)) for row in rows]
         code, message = _task_outcome(task, rows)
         state_header = ("X-Task-STATE", STATE_NAMES[State(task.state)])
         return json_response(data, code, message, headers=(state_header,))
@@ -8062,8 +8063,6 @@ def task_components() -> Components:
 # V API / operator API: the daemon's version, health, metrics and state
 # ======================================================================================================================
 
-_POOL_HELP = ("The most steps that run at once.", "Steps that run.", "Steps that are ready and wait.")
-
 
 # The shapes: how each JSON value is made, and its schema.
 
@@ -8113,8 +8112,8 @@ def _daemon_state_schema() -> Json:
     }
     root = {
         "path": string_schema("The root"),
-        "disk_free_bytes": integer_schema("Free there"),
-        "disk_total_bytes": integer_schema("In all"),
+        "disk_free_bytes": integer_schema("Free space on its file system"),
+        "disk_total_bytes": integer_schema("Size of its file system"),
     }
     tasks = {name: integer_schema("Tasks in this state") for name in STATE_NAMES.values()}
     return object_schema(
@@ -8148,10 +8147,10 @@ def _version_schema() -> Json:
     python = {name: string_schema(name) for name in ("implementation", "version", "os", "arch")}
     return object_schema(
         {
-            "version": string_schema("Of the program"),
+            "version": string_schema("Version of the program"),
             "python": object_schema(python),
-            "commit": nullable(string_schema("The git commit, null where nobody knows it")),
-            "built": string_schema("When"),
+            "commit": nullable(string_schema("The git commit, null where it is unknown")),
+            "built": string_schema("When it was committed, else when its file was written"),
         }
     )
 
@@ -8162,7 +8161,7 @@ def health_json(server: str, client: str, timestamp_ns: int) -> Json:
 
 def _health_properties() -> Json:
     return {
-        "server": string_schema("What the client calls the daemon"),
+        "server": string_schema("Host and port, as the client calls the daemon"),
         "client": string_schema("The client's address"),
         "state": {"const": "Running"},
         "timestamp": integer_schema("Nanoseconds since the epoch"),
@@ -8176,7 +8175,7 @@ def _health_schema() -> Json:
 
 def _health_response() -> Json:
     envelope = envelope_schema([Code.SUCCESS], schema_reference("Health"))
-    return response_object("It lives", object_schema({**envelope["properties"], **_health_properties()}))
+    return response_object("The daemon is alive", object_schema({**envelope["properties"], **_health_properties()}))
 
 
 class OperatorApi:
@@ -8200,11 +8199,11 @@ class OperatorApi:
 
     def routes(self) -> list[Route]:
         return [
-            Route("GET", "/version", self.show_version, "Tells what runs", "Version"),
-            Route("GET", "/healthyz", self.show_health, "Tells that the daemon lives", "Health", is_public=True),
-            Route("GET", "/heartbeat", self.heartbeat, "Answers", "Empty", is_public=True),
-            Route("HEAD", "/heartbeat", self.heartbeat, "Answers", "Empty", is_public=True),
-            Route("GET", "/metrics", self.show_metrics, "Figures for Prometheus", "Metrics"),
+            Route("GET", "/version", self.show_version, "Shows the version", "Version"),
+            Route("GET", "/healthyz", self.show_health, "Shows that the daemon is alive", "Health", is_public=True),
+            Route("GET", "/heartbeat", self.heartbeat, "Responds with an empty body", "Empty", is_public=True),
+            Route("HEAD", "/heartbeat", self.heartbeat, "Responds with an empty body", "Empty", is_public=True),
+            Route("GET", "/metrics", self.show_metrics, "Shows metrics for Prometheus", "Metrics"),
             Route("GET", "/api/v1/state", self.show_state, "Shows host, process and work", "State", is_limited=True),
         ]
 
@@ -8243,9 +8242,8 @@ class OperatorApi:
             single(METRIC_PREFIX + "build_info", "gauge", "The program and its Python; always 1.", 1, labels),
             Family(METRIC_PREFIX + "tasks", "gauge", "Tasks kept, by state.", tasks),
         ]
-        pool = self._scheduler.pool()
-        for name, value, text in zip(pool._fields, pool, _POOL_HELP):
-            families.append(single(f"{METRIC_PREFIX}pool_{name}", "gauge", text, value))
+        for name, value in pool_json(self._scheduler.pool()).items():
+            families.append(single(f"{METRIC_PREFIX}pool_{name}", "gauge", f"{POOL_FIELDS[name]}.", value))
         size_bytes = self._store.size_bytes()
         store_size = single(METRIC_PREFIX + "store_size_bytes", "gauge", "What the database takes on disk.", size_bytes)
         return [*families, store_size]
@@ -8283,10 +8281,10 @@ def operator_components() -> Components:
         parameters={},
         request_bodies={},
         responses={
-            "Version": response_object("What runs", envelope_schema(success, schema_reference("Version"))),
-            "State": response_object("What it takes", envelope_schema(success, schema_reference("State"))),
+            "Version": response_object("The version", envelope_schema(success, schema_reference("Version"))),
+            "State": response_object("Host, process and work", envelope_schema(success, schema_reference("State"))),
             "Health": _health_response(),
-            "Empty": {"description": "Nothing else"},
+            "Empty": {"description": "An empty body"},
             "Metrics": text_response_object("Text format 0.0.4 of Prometheus", "text/plain"),
         },
         schemas={
@@ -8490,7 +8488,7 @@ def _frame(code: types.CodeType, line: int) -> Frame:
 
 
 class Sampler:
-    """Counts the stacks of all threads but its own. For the thread that made it."""
+    """Counts the stacks of all threads but the one that made it. Not thread-safe."""
 
     def __init__(self) -> None:
         self._own_thread = threading.get_ident()
@@ -8729,8 +8727,8 @@ def profile_components() -> Components:
     seconds = {"type": "number", "exclusiveMinimum": 0}
     debug = {"type": "string", "enum": [*_DEBUG_LEVELS], "default": "0"}
     parameters: dict[str, ParameterSpec] = {
-        "seconds": ("For how long; at most --profile_timeout", seconds, "5"),
-        "debug": ("1: as text; 2: of threads the whole stacks", debug, "1"),
+        "seconds": ("Duration; at most --profile_timeout", seconds, "5"),
+        "debug": ("1: as text; 2: of goroutine, as text with whole stacks", debug, "1"),
     }
     events = array_schema({"type": "object"})
     trace = object_schema({"traceEvents": events, "displayTimeUnit": {"const": "ms"}})
@@ -8757,17 +8755,20 @@ _ERRORS = {  # by status: when it is answered, and an example of its message
         "The request is malformed.",
         "[0]: Key: 'PostStruct.CommandType' Error:Field validation for 'CommandType' failed on the 'required' tag",
     ),
-    401: ("It needs a token, or the token is wrong.", "send `Authorization: Bearer ...` with a token of the daemon"),
+    401: ("A token is missing or wrong.", "send `Authorization: Bearer ...` with a token of the daemon"),
     403: (
-        "It comes from a page of another origin.",
+        "The request comes from a page of another origin.",
         "pages of other sites may not call this; --cors_origin allows one",
     ),
     413: ("The body is too large.", "the body has 16777217 bytes; at most 16777216 are taken (--max_body)"),
-    429: ("Too many at once; wait.", "8 requests are in work, the most that --max-requests allows; try again"),
+    429: (
+        "Too many requests; try again later.",
+        "8 requests are in work, the most that --max-requests allows; try again",
+    ),
     500: ("The daemon failed.", "the daemon failed; its log says how"),
-    503: ("Not now.", "the daemon is ending; send the task again to the next one"),
+    503: ("Temporarily unavailable.", "the daemon is ending; send the task again to the next one"),
     409: (
-        "It is in conflict with another.",
+        "In conflict with an existing task, or with a profile that is being taken.",
         "id 'a' already belongs to a different task; use another id",
     ),
     507: ("The disk is full.", "no space left on the disk of --root; free some or choose another --root"),
@@ -8893,8 +8894,8 @@ class DocumentApi:
             Route("GET", "/openapi.json", document, "Shows this document", "Document"),
             Route("GET", "/swagger/doc.json", document, "Shows this document", "Document"),
             Route("GET", page, self.show_page, "Shows this document as a page", "Page", is_public=True),
-            Route("GET", "/swagger/", redirect, "Leads to the page", "Redirect", is_public=True),
-            Route("GET", "/swagger", redirect, "Leads to the page", "Redirect", is_public=True),
+            Route("GET", "/swagger/", redirect, "Redirects to the page", "Redirect", is_public=True),
+            Route("GET", "/swagger", redirect, "Redirects to the page", "Redirect", is_public=True),
         ]
 
     def show_document(self, _: Request) -> Response:
