@@ -8103,27 +8103,52 @@ def _process_schema() -> Json:
     )
 
 
+def _tasks_json(counts: Mapping[int, int]) -> Json:
+    return {name: counts.get(state, 0) for state, name in STATE_NAMES.items()}
+
+
+def _tasks_schema() -> Json:
+    return object_schema({name: integer_schema("Tasks in this state") for name in STATE_NAMES.values()})
+
+
+def _store_json(size_bytes: int, records: int, oldest: str | None) -> Json:
+    return {"bytes": size_bytes, "records": records, "oldest": oldest}
+
+
+def _store_schema() -> Json:
+    return object_schema(
+        {
+            "bytes": integer_schema("Size of the database"),
+            "records": integer_schema("Tasks kept"),
+            "oldest": nullable(time_schema("When the oldest kept task was accepted")),
+        }
+    )
+
+
+def _root_json(path: str) -> Json:
+    disk = shutil.disk_usage(path)
+    return {"path": path, "disk_free_bytes": disk.free, "disk_total_bytes": disk.total}
+
+
+def _root_schema() -> Json:
+    return object_schema(
+        {
+            "path": string_schema("The root"),
+            "disk_free_bytes": integer_schema("Free space on its file system"),
+            "disk_total_bytes": integer_schema("Size of its file system"),
+        }
+    )
+
+
 def _daemon_state_schema() -> Json:
-    """Return the schema of what `show_state` returns."""
-    store = {
-        "bytes": integer_schema("Size of the database"),
-        "records": integer_schema("Tasks kept"),
-        "oldest": nullable(time_schema("When the oldest kept task was accepted")),
-    }
-    root = {
-        "path": string_schema("The root"),
-        "disk_free_bytes": integer_schema("Free space on its file system"),
-        "disk_total_bytes": integer_schema("Size of its file system"),
-    }
-    tasks = {name: integer_schema("Tasks in this state") for name in STATE_NAMES.values()}
     return object_schema(
         {
             "host": _host_schema(),
             "process": _process_schema(),
             "pool": schema_reference("Pool"),
-            "tasks": object_schema(tasks),
-            "store": object_schema(store),
-            "root": object_schema(root),
+            "tasks": _tasks_schema(),
+            "store": _store_schema(),
+            "root": _root_schema(),
         }
     )
 
@@ -8254,22 +8279,13 @@ class OperatorApi:
         oldest = None
         if oldest_ns is not None:
             oldest = format_time((oldest_ns + self._clock.offset_ns()) // _SECOND_NS)
-        disk = shutil.disk_usage(self._root)
         state = {
             "host": _host_json(host_info(), boot_time_s()),
             "process": _process_json(process_stats(), build()),
             "pool": pool_json(self._scheduler.pool()),
-            "tasks": {name: counts.get(number, 0) for number, name in STATE_NAMES.items()},
-            "store": {
-                "bytes": self._store.size_bytes(),
-                "records": sum(counts.values()),
-                "oldest": oldest,
-            },
-            "root": {
-                "path": self._root,
-                "disk_free_bytes": disk.free,
-                "disk_total_bytes": disk.total,
-            },
+            "tasks": _tasks_json(counts),
+            "store": _store_json(self._store.size_bytes(), sum(counts.values()), oldest),
+            "root": _root_json(self._root),
         }
         return json_response(state)
 
@@ -8812,9 +8828,9 @@ def _operation(route: Route) -> Json:
     responses = {success: reference("responses", route.answer)}
     for status in sorted((*_ERRORS_OF_EVERY_ROUTE, *route.errors)):
         responses[str(status)] = reference("responses", _error_name(status))
-    words = route.method.lower() + route.template.replace("}", "")
+    endpoint = route.method.lower() + route.template.replace("}", "")
     operation: Json = {
-        "operationId": re.sub(r"\W+", "_", words),
+        "operationId": re.sub(r"\W+", "_", endpoint),
         "summary": route.summary,
         "tags": [_tag(route.template)],
         "responses": responses,
