@@ -8259,9 +8259,7 @@ class OperatorApi:
     def _gauges(self) -> list[Family]:
         """Return the metrics of what there is now, read when they are asked for."""
         counts = self._store.counts()
-        tasks = []
-        for state, name in STATE_NAMES.items():
-            tasks.append(("", (("state", name),), counts.get(state, 0)))
+        tasks = [("", (("state", name),), count) for name, count in _tasks_json(counts).items()]
         labels = tuple(build()._asdict().items())
         families = [
             single(METRIC_PREFIX + "build_info", "gauge", "The program and its Python; always 1.", 1, labels),
