@@ -14,7 +14,7 @@ The file reads from top to bottom, a section uses only what stands above it:
     III  tasks             task model, submission, dependency plan, metrics, step directory, store, scheduler, runner,
                            recovery, janitor
     IV   HTTP              messages, request parser, routing, authentication, connections
-    V    API               web pages, task API, operator API, profiling, API document
+    V    API               web pages, schemas, task API, operator API, profiling, API document
     VI   program           daemon, supervisors, service managers, command line
 
 Glossary: a *task* is a graph of *steps*, each one script; its steps share a *workspace*, the task's own directory. A
@@ -241,7 +241,7 @@ def boot_id() -> str:
     return f"about {round(booted_s / 600)}"  # the wall clock drifts, hence the coarse grain
 
 
-_UNIT_NS = {
+UNIT_NS = {
     "ns": 1,
     "us": 10**3,
     "µs": 10**3,  # U+00B5, the micro sign
@@ -261,7 +261,7 @@ def parse_duration(text: str) -> int:
     end = 0
     while part := _DURATION_PART.match(unsigned, end):
         whole, fraction, unit = part.groups()
-        unit_ns = _UNIT_NS[unit]
+        unit_ns = UNIT_NS[unit]
         total_ns += int(whole or 0) * unit_ns
         if fraction:
             total_ns += int(fraction) * unit_ns // 10 ** len(fraction)
@@ -285,13 +285,13 @@ def format_duration(ns: int) -> str:
     """Return a duration of 0 ns or more as Go's time.Duration prints it: 47h53m30.619752642s, 1.5ms, 0s."""
     if ns == 0:
         return "0s"
-    if ns < _UNIT_NS["us"]:
+    if ns < UNIT_NS["us"]:
         return f"{ns}ns"
-    if ns < _UNIT_NS["ms"]:
-        return _format_decimal(ns, _UNIT_NS["us"]) + "µs"
+    if ns < UNIT_NS["ms"]:
+        return _format_decimal(ns, UNIT_NS["us"]) + "µs"
     if ns < _SECOND_NS:
-        return _format_decimal(ns, _UNIT_NS["ms"]) + "ms"
-    minutes, rest_ns = divmod(ns, _UNIT_NS["m"])
+        return _format_decimal(ns, UNIT_NS["ms"]) + "ms"
+    minutes, rest_ns = divmod(ns, UNIT_NS["m"])
     seconds = _format_decimal(rest_ns, _SECOND_NS)
     if not minutes:
         return f"{seconds}s"
@@ -3541,12 +3541,12 @@ class TaskSpec(NamedTuple):
 # III tasks / submission: JSON to frozen specs; an error says where
 # ======================================================================================================================
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+ID_PATTERN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
+ENV_ENTRY_PATTERN = re.compile(r"[^=\x00]+=[^\x00]*")
+BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
 _WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_TRUE = {"1", "t", "true"}
-_FALSE = {"0", "f", "false"}
-_NAME_LIMIT = 128
+MAX_NAME_LENGTH = 128
 # The parameters of a submission and their aliases.
 _PARAMETERS = {"id": "id", "timeout": "timeout", "time_out": "timeout", "ansync": "ansync", "async": "ansync"}
 _REQUIRED_FIELDS = {"command_type": "CommandType", "command_content": "CommandContent"}
@@ -3632,7 +3632,7 @@ def _parse_task_id(text: str) -> str:
         import uuid
 
         return str(uuid.uuid4())
-    if not _ID.fullmatch(text) or text.endswith(".") or _WINDOWS_DEVICE.fullmatch(text):
+    if not ID_PATTERN.fullmatch(text) or _WINDOWS_DEVICE.fullmatch(text):
         raise Malformed(
             f"invalid id {text!r}: use 1 to 64 of A-Z a-z 0-9 . _ -, starting with a letter or digit, "
             "not ending with a dot, and no Windows device name"
@@ -3642,12 +3642,11 @@ def _parse_task_id(text: str) -> str:
 
 def _parse_bool(where: str, text: str) -> bool:
     """Return a boolean; an empty text is False."""
-    word = text.lower()
-    if word in _TRUE:
-        return True
-    if word and word not in _FALSE:
+    if not text:
+        return False
+    if text.lower() not in BOOLEANS:
         raise Malformed(f"{where}: invalid boolean {text!r}: expected true or false")
-    return False
+    return BOOLEANS[text.lower()]
 
 
 def _parse_timeout(where: str, value: Any) -> int:
@@ -3684,7 +3683,7 @@ def _parse_environment(where: str, value: Any) -> tuple[str, ...]:
         raise Malformed(f"{where}: must be a list of KEY=value")
     for index, entry in enumerate(value):
         text = _require_str(f"{where}[{index}]", entry)
-        if text.find("=") < 1 or "\0" in text:
+        if not ENV_ENTRY_PATTERN.fullmatch(text):
             raise Malformed(f"{where}[{index}]: invalid entry {text!r}: expected KEY=value")
     return tuple(value)
 
@@ -3705,8 +3704,8 @@ def _parse_step(index: int, item: Any, default_name: str, allowed_types: tuple[s
     if name in (None, ""):
         name = default_name
     name = _require_str(f"{where}.name", name)
-    if len(name) > _NAME_LIMIT or _CONTROL_CHARACTER.search(name):
-        raise Malformed(f"{where}.name: must have at most {_NAME_LIMIT} characters and no control characters")
+    if len(name) > MAX_NAME_LENGTH or _CONTROL_CHARACTER.search(name):
+        raise Malformed(f"{where}.name: must have at most {MAX_NAME_LENGTH} characters and no control characters")
     content = _require_str(f"{where}.command_content", item["command_content"])
     env = _parse_environment(f"{where}.env_vars", item.get("env_vars"))
     timeout_ns = _parse_timeout(f"{where}.timeout", item.get("timeout"))
@@ -7392,186 +7391,217 @@ summary small { display: inline-block; }
 .body { padding: 0 .75rem .75rem; border-top: 1px solid var(--line); }
 .method { display: inline-block; min-width: 3.5rem; font-weight: 700; }
 .get, .head { color: var(--get); } .post { color: var(--post); } .put { color: var(--put); }
+.delete { color: var(--bad); }
 .bad { color: var(--bad); }
 @media (max-width: 40rem) { label { grid-template-columns: 1fr; } label small { grid-column: 1; } }
 """
 API_SCRIPT = r"""
 "use strict";
-const MOST_SHOWN = 100000;
-const TOKEN = "remote_executor token";
+const MAX_SHOWN_CHARACTERS = 100000;
+const TOKEN_KEY = "remote_executor token";
 const content = document.getElementById("content");
 const note = document.getElementById("note");
-const field = document.getElementById("token");
-let description = null;
+const tokenInput = document.getElementById("token");
+let openapi = null;
 
-function make(tag, attributes, ...children) {
+function createElement(tag, attributes, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes || {})) element.setAttribute(name, value);
   element.append(...children);
   return element;
 }
 
-function resolve(thing) {
-  if (!thing || !thing.$ref) return thing;
-  return thing.$ref.split("/").slice(1).reduce((place, name) => place[name], description);
+function createPre(text, label) {
+  return createElement("pre", label ? { tabindex: "0", "aria-label": label } : { tabindex: "0" }, text);
 }
 
-// A schema in the words of TypeScript, its descriptions as comments.
-function words(schema, indent = "") {
-  const found = resolve(schema) || {}, deeper = indent + "  ";
-  if (found.oneOf) return found.oneOf.map((one) => words(one, indent)).join("\n" + indent + "or ");
-  if (found.anyOf) return found.anyOf.map((one) => words(one, indent)).join(" | ");
-  if ("const" in found) return JSON.stringify(found.const);
-  if (found.enum) return found.enum.map((one) => JSON.stringify(one)).join(" | ");
-  if (found.items) return "[" + words(found.items, indent) + ", ...]";
-  if (!found.properties) return [].concat(found.type || "any").join(" | ");
-  const lines = Object.entries(found.properties).map(([name, one]) => {
-    const optional = (found.required || []).includes(name) ? "" : "?", about = (resolve(one) || {}).description;
-    return deeper + name + optional + ": " + words(one, deeper) + (about ? "  // " + about : "");
+function resolve(object) {
+  if (!object || !object.$ref) return object;
+  return object.$ref.split("/").slice(1).reduce((parent, name) => parent[name], openapi);
+}
+
+// A schema as a type of TypeScript, its descriptions as comments.
+function typeText(reference, indent = "") {
+  const schema = resolve(reference) || {};
+  const deeper = indent + "  ";
+  if (schema.oneOf) return schema.oneOf.map((choice) => typeText(choice, indent)).join("\n" + indent + "or ");
+  if (schema.anyOf) return schema.anyOf.map((choice) => typeText(choice, indent)).join(" | ");
+  if ("const" in schema) return JSON.stringify(schema.const);
+  if (schema.enum) return schema.enum.map((value) => JSON.stringify(value)).join(" | ");
+  if (schema.items) return "[" + typeText(schema.items, indent) + ", ...]";
+  if (!schema.properties) return [].concat(schema.type || "any").join(" | ");
+  const required = schema.required || [];
+  const lines = Object.entries(schema.properties).map(([name, property]) => {
+    const mark = required.includes(name) ? "" : "?";
+    const description = (resolve(property) || {}).description;
+    const comment = description ? "  // " + description : "";
+    return deeper + name + mark + ": " + typeText(property, deeper) + comment;
   });
   return ["{", ...lines, indent + "}"].join("\n");
 }
 
-function headers() {
-  return field.value ? { Authorization: "Bearer " + field.value } : {};
+function authorization() {
+  return tokenInput.value ? { Authorization: "Bearer " + tokenInput.value } : {};
 }
 
 // Not by JSON.parse, which rounds the nanoseconds.
-function pretty(text) {
+function indentJson(text) {
   let indent = "\n";
   return text.replace(/"(?:[^"\\]|\\.)*"|\[\]|{}|[{}[\],:]/g, (token) => {
     if (token === "{" || token === "[") return token + (indent += "  ");
     if (token === "}" || token === "]") return (indent = indent.slice(0, -2)) + token;
-    return token === "," ? token + indent : token === ":" ? ": " : token;
+    if (token === ",") return token + indent;
+    return token === ":" ? ": " : token;
   });
 }
 
-function showInputs(operation, inputs) {
-  return (operation.parameters || []).map(resolve).map((one) => {
-    const many = resolve(one.schema).type === "array", input = make(many ? "textarea" : "input", { name: one.name });
-    if (one.required) { input.required = true; input.value = one.example; }
-    else input.placeholder = [].concat(one.example).join("\n");
-    inputs.push([one, input, many]);
-    return make("label", {}, make("code", {}, one.name), input,
-      make("small", {}, one.description + (many ? "; one a line" : one.required ? "" : "; optional")));
+// The parameters of an operation, each with its input.
+function createInputs(operation) {
+  return (operation.parameters || []).map(resolve).map((parameter) => {
+    const isArray = resolve(parameter.schema).type === "array";
+    const input = createElement(isArray ? "textarea" : "input", { name: parameter.name });
+    if (parameter.required) { input.required = true; input.value = parameter.example; }
+    else input.placeholder = [].concat(parameter.example).join("\n");
+    return { parameter, input, isArray };
   });
 }
 
-function showBody(operation) {
+function createLabel({ parameter, input, isArray }) {
+  let hint = parameter.required ? "" : "; optional";
+  if (isArray) hint = "; one a line";
+  return createElement("label", {}, createElement("code", {}, parameter.name), input,
+    createElement("small", {}, parameter.description + hint));
+}
+
+function createBody(operation) {
   const body = resolve(operation.requestBody);
   if (!body) return [null, []];
   const media = Object.values(body.content)[0];
   const examples = Object.entries(media.examples || { "": { value: media.example } });
-  const area = make("textarea", { "aria-label": "Body", spellcheck: "false" });
-  const choice = make("select", { "aria-label": "Example" }, ...examples.map(([name]) => make("option", {}, name)));
+  const titles = examples.map(([title]) => createElement("option", {}, title));
+  const area = createElement("textarea", { "aria-label": "Body", spellcheck: "false" });
+  const choice = createElement("select", { "aria-label": "Example" }, ...titles);
   const fill = () => {
     const value = examples[choice.selectedIndex][1].value;
     area.value = typeof value === "string" ? value : JSON.stringify(value, null, 2);
   };
   choice.addEventListener("change", fill);
   fill();
-  return [area, [make("h3", {}, "Body"), make("pre", { tabindex: "0" }, words(media.schema)), choice, area]];
+  return [area, [createElement("h3", {}, "Body"), createPre(typeText(media.schema)), choice, area]];
 }
 
-function showAnswers(operation) {
-  return Object.entries(operation.responses).map(([status, one]) => {
-    const answer = resolve(one), parts = [];
-    for (const [type, media] of Object.entries(answer.content || {})) {
-      parts.push(make("p", { class: "soft" }, type), make("pre", { tabindex: "0" }, words(media.schema)));
-      for (const [name, example] of Object.entries(media.examples || {}))
-        parts.push(make("p", { class: "soft" }, "Example: " + name),
-          make("pre", { tabindex: "0" }, JSON.stringify(example.value, null, 2)));
+function createResponses(operation) {
+  return Object.entries(operation.responses).map(([status, reference]) => {
+    const response = resolve(reference);
+    const parts = [];
+    for (const [type, media] of Object.entries(response.content || {})) {
+      parts.push(createElement("p", { class: "soft" }, type), createPre(typeText(media.schema)));
+      for (const [title, example] of Object.entries(media.examples || {}))
+        parts.push(createElement("p", { class: "soft" }, "Example: " + title),
+          createPre(JSON.stringify(example.value, null, 2)));
     }
-    return make("details", {}, make("summary", {}, make("code", {}, status), " ", answer.description),
-      make("div", { class: "body" }, ...parts));
+    const summary = createElement("summary", {}, createElement("code", {}, status), " ", response.description);
+    return createElement("details", {}, summary, createElement("div", { class: "body" }, ...parts));
   });
 }
 
-function target(path, inputs) {
+function targetUrl(template, inputs) {
+  let path = template;
   const query = new URLSearchParams();
-  for (const [one, input, many] of inputs) {
-    if (one.in === "path") path = path.replace("{" + one.name + "}", encodeURIComponent(input.value));
-    else for (const value of many ? input.value.split("\n") : [input.value]) if (value) query.append(one.name, value);
+  for (const { parameter, input, isArray } of inputs) {
+    const values = isArray ? input.value.split("\n") : [input.value];
+    if (parameter.in === "path") path = path.replace("{" + parameter.name + "}", encodeURIComponent(input.value));
+    else for (const value of values) if (value) query.append(parameter.name, value);
   }
   return String(query) ? path + "?" + query : path;
 }
 
-async function send(url, request, result, begin) {
-  const answer = await fetch(url, request);
-  const data = new Uint8Array(await answer.arrayBuffer());
-  const type = answer.headers.get("Content-Type") || "", isText = /json|text/.test(type) || !data.length;
-  const took = Math.round(performance.now() - begin);
-  const line = `${answer.status} ${answer.statusText}, ${data.length} bytes, ${took} ms`;
-  const head = [...answer.headers].map(([name, value]) => `${name}: ${value}`).join("\n");
-  const save = make("a", { href: URL.createObjectURL(new Blob([data], { type })), download: "answer" }, "Save");
-  result.replaceChildren(make("p", answer.ok ? {} : { class: "bad" }, line, " ", save),
-    make("pre", { tabindex: "0", "aria-label": "Headers" }, head));
-  if (isText && data.length) {
-    const raw = new TextDecoder().decode(data), text = type.includes("json") ? pretty(raw) : raw;
-    const cut = text.length > MOST_SHOWN;
-    result.append(make("pre", { tabindex: "0", "aria-label": "Body of the answer" },
-      text.slice(0, MOST_SHOWN) + (cut ? "\n(and more)" : "")));
-  }
+async function send(url, request, result) {
+  const begin = performance.now();
+  const response = await fetch(url, request);
+  const data = new Uint8Array(await response.arrayBuffer());
+  const milliseconds = Math.round(performance.now() - begin);
+  const type = response.headers.get("Content-Type") || "";
+  const status = `${response.status} ${response.statusText}, ${data.length} bytes, ${milliseconds} ms`;
+  const headers = [...response.headers].map(([name, value]) => `${name}: ${value}`).join("\n");
+  const blob = URL.createObjectURL(new Blob([data], { type }));
+  const save = createElement("a", { href: blob, download: "response" }, "Save");
+  result.replaceChildren(createElement("p", response.ok ? {} : { class: "bad" }, status, " ", save),
+    createPre(headers, "Headers"));
+  if (!data.length || !/json|text/.test(type)) return;
+  let text = new TextDecoder().decode(data);
+  if (type.includes("json")) text = indentJson(text);
+  const ending = text.length > MAX_SHOWN_CHARACTERS ? "\n(truncated)" : "";
+  result.append(createPre(text.slice(0, MAX_SHOWN_CHARACTERS) + ending, "Response body"));
 }
 
-function showOperation(path, method, operation, place) {
-  const inputs = [], fields = showInputs(operation, inputs), [area, body] = showBody(operation);
-  const button = make("button", {}, "Send"), result = make("div", { "aria-live": "polite" });
-  const form = make("form", {}, ...fields, ...body, make("p", {}, button), result);
-  let running = null;
+function showOperation(path, method, operation, parent) {
+  const inputs = createInputs(operation);
+  const [area, body] = createBody(operation);
+  const button = createElement("button", {}, "Send");
+  const result = createElement("div", { "aria-live": "polite" });
+  const form = createElement("form", {},
+    ...inputs.map(createLabel), ...body, createElement("p", {}, button), result);
+  let controller = null;
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    if (running) return running.abort();
-    running = new AbortController();
+    if (controller) return controller.abort();
+    controller = new AbortController();
     button.textContent = "Cancel";
-    result.replaceChildren("waiting for the answer");
-    const request = { method: method.toUpperCase(), headers: headers(), signal: running.signal };
+    result.replaceChildren("waiting for the response");
+    const request = { method: method.toUpperCase(), headers: authorization(), signal: controller.signal };
     if (area) request.body = area.value;
-    try { await send(target(path, inputs), request, result, performance.now()); }
-    catch (error) { result.replaceChildren(make("p", { class: "bad" }, "no answer: " + error.message)); }
-    running = null;
+    try { await send(targetUrl(path, inputs), request, result); }
+    catch (error) { result.replaceChildren(createElement("p", { class: "bad" }, "no response: " + error.message)); }
+    controller = null;
     button.textContent = "Send";
   });
   form.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
   });
-  place.append(form, make("h3", {}, "Answers"), ...showAnswers(operation));
+  parent.append(form, createElement("h3", {}, "Responses"), ...createResponses(operation));
 }
 
-function show() {
+function createOperation(path, method, operation) {
+  const body = createElement("div", { class: "body" });
+  const summary = createElement("summary", {},
+    createElement("span", { class: "method " + method }, method.toUpperCase()),
+    createElement("span", { class: "path" }, path), " ", createElement("small", {}, operation.summary));
+  const details = createElement("details", { id: operation.operationId }, summary, body);
+  details.addEventListener("toggle", () => showOperation(path, method, operation, body), { once: true });
+  return details;
+}
+
+function showDocument() {
   const sections = new Map();
-  for (const [path, operations] of Object.entries(description.paths))
+  for (const [path, operations] of Object.entries(openapi.paths))
     for (const [method, operation] of Object.entries(operations)) {
-      const body = make("div", { class: "body" });
-      const box = make("details", { id: operation.operationId }, make("summary", {},
-        make("span", { class: "method " + method }, method.toUpperCase()), make("span", { class: "path" }, path), " ",
-        make("small", {}, operation.summary)), body);
-      box.addEventListener("toggle", () => showOperation(path, method, operation, body), { once: true });
       const tag = operation.tags[0];
-      if (!sections.has(tag)) sections.set(tag, make("section", {}, make("h2", {}, tag)));
-      sections.get(tag).append(box);
+      if (!sections.has(tag)) sections.set(tag, createElement("section", {}, createElement("h2", {}, tag)));
+      sections.get(tag).append(createOperation(path, method, operation));
     }
   content.replaceChildren(...sections.values());
-  document.getElementById("version").textContent = description.info.version;
-  document.getElementById("about").textContent = description.info.description;
-  const chosen = document.getElementById(location.hash.slice(1));
-  if (chosen) { chosen.open = true; chosen.scrollIntoView(); }
+  document.getElementById("version").textContent = openapi.info.version;
+  document.getElementById("description").textContent = openapi.info.description;
+  const target = document.getElementById(location.hash.slice(1));
+  if (target) { target.open = true; target.scrollIntoView(); }
 }
 
 async function load() {
   note.textContent = "";
   try {
-    const answer = await fetch("/swagger/doc.json", { headers: headers() }), found = await answer.json();
-    if (answer.ok) { description = found; show(); return; }
-    note.textContent = answer.status + ": " + found.message;
-  } catch (error) { note.textContent = "no document: " + error.message; }
-  field.focus();
+    const response = await fetch("/swagger/doc.json", { headers: authorization() });
+    const body = await response.json();
+    if (response.ok) { openapi = body; showDocument(); return; }
+    note.textContent = response.status + ": " + body.message;
+  } catch (error) { note.textContent = "cannot load the API document: " + error.message; }
+  tokenInput.focus();
 }
 
-field.value = sessionStorage.getItem(TOKEN) || "";
+tokenInput.value = sessionStorage.getItem(TOKEN_KEY) || "";
 document.getElementById("use").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem(TOKEN, field.value);
+  sessionStorage.setItem(TOKEN_KEY, tokenInput.value);
   load();
 });
 load();
@@ -7589,17 +7619,17 @@ API_PAGE = r"""<!DOCTYPE html>
 <body>
 <header>
 <h1>remote_executor <span id="version" class="soft"></span></h1>
-<p id="about" class="soft"></p>
+<p id="description" class="soft"></p>
 <form id="use" class="token">
 <label for="token">Token</label>
-<input id="token" type="password" autocomplete="off" spellcheck="false" aria-describedby="kept">
+<input id="token" type="password" autocomplete="off" spellcheck="false" aria-describedby="token-hint">
 <button>Use</button>
-<small id="kept">kept in this tab alone; none is needed on the host itself</small>
+<small id="token-hint">kept in this tab only; none is needed on the host itself</small>
 </form>
 <p id="note" class="bad" role="alert"></p>
 </header>
 <main id="content"></main>
-<noscript><p>This page needs JavaScript; the document itself is <a href="/swagger/doc.json">doc.json</a>.</p></noscript>
+<noscript><p>This page needs JavaScript; the API document is <a href="/swagger/doc.json">doc.json</a>.</p></noscript>
 <script>{script}</script>
 </body>
 </html>
@@ -7615,8 +7645,9 @@ PROFILES_PAGE = r"""<!DOCTYPE html>
 </head>
 <body>
 <h1>Profiles</h1>
-<p class="soft">One that takes time at once. <code>?seconds=5</code> says how long, <code>?debug=1</code> asks for text;
-without it they are for <code>go tool pprof</code> and speedscope, the trace is for Perfetto.</p>
+<p class="soft">Profiles that take time run one at a time. <code>?seconds=5</code> sets how long,
+<code>?debug=1</code> asks for text; without it they are for <code>go tool pprof</code> and speedscope, the trace is for
+Perfetto.</p>
 <dl>
 {rows}
 </dl>
@@ -7626,41 +7657,602 @@ without it they are for <code>go tool pprof</code> and speedscope, the trace is 
 
 
 def profiles_page(rows: Iterable[tuple[str, str]]) -> str:
-    """The index of profiles, each a name and what it shows."""
-    shown = "\n".join(f'<dt><a href="{name}">{name.partition("?")[0]}</a></dt><dd>{about}</dd>' for name, about in rows)
-    return PROFILES_PAGE.replace("{rows}", shown)
+    """Return the index of profiles, from a link and a description of each."""
+    items = []
+    for link, description in rows:
+        name = link.partition("?")[0]
+        items.append(f'<dt><a href="{link}">{name}</a></dt><dd>{description}</dd>')
+    return PROFILES_PAGE.replace("{rows}", "\n".join(items))
+
+
+def _csp_hash(text: str) -> str:
+    """Return the source expression that allows an inline style or script with this text."""
+    import base64
+    import hashlib  # here, because OpenSSL takes half a megabyte that an idle daemon need not
+
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 def page_response(page: str, style: str, script: str) -> Response:
-    """A page of this style and script alone: it loads nothing, and speaks with this daemon alone (CSP Level 3)."""
-    allowed = f"style-src {_source(style)}; script-src {_source(script)}; connect-src 'self'; img-src data:"
-    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    """Return a page with this style and script, which loads nothing and calls this daemon only (CSP Level 3)."""
+    directives = (
+        "default-src 'none'",
+        f"style-src {_csp_hash(style)}",
+        f"script-src {_csp_hash(script)}",
+        "connect-src 'self'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
     headers = (
         ("Content-Type", "text/html; charset=utf-8"),
-        ("Content-Security-Policy", policy),
+        ("Content-Security-Policy", "; ".join(directives)),
         ("X-Content-Type-Options", "nosniff"),
         ("Referrer-Policy", "no-referrer"),
     )
-    return Response(200, headers, page.replace("{style}", style).replace("{script}", script).encode())
+    html = page.replace("{style}", style).replace("{script}", script)
+    return Response(200, headers, html.encode())
 
 
-def _source(text: str) -> str:
-    """How a policy names an inline style or script: by its digest."""
-    import base64
-    import hashlib
+# ======================================================================================================================
+# V API / schemas: the terms of OpenAPI and JSON Schema, in which each section describes its own JSON
+# ======================================================================================================================
 
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+# A section below keeps three things side by side: the function that makes a JSON value, its schema and its example. It
+# offers them to the API document as Components. They are functions, since an idle daemon need not hold the document.
+
+Json = dict[str, Any]
+ParameterSpec = tuple[str, Json, Any]  # description, schema and example
+
+
+class Components(NamedTuple):
+    """What one section adds to the components of the API document, by name (OpenAPI 3.1, Components Object)."""
+
+    parameters: Json
+    request_bodies: Json
+    responses: Json
+    schemas: Json
+
+
+def reference(kind: str, name: str) -> Json:
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+def schema_reference(name: str) -> Json:
+    return reference("schemas", name)
+
+
+def object_schema(properties: Json, optional: Sequence[str] = ()) -> Json:
+    """Return the schema of an object with these properties and no others, all but the optional ones required."""
+    return {
+        "type": "object",
+        "required": [name for name in properties if name not in optional],
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+def array_schema(items: Json, **keywords: Any) -> Json:
+    return {"type": "array", "items": items, **keywords}
+
+
+def string_schema(description: str, **keywords: Any) -> Json:
+    return {"type": "string", "description": description, **keywords}
+
+
+def time_schema(description: str) -> Json:
+    return string_schema(description, format="date-time")
+
+
+def integer_schema(description: str, minimum: int = 0, **keywords: Any) -> Json:
+    return {"type": "integer", "description": description, "minimum": minimum, **keywords}
+
+
+def nullable(schema: Json) -> Json:
+    """Return the schema of the same values and null."""
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+def envelope_schema(codes: Sequence[int], data: Json | None = None) -> Json:
+    """Return the schema of an envelope with one of these codes, and with `data` where it has a schema."""
+    code: Json = {"type": "integer", "enum": [*codes]}
+    if len(codes) == 1:
+        code = {"type": "integer", "const": codes[0]}
+    properties: Json = {"code": code, "message": {"type": "string"}}
+    if data:
+        properties["data"] = data
+    return object_schema(properties)
+
+
+def success_example(data: Any) -> Json:
+    return {"code": 0, "message": "success", "data": data}
+
+
+def parameter_objects(location: str, parameters: Mapping[str, ParameterSpec]) -> Json:
+    """Return the parameters in "path" or "query", by name."""
+    objects: Json = {}
+    for name, (description, schema, example) in parameters.items():
+        objects[name] = {
+            "name": name,
+            "in": location,
+            "description": description,
+            "schema": schema,
+            "example": example,
+        }
+        if location == "path":
+            objects[name]["required"] = True
+    return objects
+
+
+def json_content(schema: Json, examples: Mapping[str, Any]) -> Json:
+    """Return the content of a JSON body, with its examples by title."""
+    media_type: Json = {"schema": schema}
+    if examples:
+        media_type["examples"] = {title: {"value": value} for title, value in examples.items()}
+    return {"application/json": media_type}
+
+
+def response_object(
+    description: str,
+    schema: Json,
+    examples: Mapping[str, Any] = types.MappingProxyType({}),
+    header: str = "",
+) -> Json:
+    """Return a response of JSON, with the one header that is its own."""
+    response: Json = {"description": description, "content": json_content(schema, examples)}
+    if header:
+        response["headers"] = {header: {"schema": {"type": "string"}}}
+    return response
+
+
+def text_response_object(description: str, *media_types: str) -> Json:
+    """Return a response of another media type than JSON."""
+    content = {media_type: {"schema": {"type": "string"}} for media_type in media_types}
+    return {"description": description, "content": content}
 
 
 # ======================================================================================================================
 # V API / task API: tasks, steps, consoles and the pool
 # ======================================================================================================================
 
-_LONG_LINE_BYTES = 1 << 20  # beyond this a line is answered piece by piece
+_TASKS_PATH = "/api/v1/task"
+_TASK_PATH = _TASKS_PATH + "/{task}"
+_STEP_PATH = _TASK_PATH + "/{step}"
+_POOL_PATH = "/api/v1/pool"
+_NOT_FOUND_EXAMPLE = {"code": 1003, "message": NO_TASK}
+_EXAMPLE_BASE_URL = "http://localhost:2376"
+POOL_FIELDS = {  # of PoolStats, as the API document and the metrics describe them
+    "size": "Maximum number of steps that run at once",
+    "running": "Steps that run",
+    "waiting": "Steps that are ready and wait",
+}
+_SORT_KEYS = ("st", "et", "rt")
+_MAX_LINE_BYTES = 1 << 20  # a longer line of a console is sent piece by piece
+
+
+# The shapes: how each JSON value is made, its schema, its example.
+
+
+class TimeFormat(NamedTuple):
+    """How one response shows moments of the Clock, all in nanoseconds; `key_expire_ns` is how long records are kept."""
+
+    now_ns: int
+    offset_ns: int
+    key_expire_ns: int
+
+    def task_times(self, task: TaskRow) -> Json:
+        return self._times_json(task.accepted_ns, task.ended_ns, task.ended_ns)
+
+    def step_times(self, step: StepRow, task: TaskRow) -> Json:
+        return self._times_json(step.started_ns, step.ended_ns, step.ended_ns or task.ended_ns)
+
+    def _times_json(self, begin_ns: int | None, end_ns: int | None, kept_since_ns: int | None) -> Json:
+        """Return begin and end where there are, and the time left until the record expires."""
+        times = {}
+        if begin_ns is not None:
+            times["st"] = self._format(begin_ns)
+        if end_ns is not None:
+            times["et"] = self._format(end_ns)
+        left_ns = self.key_expire_ns
+        if kept_since_ns is not None:
+            left_ns -= self.now_ns - kept_since_ns
+        times["rt"] = format_duration(max(0, left_ns))
+        return times
+
+    def _format(self, moment_ns: int) -> str:
+        return format_time((moment_ns + self.offset_ns) // _SECOND_NS)
+
+
+def _times_schema() -> Json:
+    properties = {
+        "st": time_schema("Begin"),
+        "et": time_schema("End"),
+        "rt": string_schema("Time left before the record expires, as Go prints a duration"),
+    }
+    return object_schema(properties, optional=("st", "et"))
+
+
+def _task_url(base_url: str, task_id: str) -> str:
+    return f"{base_url}{_TASKS_PATH}/{task_id}"
+
+
+def _url_schema() -> Json:
+    return string_schema("Where it can be read", format="uri")
+
+
+def _state_schema() -> Json:
+    return {"type": "integer", "enum": [*State], "description": "0 ended, 1 running, 2 pending, 255 system error"}
+
+
+def _code_schema() -> Json:
+    return {"type": "integer", "description": "0 success; a task's is the sum of its steps'"}
+
+
+def task_json(task: TaskRow, running: Sequence[tuple[int, str]], base_url: str, times: Json) -> Json:
+    """Return a task as the list shows it; `running` are index and name of its running steps."""
+    message = task.message
+    if task.ended_ns is None:
+        message = f"currently executing: [{name_steps(running)}]" if running else WAITING
+    return {
+        "id": task.id,
+        "url": _task_url(base_url, task.id),
+        "state": task.state,
+        "code": task.code,
+        "count": task.step_count,
+        "msg": message,
+        "times": times,
+    }
+
+
+def _task_schema() -> Json:
+    return object_schema(
+        {
+            "id": string_schema("Id"),
+            "url": _url_schema(),
+            "state": _state_schema(),
+            "code": _code_schema(),
+            "count": integer_schema("Steps", 1),
+            "msg": {"type": "string"},
+            "times": schema_reference("Times"),
+        }
+    )
+
+
+def _task_list_response() -> Json:
+    data = object_schema(
+        {
+            "running": integer_schema("Running tasks"),
+            "tasks": array_schema(schema_reference("Task")),
+            "total": integer_schema("Tasks"),
+        }
+    )
+    message = "execution failed: [Step: 0, Name: step0; Step: 2, Name: step2]"
+    row = TaskRow(1, "release-1", 4, State.ENDED, 510, message, 0, 0)
+    moment = "2022-11-17T17:17:58+08:00"
+    times = {"st": moment, "et": moment, "rt": "47h53m30.619752642s"}
+    task = task_json(row, (), _EXAMPLE_BASE_URL, times)
+    examples = {
+        "one task": success_example({"running": 0, "tasks": [task], "total": 1}),
+        "none": success_example({"running": 0, "tasks": [], "total": 0}),
+    }
+    return response_object("All tasks", envelope_schema([Code.SUCCESS], data), examples)
+
+
+def step_json(step: StepRow, names: Sequence[str], task_url: str, times: Json) -> Json:
+    """Return a step as its task shows it; `names` are those of all steps of the task."""
+    depends_on = [names[index] for index in json.loads(step.depends_on)]
+    value = {
+        "step": step.step_index,
+        "url": f"{task_url}/{step.step_index}/console",
+        "name": step.name,
+        "state": step.state,
+        "code": step.code,
+        "msg": step_message(step.step_index, step.name, step.state, step.code, step.reason),
+        "depets_on": depends_on,
+        "times": times,
+    }
+    if not depends_on:
+        del value["depets_on"]
+    return value
+
+
+def _step_names_schema() -> Json:
+    return array_schema({"type": "string"}, description="Names of the steps that must succeed first")
+
+
+def _step_schema() -> Json:
+    return object_schema(
+        {
+            "step": integer_schema("Index"),
+            "url": _url_schema(),
+            "name": string_schema("Name"),
+            "state": _state_schema(),
+            "code": _code_schema(),
+            "msg": {"type": "string"},
+            "depets_on": _step_names_schema(),
+            "times": schema_reference("Times"),
+        },
+        optional=("depets_on",),
+    )
+
+
+def _step_example(index: int, state: State, code: int = 0, **moments: str) -> Json:
+    """Return step `index` of the task `a`, of which each step depends on the one before."""
+    names = [f"a-{number}" for number in range(index + 1)]
+    depends_on = to_json([*range(index)][-1:])
+    step = StepRow(index, names[index], depends_on, int(state), code, "", None, None)
+    times = {**moments, "rt": "47h59m57.433539558s"}
+    return step_json(step, names, _task_url(_EXAMPLE_BASE_URL, "a"), times)
+
+
+def _task_outcome(task: TaskRow, steps: Sequence[StepRow]) -> tuple[Code, str]:
+    """Return code and message of the envelope in which a task is shown."""
+    if task.ended_ns is None:
+        running = [(step.step_index, step.name) for step in steps if step.state == State.RUNNING]
+        return Code.IN_PROGRESS, f"in progress: [{name_steps(running) or WAITING}]"
+    if task.state == State.ERROR:
+        return Code.FAILED, task.message
+    failures = []
+    for step in steps:
+        if step.code:
+            failures.append(failure_text(step.step_index, step.name, step.code, step.reason))
+    if failures:
+        return Code.FAILED, f"execution failed: [{'; '.join(failures)}]"
+    return Code.SUCCESS, "success"
+
+
+def _progress_schema(data: Json) -> Json:
+    """Return the schema of an envelope that tells how far something is: over, in progress, failed, or not found."""
+    codes = (Code.SUCCESS, Code.IN_PROGRESS, Code.FAILED)
+    return {"oneOf": [envelope_schema(codes, data), schema_reference("NotFound")]}
+
+
+def _task_detail_response() -> Json:
+    begin = "2022-11-18T16:20:53+08:00"
+    end = "2022-11-18T16:20:56+08:00"
+    succeeded = _step_example(0, State.ENDED, st=begin, et=end)
+    failed = _step_example(1, State.ENDED, code=2, st=end, et=end)
+    running = _step_example(0, State.RUNNING, st=begin)
+    examples = {
+        "success": success_example([succeeded, _step_example(1, State.ENDED, st=end, et=end)]),
+        "in progress": {
+            "code": 1001,
+            "message": "in progress: [Step: 0, Name: a-0]",
+            "data": [running, _step_example(1, State.PENDING)],
+        },
+        "failed": {
+            "code": 1002,
+            "message": f"execution failed: [{failed['msg']}]",
+            "data": [succeeded, failed],
+        },
+        "gone": _NOT_FOUND_EXAMPLE,
+    }
+    schema = _progress_schema(array_schema(schema_reference("Step")))
+    return response_object("The task", schema, examples, "X-Task-STATE")
+
+
+def _stopped_response() -> Json:
+    schema = {"oneOf": [envelope_schema([Code.SUCCESS]), schema_reference("NotFound")]}
+    examples = {"stopped": {"code": 0, "message": "success"}, "gone": _NOT_FOUND_EXAMPLE}
+    return response_object("The stop is recorded", schema, examples)
+
+
+def accepted_json(step_count: int, task_id: str, base_url: str, timestamp_ns: int) -> Json:
+    """Return what answers a submission; the timestamp is of the wall clock."""
+    return {"count": step_count, "id": task_id, "url": _task_url(base_url, task_id), "timestamp": timestamp_ns}
+
+
+def _accepted_response() -> Json:
+    data = object_schema(
+        {
+            "id": {"type": "string"},
+            "url": {"type": "string"},
+            "count": integer_schema("Steps", 1),
+            "timestamp": integer_schema("Nanoseconds since the epoch"),
+        }
+    )
+    example = accepted_json(4, "release-1", _EXAMPLE_BASE_URL, 1668649373430555500)
+    schema = envelope_schema([Code.SUCCESS], data)
+    return response_object("The task is stored", schema, {"stored": success_example(example)}, "X-Task-ID")
+
+
+def _console_outcome(step: StepRow) -> tuple[Code, str]:
+    """Return code and message of the envelope in which the console of a step that has started is shown."""
+    if step.state == State.RUNNING:
+        return Code.IN_PROGRESS, "in progress"
+    if step.code:
+        reason = step.reason or failure_text(step.step_index, step.name, step.code, "")
+        return Code.FAILED, f"exit code: {step.code}; {reason}"
+    return Code.SUCCESS, "succeed"
+
+
+def _console_response() -> Json:
+    reason = failure_text(0, "a-0", 2, "")
+    examples = {
+        "success": {"code": 0, "message": "succeed", "data": ["build linux", "  done"]},
+        "in progress": {"code": 1001, "message": "in progress", "data": ["build linux"]},
+        "waiting": {"code": 1001, "message": "pending", "data": []},
+        "failed": {"code": 1002, "message": f"exit code: 2; {reason}", "data": ["no route to host"]},
+        "gone": _NOT_FOUND_EXAMPLE,
+    }
+    return response_object("Its lines so far", _progress_schema(array_schema({"type": "string"})), examples)
+
+
+def pool_json(stats: PoolStats) -> Json:
+    return stats._asdict()
+
+
+def _pool_schema() -> Json:
+    properties = {name: integer_schema(description) for name, description in POOL_FIELDS.items()}
+    properties["size"]["minimum"] = 1
+    return object_schema(properties)
+
+
+def _pool_response() -> Json:
+    example = pool_json(PoolStats(size=30, running=1, waiting=0))
+    schema = envelope_schema([Code.SUCCESS], schema_reference("Pool"))
+    return response_object("The pool", schema, {"pool": success_example(example)})
+
+
+def _pool_size_schema() -> Json:
+    size = integer_schema(POOL_FIELDS["size"], 1, maximum=MAX_POOL_SIZE)
+    return {"type": "object", "required": ["size"], "properties": {"size": size}}
+
+
+# What a submission may be: the grammars are those of `parse_submission`. Empty and null are as absent.
+
+
+def _both_cases(character: str) -> str:
+    return character + character.upper() if character.isalpha() else character
+
+
+def _bool_pattern() -> str:
+    """Return the pattern of the words for true and false in any case: JSON Schema has no flag for that."""
+    letters = "".join(_both_cases(word) for word in BOOLEANS if len(word) == 1)
+    alternatives = [f"[{letters}]"]
+    for word in BOOLEANS:
+        if len(word) > 1:
+            alternatives.append("".join(f"[{_both_cases(letter)}]" for letter in word))
+    return f"^({'|'.join(alternatives)})?$"
+
+
+def _duration_schema() -> Json:
+    units = json.dumps("|".join(UNIT_NS))[1:-1]  # not ASCII by the escapes of ECMA 262, as JSON Schema's patterns are
+    number = r"([0-9]+(\.[0-9]*)?|\.[0-9]+)"
+    pattern = rf"^((?=.*[1-9])\+?({number}({units}))+)?$"
+    return string_schema("As Go writes it", pattern=pattern, examples=["90s", "1h30m", "500ms"])
+
+
+def _submitted_step_schema() -> Json:
+    step_names = nullable(_step_names_schema())
+    properties = {
+        "command_type": {"type": "string", "enum": [*INTERPRETERS]},
+        "command_content": string_schema("The script", minLength=1),
+        "name": nullable(string_schema("Default <task id>-<index>", maxLength=MAX_NAME_LENGTH)),
+        "env_vars": nullable(array_schema(schema_reference("Variable"))),
+        "depets_on": step_names,
+        "depends_on": {**step_names, "description": "The same as `depets_on`"},
+        "timeout": {
+            "anyOf": [schema_reference("Duration"), {"type": "null"}],
+            "description": "Default --exec_timeout",
+        },
+    }
+    return {"type": "object", "required": ["command_type", "command_content"], "properties": properties}
+
+
+def _submission_body() -> Json:
+    build = {"command_type": "sh", "command_content": 'echo "build $target"', "env_vars": ["target=linux"]}
+    graph = [
+        {"name": "fetch", "command_type": "sh", "command_content": "echo 42 >answer"},
+        {"name": "left", "command_type": "sh", "command_content": "cat answer", "depets_on": ["fetch"]},
+        {"name": "right", "command_type": "python", "command_content": "print(7)", "depets_on": ["fetch"]},
+    ]
+    examples = {"one after another": [build, {**build, "timeout": "90s"}], "a graph, with ansync=true": graph}
+    return {"required": True, "content": json_content(schema_reference("Submission"), examples)}
+
+
+def _pool_size_body() -> Json:
+    content = json_content(schema_reference("PoolSize"), {"eight": {"size": 8}})
+    return {"required": True, "content": content}
+
+
+def _task_parameters() -> Json:
+    non_empty = {"type": "string", "minLength": 1}
+    boolean = {"type": "string", "pattern": _bool_pattern()}
+    sort_key = {"type": "string", "enum": [*_SORT_KEYS], "default": "st"}
+    task_id = {"type": "string", "pattern": f"^({ID_PATTERN.pattern})?$"}
+    variables = array_schema(schema_reference("Variable"))
+    path = {
+        "task": ("Id of the task", non_empty, "release-1"),
+        "step": ("Index of the step, or its name", non_empty, "0"),
+    }
+    query: dict[str, ParameterSpec] = {
+        "sort": ("By begin (st), end (et) or expiry (rt)", sort_key, "st"),
+        "ansync": ("true: only `depets_on` orders the steps", boolean, "true"),
+        "async": ("The same as `ansync`", boolean, "true"),
+        "id": ("Id of the task; sent again, the same submission runs once", task_id, "release-1"),
+        "timeout": ("Timeout of the whole task, from its acceptance", schema_reference("Duration"), "1h30m"),
+        "env_vars": ("KEY=value for all steps; may be repeated", variables, ["target=linux"]),
+    }
+    return {**parameter_objects("path", path), **parameter_objects("query", query)}
+
+
+# The console: bytes to the lines of a JSON array, decoded on the way.
+
+
+def _decode(line: bytes, fallback: str) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return line.decode(fallback, "replace")
+
+
+def _decode_lines(data: bytes, fallback: str) -> list[str]:
+    try:
+        lines = data.decode().split("\n")
+    except UnicodeDecodeError:
+        lines = [_decode(line, fallback) for line in data.split(b"\n")]
+    return [line[:-1] if line.endswith("\r") else line for line in lines]
+
+
+def _utf8_length(first_byte: int) -> int:
+    """Return how many bytes a character has that begins with this one, which is not ASCII (RFC 3629)."""
+    if first_byte < 0xE0:
+        return 2
+    if first_byte < 0xF0:
+        return 3
+    return 4
+
+
+def _utf8_split_point(line: bytes) -> int:
+    """Return where a long line may be cut: within no character, nor before a CR that may belong to the line's end."""
+    end = len(line) - line.endswith(b"\r")
+    for back in range(1, 4):
+        byte = line[end - back]
+        if byte < 0x80:
+            return end
+        if byte >= 0xC0:  # the first byte of a character
+            is_incomplete = back < _utf8_length(byte)
+            return end - back if is_incomplete else end
+    return end
+
+
+def encode_lines(blocks: Iterable[bytes], fallback: str) -> Iterator[bytes]:
+    """Yield the lines of an output as elements of a JSON array, in pieces, so that memory stays flat for any output.
+
+    A line ends in LF or CRLF. It is decoded as UTF-8, else by the fallback encoding with replacement marks.
+    """
+    rest = b""
+    comma = b""  # empty before the first line
+    is_inside_line = False  # the first pieces of a long line have been sent
+    for block in blocks:
+        whole, newline, rest = (rest + block).rpartition(b"\n")
+        if newline:
+            lines = _decode_lines(whole, fallback)
+            if is_inside_line:
+                yield to_json(lines.pop(0))[1:].encode()
+                is_inside_line = False
+            if lines:
+                yield comma + to_json(lines)[1:-1].encode()
+            comma = b","
+        if len(rest) > _MAX_LINE_BYTES:
+            cut = _utf8_split_point(rest)
+            opening = b"" if is_inside_line else comma + b'"'
+            piece = to_json(_decode(rest[:cut], fallback))[1:-1]
+            yield opening + piece.encode()
+            rest = rest[cut:]
+            comma = b","
+            is_inside_line = True
+    if is_inside_line:
+        yield to_json(_decode(rest, fallback))[1:].encode()
+    elif rest:
+        yield comma + to_json(_decode(rest, fallback)).encode()
 
 
 class Api:
-    """Answers the routes of tasks and of the pool; any thread may call it."""
+    """Handlers for the routes of tasks and of the pool. Thread-safe."""
 
     def __init__(
         self, store: Store, scheduler: Scheduler, clock: Clock, files: SafeDirectory, key_expire_ns: int
@@ -7672,13 +8264,11 @@ class Api:
         self._key_expire_ns = key_expire_ns
 
     def routes(self) -> list[Route]:
-        tasks, pool = "/api/v1/task", "/api/v1/pool"
-        task, step = tasks + "/{task}", tasks + "/{task}/{step}"
         return [
-            Route("GET", tasks, self.list_tasks, "Lists all tasks", "TaskList", ("sort",), is_limited=True),
+            Route("GET", _TASKS_PATH, self.list_tasks, "Lists all tasks", "TaskList", ("sort",), is_limited=True),
             Route(
                 "POST",
-                tasks,
+                _TASKS_PATH,
                 self.submit_task,
                 "Submits a task",
                 "Accepted",
@@ -7687,53 +8277,82 @@ class Api:
                 errors=(409, 507),
                 is_limited=True,
             ),
-            Route("GET", task, self.show_task, "Shows a task, step by step", "TaskDetail", is_limited=True),
-            Route("PUT", task, self.stop_task, "Stops a task by force", "Stopped"),
-            Route("PUT", step, self.stop_step, "Stops a step by force", "Stopped"),
-            Route("GET", step + "/console", self.show_console, "Shows what a step wrote", "Console", is_limited=True),
-            Route("GET", pool, self.show_pool, "Shows the pool", "Pool", is_limited=True),
+            Route("GET", _TASK_PATH, self.show_task, "Shows a task, step by step", "TaskDetail", is_limited=True),
+            Route("PUT", _TASK_PATH, self.stop_task, "Stops a task by force", "Stopped"),
+            Route("PUT", _STEP_PATH, self.stop_step, "Stops a step by force", "Stopped"),
             Route(
-                "POST", pool, self.resize_pool, "Sets the size of the pool", "Pool", body="PoolSize", is_limited=True
+                "GET",
+                _STEP_PATH + "/console",
+                self.show_console,
+                "Shows what a step wrote",
+                "Console",
+                is_limited=True,
+            ),
+            Route("GET", _POOL_PATH, self.show_pool, "Shows the pool", "Pool", is_limited=True),
+            Route(
+                "POST",
+                _POOL_PATH,
+                self.resize_pool,
+                "Sets the size of the pool",
+                "Pool",
+                body="PoolSize",
+                is_limited=True,
             ),
         ]
 
     def list_tasks(self, request: Request) -> Response:
-        sorts = [value for name, value in request.query if name == "sort"] or ["st"]
-        if sorts not in (["st"], ["et"], ["rt"]):
+        sort_keys = [value for name, value in request.query if name == "sort"] or ["st"]
+        if len(sort_keys) > 1 or sort_keys[0] not in _SORT_KEYS:
             raise Malformed("sort parameter error")
-        numbers = self._store.task_numbers(sorts[0])
-        return Response(headers=(JSON_TYPE,), body=self._task_list(numbers, request.base_url))
+        task_numbers = self._store.task_numbers(sort_keys[0])
+        return Response(headers=(JSON_TYPE,), body=self._task_list(task_numbers, request.base_url))
+
+    def _task_list(self, task_numbers: Sequence[int], base_url: str) -> Iterator[bytes]:
+        """Yield the JSON of the list block by block, so that memory stays flat for any number of tasks."""
+        running = self._store.running_steps()
+        total = 0
+        yield b'{"code":0,"message":"success","data":{"running":%d,"tasks":[' % len(running)
+        for rows in self._store.tasks(task_numbers):
+            if not rows:
+                continue
+            time_format = self._time_format()
+            block = []
+            for row in rows:
+                running_steps = running.get(row.task_number, ())
+                block.append(task_json(row, running_steps, base_url, time_format.task_times(row)))
+            separator = b"," if total else b""
+            yield separator + to_json(block)[1:-1].encode()
+            total += len(rows)
+        yield b'],"total":%d}}' % total
 
     def submit_task(self, request: Request) -> Response:
-        accepted = self._scheduler.submit(parse_submission(request.body, request.query, INTERPRETERS))
-        audit = f"task {accepted.id}, steps: {accepted.step_count}" + ("" if accepted.is_new else ", sent before")
-        data = {
-            "count": accepted.step_count,
-            "id": accepted.id,
-            "url": f"{request.base_url}/api/v1/task/{accepted.id}",
-            "timestamp": accepted.accepted_ns + self._clock.offset_ns(),
-        }
+        submission = parse_submission(request.body, request.query, INTERPRETERS)
+        accepted = self._scheduler.submit(submission)
+        audit = f"task {accepted.id}, steps: {accepted.step_count}"
+        if not accepted.is_new:
+            audit += ", submitted before"
+        data = accepted_json(
+            accepted.step_count,
+            accepted.id,
+            request.base_url,
+            accepted.accepted_ns + self._clock.offset_ns(),
+        )
         return json_response(data, headers=(("X-Task-ID", accepted.id),), audit=audit)
 
     def show_task(self, request: Request) -> Response:
         task = self._store.task(request.params["task"])
         rows = self._store.steps(task.task_number)
-        if task.ended_ns is None:
-            code, message = Code.IN_PROGRESS, f"in progress: [{_running_text(rows)}]"
-        elif task.state == State.ERROR:
-            code, message = Code.FAILED, task.message
-        elif failed := [row for row in rows if row.code]:
-            texts = (failure_text(row.step_index, row.name, row.code, row.reason) for row in failed)
-            code, message = Code.FAILED, f"execution failed: [{'; '.join(texts)}]"
-        else:
-            code, message = Code.SUCCESS, "success"
-        url = f"{request.base_url}/api/v1/task/{task.id}"
-        now = self._now()
-        data = [self._step_json(task, row, rows, url, now) for row in rows]
-        return json_response(data, code, message, headers=(("X-Task-STATE", STATE_NAMES[State(task.state)]),))
+        names = [row.name for row in rows]
+        time_format = self._time_format()
+        task_url = _task_url(request.base_url, task.id)
+        data = [step_json(row, names, task_url, time_format.step_times(row, task)) for row in rows]
+        code, message = _task_outcome(task, rows)
+        state_header = ("X-Task-STATE", STATE_NAMES[State(task.state)])
+        return json_response(data, code, message, headers=(state_header,))
 
     def stop_task(self, request: Request) -> Response:
-        self._scheduler.stop_task(self._store.task(request.params["task"]).task_number)
+        task = self._store.task(request.params["task"])
+        self._scheduler.stop_task(task.task_number)
         return json_response()
 
     def stop_step(self, request: Request) -> Response:
@@ -7749,156 +8368,201 @@ class Api:
             if task.ended_ns is not None:
                 raise NotFound(NO_TASK)
             return json_response([], Code.IN_PROGRESS, "pending")
-        if step.state == State.RUNNING:
-            code, message = Code.IN_PROGRESS, "in progress"
-        elif step.code:
-            why = step.reason or failure_text(step.step_index, step.name, step.code, "")
-            code, message = Code.FAILED, f"exit code: {step.code}; {why}"
-        else:
-            code, message = Code.SUCCESS, "succeed"
+        code, message = _console_outcome(step)
         output = StepDirectory(self._files, task.task_number, step.step_index).read_output()
         lines = encode_lines(output, fallback_encoding())
         head = f'{{"code":{int(code)},"message":{to_json(message)},"data":['.encode()
-        return Response(headers=(JSON_TYPE,), body=itertools.chain([head], lines, [b"]}"]))
+        body = itertools.chain([head], lines, [b"]}"])
+        return Response(headers=(JSON_TYPE,), body=body)
 
     def show_pool(self, _: Request) -> Response:
-        return json_response(self._scheduler.pool()._asdict())
+        return json_response(pool_json(self._scheduler.pool()))
 
     def resize_pool(self, request: Request) -> Response:
         body = parse_json(request.body)
         size = body.get("size") if isinstance(body, dict) else None
         if type(size) is not int or not 1 <= size <= MAX_POOL_SIZE:
-            raise Malformed(f'the body must be {{"size": n}}, n from 1 to {MAX_POOL_SIZE}')
-        return json_response(self._scheduler.resize(size)._asdict(), audit=f"size {size}")
+            raise Malformed(f'invalid body: expected {{"size": n}} with n from 1 to {MAX_POOL_SIZE}')
+        return json_response(pool_json(self._scheduler.resize(size)), audit=f"size {size}")
 
-    def _task_list(self, task_numbers: Sequence[int], base_url: str) -> Iterator[bytes]:
-        """The answer of the list, block by block."""
-        running, total = self._store.running_steps(), 0
-        yield b'{"code":0,"message":"success","data":{"running":%d,"tasks":[' % len(running)
-        for rows in self._store.tasks(task_numbers):
-            if rows:
-                now = self._now()
-                block = [self._task_json(row, running.get(row.task_number, ()), base_url, now) for row in rows]
-                yield (b"," if total else b"") + to_json(block)[1:-1].encode()
-                total += len(rows)
-        yield b'],"total":%d}}' % total
-
-    def _task_json(
-        self, task: TaskRow, running: Sequence[tuple[int, str]], base_url: str, now: tuple[int, int]
-    ) -> dict[str, Any]:
-        message = task.message
-        if task.ended_ns is None:
-            message = f"currently executing: [{name_steps(running)}]" if running else WAITING
-        return {
-            "id": task.id,
-            "url": f"{base_url}/api/v1/task/{task.id}",
-            "state": task.state,
-            "code": task.code,
-            "count": task.step_count,
-            "msg": message,
-            "times": self._times(now, task.accepted_ns, task.ended_ns, task.ended_ns),
-        }
-
-    def _step_json(
-        self, task: TaskRow, row: StepRow, rows: Sequence[StepRow], url: str, now: tuple[int, int]
-    ) -> dict[str, Any]:
-        needs = [rows[idx].name for idx in json.loads(row.depends_on)]
-        return {
-            "step": row.step_index,
-            "url": f"{url}/{row.step_index}/console",
-            "name": row.name,
-            "state": row.state,
-            "code": row.code,
-            "msg": step_message(row.step_index, row.name, row.state, row.code, row.reason),
-            **({"depets_on": needs} if needs else {}),
-            "times": self._times(now, row.started_ns, row.ended_ns, row.ended_ns or task.ended_ns),
-        }
-
-    def _now(self) -> tuple[int, int]:
-        """The moment of an answer, and what to add to show a time."""
-        return self._clock.now_ns(), self._clock.offset_ns()
-
-    def _times(
-        self, now: tuple[int, int], begin_ns: int | None, end_ns: int | None, kept_ns: int | None
-    ) -> dict[str, str]:
-        """Begin and end where there are, and the time left before the record, kept since then, expires."""
-        now_ns, offset_ns = now
-        times = {}
-        if begin_ns is not None:
-            times["st"] = format_time((begin_ns + offset_ns) // _SECOND_NS)
-        if end_ns is not None:
-            times["et"] = format_time((end_ns + offset_ns) // _SECOND_NS)
-        left_ns = self._key_expire_ns - (now_ns - kept_ns) if kept_ns is not None else self._key_expire_ns
-        times["rt"] = format_duration(left_ns) if left_ns > 0 else "0s"
-        return times
+    def _time_format(self) -> TimeFormat:
+        return TimeFormat(self._clock.now_ns(), self._clock.offset_ns(), self._key_expire_ns)
 
 
-def _running_text(rows: Sequence[StepRow]) -> str:
-    return name_steps((row.step_index, row.name) for row in rows if row.state == State.RUNNING) or WAITING
-
-
-def encode_lines(blocks: Iterable[bytes], fallback: str) -> Iterator[bytes]:
-    """The lines of an output as elements of a JSON array, in pieces; memory stays flat whatever the output is.
-
-    A line ends in LF or CRLF. It is UTF-8, else of the fallback encoding with replacement marks.
-    """
-    rest, comma, is_open = b"", b"", False  # is_open: of a long line the first pieces have been given out
-    for block in blocks:
-        whole, newline, rest = (rest + block).rpartition(b"\n")
-        if newline:
-            lines = _decode_lines(whole, fallback)
-            if is_open:
-                yield to_json(lines.pop(0))[1:].encode()
-                is_open = False
-            if lines:
-                yield comma + to_json(lines)[1:-1].encode()
-            comma = b","
-        if len(rest) > _LONG_LINE_BYTES:
-            cut = _utf8_split_point(rest)
-            yield (b"" if is_open else comma + b'"') + to_json(_decode(rest[:cut], fallback))[1:-1].encode()
-            rest, comma, is_open = rest[cut:], b",", True
-    if is_open:
-        yield to_json(_decode(rest, fallback))[1:].encode()
-    elif rest:
-        yield comma + to_json(_decode(rest, fallback)).encode()
-
-
-def _decode_lines(data: bytes, fallback: str) -> list[str]:
-    try:
-        lines = data.decode().split("\n")
-    except UnicodeDecodeError:
-        lines = [_decode(line, fallback) for line in data.split(b"\n")]
-    return [line[:-1] if line.endswith("\r") else line for line in lines]
-
-
-def _decode(line: bytes, fallback: str) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError:
-        return line.decode(fallback, "replace")
-
-
-def _utf8_split_point(line: bytes) -> int:
-    """Where a long line may be cut: not within a character, nor before a CR that may belong to the line's end."""
-    cut = len(line) - line.endswith(b"\r")
-    for back in range(1, 4):
-        redirect_to_page = line[cut - back]
-        if redirect_to_page >= 0xC0:
-            return cut - back if back < (2 if redirect_to_page < 0xE0 else 3 if redirect_to_page < 0xF0 else 4) else cut
-        if redirect_to_page < 0x80:
-            break
-    return cut
+def task_components() -> Components:
+    """Return what the API document says of the routes of tasks and of the pool."""
+    return Components(
+        parameters=_task_parameters(),
+        request_bodies={"Submission": _submission_body(), "PoolSize": _pool_size_body()},
+        responses={
+            "TaskList": _task_list_response(),
+            "Accepted": _accepted_response(),
+            "TaskDetail": _task_detail_response(),
+            "Stopped": _stopped_response(),
+            "Console": _console_response(),
+            "Pool": _pool_response(),
+        },
+        schemas={
+            "Duration": _duration_schema(),
+            "Variable": string_schema("KEY=value", pattern=f"^{ENV_ENTRY_PATTERN.pattern}$"),
+            "SubmittedStep": _submitted_step_schema(),
+            "Submission": array_schema(schema_reference("SubmittedStep"), minItems=1),
+            "PoolSize": _pool_size_schema(),
+            "Times": _times_schema(),
+            "Task": _task_schema(),
+            "Step": _step_schema(),
+            "Pool": _pool_schema(),
+            "NotFound": envelope_schema([Code.NOT_FOUND]),
+        },
+    )
 
 
 # ======================================================================================================================
-# V API / operator API: what the daemon tells of itself
+# V API / operator API: the daemon's version, health, metrics and state
 # ======================================================================================================================
 
-_POOL_HELP = ("The most steps that run at once.", "Steps that run.", "Steps that are ready and wait.")
+
+# The shapes: how each JSON value is made, and its schema.
+
+
+def _host_json(host: HostInfo, boot_s: float) -> Json:
+    return {**host._asdict(), "boot_time": format_time(int(boot_s))}
+
+
+def _host_schema() -> Json:
+    names = {name: string_schema(name) for name in HostInfo._fields}
+    return object_schema({**names, "boot_time": time_schema("When it started")})
+
+
+def _process_json(stats: ProcessStats, program: Build) -> Json:
+    return {
+        "pid": os.getpid(),
+        "uptime_s": round(max(0.0, time.time() - stats.started_s), 3),
+        "cpu_s": round(stats.cpu_s, 3),
+        "rss_bytes": stats.resident_bytes,
+        "threads": stats.threads,
+        "open_files": stats.open_files,
+        "python": f"{program.implementation} {program.python}",
+    }
+
+
+def _process_schema() -> Json:
+    seconds = {"type": "number", "minimum": 0}
+    return object_schema(
+        {
+            "pid": integer_schema("Process id", 1),
+            "uptime_s": {**seconds, "description": "Seconds since its start"},
+            "cpu_s": {**seconds, "description": "Seconds of user and system CPU time"},
+            "rss_bytes": nullable(integer_schema("Resident memory")),
+            "threads": integer_schema("Threads", 1),
+            "open_files": nullable(integer_schema("File descriptors, on Windows handles")),
+            "python": string_schema("Implementation and version"),
+        }
+    )
+
+
+def _tasks_json(counts: Mapping[int, int]) -> Json:
+    return {name: counts.get(state, 0) for state, name in STATE_NAMES.items()}
+
+
+def _tasks_schema() -> Json:
+    return object_schema({name: integer_schema("Tasks in this state") for name in STATE_NAMES.values()})
+
+
+def _store_json(size_bytes: int, records: int, oldest: str | None) -> Json:
+    return {"bytes": size_bytes, "records": records, "oldest": oldest}
+
+
+def _store_schema() -> Json:
+    return object_schema(
+        {
+            "bytes": integer_schema("Size of the database"),
+            "records": integer_schema("Tasks kept"),
+            "oldest": nullable(time_schema("When the oldest kept task was accepted")),
+        }
+    )
+
+
+def _root_json(path: str) -> Json:
+    disk = shutil.disk_usage(path)
+    return {"path": path, "disk_free_bytes": disk.free, "disk_total_bytes": disk.total}
+
+
+def _root_schema() -> Json:
+    return object_schema(
+        {
+            "path": string_schema("The root"),
+            "disk_free_bytes": integer_schema("Free space on its file system"),
+            "disk_total_bytes": integer_schema("Size of its file system"),
+        }
+    )
+
+
+def _daemon_state_schema() -> Json:
+    return object_schema(
+        {
+            "host": _host_schema(),
+            "process": _process_schema(),
+            "pool": schema_reference("Pool"),
+            "tasks": _tasks_schema(),
+            "store": _store_schema(),
+            "root": _root_schema(),
+        }
+    )
+
+
+def version_json(program: Build) -> Json:
+    python = {
+        "implementation": program.implementation,
+        "version": program.python,
+        "os": program.os,
+        "arch": program.arch,
+    }
+    return {
+        "version": program.version,
+        "python": python,
+        "commit": program.commit or None,
+        "built": program.built,
+    }
+
+
+def _version_schema() -> Json:
+    python = {name: string_schema(name) for name in ("implementation", "version", "os", "arch")}
+    return object_schema(
+        {
+            "version": string_schema("Version of the program"),
+            "python": object_schema(python),
+            "commit": nullable(string_schema("The git commit, null where it is unknown")),
+            "built": string_schema("When it was committed, else when its file was written"),
+        }
+    )
+
+
+def health_json(server: str, client: str, timestamp_ns: int) -> Json:
+    return {"server": server, "client": client, "state": "Running", "timestamp": timestamp_ns}
+
+
+def _health_properties() -> Json:
+    return {
+        "server": string_schema("Host and port, as the client calls the daemon"),
+        "client": string_schema("The client's address"),
+        "state": {"const": "Running"},
+        "timestamp": integer_schema("Nanoseconds since the epoch"),
+    }
+
+
+def _health_schema() -> Json:
+    warning = string_schema("What the operator should know")
+    return object_schema({**_health_properties(), "warning": warning}, optional=("warning",))
+
+
+def _health_response() -> Json:
+    envelope = envelope_schema([Code.SUCCESS], schema_reference("Health"))
+    return response_object("The daemon is alive", object_schema({**envelope["properties"], **_health_properties()}))
 
 
 class OperatorApi:
-    """Answers the routes that tell of the daemon itself; any thread may call it."""
+    """Handlers for the routes about the daemon itself. Thread-safe."""
 
     def __init__(
         self,
@@ -7914,36 +8578,28 @@ class OperatorApi:
         self._clock = clock
         self._metrics = metrics
         self._root = root
-        self._warnings = warnings  # each tells what the operator should know now, or nothing
+        self._warnings = warnings  # each returns what the operator should know now, or an empty text
 
     def routes(self) -> list[Route]:
         return [
-            Route("GET", "/version", self.show_version, "Tells what runs", "Version"),
-            Route("GET", "/healthyz", self.show_health, "Tells that the daemon lives", "Health", is_public=True),
-            Route("GET", "/heartbeat", self.heartbeat, "Answers", "Empty", is_public=True),
-            Route("HEAD", "/heartbeat", self.heartbeat, "Answers", "Empty", is_public=True),
-            Route("GET", "/metrics", self.show_metrics, "Figures for Prometheus", "Metrics"),
+            Route("GET", "/version", self.show_version, "Shows the version", "Version"),
+            Route("GET", "/healthyz", self.show_health, "Shows that the daemon is alive", "Health", is_public=True),
+            Route("GET", "/heartbeat", self.heartbeat, "Responds with an empty body", "Empty", is_public=True),
+            Route("HEAD", "/heartbeat", self.heartbeat, "Responds with an empty body", "Empty", is_public=True),
+            Route("GET", "/metrics", self.show_metrics, "Shows metrics for Prometheus", "Metrics"),
             Route("GET", "/api/v1/state", self.show_state, "Shows host, process and work", "State", is_limited=True),
         ]
 
     def show_version(self, _: Request) -> Response:
-        known = build()
-        python = {
-            "implementation": known.implementation,
-            "version": known.python,
-            "os": known.os,
-            "arch": known.arch,
-        }
-        return json_response(
-            {"version": known.version, "python": python, "commit": known.commit or None, "built": known.built}
-        )
+        return json_response(version_json(build()))
 
     def show_health(self, request: Request) -> Response:
-        """The envelope, and its data beside it too, where clients of the original look."""
-        health = {"server": request.host, "client": request.peer, "state": "Running", "timestamp": time.time_ns()}
+        """Return the envelope with the members of `data` beside it too, where clients of the original look."""
+        health = health_json(request.host, request.peer, time.time_ns())
         data = health
         if request.label:
-            warning = "; ".join(filter(None, (warn() for warn in self._warnings)))
+            warnings = [warn() for warn in self._warnings]
+            warning = "; ".join(filter(None, warnings))
             if warning:
                 data = {**health, "warning": warning}
         envelope = {"code": 0, "message": "success", "data": data, **health}
@@ -7953,258 +8609,325 @@ class OperatorApi:
         return Response()
 
     def show_metrics(self, _: Request) -> Response:
-        families = [*self._families(), *self._metrics.families(), *process_families(process_stats())]
+        families = self._gauges()
+        families += self._metrics.families()
+        families += process_families(process_stats())
         return Response(headers=(METRICS_TYPE,), body=exposition(families).encode())
 
-    def _families(self) -> list[Family]:
-        """What there is now."""
+    def _gauges(self) -> list[Family]:
+        """Return the metrics of what there is now, read when they are asked for."""
         counts = self._store.counts()
-        tasks = [("", (("state", name),), counts.get(state, 0)) for state, name in STATE_NAMES.items()]
-        known = tuple((name, value) for name, value in build()._asdict().items())
-        return [
-            metric(METRIC_PREFIX + "build_info", "gauge", "The program and its Python; always 1.", 1, known),
+        tasks = [("", (("state", name),), count) for name, count in _tasks_json(counts).items()]
+        labels = tuple(build()._asdict().items())
+        families = [
+            metric(METRIC_PREFIX + "build_info", "gauge", "The program and its Python; always 1.", 1, labels),
             Family(METRIC_PREFIX + "tasks", "gauge", "Tasks kept, by state.", tasks),
-            *(
-                metric(f"{METRIC_PREFIX}pool_{name}", "gauge", text, value)
-                for (name, value), text in zip(self._scheduler.pool()._asdict().items(), _POOL_HELP)
-            ),
-            metric(
-                METRIC_PREFIX + "store_size_bytes",
-                "gauge",
-                "What the database takes on disk.",
-                self._store.size_bytes(),
-            ),
         ]
+        for name, value in pool_json(self._scheduler.pool()).items():
+            families.append(metric(f"{METRIC_PREFIX}pool_{name}", "gauge", f"{POOL_FIELDS[name]}.", value))
+        size_bytes = self._store.size_bytes()
+        store_size = metric(METRIC_PREFIX + "store_size_bytes", "gauge", "What the database takes on disk.", size_bytes)
+        return [*families, store_size]
 
     def show_state(self, _: Request) -> Response:
-        counts, oldest_ns = self._store.counts(), self._store.oldest_ns()
-        host, disk = host_info(), shutil.disk_usage(self._root)
-        oldest = None if oldest_ns is None else format_time((oldest_ns + self._clock.offset_ns()) // _SECOND_NS)
-        return json_response(
-            {
-                "host": {**host._asdict(), "boot_time": format_time(int(boot_time_s()))},
-                "process": self._process_json(),
-                "pool": self._scheduler.pool()._asdict(),
-                "tasks": {name: counts.get(state, 0) for state, name in STATE_NAMES.items()},
-                "store": {"bytes": self._store.size_bytes(), "records": sum(counts.values()), "oldest": oldest},
-                "root": {"path": self._root, "disk_free_bytes": disk.free, "disk_total_bytes": disk.total},
-            }
-        )
-
-    def _process_json(self) -> dict[str, Any]:
-        figures, known = process_stats(), build()
-        return {
-            "pid": os.getpid(),
-            "uptime_s": round(max(0.0, time.time() - figures.started_s), 3),
-            "cpu_s": round(figures.cpu_s, 3),
-            "rss_bytes": figures.resident_bytes,
-            "threads": figures.threads,
-            "open_files": figures.open_files,
-            "python": f"{known.implementation} {known.python}",
+        counts = self._store.counts()
+        oldest_ns = self._store.oldest_ns()
+        oldest = None
+        if oldest_ns is not None:
+            oldest = format_time((oldest_ns + self._clock.offset_ns()) // _SECOND_NS)
+        state = {
+            "host": _host_json(host_info(), boot_time_s()),
+            "process": _process_json(process_stats(), build()),
+            "pool": pool_json(self._scheduler.pool()),
+            "tasks": _tasks_json(counts),
+            "store": _store_json(self._store.size_bytes(), sum(counts.values()), oldest),
+            "root": _root_json(self._root),
         }
+        return json_response(state)
+
+
+def operator_components() -> Components:
+    """Return what the API document says of the routes about the daemon itself."""
+    success = [Code.SUCCESS]
+    return Components(
+        parameters={},
+        request_bodies={},
+        responses={
+            "Version": response_object("The version", envelope_schema(success, schema_reference("Version"))),
+            "State": response_object("Host, process and work", envelope_schema(success, schema_reference("State"))),
+            "Health": _health_response(),
+            "Empty": {"description": "An empty body"},
+            "Metrics": text_response_object("Text format 0.0.4 of Prometheus", "text/plain"),
+        },
+        schemas={
+            "Version": _version_schema(),
+            "State": _daemon_state_schema(),
+            "Health": _health_schema(),
+        },
+    )
 
 
 # ======================================================================================================================
-# V API / profiling: stacks, waits and memory of the daemon, in the formats of Go's tools
+# V API / profiling: stacks and memory of the daemon, in the formats of Go's tools
 # ======================================================================================================================
+
+# Clients of the original ask for the profiles of Go's net/http/pprof. Answered is what is true of a Python process: a
+# profile of what CPython keeps no account of is empty, and its comment says so.
+
+_PPROF_PATH = "/debug/pprof/"
+_PERIOD_NS = 10**7  # between two samples, 100 Hz as in Go
+_PAUSE_FACTOR = 24  # pause 24 times the CPU time of a sample: sampling takes 4 % of a CPU at most
+_HEAP_DEPTH = 16  # frames of an allocation's stack
+_DEFAULT_PROFILE_S = 30.0  # as in Go
+_DEFAULT_TRACE_S = 1.0  # as in Go
+_DEFAULT_S = 5.0  # of all others
+_PROFILE_TYPE = ("Content-Type", "application/octet-stream")
+_FOREIGN_THREAD = "not Python's"
+_DEBUG_LEVELS = ("0", "1", "2")
+
+ValueTypes = Sequence[tuple[str, str]]  # the name and the unit of each value of a stack
+_SAMPLE_TYPES = (("samples", "count"), ("wall", "nanoseconds"))
+_HEAP_TYPES = (("inuse_objects", "count"), ("inuse_space", "bytes"))
+_THREAD_TYPES = (("threads", "count"),)
+_WAIT_TYPES = (("waits_sampled", "count"), ("wait", "nanoseconds"))
+
+_UNKNOWN_WAITS = (
+    "Empty: CPython keeps no account of how long threads wait for locks, conditions or each other's end. "
+    "`profile` samples where all threads are, whether they run or wait."
+)
+_UNKNOWN_STARTS = "Empty: CPython keeps no stack of a thread's start. `goroutine` has the threads that live."
+_PROFILES = {  # what the index and the API document say of each
+    "profile": "Where all threads are, sampled at 100 Hz",
+    "goroutine": "The stacks of all threads now",
+    "heap": "What is allocated in some seconds and kept",
+    "allocs": "The same as heap",
+    "threadcreate": "Empty: CPython keeps no stack of a thread's start",
+    "block": "Empty: CPython keeps no account of waits",
+    "mutex": "Empty: CPython keeps no account of waits for locks",
+    "trace": "The steps, requests and commits of some seconds",
+    "cmdline": "The command line",
+    "symbol": "No symbols: the profiles hold the names of their functions",
+}
+_INDEX_DEBUG_LEVELS = {"goroutine": "2", "threadcreate": "1", "block": "1", "mutex": "1", "heap": "1"}
 
 
 class Frame(NamedTuple):
-    """A place in the program: the whole name of a function, its file and line, and the address of its code object."""
+    """A place in the program; the function is qualified by its module."""
 
     function: str
     file: str
     line: int
-    address: int
 
 
-class Profile:
-    """Stacks with values; for one thread."""
-
-    def __init__(self, kinds: Sequence[tuple[str, str]], note: str, seconds: float = 0.0) -> None:
-        self._kinds = kinds  # the name and the unit of each value
-        self._note = note
-        self._seconds = seconds
-        self._samples: dict[tuple[str, tuple[Frame, ...]], Sequence[int]] = {}  # by a thread's name and its stack
-
-    def add(self, thread: str, stack: tuple[Frame, ...], values: Sequence[int]) -> None:
-        """Adds the values to those of the same stack, which begins with the innermost frame."""
-        known = self._samples.get((thread, stack), (0,) * len(values))
-        self._samples[thread, stack] = [one + other for one, other in zip(known, values)]
-
-    def text(self) -> str:
-        """The stacks for people, the largest value first."""
-        kinds = ", ".join(f"{name} ({unit})" for name, unit in self._kinds)
-        lines = [f"{self._note}", f"values: {kinds}", ""]
-        for (thread, stack), values in sorted(self._samples.items(), key=lambda item: item[1][-1], reverse=True):
-            lines.append(f"{' '.join(map(str, values))} @ {thread}")
-            lines += [f"#\t{frame.function}\t{frame.file}:{frame.line}" for frame in stack] + [""]
-        return "\n".join(lines) + "\n"
-
-    def encode(self) -> bytes:
-        """The gzipped profile.proto of pprof (github.com/google/pprof/proto/profile.proto)."""
-        import gzip
-
-        words: dict[str, int] = {"": 0}
-        locations: dict[Frame, int] = {}
-        functions: dict[tuple[str, str], int] = {}
-
-        def word(text: str) -> int:
-            return words.setdefault(text, len(words))
-
-        kinds = [_field(1, word(name)) + _field(2, word(unit)) for name, unit in self._kinds]
-        parts = [_field(1, kind) for kind in kinds]
-        for (thread, stack), values in self._samples.items():
-            places = b"".join(_varint(locations.setdefault(frame, len(locations) + 1)) for frame in stack)
-            label = _field(3, _field(1, word("thread")) + _field(2, word(thread))) if thread else b""
-            parts.append(_field(2, _field(1, places) + _field(2, b"".join(map(_varint, values))) + label))
-        known = b"".join(_field(number, 1) for number in (7, 8, 9))  # it has functions, files and lines: look for none
-        parts.append(_field(3, _field(1, 1) + _field(3, 2**63 - 1) + _field(5, word(sys.executable)) + known))
-        for frame, number in locations.items():
-            function = functions.setdefault((frame.function, frame.file), len(functions) + 1)
-            line = _field(4, _field(1, function) + _field(2, frame.line))
-            parts.append(_field(4, _field(1, number) + _field(2, 1) + _field(3, frame.address) + line))
-        for (name, file), number in functions.items():
-            parts.append(_field(5, _field(1, number) + _field(2, word(name)) + _field(4, word(file))))
-        parts += [_field(9, time.time_ns()), _field(10, int(self._seconds * _SECOND_NS)), _field(11, kinds[-1])]
-        parts += [_field(12, _PERIOD_NS), _field(13, word(self._note)), _field(14, word(self._kinds[-1][0]))]
-        return gzip.compress(b"".join(parts + [_field(6, text.encode()) for text in words]), 6)
+Stack = tuple[Frame, ...]  # the innermost frame first
+_StackKey = tuple[
+    str, tuple[tuple[int, int], ...]
+]  # a thread's name, and the id of the code and the line of each frame
 
 
 def _varint(value: int) -> bytes:
-    found = bytearray()
+    encoded = bytearray()
     while value > 0x7F:
-        found.append(value & 0x7F | 0x80)
+        encoded.append(value & 0x7F | 0x80)
         value >>= 7
-    return bytes([*found, value])
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _packed(values: Iterable[int]) -> bytes:
+    return b"".join(map(_varint, values))
 
 
 def _field(number: int, value: int | bytes) -> bytes:
-    """A field of a protocol buffer: a number, or bytes with their length (Protocol Buffers, Encoding)."""
+    """Return a field of a protocol buffer: a number, or bytes with their length (Protocol Buffers, Encoding)."""
     if isinstance(value, int):
         return _varint(number << 3) + _varint(value)
     return _varint(number << 3 | 2) + _varint(len(value)) + value
 
 
-_PERIOD_NS = 10**7
-_LEAST_PAUSE = 24  # times what a look took of the CPU: looking takes 4 % of one at the most
-_HEAP_DEPTH = 16  # frames of an allocation's stack
-_SAMPLED = (("samples", "count"), ("wall", "nanoseconds"))
-_Key = tuple[str, tuple[tuple[int, int], ...]]  # a thread's name, and the code and line of each frame
+class _ProfileEncoder:
+    """The tables of one profile.proto, and the messages that refer to their entries by number. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._strings = {"": 0}  # the first must be empty
+        self._locations: dict[Frame, int] = {}
+        self._functions: dict[tuple[str, str], int] = {}
+
+    def string(self, text: str) -> int:
+        return self._strings.setdefault(text, len(self._strings))
+
+    def value_type(self, name: str, unit: str) -> bytes:
+        return _field(1, self.string(name)) + _field(2, self.string(unit))
+
+    def sample(self, thread_name: str, stack: Stack, values: Sequence[int]) -> bytes:
+        locations = [self._locations.setdefault(frame, len(self._locations) + 1) for frame in stack]
+        message = _field(1, _packed(locations)) + _field(2, _packed(values))
+        if thread_name:
+            label = _field(1, self.string("thread")) + _field(2, self.string(thread_name))
+            message += _field(3, label)
+        return message
+
+    def mapping(self) -> bytes:
+        """Return the only mapping, of all addresses. It has functions, files and lines: no tool need look for them."""
+        addresses = _field(1, 1) + _field(3, 2**63 - 1)
+        file = _field(5, self.string(sys.executable))
+        has_symbols = _field(7, 1) + _field(8, 1) + _field(9, 1)
+        return addresses + file + has_symbols
+
+    def tables(self) -> list[bytes]:
+        """Return the locations, functions and strings; call it when all else is encoded."""
+        fields = []
+        for frame, location_id in self._locations.items():
+            key = (frame.function, frame.file)
+            function_id = self._functions.setdefault(key, len(self._functions) + 1)
+            line = _field(1, function_id) + _field(2, frame.line)
+            location = _field(1, location_id) + _field(2, 1) + _field(4, line)
+            fields.append(_field(4, location))
+        for (name, file), function_id in self._functions.items():
+            names = _field(2, self.string(name)) + _field(4, self.string(file))
+            fields.append(_field(5, _field(1, function_id) + names))
+        fields += [_field(6, text.encode()) for text in self._strings]
+        return fields
+
+
+class Profile:
+    """Values by thread and stack. Not thread-safe."""
+
+    def __init__(self, value_types: ValueTypes, comment: str, seconds: float = 0.0) -> None:
+        self._value_types = value_types
+        self._comment = comment
+        self._seconds = seconds
+        self._samples: dict[tuple[str, Stack], Sequence[int]] = {}  # by a thread's name and its stack
+
+    def add(self, thread_name: str, stack: Stack, values: Sequence[int]) -> None:
+        """Add the values to those of the same thread and stack."""
+        key = (thread_name, stack)
+        previous = self._samples.get(key)
+        if previous:
+            values = [value + more for value, more in zip(previous, values)]
+        self._samples[key] = values
+
+    def text(self) -> str:
+        """Return the stacks for people, the largest value first."""
+        value_types = ", ".join(f"{name} ({unit})" for name, unit in self._value_types)
+        lines = [self._comment, f"values: {value_types}", ""]
+        samples = sorted(self._samples.items(), key=lambda item: item[1][-1], reverse=True)
+        for (thread_name, stack), values in samples:
+            lines.append(f"{' '.join(map(str, values))} @ {thread_name}")
+            for frame in stack:
+                lines.append(f"#\t{frame.function}\t{frame.file}:{frame.line}")
+            lines.append("")
+        return "\n".join(lines) + "\n"
+
+    def encode(self) -> bytes:
+        """Return a gzipped profile.proto (github.com/google/pprof/proto/profile.proto)."""
+        import gzip
+
+        encoder = _ProfileEncoder()
+        value_types = [encoder.value_type(name, unit) for name, unit in self._value_types]
+        fields = [_field(1, value_type) for value_type in value_types]
+        for (thread_name, stack), values in self._samples.items():
+            fields.append(_field(2, encoder.sample(thread_name, stack, values)))
+        fields += [
+            _field(3, encoder.mapping()),
+            _field(9, time.time_ns()),
+            _field(10, int(self._seconds * _SECOND_NS)),
+            _field(11, value_types[-1]),
+            _field(12, _PERIOD_NS),
+            _field(13, encoder.string(self._comment)),
+            _field(14, encoder.string(self._value_types[-1][0])),
+        ]
+        fields += encoder.tables()
+        return gzip.compress(b"".join(fields), 6)
+
+
+def _thread_names() -> dict[int, str]:
+    return {thread.ident: thread.name for thread in threading.enumerate() if thread.ident}
+
+
+def _walk(innermost: types.FrameType) -> Iterator[tuple[types.CodeType, int]]:
+    """Yield code and line of a frame and of its callers."""
+    frame: types.FrameType | None = innermost
+    while frame:
+        yield frame.f_code, frame.f_lineno or 0
+        frame = frame.f_back
+
+
+def _frame(code: types.CodeType, line: int) -> Frame:
+    module = os.path.basename(code.co_filename).partition(".")[0]
+    name = getattr(code, "co_qualname", code.co_name)  # Python 3.11
+    return Frame(f"{module}.{name}", code.co_filename, line)
 
 
 class Sampler:
-    """Looks at the stacks of all threads but its own, and counts them; for the thread that made it."""
+    """Counts the stacks of all threads but the one that made it. Not thread-safe."""
 
-    def __init__(self, counts: Callable[[int, types.FrameType], bool] = lambda _, __: True) -> None:
-        self._counts = counts  # whether a stack is to be counted, by its thread and innermost frame
-        self._own = threading.get_ident()
-        self._names: dict[int, str] = {}
-        self._codes: dict[int, types.CodeType] = {}  # by id: code is dear to hash
-        self._seen: dict[_Key, list[int]] = {}
+    def __init__(self) -> None:
+        self._own_thread = threading.get_ident()
+        self._thread_names: dict[int, str] = {}
+        self._codes: dict[int, types.CodeType] = {}  # by id: a code object is slow to hash
+        self._counts: dict[_StackKey, list[int]] = {}  # how often, and for how many nanoseconds
 
     def run(self, seconds: float) -> None:
-        """Looks 100 times a second, less often where there are so many threads that it would cost too much."""
+        """Sample 100 times a second, less often where there are so many threads that it would cost too much."""
         last_ns = time.perf_counter_ns()
         end_ns = last_ns + int(seconds * _SECOND_NS)
         pause_ns = _PERIOD_NS
         while last_ns < end_ns:
             time.sleep(min(pause_ns, end_ns - last_ns) / _SECOND_NS)
-            now_ns, before_ns = time.perf_counter_ns(), time.thread_time_ns()
-            self.look(now_ns - last_ns)
-            last_ns, cost_ns = now_ns, time.thread_time_ns() - before_ns
-            pause_ns = max(_PERIOD_NS - cost_ns, cost_ns * _LEAST_PAUSE)
+            now_ns = time.perf_counter_ns()
+            cpu_ns = time.thread_time_ns()
+            self.sample(now_ns - last_ns)
+            last_ns = now_ns
+            cost_ns = time.thread_time_ns() - cpu_ns
+            pause_ns = max(_PERIOD_NS - cost_ns, cost_ns * _PAUSE_FACTOR)
 
-    def look(self, since_ns: int = 0) -> None:
-        """Counts every stack once, with the time since the last look."""
+    def sample(self, elapsed_ns: int = 0) -> None:
+        """Count every stack once, with the time since the last sample."""
         for thread, frame in sys._current_frames().items():
-            if thread != self._own and self._counts(thread, frame):
-                values = self._seen.setdefault(self._key(thread, frame), [0, 0])
-                values[0] += 1
-                values[1] += since_ns
+            if thread != self._own_thread:
+                counts = self._counts.setdefault(self._key(thread, frame), [0, 0])
+                counts[0] += 1
+                counts[1] += elapsed_ns
 
-    def _key(self, thread: int, innermost: types.FrameType) -> _Key:
-        if thread not in self._names:
-            self._names.update(thread_names())
-        stack, frame = [], innermost
-        while frame:
-            code = frame.f_code
+    def _key(self, thread: int, innermost: types.FrameType) -> _StackKey:
+        if thread not in self._thread_names:
+            self._thread_names.update(_thread_names())
+        stack = []
+        for code, line in _walk(innermost):
             self._codes[id(code)] = code
-            stack.append((id(code), frame.f_lineno or 0))
-            frame = frame.f_back  # type: ignore[assignment]
-        return self._names.get(thread, "not Python's"), tuple(stack)
+            stack.append((id(code), line))
+        return self._thread_names.get(thread, _FOREIGN_THREAD), tuple(stack)
 
-    def stacks(self) -> Iterator[tuple[str, tuple[Frame, ...], list[int]]]:
-        """Each stack that was seen: the thread's name, the frames, how often and for how many nanoseconds."""
-        for (thread, stack), values in self._seen.items():
-            yield thread, tuple(_frame(self._codes[code], line) for code, line in stack), values
-
-
-def thread_names() -> dict[int, str]:
-    return {thread.ident: thread.name for thread in threading.enumerate() if thread.ident}
-
-
-def _frame(code: types.CodeType, line: int) -> Frame:
-    module = os.path.basename(code.co_filename).partition(".")[0]
-    return Frame(f"{module}.{getattr(code, 'co_qualname', code.co_name)}", code.co_filename, line, id(code))
+    def stacks(self) -> Iterator[tuple[str, Stack, list[int]]]:
+        """Yield the thread's name, the frames, and how often and for how many nanoseconds they were seen."""
+        for (thread_name, stack), counts in self._counts.items():
+            frames = tuple(_frame(self._codes[code_id], line) for code_id, line in stack)
+            yield thread_name, frames, counts
 
 
 def profile_time(seconds: float) -> Profile:
-    """Where all threads are, whether they run or wait."""
-    sampler, profile = Sampler(), Profile(_SAMPLED, "Python stacks of all threads, running or waiting.", seconds)
+    """Return where all threads are, whether they run or wait."""
+    sampler = Sampler()
     sampler.run(seconds)
-    for found in sampler.stacks():
-        profile.add(*found)
+    profile = Profile(_SAMPLE_TYPES, "Python stacks of all threads, running or waiting.", seconds)
+    for thread_name, stack, counts in sampler.stacks():
+        profile.add(thread_name, stack, counts)
     return profile
 
 
-def profile_waits(seconds: float, is_mutex: bool) -> Profile:
-    """Where threads wait for each other, as far as looking tells; CPython keeps no account of its locks.
-
-    A thread waits when two looks in turn find it at the same instruction: of a `with` on a bare name or an acquire(),
-    which is a lock, or within `threading`, which is a condition, an event or a join.
-    """
-    last: dict[int, tuple[int, int]] = {}
-
-    def counts(thread: int, frame: types.FrameType) -> bool:
-        place = id(frame), frame.f_lasti
-        stays, last[thread] = last.get(thread) == place, place
-        return stays and (_takes_lock(frame) if is_mutex else frame.f_code.co_filename == _THREADING)
-
-    note = "waits for locks" if is_mutex else "waits in threading, for conditions, events and joins"
-    kinds = (("waits_sampled", "count"), ("wait", "nanoseconds"))
-    sampler, profile = Sampler(counts), Profile(kinds, f"Sampled {note}; those under 10 ms are seldom seen.", seconds)
-    sampler.run(seconds)
-    for found in sampler.stacks():
-        profile.add(*found)
-    return profile
-
-
-def _takes_lock(frame: types.FrameType) -> bool:
-    import linecache
-
-    code = frame.f_code
-    line = linecache.getline(code.co_filename, frame.f_lineno or 0, frame.f_globals)
-    return code.co_filename != _THREADING and bool(_LOCKING.search(line))
-
-
-_THREADING = threading.Thread.run.__code__.co_filename  # its __file__ may be of a zip, as in the embeddable package
-_LOCKING = re.compile(r"^\s*with [\w.]+:|\.acquire\(")
-
-
-def profile_threads(entries_only: bool) -> Profile:
-    """The threads there are: by their stacks, or by what each was started to run."""
-    about = "what they were started to run; CPython keeps no stack of a thread's start" if entries_only else "stacks"
-    sampler, profile = Sampler(), Profile((("threads", "count"),), f"Live threads, by {about}.")
-    sampler.look()
-    for thread, stack, values in sampler.stacks():
-        entry = tuple(frame for frame in stack if frame.file != _THREADING)[-1:] if entries_only else stack
-        profile.add(thread, entry, values[:1])
+def profile_threads() -> Profile:
+    """Return the threads that live, by their stacks."""
+    sampler = Sampler()
+    sampler.sample()
+    profile = Profile(_THREAD_TYPES, "Live threads, by stacks.")
+    for thread_name, stack, counts in sampler.stacks():
+        profile.add(thread_name, stack, counts[:1])
     return profile
 
 
 def profile_memory(seconds: float) -> Profile:
-    """What is allocated in the time to come and still there at its end; traced for that long alone."""
+    """Return what is allocated from now on and still there after these seconds; traced for that long alone."""
     import tracemalloc
 
     is_ours = not tracemalloc.is_tracing()  # else Python was started so
@@ -8212,125 +8935,157 @@ def profile_memory(seconds: float) -> Profile:
         tracemalloc.start(_HEAP_DEPTH)
     try:
         time.sleep(seconds)
-        found = tracemalloc.take_snapshot().statistics("traceback")
+        statistics = tracemalloc.take_snapshot().statistics("traceback")
     finally:
         if is_ours:
             tracemalloc.stop()
-    kinds = (("inuse_objects", "count"), ("inuse_space", "bytes"))
-    note = "Allocated while traced, and not freed; tracemalloc knows nothing of what is freed."
-    profile = Profile(kinds, note, seconds)
-    for one in found:
-        stack = [
-            Frame(f"{os.path.basename(at.filename)}:{at.lineno}", at.filename, at.lineno, 0) for at in one.traceback
-        ]
-        profile.add("", tuple(reversed(stack)), (one.count, one.size))
+    comment = "Allocated while traced, and not freed; tracemalloc knows nothing of what is freed."
+    profile = Profile(_HEAP_TYPES, comment, seconds)
+    for statistic in statistics:
+        stack = []
+        for frame in reversed(statistic.traceback):
+            function = f"{os.path.basename(frame.filename)}:{frame.lineno}"  # tracemalloc keeps no names of functions
+            stack.append(Frame(function, frame.filename, frame.lineno))
+        profile.add("", tuple(stack), (statistic.count, statistic.size))
     return profile
 
 
+def empty_waits(_: float) -> Profile:
+    return Profile(_WAIT_TYPES, _UNKNOWN_WAITS)
+
+
+def _describe_thread(thread: threading.Thread | None) -> str:
+    if thread is None:
+        return _FOREIGN_THREAD
+    kind = "daemon" if thread.daemon else "no daemon"
+    return f"{thread.name}, {kind}"
+
+
 def stacks_text() -> str:
-    """The stack of every thread, for people, the innermost frame first."""
-    lines, threads = [], {thread.ident: thread for thread in threading.enumerate()}
+    """Return the stack of every thread for people, the innermost frame first."""
+    lines = []
+    threads = {thread.ident: thread for thread in threading.enumerate()}
     for ident, innermost in sys._current_frames().items():
-        thread, frame = threads.get(ident), innermost
-        kind = "not Python's" if thread is None else f"{thread.name}, {'daemon' if thread.daemon else 'no daemon'}"
-        lines.append(f"thread {ident} [{kind}]:")
-        while frame:
-            found = _frame(frame.f_code, frame.f_lineno or 0)
-            lines += [found.function, f"\t{found.file}:{found.line}"]
-            frame = frame.f_back  # type: ignore[assignment]
+        lines.append(f"thread {ident} [{_describe_thread(threads.get(ident))}]:")
+        for code, line in _walk(innermost):
+            frame = _frame(code, line)
+            lines += [frame.function, f"\t{frame.file}:{frame.line}"]
         lines.append("")
     return "\n".join(lines)
 
 
-def symbols_text(asked: str) -> str:
-    """The functions at the addresses of a profile, by the symbol protocol of pprof."""
-    wanted = [int(word, 16) for word in re.findall("0x([0-9A-Fa-f]{1,16})", asked)]
-    codes = [one.__code__ for one in gc.get_objects() if isinstance(one, types.FunctionType)] if wanted else []
-    names: dict[int, str] = {}
-    while codes:
-        code = codes.pop()
-        if id(code) not in names:
-            names[id(code)] = _frame(code, 0).function
-            codes += [one for one in code.co_consts if isinstance(one, types.CodeType)]
-    return "".join(["num_symbols: 1\n", *(f"{one:#x} {names[one]}\n" for one in wanted if one in names)])
+def _last_value(request: Request, name: str) -> str | None:
+    """Return the last value of a parameter of the query."""
+    values = [value for key, value in request.query if key == name]
+    return values[-1] if values else None
+
+
+def _debug_level(request: Request) -> int:
+    text = _last_value(request, "debug")
+    if text is None:
+        return 0
+    if text not in _DEBUG_LEVELS:
+        raise Malformed(f"debug: invalid level {text!r}: expected 0, 1 or 2")
+    return int(text)
+
+
+def _text_response(text: str) -> Response:
+    """Return a text, with `?` for what UTF-8 cannot have: arguments and names of files may hold stray bytes."""
+    return Response(headers=(TEXT_TYPE,), body=text.encode(errors="replace"))
+
+
+def _profile_response(request: Request, profile: Profile) -> Response:
+    if _debug_level(request):
+        return _text_response(profile.text())
+    return Response(headers=(_PROFILE_TYPE,), body=profile.encode())
 
 
 class ProfileApi:
-    """Answers the routes of pprof with what is true of a Python process; any thread may call it."""
+    """Handlers for the routes of pprof. Thread-safe; what takes time is taken once at a time."""
 
-    def __init__(self, metrics: Metrics, most_ns: int) -> None:
+    def __init__(self, metrics: Metrics, max_ns: int) -> None:
         self._metrics = metrics
-        self._most_s = most_ns / _SECOND_NS
+        self._max_s = max_ns / _SECOND_NS
         self._busy = threading.Lock()  # held while something is taken that takes time
 
     def routes(self) -> list[Route]:
-        def timed(name: str, take: Callable[[float], Profile], usual_s: float) -> Route:
-            handle = functools.partial(self._take, take=take, usual_s=usual_s)
-            query = ("seconds", "debug")
-            return Route("GET", _PPROF + name, handle, _PROFILES[name], "Profile", query, errors=(409,))
-
-        symbol, threads, created = _PPROF + "symbol", self.show_threads, self.show_thread_entries
+        cmdline = _PPROF_PATH + "cmdline"
+        symbol = _PPROF_PATH + "symbol"
+        trace = _PPROF_PATH + "trace"
         return [
-            Route("GET", _PPROF, self.show_index, "Lists the profiles", "Page"),
-            Route("GET", _PPROF + "cmdline", self.show_command, _PROFILES["cmdline"], "Text"),
-            timed("profile", profile_time, _USUAL_S),
-            Route("GET", _PPROF + "goroutine", threads, _PROFILES["goroutine"], "Profile", ("debug",)),
-            timed("heap", profile_memory, _SHORT_S),
-            timed("allocs", profile_memory, _SHORT_S),
-            Route("GET", _PPROF + "threadcreate", created, _PROFILES["threadcreate"], "Profile", ("debug",)),
-            timed("block", functools.partial(profile_waits, is_mutex=False), _SHORT_S),
-            timed("mutex", functools.partial(profile_waits, is_mutex=True), _SHORT_S),
-            Route("GET", _PPROF + "trace", self.trace, _PROFILES["trace"], "Trace", ("seconds",), errors=(409,)),
+            Route("GET", _PPROF_PATH, self.show_index, "Lists the profiles", "Page"),
+            Route("GET", cmdline, self.show_command_line, _PROFILES["cmdline"], "Text"),
+            self._timed_route("profile", profile_time, _DEFAULT_PROFILE_S),
+            self._instant_route("goroutine", self.show_threads),
+            self._timed_route("heap", profile_memory, _DEFAULT_S),
+            self._timed_route("allocs", profile_memory, _DEFAULT_S),
+            self._instant_route("threadcreate", self.show_thread_starts),
+            self._timed_route("block", empty_waits, _DEFAULT_S),
+            self._timed_route("mutex", empty_waits, _DEFAULT_S),
+            Route("GET", trace, self.trace, _PROFILES["trace"], "Trace", ("seconds",), errors=(409,)),
             Route("GET", symbol, self.show_symbols, _PROFILES["symbol"], "Text"),
             Route("POST", symbol, self.show_symbols, _PROFILES["symbol"], "Text", body="Addresses"),
         ]
 
+    def _timed_route(self, name: str, take: Callable[[float], Profile], default_s: float) -> Route:
+        handle = functools.partial(self._take, take=take, default_s=default_s)
+        query = ("seconds", "debug")
+        return Route("GET", _PPROF_PATH + name, handle, _PROFILES[name], "Profile", query, errors=(409,))
+
+    def _instant_route(self, name: str, handle: Callable[[Request], Response]) -> Route:
+        return Route("GET", _PPROF_PATH + name, handle, _PROFILES[name], "Profile", ("debug",))
+
     def show_index(self, _: Request) -> Response:
-        rows = (
-            (f"{name}?debug={debug}" if (debug := _SHOWN_AS.get(name)) else name, about)
-            for name, about in _PROFILES.items()
-        )
+        rows = []
+        for name, description in _PROFILES.items():
+            level = _INDEX_DEBUG_LEVELS.get(name)
+            link = f"{name}?debug={level}" if level else name
+            rows.append((link, description))
         return page_response(profiles_page(rows), API_STYLE, "")
 
-    def show_command(self, _: Request) -> Response:
-        words = getattr(sys, "orig_argv", None) or [sys.executable, *sys.argv]
-        return Response(headers=(TEXT_TYPE,), body="\0".join(words).encode(errors="replace"))
+    def show_command_line(self, _: Request) -> Response:
+        argv = getattr(sys, "orig_argv", None) or [sys.executable, *sys.argv]  # Python 3.10
+        return _text_response("\0".join(argv))
 
     def show_threads(self, request: Request) -> Response:
-        if _debug(request) == 2:
-            return Response(headers=(TEXT_TYPE,), body=stacks_text().encode())
-        return _profile_response(request, profile_threads(entries_only=False))
+        if _debug_level(request) == 2:
+            return _text_response(stacks_text())
+        return _profile_response(request, profile_threads())
 
-    def show_thread_entries(self, request: Request) -> Response:
-        return _profile_response(request, profile_threads(entries_only=True))
+    def show_thread_starts(self, request: Request) -> Response:
+        return _profile_response(request, Profile(_THREAD_TYPES, _UNKNOWN_STARTS))
 
     def trace(self, request: Request) -> Response:
-        seconds = self._seconds(request, 1.0)
+        seconds = self._seconds(request, _DEFAULT_TRACE_S)
         with self._exclusive():
             events = trace_events(self._metrics.trace(seconds))
         return Response(headers=(JSON_TYPE,), body=to_json(events).encode())
 
-    def show_symbols(self, request: Request) -> Response:
-        asked = request.body.decode("latin-1") if request.method == "POST" else "".join(map("".join, request.query))
-        return Response(headers=(TEXT_TYPE,), body=symbols_text(asked).encode())
+    def show_symbols(self, _: Request) -> Response:
+        """Say that there are none to look up, as the symbol protocol of pprof has it: profiles come with names."""
+        return _text_response("num_symbols: 0\n")
 
-    def _take(self, request: Request, take: Callable[[float], Profile], usual_s: float) -> Response:
-        seconds = self._seconds(request, usual_s)
-        _debug(request)  # refused before the time is spent
+    def _take(self, request: Request, take: Callable[[float], Profile], default_s: float) -> Response:
+        seconds = self._seconds(request, default_s)
+        _debug_level(request)  # refused before the time is spent
         with self._exclusive():
             profile = take(seconds)
         return _profile_response(request, profile)
 
-    def _seconds(self, request: Request, usual_s: float) -> float:
-        text = _last(request, "seconds", f"{min(usual_s, self._most_s):.9f}")
+    def _seconds(self, request: Request, default_s: float) -> float:
+        """Return the `seconds` of the query; raise Malformed where they are not within --profile_timeout."""
+        text = _last_value(request, "seconds")
+        if text is None:
+            return min(default_s, self._max_s)
         seconds = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else 0.0
-        if not 0 < seconds <= self._most_s:
-            right = f"right would be more than 0, up to {self._most_s:g} (--profile_timeout)"
-            raise Malformed(f"seconds: {text!r} is out of range; {right}")
+        if not 0 < seconds <= self._max_s:
+            limit = f"{self._max_s:g} (--profile_timeout)"
+            raise Malformed(f"seconds: {text!r} is out of range: expected more than 0, up to {limit}")
         return seconds
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
+        """Raise Conflict while another profile or trace is being taken."""
         if not self._busy.acquire(blocking=False):
             raise Conflict("another profile or trace is being taken; wait for its end")
         try:
@@ -8339,454 +9094,185 @@ class ProfileApi:
             self._busy.release()
 
 
-_PPROF = "/debug/pprof/"
-_USUAL_S, _SHORT_S = 30.0, 5.0  # how long a profile takes where nothing is said; the first is that of Go
-_PROFILES = {
-    "profile": "Where all threads are, sampled at 100 Hz",
-    "goroutine": "The stacks of all threads now",
-    "heap": "What is allocated in some seconds and kept",
-    "allocs": "The same as heap",
-    "threadcreate": "The threads by what they were started to run",
-    "block": "Where threads wait for conditions, events and each other's end, sampled",
-    "mutex": "Where threads wait for locks, sampled",
-    "trace": "The steps, requests and commits of some seconds",
-    "cmdline": "The command line",
-    "symbol": "The functions at addresses of a profile",
-}
-_SHOWN_AS = {"goroutine": "2", "threadcreate": "1", "block": "1", "mutex": "1", "heap": "1"}
-
-
-def _last(request: Request, name: str, default: str) -> str:
-    """A value of the query."""
-    return next((value for key, value in reversed(request.query) if key == name), default)
-
-
-def _debug(request: Request) -> int:
-    text = _last(request, "debug", "0")
-    if text not in ("0", "1", "2"):
-        raise Malformed(f"debug: {text!r} is none of 0, 1 and 2")
-    return int(text)
-
-
-def _profile_response(request: Request, profile: Profile) -> Response:
-    if _debug(request):
-        return Response(headers=(TEXT_TYPE,), body=profile.text().encode())
-    return Response(headers=(("Content-Type", "application/octet-stream"),), body=profile.encode())
+def profile_components() -> Components:
+    """Return what the API document says of the routes of profiles."""
+    seconds = {"type": "number", "exclusiveMinimum": 0}
+    debug = {"type": "string", "enum": [*_DEBUG_LEVELS], "default": "0"}
+    parameters: dict[str, ParameterSpec] = {
+        "seconds": ("Duration; at most --profile_timeout", seconds, "5"),
+        "debug": ("1: as text; 2: of goroutine, as text with whole stacks", debug, "1"),
+    }
+    events = array_schema({"type": "object"})
+    trace = object_schema({"traceEvents": events, "displayTimeUnit": {"const": "ms"}})
+    description = "A gzipped profile.proto, for `go tool pprof` and speedscope; text where `debug` is set"
+    addresses = {"schema": {"type": "string"}, "example": "0x7f0000000000+0x7f0000000010"}
+    return Components(
+        parameters=parameter_objects("query", parameters),
+        request_bodies={"Addresses": {"content": {"text/plain": addresses}}},
+        responses={
+            "Text": text_response_object("Text", "text/plain"),
+            "Profile": text_response_object(description, _PROFILE_TYPE[1], "text/plain"),
+            "Trace": response_object("In the Trace Event Format, which Perfetto opens", trace),
+        },
+        schemas={},
+    )
 
 
 # ======================================================================================================================
-# V API / API document: OpenAPI, derived from the routes
+# V API / API document: OpenAPI, assembled from the routes and from what their sections say of them
 # ======================================================================================================================
 
-Json = dict[str, Any]
-_REFUSALS = {  # by status: when it happens, and an example; the first are for every route
+_ERRORS = {  # by status: when it is answered, and an example of its message
     400: (
         "The request is malformed.",
         "[0]: Key: 'PostStruct.CommandType' Error:Field validation for 'CommandType' failed on the 'required' tag",
     ),
-    401: ("It needs a token, or the token is wrong.", "send `Authorization: Bearer ...` with a token of the daemon"),
+    401: ("A token is missing or wrong.", "send `Authorization: Bearer ...` with a token of the daemon"),
     403: (
-        "It comes from a page of another origin.",
+        "The request comes from a page of another origin.",
         "pages of other sites may not call this; --cors_origin allows one",
     ),
     413: ("The body is too large.", "the body has 16777217 bytes; at most 16777216 are taken (--max_body)"),
-    429: ("Too many at once; wait.", "8 requests are in work, the most that --max-requests allows; try again"),
-    500: ("The daemon failed.", "the daemon failed; its log says how"),
-    503: ("Not now.", "the daemon is ending; send the task again to the next one"),
-    409: (
-        "It is in conflict with another.",
-        "id: 'a' is the id of a task that was submitted otherwise; use another id",
+    429: (
+        "Too many requests; try again later.",
+        "8 requests are in work, the most that --max-requests allows; try again",
     ),
-    507: ("The disk is full.", "the disk of the root is full; make room, or give another --root"),
+    500: ("The daemon failed.", "the daemon failed; its log says how"),
+    503: ("Temporarily unavailable.", "the daemon is ending; send the task again to the next one"),
+    409: (
+        "In conflict with an existing task, or with a profile that is being taken.",
+        "id 'a' already belongs to a different task; use another id",
+    ),
+    507: ("The disk is full.", "no space left on the disk of --root; free some or choose another --root"),
 }
-_ANY_ROUTE = (400, 401, 403, 413, 429, 500, 503)
-_REFUSAL_HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
+_ERRORS_OF_EVERY_ROUTE = (400, 401, 403, 413, 429, 500, 503)
+_ERROR_HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
+_DESCRIPTION = (
+    "Runs scripts on this host: tasks of steps, in order, in parallel or as a graph. The `code` of a response is "
+    "0 for success, 1001 in progress, 1002 execution failed, 1003 not found, expired or destroyed, else the status of "
+    "an error: 404 for a path that does not exist, 405 for a method that is not allowed on a path, and those below."
+)
+_TAGS = {  # by how the paths begin; all others are "daemon"
+    "/api/v1/task": "tasks",
+    "/api/v1/pool": "pool",
+    "/debug/": "profiles",
+    "/swagger": "document",
+}
+
+
+def _tag(template: str) -> str:
+    for prefix, tag in _TAGS.items():
+        if template.startswith(prefix):
+            return tag
+    return "daemon"
+
+
+def _error_name(status: int) -> str:
+    return f"Refused{status}"
+
+
+def _error_response(status: int) -> Json:
+    description, message = _ERRORS[status]
+    example = {"code": status, "message": message}
+    header = _ERROR_HEADERS.get(status, "")
+    return response_object(description, envelope_schema([status]), {"refused": example}, header)
+
+
+def _operation(route: Route) -> Json:
+    parameters = [*re.findall(r"{(\w+)}", route.template), *route.query]
+    success = "302" if route.answer == "Redirect" else "200"
+    responses = {success: reference("responses", route.answer)}
+    for status in sorted((*_ERRORS_OF_EVERY_ROUTE, *route.errors)):
+        responses[str(status)] = reference("responses", _error_name(status))
+    endpoint = route.method.lower() + route.template.replace("}", "")
+    operation: Json = {
+        "operationId": re.sub(r"\W+", "_", endpoint),
+        "summary": route.summary,
+        "tags": [_tag(route.template)],
+        "responses": responses,
+    }
+    if parameters:
+        operation["parameters"] = [reference("parameters", name) for name in parameters]
+    if route.body:
+        operation["requestBody"] = reference("requestBodies", route.body)
+    if route.is_public:
+        operation["security"] = [{}]
+    return operation
+
+
+def document_components() -> Components:
+    """Return what the API document says of its own routes."""
+    location = {"schema": {"type": "string"}}
+    return Components(
+        parameters={},
+        request_bodies={},
+        responses={
+            "Document": response_object("This document", {"type": "object"}),
+            "Page": text_response_object("A page", "text/html"),
+            "Redirect": {"description": "To the page", "headers": {"Location": location}},
+        },
+        schemas={},
+    )
+
+
+def _components() -> Json:
+    document: Json = {
+        "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description": "See --token_file."}},
+        "parameters": {},
+        "requestBodies": {},
+        "responses": {_error_name(status): _error_response(status) for status in _ERRORS},
+        "schemas": {},
+    }
+    for part in (task_components(), operator_components(), profile_components(), document_components()):
+        document["parameters"].update(part.parameters)
+        document["requestBodies"].update(part.request_bodies)
+        document["responses"].update(part.responses)
+        document["schemas"].update(part.schemas)
+    return document
 
 
 def api_document(routes: Iterable[Route]) -> Json:
-    """The OpenAPI 3.1 document of these routes."""
+    """Return the OpenAPI 3.1 document of these routes."""
     paths: dict[str, Json] = {}
     for route in routes:
-        paths.setdefault(route.template, {})[route.method.lower()] = _operation(route)
+        operations = paths.setdefault(route.template, {})
+        operations[route.method.lower()] = _operation(route)
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "remote_executor",
             "version": __version__,
-            "description": "Runs scripts on this host: tasks of steps, in order, in parallel or as a graph. The `code` "
-            "of an answer is 0 for success, 1001 in progress, 1002 execution failed, 1003 not found, expired or "
-            "destroyed, else the status of a refusal: 404 for a path that no route has, 405 for a method that a path "
-            "does not have, and those below.",
+            "description": _DESCRIPTION,
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": "/"}],
         "security": [{}, {"token": []}],
         "paths": paths,
-        "components": {
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description": "See --token_file."}},
-            "parameters": _parameters(),
-            "requestBodies": _bodies(),
-            "responses": {**_answers(), **{f"Refused{status}": _refused(status) for status in _REFUSALS}},
-            "schemas": _schemas(),
-        },
+        "components": _components(),
     }
-
-
-def _operation(route: Route) -> Json:
-    names = [*re.findall(r"{(\w+)}", route.template), *route.query]
-    statuses = [*_ANY_ROUTE, *route.errors]
-    success = "302" if route.answer == "Redirect" else "200"
-    found: Json = {
-        "operationId": re.sub(r"\W+", "_", route.method.lower() + route.template.replace("}", "")),
-        "summary": route.summary,
-        "tags": [_tag(route.template)],
-        "responses": {success: _ref("responses", route.answer)},
-    }
-    if names:
-        found["parameters"] = [_ref("parameters", name) for name in names]
-    if route.body:
-        found["requestBody"] = _ref("requestBodies", route.body)
-    if route.is_public:
-        found["security"] = [{}]
-    found["responses"].update({str(status): _ref("responses", f"Refused{status}") for status in sorted(statuses)})
-    return found
-
-
-def _tag(template: str) -> str:
-    areas = (("/api/v1/task", "tasks"), ("/api/v1/pool", "pool"), ("/debug/", "profiles"), ("/swagger", "document"))
-    return next((tag for prefix, tag in areas if template.startswith(prefix)), "daemon")
-
-
-def _ref(kind: str, name: str) -> Json:
-    return {"$ref": f"#/components/{kind}/{name}"}
-
-
-def _schema(name: str) -> Json:
-    return _ref("schemas", name)
-
-
-def _object(fields: Json, *optional: str) -> Json:
-    """An object of these fields and no others, all but the optional ones required."""
-    required = [name for name in fields if name not in optional]
-    return {"type": "object", "required": required, "properties": fields, "additionalProperties": False}
-
-
-def _array(of: Json, **more: Any) -> Json:
-    return {"type": "array", "items": of, **more}
-
-
-def _string(about: str, **more: Any) -> Json:
-    return {"type": "string", "description": about, **more}
-
-
-def _whole(about: str, least: int = 0, **more: Any) -> Json:
-    return {"type": "integer", "description": about, "minimum": least, **more}
-
-
-def _envelope(codes: Sequence[int], data: Json | None = None) -> Json:
-    code = {"const": codes[0]} if len(codes) == 1 else {"enum": [*codes]}
-    fields = {"code": {"type": "integer", **code}, "message": {"type": "string"}}
-    return _object({**fields, "data": data} if data else fields)
-
-
-def _answer(
-    about: str, schema: Json, examples: Mapping[str, Any] = types.MappingProxyType({}), header: str = ""
-) -> Json:
-    """An answer of JSON."""
-    content: Json = {"schema": schema}
-    if examples:
-        content["examples"] = {name: {"value": value} for name, value in examples.items()}
-    found: Json = {"description": about, "content": {"application/json": content}}
-    if header:
-        found["headers"] = {header: {"schema": {"type": "string"}}}
-    return found
-
-
-def _refused(status: int) -> Json:
-    about, message = _REFUSALS[status]
-    example = {"code": status, "message": message}
-    return _answer(about, _envelope([status]), {"refused": example}, _REFUSAL_HEADERS.get(status, ""))
-
-
-def _parameters() -> Json:
-    """What stands in paths and queries."""
-    truth = {"type": "string", "pattern": "^([1tT0fF]|[tT][rR][uU][eE]|[fF][aA][lL][sS][eE])?$"}
-    path: dict[str, tuple[str, Json, Any]] = {
-        "task": ("Id of the task", {"type": "string", "minLength": 1}, "release-1"),
-        "step": ("Index of the step, or its name", {"type": "string", "minLength": 1}, "0"),
-    }
-    query: dict[str, tuple[str, Json, Any]] = {
-        "sort": ("By begin (st), end (et) or expiry (rt)", {"enum": ["st", "et", "rt"], "default": "st"}, "st"),
-        "ansync": ("true: only `depets_on` orders the steps", truth, "true"),
-        "async": ("The same as `ansync`", truth, "true"),
-        "id": ("Id of the task; sent again, the same submission runs once", {"pattern": _ID_WORD}, "release-1"),
-        "timeout": ("Of the whole task, from its acceptance", _schema("Duration"), "1h30m"),
-        "seconds": ("For how long; at most --profile_timeout", _SECONDS, "5"),
-        "debug": ("1: as text; 2: of threads the whole stacks", {"enum": ["0", "1", "2"], "default": "0"}, "1"),
-        "env_vars": ("KEY=value for all steps; may stand several times", _array(_schema("Variable")), ["target=linux"]),
-    }
-    found: Json = {}
-    for place, words in (("path", path), ("query", query)):
-        for name, (about, schema, example) in words.items():
-            schema = schema if "$ref" in schema or "type" in schema else {"type": "string", **schema}
-            found[name] = {"name": name, "in": place, "description": about, "schema": schema, "example": example}
-            if place == "path":
-                found[name]["required"] = True
-    return found
-
-
-_SECONDS: Json = {"type": "number", "exclusiveMinimum": 0}
-_ID_WORD = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?)?$"  # empty is as absent
-
-
-def _bodies() -> Json:
-    def body(name: str, examples: Json) -> Json:
-        values = {name: {"value": value} for name, value in examples.items()}
-        return {"required": True, "content": {"application/json": {"schema": _schema(name), "examples": values}}}
-
-    build_it = {"command_type": "sh", "command_content": 'echo "build $target"', "env_vars": ["target=linux"]}
-    graph = [
-        {"name": "fetch", "command_type": "sh", "command_content": "echo 42 >answer"},
-        {"name": "left", "command_type": "sh", "command_content": "cat answer", "depets_on": ["fetch"]},
-        {"name": "right", "command_type": "python", "command_content": "print(7)", "depets_on": ["fetch"]},
-    ]
-    steps = {"one after another": [build_it, {**build_it, "timeout": "90s"}], "a graph, with ansync=true": graph}
-    return {
-        "Submission": body("Submission", steps),
-        "PoolSize": body("PoolSize", {"eight": {"size": 8}}),
-        "Addresses": {
-            "content": {"text/plain": {"schema": {"type": "string"}, "example": "0x7f0000000000+0x7f0000000010"}}
-        },
-    }
-
-
-def _schemas() -> Json:
-    """What bodies and answers are made of."""
-    return {**_submitted(), **_shown(), **_figures(), "NotFound": _envelope([Code.NOT_FOUND])}
-
-
-def _submitted() -> Json:
-    """The schemas of bodies; an optional field may be null or empty too."""
-    names = _array({"type": "string"}, description="Names of the steps that must succeed first")
-    optional = {"type": ["array", "null"]}
-    duration = {"anyOf": [_schema("Duration"), {"type": "null"}], "description": "Default --exec_timeout"}
-    step = {
-        "command_type": {"type": "string", "enum": [*INTERPRETERS]},
-        "command_content": _string("The script", minLength=1),
-        "name": {**_string("Default <task id>-<index>", maxLength=_NAME_LIMIT), "type": ["string", "null"]},
-        "env_vars": {**_array(_schema("Variable")), **optional},
-        "depets_on": {**names, **optional},
-        "depends_on": {**names, **optional, "description": "The same as `depets_on`"},
-        "timeout": duration,
-    }
-    required = ["command_type", "command_content"]
-    size = _whole("Steps that run at once", 1, maximum=MAX_POOL_SIZE)
-    return {
-        "Duration": _string("As Go writes it", pattern=_DURATION_WORD, examples=["90s", "1h30m", "500ms"]),
-        "Variable": _string("KEY=value", pattern="^[^=\\x00]+=[^\\x00]*$"),
-        "SubmittedStep": {"type": "object", "required": required, "properties": step},
-        "Submission": _array(_schema("SubmittedStep"), minItems=1),
-        "PoolSize": {"type": "object", "required": ["size"], "properties": {"size": size}},
-    }
-
-
-def _shown() -> Json:
-    """The schemas of tasks, steps and the pool."""
-    names = _array({"type": "string"}, description="Names of the steps that must succeed first")
-    times = {
-        "st": _string("Begin", format="date-time"),
-        "et": _string("End", format="date-time"),
-        "rt": _string("Time left before the record expires, as Go prints a duration"),
-    }
-    state = {"type": "integer", "enum": [*State], "description": "0 ended, 1 running, 2 pending, 255 system error"}
-    code = {"type": "integer", "description": "0 success; a task's is the sum of its steps'"}
-    url, message = _string("Where it is shown", format="uri"), {"type": "string"}
-    task = {"id": _string("Id"), "url": url, "state": state, "code": code, "count": _whole("Steps", 1), "msg": message}
-    row = {"step": _whole("Index"), "url": url, "name": _string("Name"), "state": state, "code": code, "msg": message}
-    return {
-        "Times": _object(times, "st", "et"),
-        "Task": _object({**task, "times": _schema("Times")}),
-        "Step": _object({**row, "depets_on": names, "times": _schema("Times")}, "depets_on"),
-        "Pool": _object(
-            {
-                "size": _whole("The most steps that run at once", 1),
-                "running": _whole("Steps that run"),
-                "waiting": _whole("Steps that are ready and wait"),
-            }
-        ),
-    }
-
-
-_DURATION_WORD = (
-    r"^((?=.*[1-9])\+?(([0-9]+(\.[0-9]*)?|\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h))+)?$"  # empty as absent
-)
-
-
-def _figures() -> Json:
-    """The schemas of what the daemon tells of itself."""
-    unknown = {"type": ["integer", "null"], "minimum": 0}
-    moment = {"format": "date-time"}
-    python = {name: _string(name) for name in ("implementation", "version", "os", "arch")}
-    commit = {"type": ["string", "null"], "description": "The git commit, null where nobody knows it"}
-    number = {"type": "number", "minimum": 0}
-    process = {
-        "pid": _whole("Process id", 1),
-        "uptime_s": {**number, "description": "Seconds since its start"},
-        "cpu_s": {**number, "description": "Seconds of user and system CPU time"},
-        "rss_bytes": {**unknown, "description": "Resident memory"},
-        "threads": _whole("Threads", 1),
-        "open_files": {**unknown, "description": "File descriptors, on Windows handles"},
-        "python": _string("Implementation and version"),
-    }
-    host = {name: _string(name) for name in HostInfo._fields}
-    oldest = {"type": ["string", "null"], **moment, "description": "When the oldest kept task was accepted"}
-    store = {"bytes": _whole("Size of the database"), "records": _whole("Tasks kept"), "oldest": oldest}
-    disk = {"path": _string("The root"), "disk_free_bytes": _whole("Free there"), "disk_total_bytes": _whole("In all")}
-    return {
-        "Version": _object(
-            {
-                "version": _string("Of the program"),
-                "python": _object(python),
-                "commit": commit,
-                "built": _string("When"),
-            }
-        ),
-        "State": _object(
-            {
-                "host": _object({**host, "boot_time": _string("When it started", **moment)}),
-                "process": _object(process),
-                "pool": _schema("Pool"),
-                "tasks": _object({name: _whole("Tasks in this state") for name in STATE_NAMES.values()}),
-                "store": _object(store),
-                "root": _object(disk),
-            }
-        ),
-        "Health": _object(
-            {
-                "server": _string("What the client calls the daemon"),
-                "client": _string("The client's address"),
-                "state": {"const": "Running"},
-                "timestamp": _whole("Nanoseconds since the epoch"),
-                "warning": _string("What the operator should know"),
-            },
-            "warning",
-        ),
-    }
-
-
-def _answers() -> Json:
-    """What a request that is not refused is answered."""
-    pool, gone = {"size": 30, "running": 1, "waiting": 0}, {"code": 1003, "message": NO_TASK}
-    submitted = {"count": 4, "id": "release-1", "url": _EXAMPLE_URL + "release-1", "timestamp": 1668649373430555500}
-    counts = {"count": _whole("Steps", 1), "timestamp": _whole("Nanoseconds since the epoch")}
-    accepted = _object({**dict.fromkeys(("id", "url"), {"type": "string"}), **counts})
-    tasks = _object({"running": _whole("Running tasks"), "tasks": _array(_schema("Task")), "total": _whole("Tasks")})
-    health = _schemas()["Health"]["properties"]
-    beside = {name: schema for name, schema in health.items() if name != "warning"}
-    states = (Code.SUCCESS, Code.IN_PROGRESS, Code.FAILED)
-
-    def kept(data: Json) -> Json:
-        return {"oneOf": [_envelope(states, data), _schema("NotFound")]}
-
-    return {
-        "TaskList": _answer("All tasks", _envelope([0], tasks), _list_examples()),
-        "Accepted": _answer("It is stored", _envelope([0], accepted), {"stored": _success(submitted)}, "X-Task-ID"),
-        "TaskDetail": _answer(
-            "The task", kept(_array(_schema("Step"))), {**_task_examples(), "gone": gone}, "X-Task-STATE"
-        ),
-        "Stopped": _answer(
-            "The stop is recorded",
-            {"oneOf": [_envelope([0]), _schema("NotFound")]},
-            {"stopped": {"code": 0, "message": "success"}, "gone": gone},
-        ),
-        "Console": _answer("Its lines so far", kept(_array({"type": "string"})), {**_console_examples(), "gone": gone}),
-        "Pool": _answer("The pool", _envelope([0], _schema("Pool")), {"pool": _success(pool)}),
-        "Version": _answer("What runs", _envelope([0], _schema("Version"))),
-        "State": _answer("What it takes", _envelope([0], _schema("State"))),
-        "Health": _answer("It lives", _object({**_envelope([0], _schema("Health"))["properties"], **beside})),
-        "Document": _answer("This document", {"type": "object"}),
-        "Empty": {"description": "Nothing else"},
-        "Redirect": {"description": "To the page", "headers": {"Location": {"schema": {"type": "string"}}}},
-        "Metrics": _plain("Text format 0.0.4 of Prometheus"),
-        "Page": _plain("A page", "text/html"),
-        "Text": _plain("Text"),
-        "Profile": {
-            "description": "A gzipped profile.proto, for `go tool pprof` and speedscope; text where `debug` is set",
-            "content": {kind: {"schema": {"type": "string"}} for kind in ("application/octet-stream", "text/plain")},
-        },
-        "Trace": _answer(
-            "In the Trace Event Format, which Perfetto opens",
-            _object({"traceEvents": _array({"type": "object"}), "displayTimeUnit": {"const": "ms"}}),
-        ),
-    }
-
-
-_EXAMPLE_URL = "http://localhost:2376/api/v1/task/"
-
-
-def _list_examples() -> Json:
-    times = {"st": "2022-11-17T17:17:58+08:00", "et": "2022-11-17T17:17:58+08:00", "rt": "47h53m30.619752642s"}
-    task = {"id": "release-1", "url": _EXAMPLE_URL + "release-1", "state": 0, "code": 510, "count": 4}
-    task.update(msg="execution failed: [Step: 0, Name: step0; Step: 2, Name: step2]", times=times)
-    none = {"running": 0, "tasks": [], "total": 0}
-    return {"one task": _success({"running": 0, "tasks": [task], "total": 1}), "none": _success(none)}
-
-
-def _task_examples() -> Json:
-    def step(idx: int, state: int, code: int, message: str, **times: str) -> Json:
-        shown = {"step": idx, "url": f"{_EXAMPLE_URL}a/{idx}/console", "name": f"a-{idx}", "state": state, "code": code}
-        needs = {"depets_on": [f"a-{idx - 1}"]} if idx else {}
-        return {**shown, "msg": message, **needs, "times": {**times, "rt": "47h59m57.433539558s"}}
-
-    begin, end = "2022-11-18T16:20:53+08:00", "2022-11-18T16:20:56+08:00"
-    first = step(0, 0, 0, STEP_SUCCEEDED, st=begin, et=end)
-    runs, waits = step(0, 1, 0, STEP_RUNNING, st=begin), step(1, 2, 0, STEP_PENDING)
-    failed = step(1, 0, 2, failure_text(1, "a-1", 2, ""), st=end, et=end)
-    failure = f"execution failed: [{failed['msg']}]"
-    return {
-        "success": _success([first, step(1, 0, 0, STEP_SUCCEEDED, st=end, et=end)]),
-        "in progress": {"code": 1001, "message": "in progress: [Step: 0, Name: a-0]", "data": [runs, waits]},
-        "failed": {"code": 1002, "message": failure, "data": [first, failed]},
-    }
-
-
-def _console_examples() -> Json:
-    reason = failure_text(0, "a-0", 2, "")
-    return {
-        "success": {"code": 0, "message": "succeed", "data": ["build linux", "  done"]},
-        "in progress": {"code": 1001, "message": "in progress", "data": ["build linux"]},
-        "waiting": {"code": 1001, "message": "pending", "data": []},
-        "failed": {"code": 1002, "message": f"exit code: 2; {reason}", "data": ["no route to host"]},
-    }
-
-
-def _success(data: Any) -> Json:
-    return {"code": 0, "message": "success", "data": data}
-
-
-def _plain(about: str, kind: str = "text/plain") -> Json:
-    """An answer that is no JSON."""
-    return {"description": about, "content": {kind: {"schema": {"type": "string"}}}}
 
 
 class DocumentApi:
-    """Answers the document of all routes, and the page that shows it; any thread may call it."""
+    """Handlers for the document of all routes and for the page that shows it. Thread-safe."""
 
-    def __init__(self, others: Sequence[Route]) -> None:
-        self._others = others
+    def __init__(self, other_routes: Sequence[Route]) -> None:
+        self._other_routes = other_routes
 
     def routes(self) -> list[Route]:
-        document, page = self.show_document, self.show_page
+        document = self.show_document
+        page = "/swagger/index.html"
+        redirect = self.redirect_to_page
         return [
             Route("GET", "/openapi.json", document, "Shows this document", "Document"),
             Route("GET", "/swagger/doc.json", document, "Shows this document", "Document"),
-            Route("GET", "/swagger/index.html", page, "Shows this document as a page", "Page", is_public=True),
-            Route("GET", "/swagger/", self.redirect_to_page, "Leads to the page", "Redirect", is_public=True),
-            Route("GET", "/swagger", self.redirect_to_page, "Leads to the page", "Redirect", is_public=True),
+            Route("GET", page, self.show_page, "Shows this document as a page", "Page", is_public=True),
+            Route("GET", "/swagger/", redirect, "Redirects to the page", "Redirect", is_public=True),
+            Route("GET", "/swagger", redirect, "Redirects to the page", "Redirect", is_public=True),
         ]
 
     def show_document(self, _: Request) -> Response:
-        return Response(headers=(JSON_TYPE,), body=to_json(api_document([*self._others, *self.routes()])).encode())
+        document = api_document([*self._other_routes, *self.routes()])
+        return Response(headers=(JSON_TYPE,), body=to_json(document).encode())
 
     def show_page(self, _: Request) -> Response:
         return page_response(API_PAGE, API_STYLE, API_SCRIPT)
