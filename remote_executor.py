@@ -6997,7 +6997,7 @@ class Server(http.server.ThreadingHTTPServer):
                 counted = self._count(route)
                 request = request._replace(params=admission.params, label=admission.label, body=body)
                 response = route.handle(request)
-                if request.method in ("POST", "PUT"):
+                if request.method not in ("GET", "HEAD"):
                     self._audit(request, response)
             except ApiError as error:
                 response = error_response(error)
