@@ -1189,6 +1189,7 @@ def private_directory(path: str) -> None:
 
 
 def _restrict_posix_directory(path: str) -> None:
+    """Take an empty directory's rights from all but its owner. Raises StartupError, OSError."""
     status = os.lstat(path)
     if status.st_uid != os.geteuid():
         raise StartupError(f"--root: {path} belongs to another user (uid {status.st_uid}); choose one of your own")
@@ -1204,7 +1205,7 @@ _ADMINISTRATORS_SID = "S-1-5-32-544"
 
 
 def _restrict_windows_directory(path: str) -> None:
-    """Grant access to the system, administrators and ourselves alone, here and, by inheritance, to all content."""
+    """Grant access to the system, administrators and ourselves alone, and so to all content. Raises StartupError."""
     if len(path) > _MAX_ROOT_LENGTH:
         raise StartupError(f"--root: {path} is too long for cmd.exe; use at most {_MAX_ROOT_LENGTH} characters")
     if path.startswith("\\\\"):
@@ -1267,6 +1268,7 @@ def _own_sid() -> str:
 
 
 def _owner_sid(path: str) -> str:
+    """Return the owner of a file, as a SID string. Raises OSError."""
     descriptor = _read_security_descriptor(path, OWNER_SECURITY_INFORMATION)
     owner = ctypes.c_void_p()
     GetSecurityDescriptorOwner(descriptor, ctypes.byref(owner), ctypes.byref(_BOOL()))
@@ -1274,6 +1276,7 @@ def _owner_sid(path: str) -> str:
 
 
 def _read_security_descriptor(path: str, parts: int) -> Any:
+    """Return these parts (SECURITY_INFORMATION) of a file's security descriptor. Raises OSError."""
     size = 1 << 16
     descriptor = ctypes.create_string_buffer(size)
     GetFileSecurityW(path, parts, descriptor, size, ctypes.byref(_DWORD()))
@@ -1530,6 +1533,7 @@ def _flatten_into_parent(name: str, top: int, mount: str) -> bool:
 
 
 def _unlink(name: str, parent: int) -> bool:
+    """Remove what is no directory; return whether it is gone."""
     try:
         os.unlink(name, dir_fd=parent)
     except OSError:
@@ -1643,6 +1647,7 @@ class RootWatch:
         return f"--root: {self._paths[name]} is gone: {_ROOT_ADVICE[name]}"
 
     def _is_missing(self, name: str, path: str) -> bool:
+        """Return whether a file that was there is gone, or another has its name."""
         try:
             status = os.lstat(path)
         except OSError as error:
@@ -2417,12 +2422,14 @@ class _Lifetimes:
             self._may_own = os.getpid() != 1
 
     def begin(self, step_dir: bytes) -> None:
+        """Record that a step starts; of too many steps the times are not kept, and no orphan is attributed."""
         with self._lock:
             self._may_own = self._may_own and len(self._spans) < _MAX_LIFETIMES
             if self._may_own:
                 self._spans[step_dir] = (_clock_ticks(), float("inf"))
 
     def end(self, step_dir: bytes) -> None:
+        """Record that a step has ended."""
         with self._lock:
             if step_dir in self._spans:
                 begin, _ = self._spans[step_dir]
@@ -2475,6 +2482,7 @@ class _ProcessTable:
             return self._snapshot
 
     def _scan(self) -> _Snapshot:
+        """Read the process table; only marks that an exec cannot change are cached. Raises OSError."""
         processes: list[tuple[ProcessInfo, _Marks]] = []
         unclear: list[ProcessInfo] = []
         unmarked: dict[_Identity, _Marks] = {}
@@ -3484,7 +3492,7 @@ class WindowsTree:
     def stop(self, is_hurried: Callable[[], bool]) -> None:
         """Terminate all processes of the job, also those that outlived the wrapper.
 
-        At once: Windows has no SIGTERM, and so there is no grace that `is_hurried` could end.
+        At once: nothing is sent to them first, so there is no grace that `is_hurried` could end.
         """
         _end_job(self._job)
 
@@ -3531,6 +3539,7 @@ class WindowsTree:
         return os.path.exists(self._result)
 
     def _has_ended(self) -> bool:
+        """Return whether the step has: its wrapper with a result, or its own process too."""
         if not _is_signalled(self._wrapper):
             return False
         if self._has_result():
