@@ -1676,6 +1676,7 @@ def socket_timeout(seconds: float) -> bytes:
     return struct.pack("ll", whole_s, rest_us)
 
 
+_Address = tuple[str, int]  # the host, numeric, and the port
 _Ends = tuple[str, str]  # the addresses of a connection, the client's and ours, as the kernel shows them
 _Users = dict[_Ends, int]  # the uid of each connection
 
@@ -1691,7 +1692,7 @@ class LocalPeers:
         self._lock = threading.Lock()  # guards all below
         self._tables: dict[str, tuple[float, _Users]] = {}  # by name, when its reading began, and the content
 
-    def user(self, peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
+    def user(self, peer: _Address, ours: _Address) -> int | None:
         """Return the uid that holds the peer's end; None where the system does not show it.
 
         Raises LookupError where it should but has no such connection: there is no end to trust then; and OSError.
@@ -2247,6 +2248,8 @@ GRACE_S = 5.0  # between SIGTERM and SIGKILL
 _MAX_WAIT_S = 86400.0
 _POLL_S = 0.02  # between polls of a process for which there is no pidfd
 _KILL_TIMEOUT_S = 10.0
+_Child = subprocess.Popen[bytes]
+_Environment = Mapping[str, str]
 
 
 class ProcessTree(Protocol):
@@ -2282,7 +2285,7 @@ class StepProcesses(Protocol):
 
     initial_files: Mapping[str, bytes]  # beside the script in a step's directory before `start`
 
-    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> ProcessTree:
+    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: _Environment) -> ProcessTree:
         """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
 
         Raises OSError, after which nothing runs: `is_scarcity` tells whether to try again.
@@ -2529,7 +2532,7 @@ class PosixTree(ProcessTree):
         self,
         step_dirs: Iterable[str],
         pid: int,
-        child: subprocess.Popen[bytes] | None,
+        child: _Child | None,
         wake_pipe: tuple[int, int],
         shared: _Shared,
     ) -> None:
@@ -2955,7 +2958,7 @@ class PosixProcesses(StepProcesses):
         self._children: set[int] = set()  # wrappers, until `release`
         self._orphans: set[int] = set()  # other zombies at the last `reap`
 
-    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> PosixTree:
+    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: _Environment) -> PosixTree:
         self._become_reaper()
         wake_pipe = os.pipe()  # first, for nothing may fail once the step runs
         try:
@@ -3037,9 +3040,7 @@ class PosixProcesses(StepProcesses):
             ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             self._is_reaper = True
 
-    def _spawn(
-        self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]
-    ) -> subprocess.Popen[bytes]:
+    def _spawn(self, command: Sequence[str], step_dir: str, cwd: str, env: _Environment) -> _Child:
         """Start the wrapper. Raises OSError, and leaves no file but an empty `pid` then."""
         with contextlib.suppress(FileExistsError):  # StepDirectory has made it
             os.close(_create(step_dir, "pid"))
@@ -3069,7 +3070,7 @@ class PosixProcesses(StepProcesses):
             os.close(output)
 
     def _environment_for(
-        self, command: Sequence[str], step_dir: str, env: Mapping[str, str]
+        self, command: Sequence[str], step_dir: str, env: _Environment
     ) -> tuple[dict[bytes, bytes], list[str]]:
         """Return the wrapper's environment, and the words of the command that sees exactly `env` beside our own."""
         environment = dict(self._environment)
@@ -3439,9 +3440,7 @@ class WindowsTree:
     by Ctrl-C, leaves no result and may end before that process: then the tree waits for the latter.
     """
 
-    def __init__(
-        self, record: _WrapperRecord, step_dir: str, wrapper: int, job: int, child: subprocess.Popen[bytes] | None
-    ) -> None:
+    def __init__(self, record: _WrapperRecord, step_dir: str, wrapper: int, job: int, child: _Child | None) -> None:
         self.pid = record.pid
         self._result = os.path.join(step_dir, "rc")
         self._is_batch = record.is_batch
@@ -3597,7 +3596,7 @@ class WindowsProcesses:
         self.initial_files: Mapping[str, bytes] = {}  # of a step's directory; its wrapper needs none
         self._left_jobs: collections.deque[int] = collections.deque()  # of ended steps, with processes in them
 
-    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> WindowsTree:
+    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: _Environment) -> WindowsTree:
         """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
 
         The wrapper is suspended until it is in its job and its pid is on disk. Raises OSError.
@@ -3626,7 +3625,7 @@ class WindowsProcesses:
             child.kill()
             raise
 
-    def _spawn(self, line: str, output: int, cwd: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    def _spawn(self, line: str, output: int, cwd: str, environment: _Environment) -> _Child:
         """Start a suspended cmd; retry, for a virus scanner or a busy host may refuse it at first. Raises OSError."""
         shell = system_program("cmd.exe")
         command = f'"{shell}" /D /E:ON /V:OFF /S /C "{line}"'
@@ -3649,7 +3648,7 @@ class WindowsProcesses:
                     raise
             time.sleep(_POLL_S)
 
-    def _launch(self, child: subprocess.Popen[bytes], step_dir: str, is_batch: bool) -> WindowsTree:
+    def _launch(self, child: _Child, step_dir: str, is_batch: bool) -> WindowsTree:
         """Put a suspended child into a job, which would end it if this process died now, then resume it.
 
         Once the child has a handle of its job, that survives this process, and the child can be adopted: only then
