@@ -44,6 +44,7 @@ import graphlib
 import heapq
 import http.server
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -762,86 +763,129 @@ if ON_WINDOWS:
     import ctypes
     from ctypes import wintypes
 
-    _library, _last_error, _error_of = (vars(ctypes)[name] for name in ("WinDLL", "get_last_error", "WinError"))
+    # By name, for elsewhere ctypes has none of them, which a type checker there would report.
+    _WinDLL = vars(ctypes)["WinDLL"]
+    _get_last_error = vars(ctypes)["get_last_error"]
+    _WinError = vars(ctypes)["WinError"]
 
     def _declare(library: Any, name: str, result: Any, *arguments: Any) -> Any:
-        """A function of a system library; a result of 0 raises OSError."""
+        """Return a function of a system library, with its types set; its result 0 raises OSError."""
         function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-        function.errcheck = _checked
+        function.restype = result
+        function.argtypes = arguments
+        function.errcheck = _raise_on_zero
         return function
 
-    def _checked(result: Any, _function: Any, _arguments: Any) -> Any:
+    def _raise_on_zero(result: Any, _function: Any, _arguments: Any) -> Any:
         if not result:
-            raise _error_of(_last_error())
+            raise _WinError(_get_last_error())
         return result
 
-    def _checked_file(result: Any, _function: Any, _arguments: Any) -> Any:
+    def _raise_on_invalid_handle(result: Any, _function: Any, _arguments: Any) -> Any:
         if result == INVALID_HANDLE_VALUE:
-            raise _error_of(_last_error())
+            raise _WinError(_get_last_error())
         return result
 
-    _kernel32 = _library("kernel32", use_last_error=True)
-    _HANDLE, _BOOL, _DWORD, _TEXT = wintypes.HANDLE, wintypes.BOOL, wintypes.DWORD, wintypes.LPCWSTR
-    _TIME = ctypes.POINTER(wintypes.FILETIME)
+    _kernel32 = _WinDLL("kernel32", use_last_error=True)
+    _HANDLE = wintypes.HANDLE
+    _BOOL = wintypes.BOOL
+    _DWORD = wintypes.DWORD
+    _WORD = wintypes.WORD
+    _INT = ctypes.c_int
+    _UINT = wintypes.UINT
+    _TEXT = wintypes.LPCWSTR
+    _VOID = ctypes.c_void_p
+    _HANDLE_OUT = ctypes.POINTER(_HANDLE)
+    _BOOL_OUT = ctypes.POINTER(_BOOL)
+    _DWORD_OUT = ctypes.POINTER(_DWORD)
+    _TEXT_OUT = ctypes.POINTER(_TEXT)
+    _VOID_OUT = ctypes.POINTER(_VOID)
+    _TIME_OUT = ctypes.POINTER(wintypes.FILETIME)
 
     # Processes (Process and Thread Functions)
     SYNCHRONIZE = 0x0010_0000
-    PROCESS_TERMINATE, PROCESS_DUP_HANDLE, PROCESS_SET_QUOTA = 0x0001, 0x0040, 0x0100
-    PROCESS_SUSPEND_RESUME, PROCESS_QUERY_LIMITED_INFORMATION = 0x0800, 0x1000
-    CREATE_SUSPENDED, CREATE_NO_WINDOW = 0x0000_0004, 0x0800_0000
+    PROCESS_TERMINATE = 0x0001
+    PROCESS_DUP_HANDLE = 0x0040
+    PROCESS_SET_QUOTA = 0x0100
+    PROCESS_SUSPEND_RESUME = 0x0800
+    PROCESS_QUERY_LIMITED_INFORMATION = 0x1000
+    CREATE_SUSPENDED = 0x0000_0004
+    CREATE_NO_WINDOW = 0x0800_0000
     OpenProcess = _declare(_kernel32, "OpenProcess", _HANDLE, _DWORD, _BOOL, _DWORD)
     GetCurrentProcess = _declare(_kernel32, "GetCurrentProcess", _HANDLE)
-    GetProcessTimes = _declare(_kernel32, "GetProcessTimes", _BOOL, _HANDLE, _TIME, _TIME, _TIME, _TIME)
+    GetProcessTimes = _declare(_kernel32, "GetProcessTimes", _BOOL, _HANDLE, _TIME_OUT, _TIME_OUT, _TIME_OUT, _TIME_OUT)
     GetExitCodeProcess = _declare(_kernel32, "GetExitCodeProcess", _BOOL, _HANDLE, ctypes.POINTER(ctypes.c_int32))
-    TerminateProcess = _declare(_kernel32, "TerminateProcess", _BOOL, _HANDLE, wintypes.UINT)
-    NtResumeProcess = _library("ntdll").NtResumeProcess  # for Popen has closed the handle that ResumeThread takes
+    TerminateProcess = _declare(_kernel32, "TerminateProcess", _BOOL, _HANDLE, _UINT)
+    NtResumeProcess = _WinDLL("ntdll").NtResumeProcess  # ResumeThread needs a handle that Popen has closed
     NtResumeProcess.argtypes = (_HANDLE,)
     SetDllDirectoryW = _declare(_kernel32, "SetDllDirectoryW", _BOOL, _TEXT)
-    GetProcessHandleCount = _declare(_kernel32, "GetProcessHandleCount", _BOOL, _HANDLE, ctypes.POINTER(_DWORD))
+    GetProcessHandleCount = _declare(_kernel32, "GetProcessHandleCount", _BOOL, _HANDLE, _DWORD_OUT)
 
     class ProcessMemory(ctypes.Structure):
         """PROCESS_MEMORY_COUNTERS_EX."""
 
-        _fields_ = [("Size", _DWORD), ("PageFaultCount", _DWORD)] + [
-            (name, ctypes.c_size_t)
-            for name in ("PeakWorkingSet", "WorkingSet", "PeakPagedPool", "PagedPool", "PeakNonPagedPool")
-            + ("NonPagedPool", "Pagefile", "PeakPagefile", "Private")
-        ]
+        _fields_ = (
+            ("Size", _DWORD),
+            ("PageFaultCount", _DWORD),
+            ("PeakWorkingSet", ctypes.c_size_t),
+            ("WorkingSet", ctypes.c_size_t),
+            ("PeakPagedPool", ctypes.c_size_t),
+            ("PagedPool", ctypes.c_size_t),
+            ("PeakNonPagedPool", ctypes.c_size_t),
+            ("NonPagedPool", ctypes.c_size_t),
+            ("Pagefile", ctypes.c_size_t),
+            ("PeakPagefile", ctypes.c_size_t),
+            ("Private", ctypes.c_size_t),
+        )
 
     GetProcessMemoryInfo = _declare(
         _kernel32, "K32GetProcessMemoryInfo", _BOOL, _HANDLE, ctypes.POINTER(ProcessMemory), _DWORD
     )
 
     # Handles and waits (Synchronization Functions)
-    DUPLICATE_SAME_ACCESS, WAIT_OBJECT_0, WAIT_FAILED = 2, 0, 0xFFFF_FFFF
+    DUPLICATE_SAME_ACCESS = 2
+    WAIT_OBJECT_0 = 0
+    WAIT_FAILED = 0xFFFF_FFFF
     ERROR_MORE_DATA = 234
     CloseHandle = _declare(_kernel32, "CloseHandle", _BOOL, _HANDLE)
-    GENERIC_READ, OPEN_EXISTING, INVALID_HANDLE_VALUE = 0x8000_0000, 3, ctypes.c_void_p(-1).value
+    GENERIC_READ = 0x8000_0000
+    OPEN_EXISTING = 3
+    INVALID_HANDLE_VALUE = ctypes.c_void_p(-1).value
     CreateFileW = _kernel32.CreateFileW
-    CreateFileW.argtypes = (_TEXT, _DWORD, _DWORD, ctypes.c_void_p, _DWORD, _DWORD, _HANDLE)
-    CreateFileW.restype, CreateFileW.errcheck = _HANDLE, _checked_file
-    CreateEventW = _declare(_kernel32, "CreateEventW", _HANDLE, ctypes.c_void_p, _BOOL, _BOOL, _TEXT)
+    CreateFileW.argtypes = (_TEXT, _DWORD, _DWORD, _VOID, _DWORD, _DWORD, _HANDLE)
+    CreateFileW.restype = _HANDLE
+    CreateFileW.errcheck = _raise_on_invalid_handle
+    CreateEventW = _declare(_kernel32, "CreateEventW", _HANDLE, _VOID, _BOOL, _BOOL, _TEXT)
     SetEvent = _declare(_kernel32, "SetEvent", _BOOL, _HANDLE)
     WaitForMultipleObjects = _kernel32.WaitForMultipleObjects
-    WaitForMultipleObjects.argtypes = (_DWORD, ctypes.POINTER(_HANDLE), _BOOL, _DWORD)
+    WaitForMultipleObjects.argtypes = (_DWORD, _HANDLE_OUT, _BOOL, _DWORD)
     WaitForMultipleObjects.restype = _DWORD
     DuplicateHandle = _declare(
-        _kernel32, "DuplicateHandle", _BOOL, _HANDLE, _HANDLE, _HANDLE, ctypes.POINTER(_HANDLE), _DWORD, _BOOL, _DWORD
+        _kernel32, "DuplicateHandle", _BOOL, _HANDLE, _HANDLE, _HANDLE, _HANDLE_OUT, _DWORD, _BOOL, _DWORD
     )
 
     # Job Objects
-    JOB_OBJECT_QUERY, JOB_OBJECT_ALL_ACCESS = 0x0004, 0x001F_003F
-    JOB_OBJECT_BASIC_ACCOUNTING_INFORMATION, JOB_OBJECT_BASIC_PROCESS_ID_LIST = 1, 3  # of JOBOBJECTINFOCLASS
+    JOB_OBJECT_QUERY = 0x0004
+    JOB_OBJECT_ALL_ACCESS = 0x001F_003F
+    # JOBOBJECTINFOCLASS
+    JOB_OBJECT_BASIC_ACCOUNTING_INFORMATION = 1
+    JOB_OBJECT_BASIC_PROCESS_ID_LIST = 3
     JOB_OBJECT_EXTENDED_LIMIT_INFORMATION = 9
-    JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION, JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE = 0x0400, 0x2000
+    JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION = 0x0400
+    JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE = 0x2000
 
     class JobAccounting(ctypes.Structure):
         """JOBOBJECT_BASIC_ACCOUNTING_INFORMATION."""
 
         _fields_ = (
-            *((name, ctypes.c_int64) for name in ("TotalUser", "TotalKernel", "PeriodUser", "PeriodKernel")),
-            *((name, _DWORD) for name in ("PageFaults", "Processes", "ActiveProcesses", "TerminatedProcesses")),
+            ("TotalUser", ctypes.c_int64),
+            ("TotalKernel", ctypes.c_int64),
+            ("PeriodUser", ctypes.c_int64),
+            ("PeriodKernel", ctypes.c_int64),
+            ("PageFaults", _DWORD),
+            ("Processes", _DWORD),
+            ("ActiveProcesses", _DWORD),
+            ("TerminatedProcesses", _DWORD),
         )
 
     class JobLimits(ctypes.Structure):
@@ -861,47 +905,41 @@ if ON_WINDOWS:
             ("Memory", ctypes.c_size_t * 4),
         )
 
-    CreateJobObjectW = _declare(_kernel32, "CreateJobObjectW", _HANDLE, ctypes.c_void_p, _TEXT)
+    CreateJobObjectW = _declare(_kernel32, "CreateJobObjectW", _HANDLE, _VOID, _TEXT)
     OpenJobObjectW = _declare(_kernel32, "OpenJobObjectW", _HANDLE, _DWORD, _BOOL, _TEXT)
     AssignProcessToJobObject = _declare(_kernel32, "AssignProcessToJobObject", _BOOL, _HANDLE, _HANDLE)
-    TerminateJobObject = _declare(_kernel32, "TerminateJobObject", _BOOL, _HANDLE, wintypes.UINT)
-    SetInformationJobObject = _declare(
-        _kernel32, "SetInformationJobObject", _BOOL, _HANDLE, ctypes.c_int, ctypes.c_void_p, _DWORD
-    )
+    TerminateJobObject = _declare(_kernel32, "TerminateJobObject", _BOOL, _HANDLE, _UINT)
+    SetInformationJobObject = _declare(_kernel32, "SetInformationJobObject", _BOOL, _HANDLE, _INT, _VOID, _DWORD)
     QueryInformationJobObject = _declare(
-        _kernel32, "QueryInformationJobObject", _BOOL, _HANDLE, ctypes.c_int, ctypes.c_void_p, _DWORD, ctypes.c_void_p
+        _kernel32, "QueryInformationJobObject", _BOOL, _HANDLE, _INT, _VOID, _DWORD, _VOID
     )
 
     # Access control (Security Functions, Security Descriptor Definition Language)
-    _advapi32 = _library("advapi32", use_last_error=True)
-    _VOID, _OUT = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
-    TOKEN_QUERY, TOKEN_USER, SDDL_REVISION_1 = 0x0008, 1, 1
-    OWNER_SECURITY_INFORMATION, DACL_SECURITY_INFORMATION = 0x0000_0001, 0x0000_0004
-    PROTECTED_DACL_SECURITY_INFORMATION = 0x8000_0000  # it inherits nothing
+    _advapi32 = _WinDLL("advapi32", use_last_error=True)
+    TOKEN_QUERY = 0x0008
+    TOKEN_USER = 1
+    SDDL_REVISION_1 = 1
+    OWNER_SECURITY_INFORMATION = 0x0000_0001
+    DACL_SECURITY_INFORMATION = 0x0000_0004
+    PROTECTED_DACL_SECURITY_INFORMATION = 0x8000_0000  # nothing is inherited from the parent directory
     LocalFree = _kernel32.LocalFree
     LocalFree.argtypes = (_VOID,)
-    OpenProcessToken = _declare(_advapi32, "OpenProcessToken", _BOOL, _HANDLE, _DWORD, ctypes.POINTER(_HANDLE))
-    GetTokenInformation = _declare(
-        _advapi32, "GetTokenInformation", _BOOL, _HANDLE, ctypes.c_int, _VOID, _DWORD, ctypes.POINTER(_DWORD)
-    )
-    ConvertSidToStringSidW = _declare(_advapi32, "ConvertSidToStringSidW", _BOOL, _VOID, ctypes.POINTER(_TEXT))
+    OpenProcessToken = _declare(_advapi32, "OpenProcessToken", _BOOL, _HANDLE, _DWORD, _HANDLE_OUT)
+    GetTokenInformation = _declare(_advapi32, "GetTokenInformation", _BOOL, _HANDLE, _INT, _VOID, _DWORD, _DWORD_OUT)
+    ConvertSidToStringSidW = _declare(_advapi32, "ConvertSidToStringSidW", _BOOL, _VOID, _TEXT_OUT)
     ConvertStringSecurityDescriptorToSecurityDescriptorW = _declare(
-        _advapi32, "ConvertStringSecurityDescriptorToSecurityDescriptorW", _BOOL, _TEXT, _DWORD, _OUT, _VOID
+        _advapi32, "ConvertStringSecurityDescriptorToSecurityDescriptorW", _BOOL, _TEXT, _DWORD, _VOID_OUT, _VOID
     )
     ConvertSecurityDescriptorToStringSecurityDescriptorW = _declare(
         _advapi32,
         "ConvertSecurityDescriptorToStringSecurityDescriptorW",
-        *(_BOOL, _VOID, _DWORD, _DWORD, ctypes.POINTER(_TEXT), _VOID),
+        *(_BOOL, _VOID, _DWORD, _DWORD, _TEXT_OUT, _VOID),
     )
-    GetSecurityDescriptorOwner = _declare(
-        _advapi32, "GetSecurityDescriptorOwner", _BOOL, _VOID, _OUT, ctypes.POINTER(_BOOL)
-    )
-    GetFileSecurityW = _declare(
-        _advapi32, "GetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID, _DWORD, ctypes.POINTER(_DWORD)
-    )
+    GetSecurityDescriptorOwner = _declare(_advapi32, "GetSecurityDescriptorOwner", _BOOL, _VOID, _VOID_OUT, _BOOL_OUT)
+    GetFileSecurityW = _declare(_advapi32, "GetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID, _DWORD, _DWORD_OUT)
     SetFileSecurityW = _declare(_advapi32, "SetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID)
 
-    # Processes of the host (Tool Help Functions)
+    # The host's processes (Tool Help Functions)
     TH32CS_SNAPPROCESS = 2
 
     class ProcessEntry(ctypes.Structure):
@@ -921,16 +959,25 @@ if ON_WINDOWS:
         )
 
     CreateToolhelp32Snapshot = _declare(_kernel32, "CreateToolhelp32Snapshot", _HANDLE, _DWORD, _DWORD)
-    Process32FirstW, Process32NextW = _kernel32.Process32FirstW, _kernel32.Process32NextW
-    Process32FirstW.argtypes = Process32NextW.argtypes = (_HANDLE, ctypes.POINTER(ProcessEntry))
+    Process32FirstW = _kernel32.Process32FirstW
+    Process32NextW = _kernel32.Process32NextW
+    Process32FirstW.argtypes = (_HANDLE, ctypes.POINTER(ProcessEntry))
+    Process32NextW.argtypes = (_HANDLE, ctypes.POINTER(ProcessEntry))
 
-    # Services: the side of a service (Service Functions)
+    # Services, as seen from within one (Service Functions)
     SERVICE_WIN32_OWN_PROCESS = 0x10
-    SERVICE_STOPPED, SERVICE_START_PENDING, SERVICE_STOP_PENDING, SERVICE_RUNNING = 1, 2, 3, 4
-    SERVICE_CONTROL_STOP, SERVICE_CONTROL_INTERROGATE, SERVICE_CONTROL_PRESHUTDOWN = 1, 4, 15
-    SERVICE_ACCEPT_STOP, SERVICE_ACCEPT_PRESHUTDOWN = 0x001, 0x100
-    ERROR_CALL_NOT_IMPLEMENTED, ERROR_SERVICE_SPECIFIC_ERROR = 120, 1066
-    ERROR_FAILED_SERVICE_CONTROLLER_CONNECT = 1063  # of a process that no service control manager started
+    SERVICE_STOPPED = 1
+    SERVICE_START_PENDING = 2
+    SERVICE_STOP_PENDING = 3
+    SERVICE_RUNNING = 4
+    SERVICE_CONTROL_STOP = 1
+    SERVICE_CONTROL_INTERROGATE = 4
+    SERVICE_CONTROL_PRESHUTDOWN = 15
+    SERVICE_ACCEPT_STOP = 0x001
+    SERVICE_ACCEPT_PRESHUTDOWN = 0x100
+    ERROR_CALL_NOT_IMPLEMENTED = 120
+    ERROR_SERVICE_SPECIFIC_ERROR = 1066
+    ERROR_FAILED_SERVICE_CONTROLLER_CONNECT = 1063  # the process was not started by the service control manager
 
     class ServiceStatus(ctypes.Structure):
         """SERVICE_STATUS_PROCESS; its first seven fields are SERVICE_STATUS."""
@@ -948,8 +995,8 @@ if ON_WINDOWS:
         )
 
     _function_type: Any = vars(ctypes)["WINFUNCTYPE"]
-    ServiceMain = _function_type(None, _DWORD, ctypes.c_void_p)
-    ServiceHandler = _function_type(_DWORD, _DWORD, _DWORD, ctypes.c_void_p, ctypes.c_void_p)
+    ServiceMain = _function_type(None, _DWORD, _VOID)
+    ServiceHandler = _function_type(_DWORD, _DWORD, _DWORD, _VOID, _VOID)
 
     class ServiceEntry(ctypes.Structure):
         """SERVICE_TABLE_ENTRYW."""
@@ -961,23 +1008,34 @@ if ON_WINDOWS:
         _advapi32, "StartServiceCtrlDispatcherW", _BOOL, ctypes.POINTER(ServiceEntry)
     )
     RegisterServiceCtrlHandlerExW = _declare(
-        _advapi32, "RegisterServiceCtrlHandlerExW", _HANDLE, _TEXT, ServiceHandler, ctypes.c_void_p
+        _advapi32, "RegisterServiceCtrlHandlerExW", _HANDLE, _TEXT, ServiceHandler, _VOID
     )
     SetServiceStatus = _declare(_advapi32, "SetServiceStatus", _BOOL, _HANDLE, _STATUS)
 
-    # Services: the side of who installs and controls them
-    SC_MANAGER_CONNECT, SC_MANAGER_CREATE_SERVICE, SERVICE_ALL_ACCESS, SERVICE_QUERY_STATUS = 1, 2, 0xF01FF, 4
-    SERVICE_AUTO_START, SERVICE_ERROR_NORMAL, SC_STATUS_PROCESS_INFO = 2, 1, 0
-    SERVICE_CONFIG_DESCRIPTION, SERVICE_CONFIG_FAILURE_ACTIONS = 1, 2
-    SERVICE_CONFIG_FAILURE_ACTIONS_FLAG, SERVICE_CONFIG_PRESHUTDOWN_INFO = 4, 7
+    # Services, as installed and controlled from outside
+    SC_MANAGER_CONNECT = 1
+    SC_MANAGER_CREATE_SERVICE = 2
+    SERVICE_ALL_ACCESS = 0xF01FF
+    SERVICE_QUERY_STATUS = 4
+    SERVICE_AUTO_START = 2
+    SERVICE_ERROR_NORMAL = 1
+    SC_STATUS_PROCESS_INFO = 0
+    SERVICE_CONFIG_DESCRIPTION = 1
+    SERVICE_CONFIG_FAILURE_ACTIONS = 2
+    SERVICE_CONFIG_FAILURE_ACTIONS_FLAG = 4
+    SERVICE_CONFIG_PRESHUTDOWN_INFO = 7
     SC_ACTION_RESTART = 1
-    ERROR_ACCESS_DENIED, ERROR_SERVICE_ALREADY_RUNNING, ERROR_SERVICE_DOES_NOT_EXIST = 5, 1056, 1060
-    ERROR_SERVICE_NOT_ACTIVE, ERROR_SERVICE_EXISTS, ERROR_SERVICE_NEVER_STARTED = 1062, 1073, 1077
+    ERROR_ACCESS_DENIED = 5
+    ERROR_SERVICE_ALREADY_RUNNING = 1056
+    ERROR_SERVICE_DOES_NOT_EXIST = 1060
+    ERROR_SERVICE_NOT_ACTIVE = 1062
+    ERROR_SERVICE_EXISTS = 1073
+    ERROR_SERVICE_NEVER_STARTED = 1077
 
     class ServiceAction(ctypes.Structure):
         """SC_ACTION; the delay is in milliseconds."""
 
-        _fields_ = (("Type", ctypes.c_int), ("Delay", _DWORD))
+        _fields_ = (("Type", _INT), ("Delay", _DWORD))
 
     class ServiceFailureActions(ctypes.Structure):
         """SERVICE_FAILURE_ACTIONSW; the reset period is in seconds."""
@@ -993,16 +1051,16 @@ if ON_WINDOWS:
     OpenSCManagerW = _declare(_advapi32, "OpenSCManagerW", _HANDLE, _TEXT, _TEXT, _DWORD)
     OpenServiceW = _declare(_advapi32, "OpenServiceW", _HANDLE, _HANDLE, _TEXT, _DWORD)
     CreateServiceW = _declare(
-        _advapi32, "CreateServiceW", _HANDLE, _HANDLE, _TEXT, _TEXT, *[_DWORD] * 4, _TEXT, _TEXT, ctypes.c_void_p,
+        _advapi32, "CreateServiceW", _HANDLE, _HANDLE, _TEXT, _TEXT, *[_DWORD] * 4, _TEXT, _TEXT, _VOID,
         _TEXT, _TEXT, _TEXT,
     )  # fmt: skip
-    ChangeServiceConfig2W = _declare(_advapi32, "ChangeServiceConfig2W", _BOOL, _HANDLE, _DWORD, ctypes.c_void_p)
-    StartServiceW = _declare(_advapi32, "StartServiceW", _BOOL, _HANDLE, _DWORD, ctypes.c_void_p)
+    ChangeServiceConfig2W = _declare(_advapi32, "ChangeServiceConfig2W", _BOOL, _HANDLE, _DWORD, _VOID)
+    StartServiceW = _declare(_advapi32, "StartServiceW", _BOOL, _HANDLE, _DWORD, _VOID)
     ControlService = _declare(_advapi32, "ControlService", _BOOL, _HANDLE, _DWORD, _STATUS)
     DeleteService = _declare(_advapi32, "DeleteService", _BOOL, _HANDLE)
     CloseServiceHandle = _declare(_advapi32, "CloseServiceHandle", _BOOL, _HANDLE)
     QueryServiceStatusEx = _declare(
-        _advapi32, "QueryServiceStatusEx", _BOOL, _HANDLE, ctypes.c_int, _STATUS, _DWORD, ctypes.POINTER(_DWORD)
+        _advapi32, "QueryServiceStatusEx", _BOOL, _HANDLE, _INT, _STATUS, _DWORD, _DWORD_OUT
     )
 
     # Event log
@@ -1010,33 +1068,33 @@ if ON_WINDOWS:
     RegisterEventSourceW = _declare(_advapi32, "RegisterEventSourceW", _HANDLE, _TEXT, _TEXT)
     DeregisterEventSource = _declare(_advapi32, "DeregisterEventSource", _BOOL, _HANDLE)
     ReportEventW = _declare(
-        _advapi32, "ReportEventW", _BOOL, _HANDLE, wintypes.WORD, wintypes.WORD, _DWORD, ctypes.c_void_p,
-        wintypes.WORD, _DWORD, ctypes.POINTER(_TEXT), ctypes.c_void_p,
+        _advapi32, "ReportEventW", _BOOL, _HANDLE, _WORD, _WORD, _DWORD, _VOID,
+        _WORD, _DWORD, _TEXT_OUT, _VOID,
     )  # fmt: skip
 
 # ======================================================================================================================
 # II operating system / own process: descriptors, signals and environment of this process
 # ======================================================================================================================
 
-# What an OSError says when something of the process or of the host is used up, and may be free again in a moment.
-# Winsock has numbers of its own for the sockets' share.
+# The errno values of what is used up, in this process or on the host, and may be free again in a moment. Winsock has
+# values of its own for sockets.
 NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
 NO_RESOURCE = NO_DESCRIPTOR | {errno.ENOMEM, errno.ENOBUFS, getattr(errno, "WSAENOBUFS", errno.ENOBUFS)}
-_DESCRIPTORS_OF_AN_ANSWER = 4  # the file of an output, the two directories above it, and one of the database
+_DESCRIPTORS_PER_RESPONSE = 4  # the file of an output, the two directories above it, and one of the database
 
 
 class DescriptorReserve:
-    """Descriptors held open, to be let go for what must not fail for want of one: a stop, an answer. Thread-safe."""
+    """Descriptors held open, to be released for what must not fail for want of one: a stop, a response. Thread-safe."""
 
     def __init__(self, count: int = 8) -> None:
         self._count = count
         self._lock = threading.Lock()  # guards all below
         self._held: list[int] = []
         self._borrowers = 0
-        self._probe = -1  # duplicated to learn whether others are free; never let go
+        self._probe = -1  # duplicated to learn whether others are free; never released
 
     def fill(self) -> None:
-        """Hold as many as there are free, at most `count`."""
+        """Hold as many descriptors as are free, at most `count`."""
         with self._lock, contextlib.suppress(OSError):  # what is missing is taken the next time
             if self._probe < 0:
                 self._probe = os.open(os.devnull, os.O_RDONLY)
@@ -1044,14 +1102,14 @@ class DescriptorReserve:
                 self._held.append(os.open(os.devnull, os.O_RDONLY))
 
     def is_short(self) -> bool:
-        """Whether it lacks some: all others are used, or they are lent."""
+        """Return whether some are missing: all others are used, or they are lent."""
         self.fill()
         with self._lock:
             return len(self._held) < self._count
 
     @contextlib.contextmanager
     def lend(self) -> Iterator[None]:
-        """Let them go for as long as the block lasts; several may borrow at once."""
+        """Release them for as long as the block lasts; several may borrow at once."""
         with self._lock:
             self._borrowers += 1
             while self._held:
@@ -1075,7 +1133,7 @@ class DescriptorReserve:
     def _is_scarce(self) -> bool:
         copies: list[int] = []
         try:
-            for _ in range(_DESCRIPTORS_OF_AN_ANSWER):
+            for _ in range(_DESCRIPTORS_PER_RESPONSE):
                 copies.append(os.dup(self._probe))
         except OSError:
             return True
@@ -1086,43 +1144,52 @@ class DescriptorReserve:
 
 
 def set_inherited_fds_cloexec() -> None:
-    """Keeps what whoever started us left open from our steps; what Python opens itself is closed at exec (PEP 446)."""
-    if sys.platform != "win32":
-        for name in os.listdir("/dev/fd"):
-            with contextlib.suppress(OSError):
-                if int(name) > 2:
-                    os.set_inheritable(int(name), False)
+    """Set close-on-exec on all descriptors above 2: what this process inherited is not for the steps.
+
+    What Python opens itself is closed at exec already (PEP 446).
+    """
+    if sys.platform == "win32":
+        return
+    for name in os.listdir("/dev/fd"):
+        descriptor = int(name)
+        if descriptor > 2:
+            with contextlib.suppress(OSError):  # the listing's own is closed by now
+                os.set_inheritable(descriptor, False)
 
 
 def raise_fd_limit() -> str:
-    """Raises the soft limit of open files to the hard one, for each step takes a few; the one that was."""
+    """Raise the soft limit of open files to the hard one, for each step takes a few; return what the soft one was."""
     if sys.platform == "win32":
         return ""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
+    with contextlib.suppress(ValueError, OSError):  # macOS may refuse an infinite one: the soft limit stays
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
 
 
 def reset_inherited_signals() -> None:
-    """Undo what whoever started us did to signals: steps inherit what is ignored or blocked (signal(7)).
+    """Unblock all signals and stop ignoring any: steps would inherit what is ignored or blocked (signal(7)).
 
     A handler that does nothing, in place of "ignored", becomes the default at exec: nohup protects us as before.
     """
     if sys.platform == "win32":
         return
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    reset_by_popen = (signal.SIGPIPE, signal.SIGXFSZ)  # which CPython itself ignores
     for number in signal.valid_signals():
-        # Popen resets what CPython itself ignores.
-        if signal.getsignal(number) is signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_DFL if number in _UNIGNORED else _do_nothing)
+        if number in reset_by_popen or signal.getsignal(number) is not signal.SIG_IGN:
+            continue
+        if number in _RESET_TO_DEFAULT:
+            signal.signal(number, signal.SIG_DFL)
+        else:
+            signal.signal(number, _do_nothing)
     _reset_library_signals()
 
 
 def detach() -> None:
-    """Leave the session and the group of whoever started this process."""
+    """Leave the session and the process group of the parent."""
     if sys.platform != "win32":
         with contextlib.suppress(PermissionError):  # it leads a group of its own already
             os.setsid()
@@ -1134,9 +1201,10 @@ def _do_nothing(*_: Any) -> None:
 
 # Whoever ignores SIGCHLD gets no exit code of a child; the next three are harmless by default. With a handler, a write
 # to a terminal in the background would be tried again for ever (termios(3), TOSTOP).
-_UNIGNORED = {
+_RESET_TO_DEFAULT = {
     getattr(signal, name, None) for name in ("SIGCHLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGTTIN", "SIGTTOU")
 }
+_RT_SIGACTION = {"x86_64": 13, "aarch64": 134, "riscv64": 134}  # rt_sigaction(2), by machine
 
 
 def _reset_library_signals() -> None:
@@ -1144,30 +1212,36 @@ def _reset_library_signals() -> None:
 
     CPython 3.13.0, make and others start their children so.
     """
-    call = {"x86_64": 13, "aarch64": 134, "riscv64": 134}.get(os.uname().machine)  # rt_sigaction(2)
-    if not ON_LINUX or call is None or struct.calcsize("P") != 8:
+    system_call = _RT_SIGACTION.get(os.uname().machine)
+    if not ON_LINUX or system_call is None or struct.calcsize("P") != 8:
         return
+    ignored = 0
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        ignored = next((int(line.split()[1], 16) for line in file if line.startswith("SigIgn:")), 0)
+        for line in file:
+            if line.startswith("SigIgn:"):
+                ignored = int(line.split()[1], 16)
     for number in (32, 33):
         if ignored >> (number - 1) & 1:
             import ctypes
 
-            ctypes.CDLL(None).syscall(call, number, bytes(64), None, 8)  # a struct of zeros: SIG_DFL
+            default_action = bytes(64)  # a struct of zeros: SIG_DFL
+            ctypes.CDLL(None).syscall(system_call, number, default_action, None, 8)
 
 
 def clean_pyinstaller_env() -> None:
-    """Takes back what the launcher of a frozen program did to the environment: it is not for the steps.
+    """Undo what the launcher of a frozen program did to the environment: it is not for the steps.
 
     PyInstaller's manual, "Launching external programs from the frozen application".
     """
     if not getattr(sys, "frozen", False):
         return
-    for name in [name for name in os.environ if name.startswith(("_PYI_", "_MEIPASS"))]:
-        del os.environ[name]
+    for name in list(os.environ):
+        if name.startswith(("_PYI_", "_MEIPASS")):
+            del os.environ[name]
     for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"):
         os.environ.pop(name, None)
-        if (original := os.environ.pop(name + "_ORIG", None)) is not None:
+        original = os.environ.pop(name + "_ORIG", None)
+        if original is not None:
             os.environ[name] = original
     if ON_WINDOWS:
         SetDllDirectoryW(None)
@@ -1178,7 +1252,7 @@ _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # the latter is TerminatePro
 
 
 def failpoint(name: str) -> None:
-    """Kills this process where $REMOTE_EXECUTOR_FAILPOINT names the place: how the tests prove what a crash leaves."""
+    """Kill this process if $REMOTE_EXECUTOR_FAILPOINT is this name: how the tests prove what a crash leaves."""
     if name == _FAILPOINT:
         os.kill(os.getpid(), _KILL)
 
@@ -1189,102 +1263,123 @@ def failpoint(name: str) -> None:
 
 
 def private_umask() -> int:
-    """Makes what this process creates its own user's alone; the umask that was, which steps get back."""
+    """Set the umask to 077 and return the earlier one, which steps get back."""
     return os.umask(0o077)
 
 
 def private_directory(path: str) -> None:
-    """Makes a directory that is ours alone; raises StartupError where it is a link, someone else's, or open to others.
+    """Make a directory that only we can enter. Raises StartupError for a link, another's, or one open to others.
 
     An empty one is closed to others. One that holds something may be meant for them, as /var/lib is.
     """
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise StartupError(f"--root: {path!a} is no UTF-8, as which answers show it; give another name") from None
+        raise StartupError(f"--root: {path!a} is not UTF-8, as responses show it; choose another name") from None
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
         if _is_link(os.lstat(path)):
             raise StartupError(f"--root: {path} is a link; give the directory itself")
-        close = _close_windows_directory if ON_WINDOWS else _close_unix_directory
-        close(path)
+        if ON_WINDOWS:
+            _restrict_windows_directory(path)
+        else:
+            _restrict_posix_directory(path)
     except OSError as error:
         raise StartupError(f"--root: {path} cannot be used: {error.strerror or error}") from None
 
 
-def _close_unix_directory(path: str) -> None:
-    found = os.lstat(path)
-    if found.st_uid != os.geteuid():
-        raise StartupError(f"--root: {path} belongs to another user (uid {found.st_uid}); give one of your own")
-    if found.st_mode & 0o077:
+def _restrict_posix_directory(path: str) -> None:
+    """Take an empty directory's rights from all but its owner. Raises StartupError, OSError."""
+    status = os.lstat(path)
+    if status.st_uid != os.geteuid():
+        raise StartupError(f"--root: {path} belongs to another user (uid {status.st_uid}); choose one of your own")
+    if status.st_mode & 0o077:
         if not os.listdir(path):
             os.chmod(path, 0o700)
-        if os.listdir(path):  # looked at again, for they could write until now
-            raise StartupError(f"--root: {path} is open to other users; `chmod 700` it or give one of your own")
+        if os.listdir(path):  # checked again, for they could write until now
+            raise StartupError(f"--root: {path} is open to other users; `chmod 700` it or choose one of your own")
 
 
-def _close_windows_directory(path: str) -> None:
-    """Lets the system, administrators and ourselves in alone, and so into all that is made there."""
+_SYSTEM_SID = "S-1-5-18"
+_ADMINISTRATORS_SID = "S-1-5-32-544"
+
+
+def _restrict_windows_directory(path: str) -> None:
+    """Grant access to the system, administrators and ourselves alone, and so to all content. Raises StartupError."""
     if len(path) > _MAX_ROOT_LENGTH:
-        raise StartupError(f"--root: {path} is too long for cmd.exe; give one of {_MAX_ROOT_LENGTH} characters at most")
+        raise StartupError(f"--root: {path} is too long for cmd.exe; use at most {_MAX_ROOT_LENGTH} characters")
     if path.startswith("\\\\"):
-        raise StartupError(f"--root: {path} is on a share, where cmd.exe cannot work; give a directory of this host")
-    ourselves, owner = _own_sid(), _owner_sid(path)
-    if owner not in (ourselves, "S-1-5-18", "S-1-5-32-544"):  # the system, and the administrators
-        raise StartupError(f"--root: {path} belongs to another user ({owner}); give one of your own")
-    rights = "".join(f"(A;OICI;FA;;;{who})" for who in ("SY", "BA", ourselves))
-    is_new, ours = not os.listdir(path), ctypes.c_void_p()
-    ConvertStringSecurityDescriptorToSecurityDescriptorW(f"D:P{rights}", SDDL_REVISION_1, ctypes.byref(ours), None)
+        raise StartupError(f"--root: {path} is on a network share, where cmd.exe cannot work; choose a local directory")
+    own_sid = _own_sid()
+    owner = _owner_sid(path)
+    if owner not in (own_sid, _SYSTEM_SID, _ADMINISTRATORS_SID):
+        raise StartupError(f"--root: {path} belongs to another user ({owner}); choose one of your own")
+    entries = "".join(f"(A;OICI;FA;;;{sid})" for sid in ("SY", "BA", own_sid))  # allow, inherited, full access
+    is_empty = not os.listdir(path)
+    wanted = ctypes.c_void_p()
+    ConvertStringSecurityDescriptorToSecurityDescriptorW(f"D:P{entries}", SDDL_REVISION_1, ctypes.byref(wanted), None)
     try:
-        if is_new:
-            SetFileSecurityW(path, DACL_SECURITY_INFORMATION | PROTECTED_DACL_SECURITY_INFORMATION, ours)
-        others = (
-            _granted_sids(_security_of(path, DACL_SECURITY_INFORMATION)) - _granted_sids(ours) - {"CO", "OW"}
-        )  # its owner
+        if is_empty:
+            SetFileSecurityW(path, DACL_SECURITY_INFORMATION | PROTECTED_DACL_SECURITY_INFORMATION, wanted)
+        granted = _granted_sids(_read_security_descriptor(path, DACL_SECURITY_INFORMATION))
+        others = granted - _granted_sids(wanted) - {"CO", "OW"}  # of content: who created it, who owns it
     finally:
-        LocalFree(ours)
-    if others or (is_new and os.listdir(path)):  # they could write until now
+        LocalFree(wanted)
+    if others or (is_empty and os.listdir(path)):  # they could write until now
         who = ", ".join(sorted(others)) or "one has just written there"
-        told = f"--root: {path} is open to other users ({who}); give an empty directory,"
-        raise StartupError(f"{told} which will be closed to them, or take their rights away by icacls")
+        problem = f"--root: {path} is open to other users ({who})"
+        raise StartupError(
+            f"{problem}; give an empty directory, which is made private, or remove their rights by icacls"
+        )
 
 
 _MAX_ROOT_LENGTH = 200  # so that a step's files stay below MAX_PATH, which cmd.exe cannot pass
+_ACCESS_ENTRY = re.compile(r"\((\w+);[^()]*?;([^;()]+)(?:;\(.*?\))?\)")  # the type of an ACE, and its SID
 
 
 def _granted_sids(descriptor: Any) -> set[str]:
-    """Whom a security descriptor lets in, as Windows writes them in text (Security Descriptor String Format, MSDN)."""
+    """Return to whom a security descriptor grants anything, as SID strings or their two-letter abbreviations.
+
+    Source: Security Descriptor String Format (MSDN).
+    """
     text = _TEXT()
     ConvertSecurityDescriptorToStringSecurityDescriptorW(
         descriptor, SDDL_REVISION_1, DACL_SECURITY_INFORMATION, ctypes.byref(text), None
     )
     try:
-        entries = re.findall(r"\((\w+);[^()]*?;([^;()]+)(?:;\(.*?\))?\)", text.value or "")
-        return {who for kind, who in entries if kind != "D"} or {"everyone"}  # without a list there is no limit
+        entries = _ACCESS_ENTRY.findall(text.value or "")
     finally:
         LocalFree(ctypes.cast(text, ctypes.c_void_p))
+    granted = {sid for kind, sid in entries if kind != "D"}
+    return granted or {"everyone"}  # without a list there is no limit
 
 
 def _own_sid() -> str:
-    """The user of this process, as Windows writes users in text."""
-    token, user, size = _HANDLE(), ctypes.create_string_buffer(256), _DWORD()
+    """Return the user of this process, as a SID string."""
+    token = _HANDLE()
+    user = ctypes.create_string_buffer(256)
+    size = _DWORD()
     OpenProcessToken(GetCurrentProcess(), TOKEN_QUERY, ctypes.byref(token))
     try:
         GetTokenInformation(token, TOKEN_USER, user, len(user), ctypes.byref(size))
     finally:
         CloseHandle(token)
-    return _sid_text(ctypes.c_void_p.from_buffer(user))  # what TOKEN_USER begins with
+    return _sid_text(ctypes.c_void_p.from_buffer(user))  # TOKEN_USER begins with a pointer to the SID
 
 
 def _owner_sid(path: str) -> str:
-    descriptor, owner = _security_of(path, OWNER_SECURITY_INFORMATION), ctypes.c_void_p()
+    """Return the owner of a file, as a SID string. Raises OSError."""
+    descriptor = _read_security_descriptor(path, OWNER_SECURITY_INFORMATION)
+    owner = ctypes.c_void_p()
     GetSecurityDescriptorOwner(descriptor, ctypes.byref(owner), ctypes.byref(_BOOL()))
     return _sid_text(owner)
 
 
-def _security_of(path: str, kinds: int) -> Any:
-    descriptor = ctypes.create_string_buffer(1 << 16)
-    GetFileSecurityW(path, kinds, descriptor, len(descriptor), ctypes.byref(_DWORD()))
+def _read_security_descriptor(path: str, parts: int) -> Any:
+    """Return these parts (SECURITY_INFORMATION) of a file's security descriptor. Raises OSError."""
+    size = 1 << 16
+    descriptor = ctypes.create_string_buffer(size)
+    GetFileSecurityW(path, parts, descriptor, size, ctypes.byref(_DWORD()))
     return descriptor
 
 
@@ -1301,10 +1396,10 @@ _DIRECTORY_LOCK_S = 2.0
 
 
 def lock_directory(path: str) -> int | None:
-    """The descriptor that holds an exclusive lock on a directory while the process lives, None where there is no such.
+    """Lock a directory while the process lives; return the descriptor, None where the system has no such lock.
 
-    It holds when the files in it are gone, and systemd-tmpfiles leaves alone what is locked so (tmpfiles.d(5)); for a
-    moment it locks what it cleans itself, hence the patience. Raises StartupError when another daemon holds it.
+    It holds when the files in it are gone, and systemd-tmpfiles leaves alone what is locked so (tmpfiles.d(5)); while
+    that cleans a directory it locks it itself, so this waits a little. Raises StartupError when another daemon has it.
     """
     if sys.platform == "win32":
         return None
@@ -1319,7 +1414,7 @@ def lock_directory(path: str) -> int | None:
         except BlockingIOError:
             if time.monotonic() > end_s:
                 os.close(descriptor)
-                raise StartupError(f"--root: {path} is in use by another daemon; give another root") from None
+                raise StartupError(f"--root: {path} is in use by another daemon; choose another root") from None
         except OSError:  # NFS locks only what can be written
             os.close(descriptor)
             return None
@@ -1327,7 +1422,7 @@ def lock_directory(path: str) -> int | None:
 
 
 def lock_file(path: str) -> int:
-    """The descriptor that holds an exclusive lock on the file while the process lives; raises StartupError if held."""
+    """Lock a file exclusively while the process lives; return the descriptor. Raises StartupError if it is locked."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if sys.platform == "win32":
@@ -1340,7 +1435,8 @@ def lock_file(path: str) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        raise StartupError(f"--root: {os.path.dirname(path)} is in use by another daemon; give another root") from None
+        root = os.path.dirname(path)
+        raise StartupError(f"--root: {root} is in use by another daemon; choose another root") from None
     return descriptor
 
 
@@ -1348,7 +1444,7 @@ _RENAME_RETRY_S = 5.0
 
 
 def rename(path: str, new: str) -> None:
-    """Renames a file or directory, with patience: on Windows a virus scanner may hold it for a moment."""
+    """Rename a file or directory; on Windows retry for seconds, for a virus scanner may hold it. Raises OSError."""
     end_s = time.monotonic() + _RENAME_RETRY_S
     while True:
         try:
@@ -1362,40 +1458,49 @@ def rename(path: str, new: str) -> None:
 _JUNCTION = 0xA000_0003  # IO_REPARSE_TAG_MOUNT_POINT
 
 
-def _is_link(found: os.stat_result) -> bool:
-    """Whether a file stands for another: a link, or a junction of Windows."""
-    return stat.S_ISLNK(found.st_mode) or getattr(found, "st_reparse_tag", 0) == _JUNCTION
+def _is_link(status: os.stat_result) -> bool:
+    """Return whether this is a symbolic link, or a junction of Windows."""
+    return stat.S_ISLNK(status.st_mode) or getattr(status, "st_reparse_tag", 0) == _JUNCTION
 
 
-def links_in(place: str, names: Sequence[str]) -> list[str]:
-    """Those of the names that stand for something else: for shutil.copytree, which follows junctions."""
-    return [name for name in names if _is_link(os.lstat(os.path.join(place, name)))]
+def links_in(directory: str, names: Sequence[str]) -> list[str]:
+    """Return the names of links and junctions, as `ignore` of shutil.copytree, which follows junctions."""
+    links = []
+    for name in names:
+        status = os.lstat(os.path.join(directory, name))
+        if _is_link(status):
+            links.append(name)
+    return links
 
 
 def is_real_directory(path: str) -> bool:
-    """Whether there is a directory itself, no link to one."""
-    with contextlib.suppress(OSError):
-        found = os.lstat(path)
-        return stat.S_ISDIR(found.st_mode) and not _is_link(found)
-    return False
+    """Return whether the path is a directory, and not a link to one."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and not _is_link(status)
 
 
 def is_open_to_others(path: str) -> bool:
-    """Whether other users may read or write a file; on Windows its directory decides that."""
+    """Return whether other users may read or write a file; on Windows its directory decides that."""
     return not ON_WINDOWS and os.stat(path).st_mode & 0o066 != 0
 
 
-_HAS_DESCRIPTORS = os.open in os.supports_dir_fd  # of directories
-_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
-_PLAIN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_O_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_SUPPORTS_DIR_FD = os.open in os.supports_dir_fd
+_DIRECTORY_FLAGS = os.O_RDONLY | _O_NOFOLLOW | getattr(os, "O_DIRECTORY", 0)
+_FILE_FLAGS = _O_NOFOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_NEW_FILE_FLAGS = _FILE_FLAGS | os.O_WRONLY | os.O_CREAT | os.O_EXCL
+_NO_FILES: Mapping[str, bytes] = types.MappingProxyType({})
 _REMOVAL_S = 10.0  # for one directory, before others have their turn
 
 
 class SafeDirectory:
-    """A directory of ours, of whose content steps may have made anything; any thread may call it.
+    """A directory of ours, in whose content steps may have made anything. Thread-safe.
 
     Nothing in it is reached through a link: each directory is opened from the one above it, so that no exchange for a
-    link in between leads out of it (CWE-367). Windows has no such calls: there the names are looked at just before.
+    link in between leads out of it (CWE-367). Windows has no such calls: there the names are checked just before.
     """
 
     def __init__(self, path: str) -> None:
@@ -1403,55 +1508,57 @@ class SafeDirectory:
         self._top = -1  # its descriptor, for as long as the process lives
 
     def open(self) -> None:
-        """Holds on to the directory itself, whatever becomes of its name; raises OSError."""
-        if _HAS_DESCRIPTORS:
-            self._top = os.open(self.path, _DIRECTORY)
+        """Keep the directory itself open, whatever becomes of its name. Raises OSError."""
+        if _SUPPORTS_DIR_FD:
+            self._top = os.open(self.path, _DIRECTORY_FLAGS)
 
     def read(self, *names: str) -> io.FileIO:
-        """Opens a regular file; raises OSError, also for all else: a pipe would block, a device has no end."""
+        """Open a regular file. Raises OSError, also for all else: a pipe would block, a device has no end."""
         with self._parent(names) as (name, parent):
             if parent is None and _is_link(os.lstat(name)):
                 raise OSError(errno.ELOOP, "is a link", name)
-            descriptor = os.open(name, os.O_RDONLY | _PLAIN, dir_fd=parent)
+            descriptor = os.open(name, os.O_RDONLY | _FILE_FLAGS, dir_fd=parent)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise OSError(errno.EINVAL, "is no regular file", names[-1])
+            raise OSError(errno.EINVAL, "is not a regular file", names[-1])
         return open(descriptor, "rb", buffering=0)
 
-    def make(
-        self, *names: str, content: Mapping[str, bytes] = types.MappingProxyType({}), may_exist: bool = False
-    ) -> None:
-        """Makes a directory, which must not be there yet, with these files in it, which never may; raises OSError."""
+    def make(self, *names: str, content: Mapping[str, bytes] = _NO_FILES, may_exist: bool = False) -> None:
+        """Make a directory, which must not exist yet, with these files in it, which never may. Raises OSError."""
         with self._parent(names) as (name, parent):
             try:
                 os.mkdir(name, 0o700, dir_fd=parent)
             except FileExistsError:
                 if not may_exist:
                     raise
-            inner = os.open(name, _DIRECTORY, dir_fd=parent) if content and parent is not None else None
+            directory = None
+            if content and parent is not None:
+                directory = os.open(name, _DIRECTORY_FLAGS, dir_fd=parent)
         try:
-            for file, data in content.items():
-                path = file if inner is not None else os.path.join(name, file)
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o600, dir_fd=inner)
-                with io.FileIO(descriptor, "w") as target:
-                    target.write(data)
+            for file_name, data in content.items():
+                path = os.path.join(name, file_name) if directory is None else file_name
+                descriptor = os.open(path, _NEW_FILE_FLAGS, 0o600, dir_fd=directory)
+                with io.FileIO(descriptor, "w") as file:
+                    file.write(data)
         finally:
-            if inner is not None:
-                os.close(inner)
+            if directory is not None:
+                os.close(directory)
 
     def remove_empty(self, *names: str) -> None:
-        """Removes a directory; raises OSError where it is none, or not empty."""
+        """Remove a directory. Raises OSError where it is none, or not empty."""
         with self._parent(names) as (name, parent):
             os.rmdir(name, dir_fd=parent)
 
     def remove(self, *names: str) -> bool:
-        """Removes a directory with all that is in it, but what is mounted there; False when something is left.
+        """Remove a directory with all that is in it, but what is mounted there; return False when something is left.
 
-        Raises OSError where no descriptor is left to look with.
+        Raises OSError where no descriptor is free.
         """
         try:
             with self._parent(names) as (name, parent):
-                return _remove_by_path(name) if parent is None else _remove(name, parent, _mount_of(parent))
+                if parent is None:
+                    return _remove_by_path(name)
+                return _remove(name, parent, _mount_id(parent))
         except FileNotFoundError:
             return True
         except OSError as error:
@@ -1461,17 +1568,22 @@ class SafeDirectory:
 
     @contextlib.contextmanager
     def _parent(self, names: Sequence[str]) -> Iterator[tuple[str, int | None]]:
-        """The last name and its directory's descriptor; where there are none, the whole path and None."""
-        if not _HAS_DESCRIPTORS:
-            paths = itertools.accumulate(names, os.path.join, initial=self.path)
-            if any(_is_link(os.lstat(path)) for path in itertools.islice(paths, len(names))):
-                raise NotADirectoryError(errno.ENOTDIR, "is a link", self.path)
-            yield os.path.join(self.path, *names), None
+        """Yield the last name and its directory's descriptor; where there are none, the whole path and None."""
+        if not _SUPPORTS_DIR_FD:
+            path = self.path
+            for name in names:
+                if _is_link(os.lstat(path)):
+                    raise NotADirectoryError(errno.ENOTDIR, "is a link", path)
+                path = os.path.join(path, name)
+            yield path, None
             return
-        descriptor = os.open(self.path, _DIRECTORY) if self._top < 0 else self._top
+        descriptor = self._top
+        if descriptor < 0:
+            descriptor = os.open(self.path, _DIRECTORY_FLAGS)
         try:
             for name in names[:-1]:
-                above, descriptor = descriptor, os.open(name, _DIRECTORY, dir_fd=descriptor)
+                above = descriptor
+                descriptor = os.open(name, _DIRECTORY_FLAGS, dir_fd=above)
                 if above != self._top:
                     os.close(above)
             yield names[-1], descriptor
@@ -1481,20 +1593,22 @@ class SafeDirectory:
 
 
 def _remove(name: str, parent: int, mount: str) -> bool:
-    """Removes whatever has this name, links themselves; whether it is gone.
+    """Remove whatever has this name, links themselves; return True. Raises OSError when something is left.
 
     Directories come up one level at a time, so that no depth needs a stack, a long path or many descriptors.
     """
     if _unlink(name, parent):
         return True
-    top, end_s = _open_unlocked(name, parent, mount), time.monotonic() + _REMOVAL_S
+    top = _open_for_removal(name, parent, mount)
+    end_s = time.monotonic() + _REMOVAL_S
     try:
-        has_gone = True
-        while has_gone and time.monotonic() < end_s:
+        has_changed = True
+        while has_changed and time.monotonic() < end_s:
+            has_changed = False
             with os.scandir(top) as entries:
-                has_gone = (
-                    sum(_unlink(one.name, top) or _flatten_into_parent(one.name, top, mount) for one in entries) > 0
-                )
+                for entry in entries:
+                    if _unlink(entry.name, top) or _flatten_into_parent(entry.name, top, mount):
+                        has_changed = True
         os.rmdir(name, dir_fd=parent)
     finally:
         os.close(top)
@@ -1502,53 +1616,57 @@ def _remove(name: str, parent: int, mount: str) -> bool:
 
 
 def _flatten_into_parent(name: str, top: int, mount: str) -> bool:
-    """Removes a directory of `top` whose own directories are now in `top`; whether anything has changed."""
+    """Move the directories of a directory of `top` into `top` and remove it; return whether anything has changed."""
     has_changed = False
-    with contextlib.suppress(OSError):
-        inner = _open_unlocked(name, top, mount)
+    with contextlib.suppress(OSError):  # what cannot be removed stays: `remove` returns False
+        directory = _open_for_removal(name, top, mount)
         try:
-            with os.scandir(inner) as entries:
-                for one in entries:
-                    has_changed |= _unlink(one.name, inner) or _move(one.name, inner, top)
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    if _unlink(entry.name, directory) or _move_up(entry.name, directory, top):
+                        has_changed = True
         finally:
-            os.close(inner)
+            os.close(directory)
         os.rmdir(name, dir_fd=top)
         has_changed = True
     return has_changed
 
 
 def _unlink(name: str, parent: int) -> bool:
-    with contextlib.suppress(OSError):
+    """Remove what is no directory; return whether it is gone."""
+    try:
         os.unlink(name, dir_fd=parent)
-        return True
-    return False
+    except OSError:
+        return False
+    return True
 
 
-def _move(name: str, source: int, target: int) -> bool:
-    """Moves a directory, to a name that nobody knows before."""
-    with contextlib.suppress(OSError):
-        _unlock(name, source)
-        os.rename(name, f".{os.urandom(16).hex()}", src_dir_fd=source, dst_dir_fd=target)
-        return True
-    return False
+def _move_up(name: str, directory: int, top: int) -> bool:
+    """Move a directory into `top`, under a name that cannot be guessed; return whether it moved."""
+    try:
+        _grant_rights(name, directory)
+        os.rename(name, f".{os.urandom(16).hex()}", src_dir_fd=directory, dst_dir_fd=top)
+    except OSError:
+        return False
+    return True
 
 
-def _open_unlocked(name: str, parent: int, mount: str) -> int:
-    """A directory that may be read and written from now on; raises OSError for a link and for what is mounted there."""
-    with contextlib.suppress(PermissionError, NotImplementedError):
-        _unlock(name, parent)
-    descriptor = os.open(name, _DIRECTORY, dir_fd=parent)
-    if _mount_of(descriptor) != mount:
+def _open_for_removal(name: str, parent: int, mount: str) -> int:
+    """Open a directory, with all rights on it. Raises OSError for a link and for what is mounted there."""
+    with contextlib.suppress(PermissionError, NotImplementedError):  # then opening it raises
+        _grant_rights(name, parent)
+    descriptor = os.open(name, _DIRECTORY_FLAGS, dir_fd=parent)
+    if _mount_id(descriptor) != mount:
         os.close(descriptor)
         raise OSError(errno.EXDEV, "is mounted", name)
     return descriptor
 
 
-def _unlock(name: str, parent: int) -> None:
-    """Gives us all rights on a directory, from which a step may have taken them; follows no link."""
+def _grant_rights(name: str, parent: int) -> None:
+    """Give us all rights on a directory, from which a step may have taken them; follow no link. Raises OSError."""
     if not ON_LINUX:
         return os.chmod(name, 0o700, dir_fd=parent, follow_symlinks=False)
-    descriptor = os.open(name, os.O_PATH | _DIRECTORY, dir_fd=parent)  # needs no right to read it
+    descriptor = os.open(name, os.O_PATH | _DIRECTORY_FLAGS, dir_fd=parent)  # needs no right to read it
     try:
         if os.fstat(descriptor).st_mode & 0o700 != 0o700:
             os.chmod(f"/proc/self/fd/{descriptor}", 0o700)
@@ -1557,22 +1675,23 @@ def _unlock(name: str, parent: int) -> None:
     return None
 
 
-def _mount_of(descriptor: int) -> str:
-    """What a directory has in common with all of its mount alone; st_dev is the same where one is mounted twice."""
-    with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as file:
+def _mount_id(descriptor: int) -> str:
+    """Return what a directory shares with its mount alone; st_dev is the same where a filesystem is mounted twice."""
+    with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as file:  # no /proc
         return next((line for line in file if line.startswith("mnt_id")), "")
     return str(os.fstat(descriptor).st_dev)
 
 
 def _remove_by_path(path: str) -> bool:
-    """What `_remove` does, where there are no descriptors of directories."""
+    """Do what `_remove` does, where there are no descriptors of directories; return whether it is gone."""
 
     def retry(action: Callable[..., Any], name: str, _: Any) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it stays, and so does the directory
             os.chmod(name, stat.S_IWRITE)  # a step may have made it read-only
             action(name)
 
-    path = rf"\\?\{path}" if ON_WINDOWS else path  # what steps make there may be deeper than MAX_PATH
+    if ON_WINDOWS:
+        path = rf"\\?\{path}"  # what steps make there may be deeper than MAX_PATH
     if _is_link(os.lstat(path)):
         os.unlink(path)
     else:
@@ -1581,57 +1700,63 @@ def _remove_by_path(path: str) -> bool:
 
 
 _TOKEN_NAME = "token"
-_RESTART = "restart the daemon, with a --root that nobody cleans up"
+_RESTART = "restart the daemon, with a --root that nothing cleans up"
 _ROOT_ADVICE = {
-    "": f"what is stored now is lost, and no task is accepted; {_RESTART}",
+    "": f"new results are lost, and no task is accepted; {_RESTART}",
     "lock": "another daemon might start on this root; restart this one, which adopts what runs",
-    "remote_executor.db": f"what is stored now is lost, and no task is accepted; {_RESTART}",
-    "remote_executor.db-wal": f"what is stored now is lost, and no task is accepted; {_RESTART}",
-    "tasks": f"the outputs and workspaces in it are lost; {_RESTART}",
-    _TOKEN_NAME: "it lets nobody in any more; a restart of the daemon writes a new one",
+    "remote_executor.db": f"new results are lost, and no task is accepted; {_RESTART}",
+    "remote_executor.db-wal": f"new results are lost, and no task is accepted; {_RESTART}",
+    "tasks": f"its outputs and workspaces are lost; {_RESTART}",
+    _TOKEN_NAME: "it is no longer valid; restart the daemon, which writes a new one",
 }
 
 
 class RootWatch:
-    """Notices what of the root is gone; the daemon's thread looks, any other asks for the warning.
+    """Detects files of the root that were removed or replaced; `look` is for the daemon's thread, `warning` for any.
 
     Who cleans up /tmp removes files that are in use too, and what is written to them from then on is lost.
     """
 
     def __init__(self, root: str, has_token: bool) -> None:
-        names = [*_ROOT_ADVICE] if has_token else [name for name in _ROOT_ADVICE if name != _TOKEN_NAME]
-        self._paths = {name: os.path.join(root, name) if name else root for name in names}
-        self._known: dict[str, tuple[int, int]] = {}  # by name, the file that was there first
-        self._gone: tuple[str, ...] = ()
+        self._paths: dict[str, str] = {}
+        for name in _ROOT_ADVICE:
+            if has_token or name != _TOKEN_NAME:
+                self._paths[name] = os.path.join(root, name) if name else root
+        self._identities: dict[str, tuple[int, int]] = {}  # by name, device and inode of the file that was there first
+        self._missing: tuple[str, ...] = ()
 
     def look(self) -> None:
-        """Compares what is there with what was, and logs a change once."""
-        gone = []
+        """Compare the files with those that were there first, and log a change once."""
+        missing = []
         for name, path in self._paths.items():
-            if self._is_gone(name, path):
-                gone.append(name)
+            if self._is_missing(name, path):
+                missing.append(name)
                 if not name:
                     break  # and with it all that was in it
-        if gone and tuple(gone) != self._gone:
-            log.error("%s", "; ".join(map(self._describe, gone)))
-        elif self._gone and not gone:
+        if missing and tuple(missing) != self._missing:
+            log.error("%s", "; ".join(map(self._describe, missing)))
+        elif self._missing and not missing:
             log.info("--root: all of %s is in place again", self._paths[""])
-        self._gone = tuple(gone)
+        self._missing = tuple(missing)
 
     def warning(self) -> str:
-        """What is gone, and what to do; empty when nothing is."""
-        return "; ".join(map(self._describe, self._gone))
+        """Return what is missing, and what to do; empty when nothing is."""
+        return "; ".join(map(self._describe, self._missing))
 
     def _describe(self, name: str) -> str:
         return f"--root: {self._paths[name]} is gone: {_ROOT_ADVICE[name]}"
 
-    def _is_gone(self, name: str, path: str) -> bool:
+    def _is_missing(self, name: str, path: str) -> bool:
+        """Return whether a file that was there is gone, or another has its name."""
         try:
             status = os.lstat(path)
         except OSError as error:
-            return name in self._known and error.errno in (errno.ENOENT, errno.ENOTDIR)  # any other tells nothing
-        known = self._known.setdefault(name, (status.st_dev, status.st_ino))
-        is_same = known == (status.st_dev, status.st_ino)
+            return name in self._identities and error.errno in (
+                errno.ENOENT,
+                errno.ENOTDIR,
+            )  # from others nothing follows
+        identity = (status.st_dev, status.st_ino)
+        is_same = self._identities.setdefault(name, identity) == identity
         return not is_same and name != _TOKEN_NAME  # which an editor may replace
 
 
@@ -1641,14 +1766,23 @@ class RootWatch:
 
 
 def socket_timeout(seconds: float) -> bytes:
-    """The value of the socket options SO_RCVTIMEO and SO_SNDTIMEO: a timeval, on Windows milliseconds."""
+    """Return the value of the socket options SO_RCVTIMEO and SO_SNDTIMEO: a timeval, on Windows milliseconds."""
     if ON_WINDOWS:
         return struct.pack("I", max(1, int(seconds * 1000)))
-    return struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000) or int(seconds < 1))
+    whole_s = int(seconds)
+    rest_us = int(seconds % 1 * 1_000_000)
+    if seconds < 1:
+        rest_us = max(1, rest_us)  # zero would mean no timeout
+    return struct.pack("ll", whole_s, rest_us)
+
+
+_Address = tuple[str, int]  # the host, numeric, and the port
+_Ends = tuple[str, str]  # the addresses of a connection, the client's and ours, as the kernel shows them
+_Users = dict[_Ends, int]  # the uid of each connection
 
 
 class LocalPeers:
-    """Who holds the other ends of the connections to one port of this host; any thread may ask.
+    """The users who hold the other ends of the connections to one port of this host. Thread-safe.
 
     The kernel's tables cost milliseconds each, so one reading serves all who asked before it began.
     """
@@ -1656,52 +1790,71 @@ class LocalPeers:
     def __init__(self, descriptors: DescriptorReserve) -> None:
         self._descriptors = descriptors
         self._lock = threading.Lock()  # guards all below
-        self._read: dict[str, tuple[float, dict[tuple[str, str], int]]] = {}  # when, and the users by both ends
+        self._tables: dict[str, tuple[float, _Users]] = {}  # by name, when its reading began, and the content
 
-    def user(self, peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
-        """The user who holds the peer's end; None where the system does not tell.
+    def user(self, peer: _Address, ours: _Address) -> int | None:
+        """Return the uid that holds the peer's end; None where the system does not show it.
 
         Raises LookupError where it should but has no such connection: there is no end to trust then; and OSError.
         """
         if not ON_LINUX:
             return None
-        ends = _kernel_address(*peer), _kernel_address(*ours)
+        ends = (_kernel_address(*peer), _kernel_address(*ours))
         tables = ("tcp6",) if ":" in peer[0] else ("tcp", "tcp6")  # the latter has IPv4 of IPv6's sockets
         for table in tables * 2:  # twice, for one that changes while it is read may lack a line
-            asked_s = time.monotonic()
-            with self._lock:
-                begin_s, users = self._read.get(table, (0.0, {}))
-                if begin_s <= asked_s:
-                    begin_s = time.monotonic()
-                    with self._descriptors.lend_if_scarce():
-                        users = dict(_established(table, ours[1]))
-                    self._read[table] = begin_s, users
+            users = self._users(table, ours[1])
             if ends in users:
                 return users[ends]
-        raise LookupError("this host does not know the client's end of the connection")
+        raise LookupError("this host has no such connection")
+
+    def _users(self, table: str, port: int) -> _Users:
+        """Return the content of a table, read after this was called. Raises OSError."""
+        asked_s = time.monotonic()
+        with self._lock:
+            begin_s, users = self._tables.get(table, (0.0, {}))
+            if begin_s <= asked_s:
+                begin_s = time.monotonic()
+                with self._descriptors.lend_if_scarce():
+                    users = dict(_established(table, port))
+                self._tables[table] = (begin_s, users)
+            return users
 
 
-def _established(table: str, port: int) -> Iterator[tuple[tuple[str, str], int]]:
-    """The ends of the connections to a port, the client's and ours, and its user (proc_net(5))."""
-    mark, mapped = f":{port:04X} 01 ".encode(), _kernel_address("::ffff:0.0.0.0", 0)[:24]
-    with contextlib.suppress(FileNotFoundError), open(f"/proc/net/{table}", "rb") as file:
+def _established(table: str, port: int) -> Iterator[tuple[_Ends, int]]:
+    """Yield the ends and the uid of each established connection to a port (proc_net(5))."""
+    port_and_state = f":{port:04X} 01 ".encode()
+    with contextlib.suppress(FileNotFoundError), open(f"/proc/net/{table}", "rb") as file:  # no IPv6: no tcp6
         for line in file:
-            fields = line.decode("ascii").split() if mark in line else ["0"] * 10
+            if port_and_state not in line:
+                continue
+            fields = line.decode("ascii").split()
             if fields[9] != "0":  # the inode, which a socket that no process has lacks
-                client, server = (one[len(mapped) :] if one.startswith(mapped) else one for one in fields[1:3])
-                yield (client, server), int(fields[7])
+                ends = (_unmap(fields[1]), _unmap(fields[2]))
+                yield ends, int(fields[7])
 
 
 def _kernel_address(host: str, port: int) -> str:
-    """An address as the kernel's tables show it: 32-bit words as this host reads them, in hexadecimal."""
-    with contextlib.suppress(OSError):
-        packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
-        return "".join(f"{word:08X}" for word in struct.unpack(f"={len(packed) // 4}I", packed)) + f":{port:04X}"
-    return ""
+    """Return an address as the kernel's tables show it: 32-bit words as this host reads them, in hexadecimal."""
+    try:
+        packed = ipaddress.ip_address(host).packed
+    except ValueError:
+        return ""
+    words = struct.unpack(f"={len(packed) // 4}I", packed)
+    return "".join(f"{word:08X}" for word in words) + f":{port:04X}"
+
+
+_MAPPED_PREFIX = _kernel_address("::ffff:0.0.0.0", 0)[:24]
+
+
+def _unmap(address: str) -> str:
+    """Return the IPv4 address of an IPv4-mapped one, any other as it is; both as the kernel shows them."""
+    if address.startswith(_MAPPED_PREFIX):
+        return address[len(_MAPPED_PREFIX) :]
+    return address
 
 
 def trusts_user(user: int | None) -> bool:
-    """Whether this user may do what the daemon's own may."""
+    """Return whether this uid may do what the daemon's own may; None is a system that does not show it."""
     return user is None or sys.platform == "win32" or user in (0, os.geteuid())
 
 
@@ -1711,41 +1864,57 @@ def trusts_user(user: int | None) -> bool:
 
 
 def system_program(name: str) -> str:
-    """The path of a program that Windows brings."""
-    return os.path.join(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", name)
+    """Return the path of a program that comes with Windows."""
+    windows = os.environ.get("SYSTEMROOT", r"C:\Windows")
+    return os.path.join(windows, "System32", name)
+
+
+def find_program(program: str, path: str) -> str | None:
+    """Return the file of a program on this PATH, None without one.
+
+    Nothing is cached: a search costs 50 µs of a step's milliseconds, and a program may be installed at any time.
+    """
+    if not ON_WINDOWS:
+        return shutil.which(program, path=path)
+    if program == "cmd":
+        return system_program("cmd.exe")
+    # Not `shutil.which`, which begins in the current directory, and before Python 3.12 adds no suffix to a path. The
+    # directory that is left out for it is where Windows keeps a `python` that opens its store.
+    suffixes = os.environ.get("PATHEXT", ".COM;.EXE;.BAT;.CMD").split(";")
+    for part in path.split(os.pathsep):
+        directory = part.strip('"')
+        is_store = program == "python" and directory.rstrip("\\").lower().endswith("\\microsoft\\windowsapps")
+        if is_store or not os.path.isabs(directory):
+            continue
+        for suffix in suffixes:
+            file = os.path.join(directory, program + suffix)
+            if os.path.isfile(file):
+                return file
+    return None
 
 
 def fallback_encoding() -> str:
-    """The encoding of a step's output that is not UTF-8: the console's code page where there is one."""
+    """Return the encoding of output that is not UTF-8: the console's code page where there is one."""
     return "oem" if ON_WINDOWS else "utf-8"
 
 
 def environment_name(name: str) -> str:
-    """The name of a variable as the environment of this host has it: Windows knows no case."""
+    """Return the name of a variable as this host's environment has it: on Windows case does not matter."""
     return name.upper() if ON_WINDOWS else name
 
 
-def _stat_fields(pid: int | str) -> list[str]:
-    """The fields of /proc/PID/stat from the state on (proc_pid_stat(5)); none when there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].decode("ascii").split()
-    except (OSError, ValueError):
-        return []
-
-
-def _ask_ps(*arguments: str) -> str:
-    """What ps says, where there is no /proc."""
+def _run_ps(*arguments: str) -> str:
+    """Return the output of ps, where there is no /proc. Raises OSError."""
     command = ["/bin/ps", *arguments]
-    return subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ).stdout.decode(errors="replace")
+    null = subprocess.DEVNULL
+    process = subprocess.run(command, stdin=null, stdout=subprocess.PIPE, stderr=null)
+    return process.stdout.decode(errors="replace")
 
 
 @functools.lru_cache(maxsize=1)
 def boot_time_s() -> float:
-    """When the host started, in seconds since the epoch."""
-    with contextlib.suppress(OSError), open("/proc/stat", encoding="ascii") as file:
+    """Return when the host started, in seconds since the epoch."""
+    with contextlib.suppress(OSError), open("/proc/stat", encoding="ascii") as file:  # elsewhere there is no /proc
         for line in file:
             if line.startswith("btime "):
                 return float(line.split()[1])
@@ -1753,10 +1922,11 @@ def boot_time_s() -> float:
 
 
 def _creation_time(process: int) -> int:
-    """When the process was created, in units of 100 ns since 1601."""
-    times = [wintypes.FILETIME() for _ in range(4)]
-    GetProcessTimes(process, *(ctypes.byref(one) for one in times))
-    return int(times[0].dwHighDateTime) << 32 | int(times[0].dwLowDateTime)
+    """Return when the process was created, in units of 100 ns since 1601."""
+    created = wintypes.FILETIME()
+    others = [wintypes.FILETIME() for _ in range(3)]  # exit, kernel and user time
+    GetProcessTimes(process, ctypes.byref(created), *map(ctypes.byref, others))
+    return int(created.dwHighDateTime) << 32 | int(created.dwLowDateTime)
 
 
 _LOADED_S = time.time()
@@ -1765,7 +1935,7 @@ _MAX_HANDLES = 16 * 1024 * 1024  # of a process (Pushing the Limits of Windows: 
 
 
 class ProcessStats(NamedTuple):
-    """What this process takes of the host; None where the system does not tell."""
+    """What this process uses; None where the system does not show it."""
 
     cpu_s: float
     started_s: float  # since the epoch
@@ -1777,37 +1947,63 @@ class ProcessStats(NamedTuple):
 
 
 def process_stats() -> ProcessStats:
-    """What the system tells now."""
-    cpu_s = time.process_time()
+    """Return what this process uses now. Raises OSError."""
     if ON_WINDOWS:
-        process, memory, handles = GetCurrentProcess(), ProcessMemory(), wintypes.DWORD()
-        GetProcessMemoryInfo(process, ctypes.byref(memory), ctypes.sizeof(memory))
-        GetProcessHandleCount(process, ctypes.byref(handles))
-        started_s = (_creation_time(process) - _EPOCH_OF_1601) / 10**7
-        taken = memory.WorkingSet, memory.Private, handles.value, _MAX_HANDLES
-        return ProcessStats(cpu_s, started_s, threading.active_count(), *taken)
-    files = len(os.listdir("/dev/fd")) - 1, _max_files()  # the listing itself takes one
+        return _windows_stats()
+    open_files = len(os.listdir("/dev/fd")) - 1  # the listing itself takes one
+    stats = ProcessStats(
+        cpu_s=time.process_time(),
+        started_s=_LOADED_S,
+        threads=threading.active_count(),
+        resident_bytes=None,
+        virtual_bytes=None,
+        open_files=open_files,
+        max_files=_max_files(),
+    )
     if not ON_LINUX:
-        sizes = _ask_ps("-o", "rss=,vsz=", "-p", str(os.getpid())).split()
-        resident, virtual = (int(size) * 1024 for size in sizes) if len(sizes) == 2 else (None, None)
-        return ProcessStats(cpu_s, _LOADED_S, threading.active_count(), resident, virtual, *files)
-    fields = _stat_fields("self")
-    started_s = boot_time_s() + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    resident, virtual = int(fields[21]) * os.sysconf("SC_PAGE_SIZE"), int(fields[20])
-    return ProcessStats(cpu_s, started_s, int(fields[17]), resident, virtual, *files)
+        sizes = _run_ps("-o", "rss=,vsz=", "-p", str(os.getpid())).split()
+        if len(sizes) != 2:
+            return stats
+        resident_kb, virtual_kb = map(int, sizes)
+        return stats._replace(resident_bytes=resident_kb * 1024, virtual_bytes=virtual_kb * 1024)
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()  # from the state on (proc_pid_stat(5))
+    return stats._replace(
+        started_s=boot_time_s() + int(fields[19]) / os.sysconf("SC_CLK_TCK"),
+        threads=int(fields[17]),
+        resident_bytes=int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
+        virtual_bytes=int(fields[20]),
+    )
+
+
+def _windows_stats() -> ProcessStats:
+    process = GetCurrentProcess()
+    memory = ProcessMemory()
+    handles = wintypes.DWORD()
+    GetProcessMemoryInfo(process, ctypes.byref(memory), ctypes.sizeof(memory))
+    GetProcessHandleCount(process, ctypes.byref(handles))
+    return ProcessStats(
+        cpu_s=time.process_time(),
+        started_s=(_creation_time(process) - _EPOCH_OF_1601) / 10**7,
+        threads=threading.active_count(),
+        resident_bytes=memory.WorkingSet,
+        virtual_bytes=memory.Private,
+        open_files=handles.value,
+        max_files=_MAX_HANDLES,
+    )
 
 
 def _max_files() -> int | None:
-    if sys.platform != "win32":
-        import resource
+    if sys.platform == "win32":
+        return None
+    import resource
 
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return soft if soft != resource.RLIM_INFINITY else None
-    return None
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 class Limit(NamedTuple):
-    """How many of something this process may have, and what says so."""
+    """How many of something this process may have, and which setting limits it."""
 
     value: int
     name: str
@@ -1822,38 +2018,37 @@ class StepCapacity(NamedTuple):
 
 
 _UNLIMITED_STEPS = 2**63
-_DESCRIPTORS_OF_A_STEP = 3  # a pidfd, and for the time of its start its output and the pipe that tells of the exec
+_DESCRIPTORS_PER_STEP = 3  # a pidfd, and while it starts its output and the pipe of Popen that shows an exec
 _OWN_DESCRIPTORS = 64  # the database's, the log, the reserve, the listener
-_PROCESSES_OF_A_STEP = 4  # a thread that waits, the wrapper, the script and one that it starts; more are not known
+_PROCESSES_PER_STEP = 4  # a thread that waits, the wrapper, the script and one that it starts: a guess
 _OWN_THREADS = 32  # some connections among them
 
 
 def step_capacity(descriptors: Limit | None, processes: Sequence[Limit], max_connections: int) -> StepCapacity:
-    """How many steps can run at once under these limits, at least 1."""
+    """Return how many steps can run at once under these limits, at least 1."""
     capacity = StepCapacity(_UNLIMITED_STEPS, None)
     if descriptors:
         connections = min(max_connections, descriptors.value // 4)
         free = descriptors.value - connections - min(_OWN_DESCRIPTORS, descriptors.value // 2)
-        capacity = StepCapacity(free // _DESCRIPTORS_OF_A_STEP, descriptors)
+        capacity = StepCapacity(free // _DESCRIPTORS_PER_STEP, descriptors)
     for limit in processes:
-        steps = (limit.value - min(_OWN_THREADS, limit.value // 2)) // _PROCESSES_OF_A_STEP
+        free = limit.value - min(_OWN_THREADS, limit.value // 2)
+        steps = free // _PROCESSES_PER_STEP
         if steps < capacity.steps:
             capacity = StepCapacity(steps, limit)
     return capacity._replace(steps=max(1, capacity.steps))
 
 
 def descriptor_limit() -> Limit | None:
-    """How many descriptors this process may have; None where the system sets no limit."""
+    """Return how many descriptors this process may have; None where the system sets no limit."""
     count = _max_files()
-    return (
-        None
-        if count is None
-        else Limit(count, "the limit of open files (ulimit -n, LimitNOFILE)", " or --max_connections")
-    )
+    if count is None:
+        return None
+    return Limit(count, "the limit of open files (ulimit -n, LimitNOFILE)", " or --max_connections")
 
 
 def process_limits(cgroups: str = "/sys/fs/cgroup", own_cgroups: str = "/proc/self/cgroup") -> list[Limit]:
-    """How many processes and threads there may be, by each limit that holds for this process."""
+    """Return each limit of processes and threads that holds for this process."""
     if sys.platform == "win32":
         return []
     import resource
@@ -1862,25 +2057,29 @@ def process_limits(cgroups: str = "/sys/fs/cgroup", own_cgroups: str = "/proc/se
     soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if os.geteuid() and soft != resource.RLIM_INFINITY:
         limits.append(Limit(soft, "the limit of processes (ulimit -u, LimitNPROC)"))
-    with contextlib.suppress(OSError), open(own_cgroups, encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:  # cgroups(7): the number, the controllers, empty for version 2, and the path
-            _, controllers, path = line.rstrip("\n").split(":", 2)
-            if controllers in ("", "pids"):
-                limits += _pids_limits(os.path.join(cgroups, controllers), path)
+    try:
+        with open(own_cgroups, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.readlines()
+    except OSError:  # the host has no cgroups
+        lines = []
+    for line in lines:  # cgroups(7): the number, the controllers, empty for version 2, and the path
+        _, controllers, path = line.rstrip("\n").split(":", 2)
+        if controllers in ("", "pids"):
+            limits += _pids_limits(os.path.join(cgroups, controllers), path)
     return limits
 
 
 def _pids_limits(mount: str, path: str) -> Iterator[Limit]:
-    """The limits of a cgroup and of all above it; in a container the upper ones cannot be seen."""
+    """Yield the limits of a cgroup and of all above it; in a container the upper ones cannot be seen."""
     names = path.strip("/").split("/")
     for depth in range(len(names), -1, -1):
-        file = os.path.join(mount, *names[:depth], "pids.max")
-        with contextlib.suppress(OSError, ValueError), open(file, encoding="ascii") as content:
-            yield Limit(int(content.read()), f"{file} (TasksMax)")  # ValueError: "max"
+        file_name = os.path.join(mount, *names[:depth], "pids.max")
+        with contextlib.suppress(OSError, ValueError), open(file_name, encoding="ascii") as file:
+            yield Limit(int(file.read()), f"{file_name} (TasksMax)")  # ValueError: "max"
 
 
 class HostInfo(NamedTuple):
-    """What the host is."""
+    """The name of this host, its operating system and its processor."""
 
     name: str
     system: str
@@ -1889,9 +2088,10 @@ class HostInfo(NamedTuple):
 
 
 def host_info() -> HostInfo:
+    """Return what this host is."""
     if sys.platform == "win32":  # not by `platform`, which asks WMI
-        found = sys.getwindowsversion()
-        release = f"{found.major}.{found.minor}.{found.build}"
+        version = sys.getwindowsversion()
+        release = f"{version.major}.{version.minor}.{version.build}"
         machine = os.environ.get("PROCESSOR_ARCHITEW6432") or os.environ.get("PROCESSOR_ARCHITECTURE", "")
         return HostInfo(socket.gethostname(), "Windows", release, machine)
     system, name, release, _, machine = os.uname()
@@ -1899,7 +2099,7 @@ def host_info() -> HostInfo:
 
 
 class Build(NamedTuple):
-    """What runs here: the program, the commit that it is of, empty where nobody knows, its time, and its Python."""
+    """The version of the program, its commit, empty where it is unknown, when it was built, and its Python."""
 
     version: str
     commit: str
@@ -1910,49 +2110,66 @@ class Build(NamedTuple):
     arch: str
 
 
-_COMMIT, _COMMITTED = "$Format:%H$", "$Format:%cI$"  # `git archive` fills these in
+# `git archive` fills these in (gitattributes(5), export-subst).
+_ARCHIVED_COMMIT = "$Format:%H$"
+_ARCHIVED_AT = "$Format:%cI$"
+_GIT_TIMEOUT_S = 2.0
 
 
 @functools.lru_cache(maxsize=1)
 def build() -> Build:
-    """Read from the file's place: the commit that is checked out there, the time when the file was written."""
-    is_archived = not _COMMIT.startswith("$")
-    commit, built = (_COMMIT, _COMMITTED) if is_archived else (_checked_out(), _written())
+    """Return the build: of an archive what git wrote into it, else the checked-out commit and the file's time."""
+    commit = _ARCHIVED_COMMIT
+    built = _ARCHIVED_AT
+    if commit.startswith("$"):  # no archive
+        commit = _checked_out_commit()
+        built = _modification_time()
     system = "windows" if ON_WINDOWS else sys.platform
-    python = sys.version.split()[0]
-    return Build(__version__, commit, built, sys.implementation.name, python, system, host_info().machine)
+    return Build(
+        version=__version__,
+        commit=commit,
+        built=built,
+        implementation=sys.implementation.name,
+        python=sys.version.split()[0],
+        os=system,
+        arch=host_info().machine,
+    )
 
 
-def _checked_out() -> str:
-    """The commit of a git checkout (gitrepository-layout(5))."""
-    place = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".git")
-    found = ""
-    with contextlib.suppress(OSError, ValueError):
-        with open(os.path.join(place, "HEAD"), encoding="utf-8") as file:
-            found = file.read().strip()
-        if found.startswith("ref: "):
-            name, found = found[5:], ""
-            with contextlib.suppress(OSError), open(os.path.join(place, "packed-refs"), encoding="utf-8") as file:
-                found = next((line.split()[0] for line in file if line.rstrip().endswith(f" {name}")), "")
-            with open(os.path.join(place, name), encoding="utf-8") as file:  # where it is there, it is the later one
-                found = file.read().strip()
-    return found if re.fullmatch("[0-9a-f]{40,64}", found) else ""
+def _checked_out_commit() -> str:
+    """Return the commit of the git checkout that this file is in; empty where there is none, or no git."""
+    directory = os.path.dirname(os.path.abspath(__file__))
+    git_dir = os.path.join(directory, ".git")
+    if not os.path.isdir(git_dir):
+        return ""
+    git = find_program("git", os.environ.get("PATH", os.defpath))
+    if git is None:
+        return ""
+    command = [git, f"--git-dir={git_dir}", "rev-parse", "--verify", "HEAD"]
+    null = subprocess.DEVNULL
+    try:
+        process = subprocess.run(command, stdin=null, stdout=subprocess.PIPE, stderr=null, timeout=_GIT_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):  # such as a filesystem that hangs
+        return ""
+    if process.returncode:  # such as a checkout without a commit
+        return ""
+    return process.stdout.decode("ascii").strip()
 
 
-def _written() -> str:
-    """When the file was written, or the archive or the program that it is a part of."""
+def _modification_time() -> str:
+    """Return when the file was written, or the archive or the program that it is a part of."""
     for path in (__file__, os.path.dirname(__file__), sys.executable):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # in an archive the file has no path of its own
             return format_time(int(os.stat(path).st_mtime))
     return ""
 
 
 def version_line() -> str:
-    """What /version tells, in a line."""
-    known = build()
-    commit = f"commit {known.commit[:12]}, " if known.commit else ""
-    python = f"{known.implementation} {known.python}, {known.os} {known.arch}"
-    return f"remote_executor {known.version} ({commit}built {known.built}; {python})"
+    """Return what /version shows, as one line."""
+    info = build()
+    commit = f"commit {info.commit[:12]}, " if info.commit else ""
+    python = f"{info.implementation} {info.python}, {info.os} {info.arch}"
+    return f"remote_executor {info.version} ({commit}built {info.built}; {python})"
 
 
 # ======================================================================================================================
@@ -1961,7 +2178,7 @@ def version_line() -> str:
 
 
 class Interpreter(NamedTuple):
-    """How scripts of a command type run: the first of `programs` that is on PATH, each with options, and `arguments`.
+    """How scripts of a command type run: the first of `programs` that is on PATH, its own options, and `arguments`.
 
     {file} in the arguments is the script's path, {quoted} the same within single quotes of PowerShell.
     """
@@ -1969,19 +2186,22 @@ class Interpreter(NamedTuple):
     programs: tuple[str, ...]
     suffix: str = ""
     arguments: tuple[str, ...] = ("{file}",)
-    env: tuple[str, ...] = ()  # KEY=value, unless the task says otherwise
+    env: tuple[str, ...] = ()  # KEY=value, unless the task sets another
 
 
-# Python writes to a file in the ANSI code page, unless told otherwise; console programs do in the OEM code page.
+# Python writes to a file in the ANSI code page by default; console programs do in the OEM code page.
 _PYTHON = (
     Interpreter(("python", "py -3"), ".py", env=("PYTHONIOENCODING=utf-8",))
     if ON_WINDOWS
     else Interpreter(("python3",), ".py")
 )
-_CMD = Interpreter(("cmd",), ".bat", ("/D", "/E:ON", "/V:OFF", "/S", "/C", 'CALL "{file}"'))
-# Not -File: its exit code knows nothing of $LASTEXITCODE, which in turn knows nothing of a script that could not begin,
-# for an error of its grammar or by a policy: `$?` does. An encoding without BOM, which Windows PowerShell would write
-# to the output else; there is none to set where there is no console.
+_PYTHON2 = Interpreter(("python2",), ".py")
+_SH = Interpreter(("sh",), ".sh")
+_CMD_ARGUMENTS = ("/D", "/E:ON", "/V:OFF", "/S", "/C", 'CALL "{file}"')
+_CMD = Interpreter(("cmd",), ".bat", _CMD_ARGUMENTS)
+# Not -File: its exit code ignores $LASTEXITCODE, which in turn ignores a script that could not begin, for a syntax
+# error or by a policy: `$?` does not. An encoding without BOM, which Windows PowerShell would write to the output
+# otherwise; there is none to set where there is no console.
 _POWERSHELL_SCRIPT = (
     "try { [Console]::OutputEncoding = New-Object System.Text.UTF8Encoding $false } catch { }; "
     "& {quoted}; if (-not ($? -or $LASTEXITCODE)) { exit 1 }; exit $LASTEXITCODE"
@@ -1996,15 +2216,28 @@ _POWERSHELL_ARGUMENTS = (
     _POWERSHELL_SCRIPT,
 )
 _PWSH = Interpreter(("pwsh",), ".ps1", _POWERSHELL_ARGUMENTS)
-_POWERSHELL = Interpreter(("powershell" if ON_WINDOWS else "pwsh",), ".ps1", _POWERSHELL_ARGUMENTS)
+_POWERSHELL = _PWSH._replace(programs=("powershell",)) if ON_WINDOWS else _PWSH
 INTERPRETERS: Mapping[str, Interpreter] = {
-    "sh": Interpreter(("sh",), ".sh"),
-    "shell": Interpreter(("sh",), ".sh"),
-    **{name: Interpreter((name,), ".sh") for name in ("bash", "ash", "dash", "ksh", "zsh", "csh", "tcsh")},
-    **{name: _PYTHON for name in ("python", "python3", "py", "py3")},
-    **{name: Interpreter(("python2",), ".py") for name in ("python2", "py2")},
-    **{name: _CMD for name in ("cmd", "bat")},
-    **{name: _POWERSHELL for name in ("powershell", "ps", "ps1")},
+    "sh": _SH,
+    "shell": _SH,
+    "bash": _SH._replace(programs=("bash",)),
+    "ash": _SH._replace(programs=("ash",)),
+    "dash": _SH._replace(programs=("dash",)),
+    "ksh": _SH._replace(programs=("ksh",)),
+    "zsh": _SH._replace(programs=("zsh",)),
+    "csh": _SH._replace(programs=("csh",)),
+    "tcsh": _SH._replace(programs=("tcsh",)),
+    "python": _PYTHON,
+    "python3": _PYTHON,
+    "py": _PYTHON,
+    "py3": _PYTHON,
+    "python2": _PYTHON2,
+    "py2": _PYTHON2,
+    "cmd": _CMD,
+    "bat": _CMD,
+    "powershell": _POWERSHELL,
+    "ps": _POWERSHELL,
+    "ps1": _POWERSHELL,
     "pwsh": _PWSH,
 }
 
@@ -2015,155 +2248,144 @@ def interpreter_command(command_type: str, file: str, workspace: str, path: str)
     Raises LaunchError for a missing program.
     """
     interpreter = INTERPRETERS[command_type]
-    if ON_WINDOWS:  # cmd reads the line, to which a letter of the root's, such as %, may mean something
+    if ON_WINDOWS:  # relative, for cmd reads the line, to which a letter of the root's, such as %, may mean something
         file = os.path.relpath(file, workspace)
         if interpreter.suffix == ".sh":  # the bash of Windows is a Linux's
             file = file.replace("\\", "/")
-    places = {"{file}": file, "{quoted}": "'" + file.replace("'", "''") + "'"}
-    arguments = [_PLACE.sub(lambda found: places[found[0]], argument) for argument in interpreter.arguments]
-    programs = interpreter.programs if interpreter is not _CMD or ON_WINDOWS else ()
+    arguments = [_substitute_file(argument, file) for argument in interpreter.arguments]
     own_path = os.environ.get("PATH", os.defpath)  # for a step that looks for its own programs elsewhere
-    for directories, program in itertools.product(dict.fromkeys((path, own_path)), programs):
-        name, *options = program.split()
-        found = find_program(name, directories)
-        if found:  # another batch file would not come back to the wrapper, unless it is called
-            call = ["call"] if found.lower().endswith((".bat", ".cmd")) else []
-            return [*call, found, *options, *arguments]
+    if interpreter is not _CMD or ON_WINDOWS:
+        for search_path in dict.fromkeys((path, own_path)):
+            for program in interpreter.programs:
+                command = _program_command(program, search_path)
+                if command:
+                    return [*command, *arguments]
     if interpreter is _PYTHON and not getattr(sys, "frozen", False) and sys.executable:
         return [sys.executable, *arguments]
     raise LaunchError(f"{' or '.join(interpreter.programs)} is not on the PATH of this host")
 
 
-_PLACE = re.compile(r"\{(?:file|quoted)\}")
+_FILE_PLACEHOLDER = re.compile(r"\{(?:file|quoted)\}")
 
 
-def find_program(program: str, path: str) -> str | None:
-    """Where the program is on this PATH; what was found is believed for some seconds, a step would pay for it else."""
-    found = _found_program(program, path, int(time.monotonic() // _WHICH_CACHE_TTL_S))
-    return found or _search(program, path)
+def _substitute_file(argument: str, file: str) -> str:
+    """Return an interpreter's argument with the placeholders replaced."""
+    quoted = "'" + file.replace("'", "''") + "'"
+    values = {"{file}": file, "{quoted}": quoted}
+    return _FILE_PLACEHOLDER.sub(lambda match: values[match[0]], argument)
 
 
-_WHICH_CACHE_TTL_S = 10
-
-
-@functools.lru_cache(maxsize=256)
-def _found_program(program: str, path: str, _: int) -> str | None:
-    return _search(program, path)
-
-
-def _search(program: str, path: str) -> str | None:
-    if not ON_WINDOWS:
-        return shutil.which(program, path=path)
-    if program == "cmd":
-        return system_program("cmd.exe")
-    # Not `shutil.which`, that begins in the current directory, and before Python 3.12 adds no suffix to a path. The
-    # directory that is left out for it is where Windows keeps a `python` that opens its shop.
-    suffixes = os.environ.get("PATHEXT", ".COM;.EXE;.BAT;.CMD").split(";")
-    for directory in (part.strip('"') for part in path.split(os.pathsep)):
-        is_shop = program == "python" and directory.rstrip("\\").lower().endswith("\\microsoft\\windowsapps")
-        if os.path.isabs(directory) and not is_shop:
-            for suffix in suffixes:
-                file = os.path.join(directory, program + suffix)
-                if os.path.isfile(file):
-                    return file
-    return None
+def _program_command(program: str, path: str) -> list[str]:
+    """Return the words that run a program with its options, such as `py -3`; none where it is not on this PATH."""
+    name, *options = program.split()
+    file = find_program(name, path)
+    if file is None:
+        return []
+    if file.lower().endswith((".bat", ".cmd")):  # it would not come back to the wrapper, unless it is called
+        return ["call", file, *options]
+    return [file, *options]
 
 
 def script_name(command_type: str) -> str:
-    """The name of the script's file."""
+    """Return the name of the script's file."""
     return "script" + INTERPRETERS[command_type].suffix
 
 
 def script_environment(command_type: str) -> tuple[str, ...]:
-    """What the interpreter needs in its environment, as KEY=value."""
+    """Return what the interpreter needs in its environment, as KEY=value."""
     return INTERPRETERS[command_type].env
 
 
 def encode_script(command_type: str, text: str) -> bytes:
-    """The bytes of the script's file."""
+    """Return the content of the script's file."""
     suffix = INTERPRETERS[command_type].suffix
     if suffix == ".ps1":
-        return text.encode("utf-8-sig")  # without the mark Windows PowerShell takes it for the ANSI code page
+        return text.encode("utf-8-sig")  # without a BOM Windows PowerShell takes it for the ANSI code page
     if suffix == ".bat":
         return _encode_batch(text, fallback_encoding())
     return text.encode()
 
 
 def _encode_batch(text: str, encoding: str) -> bytes:
-    """A batch file, which cmd reads in the code page of its console; in UTF-8 where that lacks a character."""
-    lines = "\r\n".join(["@echo off", *re.split("\r?\n", text), ""])
+    """Return a batch file, which cmd reads in the code page of its console; in UTF-8 where that lacks a character."""
+    lines = ["@echo off", *re.split("\r?\n", text), ""]
+    content = "\r\n".join(lines)
     try:
-        return lines.encode(encoding)
+        return content.encode(encoding)
     except UnicodeEncodeError:
-        return b"@chcp 65001 >nul\r\n" + lines.encode()
+        return b"@chcp 65001 >nul\r\n" + content.encode()
 
 
 # ======================================================================================================================
 # II operating system / step processes: the contract of a process tree, which two systems fulfil
 # ======================================================================================================================
 
-# A process tree is the process of a step, its wrapper before it, and whatever these have started and lost sight of.
+# A process tree is the process of a step, its wrapper before it, and whatever these have started, directly or not.
 # Nothing in a POSIX system keeps such a tree together: a process may leave its group and its session, lose its parent,
 # change its environment. So membership is a matter of evidence, gathered anew by every scan of the process table:
 #
-#   1. the session of the wrapper, for as long as its number cannot have been given to another;
+#   1. the session of the wrapper, for as long as its number cannot have been reused;
 #   2. STEP_ENV_VAR in the environment that the process was started with, naming the step's directory;
-#   3. the step's output as its standard output or error, where a process has been given another environment;
+#   3. the step's output as its standard output or error, where the process was started with another environment;
 #   4. an orphan that has become our child, bears no mark that we can read (ssh-agent denies it), and is of an age at
 #      which only this step can have started it;
 #   5. the children of members, all that is in a session of a member, and what was a member before.
 #
-# No evidence is a path among the arguments: an operator's `du` has it too. A daemon of ours is never a member, nor is
-# the walk over children led through it: it says so by DAEMON_ENV_VAR. A pid, a group and a session may come back as
-# another's: a process is its pid and its start time, compared before every signal; the wrapper is left a zombie until
-# `release`, so that its numbers stay ours. What a scan saw in the middle of an exec, when a process has no environment,
-# says nothing of it: that scan does not count.
+# A path among the arguments is no evidence: an operator's `du` has it too. A daemon of ours, marked by DAEMON_ENV_VAR,
+# is never a member, nor does the walk over children pass through it. The numbers of a process, a group and a session
+# are reused: a process is identified by its pid and its start time, compared before every signal; the wrapper is left a
+# zombie until `release`, so that its numbers stay ours. A process seen in the middle of an exec, when it has no
+# environment, gives no evidence: that scan is incomplete, and does not count.
 #
-# To stop a tree is to signal first what is known without looking, to look then, and to end when three whole scans in
-# succession have found nothing.
+# To stop a tree is to signal first what needs no scan, to scan then, and to end when three complete scans in succession
+# have found nothing.
 
 STEP_ENV_VAR = "REMOTE_EXECUTOR_STEP"  # in the environment of each process of a step; its value is the step's directory
-DAEMON_ENV_VAR = "REMOTE_EXECUTOR_DAEMON"  # in that of a daemon which a step has started, in its place
-GRACE_S = 5.0  # between asking a tree to end and ending it
-_FOREVER_S = 86400.0
-_POLL_S = 0.02  # between looks at a process that no descriptor stands for
-_SWEEP_S = 10.0
+DAEMON_ENV_VAR = "REMOTE_EXECUTOR_DAEMON"  # instead, in that of a daemon that a step has started
+_STEP_KEY = STEP_ENV_VAR.encode()
+_DAEMON_KEY = DAEMON_ENV_VAR.encode()
+GRACE_S = 5.0  # between SIGTERM and SIGKILL
+_MAX_WAIT_S = 86400.0
+_POLL_S = 0.02  # between polls of a process for which there is no pidfd
+_KILL_TIMEOUT_S = 10.0
+_Child = subprocess.Popen[bytes]
+_Environment = Mapping[str, str]
 
 
 class ProcessTree(Protocol):
-    """One step's wrapper and all that it started. `wake` is for any thread, the rest for the one that owns the tree."""
+    """One step's wrapper and all that it started. `wake` is thread-safe, the rest for the thread that owns the tree."""
 
     pid: int  # of the wrapper; 0 where unknown
 
     def wait(self, deadline_s: float | None) -> bool:
-        """Wait for the wrapper's end, until time.monotonic() is `deadline_s` or a `wake`; whether it has ended."""
+        """Wait for the wrapper's end, a `wake` or the deadline of time.monotonic(); return whether it has ended."""
 
     def wake(self) -> None:
-        """Make `wait` return, and have `stop` ask again whether it should hurry."""
+        """Make `wait` return, and `stop` call `is_hurried` again."""
 
     def exit_code(self) -> int | None:
         """Return the code of an ended wrapper that is our child and ended by itself.
 
-        None when it was killed by a signal or is no child of ours: its result file may know more. Without one the step
-        is lost, and what it left running must be stopped first.
+        None when it was killed by a signal or is not our child: its result file may have the code. Without that file
+        the step is lost, and what it left running must be stopped first.
         """
 
     def stop(self, is_hurried: Callable[[], bool]) -> None:
-        """End the tree: ask every member, grant the whole tree GRACE_S, end by force what is left.
+        """End the tree: send SIGTERM to every member, SIGKILL to what is left after GRACE_S.
 
-        The grace ends as soon as `is_hurried` says so, which is asked at every `wake` and at least every 50 ms.
+        The grace ends as soon as `is_hurried` returns True; it is called at every `wake` and at least every 50 ms.
         """
 
     def close(self) -> None:
-        """Give back the descriptors; idempotent."""
+        """Close the descriptors; idempotent."""
 
 
 class StepProcesses(Protocol):
-    """Starts, adopts and collects process trees; any thread may call it."""
+    """Starts, adopts and reaps process trees. Thread-safe, but for `reap`."""
 
-    initial_files: Mapping[str, bytes]  # what a step's directory holds beside the script before `start`, of mode 0600
+    initial_files: Mapping[str, bytes]  # beside the script in a step's directory before `start`
 
-    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> ProcessTree:
+    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: _Environment) -> ProcessTree:
         """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
 
         Raises OSError, after which nothing runs: `is_scarcity` tells whether to try again.
@@ -2172,29 +2394,30 @@ class StepProcesses(Protocol):
     def adopt(self, step_dir: str) -> ProcessTree | None:
         """Return the tree of a step that an earlier daemon started, None when its wrapper has ended.
 
-        Raises OSError where that cannot be known for now, for want of a descriptor.
+        Raises OSError where no descriptor is free to find out.
         """
 
     def remains(self, step_dirs: Sequence[str]) -> ProcessTree:
-        """Return a tree of what steps whose wrappers have ended left running: `wait` is True at once."""
+        """Return a tree of what these steps, whose wrappers have ended, left running: `wait` returns True at once."""
 
     def may_have_started(self, step_dir: str) -> bool:
-        """Tell by the step's files whether its script may have run; raises OSError where they cannot be read."""
+        """Return by the step's files whether its script may have run. Raises OSError where they cannot be read."""
 
     def release(self, tree: ProcessTree) -> None:
-        """Give back what the tree holds; it has ended, or runs on without us."""
+        """Release what the tree holds; it has ended, or runs on without us."""
 
     def reap(self) -> None:
-        """Collect orphans of steps that have ended; for one thread, now and then."""
+        """Reap ended orphans of steps; for one thread, now and then."""
 
 
-_SCARCE = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_SCARCE = NO_DESCRIPTOR | _DISK_FULL | {errno.EAGAIN, errno.ENOMEM}
 # ERROR_NOT_ENOUGH_MEMORY, _DISK_FULL, _NO_SYSTEM_RESOURCES, _COMMITMENT_LIMIT, _NOT_ENOUGH_QUOTA (System Error Codes)
 _SCARCE_ON_WINDOWS = {8, 112, 1450, 1455, 1816}
 
 
 def is_scarcity(error: OSError) -> bool:
-    """Tell an error that says "not now" (descriptors, processes, memory, disk) from one that will not pass."""
+    """Return whether an error is of what is used up for now: descriptors, processes, memory, disk."""
     return error.errno in _SCARCE or getattr(error, "winerror", None) in _SCARCE_ON_WINDOWS
 
 
@@ -2202,16 +2425,16 @@ def is_scarcity(error: OSError) -> bool:
 # II operating system / POSIX processes: trees found in the process table, behind a wrapper of shell builtins
 # ======================================================================================================================
 
-# Left alone is what cannot be caught, is the shell's own, or ends nothing by default; and a fault, of which a trap
-# would make an endless loop. The real-time signals stand last: zsh, which knows none, stops there.
+# Not trapped is what cannot be caught, is the shell's own, or ends nothing by default; and a fault, of which a trap
+# would make an endless loop. The real-time signals stand last: zsh, which has no names for them, stops there.
 _UNTRAPPED = {"KILL", "STOP", "CHLD", "CONT", "TSTP", "TTIN", "TTOU", "WINCH", "URG", "INFO"}
 _FAULTS = {"SEGV", "BUS", "ILL", "FPE"}
 
 
 def _trapped_signals() -> list[int]:
     """Return the signals that end a process unless it catches them, and that it can catch."""
-    kept = {getattr(signal, f"SIG{name}", None) for name in _UNTRAPPED | _FAULTS}
-    return sorted(int(number) for number in set(signal.valid_signals()) - kept)
+    untrapped = {getattr(signal, f"SIG{name}", None) for name in _UNTRAPPED | _FAULTS}
+    return sorted(int(number) for number in set(signal.valid_signals()) - untrapped)
 
 
 # $0 is the step's directory, $1 and $2 the umask and the limit of open files that the daemon was started with: no
@@ -2219,20 +2442,20 @@ def _trapped_signals() -> list[int]:
 # The file `pid` is there already, empty. The pid is appended first: no pid, no run. `begun` follows when the subshell
 # is about to become the script: a wrapper that could not fork, with whatever code its shell ends then, has begun
 # nothing; nor has one that could not write that, and is killed for it, lest it writes a result.
-# `trap :` and not `trap ''`: children get the default handlers, the wrapper survives a signal to its group and tells
-# the result. Its own stderr is nowhere: a shell says "Killed" there, and would say it in the step's output if it did
-# the redirection of 2 itself and not in the subshell.
-# `set -C`: what is there already, a link perhaps, is not written to. A result that finds no room goes into `pid`, which
-# has a block on the disk, by the descriptor that was opened before the script could put something else there.
+# `trap :` and not `trap ''`: children get the default handlers, the wrapper survives a signal to its group and writes
+# the result. Its own stderr is /dev/null: a shell writes "Killed" there, and would write it to the step's output if it
+# did the redirection of 2 itself and not in the subshell.
+# `set -C`: what is there already, a link perhaps, is not written to. Where the disk is full the result goes into `pid`,
+# which has a block already, by the descriptor that was opened before the script could put another file there.
 _WRAPPER = (
     'exec 9>>"$0/pid"; echo "$$ wrapper" >&9 || exit 125; umask $1; ulimit -Sn $2; shift 2; '
     f"trap : {' '.join(map(str, _trapped_signals()))}; "
     '(echo begun >&9 || { kill -9 $$; exit; }; exec "$@" 2>&1 9>&-); set -- $?; '
     'umask 077; set -C; echo $1 >"$0/rc" || echo "ended $1" >&9; exit $1'
 )
-# A shell drops names that are none of its own, and sets, resets or minds these. Their values travel in a file of the
-# step's directory, for everybody on the host may read a command line, and the environment is made of it after the
-# wrapper's shell. What an interpreter ignores when it starts must be as by default in the script.
+# A shell drops variables whose names it could not have itself, and sets, resets or interprets those listed here. Their
+# values travel in a file of the step's directory, for everybody on the host may read a command line; the environment is
+# made of it after the wrapper's shell. What an interpreter ignores when it starts must be as by default in the script.
 _ORDINARY_NAME = re.compile(
     r"(?!(?:_|A__z|BASH\w*|COLUMNS|COMP_\w*|COPROC|CPUTYPE|DIRSTACK|E?[UG]ID|ENV|EPOCH\w*|ERRNO|FUNCNAME|GROUPS|HIST\w*"
     r"|IFS|KSH\w*|LINENO|LINES|MACHTYPE|OLDPWD|OPT\w+|OSTYPE|PATHSEP|PGRP|PIPESTATUS|POSIXLY_CORRECT|PPID|PS[1-4]|PWD"
@@ -2251,8 +2474,11 @@ os.execve(sys.argv[2], sys.argv[2:], dict(pairs))
 """
 
 
+_Identity = tuple[int, str]  # of a process: its pid and its start time
+
+
 class ProcessInfo(NamedTuple):
-    """A process as a scan saw it; the start time tells it from a later one with the same pid."""
+    """A process as a scan found it; the start time distinguishes it from a later one with the same pid."""
 
     pid: int
     parent: int
@@ -2260,105 +2486,126 @@ class ProcessInfo(NamedTuple):
     session: int
     start: str
 
+    @property
+    def identity(self) -> _Identity:
+        """What distinguishes the process from a later one with the same pid."""
+        return self.pid, self.start
+
 
 class _Marks(NamedTuple):
-    """What a process says of itself: the step that it is of, by directory, empty for none; whether it is a daemon."""
+    """What a process shows of its origin: its step's directory, empty for none, and whether it is a daemon of ours."""
 
     step_dir: bytes
     is_daemon: bool
-    is_fresh: bool = False  # it has not yet become what it will be
+    is_before_exec: bool = False  # its program, and so its environment, is not the final one
 
 
 _NO_MARKS = _Marks(b"", False, True)
 
 
 class _Lifetimes:
-    """When the steps ran whose orphans become children of this process; thread-safe.
+    """When the steps ran whose orphans become children of this process. Thread-safe.
 
     A time is one of the process table, in clock ticks since the boot.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards all below
-        self._spans: dict[bytes, tuple[int, float]] = {}  # from its start to its end, by the step's directory
+        self._spans: dict[bytes, tuple[int, float]] = {}  # start and end, by the step's directory
         self._may_own = False
 
     def open(self) -> None:
-        """Called before the first step: whatever becomes a child of ours from now on comes from a step.
+        """Begin to attribute orphans: whatever becomes our child from the first step on comes from a step.
 
-        Unless it is so with every orphan of a container, or whoever became this process by exec had children.
+        Not so for the first process of a container, which gets all orphans, or if this process had children at exec.
         """
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            return
-        self._may_own = os.getpid() != 1
+        try:
+            os.waitid(os.P_ALL, 0, _PEEK)
+        except ChildProcessError:
+            self._may_own = os.getpid() != 1
 
     def begin(self, step_dir: bytes) -> None:
+        """Record that a step starts; of too many steps the times are not kept, and no orphan is attributed."""
         with self._lock:
-            self._may_own = self._may_own and len(self._spans) < _SPANS_LIMIT
+            self._may_own = self._may_own and len(self._spans) < _MAX_LIFETIMES
             if self._may_own:
                 self._spans[step_dir] = (_clock_ticks(), float("inf"))
 
     def end(self, step_dir: bytes) -> None:
+        """Record that a step has ended."""
         with self._lock:
             if step_dir in self._spans:
-                self._spans[step_dir] = (self._spans[step_dir][0], _clock_ticks() + 1)
+                begin, _ = self._spans[step_dir]
+                self._spans[step_dir] = (begin, _clock_ticks() + 1)
 
     def forget_ended(self, before: int) -> None:
-        """Forget steps that ended before a time at which we had no orphan."""
+        """Forget the steps that ended before this time, at which we had no orphan."""
         with self._lock:
-            for step_dir in [name for name, (_, end) in self._spans.items() if end < before]:
-                del self._spans[step_dir]
+            for step_dir, (_, end) in list(self._spans.items()):
+                if end < before:
+                    del self._spans[step_dir]
 
     def can_only_be_of(self, step_dirs: frozenset[bytes], start: int) -> bool:
-        """Whether an orphan that started then can be of none but these steps."""
+        """Return whether an orphan with this start time can come from these steps alone."""
+        suspects = set()
         with self._lock:
-            suspects = {name for name, (begin, end) in self._spans.items() if begin <= start <= end}
+            for step_dir, (begin, end) in self._spans.items():
+                if begin <= start <= end:
+                    suspects.add(step_dir)
         return self._may_own and bool(suspects) and suspects <= step_dirs
 
 
-class _ProcessTable:
-    """The live processes of the host and the marks that they bear; any thread may look.
+class _Snapshot(NamedTuple):
+    """The live processes at one moment."""
 
-    A look costs milliseconds and two descriptors, so one at a time is taken, and serves all who asked before it began:
-    a task of many steps is stopped at the cost of one.
+    processes: list[tuple[ProcessInfo, _Marks]]
+    unclear: list[ProcessInfo]  # those of them whose marks could not be read, and may be of a step
+
+
+class _ProcessTable:
+    """The live processes of the host with their marks. Thread-safe.
+
+    A scan costs milliseconds and two descriptors, so there is one at a time, which serves all who asked before it
+    began: a task of many steps is stopped at the cost of one.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards all below; who asks waits for the look of another
-        self._begin_s = 0.0  # of the last look
-        self._seen: list[tuple[ProcessInfo, _Marks]] = []
-        self._unclear: list[ProcessInfo] = []
-        self._strangers: dict[tuple[int, str], _Marks] = {}  # no exec gives a stranger the mark of a step
+        self._lock = threading.Lock()  # guards all below; who asks waits for another's scan
+        self._begin_s = 0.0  # of the last scan
+        self._snapshot = _Snapshot([], [])
+        self._unmarked: dict[_Identity, _Marks] = {}  # no exec gives such a process the mark of a step
 
-    def look(self) -> tuple[list[tuple[ProcessInfo, _Marks]], list[ProcessInfo]]:
-        """Return the processes, and those of them of which it is not clear yet what they are. Raises OSError."""
+    def snapshot(self) -> _Snapshot:
+        """Return the processes, as found by a scan that began after the call. Raises OSError."""
         asked_s = time.monotonic()
         with self._lock:
             if self._begin_s <= asked_s:
                 self._begin_s = time.monotonic()
-                self._take()
-            return self._seen, self._unclear
+                self._snapshot = self._scan()
+            return self._snapshot
 
-    def _take(self) -> None:
-        self._seen = []
+    def _scan(self) -> _Snapshot:
+        """Read the process table; only marks that an exec cannot change are cached. Raises OSError."""
+        processes: list[tuple[ProcessInfo, _Marks]] = []
         unclear: list[ProcessInfo] = []
-        strangers: dict[tuple[int, str], _Marks] = {}
-        for one in _scan_processes():
-            key = (one.pid, one.start)
-            marks = self._strangers.get(key) or _read_marks(one.pid)
-            if marks is not None and not marks.step_dir and not marks.is_fresh:
-                strangers[key] = marks
-            if marks is None or (key not in self._strangers and _start_time(one.pid) != one.start):
-                unclear.append(one)  # it execs, or is gone before it could be looked at, and maybe forked
-            self._seen.append((one, marks or _NO_MARKS))
-        self._strangers = strangers
-        trusted = {pid for pid, _ in strangers} - _possible_reapers({one.pid: one.parent for one, _ in self._seen})
-        self._unclear = [one for one in unclear if one.parent not in trusted]  # a stranger's child is none of ours
+        unmarked: dict[_Identity, _Marks] = {}
+        for process in _scan_processes():
+            identity = process.identity
+            is_cached = identity in self._unmarked
+            marks = self._unmarked[identity] if is_cached else _read_marks(process.pid)
+            if marks is not None and not marks.step_dir and not marks.is_before_exec:
+                unmarked[identity] = marks
+            if marks is None or (not is_cached and _start_time(process.pid) != process.start):
+                unclear.append(process)  # it execs, or ended before its marks were read, and may have forked
+            processes.append((process, marks or _NO_MARKS))
+        self._unmarked = unmarked
+        parents = {process.pid: process.parent for process, _ in processes}
+        without_steps = {pid for pid, _ in unmarked} - _possible_reapers(parents)  # their children are no step's
+        return _Snapshot(processes, [process for process in unclear if process.parent not in without_steps])
 
 
 def _possible_reapers(parents: Mapping[int, int]) -> set[int]:
-    """Return the processes whose children may be a step's orphans: this one, those above it, and the first of all."""
+    """Return the processes whose children may be a step's orphans: this one, its ancestors, and pid 1."""
     reapers = {1}
     pid = os.getpid()
     while pid and pid not in reapers:
@@ -2368,7 +2615,7 @@ def _possible_reapers(parents: Mapping[int, int]) -> set[int]:
 
 
 class _Shared(NamedTuple):
-    """What the trees of this process have in common."""
+    """What the trees of this process share."""
 
     table: _ProcessTable
     lifetimes: _Lifetimes
@@ -2376,16 +2623,16 @@ class _Shared(NamedTuple):
 
 
 class PosixTree(ProcessTree):
-    """Processes of steps, found in the process table; where it has a wrapper, that is in a session of its own.
+    """Processes of steps, found in the process table; the wrapper, if there is one, leads a session.
 
-    A process that is no member is never signalled: before every signal the start time is compared.
+    Only members are ever signalled: before every signal the start time is compared.
     """
 
     def __init__(
         self,
         step_dirs: Iterable[str],
         pid: int,
-        child: subprocess.Popen[bytes] | None,
+        child: _Child | None,
         wake_pipe: tuple[int, int],
         shared: _Shared,
     ) -> None:
@@ -2393,28 +2640,29 @@ class PosixTree(ProcessTree):
         self.step_dirs = frozenset(os.fsencode(path) for path in step_dirs)
         self._child = child  # None when an earlier daemon started it
         self._shared = shared
-        self._ended = not pid
+        self._ended = not pid  # whether the wrapper has
         self._start = _start_time(pid) if pid and not child else ""
-        self._wake_out, self._wake_in = wake_pipe  # -1 where there was no descriptor left for it
+        self._wake_out, self._wake_in = wake_pipe  # -1 where no descriptor was free
         self._is_woken = False
         self._pidfd = _open_pidfd(pid) if pid else -1
-        self._members: set[tuple[int, str]] = set()  # processes that are or were of the tree
-        self._denied: set[tuple[int, str]] = set()  # members that we may not signal
-        self._scan_incomplete = False  # whether it may have missed one
-        self._closing = threading.Lock()  # guards _wake_in: a closed descriptor's number may be another's
+        self._members: set[_Identity] = set()  # processes that are or were of the tree
+        self._denied: set[_Identity] = set()  # members that we are not permitted to signal
+        self._scan_incomplete = False  # the last scan may have missed a member
+        self._close_lock = threading.Lock()  # guards _wake_in: a closed descriptor's number may be another's
 
     def wait(self, deadline_s: float | None) -> bool:
         while not self._ended and (self._pidfd >= 0 or not self._has_ended()):
-            left_s = _FOREVER_S if deadline_s is None else deadline_s - time.monotonic()
+            left_s = _MAX_WAIT_S if deadline_s is None else deadline_s - time.monotonic()
             if left_s <= 0:
                 return False
-            if self._pause(min(left_s, _FOREVER_S)):
+            is_woken = self._pause(min(left_s, _MAX_WAIT_S))
+            if is_woken:
                 return self._has_ended()
         return True
 
     def wake(self) -> None:
         self._is_woken = True
-        with self._closing:
+        with self._close_lock:
             if self._wake_in >= 0:
                 os.write(self._wake_in, b"w")
 
@@ -2425,23 +2673,24 @@ class PosixTree(ProcessTree):
             code = self._child.poll()
             return None if code is None or code < 0 else code
         with contextlib.suppress(ChildProcessError):  # whoever ignores SIGCHLD has none to wait for
-            status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            status = os.waitid(os.P_PID, self.pid, _PEEK)
             if status is not None and status.si_code == os.CLD_EXITED:
                 return status.si_status
         return None
 
     def stop(self, is_hurried: Callable[[], bool]) -> None:
-        if self._owns_session():  # the number of the group, too; this needs no descriptor
+        if self._owns_session():  # and so the group; this needs no descriptor
             _signal_group(self.pid, signal.SIGTERM)
             _signal_group(self.pid, signal.SIGCONT)
         with self._shared.reserve.lend():
-            self._ask_other_groups()
+            self._terminate_other_groups()
             has_ended = self._await_end(is_hurried)
-            self._kill_all(1 if has_ended else 0)
+            self._kill_all(empty_scans=int(has_ended))
 
     def close(self) -> None:
-        with self._closing:
-            for descriptor in (self._pidfd, self._wake_in, self._wake_out):
+        with self._close_lock:
+            descriptors = (self._pidfd, self._wake_in, self._wake_out)
+            for descriptor in descriptors:
                 if descriptor >= 0:
                     os.close(descriptor)
             self._pidfd = -1
@@ -2449,12 +2698,12 @@ class PosixTree(ProcessTree):
             self._wake_out = -1
 
     def reap(self) -> None:
-        """Collect the wrapper if it has ended and is our child: its numbers may be another's from now on."""
+        """Reap the wrapper if it has ended and is our child: its numbers may be another's from now on."""
         if self._child is not None:
             self._child.poll()
 
     def _pause(self, seconds: float) -> bool:
-        """Wait so long at most, for a `wake` or the wrapper's end; whether it was a wake."""
+        """Wait at most this long for a `wake` or the wrapper's end; return whether it was a wake."""
         poller = select.poll()
         if self._wake_out >= 0:
             poller.register(self._wake_out, select.POLLIN)
@@ -2462,7 +2711,8 @@ class PosixTree(ProcessTree):
             poller.register(self._pidfd, select.POLLIN)
         if self._wake_out < 0 or (self._pidfd < 0 and not self._ended):
             seconds = min(seconds, _POLL_S)
-        ready = [number for number, _ in poller.poll(seconds * 1000 + 0.999)]
+        timeout_ms = seconds * 1000 + 0.999
+        ready = dict(poller.poll(timeout_ms))
         if self._pidfd in ready:
             self._ended = True
         elif self._wake_out in ready:
@@ -2474,91 +2724,107 @@ class PosixTree(ProcessTree):
         return False
 
     def _has_ended(self) -> bool:
-        """Whether the wrapper has ended. It stays a zombie until `release`: its pid, group and session stay ours."""
-        if not self._ended:
-            if self._child is None:
-                self._ended = self._has_vanished()
-            elif _KEEP_ZOMBIES:
-                try:
-                    status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                    self._ended = status is not None
-                except ChildProcessError:
-                    self._ended = True
-            else:
-                self._ended = self._child.poll() is not None
+        """Return whether the wrapper has ended.
+
+        It stays a zombie until `release`: its pid, group and session stay ours.
+        """
+        if self._ended:
+            return True
+        if self._child is None:
+            self._ended = self._has_vanished()
+        elif _KEEP_ZOMBIES:
+            try:
+                self._ended = os.waitid(os.P_PID, self.pid, _PEEK) is not None
+            except ChildProcessError:
+                self._ended = True
+        else:
+            self._ended = self._child.poll() is not None
         return self._ended
 
     def _has_vanished(self) -> bool:
-        """Whether an adopted wrapper is gone; one that cannot be looked at is not."""
-        with contextlib.suppress(OSError):
+        """Return whether an adopted wrapper is gone; False where that cannot be read."""
+        try:
             start = _start_time(self.pid)
-            return not start or start != self._start
-        return False
+        except OSError:
+            return False
+        return not start or start != self._start
 
     def _owns_session(self) -> bool:
-        """Whether the number of the session is certain to be ours."""
+        """Return whether the number of the session is certain to be ours."""
         if not self.pid:
             return False
-        return not self._has_ended() or (self._child is not None and _KEEP_ZOMBIES and self._child.returncode is None)
+        if not self._has_ended():
+            return True
+        return _KEEP_ZOMBIES and self._child is not None and self._child.returncode is None
 
     # -- the stages of a stop
 
-    def _ask_other_groups(self) -> None:
+    def _terminate_other_groups(self) -> None:
         """Send SIGTERM to the members that the signal to the wrapper's group did not reach, once to each."""
-        asked_group = self.pid if self._owns_session() else 0
-        asked: set[tuple[int, str]] = set()
-        for _ in range(_ASKING_SCANS):
-            for one in self._scan():
-                if one.group != asked_group and (one.pid, one.start) not in asked:
-                    asked.add((one.pid, one.start))
-                    self._signal(one, signal.SIGTERM)
-                    self._signal(one, signal.SIGCONT)
+        own_group = self.pid if self._owns_session() else 0
+        signalled: set[_Identity] = set()
+        for _ in range(_SIGTERM_SCANS):
+            for member in self._scan():
+                if member.group != own_group and member.identity not in signalled:
+                    signalled.add(member.identity)
+                    self._signal(member, signal.SIGTERM)
+                    self._signal(member, signal.SIGCONT)
             if not self._scan_incomplete:
                 break
 
     def _await_end(self, is_hurried: Callable[[], bool]) -> bool:
-        """Return when a whole scan has found nothing, True then, or when the grace is over."""
+        """Return True when a complete scan has found nothing, False when the grace is over."""
         end_s = time.monotonic() + GRACE_S
-        unsure_s = end_s
+        give_up_s = end_s
         pause_s = 0.001
         while time.monotonic() < end_s and not is_hurried():
-            is_quiet = self._has_ended() and not any(map(_is_running, self._members - self._denied))
-            if is_quiet and not self._scan():
-                if not self._scan_incomplete:
-                    return True
-                unsure_s = min(unsure_s, time.monotonic() + _UNSURE_S)  # of a host too busy for a whole scan
+            if self._has_running_member() or self._scan():
+                give_up_s = end_s
+            elif not self._scan_incomplete:
+                return True
             else:
-                unsure_s = end_s
-            if time.monotonic() >= unsure_s:
+                give_up_s = min(give_up_s, time.monotonic() + _INCOMPLETE_SCANS_S)
+            if time.monotonic() >= give_up_s:
                 break
             self._pause(pause_s)
             pause_s = min(2 * pause_s, _POLL_S)
         return False
 
-    def _kill_all(self, quiet: int) -> None:
-        """Send SIGKILL to whatever is left, until three scans have found nothing; `quiet` of them have."""
+    def _has_running_member(self) -> bool:
+        """Return, without a scan, whether a member that we may signal, or the wrapper, runs."""
+        if not self._has_ended():
+            return True
+        return any(map(_is_running, self._members - self._denied))
+
+    def _kill_all(self, empty_scans: int) -> None:
+        """Send SIGKILL to whatever is left, until three scans in succession were empty, these included."""
         begin_s = time.monotonic()
-        last_s = begin_s  # when a member was seen
-        while quiet < 3 and time.monotonic() < min(begin_s + _SWEEP_S, last_s + _UNSURE_S):
+        last_s = begin_s  # when a member was found
+        while empty_scans < 3:
+            end_s = min(begin_s + _KILL_TIMEOUT_S, last_s + _INCOMPLETE_SCANS_S)
+            if time.monotonic() >= end_s:
+                break
             if self._owns_session():
                 _signal_group(self.pid, signal.SIGKILL)
             members = self._scan()
-            for one in members:
-                self._signal(one, signal.SIGKILL)
+            for member in members:
+                self._signal(member, signal.SIGKILL)
             if members:
-                quiet = 0
+                empty_scans = 0
                 last_s = time.monotonic()
             elif not self._scan_incomplete:
-                quiet += 1
+                empty_scans += 1
 
-    def _signal(self, one: ProcessInfo, number: int) -> None:
-        """Signal a member that is still the process which was seen."""
+    def _signal(self, member: ProcessInfo, number: int) -> None:
+        """Signal a member if it is still the process that was found."""
         try:
-            if _start_time(one.pid) == one.start:
-                os.kill(one.pid, number)
-        except PermissionError:
-            self._denied.add((one.pid, one.start))  # it has become another user's, by sudo: waiting does not help
-        except OSError:  # it is gone, or no descriptor is left to look: the next scan tells
+            if _start_time(member.pid) == member.start:
+                os.kill(member.pid, number)
+        except PermissionError:  # by sudo; waiting does not help
+            if member.identity not in self._denied:
+                log.warning("process %d of a step cannot be stopped: it runs as another user", member.pid)
+            self._denied.add(member.identity)
+        except OSError:  # it is gone, or no descriptor is free: the next scan shows which
             pass
 
     # -- membership
@@ -2566,74 +2832,93 @@ class PosixTree(ProcessTree):
     def _scan(self) -> list[ProcessInfo]:
         """Return the live members that we may signal."""
         try:
-            seen, unclear = self._shared.table.look()
-        except OSError:  # no descriptor or memory to look with
+            processes, unclear = self._shared.table.snapshot()
+        except OSError:  # no descriptor or memory for a scan
             self._scan_incomplete = True
             time.sleep(_POLL_S)
             return []
-        step_dirs = {one.pid: marks.step_dir for one, marks in seen}
-        owners = {step_dirs.get(one.parent, b"") for one in unclear}
-        self._scan_incomplete = bool(owners & {b"", *self.step_dirs})  # what another step starts is not ours
-        others = [(one, marks) for one, marks in seen if one.pid != os.getpid() and not marks.is_daemon]
-        found = {one for one, marks in others if self._is_member(one, marks)}
-        outside = _own_sessions()
-        while True:
-            parents = {one.pid for one in found}
-            sessions = {one.session for one in found} - outside
-            more = {one for one, _ in others if one.parent in parents or one.session in sessions} - found
-            if not more:
-                break
-            found |= more
-        self._members.update((one.pid, one.start) for one in found)
-        return [one for one in found if (one.pid, one.start) not in self._denied]
+        step_dirs = {process.pid: marks.step_dir for process, marks in processes}
+        parents = {step_dirs.get(process.parent, b"") for process in unclear}
+        self._scan_incomplete = b"" in parents or bool(parents & self.step_dirs)  # another step's child is not ours
+        own_pid = os.getpid()
+        candidates = []
+        members = set()
+        for process, marks in processes:
+            if process.pid != own_pid and not marks.is_daemon:
+                candidates.append(process)
+                if self._is_member(process, marks):
+                    members.add(process)
+        _add_descendants(members, candidates)
+        self._members.update(member.identity for member in members)
+        return [member for member in members if member.identity not in self._denied]
 
-    def _is_member(self, one: ProcessInfo, marks: _Marks) -> bool:
-        """Whether there is evidence of the process itself, whatever others are."""
-        if (one.pid, one.start) in self._members or (self._owns_session() and one.session == self.pid):
+    def _is_member(self, process: ProcessInfo, marks: _Marks) -> bool:
+        """Return whether there is evidence of the process itself, whatever others are."""
+        if process.identity in self._members:
             return True
-        if marks.step_dir or marks.is_fresh:
+        if process.session == self.pid and self._owns_session():
+            return True
+        if marks.step_dir or marks.is_before_exec:
             return marks.step_dir in self.step_dirs
-        is_orphan = ON_LINUX and one.parent == os.getpid()
-        return is_orphan and self._shared.lifetimes.can_only_be_of(self.step_dirs, int(one.start))
+        is_orphan = ON_LINUX and process.parent == os.getpid()
+        return is_orphan and self._shared.lifetimes.can_only_be_of(self.step_dirs, int(process.start))
+
+
+def _add_descendants(members: set[ProcessInfo], candidates: Sequence[ProcessInfo]) -> None:
+    """Add to the members their children and what is in a session of theirs, until there are no more."""
+    foreign_sessions = _own_sessions()
+    has_grown = True
+    while has_grown:
+        parents = {member.pid for member in members}
+        sessions = {member.session for member in members} - foreign_sessions
+        size = len(members)
+        for process in candidates:
+            if process.parent in parents or process.session in sessions:
+                members.add(process)
+        has_grown = len(members) > size
 
 
 _KEEP_ZOMBIES = hasattr(os, "waitid")  # not on every Mac
-_UNSURE_S = 1.0  # of scans that find nothing, but miss some process of a busy host
-_SPANS_LIMIT = 10_000  # ended steps are kept for as long as there is an orphan, which may be for ever
-_EXEC_LOOKS = 10
-_ASKING_SCANS = 3  # more would ask what members start to clean up
+_PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT if _KEEP_ZOMBIES else 0  # for waitid: the zombie stays
+_INCOMPLETE_SCANS_S = 1.0  # that scans may find nothing but be incomplete, on a busy host
+_MAX_LIFETIMES = 10_000  # ended steps are kept for as long as there is an orphan, which may be for ever
+_EXEC_SCANS = 10
+_SIGTERM_SCANS = 3  # more would send it to what members start to clean up
 _KERNEL_THREAD = 0x0020_0000  # PF_KTHREAD of include/linux/sched.h
 
 
 def _open_pidfd(pid: int) -> int:
     """Open a descriptor that becomes readable at the process's end; -1 where there is none (pidfd_open(2))."""
-    opener: Callable[[int], int] | None = getattr(os, "pidfd_open", None)
-    with contextlib.suppress(OSError):
-        return opener(pid) if opener else -1
-    return -1
+    pidfd_open: Callable[[int], int] | None = getattr(os, "pidfd_open", None)
+    if pidfd_open is None:
+        return -1
+    try:
+        return pidfd_open(pid)
+    except OSError:
+        return -1
 
 
 def _signal_group(group: int, number: int) -> None:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # it is empty, or all in it run as other users
         os.killpg(group, number)
 
 
 def _own_sessions() -> set[int]:
-    """Return the numbers that are no step's: of this process, and of those outside of its container."""
+    """Return the sessions that are no step's: of this process, and 0, which stands for all outside of its container."""
     return {0, os.getsid(0), os.getpgrp()}
 
 
 def _clock_ticks() -> int:
-    """Return the time as the process table has it (proc_pid_stat(5), starttime)."""
+    """Return the time as the process table counts it (proc_pid_stat(5), starttime)."""
     if not ON_LINUX:
         return 0
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
 def _read_proc(pid: int | str, name: str) -> bytes | None:
-    """Return a file of the process in /proc; empty when the process is gone, None when it denies to show it.
+    """Return a file of the process in /proc; empty when the process is gone, None when we may not read it.
 
-    Raises OSError where there is no descriptor or memory to look with.
+    Raises OSError where no descriptor or memory is free.
     """
     try:
         with open(f"/proc/{pid}/{name}", "rb", buffering=0) as file:
@@ -2648,64 +2933,95 @@ def _read_proc(pid: int | str, name: str) -> bytes | None:
 
 def _stat_of(pid: int | str) -> list[bytes]:
     """Return the fields of /proc/PID/stat from the state on (proc_pid_stat(5)); none when there is no such process."""
-    return (_read_proc(pid, "stat") or b"").rpartition(b")")[2].split()
+    content = _read_proc(pid, "stat") or b""
+    return content.rpartition(b")")[2].split()
+
+
+def _is_live(fields: Sequence[bytes]) -> bool:
+    """Return whether these fields of /proc/PID/stat are of a process that is no zombie."""
+    return bool(fields) and fields[0] not in (b"Z", b"X")
 
 
 def _start_time(pid: int) -> str:
-    """Return when the process started, in the system's words; empty when it is gone or a zombie. Raises OSError."""
-    if ON_LINUX:
-        fields = _stat_of(pid)
-        return fields[19].decode("ascii") if fields and fields[0] not in (b"Z", b"X") else ""
-    return _ask_ps("-o", "lstart=", "-p", str(pid)).strip()
+    """Return when the process started, as the system shows it; empty when it is gone or a zombie. Raises OSError."""
+    if not ON_LINUX:
+        return _run_ps("-o", "lstart=", "-p", str(pid)).strip()
+    fields = _stat_of(pid)
+    return fields[19].decode("ascii") if _is_live(fields) else ""
 
 
-def _is_running(process: tuple[int, str]) -> bool:
-    """Whether the process with this pid and start time lives; one that cannot be looked at does."""
-    with contextlib.suppress(OSError):
-        return _start_time(process[0]) == process[1]
-    return True
+def _is_running(process: _Identity) -> bool:
+    """Return whether the process with this pid and start time lives; True where that cannot be read."""
+    pid, start = process
+    try:
+        return _start_time(pid) == start
+    except OSError:
+        return True
 
 
 def _scan_processes() -> Iterator[ProcessInfo]:
     """Yield every live process of the host but the kernel's. Raises OSError."""
-    if ON_LINUX:
-        seen: set[str] = set()
-        while fresh := [name for name in os.listdir("/proc") if name.isdigit() and name not in seen]:
-            seen.update(fresh)  # what they fork meanwhile, the next listing has
-            for name in fresh:
-                fields = _stat_of(name)
-                if fields and fields[0] not in (b"Z", b"X") and not int(fields[6]) & _KERNEL_THREAD:
-                    parent, group, session = map(int, fields[1:4])
-                    yield ProcessInfo(int(name), parent, group, session, fields[19].decode("ascii"))
+    if not ON_LINUX:
+        for line in _run_ps("-axo", "pid=,ppid=,pgid=,lstart=").splitlines():
+            pid, parent, group, start = line.split(None, 3)
+            leader = int(group)  # in place of the session, which ps does not show
+            yield ProcessInfo(int(pid), int(parent), leader, leader, start.strip())
         return
-    for line in _ask_ps("-axo", "pid=,ppid=,pgid=,lstart=").splitlines():
-        pid, ppid, pgid, start = line.split(None, 3)
-        yield ProcessInfo(int(pid), int(ppid), int(pgid), int(pgid), start.strip())
+    seen: set[str] = set()
+    while new := _list_pids() - seen:
+        seen |= new  # what these fork meanwhile, the next listing has
+        for name in new:
+            fields = _stat_of(name)
+            if _is_live(fields) and not int(fields[6]) & _KERNEL_THREAD:
+                parent_pid, group_id, session = map(int, fields[1:4])
+                start = fields[19].decode("ascii")
+                yield ProcessInfo(int(name), parent_pid, group_id, session, start)
+
+
+def _list_pids() -> set[str]:
+    """Return the names of the processes in /proc. Raises OSError."""
+    return set(filter(str.isdigit, os.listdir("/proc")))
 
 
 def _read_marks(pid: int) -> _Marks | None:
     """Return the marks of a process; None in the middle of an exec or an exit. Raises OSError.
 
-    A process without a mark is of the step whose output it holds.
+    A process without a mark belongs to the step whose output it has open.
     """
     if not ON_LINUX:
-        words = _ask_ps("-Eww", "-o", "command=", "-p", str(pid)).split()
-        variables = dict(os.fsencode(word).partition(b"=")[::2] for word in reversed(words))
-        return _Marks(variables.get(STEP_ENV_VAR.encode(), b""), DAEMON_ENV_VAR.encode() in variables)
+        words = _run_ps("-Eww", "-o", "command=", "-p", str(pid)).split()
+        return _environment_marks(map(os.fsencode, words))
     environ = _read_proc(pid, "environ")
     if environ == b"" and _is_between_programs(pid):
         return None
     if environ and environ == _own_environ():
         return _NO_MARKS  # a wrapper before its exec; never one of a tree that is being stopped
-    variables = dict(entry.partition(b"=")[::2] for entry in reversed((environ or b"").split(b"\0")))
-    step_dir = variables.get(STEP_ENV_VAR.encode(), b"")
-    is_daemon = DAEMON_ENV_VAR.encode() in variables
-    for number in () if step_dir or is_daemon else (1, 2):
-        with contextlib.suppress(OSError):  # it is gone, or denies that
-            holder, _, name = os.readlink(f"/proc/{pid}/fd/{number}".encode()).rpartition(b"/")
+    marks = _environment_marks((environ or b"").split(b"\0"))
+    if marks.step_dir or marks.is_daemon:
+        return marks
+    return marks._replace(step_dir=_step_of_output(pid))
+
+
+def _environment_marks(entries: Iterable[bytes]) -> _Marks:
+    """Return the marks in an environment, whose entries are KEY=value; of two with the same name the first counts."""
+    variables: dict[bytes, bytes] = {}
+    for entry in entries:
+        name, _, value = entry.partition(b"=")
+        variables.setdefault(name, value)
+    step_dir = variables.get(_STEP_KEY, b"")
+    return _Marks(step_dir, is_daemon=_DAEMON_KEY in variables)
+
+
+def _step_of_output(pid: int) -> bytes:
+    """Return the directory of the step whose output is a process's standard output or error; empty for none."""
+    step_dir = b""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):  # the process is gone, or we may not read that
+            target = os.readlink(f"/proc/{pid}/fd/{number}".encode())
+            directory, _, name = target.rpartition(b"/")
             if name == b"output":
-                step_dir = holder
-    return _Marks(step_dir, is_daemon)
+                step_dir = directory
+    return step_dir
 
 
 @functools.lru_cache(maxsize=1)
@@ -2714,31 +3030,37 @@ def _own_environ() -> bytes | None:
 
 
 def _is_between_programs(pid: int) -> bool:
-    """Whether a process that shows an empty environment has none yet, or none any more."""
+    """Return whether a process with an empty environment is in the middle of an exec or an exit."""
     fields = _stat_of(pid)
     return not fields or fields[48] == b"0"  # env_end
 
 
 class PosixProcesses(StepProcesses):
-    """Starts, adopts and collects trees; any thread may call it."""
+    """Starts, adopts and reaps trees. Thread-safe, but for `reap`.
+
+    `umask` and `descriptors`, a number or "unlimited", are what steps get, as the daemon was started with them.
+    """
 
     initial_files = types.MappingProxyType({"pid": b""})
 
     def __init__(self, umask: int, descriptors: str, reserve: DescriptorReserve) -> None:
-        self._limits = f"{umask:03o}", descriptors
+        build()  # it may run git, which must be over before the first step: any child of ours is a step's from then on
+        self._limits = (f"{umask:03o}", descriptors)
         self._lifetimes = _Lifetimes()
         self._shared = _Shared(_ProcessTable(), self._lifetimes, reserve)
-        self._starting = threading.Lock()  # guards _is_reaper
+        self._reaper_lock = threading.Lock()  # guards _is_reaper
         self._is_reaper = False  # until the first step starts: ctypes takes memory that an idle daemon need not
-        own = {name: value for name, value in os.environb.items() if not name.startswith(b"REMOTE_EXECUTOR_")}
-        self._environment = {**_user_environment(), **own}
+        self._environment = _user_environment()
+        for name, value in os.environb.items():
+            if not name.startswith(b"REMOTE_EXECUTOR_"):
+                self._environment[name] = value
         self._null = os.open(os.devnull, os.O_RDWR)
         self._children: set[int] = set()  # wrappers, until `release`
-        self._orphans: set[int] = set()  # zombies that were not among them at the last look
+        self._orphans: set[int] = set()  # other zombies at the last `reap`
 
-    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> PosixTree:
+    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: _Environment) -> PosixTree:
         self._become_reaper()
-        wake_pipe = os.pipe()  # all that a running tree needs first: afterwards nothing may fail
+        wake_pipe = os.pipe()  # first, for nothing may fail once the step runs
         try:
             child = self._spawn(command, step_dir, cwd, env)
         except OSError:
@@ -2749,12 +3071,11 @@ class PosixProcesses(StepProcesses):
         return PosixTree((step_dir,), child.pid, child, wake_pipe, self._shared)
 
     def adopt(self, step_dir: str) -> PosixTree | None:
-        lines = _read_pid_file(step_dir)
-        words = lines[0].split() if lines else []
-        pid = int(words[0]) if words and words[0].isdigit() else 0
-        if not pid:  # its wrapper has not come to write it, or the script has removed it
-            pid = _find_wrapper(os.fsencode(step_dir))
-        if not pid or not _is_wrapper(pid, os.fsencode(step_dir)):
+        mark = os.fsencode(step_dir)
+        pid = _read_pid(step_dir)
+        if not pid:  # the wrapper has not written it yet, or the script has removed it
+            pid = _find_wrapper(mark)
+        if not pid or not _is_wrapper(pid, mark):
             return None
         return PosixTree((step_dir,), pid, None, _open_pipe(), self._shared)
 
@@ -2762,15 +3083,19 @@ class PosixProcesses(StepProcesses):
         return PosixTree(step_dirs, 0, None, _open_pipe(), self._shared)
 
     def may_have_started(self, step_dir: str) -> bool:
-        """Tell by the file `pid`: it was there, empty, before the wrapper, which never removes it.
+        """Return by the file `pid` whether the script may have run: it was there, empty, before the wrapper.
 
         The wrapper of version 1.0.0 made it itself, and wrote its pid alone into it before the script ran.
         """
         lines = _read_pid_file(step_dir)
-        if lines is None or os.path.lexists(os.path.join(step_dir, "rc")):
+        result = os.path.join(step_dir, "rc")
+        if lines is None or os.path.lexists(result):
             return True
-        is_wrapper_alone = re.fullmatch(rb"[0-9]+ wrapper\s*", lines[0]) is not None if lines else True
-        return not is_wrapper_alone or len(lines) > 1
+        if not lines:
+            return False
+        if len(lines) > 1:
+            return True
+        return not re.fullmatch(rb"[0-9]+ wrapper\s*", lines[0])
 
     def release(self, tree: ProcessTree) -> None:
         if isinstance(tree, PosixTree):
@@ -2782,9 +3107,9 @@ class PosixProcesses(StepProcesses):
         tree.close()
 
     def reap(self) -> None:
-        """Collect orphans of steps that have ended; for one thread.
+        """Reap ended orphans of steps; for one thread.
 
-        Only what was a zombie at the last look too: a child that Popen has not yet told of is no orphan.
+        Only what was a zombie at the last call too: a child that Popen has not returned yet is no orphan.
         """
         if not ON_LINUX:
             return
@@ -2793,94 +3118,118 @@ class PosixProcesses(StepProcesses):
             self._lifetimes.forget_ended(now)
         if not _has_zombie_child():
             return
-        own = str(os.getpid()).encode()
-        pids = (int(name) for name in os.listdir("/proc") if name.isdigit() and _stat_of(name)[:2] == [b"Z", own])
-        zombies = set(pids) - self._children
+        own_pid = str(os.getpid()).encode()
+        zombies = set()
+        for name in _list_pids():
+            if _stat_of(name)[:2] == [b"Z", own_pid]:
+                zombies.add(int(name))
+        zombies -= self._children
         for pid in zombies & self._orphans:
-            with contextlib.suppress(ChildProcessError):
+            with contextlib.suppress(ChildProcessError):  # something else has waited for it
                 os.waitpid(pid, os.WNOHANG)
         self._orphans = zombies
 
     def _become_reaper(self) -> None:
-        """Orphans of steps become children of this process, where a stop finds them (prctl(2))."""
-        with self._starting:
+        """Make orphans of steps children of this process, where a stop finds them (prctl(2))."""
+        with self._reaper_lock:
             if self._is_reaper or not ON_LINUX:
                 return
             import ctypes
 
             self._lifetimes.open()
-            ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             self._is_reaper = True
 
-    def _spawn(
-        self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]
-    ) -> subprocess.Popen[bytes]:
+    def _spawn(self, command: Sequence[str], step_dir: str, cwd: str, env: _Environment) -> _Child:
         """Start the wrapper. Raises OSError, and leaves no file but an empty `pid` then."""
-        file = os.path.join(step_dir, "output")
         with contextlib.suppress(FileExistsError):  # StepDirectory has made it
-            os.close(os.open(os.path.join(step_dir, "pid"), _NEW_FILE, 0o600))
-        output = os.open(file, _NEW_FILE | os.O_APPEND, 0o600)
+            os.close(_create(step_dir, "pid"))
+        output = _create(step_dir, "output", os.O_APPEND)
         mark = os.fsencode(step_dir)
         self._lifetimes.begin(mark)
         try:
-            environment, words = self._environment_for(command, step_dir, {**env, STEP_ENV_VAR: step_dir})
+            marked_env = {**env, STEP_ENV_VAR: step_dir}
+            environment, arguments = self._environment_for(command, step_dir, marked_env)
             return subprocess.Popen(
-                ["/bin/sh", "-c", _WRAPPER, step_dir, *self._limits, *words],
+                ["/bin/sh", "-c", _WRAPPER, step_dir, *self._limits, *arguments],
                 stdin=self._null,
                 stdout=output,
                 stderr=self._null,
                 cwd=cwd,
                 env=environment,
                 start_new_session=True,
-                close_fds=False,  # all are closed at exec already, `keep_descriptors` saw to it
+                close_fds=False,  # all are closed at exec already, by `set_inherited_fds_cloexec`
             )
         except (OSError, ValueError, MemoryError, subprocess.SubprocessError) as error:
             self._lifetimes.end(mark)
             for name in ("output", "environment"):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # the latter is seldom there
                     os.unlink(os.path.join(step_dir, name))
             raise _as_os_error(error) from error
         finally:
             os.close(output)
 
     def _environment_for(
-        self, command: Sequence[str], step_dir: str, env: Mapping[str, str]
+        self, command: Sequence[str], step_dir: str, env: _Environment
     ) -> tuple[dict[bytes, bytes], list[str]]:
         """Return the wrapper's environment, and the words of the command that sees exactly `env` beside our own."""
-        added = {_env_bytes(name): _env_bytes(value) for name, value in env.items()}
-        environment = {**self._environment, **added}
-        odd = [name for name in env if not _ORDINARY_NAME.fullmatch(name)]
-        if not odd:
+        environment = dict(self._environment)
+        for name, value in env.items():
+            environment[_env_bytes(name)] = _env_bytes(value)
+        unusual = [name for name in env if not _ORDINARY_NAME.fullmatch(name)]
+        if not unusual:
             return environment, [*command]
         if getattr(sys, "frozen", False) or not sys.executable:
-            return environment, ["/usr/bin/env", "--", *(f"{name}={env[name]}" for name in odd), *command]
-        entries = b"\0".join(name + b"=" + value for name, value in environment.items())
-        if entries.count(b"\0") >= len(environment):
+            assignments = [f"{name}={env[name]}" for name in unusual]
+            return environment, ["/usr/bin/env", "--", *assignments, *command]
+        content = b"\0".join(name + b"=" + value for name, value in environment.items())
+        if content.count(b"\0") >= len(environment):
             raise ValueError("embedded null byte")
-        file = os.path.join(step_dir, "environment")
-        with open(os.open(file, _NEW_FILE, 0o600), "wb") as target:
-            target.write(entries)
-        kept = (STEP_ENV_VAR.encode(), b"LD_LIBRARY_PATH")  # the latter may be what our Python needs to start
-        clean = {name: environment[name] for name in kept if name in environment}
-        return clean, [sys.executable, "-I", "-S", "-c", _EXEC_WITH_ENVIRONMENT, file, *command]
+        with open(_create(step_dir, "environment"), "wb") as file:
+            file.write(content)
+        wrapper_environment = {}
+        for key in (_STEP_KEY, b"LD_LIBRARY_PATH"):  # the latter may be what our Python needs to start
+            if key in environment:
+                wrapper_environment[key] = environment[key]
+        python = [sys.executable, "-I", "-S", "-c", _EXEC_WITH_ENVIRONMENT]
+        return wrapper_environment, [*python, os.path.join(step_dir, "environment"), *command]
 
 
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # which follows no link that another step has put there
+_PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
+
+
+def _create(step_dir: str, name: str, flags: int = 0) -> int:
+    """Open a new file of a step to write. O_EXCL follows no link that another step has put there. Raises OSError."""
+    path = os.path.join(step_dir, name)
+    flags |= os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    return os.open(path, flags, 0o600)
 
 
 def _as_os_error(error: Exception) -> OSError:
-    """Return what Popen raises as an error of the system."""
+    """Return what Popen raised as an OSError."""
     if isinstance(error, OSError):
         return error
-    number = {MemoryError: errno.ENOMEM, ValueError: errno.EINVAL}.get(type(error), errno.EIO)
+    number = errno.EIO
+    if isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    elif isinstance(error, ValueError):
+        number = errno.EINVAL
     return OSError(number, str(error) or os.strerror(number))
 
 
 def _open_pipe() -> tuple[int, int]:
-    """Open a pipe for wake-ups; without a descriptor there is none, and the tree looks often."""
-    with contextlib.suppress(OSError):
+    """Open a pipe for wake-ups; where no descriptor is free return -1 twice, and the tree polls."""
+    try:
         return os.pipe()
-    return -1, -1
+    except OSError:
+        return -1, -1
+
+
+def _read_pid(step_dir: str) -> int:
+    """Return the pid in a step's file `pid`, 0 without one. Raises OSError where it cannot be read now."""
+    lines = _read_pid_file(step_dir)
+    words = lines[0].split() if lines else []
+    return int(words[0]) if words and words[0].isdigit() else 0
 
 
 def _read_pid_file(step_dir: str) -> list[bytes] | None:
@@ -2895,69 +3244,93 @@ def _read_pid_file(step_dir: str) -> list[bytes] | None:
 
 
 def _is_wrapper(pid: int, step_dir: bytes) -> bool:
-    """Whether the process is the wrapper of a step: it leads a session, and bears the step's mark."""
+    """Return whether the process is the wrapper of a step: it leads a session, and bears the step's mark."""
     if not ON_LINUX:
-        return (marks := _read_marks(pid)) is not None and marks.step_dir == step_dir
+        marks = _read_marks(pid)
+        return marks is not None and marks.step_dir == step_dir
     fields = _stat_of(pid)
-    if not fields or fields[0] in (b"Z", b"X") or int(fields[3]) != pid:
+    if not _is_live(fields) or int(fields[3]) != pid:
         return False
-    return STEP_ENV_VAR.encode() + b"=" + step_dir in (_read_proc(pid, "environ") or b"").split(b"\0")
+    environ = _read_proc(pid, "environ") or b""
+    mark = _STEP_KEY + b"=" + step_dir
+    return mark in environ.split(b"\0")
 
 
 def _find_wrapper(step_dir: bytes) -> int:
-    """Return the pid of a step's wrapper that has not told it; 0 where none runs."""
-    for _ in range(_EXEC_LOOKS if ON_LINUX else 0):
-        leaders = [one.pid for one in _scan_processes() if one.session == one.pid]
+    """Return the pid of a step's wrapper that has not written it; 0 where none runs. Raises OSError."""
+    if not ON_LINUX:
+        return 0
+    for _ in range(_EXEC_SCANS):
+        leaders = [process.pid for process in _scan_processes() if process.session == process.pid]
         for pid in leaders:
             if _is_wrapper(pid, step_dir):
                 words = (_read_proc(pid, "cmdline") or b"").split(b"\0")
                 if words[1:2] == [b"-c"] and step_dir in words[3:5]:  # not what it started in a session of its own
                     return pid
-        if not any(_read_proc(pid, "environ") == b"" and _is_between_programs(pid) for pid in leaders):
+        if not any(map(_is_in_exec, leaders)):
             break
-        time.sleep(_POLL_S)  # one of them is about to become something
+        time.sleep(_POLL_S)  # one of them may become the wrapper
     return 0
 
 
+def _is_in_exec(pid: int) -> bool:
+    return _read_proc(pid, "environ") == b"" and _is_between_programs(pid)
+
+
 def _user_environment() -> dict[bytes, bytes]:
-    """Return what a login sets, and a service manager may not (systemd.exec(5), User=)."""
+    """Return the variables that a login sets and a service manager may not (systemd.exec(5), User=)."""
     import pwd
 
     try:
         user = pwd.getpwuid(os.getuid())
     except KeyError:  # a container's user need not be in the database
         return {}
-    entries = {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name, "SHELL": user.pw_shell}
-    return {name.encode(): os.fsencode(value) for name, value in entries.items() if value}
+    entries = {
+        b"HOME": user.pw_dir,
+        b"USER": user.pw_name,
+        b"LOGNAME": user.pw_name,
+        b"SHELL": user.pw_shell,
+    }
+    environment = {}
+    for name, value in entries.items():
+        if value:
+            environment[name] = os.fsencode(value)
+    return environment
 
 
 def _env_bytes(text: str) -> bytes:
-    """Text of an environment as UTF-8, whatever the locale; what came as other bytes goes as these."""
+    """Return text of an environment as UTF-8, whatever the locale; undecodable bytes come back as they were."""
     return text.encode("utf-8", "surrogateescape")
 
 
 def _has_zombie_child() -> bool:
-    with contextlib.suppress(ChildProcessError):
-        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    return False
+    try:
+        return os.waitid(os.P_ALL, 0, _PEEK) is not None
+    except ChildProcessError:
+        return False
 
 
 def _has_orphan() -> bool:
-    """Whether a process of a step has become our child: the kernel gives it to the first thread, which starts none."""
-    with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children", "rb") as file:
-        return bool(file.read().split())
-    return True
+    """Return whether a process of a step has become our child; True where that cannot be read.
+
+    The kernel gives it to the main thread, which starts no steps.
+    """
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", "rb") as file:
+            return bool(file.read().split())
+    except OSError:
+        return True
 
 
 # ======================================================================================================================
 # II operating system / Windows processes: trees in Job Objects, behind a batch file
 # ======================================================================================================================
 
-# `%*` is the command line. The wrapper's own standard error is nowhere: what cmd says when it cannot write the result
-# is no output of the step. A result that is there before is not the wrapper's: another process made it and may hold it,
-# so it is tried again for seconds. The redirection stands before `echo`, or the last digit would be a handle's number.
-# Paths are relative to the workspace, where the wrapper stays: so no letter of the root's, such as %, is a word of
-# cmd's language. What the lines below `held` set in the environment, no process of the step sees.
+# `%*` is the command line. The wrapper's own standard error is NUL: what cmd writes there when it cannot write the
+# result is no output of the step. A result that exists already is not the wrapper's: another process made it and may
+# have it open, so writing is retried for seconds. The redirection stands before `echo`, or the last digit would be a
+# handle's number. Paths are relative to the workspace, the wrapper's directory: so no letter of the root's, such as %,
+# means anything to cmd. No process of the step sees the variables that are set below `held`.
 _BATCH_WRAPPER = """\
 @%* 2>&1\r
 @if exist "{result}" goto held\r
@@ -2976,48 +3349,56 @@ if %tries%==0 exit %code%\r
 "{ping}" -n 2 127.0.0.1 >nul\r
 goto again\r
 """
-# The exit code of what a stop ends, as a signed number; no script ends with it by itself. Bit 29 is of applications
-# (MSDN, "GetLastError"); what the system and its runtimes use begins with 0xC0, 0x80 or 0xE0 (C++, .NET).
+# The exit code of what a stop ends, as a signed number; no script ends with it by itself. Bit 29 is reserved for
+# applications (MSDN, "GetLastError"); the codes of the system and its runtimes begin with 0xC0, 0x80 or 0xE0 (C++,
+# .NET).
 _ENDED_BY_STOP = -0x1FAD_ADAE  # 0xE0525252
-_SPAWNS = 3  # attempts
-# What is read again while the step runs: cmd opens a batch file for each of its lines, a later daemon reads the pid.
-# The wrapper holds them, so that nobody else can without sharing them. A script may change or delete itself.
+_SPAWN_ATTEMPTS = 3
+# Files that are read again while the step runs: cmd opens a batch file for each of its lines, a later daemon reads the
+# pid. The wrapper keeps them open with these share modes, so that nobody else can open them exclusively. A script may
+# change or delete itself.
 _HELD_FILES = {"pid": 0x01, "run.bat": 0x01, "script.bat": 0x07}  # FILE_SHARE_READ, and with WRITE and DELETE
-_OWN_PROCESS_LOOK_S = 0.5  # until a step's own process is looked for; most steps are over by then
-_OPTION = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
+_FIND_OWN_PROCESS_S = 0.5  # until the first search for a step's own process; most steps are over by then
+_UNQUOTED_WORD = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
 
 class _WrapperRecord(NamedTuple):
-    """The step's file `pid`, which the daemon writes while the wrapper is suspended: at first what the wrapper is.
+    """The content of a step's file `pid`, which the daemon writes while the wrapper is suspended.
 
-    A second line follows when the wrapper can be adopted, and may run.
+    The first line identifies the wrapper. A second follows when the wrapper can be adopted, before it may run.
     """
 
     pid: int
-    created: int  # which tells the wrapper from a later process with the same pid
+    created: int  # its creation time: a later process may have the same pid
     job_name: str
     may_have_started: bool = False
     is_batch: bool = False  # the step is a batch file that the wrapper itself runs
 
     @classmethod
     def read(cls, step_dir: str) -> _WrapperRecord | None:
-        """Return what stands there; None where there is no file, or not the whole first line. Raises OSError."""
+        """Read the file; return None without it or without a complete first line. Raises OSError."""
         try:
             with open(os.path.join(step_dir, "pid"), encoding="ascii") as file:
                 first, end, second = file.read(200).partition("\n")
             pid, created, job_name = first.split(" ")
-            record = cls(int(pid), int(created), job_name, "\n" in second, "batch" in second)
+            record = cls(int(pid), int(created), job_name)
         except (FileNotFoundError, ValueError):
             return None
-        return record if end else None
+        if not end:
+            return None
+        return record._replace(may_have_started="\n" in second, is_batch="batch" in second)
 
 
 def _wait_for(handles: Sequence[int], seconds: float) -> int | None:
-    """Return the index of the first handle that is signalled; None when the time is over."""
-    found = WaitForMultipleObjects(len(handles), (_HANDLE * len(handles))(*handles), False, int(seconds * 1000 + 0.999))
-    if found == WAIT_FAILED:
-        raise _error_of(_last_error())
-    return found - WAIT_OBJECT_0 if found < WAIT_OBJECT_0 + len(handles) else None
+    """Return the index of the first handle that is signalled; None on timeout. Raises OSError."""
+    count = len(handles)
+    array = (_HANDLE * count)(*handles)
+    timeout_ms = int(seconds * 1000 + 0.999)
+    result: int = WaitForMultipleObjects(count, array, False, timeout_ms)
+    if result == WAIT_FAILED:
+        raise _WinError(_get_last_error())
+    index = result - WAIT_OBJECT_0
+    return index if index < count else None
 
 
 def _is_signalled(handle: int) -> bool:
@@ -3025,7 +3406,7 @@ def _is_signalled(handle: int) -> bool:
 
 
 def _duplicate(handle: int, process: int, access: int = 0, is_inherited: bool = False) -> int:
-    """Give a process a handle of what `handle` stands for, with the same access or less; return its number there."""
+    """Duplicate a handle into a process, with the same access or less; return its value there. Raises OSError."""
     copy = _HANDLE()
     options = 0 if access else DUPLICATE_SAME_ACCESS
     DuplicateHandle(GetCurrentProcess(), handle, process, ctypes.byref(copy), access, is_inherited, options)
@@ -3033,16 +3414,16 @@ def _duplicate(handle: int, process: int, access: int = 0, is_inherited: bool = 
 
 
 def _hand_job(job: int, process: int) -> None:
-    """Have a process hold its job, whose name lasts as long as a handle is open somewhere.
+    """Give a process a handle of its job, whose name lasts as long as a handle is open somewhere. Raises OSError.
 
-    Its children inherit the handle, with which nothing can be done to the job, where they inherit any.
+    Its children may inherit the handle, which allows nothing but to query the job.
     """
     _duplicate(job, process, JOB_OBJECT_QUERY, is_inherited=True)
 
 
 def _hold_file(path: str, process: int, share: int) -> None:
-    """Have a process hold a file: until its end nobody can open that without sharing it, or in a way not in `share`."""
-    with contextlib.suppress(OSError):  # somebody holds it already, or there is none
+    """Have a process keep a file open with this share mode, so that until its end others must open it compatibly."""
+    with contextlib.suppress(OSError):  # another process has it open already, or there is none
         file = CreateFileW(path, GENERIC_READ, share, None, OPEN_EXISTING, 0, None)
         try:
             _duplicate(file, process)
@@ -3051,8 +3432,10 @@ def _hold_file(path: str, process: int, share: int) -> None:
 
 
 def _limit_job(job: int, flags: int) -> None:
-    limits = JobLimits(LimitFlags=flags | JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION)  # without a dialog box
-    SetInformationJobObject(job, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits), ctypes.sizeof(limits))
+    """Set the limits of a job, with which no crash opens a dialog box. Raises OSError."""
+    limits = JobLimits(LimitFlags=flags | JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION)
+    size = ctypes.sizeof(limits)
+    SetInformationJobObject(job, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits), size)
 
 
 def _count_active(job: int) -> int:
@@ -3064,27 +3447,28 @@ def _count_active(job: int) -> int:
 
 
 def _list_members(job: int) -> list[int]:
-    """Return the pids of the processes of a job that have not ended (JOBOBJECT_BASIC_PROCESS_ID_LIST)."""
-    room = 64
+    """Return the pids of the live processes of a job (JOBOBJECT_BASIC_PROCESS_ID_LIST). Raises OSError."""
+    capacity = 64
     while True:
-        table = (ctypes.c_size_t * (1 + room))()
-        heads = ctypes.cast(table, ctypes.POINTER(wintypes.DWORD))  # how many there are, how many of them in the list
+        table = (ctypes.c_size_t * (1 + capacity))()
+        counts = ctypes.cast(table, ctypes.POINTER(wintypes.DWORD))  # of the processes, and of those in the list
         begin = 2 * ctypes.sizeof(wintypes.DWORD) // ctypes.sizeof(ctypes.c_size_t)
+        size = ctypes.sizeof(table)
         try:
-            size = ctypes.sizeof(table)
             QueryInformationJobObject(job, JOB_OBJECT_BASIC_PROCESS_ID_LIST, table, size, None)
-            return list(table[begin : begin + heads[1]])
         except OSError as error:
             if getattr(error, "winerror", 0) != ERROR_MORE_DATA:
                 raise
-        room = 2 * max(room, heads[0])
+        else:
+            return list(table[begin : begin + counts[1]])
+        capacity = 2 * max(capacity, counts[0])
 
 
 def _end_job(job: int) -> None:
-    """End all processes of a job; return when they have ended, at the latest after some seconds."""
-    end_s = time.monotonic() + _SWEEP_S
+    """Terminate all processes of a job; return when they have ended, or after _KILL_TIMEOUT_S."""
+    end_s = time.monotonic() + _KILL_TIMEOUT_S
     while _count_active(job) and time.monotonic() < end_s:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # some are ending already: try again
             TerminateJobObject(job, _ENDED_BY_STOP & 0xFFFF_FFFF)
         time.sleep(_POLL_S)
 
@@ -3094,18 +3478,20 @@ def list_processes() -> Iterator[tuple[int, int, str]]:
     entry = ProcessEntry(Size=ctypes.sizeof(ProcessEntry))
     snapshot = CreateToolhelp32Snapshot(TH32CS_SNAPPROCESS, 0)
     try:
-        more = Process32FirstW(snapshot, ctypes.byref(entry))
-        while more:
+        has_entry = Process32FirstW(snapshot, ctypes.byref(entry))
+        while has_entry:
             yield entry.ProcessID, entry.ParentProcessID, entry.ExeFile.lower()
-            more = Process32NextW(snapshot, ctypes.byref(entry))
+            has_entry = Process32NextW(snapshot, ctypes.byref(entry))
     finally:
         CloseHandle(snapshot)
 
 
 def _open_child(parent: int, job: int) -> int:
-    """Open the process that a member of a job has started, the host of their console aside; return 0 without one."""
-    members = {*_list_members(job)} - {parent}
-    for pid, parent_pid, name in list_processes() if members else ():
+    """Open the process that a member of a job has started, other than their console's host; return 0 without one."""
+    members = set(_list_members(job)) - {parent}
+    if not members:
+        return 0
+    for pid, parent_pid, name in list_processes():
         if parent_pid == parent and pid in members and name != "conhost.exe":
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION, False, pid)
@@ -3114,14 +3500,16 @@ def _open_child(parent: int, job: int) -> int:
 
 
 def _open_process(pid: int) -> int:
-    control = PROCESS_TERMINATE | PROCESS_DUP_HANDLE | PROCESS_SET_QUOTA | PROCESS_SUSPEND_RESUME
-    handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION | control, False, pid)
+    """Open a process to watch and control it. Raises OSError."""
+    access = SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION
+    access |= PROCESS_TERMINATE | PROCESS_DUP_HANDLE | PROCESS_SET_QUOTA | PROCESS_SUSPEND_RESUME
+    handle: int = OpenProcess(access, False, pid)
     return handle
 
 
 def _open_wrapper(record: _WrapperRecord) -> int:
     """Open the wrapper that the record names; return 0 when it has ended."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # there is no such process
         process = _open_process(record.pid)
         if _creation_time(process) == record.created and not _is_signalled(process):
             return process
@@ -3130,10 +3518,10 @@ def _open_wrapper(record: _WrapperRecord) -> int:
 
 
 def _end_process(process: int) -> None:
-    """End a process and close the handle; return when it has ended, at the latest after some seconds."""
+    """Terminate a process and close the handle; return when it has ended, or after _KILL_TIMEOUT_S."""
     try:
         TerminateProcess(process, _ENDED_BY_STOP & 0xFFFF_FFFF)
-        _wait_for((process,), _SWEEP_S)
+        _wait_for((process,), _KILL_TIMEOUT_S)
     except OSError:  # it is ending already
         pass
     finally:
@@ -3141,39 +3529,40 @@ def _end_process(process: int) -> None:
 
 
 def _quote_word(word: str) -> str:
-    """Return a word of a line that cmd reads: within quotes, unless it is an option, none of whose letters is cmd's."""
-    return word if _OPTION.fullmatch(word) else f'"{word}"'
+    """Return a word of a line that cmd reads: quoted, unless it is an option, which has no letter special to cmd."""
+    return word if _UNQUOTED_WORD.fullmatch(word) else f'"{word}"'
 
 
 class WindowsTree:
-    """One step's wrapper and what it started, in a Job Object. `wake` is for any thread, the rest for one.
+    """One step's wrapper and what it started, in a Job Object. `wake` is thread-safe, the rest for one thread.
 
-    The step is over when its own process is, which the wrapper has started and waits for. A wrapper that somebody
-    killed, or that took a Ctrl-C, leaves no result and may end before that process: then the tree waits for the latter.
+    The step ends with its own process, which the wrapper has started and waits for. A wrapper that was killed, or ended
+    by Ctrl-C, leaves no result and may end before that process: then the tree waits for the latter.
     """
 
-    def __init__(
-        self, record: _WrapperRecord, step_dir: str, wrapper: int, job: int, child: subprocess.Popen[bytes] | None
-    ) -> None:
+    def __init__(self, record: _WrapperRecord, step_dir: str, wrapper: int, job: int, child: _Child | None) -> None:
         self.pid = record.pid
         self._result = os.path.join(step_dir, "rc")
         self._is_batch = record.is_batch
         self._wrapper = wrapper
-        self._own = 0  # the step's own process, once it is known
-        self._look_s = _OWN_PROCESS_LOOK_S
+        self._own_process = 0  # the step's, once it was found
+        self._find_after_s = _FIND_OWN_PROCESS_S
         self._job = job
         self._child = child  # None when an earlier daemon started it
         self._woken = CreateEventW(None, False, False, None)
-        self._closing = threading.Lock()  # guards _woken: a closed handle's number may be another's
+        self._close_lock = threading.Lock()  # guards _woken: a closed handle's number may be another's
 
     def wait(self, deadline_s: float | None) -> bool:
         """Wait for the step's end until time.monotonic() is `deadline_s`, or a `wake`; return whether it has ended."""
         while not self._has_ended():
-            left_s = _FOREVER_S if deadline_s is None else deadline_s - time.monotonic()
+            left_s = _MAX_WAIT_S if deadline_s is None else deadline_s - time.monotonic()
             if left_s <= 0:
                 return False
-            awaited = self._own if self._own and _is_signalled(self._wrapper) else self._wrapper
-            signalled = _wait_for((awaited, self._woken), min(left_s, self._look_s, _FOREVER_S))
+            process = self._wrapper
+            if self._own_process and _is_signalled(self._wrapper):
+                process = self._own_process
+            timeout_s = min(left_s, self._find_after_s, _MAX_WAIT_S)
+            signalled = _wait_for((process, self._woken), timeout_s)
             if signalled == 1:
                 return self._has_ended()
             if signalled is None:
@@ -3182,35 +3571,35 @@ class WindowsTree:
 
     def wake(self) -> None:
         """Make `wait` return."""
-        with self._closing:
+        with self._close_lock:
             if self._woken:
                 SetEvent(self._woken)
 
     def exit_code(self) -> int | None:
         """Return the code of an ended step, signed, as cmd and PowerShell show it.
 
-        The wrapper hands on that of the step's process. Where the wrapper was killed, it is asked of that process; None
-        when that is not known either, or when a stop ended it.
+        The wrapper's is that of the step's process. Where the wrapper was killed, that process itself has the code;
+        None when it was not found, or when a stop ended it.
         """
-        told_by = self._wrapper if self._has_result() else self._own
-        if not told_by or not _is_signalled(told_by):
+        process = self._wrapper if self._has_result() else self._own_process
+        if not process or not _is_signalled(process):
             return None
         code = ctypes.c_int32()
-        GetExitCodeProcess(told_by, ctypes.byref(code))
+        GetExitCodeProcess(process, ctypes.byref(code))
         return None if code.value == _ENDED_BY_STOP else code.value
 
     def stop(self, is_hurried: Callable[[], bool]) -> None:
-        """End all processes of the job, also those that the wrapper has left.
+        """Terminate all processes of the job, also those that outlived the wrapper.
 
-        At once, so far: `is_hurried` is for the time when they are asked first.
+        At once: nothing is sent to them first, so there is no grace that `is_hurried` could end.
         """
         _end_job(self._job)
 
     def close(self) -> None:
-        """Give back the handles."""
-        with self._closing:
+        """Close the handles; idempotent."""
+        with self._close_lock:
             if self._woken:
-                for handle in (self._wrapper, self._own, self._job, self._woken):
+                for handle in (self._wrapper, self._own_process, self._job, self._woken):
                     if handle:
                         CloseHandle(handle)
             self._woken = 0
@@ -3218,20 +3607,20 @@ class WindowsTree:
             self._child.poll()
 
     def find_own_process(self) -> bool:
-        """Look for the step's own process, each time after a longer pause; return whether it is known."""
-        self._look_s *= 2
+        """Search for the step's own process, after a longer pause each time; return whether it was found."""
+        self._find_after_s *= 2
         if self._is_batch:  # the wrapper runs the step itself, and its children are the step's
-            self._look_s = _FOREVER_S
-        elif not self._own:
-            self._own = _open_child(self.pid, self._job)
-        if self._own:
-            self._look_s = _FOREVER_S
-        return self._own != 0
+            self._find_after_s = _MAX_WAIT_S
+        elif not self._own_process:
+            self._own_process = _open_child(self.pid, self._job)
+        if self._own_process:
+            self._find_after_s = _MAX_WAIT_S
+        return self._own_process != 0
 
     def keep_job(self) -> int:
-        """Have what an ended step left running hold its job, for later daemons; return a handle of it.
+        """Give a handle of the job to what an ended step left running, for later daemons; return one of our own.
 
-        Return 0 where nothing is left, or where the wrapper still runs and holds the job itself.
+        Return 0 where nothing is left, or where the wrapper still runs and has a handle itself.
         """
         if not self._has_ended() or not _count_active(self._job):
             return 0
@@ -3245,15 +3634,16 @@ class WindowsTree:
         return _duplicate(self._job, GetCurrentProcess())
 
     def _has_result(self) -> bool:
-        """Whether the wrapper came to its last line, whatever others do with the file, and however full the disk is."""
+        """Return whether the wrapper reached its last line, even if it could not write the result."""
         return os.path.exists(self._result)
 
     def _has_ended(self) -> bool:
+        """Return whether the step has: its wrapper with a result, or its own process too."""
         if not _is_signalled(self._wrapper):
             return False
         if self._has_result():
             return True
-        return not self.find_own_process() or _is_signalled(self._own)
+        return not self.find_own_process() or _is_signalled(self._own_process)
 
 
 class WindowsRemains:
@@ -3265,25 +3655,25 @@ class WindowsRemains:
         self._step_dirs = step_dirs
 
     def wait(self, deadline_s: float | None) -> bool:
-        """Return True: the steps have ended."""
+        """Return True: the wrappers have ended."""
         return True
 
     def wake(self) -> None:
-        """Do nothing: nobody waits."""
+        """Do nothing: `wait` never blocks."""
 
     def exit_code(self) -> int | None:
-        """Return None: the steps have told theirs."""
+        """Return None: the results of these steps are stored."""
         return None
 
     def stop(self, is_hurried: Callable[[], bool]) -> None:
-        """End all processes of the jobs, at once."""
+        """Terminate all processes of the jobs, at once."""
         for step_dir in self._step_dirs:
             try:
                 record = _WrapperRecord.read(step_dir)
                 if record is None:
                     continue
                 job = OpenJobObjectW(JOB_OBJECT_ALL_ACCESS, False, record.job_name)
-            except OSError:  # nothing is left in it, or another process holds its name back
+            except OSError:  # nothing is left in it, or we may not open it
                 continue
             try:
                 _end_job(job)
@@ -3295,27 +3685,33 @@ class WindowsRemains:
 
 
 class WindowsProcesses:
-    """Starts and adopts trees; any thread may call it, but for `reap`."""
+    """Starts, adopts and reaps trees. Thread-safe, but for `reap`."""
 
     def __init__(self, umask: int, descriptors: str, reserve: object) -> None:
-        self._environment = {k: v for k, v in os.environ.items() if not k.startswith("REMOTE_EXECUTOR_")}
+        self._environment = {}
+        for name, value in os.environ.items():
+            if not name.startswith("REMOTE_EXECUTOR_"):
+                self._environment[name] = value
         self._null = os.open(os.devnull, os.O_RDWR)
         self.initial_files: Mapping[str, bytes] = {}  # of a step's directory; its wrapper needs none
         self._left_jobs: collections.deque[int] = collections.deque()  # of ended steps, with processes in them
 
-    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: Mapping[str, str]) -> WindowsTree:
+    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: _Environment) -> WindowsTree:
         """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
 
         The wrapper is suspended until it is in its job and its pid is on disk. Raises OSError.
         """
         directory = os.path.relpath(step_dir, cwd)
-        wrapper = _BATCH_WRAPPER.format(result=os.path.join(directory, "rc"), ping=system_program("ping.exe"))
-        with open(os.path.join(step_dir, "run.bat"), "w", encoding="ascii", newline="") as file:
+        result = os.path.join(directory, "rc")
+        wrapper = _BATCH_WRAPPER.format(result=result, ping=system_program("ping.exe"))
+        wrapper_file = os.path.join(step_dir, "run.bat")
+        with open(wrapper_file, "w", encoding="ascii", newline="") as file:
             file.write(wrapper)
         environment = {**self._environment, **env, STEP_ENV_VAR: step_dir}
-        environment.pop("ERRORLEVEL", None)  # it would hide cmd's own, which the wrapper tells
-        line = " ".join(_quote_word(word) for word in (os.path.join(directory, "run.bat"), *command))
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT  # to read as well: so nobody can open it and let nobody read it
+        environment.pop("ERRORLEVEL", None)  # it would hide cmd's own, which the wrapper writes
+        words = [os.path.join(directory, "run.bat"), *command]
+        line = " ".join(map(_quote_word, words))
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT  # opened to read too: nobody can open it and deny reading
         output = os.open(os.path.join(step_dir, "output"), flags, 0o600)
         try:
             child = self._spawn(line, output, cwd, environment)
@@ -3329,14 +3725,16 @@ class WindowsProcesses:
             child.kill()
             raise
 
-    def _spawn(self, line: str, output: int, cwd: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """Start a suspended cmd, with patience: a virus scanner, or a busy host, may refuse it at first."""
-        shell, left = system_program("cmd.exe"), _SPAWNS
+    def _spawn(self, line: str, output: int, cwd: str, environment: _Environment) -> _Child:
+        """Start a suspended cmd; retry, for a virus scanner or a busy host may refuse it at first. Raises OSError."""
+        shell = system_program("cmd.exe")
+        command = f'"{shell}" /D /E:ON /V:OFF /S /C "{line}"'
+        attempts = 0
         while True:
-            left -= 1
+            attempts += 1
             try:
                 return subprocess.Popen(
-                    f'"{shell}" /D /E:ON /V:OFF /S /C "{line}"',
+                    command,
                     executable=shell,
                     stdin=self._null,
                     stdout=output,
@@ -3346,18 +3744,19 @@ class WindowsProcesses:
                     creationflags=CREATE_SUSPENDED | CREATE_NO_WINDOW,
                 )
             except OSError:
-                if not left:
+                if attempts == _SPAWN_ATTEMPTS:
                     raise
             time.sleep(_POLL_S)
 
-    def _launch(self, child: subprocess.Popen[bytes], step_dir: str, is_batch: bool) -> WindowsTree:
-        """Put a suspended child into a job, which would end it if this process died now, then let it run.
+    def _launch(self, child: _Child, step_dir: str, is_batch: bool) -> WindowsTree:
+        """Put a suspended child into a job, which would end it if this process died now, then resume it.
 
-        Once the child holds the job itself, that survives this process, and the child can be adopted: only then
-        is it noted that it may have started.
+        Once the child has a handle of its job, that survives this process, and the child can be adopted: only then
+        is it recorded that it may have started. Raises OSError.
         """
-        name = f"Global\\remote_executor-{os.urandom(16).hex()}"  # nobody can have made one of that name
-        job, process = CreateJobObjectW(None, name), _open_process(child.pid)
+        name = f"Global\\remote_executor-{os.urandom(16).hex()}"  # which nobody can guess and create first
+        job = CreateJobObjectW(None, name)
+        process = _open_process(child.pid)
         record = _WrapperRecord(child.pid, _creation_time(process), name, True, is_batch)
         tree = WindowsTree(record, step_dir, process, job, child)
         try:
@@ -3367,7 +3766,8 @@ class WindowsProcesses:
                 file.write(f"{record.pid} {record.created} {name}\n")
                 file.flush()
                 _hand_job(job, process)
-                file.write("started batch\n" if is_batch else "started\n")
+                state = "started batch" if is_batch else "started"
+                file.write(f"{state}\n")
             for file_name, share in _HELD_FILES.items():
                 _hold_file(os.path.join(step_dir, file_name), process, share)
             _limit_job(job, 0)
@@ -3380,17 +3780,19 @@ class WindowsProcesses:
     def adopt(self, step_dir: str) -> WindowsTree | None:
         """Return the live tree of a step that an earlier daemon started; None when its wrapper is gone.
 
-        A wrapper that the earlier daemon had not made ready to run is ended: the step can start anew.
+        A wrapper that may not have started is ended: the step can start anew.
         """
-        with contextlib.suppress(OSError):
+        try:
             record = _WrapperRecord.read(step_dir)
             wrapper = _open_wrapper(record) if record else 0
             if record and wrapper:
                 return self._adopt(record, wrapper, step_dir)
+        except OSError as error:
+            log.warning("%s: the step cannot be adopted: %s", step_dir, error)
         return None
 
     def _adopt(self, record: _WrapperRecord, wrapper: int, step_dir: str) -> WindowsTree | None:
-        """Take over a live wrapper, or end one that has never run. Raises OSError."""
+        """Adopt a live wrapper, or end one that has never run. Raises OSError."""
         if not self.may_have_started(step_dir):
             _end_process(wrapper)
             return None
@@ -3409,17 +3811,17 @@ class WindowsProcesses:
         return WindowsRemains(step_dirs)
 
     def may_have_started(self, step_dir: str) -> bool:
-        """Return whether anything of the step may have run: the daemon notes it first."""
+        """Return whether anything of the step may have run: the daemon records it first."""
         if os.path.exists(os.path.join(step_dir, "rc")):
             return True
         try:
             record = _WrapperRecord.read(step_dir)
-        except OSError:  # another process holds it: nobody can tell
+        except OSError:  # another process has it open, so it is unknown
             return True
         return record is not None and record.may_have_started
 
     def release(self, tree: ProcessTree) -> None:
-        """Give back what the tree holds; it has ended, or runs on without us.
+        """Release what the tree holds; it has ended, or runs on without us.
 
         The job of a step that left processes stays open, for `remains` to find it by its name.
         """

@@ -2789,12 +2789,12 @@ def test_process_in_the_middle_of_an_exec_is_not_taken_for_a_stranger(
     pid = int((step_dir / "output").read_text())
     wait_until(lambda: pid in bearers(step_dir))
     read, stat_of, table = module()._read_proc, module()._stat_of, module()._ProcessTable()
-    marks = lambda: next((marks for one, marks in table.look()[0] if one.pid == pid))  # noqa: E731
+    marks = lambda: next((marks for one, marks in table.snapshot()[0] if one.pid == pid))  # noqa: E731
     with monkeypatch.context() as patch:
         hides = lambda one, name: str(one) == str(pid) and name == "environ"  # noqa: E731
         patch.setattr(module(), "_read_proc", lambda one, name: b"" if hides(one, name) else read(one, name))
-        patch.setattr(module(), "_stat_of", lambda one: [*stat_of(one)[:48], b"0"])
-        assert marks().step_dir == b"" and pid in [one.pid for one in table.look()[1]]
+        patch.setattr(module(), "_stat_of", lambda one: (fields := stat_of(one)) and [*fields[:48], b"0"])
+        assert marks().step_dir == b"" and pid in [one.pid for one in table.snapshot()[1]]
     assert marks().step_dir == os.fsencode(step_dir)
     tree.stop(never)
     assert not is_running(pid)
@@ -7015,7 +7015,7 @@ def test_root_that_answers_could_not_show_is_refused(tmp_path: Path) -> None:
     root = os.fsencode(tmp_path) + b"/r\xff"
     command = [sys.executable, str(PROGRAM), "run", "--addr=127.0.0.1:0", b"--root=" + root]
     told = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert "is no UTF-8" in refused(told, 1) and not os.path.exists(root)
+    assert "is not UTF-8" in refused(told, 1) and not os.path.exists(root)
 
 
 @posix_only
