@@ -6335,7 +6335,8 @@ class Authenticator:
 
     def is_preflight(self, request: Request) -> bool:
         """Return whether a page of an allowed origin asks what it may do; this needs no credentials."""
-        return request.method == "OPTIONS" and request.headers.get("origin", "") in self._settings.cors_origin
+        origin = request.headers.get("origin", "")
+        return request.method == "OPTIONS" and origin in self._settings.cors_origin
 
     def release(self, endpoints: Endpoints) -> None:
         """Forget a connection that has ended; another may soon have its port."""
@@ -6381,7 +6382,8 @@ class Authenticator:
             if len(self._wrong_tokens) >= _MAX_REMEMBERED_CLIENTS:
                 self._wrong_tokens.clear()
             self._wrong_tokens[client] = [*recent, now_s]
-        log.warning("%s: sent a wrong token", request.peer, extra={"log_fields": {"peer": request.peer}})
+        fields = {"peer": request.peer}
+        log.warning("%s: sent a wrong token", request.peer, extra={"log_fields": fields})
         raise Unauthorized(f"wrong token; {self._token_hint(request)}")
 
     def _find_label(self, token: bytes) -> str:
@@ -6451,13 +6453,20 @@ class Authenticator:
     def _is_trusted(self, endpoints: Endpoints) -> bool:
         """Return whether the client is of root or the daemon's user, looked up once a connection. Raise Unavailable."""
         if endpoints not in self._trusted:
-            try:
-                self._trusted[endpoints] = trusts_user(self._peers.user(*endpoints))
-            except (LookupError, OSError) as error:
-                if getattr(error, "errno", None) in NO_RESOURCE:
-                    raise Unavailable("no file descriptor left to look up the client's user; try again") from None
-                self._trusted[endpoints] = False  # in doubt
+            self._trusted[endpoints] = self._is_of_trusted_user(endpoints)
         return self._trusted[endpoints]
+
+    def _is_of_trusted_user(self, endpoints: Endpoints) -> bool:
+        try:
+            user = self._peers.user(*endpoints)
+        except LookupError:  # the client has closed its end already
+            return False
+        except OSError as error:
+            if error.errno in NO_RESOURCE:
+                raise Unavailable("no file descriptor left to look up the client's user; try again") from None
+            log.warning("a client's user cannot be looked up, so it needs a token: %s", error)
+            return False
+        return trusts_user(user)
 
 
 def _is_local_host(request: Request) -> bool:
@@ -6684,8 +6693,9 @@ class Server(socketserver.ThreadingTCPServer):
         self._refilled_s = -_REFILL_INTERVAL_S  # when that was last tried
         self._warned_s = -_WARNING_INTERVAL_S  # when a lack of threads was last logged; the listener's
         self._host, port = parse_address(settings.addr)
-        is_any_host = not self._host and socket.has_ipv6
-        self.address_family = socket.AF_INET6 if ":" in self._host or is_any_host else socket.AF_INET
+        self.address_family = socket.AF_INET
+        if ":" in self._host or (not self._host and socket.has_ipv6):
+            self.address_family = socket.AF_INET6
         super().__init__((self._host, port), Connection, bind_and_activate=False)
 
     def open(self) -> None:
@@ -6707,7 +6717,8 @@ class Server(socketserver.ThreadingTCPServer):
         try:
             self.server_bind()
         except OSError as error:
-            if self.server_address[0] or self.address_family != socket.AF_INET6 or error.errno == errno.EADDRINUSE:
+            is_every_address = not self._host and self.address_family == socket.AF_INET6
+            if not is_every_address or error.errno == errno.EADDRINUSE:
                 raise
             self.socket.close()  # a host whose IPv6 is switched off
             self.address_family = socket.AF_INET
@@ -6909,8 +6920,8 @@ class Server(socketserver.ThreadingTCPServer):
         try:
             route, params = self._router.match(request)
         except (NoRoute, WrongMethod) as error:
-            is_preflight = isinstance(error, WrongMethod) and self.authenticator.is_preflight(request)
-            if not is_preflight:
+            path_exists = isinstance(error, WrongMethod)
+            if not path_exists or not self.authenticator.is_preflight(request):
                 self.authenticator.authorize(request, is_public=False)
                 raise
         else:
@@ -6972,7 +6983,14 @@ class Server(socketserver.ThreadingTCPServer):
             action += f": {response.audit}"
         log.info("%s (%s): %s", request.peer, request.label, action, extra={"log_fields": fields})
 
-    def log_request(self, request: Request, route: Route | None, response: Response, seconds: float, sent: int) -> None:
+    def log_request(
+        self,
+        request: Request,
+        route: Route | None,
+        response: Response,
+        seconds: float,
+        sent: int,
+    ) -> None:
         """Count and log a request that was answered, or whose response broke off; `sent` is in bytes."""
         template = route.template if route else ""
         self._telemetry.request(request.method, template, response.status, seconds)
@@ -7042,16 +7060,17 @@ class Connection(socketserver.BaseRequestHandler):
         try:
             host, port = self.client_address[:2]
             own_host, own_port = self.request.getsockname()[:2]
-            endpoints = (str(_parse_ip(host)), port), (str(_parse_ip(own_host)), own_port)
+            client_end = (str(_parse_ip(host)), port)
+            own_end = (str(_parse_ip(own_host)), own_port)
         except (OSError, TypeError, ValueError) as error:  # it was reset: macOS knows no address of it any more
             log.debug("a connection has gone: %s", error)
             return
         try:
-            self._handle_requests(Client(endpoints, self.server.scheme))
+            self._handle_requests(Client((client_end, own_end), self.server.scheme))
         except (OSError, ConnectionEnded) as error:
-            log.debug("connection of %s: %s", endpoints[0][0], error)
+            log.debug("connection of %s: %s", client_end[0], error)
         finally:
-            self.server.authenticator.release(endpoints)
+            self.server.authenticator.release((client_end, own_end))
 
     def _handle_requests(self, client: Client) -> None:
         """Handle requests until the client or the daemon ends the connection. Raise ConnectionEnded or OSError."""
@@ -7112,8 +7131,12 @@ class Connection(socketserver.BaseRequestHandler):
             refusal = error
 
         with server.descriptors.lend_if_scarce():
-            response = error_response(refusal) if refusal else server.dispatch(self.request, route, request)
-            response = response._replace(headers=response.headers + server.authenticator.cors_headers(request))
+            if refusal:
+                response = error_response(refusal)
+            else:
+                response = server.dispatch(self.request, route, request)
+            cors_headers = server.authenticator.cors_headers(request)
+            response = response._replace(headers=response.headers + cors_headers)
             is_kept = self._keeps_alive(request, response, is_body_read)
             sent = 0
             try:
