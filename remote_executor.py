@@ -5880,22 +5880,22 @@ def error_response(error: ApiError) -> Response:
 # IV HTTP / request parser: what a client sends, read strictly and in time
 # ======================================================================================================================
 
-# What a client may try here, and what it meets:
+# What a client may try here, and what prevents it:
 #
-#     request smuggling (CWE-444)   A proxy before us must never see another border between two requests than we do. So
-#                                   what RFC 9112 lets a server repair is refused: bare CR or LF, folded lines, a space
+#     request smuggling (CWE-444)   A proxy before us must never see the border between two requests elsewhere. So what
+#                                   RFC 9112 lets a server repair is refused: bare CR or LF, folded lines, a space
 #                                   before the colon, both body lengths or one twice, any coding but chunked.
-#     a Host of several meanings    The access rules trust Host: it is there once, and has no user, path or odd byte.
-#     escaping a path               The path is split into segments, then each is decoded, once: %2f is no separator,
-#                                   %252e no dot.
-#     exhausting memory             The head, the count of fields, the line of a chunk and the body are bounded, the
-#                                   body by the declared length before a byte of it is read.
-#     exhausting time (slowloris)   A deadline for the whole head and one for the body, not a timeout for each read: a
-#                                   byte now and then gains nothing.
+#     an ambiguous Host             The access rules trust it: it comes once, without user, path or control character.
+#     leaving a path                The path is split into segments, then each is decoded, once: %2f separates nothing,
+#                                   %252e%252e is no parent directory.
+#     exhausting memory             Head, fields, lines of chunks and bodies are bounded, a body by its declared length
+#                                   before a byte of it is read.
+#     exhausting time (slowloris)   One deadline for the head and one for the body, not a timeout for each read: a byte
+#                                   now and then gains nothing.
 #
-# The order of the checks: size and line ends while the head comes in, so that rubbish ends early; request line; fields;
-# Host and target; the body's length. Nothing is answered, looked up or allocated for a body before all have passed.
-# After an error it is unknown where the next request begins, so the connection ends with the 400.
+# The order of the checks: size and line ends while the head comes in, so that garbage ends early; request line; fields;
+# Host and target; the body's length. Only then is the client authorized, and then the body read. After an error it is
+# unknown where the next request begins, so the connection ends with the response.
 
 # Some precedents: Apache, gunicorn and Tomcat 8 KB a line or head, node.js 16 KB, nginx 4 buffers of 8 KB. Here a
 # query may hold many `env_vars`.
@@ -5942,7 +5942,7 @@ class RequestReader:
         self._deadline_s += seconds
 
     def wait(self) -> None:
-        """Wait for the first byte of a request. Raise ConnectionEnded if none comes."""
+        """Wait for the first byte of a request. Raise ConnectionEnded if there is none in time."""
         if not self._buffer:
             self._receive()
 
@@ -6242,20 +6242,21 @@ def _match_template(template: _Segments, segments: _Segments) -> dict[str, str] 
 
 # A task runs code as the daemon's user, so whoever is let in owns the host. Who may try, in the order of the checks:
 #
-#     a page in a user's browser      It would come from this host, as its user. The browser tells on it by Origin and
-#       (CSRF)                        Sec-Fetch-Site, which no page can forge (Fetch standard). This comes first, and
-#                                     under --insecure and on public routes too.
-#     who guesses tokens              A token that was sent decides: a wrong one is never anonymous access. Compared in
-#                                     constant time; ten wrong ones a minute from an address, or an IPv6 /64.
-#     a client on another host        It needs a token, or a certificate of --tls_client_ca.
-#     a page by DNS rebinding         Its name leads here, and to the browser it is of the same origin; but Host still
-#                                     has that name. Without a token Host must be a name of this host, with our port
-#                                     or none.
-#     a stranger by a proxy here      A proxy connects from this host, but adds Forwarded, Via or the like.
-#     another user of this host       The kernel knows who owns the other end of a TCP connection, where it tells.
+#     a page in a user's browser    It would come from this host and its user. But the browser sends Origin and
+#       (CSRF)                      Sec-Fetch-Site with it, which no page can forge (Fetch standard). Checked first,
+#                                   under --insecure and on public routes too.
+#     a client that guesses tokens  A token that was sent decides: a wrong one is never anonymous access. Compared in
+#                                   constant time; ten wrong ones a minute from an address, or an IPv6 /64.
+#     a client on another host      It needs a token, or a certificate of --tls_client_ca.
+#     a page by DNS rebinding       Its name has come to mean this host, so for the browser it calls its own origin; but
+#                                   Host still has that name. Without a token, Host must be a name of this host, with
+#                                   our port or none.
+#     a stranger through a proxy    The proxy connects from this host, but adds Forwarded, Via or the like.
+#     another user of this host     The kernel knows the user at the other end of a local TCP connection (Linux; other
+#                                   systems do not say, there all users of the host are let in).
 #
-# A client that no check lets in may call public routes alone, and does not learn which others there are: it is refused
-# before 404 or 405 would be told.
+# A client that no check lets in may call public routes alone, and does not learn which others exist: it is refused
+# before a 404 or 405 could tell them apart.
 
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
 # Names, not addresses: ipaddress would take spellings such as [0:0::1], which no browser sends.
@@ -6404,7 +6405,7 @@ class Authenticator:
         log.warning("%s sent its token over plain HTTP, where the network can read it; see --tls_cert", request.peer)
 
     def _token_hint(self, request: Request) -> str:
-        """Return what would let a client in; only one on this host learns the whole path of the file."""
+        """Return how to send a token; only a client on this host learns the whole path of the file."""
         path = self._path if is_loopback(request.peer) else os.path.basename(self._path)
         return f"send `Authorization: Bearer ...` with a token from the daemon's file {path} (--token_file)"
 
@@ -6478,9 +6479,9 @@ def _is_local_host(request: Request) -> bool:
     return not match[1] or int(match[1]) == own_port
 
 
-@functools.lru_cache(maxsize=1024)  # each request asks some times for its client's
+@functools.lru_cache(maxsize=1024)  # asked for several times a request
 def _parse_ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Return an address; an IPv4 one as such, which a socket of both families shows as IPv6. Raise ValueError."""
+    """Parse an address; one that is mapped into IPv6, as a dual-stack socket shows it, as IPv4. Raise ValueError."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
         return ip.ipv4_mapped
@@ -6493,7 +6494,7 @@ def is_loopback(address: str) -> bool:
 
 
 def rate_limit_key(address: str) -> str:
-    """Return what a client has to itself: its address, of IPv6 the network of 64 bits (RFC 6177). Raise ValueError."""
+    """Return the addresses that one client may use: its IPv4 address or IPv6 /64 (RFC 6177). Raise ValueError."""
     ip = _parse_ip(address)
     if isinstance(ip, ipaddress.IPv4Address) or ip.is_loopback:
         return str(ip)
@@ -6514,7 +6515,7 @@ def rate_limit_key(address: str) -> str:
 #
 #     TLS handshake, first byte, head     --timeout each
 #     body                                --timeout, and a second for each 64 KB
-#     handler                             as long as it takes: all answer at once, but for profiles
+#     handler                             as long as it takes: only profiles take long
 #     response                            --timeout, and a second for each 64 KB; a streamed one earns it as it goes
 #     idle between requests               60 s: nginx 75 s, Apache and node.js 5 s; an idle thread costs little, and a
 #                                         poll each minute should find its connection again
@@ -6573,7 +6574,9 @@ class Tls:
             context.minimum_version = ssl.TLSVersion.TLSv1_2
             context.options |= ssl.OP_NO_RENEGOTIATION
             subject = f"--tls_cert: {cert} with the key in {key}"
-            context.load_cert_chain(cert, self._settings.tls_key or None, password="")  # nobody is asked for one
+            context.load_cert_chain(
+                cert, self._settings.tls_key or None, password=""
+            )  # else OpenSSL asks on the terminal
             if authority:
                 subject = f"--tls_client_ca: {authority}"
                 context.load_verify_locations(authority)
@@ -6735,7 +6738,7 @@ class Server(socketserver.ThreadingTCPServer):
         super().server_bind()
 
     def server_activate(self) -> None:
-        """Listen. An accept never waits: a client may be gone by then, of which BSD tells nothing."""
+        """Listen. An accept never waits: a client may be gone by then, which BSD does not report."""
         super().server_activate()
         self.socket.setblocking(False)
 
@@ -7131,10 +7134,7 @@ class Connection(socketserver.BaseRequestHandler):
             refusal = error
 
         with server.descriptors.lend_if_scarce():
-            if refusal:
-                response = error_response(refusal)
-            else:
-                response = server.dispatch(self.request, route, request)
+            response = error_response(refusal) if refusal else server.dispatch(self.request, route, request)
             cors_headers = server.authenticator.cors_headers(request)
             response = response._replace(headers=response.headers + cors_headers)
             is_kept = self._keeps_alive(request, response, is_body_read)
