@@ -37,6 +37,7 @@ import bisect
 import collections
 import contextlib
 import datetime
+import email.utils
 import errno
 import functools
 import gc
@@ -6551,41 +6552,42 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_cir
 
 
 def to_json(value: Any) -> str:
-    """JSON as every answer has it: compact, text as itself."""
+    """Return JSON as every response has it: compact, non-ASCII text as itself."""
     return _ENCODER.encode(value)
 
 
-Endpoints = tuple[
-    tuple[str, int], tuple[str, int]
-]  # a connection: the client's end and ours, each an address and a port
+Headers = tuple[tuple[str, str], ...]
+# The two ends of a connection, the client's and ours: an address and a port each.
+Endpoints = tuple[tuple[str, int], tuple[str, int]]
 
 
 class Client(NamedTuple):
-    """Who is at the other end of a connection; `certificate` says whose the client has shown and TLS found good."""
+    """The other end of a connection. `certificate` is the name in the client certificate, which TLS has verified."""
 
-    link: Endpoints = (("", 0), ("", 0))
+    endpoints: Endpoints = (("", 0), ("", 0))
     scheme: str = "http"
     certificate: str = ""
 
 
 class Request(NamedTuple):
-    """A request: `segments` and `query` are decoded, header names in lower case, `host` is what the client calls us."""
+    """A parsed request: `segments` and `query` are decoded, header names are in lower case."""
 
     method: str
     segments: tuple[str, ...]
     query: tuple[tuple[str, str], ...]
     headers: Mapping[str, str]
-    host: str
-    is_http_10: bool  # HTTP/1.0
-    body_bytes: int | None  # as declared; None when it comes in chunks
+    host: str  # and port, as the client calls us
+    is_http_10: bool
+    body_bytes: int | None  # as declared; None if chunked
     client: Client = Client()
     body: bytes = b""
-    label: str = ""  # who asks, as the log calls them; empty for a stranger on a public route
+    label: str = ""  # the client's name in the log; empty for a stranger on a public route
     params: Mapping[str, str] = types.MappingProxyType({})
 
     @property
     def peer(self) -> str:
-        return self.client.link[0][0]
+        """The client's address."""
+        return self.client.endpoints[0][0]
 
     @property
     def base_url(self) -> str:
@@ -6593,22 +6595,15 @@ class Request(NamedTuple):
 
     @property
     def expects_continue(self) -> bool:
-        """Whether the client sends its body only when told to."""
+        """Whether the client waits for `100 Continue` before it sends the body."""
         return not self.is_http_10 and "expect" in self.headers and self.body_bytes != 0
-
-    @property
-    def keeps_alive(self) -> bool:
-        if "connection" not in self.headers:
-            return not self.is_http_10
-        words = {word.strip().lower() for word in self.headers["connection"].split(",")}
-        return "keep-alive" in words if self.is_http_10 else "close" not in words
 
 
 class Response(NamedTuple):
-    """An answer; a body of several blocks is streamed. `audit` is what the log tells of a change, beside its path."""
+    """A response. A body of several blocks is streamed; `audit` describes a change in the log, beside its path."""
 
     status: int = 200
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Headers = ()
     body: bytes | Iterable[bytes] = b""
     audit: str = ""
 
@@ -6621,249 +6616,306 @@ def json_response(
     code: int = Code.SUCCESS,
     message: str = "success",
     status: int = 200,
-    headers: tuple[tuple[str, str], ...] = (),
+    headers: Headers = (),
     audit: str = "",
 ) -> Response:
-    """The envelope; `data` is left out where there is none."""
-    envelope = {"code": int(code), "message": message, "data": data}
-    if data is _NO_DATA:
-        del envelope["data"]
+    """Return a response with the JSON envelope; `data` is left out if there is none."""
+    envelope = {"code": int(code), "message": message}
+    if data is not _NO_DATA:
+        envelope["data"] = data
     return Response(status, (JSON_TYPE, *headers), to_json(envelope).encode(), audit)
 
 
 def error_response(error: ApiError) -> Response:
-    """The answer that an error is."""
-    return json_response(code=error.code, message=error.message, status=error.status, headers=error.headers)
+    """Return the response that an error stands for."""
+    return json_response(
+        code=error.code,
+        message=error.message,
+        status=error.status,
+        headers=error.headers,
+    )
 
 
 # ======================================================================================================================
 # IV HTTP / request parser: what a client sends, read strictly and in time
 # ======================================================================================================================
 
-_HEAD_LIMIT_BYTES = 32 * 1024
-_FIELDS_LIMIT = 100
-_BODY_RATE_BYTES_PER_S = 64 * 1024  # what a client must reach while it sends a body
-_LINE_LIMIT_BYTES = 256  # of a chunk's size
+# What a client may try here, and what prevents it:
+#
+#     request smuggling (CWE-444)   A proxy before us must never see the border between two requests elsewhere. So what
+#                                   RFC 9112 lets a server repair is refused: bare CR or LF, folded lines, a space
+#                                   before the colon, both body lengths or one twice, any coding but chunked.
+#     an ambiguous Host             The access rules trust it: it comes once, without user, path or control character.
+#     leaving a path                The path is split into segments, then each is decoded, once: %2f separates nothing,
+#                                   %252e%252e is no parent directory.
+#     exhausting memory             Head, fields, lines of chunks and bodies are bounded, a body by its declared length
+#                                   before a byte of it is read.
+#     exhausting time (slowloris)   One deadline for the head and one for the body, not a timeout for each read: a byte
+#                                   now and then gains nothing.
+#
+# The order of the checks: size and line ends while the head comes in, so that garbage ends early; request line; fields;
+# Host and target; the body's length. Only then is the client authorized, and then the body read. After an error it is
+# unknown where the next request begins, so the connection ends with the response.
+
+# Some precedents: Apache, gunicorn and Tomcat 8 KB a line or head, node.js 16 KB, nginx 4 buffers of 8 KB. Here a
+# query may hold many `env_vars`.
+_MAX_HEAD_BYTES = 32 * 1024
+_MAX_FIELDS = 100  # as Apache, gunicorn and CPython's http.client have it
+# What a client must reach once --timeout is over. More than the 500 of Apache's mod_reqtimeout or the 240 of Kestrel,
+# as a client that waits holds a thread here.
+_MIN_BODY_BYTES_PER_S = 64 * 1024
+_MAX_CHUNK_LINE_BYTES = 256  # a size of 12 digits; extensions are used by nobody
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/1\.([01])")
 _FIELD_LINE = re.compile(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)")
 _BARE_CR_LF_OR_NUL = re.compile(rb"(?<!\r)\n|\r[^\n]|\0")
 _AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(?::[0-9]{1,5})?")
-_ABSOLUTE = re.compile(r"https?://([^/?#]+)(/[^#]*|(?:\?[^#]*)?)", re.IGNORECASE)
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,12})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+_SINGLE_FIELDS = {"host", "content-length", "transfer-encoding", "authorization", "origin", "expect"}
 
 
 class ConnectionEnded(Exception):
-    """The client has closed, reset or left the connection."""
+    """The client has closed or reset the connection, or is too slow."""
 
 
 class RequestReader:
-    """What a client sends, read with absolute deadlines; for the connection's thread.
+    """Reads a client's bytes before an absolute deadline; for the connection's thread.
 
-    `limit` holds a single read of the link to so many seconds.
+    `set_timeout` limits each recv() of the socket to so many seconds.
     """
 
-    def __init__(self, link: socket.socket, limit: Callable[[float], None]) -> None:
-        self._link = link
-        self._limit = limit
-        self._buffer = bytearray()
+    def __init__(self, sock: socket.socket, set_timeout: Callable[[float], None]) -> None:
+        self._sock = sock
+        self._set_timeout = set_timeout
+        self._timeout_s = float("inf")  # as last set
         self._deadline_s = 0.0
-        self._limit_s = float("inf")  # that a single read is held to
-        self._scanned = 0
+        self._buffer = bytearray()
+        self._scanned = 0  # bytes of the buffer that neither end the head nor are wrong in it
 
-    def set_deadline(self, within_s: float) -> None:
-        """From now on, all that is read must have come within this time."""
-        self._deadline_s = time.monotonic() + within_s
+    def set_deadline(self, timeout_s: float) -> None:
+        """Require all that is read from now on to arrive within `timeout_s`."""
+        self._deadline_s = time.monotonic() + timeout_s
 
     def extend_deadline(self, seconds: float) -> None:
-        """Puts the deadline off."""
+        """Put the deadline off by `seconds`."""
         self._deadline_s += seconds
 
     def wait(self) -> None:
-        """Until there is a first byte; raises ConnectionEnded."""
+        """Wait for the first byte of a request. Raise ConnectionEnded if there is none in time."""
         if not self._buffer:
-            self._fill()
+            self._receive()
 
     def read_head(self) -> list[str]:
-        """The lines of a request's head, without the empty one; raises Malformed and ConnectionEnded."""
+        """Return the lines of a head, without the empty last one. Raise Malformed or ConnectionEnded."""
         self._scanned = 0
-        while (end := self._buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))) < 0 and self._has_only_crlf(
-            len(self._buffer)
-        ):
+        while True:
+            unread = max(0, self._scanned - 3)  # the end may have begun in the last three bytes
+            end = self._buffer.find(b"\r\n\r\n", unread)
+            if end >= 0:
+                break
+            self._check_head(len(self._buffer))
             self._scanned = len(self._buffer)
-            self._fill()
-        if not self._has_only_crlf(end + 4):
-            raise Malformed("the request's head holds a stray CR, LF or NUL, or is larger than 32 KB")
-        return self._take(end + 4)[:-4].decode("latin-1").split("\r\n")
+            self._receive()
+        self._check_head(end + 4)
+        head = self._take(end + 4).decode("latin-1")
+        return head[:-4].split("\r\n")
 
     def read_line(self) -> bytes:
-        """The bytes up to a CRLF, which is taken too; raises Malformed and ConnectionEnded."""
-        while (end := self._buffer.find(b"\r\n", 0, _LINE_LIMIT_BYTES)) < 0:
-            if len(self._buffer) >= _LINE_LIMIT_BYTES:
-                raise Malformed("a line of the chunked body is too long")
-            self._fill()
+        """Return the bytes before a CRLF, which is dropped. Raise Malformed or ConnectionEnded."""
+        while True:
+            end = self._buffer.find(b"\r\n", 0, _MAX_CHUNK_LINE_BYTES)
+            if end >= 0:
+                break
+            if len(self._buffer) >= _MAX_CHUNK_LINE_BYTES:
+                raise Malformed(f"line of the chunked body longer than {_MAX_CHUNK_LINE_BYTES} bytes")
+            self._receive()
         return self._take(end + 2)[:-2]
 
     def read_exactly(self, count: int) -> bytes:
-        """So many bytes; raises ConnectionEnded."""
+        """Return `count` bytes. Raise ConnectionEnded."""
         while len(self._buffer) < count:
-            self._fill()
+            self._receive()
         return self._take(count)
 
-    def has(self, count: int) -> bool:
-        """Whether so many bytes are there already."""
+    def has_buffered(self, count: int) -> bool:
+        """Return whether `count` bytes were received that nobody has read."""
         return len(self._buffer) >= count
 
-    def drain(self, within_s: float) -> None:
-        """Reads and drops what comes, until the client closes or the time is over: a close before that resets it."""
-        self.set_deadline(within_s)
-        with contextlib.suppress(ConnectionEnded):
+    def drain(self, timeout_s: float) -> None:
+        """Read and drop what comes, until the client closes or `timeout_s` is over."""
+        self.set_deadline(timeout_s)
+        with contextlib.suppress(ConnectionEnded):  # which is what this waits for
             while True:
                 self._buffer.clear()
-                self._fill()
+                self._receive()
 
-    def _has_only_crlf(self, end: int) -> bool:
-        return end <= _HEAD_LIMIT_BYTES and not _BARE_CR_LF_OR_NUL.search(self._buffer, max(0, self._scanned - 1), end)
+    def _check_head(self, end: int) -> None:
+        """Raise Malformed if the head up to `end` is too large, or has a line end that is not CRLF."""
+        if end > _MAX_HEAD_BYTES:
+            raise Malformed(f"request head larger than {_MAX_HEAD_BYTES // 1024} KB")
+        begin = max(0, self._scanned - 1)  # whose last byte may be the CR of a CRLF
+        if _BARE_CR_LF_OR_NUL.search(self._buffer, begin, end):
+            raise Malformed("bare CR, bare LF or NUL in the request head")
 
     def _take(self, count: int) -> bytes:
-        taken = bytes(self._buffer[:count])
+        data = bytes(self._buffer[:count])
         del self._buffer[:count]
-        return taken
+        return data
 
-    def _fill(self) -> None:
+    def _receive(self) -> None:
+        """Add to the buffer what the client has sent. Raise ConnectionEnded at the end or the deadline."""
         left_s = self._deadline_s - time.monotonic()
         try:
-            if left_s < self._limit_s or left_s > self._limit_s + 1:
-                self._limit_s = max(left_s, 0.001)
-                self._limit(self._limit_s)
-            data = self._link.recv(1 << 16)
+            # Setting costs a system call, so a timeout that is up to a second too short for this deadline is kept.
+            if left_s < self._timeout_s or left_s > self._timeout_s + 1:
+                self._timeout_s = max(left_s, 0.001)
+                self._set_timeout(self._timeout_s)
+            data = self._sock.recv(1 << 16)
         except OSError as error:
             raise ConnectionEnded(str(error)) from None
-        if not data or left_s <= 0:
-            raise ConnectionEnded("the client has closed" if not data else "the client is too slow")
+        if not data:
+            raise ConnectionEnded("the client has closed the connection")
+        if left_s <= 0:
+            raise ConnectionEnded("the client is too slow")
         self._buffer += data
 
 
-def read_head(stream: RequestReader, timeout_s: float, client: Client) -> Request:
-    """The next request but for its body (RFC 9112, read strictly).
+def read_head(reader: RequestReader, timeout_s: float, client: Client) -> Request:
+    """Return the next request, without its body (RFC 9112, read strictly).
 
-    Raises Malformed, after which the connection's rest cannot be trusted, and ConnectionEnded.
+    Raise Malformed, after which nothing more can be read from the connection, or ConnectionEnded.
     """
-    stream.set_deadline(timeout_s)
-    lines = stream.read_head()
-    found = _REQUEST_LINE.fullmatch(lines[0])
-    if not found:
-        raise Malformed("the first line is no request of HTTP/1.0 or HTTP/1.1")
-    method, target, minor = found.groups()
-    fields = _parse_fields(lines[1:])
-    path, host = _split_target(target, fields)
-    body_bytes = _body_bytes(fields, is_http_10=minor == "0")
-    path, _, query = path.partition("?")
-    return Request(
-        method,
-        tuple(_unquote(segment) for segment in path.split("/")[1:]),
-        tuple(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace")) if query else (),
-        fields,
-        host,
-        minor == "0",
-        body_bytes,
-        client,
-    )
+    reader.set_deadline(timeout_s)
+    request_line, *field_lines = reader.read_head()
+    match = _REQUEST_LINE.fullmatch(request_line)
+    if not match:
+        raise Malformed("malformed request line: expected for example GET /version HTTP/1.1")
+    method, target, minor_version = match.groups()
+    fields = _parse_fields(field_lines)
+    path, query, host = _split_target(target, fields)
+    is_http_10 = minor_version == "0"
+    body_bytes = _body_bytes(fields, is_http_10)
+    segments = tuple(_unquote(segment) for segment in path.split("/")[1:])
+    parameters = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace")
+    return Request(method, segments, tuple(parameters), fields, host, is_http_10, body_bytes, client)
 
 
 def read_body(
-    stream: RequestReader, request: Request, timeout_s: float, limit: int, send_continue: Callable[[], None]
+    reader: RequestReader,
+    request: Request,
+    timeout_s: float,
+    max_bytes: int,
+    send_continue: Callable[[], None],
 ) -> bytes:
-    """The body of a request whose head was read; `go_on` tells a client that waits to send it.
+    """Return the body of a request whose head was read; `send_continue` is called if the client waits for it.
 
-    Raises TooLarge and Malformed, after which the connection's rest cannot be trusted, and ConnectionEnded.
+    Raise TooLarge or Malformed, after which nothing more can be read from the connection, or ConnectionEnded.
     """
     size = request.body_bytes
     if size == 0:
         return b""
-    if size is not None and size > limit:
-        raise TooLarge(f"the body has {size} bytes; at most {limit} are taken (--max_body)")
-    if request.expects_continue and not stream.has(size or 1):
+    if size is not None and size > max_bytes:
+        raise TooLarge(f"request body has {size} bytes; at most {max_bytes} are allowed (--max_body)")
+    if request.expects_continue and not reader.has_buffered(size or 1):
         send_continue()
-    stream.set_deadline(timeout_s)
+    reader.set_deadline(timeout_s)
     if size is None:
-        return _read_chunks(stream, limit)
-    stream.extend_deadline(size / _BODY_RATE_BYTES_PER_S)
-    return stream.read_exactly(size)
-
-
-_SINGLE_FIELDS = {"host", "content-length", "transfer-encoding", "authorization", "origin", "expect"}
+        return _read_chunks(reader, max_bytes)
+    reader.extend_deadline(size / _MIN_BODY_BYTES_PER_S)
+    return reader.read_exactly(size)
 
 
 def _parse_fields(lines: Sequence[str]) -> dict[str, str]:
-    """The header fields; a repeated one is joined by commas, unless it may stand only once."""
-    if len(lines) > _FIELDS_LIMIT:
-        raise Malformed(f"more than {_FIELDS_LIMIT} header fields")
+    """Return header fields by their names in lower case, repeated ones joined by commas. Raise Malformed."""
+    if len(lines) > _MAX_FIELDS:
+        raise Malformed(f"more than {_MAX_FIELDS} header fields")
     fields: dict[str, str] = {}
     for line in lines:
-        found = _FIELD_LINE.fullmatch(line)
-        if not found:
-            raise Malformed("a header field is no `name: value`")
-        name, value = found[1].lower(), found[2].strip(" \t")
-        if name in fields and name in _SINGLE_FIELDS:
-            raise Malformed(f"{found[1]} stands twice")
-        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+        match = _FIELD_LINE.fullmatch(line)
+        if not match:
+            raise Malformed("malformed header field: expected `Name: value`")
+        name = match[1].lower()
+        value = match[2].strip(" \t")
+        if name not in fields:
+            fields[name] = value
+        elif name in _SINGLE_FIELDS:
+            raise Malformed(f"duplicate {match[1]} header")
+        else:
+            fields[name] += f", {value}"
     return fields
 
 
-def _split_target(target: str, fields: Mapping[str, str]) -> tuple[str, str]:
-    """Path with query, and the authority: the target's own where it names one, for then Host is ignored."""
+def _split_target(target: str, fields: Mapping[str, str]) -> tuple[str, str, str]:
+    """Return path, query and host. The host of an absolute target replaces Host (RFC 9112, 3.2.2). Raise Malformed."""
     if "host" not in fields:
-        raise Malformed("no Host")
+        raise Malformed("missing Host header")
     host = fields["host"]
     if host and not _AUTHORITY.fullmatch(host):
-        raise Malformed("Host is no host:port")
-    if absolute := _ABSOLUTE.fullmatch(target):
-        host, path = absolute.groups()
-        target = path if path.startswith("/") else "/" + path
-        if not _AUTHORITY.fullmatch(host):
-            raise Malformed("the target's authority is no host:port")
-    if target[0] != "/" or "#" in target or _BAD_ESCAPE.search(target):
-        raise Malformed("the target of the request is no path")
-    return target, host
+        raise Malformed("malformed Host header: expected host or host:port")
+    if "#" in target or _BAD_ESCAPE.search(target):
+        raise Malformed("malformed request target: it has a fragment or a bad escape")
+    if target.startswith("/"):  # not for urlsplit: //version would have a host
+        path, _, query = target.partition("?")
+        return path, query, host
+    try:
+        url = urllib.parse.urlsplit(target)
+    except ValueError:
+        raise Malformed("malformed request target: its host is invalid") from None
+    if url.scheme not in ("http", "https"):
+        raise Malformed("malformed request target: expected a path or an http URL")
+    if not _AUTHORITY.fullmatch(url.netloc):
+        raise Malformed("malformed request target: expected host or host:port in the URL")
+    return url.path or "/", url.query, url.netloc
 
 
 def _body_bytes(fields: Mapping[str, str], is_http_10: bool) -> int | None:
-    """The size of the body as declared, None for chunks."""
-    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
-    if length is not None and (coding is not None or not re.fullmatch("[0-9]{1,18}", length)):
-        raise Malformed("Content-Length is no number, or stands beside Transfer-Encoding")
-    if coding is not None and (coding.lower() != "chunked" or is_http_10):
-        raise Malformed("Transfer-Encoding is not chunked, or in HTTP/1.0")
+    """Return the declared size of the body, None for chunks. Raise Malformed (RFC 9112, 6.3)."""
+    length = fields.get("content-length", "0")
+    coding = fields.get("transfer-encoding")
+    if coding is not None and "content-length" in fields:
+        raise Malformed("both Content-Length and Transfer-Encoding: send only one of them")
+    if not re.fullmatch("[0-9]{1,18}", length):
+        raise Malformed("invalid Content-Length: expected a number of bytes")
+    if coding is not None and is_http_10:
+        raise Malformed("Transfer-Encoding is not allowed in HTTP/1.0: send Content-Length")
+    if coding is not None and coding.lower() != "chunked":
+        raise Malformed("unsupported Transfer-Encoding: only chunked is supported")
     if fields.get("expect", "100-continue").lower() != "100-continue":
-        raise Malformed("Expect is not 100-continue")
-    return int(length or 0) if coding is None else None
+        raise Malformed("unsupported Expect: only 100-continue is supported")
+    if coding is not None:
+        return None
+    return int(length)
 
 
 def _unquote(segment: str) -> str:
-    return urllib.parse.unquote(segment, errors="replace") if "%" in segment else segment
+    if "%" not in segment:
+        return segment
+    return urllib.parse.unquote(segment, errors="replace")
 
 
-def _read_chunks(stream: RequestReader, limit: int) -> bytes:
-    """A chunked body (RFC 9112, 7.1); its trailer is read as strictly as the head, and dropped."""
+def _read_chunks(reader: RequestReader, max_bytes: int) -> bytes:
+    """Return a chunked body (RFC 9112, 7.1). Its trailer is read as strictly as the head, and dropped."""
     body = bytearray()
-    while True:
-        found = _CHUNK_SIZE.fullmatch(stream.read_line())
-        if not found:
-            raise Malformed("a chunk of the body has no size")
-        size = int(found[1], 16)
-        if len(body) + size > limit:
-            raise TooLarge(f"the body has more than {limit} bytes, which are the most (--max_body)")
-        if not size:
-            break
-        stream.extend_deadline(size / _BODY_RATE_BYTES_PER_S)
-        body += stream.read_exactly(size)
-        if stream.read_exactly(2) != b"\r\n":
-            raise Malformed("a chunk of the body is longer than its size")
-    lines = iter(lambda: stream.read_line().decode("latin-1"), "")
-    _parse_fields(list(itertools.islice(lines, _FIELDS_LIMIT + 1)))
+    while size := _read_chunk_size(reader):
+        if len(body) + size > max_bytes:
+            raise TooLarge(f"request body has more than {max_bytes} bytes, the most allowed (--max_body)")
+        reader.extend_deadline(size / _MIN_BODY_BYTES_PER_S)
+        body += reader.read_exactly(size)
+        if reader.read_exactly(2) != b"\r\n":
+            raise Malformed("malformed chunk: expected CRLF after its data")
+    trailer: list[str] = []
+    while len(trailer) <= _MAX_FIELDS and (line := reader.read_line()):
+        trailer.append(line.decode("latin-1"))
+    _parse_fields(trailer)
     return bytes(body)
+
+
+def _read_chunk_size(reader: RequestReader) -> int:
+    match = _CHUNK_SIZE.fullmatch(reader.read_line())
+    if not match:
+        raise Malformed("malformed chunk size: expected a hexadecimal number")
+    return int(match[1], 16)
 
 
 # ======================================================================================================================
@@ -6872,9 +6924,9 @@ def _read_chunks(stream: RequestReader, limit: int) -> bytes:
 
 
 class Route(NamedTuple):
-    """What answers a method on a path; {names} in the template are parameters.
+    """The handler of a method on a path; {names} in the template are parameters.
 
-    `answer`, `query` and `body` are words of the API document, `refusals` the statuses that only some routes answer.
+    `answer`, `query` and `body` are names in the API document, `errors` the statuses that only some routes have.
     """
 
     method: str
@@ -6886,7 +6938,11 @@ class Route(NamedTuple):
     body: str = ""
     errors: tuple[int, ...] = ()
     is_limited: bool = False  # by --max-requests
-    is_public: bool = False  # for those too who may call nothing else
+    is_public: bool = False  # open to clients without credentials
+
+
+_Segments = tuple[str, ...]
+_Methods = dict[str, Route]  # the routes of a path
 
 
 class Router:
@@ -6894,80 +6950,128 @@ class Router:
 
     def __init__(self, routes: Iterable[Route]) -> None:
         self.routes = tuple(routes)
-        self._fixed: dict[tuple[str, ...], dict[str, Route]] = {}
-        self._variable: dict[tuple[str, ...], dict[str, Route]] = {}
+        self._fixed: dict[_Segments, _Methods] = {}
+        self._variable: dict[_Segments, _Methods] = {}  # whose templates have parameters
         for route in self.routes:
             segments = tuple(route.template.split("/")[1:])
             table = self._variable if "{" in route.template else self._fixed
             table.setdefault(segments, {})[route.method] = route
 
     def match(self, request: Request) -> tuple[Route, dict[str, str]]:
-        """The route and its parameters; raises NoRoute and WrongMethod."""
-        params: dict[str, str] = {}
-        methods = self._fixed.get(request.segments)
-        if methods is None:
-            methods, params = self._match_variable(request.segments)
+        """Return the route of a request and its parameters. Raise NoRoute or WrongMethod."""
+        methods, params = self._match_path(request.segments)
         route = methods.get(request.method)
         if route is None:
-            right = ", ".join(methods)
-            raise WrongMethod(f"{request.method} is no method of this path; right would be {right}", [*methods])
+            allowed = ", ".join(methods)
+            raise WrongMethod(f"method {request.method} not allowed here; allowed: {allowed}", [*methods])
         return route, params
 
-    def _match_variable(self, segments: tuple[str, ...]) -> tuple[dict[str, Route], dict[str, str]]:
-        for pattern, methods in self._variable.items():
-            if len(pattern) == len(segments) and all(p == s or p[0] == "{" for p, s in zip(pattern, segments)):
-                return methods, {p[1:-1]: s for p, s in zip(pattern, segments) if p[0] == "{"}
-        raise NoRoute(f"no route has the path /{'/'.join(segments)}")
+    def methods(self, request: Request) -> list[str]:
+        """Return the methods of the request's path. Raise NoRoute."""
+        methods, _ = self._match_path(request.segments)
+        return [*methods]
+
+    def _match_path(self, segments: _Segments) -> tuple[_Methods, dict[str, str]]:
+        """Return the routes of a path by method, and its parameters. Raise NoRoute."""
+        if segments in self._fixed:
+            return self._fixed[segments], {}
+        for template, methods in self._variable.items():
+            params = _match_template(template, segments)
+            if params is not None:
+                return methods, params
+        path = "/".join(segments)
+        raise NoRoute(f"not found: /{path}")
+
+
+def _match_template(template: _Segments, segments: _Segments) -> dict[str, str] | None:
+    """Return the parameters of a path, None if the template is not its."""
+    if len(template) != len(segments):
+        return None
+    params: dict[str, str] = {}
+    for expected, segment in zip(template, segments):
+        if expected.startswith("{"):
+            params[expected[1:-1]] = segment
+        elif expected != segment:
+            return None
+    return params
 
 
 # ======================================================================================================================
 # IV HTTP / authentication: who may call what
 # ======================================================================================================================
 
+# A task runs code as the daemon's user, so whoever is let in owns the host. Who may try, in the order of the checks:
+#
+#     a page in a user's browser    It would come from this host and its user. But the browser sends Origin and
+#       (CSRF)                      Sec-Fetch-Site with it, which no page can forge (Fetch standard). Checked first,
+#                                   under --insecure and on public routes too.
+#     a client that guesses tokens  A token that was sent decides: a wrong one is never anonymous access. Compared in
+#                                   constant time; ten wrong ones a minute from an address, or an IPv6 /64.
+#     a client on another host      It needs a token, or a certificate of --tls_client_ca.
+#     a page by DNS rebinding       Its name has come to mean this host, so for the browser it calls its own origin; but
+#                                   Host still has that name. Without a token, Host must be a name of this host, with
+#                                   our port or none.
+#     a stranger through a proxy    The proxy connects from this host, but adds Forwarded, Via or the like.
+#     another user of this host     The kernel knows the user at the other end of a local TCP connection (Linux; other
+#                                   systems do not say, there all users of the host are let in).
+#
+# A client that no check lets in may call public routes alone, and does not learn which others exist: it is refused
+# before a 404 or 405 could tell them apart.
+
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
+# Names, not addresses: ipaddress would take spellings such as [0:0::1], which no browser sends.
 _LOCAL_HOST = re.compile(rf"(?:localhost|127(?:\.{_OCTET}){{3}}|\[::1\])(?::([0-9]+))?", re.IGNORECASE)
-_FORWARDED = ("forwarded", "x-forwarded", "x-real-ip", "via")  # how the fields begin that a proxy adds
-_MAX_WRONG_TOKENS = 10  # wrong tokens of one client in a minute
-_MAX_REMEMBERED_CLIENTS = 10_000  # clients that sent wrong tokens
+_PROXY_FIELDS = ("forwarded", "x-forwarded", "x-real-ip", "via")  # beginnings of the fields that a proxy adds
+_WRONG_TOKENS_WINDOW_S = 60.0
+_MAX_WRONG_TOKENS = 10  # of a client in that time: a typing error is no attack, 2**256 tokens are out of reach
+_MAX_REMEMBERED_CLIENTS = 10_000  # that sent wrong tokens: a few megabytes
 
 
 class Authenticator:
-    """Decides who gets in; any thread may ask. A wrong token never counts as none."""
+    """Authenticates requests. Thread-safe. An invalid token is an error, never anonymous access."""
 
     def __init__(self, settings: Settings, root: str, descriptors: DescriptorReserve) -> None:
         self._settings = settings
         self._path = os.path.normpath(settings.token_file.replace("$ROOT", root))
         self._peers = LocalPeers(descriptors)
-        self._trusted: dict[
-            Endpoints, bool
-        ] = {}  # whether the client is our own user; a connection's thread has its entry
+        # Whether the client is our own user; each entry is written by its connection's thread alone.
+        self._trusted: dict[Endpoints, bool] = {}
         self._lock = threading.Lock()  # guards all below
-        self._read_at: tuple[int, ...] = ()
-        self._tokens: dict[bytes, str] = {}  # and the label of each
-        self._wrong: dict[str, list[float]] = {}  # when a client sent wrong ones
-        self._has_warned = False  # of a token that others on the network can read
+        self._file_version: tuple[int, ...] = ()  # of the token file, when it was read
+        self._tokens: dict[bytes, str] = {}  # the label of each
+        self._wrong_tokens: dict[str, list[float]] = {}  # when a client sent them, by rate_limit_key
+        self._has_warned = False  # that a token was sent in clear text
 
     def start(self) -> None:
-        """Makes the root's token at the first start; raises StartupError where the tokens cannot be read."""
+        """Load the tokens; make one at the root's first start. Raise StartupError if the file cannot be used."""
         try:
-            if self._settings.token_file.startswith("$ROOT") and not os.path.exists(self._path):
-                descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with open(descriptor, "w", encoding="ascii") as file:
-                    file.write(os.urandom(32).hex() + "\n")
-                log.info("clients on other hosts need the token in %s", self._path)
+            if self._settings.token_file.startswith("$ROOT"):
+                self._create_token()
             self._load()
-        except (OSError, UnicodeError) as error:
-            why = "is no UTF-8 text" if isinstance(error, UnicodeError) else f"cannot be used: {error.strerror}"
-            raise StartupError(f"--token_file: {self._path} {why}") from None
+        except UnicodeError:
+            raise StartupError(f"--token_file: {self._path} is not UTF-8 text") from None
+        except OSError as error:
+            raise StartupError(f"--token_file: {self._path} cannot be used: {error.strerror}") from None
         if is_open_to_others(self._path):
             log.warning("--token_file: other users of this host can read or change %s; `chmod 600` it", self._path)
         if self._settings.insecure:
-            log.warning("--insecure: whoever reaches the port runs code on this host, as the user of this daemon")
+            log.warning("--insecure: anyone who reaches the port can run code on this host, as the daemon's user")
+
+    def _create_token(self) -> None:
+        """Make the root's token file, unless it exists. Raise OSError."""
+        if os.path.exists(self._path):
+            return
+        import secrets  # here, because OpenSSL takes half a megabyte that an idle daemon need not
+
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32) + "\n")
+        log.info("clients on other hosts need the token in %s", self._path)
 
     def authorize(self, request: Request, is_public: bool) -> str:
-        """Who is let in, by a label for the log, empty for a stranger on a public route.
+        """Return the client's label for the log, empty for a stranger on a public route.
 
-        Raises Forbidden, Unauthorized and TooMany.
+        Raise Forbidden, Unauthorized, TooMany or Unavailable.
         """
         self._check_browser(request)
         if self._settings.insecure:
@@ -6979,277 +7083,342 @@ class Authenticator:
                 return ""
             raise
 
-    def cors_headers(self, request: Request) -> tuple[tuple[str, str], ...]:
-        """What lets a page of an allowed origin read the answer (the CORS protocol of the Fetch standard)."""
+    def cors_headers(self, request: Request) -> Headers:
+        """Return the headers that let a page of an allowed origin read the response (Fetch standard, CORS protocol)."""
         origin = request.headers.get("origin", "")
         if origin not in self._settings.cors_origin:
             return ()
-        exposed = ("Access-Control-Expose-Headers", "X-Task-ID, X-Task-STATE")
-        return ("Access-Control-Allow-Origin", origin), exposed, ("Vary", "Origin")
+        return (
+            ("Access-Control-Allow-Origin", origin),
+            ("Access-Control-Expose-Headers", "X-Task-ID, X-Task-STATE"),
+            ("Vary", "Origin"),
+        )
 
-    def preflight(self, request: Request, methods: Iterable[str]) -> Response | None:
-        """The answer to a page of an allowed origin that asks what it may; None when this is no such question."""
-        if request.method != "OPTIONS" or not self.cors_headers(request):
-            return None
-        headers = ("Access-Control-Allow-Headers", "Authorization, Content-Type")
-        return Response(204, (("Access-Control-Allow-Methods", ", ".join(methods)), headers))
+    def is_preflight(self, request: Request) -> bool:
+        """Return whether a page of an allowed origin asks what it may do; this needs no credentials."""
+        origin = request.headers.get("origin", "")
+        return request.method == "OPTIONS" and origin in self._settings.cors_origin
 
-    def forget(self, link: Endpoints) -> None:
-        """The connection has ended; its numbers may be another's soon."""
-        self._trusted.pop(link, None)
+    def release(self, endpoints: Endpoints) -> None:
+        """Forget a connection that has ended; another may soon have its port."""
+        self._trusted.pop(endpoints, None)
 
     def _check_browser(self, request: Request) -> None:
-        origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+        """Raise Forbidden if a page sent the request that is neither ours nor of an allowed origin."""
+        origin = request.headers.get("origin")
         if origin is not None and origin in self._settings.cors_origin:
             return
         if origin is not None and origin != request.base_url:
             raise Forbidden(f"pages of the origin {origin!r} may not call this; --cors_origin allows one")
-        if site is not None and site not in ("same-origin", "none"):
+        if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             raise Forbidden("pages of other sites may not call this; --cors_origin allows one")
 
     def _identify(self, request: Request) -> str:
-        """Who asks; raises Unauthorized, Forbidden and TooMany for a stranger."""
-        sent = request.headers.get("authorization")
-        if sent is not None:
-            return self._check_token(request, sent)
+        """Return the client's label. Raise Unauthorized, Forbidden, TooMany or Unavailable for a stranger."""
+        authorization = request.headers.get("authorization")
+        if authorization is not None:
+            return self._check_token(request, authorization)
         if request.client.certificate:
             return f"certificate {request.client.certificate}"
         self._check_local(request)
         return "local"
 
-    def _check_token(self, request: Request, sent: str) -> str:
-        """The label of a token; raises Unauthorized and TooMany."""
-        import hmac  # here, because OpenSSL takes half a megabyte that an idle daemon need not
-
-        scheme, _, token = sent.partition(" ")
-        client, now_s = rate_limit_key(request.peer), time.monotonic()
-        given = token.strip(" ").encode("latin-1") if scheme.lower() == "bearer" else b""
+    def _check_token(self, request: Request, authorization: str) -> str:
+        """Return the label of the token in an Authorization header. Raise Unauthorized or TooMany."""
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() != "bearer":
+            token = ""
+        client = rate_limit_key(request.peer)
+        now_s = time.monotonic()
         with self._lock:
-            recent = [at_s for at_s in self._wrong.get(client, ()) if now_s - at_s < 60]
+            earlier = self._wrong_tokens.get(client, ())
+            recent = [at_s for at_s in earlier if now_s - at_s < _WRONG_TOKENS_WINDOW_S]
             if len(recent) >= _MAX_WRONG_TOKENS:
                 raise MustWait("too many wrong tokens from this address; wait a minute")
             self._reload()
-            labels = [label for known, label in self._tokens.items() if hmac.compare_digest(known, given)]
-            if labels:
+            label = self._find_label(token.strip(" ").encode("latin-1"))
+            if label:
                 self._warn_if_plaintext(request)
-                return labels[0]
-            if len(self._wrong) >= _MAX_REMEMBERED_CLIENTS:
-                self._wrong.clear()
-            self._wrong[client] = [*recent, now_s]
-        log.warning("%s: sent a wrong token", request.peer, extra={"log_fields": {"peer": request.peer}})
-        raise Unauthorized(f"the token is wrong; {self._token_hint(request)}")
+                return label
+            if len(self._wrong_tokens) >= _MAX_REMEMBERED_CLIENTS:
+                self._wrong_tokens.clear()
+            self._wrong_tokens[client] = [*recent, now_s]
+        fields = {"peer": request.peer}
+        log.warning("%s: sent a wrong token", request.peer, extra={"log_fields": fields})
+        raise Unauthorized(f"wrong token; {self._token_hint(request)}")
+
+    def _find_label(self, token: bytes) -> str:
+        """Return the label of a token, empty if it is wrong; the lock is held. Compares with all, in constant time."""
+        import secrets  # here, because OpenSSL takes half a megabyte that an idle daemon need not
+
+        match = ""
+        for valid, label in self._tokens.items():
+            if secrets.compare_digest(valid, token):
+                match = match or label
+        return match
 
     def _warn_if_plaintext(self, request: Request) -> None:
-        """Warns once where others on the network can read a token; the lock is held."""
-        if request.client.scheme == "http" and not is_loopback(request.peer) and not self._has_warned:
-            self._has_warned = True
-            log.warning(
-                "%s sent its token over plain HTTP, where the network can read it; see --tls_cert", request.peer
-            )
+        """Warn once that others on the network can read a token; the lock is held."""
+        if self._has_warned or request.client.scheme != "http" or is_loopback(request.peer):
+            return
+        self._has_warned = True
+        log.warning("%s sent its token over plain HTTP, where the network can read it; see --tls_cert", request.peer)
 
     def _token_hint(self, request: Request) -> str:
-        """What would let a client in; only one on this host learns the whole path."""
+        """Return how to send a token; only a client on this host learns the whole path of the file."""
         path = self._path if is_loopback(request.peer) else os.path.basename(self._path)
-        return f"send `Authorization: Bearer ...` with a token of the daemon's file {path} (--token_file)"
+        return f"send `Authorization: Bearer ...` with a token from the daemon's file {path} (--token_file)"
 
     def _reload(self) -> None:
-        """Reads the tokens again, where their file has changed; the lock is held. While it cannot be read they hold."""
+        """Load the tokens again if the file has changed; the lock is held. If it cannot be read the last ones hold."""
         try:
             self._load()
         except FileNotFoundError:
             if self._tokens:
-                log.warning("--token_file: %s is gone, and with it all tokens", self._path)
-            self._tokens, self._read_at = {}, ()
+                log.warning("--token_file: %s is gone, so no token is valid any more", self._path)
+            self._tokens = {}
+            self._file_version = ()
         except (OSError, UnicodeError) as error:
-            log.warning("--token_file: %s cannot be read, the tokens read last hold: %s", self._path, error)
+            log.warning("--token_file: %s cannot be read, the tokens read last stay valid: %s", self._path, error)
 
     def _load(self) -> None:
-        """Reads the tokens where the file has changed: one a line, the comment behind it is its label."""
+        """Load the tokens if the file has changed: one a line, its label as a comment. Raise OSError, UnicodeError."""
         status = os.stat(self._path)
-        read_at = status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
-        if self._read_at == read_at:
+        file_version = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
+        if self._file_version == file_version:
             return
-        tokens = {}
-        with open(self._path, encoding="utf-8-sig") as file:  # Windows' editors put a mark at the begin
+        tokens: dict[bytes, str] = {}
+        with open(self._path, encoding="utf-8-sig") as file:  # Windows' editors begin it with a byte order mark
             for number, line in enumerate(file, 1):
-                token, *comment = (part.strip() for part in re.split(r"(?:^|\s)#", line, maxsplit=1))
-                if token:
-                    tokens[token.encode()] = "".join(comment) or f"token of line {number}"
-        self._tokens, self._read_at = tokens, read_at
+                token, *comment = re.split(r"(?:^|\s)#", line, maxsplit=1)
+                label = "".join(comment).strip()
+                if token.strip():
+                    tokens[token.strip().encode()] = label or f"token of line {number}"
+        self._tokens = tokens
+        self._file_version = file_version
 
     def _check_local(self, request: Request) -> None:
-        """Raises Unauthorized or Forbidden where a request without a token is not of this host's own people."""
+        """Raise Unauthorized, Forbidden or Unavailable unless a request without a token is of our own user here."""
         if not is_loopback(request.peer):
             raise Unauthorized(self._token_hint(request))
-        named = _LOCAL_HOST.fullmatch(request.host)
-        if not named or (named[1] and int(named[1]) != request.client.link[1][1]):
-            raise Forbidden(
-                f"{request.host!r} is no name of this host that needs no token; {self._token_hint(request)}"
-            )
+        if not _is_local_host(request):
+            problem = f"host name {request.host!r} needs a token; without one use localhost"
+            raise Forbidden(f"{problem}; {self._token_hint(request)}")
         if self._settings.require_token:
-            raise Unauthorized(f"--require_token is set; {self._token_hint(request)}")
-        if any(name.replace("_", "-").startswith(_FORWARDED) for name in request.headers):
-            raise Unauthorized(f"a proxy has forwarded this; {self._token_hint(request)}")
-        if not self._is_trusted(request.client.link):
-            raise Unauthorized(f"the client is another user's; {self._token_hint(request)}")
+            raise Unauthorized(f"a token is required (--require_token); {self._token_hint(request)}")
+        if any(name.replace("_", "-").startswith(_PROXY_FIELDS) for name in request.headers):
+            raise Unauthorized(f"a request forwarded by a proxy needs a token; {self._token_hint(request)}")
+        if not self._is_trusted(request.client.endpoints):
+            raise Unauthorized(f"another user of this host needs a token; {self._token_hint(request)}")
 
-    def _is_trusted(self, link: Endpoints) -> bool:
-        """Whether the client is a process of root or of the daemon's user; looked up once a connection."""
-        known = self._trusted.get(link)
-        if known is None:
-            try:
-                known = trusts_user(self._peers.user(*link))
-            except (LookupError, OSError) as error:  # in doubt he is not
-                if getattr(error, "errno", None) in NO_RESOURCE:
-                    raise Unavailable("this host has no descriptor left to look the client up; try again") from None
-                known = False
-            self._trusted[link] = known
-        return known
+    def _is_trusted(self, endpoints: Endpoints) -> bool:
+        """Return whether the client is of root or the daemon's user, looked up once a connection. Raise Unavailable."""
+        if endpoints not in self._trusted:
+            self._trusted[endpoints] = self._is_of_trusted_user(endpoints)
+        return self._trusted[endpoints]
+
+    def _is_of_trusted_user(self, endpoints: Endpoints) -> bool:
+        try:
+            user = self._peers.user(*endpoints)
+        except LookupError:  # the client has closed its end already
+            return False
+        except OSError as error:
+            if error.errno in NO_RESOURCE:
+                raise Unavailable("no file descriptor left to look up the client's user; try again") from None
+            log.warning("a client's user cannot be looked up, so it needs a token: %s", error)
+            return False
+        return trusts_user(user)
 
 
-def is_loopback(peer: str) -> bool:
-    return peer == "::1" or peer.startswith("127.")
+def _is_local_host(request: Request) -> bool:
+    """Return whether the client calls us by a name of this host, and by the port that it has reached."""
+    match = _LOCAL_HOST.fullmatch(request.host)
+    if not match:
+        return False
+    own_port = request.client.endpoints[1][1]
+    return not match[1] or int(match[1]) == own_port
 
 
-def rate_limit_key(peer: str) -> str:
-    """What one client has to itself: its address, of IPv6 the network of 64 bits (RFC 6177)."""
-    if ":" not in peer or is_loopback(peer):
-        return peer
-    return socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, peer.partition("%")[0])[:8] + bytes(8))
+@functools.lru_cache(maxsize=1024)  # asked for several times a request
+def _parse_ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Parse an address; one that is mapped into IPv6, as a dual-stack socket shows it, as IPv4. Raise ValueError."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
+        return ip.ipv4_mapped
+    return ip
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether an address is of this host's loopback interface. Raise ValueError."""
+    return _parse_ip(address).is_loopback
+
+
+def rate_limit_key(address: str) -> str:
+    """Return the addresses that one client may use: its IPv4 address or IPv6 /64 (RFC 6177). Raise ValueError."""
+    ip = _parse_ip(address)
+    if isinstance(ip, ipaddress.IPv4Address) or ip.is_loopback:
+        return str(ip)
+    network = ipaddress.IPv6Network((int(ip), 64), strict=False)
+    return str(network.network_address)
 
 
 # ======================================================================================================================
 # IV HTTP / connections: the port, TLS, and one thread for each client
 # ======================================================================================================================
 
+# A connection has a thread, and its thread does one thing after another, read downwards:
+#
+#     handle -> _handle_requests -> _handle_one_request -> read_head, authorize, read_body, dispatch, send_response,
+#     log_request; `_keeps_alive` alone decides whether another request may follow
+#
+# What holds a connection's time, and with it a thread:
+#
+#     TLS handshake, first byte, head     --timeout each
+#     body                                --timeout, and a second for each 64 KB
+#     handler                             as long as it takes: only profiles take long
+#     response                            --timeout, and a second for each 64 KB; a streamed one earns it as it goes
+#     idle between requests               60 s: nginx 75 s, Apache and node.js 5 s; an idle thread costs little, and a
+#                                         poll each minute should find its connection again
+#     lingering close                     5 s, as nginx: a close with unread input is a reset, which may destroy a
+#                                         response on its way (RFC 9112, 9.6)
+#
+# An attacker wants all connections, threads or descriptors, so that nobody can stop what runs:
+#
+#     many from one address    at most 64 each, an IPv6 /64 counting as one; but on this host all clients share one
+#     many from many           the last 8 of --max_connections serve stops (PUT) alone, with 3 s and one response each
+#     no thread can start      two threads stand ready; up to 8 connections wait for them, silent ones give way
+#     no descriptor is left    a reserve is lent to `accept`, 4 of it, and to responses
+#     memory fails anywhere    the listener starts again; nothing that it calls may end it
+
 _KEEP_ALIVE_TIMEOUT_S = 60.0
-_BACKLOG = 1024
+_BACKLOG = 1024  # gunicorn 2048, nginx 511; the kernel may hold it lower (somaxconn)
 _LINGER_S = 5.0
-_PER_ADDRESS = 64  # connections of one address, but of this host
-_RESERVED_CONNECTIONS = 8  # that stay free for stops
-_RESERVED_TIMEOUT_S = 3.0  # of a client that holds one of these, or what few threads and descriptors are left
-_RESERVE_THREADS = 2  # that wait for a connection for which no thread can be started
-_PENDING_CONNECTIONS = 8  # that wait for one of them
-_RESERVE_DESCRIPTORS = 4  # of the reserve of 8, that connections may take: the others are for what their answers need
+_MAX_PER_ADDRESS = 64
+_RESERVED_CONNECTIONS = 8
+_RESERVED_TIMEOUT_S = 3.0
+_RESERVE_THREADS = 2
+_MAX_PENDING_CONNECTIONS = 8
+_RESERVE_DESCRIPTORS = 4  # of 8, for connections: the others are for what their responses open
 _ACCEPT_RETRY_S = 0.05
-_RESTART_PAUSE_MAX_S = 5.0
+_MAX_RESTART_PAUSE_S = 5.0
 _REFILL_INTERVAL_S = 10.0
 _WARNING_INTERVAL_S = 60.0
-_REFUSED_BODY_BYTES = 64 * 1024  # that are read of a client who is refused anyway
+_REFUSED_BODY_BYTES = 64 * 1024  # read of a refused request, to keep its connection
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
 class Tls:
-    """The certificates that the port shows and trusts. `load` is the daemon's, any time; `wrap` the listener's."""
+    """The certificates that the port shows and trusts. `load` is for the daemon's thread, `wrap` for the listener's."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._context: Any = None  # an ssl.SSLContext: its module takes memory that a daemon without TLS need not
 
     def load(self) -> None:
-        """Reads the certificates, for connections to come; raises StartupError, and the earlier ones hold."""
+        """Load the certificates for connections to come. Raise StartupError; then those loaded before stay."""
         import ssl
 
-        cert, key, authority = self._settings.tls_cert, self._settings.tls_key, self._settings.tls_client_ca
-        what = ""
+        cert = self._settings.tls_cert
+        key = self._settings.tls_key or cert
+        authority = self._settings.tls_client_ca
+        paths = {"--tls_cert": cert, "--tls_key": key}
+        if authority:
+            paths["--tls_client_ca"] = authority
+        subject = ""
         try:
-            for name, path in (("tls_cert", cert), ("tls_key", key or cert), ("tls_client_ca", authority or cert)):
-                what = f"--{name}: {path}"
-                with open(path, "rb"):  # ssl's own errors name no file
+            for flag, path in paths.items():
+                subject = f"{flag}: {path}"
+                with open(path, "rb"):  # errors of ssl name no file
                     pass
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.minimum_version = ssl.TLSVersion.TLSv1_2
             context.options |= ssl.OP_NO_RENEGOTIATION
-            what = f"--tls_cert: {cert} with the key in {key or cert}"
-            context.load_cert_chain(cert, key or None, password="")  # nobody is asked for one
+            subject = f"--tls_cert: {cert} with the key in {key}"
+            context.load_cert_chain(
+                cert, self._settings.tls_key or None, password=""
+            )  # else OpenSSL asks on the terminal
             if authority:
-                what = f"--tls_client_ca: {authority}"
+                subject = f"--tls_client_ca: {authority}"
                 context.load_verify_locations(authority)
-                context.verify_mode = ssl.CERT_OPTIONAL  # for a token lets in too
+                context.verify_mode = ssl.CERT_OPTIONAL  # a token will do too
         except (OSError, ValueError) as error:
-            raise StartupError(f"{what} cannot be used: {getattr(error, 'strerror', '') or error}") from None
+            reason = getattr(error, "strerror", "") or error
+            raise StartupError(f"{subject} cannot be used: {reason}") from None
         self._context = context
 
-    def wrap(self, link: socket.socket) -> socket.socket:
-        """The connection with TLS to come: the handshake is its own thread's. Raises OSError."""
-        wrapped: socket.socket = self._context.wrap_socket(link, server_side=True, do_handshake_on_connect=False)
+    def wrap(self, sock: socket.socket) -> socket.socket:
+        """Return the connection with TLS; its own thread does the handshake. Raise OSError."""
+        wrapped: socket.socket = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         return wrapped
 
 
 def certificate_name(certificate: Mapping[str, Any] | None) -> str:
-    """Who a client is by its certificate, in the form of ssl.getpeercert; empty for none."""
+    """Return the name of a client by its certificate, as ssl.getpeercert gives it; empty if there is none."""
     if not certificate:
         return ""
-    words = {key: value for part in certificate.get("subject", ()) for key, value in part}
-    return str(words.get("commonName") or f"number {certificate.get('serialNumber')}")
-
-
-class Authorization(NamedTuple):
-    """What became of a request's head: its route and who asks, or why it is refused."""
-
-    route: Route | None = None
-    params: Mapping[str, str] = types.MappingProxyType({})
-    label: str = ""
-    error: ApiError | None = None
+    names = dict(itertools.chain.from_iterable(certificate.get("subject", ())))
+    return str(names.get("commonName") or f"number {certificate.get('serialNumber')}")
 
 
 class PendingConnections:
-    """Connections for which no thread could be started, until one of the reserve takes them. Thread-safe.
+    """Connections for which no thread could be started, waiting for one of the reserve. Thread-safe.
 
-    A thread gets those alone whose clients have sent something; who says nothing makes room for others, and soon goes.
+    Only one whose client has sent something gets a thread; silent ones give way to others, and time out.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._changed = threading.Condition()  # guards all below
-        self._pending: dict[socket.socket, tuple[Any, float]] = {}  # the address of each, and since when; oldest first
+        self._pending: dict[socket.socket, tuple[Any, float]] = {}  # address and time of arrival; the oldest first
         self._is_closed = False
 
     def add(self, sock: socket.socket, address: Any) -> socket.socket | None:
-        """Add a connection; the one that must go for it, perhaps itself, None where there is room."""
+        """Add a connection. Return the one that must be closed for it, perhaps itself; None if there is room."""
         with self._changed:
             surplus = None
             if len(self._pending) >= self._limit:
-                ready = _readable(self._pending)
-                surplus = next((other for other in self._pending if other not in ready), sock)
+                readable = _readable(self._pending)
+                silent = (other for other in self._pending if other not in readable)
+                surplus = next(silent, sock)
                 self._pending.pop(surplus, None)
             if surplus is not sock:
-                self._pending[sock] = address, time.monotonic()
+                self._pending[sock] = (address, time.monotonic())
             self._changed.notify_all()
             return surplus
 
     def take(self) -> tuple[socket.socket, Any] | None:
-        """Wait for a connection whose client has sent something, or has had his time; None after `close`."""
+        """Wait for a connection whose client has sent something or timed out. Return None after `close`."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending or self._is_closed)
                 if self._is_closed:
                     return None
-                ready = _readable(self._pending)
-                patient_s = time.monotonic() - _RESERVED_TIMEOUT_S
-                for sock, (address, since_s) in self._pending.items():
-                    if sock in ready or since_s < patient_s:
+                readable = _readable(self._pending)
+                expired_s = time.monotonic() - _RESERVED_TIMEOUT_S
+                for sock, (address, arrived_s) in self._pending.items():
+                    if sock in readable or arrived_s < expired_s:
                         del self._pending[sock]
                         return sock, address
             time.sleep(_ACCEPT_RETRY_S)
 
     def close(self) -> None:
-        """Has `take` return None."""
+        """Make `take` return None."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
 
 
 def _readable(socks: Iterable[socket.socket]) -> set[Any]:
-    """Those from which something can be read now, be it an end."""
-    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:  # neither takes a descriptor
+    """Return those from which data, or an end, can be read now."""
+    selector_class = getattr(selectors, "PollSelector", selectors.SelectSelector)  # neither takes a descriptor
+    with selector_class() as selector:
         for sock in socks:
             selector.register(sock, selectors.EVENT_READ)
         return {key.fileobj for key, _ in selector.select(0)}
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The listening socket and the connections; `start` and `stop` are the daemon's, the rest the connections'."""
+    """The listening socket and its connections; `open`, `start` and `stop` are for the daemon's thread."""
 
     daemon_threads = True
     block_on_close = False
@@ -7260,53 +7429,59 @@ class Server(http.server.ThreadingHTTPServer):
         self,
         settings: Settings,
         router: Router,
-        access: Authenticator,
+        authenticator: Authenticator,
         metrics: Metrics,
         tls: Tls | None,
         descriptors: DescriptorReserve,
     ) -> None:
-        self.access = access
+        self.authenticator = authenticator
         self.descriptors = descriptors
         self.scheme = "https" if tls else "http"
         self.timeout_s = settings.timeout / _SECOND_NS
-        self.body_limit = settings.max_body
+        self.max_body_bytes = settings.max_body
         self.authority = ""
         self.is_stopping = False
         self._settings = settings
         self._router = router
         self._metrics = metrics
         self._tls = tls
-        self._links: dict[socket.socket, str] = {}  # and the client's network of each
-        self._reserved: set[socket.socket] = set()  # of them, those in the places for stops
-        self._hurried: set[socket.socket] = set()  # of them, those that hold a thread or a descriptor of the reserve
-        self._lock = threading.Lock()  # guards _links, _reserved, _hurried and _counted
-        self._in_flight = 0
+        self._lock = threading.Lock()  # guards the four below
+        self._connections: dict[socket.socket, str] = {}  # the client of each, as rate_limit_key has it
+        self._reserved: set[socket.socket] = set()  # those of them that are among the last, which are for stops
+        self._on_reserve: set[socket.socket] = set()  # those of them that hold a thread or descriptor of the reserve
+        self._in_flight: set[socket.socket] = set()  # those of them with a request that --max-requests counts
         self._thread = DaemonThread(self._listen, "listener")
-        self._pending = PendingConnections(_PENDING_CONNECTIONS)
-        self._reserve_threads: list[threading.Thread] = []  # grows alone
-        self._filled_s = -_REFILL_INTERVAL_S  # when that was last tried
-        self._warned_s = -_WARNING_INTERVAL_S  # when a lack of threads was last told; the listener's
-        host, port = parse_address(settings.addr)
-        self.address_family = socket.AF_INET6 if ":" in host or (not host and socket.has_ipv6) else socket.AF_INET
-        super().__init__((host, port), Connection, bind_and_activate=False)
+        self._pending = PendingConnections(_MAX_PENDING_CONNECTIONS)
+        self._reserve_threads: list[threading.Thread] = []  # never shrinks
+        self._refilled_s = -_REFILL_INTERVAL_S  # when that was last tried
+        self._warned_s = -_WARNING_INTERVAL_S  # when a lack of threads was last logged; the listener's
+        self._host, port = parse_address(settings.addr)
+        self.address_family = socket.AF_INET
+        if ":" in self._host or (not self._host and socket.has_ipv6):
+            self.address_family = socket.AF_INET6
+        super().__init__((self._host, port), Connection, bind_and_activate=False)
 
     def open(self) -> None:
-        """Takes the port; raises StartupError."""
+        """Bind the port. Raise StartupError."""
         try:
             self._bind()
         except OSError as error:
             self.server_close()
+            reason = error.strerror or error
             raise StartupError(
-                f"--addr: {self._settings.addr} cannot be used: {error.strerror or error}; port 0 takes a free one"
+                f"--addr: {self._settings.addr} cannot be used: {reason}; port 0 takes a free one"
             ) from None
-        host = self._settings.addr.rpartition(":")[0].rpartition("//")[2] or "localhost"
+        host = self._host or "localhost"
+        if ":" in host:
+            host = f"[{host}]"
         self.authority = f"{host}:{self.server_address[1]}"
 
     def _bind(self) -> None:
         try:
             self.server_bind()
         except OSError as error:
-            if self.server_address[0] or self.address_family != socket.AF_INET6 or error.errno == errno.EADDRINUSE:
+            is_every_address = not self._host and self.address_family == socket.AF_INET6
+            if not is_every_address or error.errno == errno.EADDRINUSE:
                 raise
             self.socket.close()  # a host whose IPv6 is switched off
             self.address_family = socket.AF_INET
@@ -7315,151 +7490,75 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_activate()
 
     def server_bind(self) -> None:
-        """Binds without asking the name service for our name, as the base does."""
+        """Bind the socket, alone on Windows too; of every address, to IPv4 and IPv6. Raise OSError.
+
+        Without asking the name service for our name, as HTTPServer does.
+        """
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         if self.address_family == socket.AF_INET6 and not self.server_address[0]:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = "", self.server_address[1]
 
     def server_activate(self) -> None:
-        """Listens. An accept never waits: whoever connected may be gone by then, and BSD tells nothing of it."""
+        """Listen. An accept never waits: a client may be gone by then, which BSD does not report."""
         super().server_activate()
         self.socket.setblocking(False)
 
     def start(self) -> None:
-        """Accepts connections from now on."""
+        """Start to accept connections."""
         self._thread.start()
         self.fill_reserve()
 
     def fill_reserve(self) -> None:
-        """Starts what threads the reserve lacks, where that can be; for the thread that runs the daemon."""
+        """Start the missing threads of the reserve, if that is possible now; for the daemon's thread."""
         now_s = time.monotonic()
-        if now_s - self._filled_s < _REFILL_INTERVAL_S:  # to fail may take a second
+        if now_s - self._refilled_s < _REFILL_INTERVAL_S:  # a failure may take a second
             return
-        self._filled_s = now_s
+        self._refilled_s = now_s
         with contextlib.suppress(RuntimeError, MemoryError):  # tried again the next time
             while len(self._reserve_threads) < _RESERVE_THREADS:
-                thread = DaemonThread(self._serve_reserve, "reserve connection")
+                thread = DaemonThread(self._serve_pending, "reserve connection")
                 thread.start()
                 self._reserve_threads.append(thread)
 
     def _listen(self) -> None:
-        """Accept connections until `stop`, whatever fails: a lack of memory may strike anywhere."""
+        """Accept connections until `stop`, whatever fails: memory may run out anywhere."""
         pause_s = _ACCEPT_RETRY_S
         while not self.is_stopping:
             begin_s = time.monotonic()
             try:
                 self.serve_forever(0.1)
             except Exception:
-                with contextlib.suppress(MemoryError):
+                with contextlib.suppress(MemoryError):  # then there is no line, but a listener
                     log.exception("the listener failed; it starts again")
-            if time.monotonic() - begin_s > 2 * _RESTART_PAUSE_MAX_S:
+            if time.monotonic() - begin_s > 2 * _MAX_RESTART_PAUSE_S:
                 pause_s = _ACCEPT_RETRY_S
             if not self.is_stopping:
                 time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _RESTART_PAUSE_MAX_S)
+            pause_s = min(2 * pause_s, _MAX_RESTART_PAUSE_S)
 
     def is_alive(self) -> bool:
-        """Whether it accepts connections."""
+        """Return whether connections are accepted."""
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Accepts no more, lets requests in work end within a moment, closes the rest."""
+        """Accept no more; let the responses in flight end within a moment, close the other connections."""
         self.is_stopping = True
         if self._thread.is_alive():
             self.shutdown()
         self.server_close()
         with self._lock:
-            links = [*self._links]
-        for link in links:
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(link, socket.SHUT_RD)  # that of an SSLSocket would have it go on in clear text
+            connections = [*self._connections]
+        for sock in connections:
+            with contextlib.suppress(OSError):  # the client has closed it
+                socket.socket.shutdown(sock, socket.SHUT_RD)  # SSLSocket.shutdown would go on in clear text
         self._pending.close()
 
-    def authorize(self, request: Request, is_reserved: bool) -> Authorization:
-        """Who asks for which route, before the body is read; is_reserved: over a connection for stops alone."""
-        try:
-            admission = self._authorize(request)
-            if is_reserved and request.method != "PUT":
-                raise Unavailable("too many connections; the last places are for stops")
-        except ApiError as error:
-            return Authorization(error=error)
-        return admission
-
-    @contextlib.contextmanager
-    def serve(self, request: Request, admission: Authorization, body: bytes) -> Iterator[Response]:
-        """The answer to a request, which counts as in work until it is sent."""
-        route, counted = admission.route, 0
-        try:
-            try:
-                if admission.error or not route:
-                    raise admission.error or NoRoute("no route")
-                counted = self._count(route)
-                request = request._replace(params=admission.params, label=admission.label, body=body)
-                response = route.handle(request)
-                if request.method not in ("GET", "HEAD"):
-                    self._audit(request, response)
-            except ApiError as error:
-                response = error_response(error)
-            except Exception:
-                log.exception("%s %s failed", request.method, _path(request))
-                response = error_response(ApiError("the daemon failed; its log says how"))
-            cors = self.access.cors_headers(request)
-            yield response._replace(headers=response.headers + cors) if cors else response
-        finally:
-            with self._lock:
-                self._in_flight -= counted
-
-    def _authorize(self, request: Request) -> Authorization:
-        """The route, its parameters and who asks; a stranger does not even learn which routes there are."""
-        try:
-            route, params = self._router.match(request)
-        except WrongMethod as error:
-            answer = self.access.preflight(request, error.methods)
-            if answer:
-                return Authorization(Route("OPTIONS", "", lambda _: answer, "", ""))
-            self.access.authorize(request, is_public=False)
-            raise
-        except NoRoute:
-            self.access.authorize(request, is_public=False)
-            raise
-        return Authorization(route, params, self.access.authorize(request, route.is_public))
-
-    def _count(self, route: Route) -> int:
-        if not self._settings.max_requests or not route.is_limited:
-            return 0
-        with self._lock:
-            if self._in_flight >= self._settings.max_requests:
-                raise TooMany(f"{self._in_flight} requests are in work, the most that --max-requests allows; try again")
-            self._in_flight += 1
-        return 1
-
-    def _audit(self, request: Request, response: Response) -> None:
-        """Something has been changed, and by whom; of a submission the task that it made is named."""
-        task = dict(response.headers).get("X-Task-ID")
-        fields = {**_log_fields(request), "label": request.label, **({"task": task} if task else {})}
-        what = f"{request.method} {_path(request)}" + (f": {response.audit}" if response.audit else "")
-        log.info("%s (%s): %s", request.peer, request.label, what, extra={"log_fields": fields})
-
-    def log_request(self, request: Request, route: Route | None, status: int, seconds: float, sent: int) -> None:
-        """A request has been answered, or its answer broke off."""
-        self._metrics.request(request.method, route.template if route else "", status, seconds)
-        if log.isEnabledFor(logging.DEBUG):
-            what, measured = f"{request.method} {_path(request)}", {"status": status, "bytes": sent, "seconds": seconds}
-            fields = {**_log_fields(request), **measured}
-            values = (request.peer, what, status, sent, seconds * 1000)
-            log.debug('%s "%s" %d %d B %.1f ms', *values, extra={"log_fields": fields})
-
-    def log_bad_request(self, error: ApiError, seconds: float) -> None:
-        """What a client sent has been refused unread."""
-        self._metrics.request("", "", error.status, seconds)
-
     def get_request(self) -> tuple[Any, Any]:
-        """The next connection; raises OSError where there is none, after a pause where something is used up."""
+        """Return the next connection and its address. Raise OSError if there is none, after a pause for resources."""
         try:
-            sock, address, is_lent = self._accept()
+            sock, address, uses_reserve = self._accept()
         except OSError as error:
             if error.errno in NO_RESOURCE:
                 time.sleep(_ACCEPT_RETRY_S)  # the client waits in the backlog
@@ -7470,32 +7569,32 @@ class Server(http.server.ThreadingHTTPServer):
         sock.setblocking(True)
         if self._tls:
             sock = self._tls.wrap(sock)
-        if is_lent:
+        if uses_reserve:
             with self._lock:
-                self._hurried.add(sock)
+                self._on_reserve.add(sock)
         return sock, address
 
     def _accept(self) -> tuple[socket.socket, Any, bool]:
-        """The next connection, and whether it takes a descriptor of the reserve; raises OSError."""
+        """Return the next connection, its address, and whether its descriptor is of the reserve. Raise OSError."""
         if not self.descriptors.is_short():
             try:
-                return (*super().get_request(), False)
+                sock, address = super().get_request()
+                return sock, address, False
             except OSError as error:
                 if error.errno not in NO_DESCRIPTOR:
                     raise
-        if not self._may_borrow():
+        with self._lock:
+            borrowers = len(self._on_reserve)
+        if borrowers >= _RESERVE_DESCRIPTORS:
             raise OSError(errno.EMFILE, "the connections have their share of the reserve")
         with self.descriptors.lend():
-            return (*super().get_request(), True)
-
-    def _may_borrow(self) -> bool:
-        """Whether a connection may take a descriptor of the reserve."""
-        with self._lock:
-            return len(self._hurried) < _RESERVE_DESCRIPTORS
+            sock, address = super().get_request()
+            return sock, address, True
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serves a connection in a thread of its own, when there is a place for it."""
-        if not self._take_place(request, rate_limit_key(_plain_address(client_address[0]))):
+        """Serve a connection in a thread of its own, or reject it if there are too many."""
+        client = rate_limit_key(client_address[0])
+        if not self._add_connection(request, client):
             self._reject_connection(request)
             return
         try:
@@ -7503,24 +7602,24 @@ class Server(http.server.ThreadingHTTPServer):
         except (RuntimeError, MemoryError) as error:
             self._queue_for_reserve(request, client_address, error)
 
-    def _take_place(self, sock: socket.socket, client: str) -> bool:
-        """Count the connection in, unless there are too many, or too many of its client."""
+    def _add_connection(self, sock: socket.socket, client: str) -> bool:
+        """Add a connection. Return False if there are too many, or too many of its client."""
         max_connections = self._settings.max_connections
         with self._lock:
-            others = len(self._links)
-            if others >= max_connections:
+            others = [*self._connections.values()]
+            if len(others) >= max_connections:
                 return False
-            if not is_loopback(client) and [*self._links.values()].count(client) >= _PER_ADDRESS:
+            if others.count(client) >= _MAX_PER_ADDRESS and not is_loopback(client):
                 return False
-            self._links[sock] = client
-            if others >= max_connections - _RESERVED_CONNECTIONS:
+            self._connections[sock] = client
+            if len(others) >= max_connections - _RESERVED_CONNECTIONS:
                 self._reserved.add(sock)
         return True
 
     def _queue_for_reserve(self, sock: socket.socket, address: Any, error: BaseException) -> None:
-        """Leave a connection to the threads of the reserve; close it where too many wait for them."""
+        """Leave a connection to the threads of the reserve; reject one if too many wait for them."""
         with self._lock:
-            self._hurried.add(sock)
+            self._on_reserve.add(sock)
         threads = len(self._reserve_threads)
         surplus = self._pending.add(sock, address) if threads else sock
         if surplus:
@@ -7530,8 +7629,8 @@ class Server(http.server.ThreadingHTTPServer):
             self._warned_s = now_s
             log.warning("no thread can be started for a connection (%s): %d in reserve serve all", error, threads)
 
-    def _serve_reserve(self) -> None:
-        """Serve connections for which no thread can be started, one after another."""
+    def _serve_pending(self) -> None:
+        """Serve connections for which no thread could be started, one after another."""
         while True:
             try:
                 pending = self._pending.take()
@@ -7539,41 +7638,149 @@ class Server(http.server.ThreadingHTTPServer):
                     return
                 self.process_request_thread(*pending)
             except Exception:
-                with contextlib.suppress(MemoryError):
+                with contextlib.suppress(MemoryError):  # then there is no line, but a thread
                     log.exception("a reserve connection failed")
 
     def _reject_connection(self, sock: socket.socket) -> None:
-        """Closes a connection that there is no place for, with a word where that needs no wait."""
+        """Close a connection, with a response if that needs no waiting."""
         self._forget_connection(sock)
         response = error_response(Unavailable("too many connections; try again"))
-        head = f"HTTP/1.1 503 {_REASONS[503]}\r\nContent-Type: {JSON_TYPE[1]}\r\nConnection: close\r\n"
         body = response.body if isinstance(response.body, bytes) else b""
-        with contextlib.suppress(OSError):
+        head = (
+            f"HTTP/1.1 503 {_REASONS[503]}\r\n"
+            f"Content-Type: {JSON_TYPE[1]}\r\n"
+            "Connection: close\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        with contextlib.suppress(OSError):  # the client has gone, or would have to be waited for
             sock.setblocking(False)
             if not self._tls:
-                sock.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                sock.send(head.encode() + body)
                 sock.shutdown(socket.SHUT_WR)
                 sock.recv(_REFUSED_BODY_BYTES)  # a close with unread bytes would reset the connection
         super().shutdown_request(sock)
 
     def is_reserved(self, sock: socket.socket) -> bool:
-        """Whether a connection has one of the last places, which are for stops."""
+        """Return whether a connection is one of the last, which are for stops."""
         with self._lock:
             return sock in self._reserved
 
-    def must_hurry(self, sock: socket.socket) -> bool:
-        """Whether a connection has what others wait for: its client is given little time, and one answer."""
+    def is_scarce(self, sock: socket.socket) -> bool:
+        """Return whether a connection holds what others wait for: it gets little time, and one response."""
         with self._lock:
-            return sock in self._reserved or sock in self._hurried
+            return sock in self._reserved or sock in self._on_reserve
 
     def _forget_connection(self, sock: socket.socket) -> None:
         with self._lock:
-            self._links.pop(sock, None)
+            self._connections.pop(sock, None)
             self._reserved.discard(sock)
-            self._hurried.discard(sock)
+            self._on_reserve.discard(sock)
+            self._in_flight.discard(sock)
+
+    def authorize(self, request: Request, is_reserved: bool) -> tuple[Route | None, Request]:
+        """Return the route, None for a CORS preflight, and the request with its parameters and the client's label.
+
+        Raise ApiError. A stranger gets the same for every path, so as not to learn which there are.
+        """
+        route: Route | None = None
+        try:
+            route, params = self._router.match(request)
+        except (NoRoute, WrongMethod) as error:
+            path_exists = isinstance(error, WrongMethod)
+            if not path_exists or not self.authenticator.is_preflight(request):
+                self.authenticator.authorize(request, is_public=False)
+                raise
+        else:
+            label = self.authenticator.authorize(request, route.is_public)
+            request = request._replace(params=params, label=label)
+        if is_reserved and request.method != "PUT":
+            raise Unavailable("too many connections; the last ones are reserved for stops (PUT)")
+        return route, request
+
+    def dispatch(self, sock: socket.socket, route: Route | None, request: Request) -> Response:
+        """Return the response to an authorized request, whatever fails. It is in flight until `release`."""
+        try:
+            if route is None:
+                return self._preflight_response(request)
+            if route.is_limited:
+                self._add_in_flight(sock)
+            response = route.handle(request)
+            if request.method not in ("GET", "HEAD"):
+                self._log_change(request, response)
+            return response
+        except ApiError as error:
+            return error_response(error)
+        except Exception:
+            log.exception("%s %s failed", request.method, _path(request))
+            return error_response(ApiError("internal error; see the daemon's log"))
+
+    def _preflight_response(self, request: Request) -> Response:
+        methods = ", ".join(self._router.methods(request))
+        return Response(
+            204,
+            (
+                ("Access-Control-Allow-Methods", methods),
+                ("Access-Control-Allow-Headers", "Authorization, Content-Type"),
+            ),
+        )
+
+    def _add_in_flight(self, sock: socket.socket) -> None:
+        """Count a request in. Raise TooMany."""
+        limit = self._settings.max_requests
+        with self._lock:
+            if limit and len(self._in_flight) >= limit:
+                raise TooMany(f"{limit} requests are in flight, the most that --max-requests allows; try again")
+            self._in_flight.add(sock)
+
+    def release(self, sock: socket.socket) -> None:
+        """Count the request of a connection out, if it was counted in."""
+        with self._lock:
+            self._in_flight.discard(sock)
+
+    def _log_change(self, request: Request, response: Response) -> None:
+        """Log what was changed, and by whom; for a submission the new task too."""
+        fields = _log_fields(request)
+        fields["label"] = request.label
+        task = dict(response.headers).get("X-Task-ID")
+        if task:
+            fields["task"] = task
+        action = f"{request.method} {_path(request)}"
+        if response.audit:
+            action += f": {response.audit}"
+        log.info("%s (%s): %s", request.peer, request.label, action, extra={"log_fields": fields})
+
+    def log_request(
+        self,
+        request: Request,
+        route: Route | None,
+        response: Response,
+        seconds: float,
+        sent: int,
+    ) -> None:
+        """Count and log a request that was answered, or whose response broke off; `sent` is in bytes."""
+        template = route.template if route else ""
+        self._metrics.request(request.method, template, response.status, seconds)
+        if not log.isEnabledFor(logging.DEBUG):
+            return
+        fields = _log_fields(request)
+        fields.update(status=response.status, bytes=sent, seconds=seconds)
+        log.debug(
+            '%s "%s %s" %d %d B %.1f ms',
+            request.peer,
+            request.method,
+            _path(request),
+            response.status,
+            sent,
+            seconds * 1000,
+            extra={"log_fields": fields},
+        )
+
+    def log_bad_request(self, error: ApiError, seconds: float) -> None:
+        """Count a request whose head was malformed."""
+        self._metrics.request("", "", error.status, seconds)
 
     def shutdown_request(self, request: Any) -> None:
-        """Closes a connection."""
+        """Close a connection."""
         self._forget_connection(request)
         if self._tls:
             with contextlib.suppress(OSError, ValueError):  # it may have broken, or never begun
@@ -7582,10 +7789,10 @@ class Server(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """An answer broke off. Never raises: that would end the listener."""
+        """Log that a response broke off. Never raises: that would end the listener."""
         client = client_address[0] if client_address else "a client"
-        with contextlib.suppress(MemoryError):
-            log.error("connection of %s: the answer broke off", client, exc_info=True)
+        with contextlib.suppress(MemoryError):  # then there is no line, but a listener
+            log.error("connection of %s: the response broke off", client, exc_info=True)
 
 
 def _path(request: Request) -> str:
@@ -7593,20 +7800,16 @@ def _path(request: Request) -> str:
 
 
 def _log_fields(request: Request) -> dict[str, Any]:
-    """What a line of the log about a request says beside its text; the task and the step that its path names too."""
-    segments = request.segments
-    named = zip(("task", "step"), segments[3:5]) if segments[:3] == ("api", "v1", "task") else ()
-    return {"peer": request.peer, "method": request.method, "path": _path(request), **dict(named)}
+    """Return the fields of a log line about a request, with the task and the step in its path."""
+    fields = {"peer": request.peer, "method": request.method, "path": _path(request)}
+    if request.segments[:3] == ("api", "v1", "task"):
+        fields.update(zip(("task", "step"), request.segments[3:5]))
+    return fields
 
 
-def _plain_address(address: str) -> str:
-    """An IPv4 client's address as such, which a socket of both families shows otherwise."""
-    return address[7:] if address.startswith("::ffff:") and "." in address else address
-
-
-@functools.lru_cache(maxsize=2)
-def _date_line(seconds: int) -> str:
-    return time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT", time.gmtime(seconds))
+@functools.lru_cache(maxsize=2)  # the same for all responses of a second
+def _http_date(seconds: int) -> str:
+    return email.utils.formatdate(seconds, usegmt=True)
 
 
 class Connection(socketserver.BaseRequestHandler):
@@ -7614,142 +7817,194 @@ class Connection(socketserver.BaseRequestHandler):
 
     server: Server
     _is_reserved = False
-    _must_hurry = False
-    _timeout_s = 0.0  # that the client has for a request, and again for its answer
-    _end_s = 0.0  # until when the answer must have been taken
+    _is_scarce = False
+    _timeout_s = 0.0  # of a request, and again of its response
+    _send_deadline_s = 0.0
 
     def handle(self) -> None:
+        """Serve the connection until the client or the daemon ends it."""
         try:
-            ours = self.request.getsockname()
-            link = (_plain_address(self.client_address[0]), self.client_address[1]), (_plain_address(ours[0]), ours[1])
-        except (OSError, TypeError, IndexError) as error:  # it was reset: macOS knows no address of it any more
+            host, port = self.client_address[:2]
+            own_host, own_port = self.request.getsockname()[:2]
+            client_end = (str(_parse_ip(host)), port)
+            own_end = (str(_parse_ip(own_host)), own_port)
+        except (OSError, TypeError, ValueError) as error:  # it was reset: macOS knows no address of it any more
             log.debug("a connection has gone: %s", error)
             return
         try:
-            self._handle_requests(Client(link, self.server.scheme))
+            self._handle_requests(Client((client_end, own_end), self.server.scheme))
         except (OSError, ConnectionEnded) as error:
-            log.debug("connection of %s: %s", link[0][0], error)
+            log.debug("connection of %s: %s", client_end[0], error)
         finally:
-            self.server.access.forget(link)
+            self.server.authenticator.release((client_end, own_end))
 
     def _handle_requests(self, client: Client) -> None:
-        """Answers requests until the client or we have enough."""
+        """Handle requests until the client or the daemon ends the connection. Raise ConnectionEnded or OSError."""
+        client = self._set_up(client)
+        reader = RequestReader(self.request, self._set_recv_timeout)
+        reader.set_deadline(self._timeout_s)
+        reader.wait()
+        while self._handle_one_request(reader, client):
+            reader.set_deadline(_KEEP_ALIVE_TIMEOUT_S)
+            reader.wait()
+
+    def _set_up(self, client: Client) -> Client:
+        """Set time limits and do the TLS handshake. Return the client with its certificate's name. Raise OSError."""
         server = self.server
         self._is_reserved = server.is_reserved(self.request)
-        self._must_hurry = server.must_hurry(self.request)
+        self._is_scarce = server.is_scarce(self.request)
         self._timeout_s = server.timeout_s
-        if self._must_hurry:
+        if self._is_scarce:
             self._timeout_s = min(server.timeout_s, _RESERVED_TIMEOUT_S)
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if server.scheme == "http":
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(self._timeout_s))
-        else:
-            self.request.settimeout(self._timeout_s)
-            self.request.do_handshake()
-            client = client._replace(certificate=certificate_name(self.request.getpeercert()))
-        stream = RequestReader(self.request, self._limit_reads)
-        stream.set_deadline(self._timeout_s)
-        stream.wait()
-        while self._handle_one_request(stream, client):
-            stream.set_deadline(_KEEP_ALIVE_TIMEOUT_S)
-            stream.wait()
+            return client
+        self.request.settimeout(self._timeout_s)
+        self.request.do_handshake()
+        return client._replace(certificate=certificate_name(self.request.getpeercert()))
 
-    def _limit_reads(self, seconds: float) -> None:
-        """Holds a read to a time: by the kernel, which costs least, but TLS may need several reads of it for one."""
+    def _set_recv_timeout(self, seconds: float) -> None:
+        """Limit each recv: by the kernel, which costs least, but TLS may need several reads of it for one."""
         if self.server.scheme == "https":
             self.request.settimeout(seconds)
         else:
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(seconds))
 
-    def _handle_one_request(self, stream: RequestReader, client: Client) -> bool:
-        """One request and its answer; whether another may follow."""
-        server, begin_s = self.server, time.perf_counter()
+    def _handle_one_request(self, reader: RequestReader, client: Client) -> bool:
+        """Read a request and send its response. Return whether another may follow. Raise ConnectionEnded or OSError."""
+        server = self.server
+        begin_s = time.perf_counter()
         try:
-            request = read_head(stream, self._timeout_s, client)
+            request = read_head(reader, self._timeout_s, client)
         except ApiError as error:
-            self._send(None, error_response(error))
+            self._send_response(None, error_response(error), is_kept=False)
             server.log_bad_request(error, time.perf_counter() - begin_s)
-            return self._linger_and_close(stream)
-        admission, limit, body, is_read = server.authorize(request, self._is_reserved), server.body_limit, b"", True
+            self._linger_and_close(reader)
+            return False
+
+        route: Route | None = None
+        refusal: ApiError | None = None
         try:
-            if admission.error:
-                limit = min(limit, _REFUSED_BODY_BYTES)
-                if request.expects_continue or (request.body_bytes or 0) > limit:
-                    raise admission.error
-            body = read_body(stream, request, self._timeout_s, limit, self._send_continue)
-        except TooLarge as error:
-            admission, is_read = admission._replace(error=admission.error or error), False
+            route, request = server.authorize(request, self._is_reserved)
         except ApiError as error:
-            admission, is_read = admission._replace(error=error), False
-        with server.descriptors.lend_if_scarce(), server.serve(request, admission, body) as response:
+            refusal = error
+        is_body_read = False
+        try:
+            request = self._read_body(reader, request, refusal)
+            is_body_read = True
+        except ApiError as error:
+            refusal = error
+
+        with server.descriptors.lend_if_scarce():
+            response = error_response(refusal) if refusal else server.dispatch(self.request, route, request)
+            cors_headers = server.authenticator.cors_headers(request)
+            response = response._replace(headers=response.headers + cors_headers)
+            is_kept = self._keeps_alive(request, response, is_body_read)
             sent = 0
             try:
-                is_kept, sent = self._send(request, response, is_read)
+                sent = self._send_response(request, response, is_kept)
             finally:
-                server.log_request(request, admission.route, response.status, time.perf_counter() - begin_s, sent)
-        return is_kept if is_read else self._linger_and_close(stream)
+                server.release(self.request)
+                server.log_request(request, route, response, time.perf_counter() - begin_s, sent)
+        if not is_body_read:
+            self._linger_and_close(reader)
+        return is_kept
 
-    def _linger_and_close(self, stream: RequestReader) -> bool:
-        """The last of a connection on which more may come that nobody reads: else the answer could be lost."""
+    def _read_body(self, reader: RequestReader, request: Request, refusal: ApiError | None) -> Request:
+        """Return the request with its body; a refused one keeps its connection if it is short and on its way.
+
+        Raise the refusal, or another ApiError, if the body was not read to its end; ConnectionEnded; OSError.
+        """
+        max_bytes = self.server.max_body_bytes
+        if refusal:
+            max_bytes = min(max_bytes, _REFUSED_BODY_BYTES)
+            if request.expects_continue or (request.body_bytes or 0) > max_bytes:
+                raise refusal
+        try:
+            body = read_body(reader, request, self._timeout_s, max_bytes, self._send_continue)
+        except TooLarge as error:
+            raise refusal or error from None
+        return request._replace(body=body)
+
+    def _keeps_alive(self, request: Request, response: Response, is_body_read: bool) -> bool:
+        """Return whether another request may follow this response (RFC 9112, 9.3)."""
+        if not is_body_read:  # so it is unknown where the next one begins
+            return False
+        if self._is_scarce or self.server.is_stopping:
+            return False
+        if request.is_http_10 and not isinstance(response.body, bytes):  # only its end shows the end of the body
+            return False
+        connection = request.headers.get("connection", "")
+        options = {option.strip().lower() for option in connection.split(",")}
+        if request.is_http_10:
+            return "keep-alive" in options
+        return "close" not in options
+
+    def _linger_and_close(self, reader: RequestReader) -> None:
+        """Lingering close: shut down writes and drain input, so that a reset does not destroy the response."""
         socket.socket.shutdown(self.request, socket.SHUT_WR)
-        stream.drain(min(_LINGER_S, self._timeout_s))
-        return False
+        reader.drain(min(_LINGER_S, self._timeout_s))
 
     def _send_continue(self) -> None:
         self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _send(self, request: Request | None, response: Response, may_keep: bool = True) -> tuple[bool, int]:
-        """Sends the answer; whether the connection lives on, and the bytes of the body."""
-        self._end_s = time.monotonic() + self._timeout_s
-        is_kept = (
-            may_keep
-            and request is not None
-            and request.keeps_alive
-            and not self._must_hurry
-            and not self.server.is_stopping
-        )
-        is_streamed = not isinstance(response.body, bytes)
-        is_chunked = is_streamed and request is not None and not request.is_http_10
-        head = [f"HTTP/1.1 {response.status} {_REASONS[response.status]}", _date_line(int(time.time()))]
-        head += [f"{name}: {value}" for name, value in response.headers]
-        if is_chunked:
-            head.append("Transfer-Encoding: chunked")
-        elif not is_streamed and response.status != 204:
-            head.append(f"Content-Length: {len(response.body)}")  # type: ignore[arg-type]
-        is_kept = is_kept and (is_chunked or not is_streamed)
-        head.append(
-            ""
-            if is_kept and request and not request.is_http_10
-            else f"Connection: {'keep-alive' if is_kept else 'close'}\r\n"
-        )
-        start = "\r\n".join(head).encode("latin-1") + b"\r\n"
-        if isinstance(response.body, bytes):
-            self._send_bytes(start + response.body if request is None or request.method != "HEAD" else start)
-            return is_kept, len(response.body)
-        return is_kept, self._send_blocks(start, response.body, is_chunked)
+    def _send_response(self, request: Request | None, response: Response, is_kept: bool) -> int:
+        """Send a response; `request` is None if its head was malformed. Return the bytes of the body.
 
-    def _send_blocks(self, start: bytes, blocks: Iterable[bytes], is_chunked: bool) -> int:
-        """Sends the head and the blocks as they come; the bytes of the body."""
+        Raise ConnectionEnded or OSError.
+        """
+        self._send_deadline_s = time.monotonic() + self._timeout_s
+        is_http_10 = request is None or request.is_http_10
+        is_chunked = not is_http_10 and not isinstance(response.body, bytes)
+        lines = [
+            f"HTTP/1.1 {response.status} {_REASONS[response.status]}",
+            f"Date: {_http_date(int(time.time()))}",
+        ]
+        lines += [f"{name}: {value}" for name, value in response.headers]
+        if is_chunked:
+            lines.append("Transfer-Encoding: chunked")
+        elif isinstance(response.body, bytes) and response.status != 204:
+            lines.append(f"Content-Length: {len(response.body)}")
+        if not is_kept:
+            lines.append("Connection: close")
+        elif is_http_10:
+            lines.append("Connection: keep-alive")
+        head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+        if not isinstance(response.body, bytes):
+            return self._send_blocks(head, response.body, is_chunked)
+        if request is not None and request.method == "HEAD":
+            self._send_bytes(head)
+        else:
+            self._send_bytes(head + response.body)
+        return len(response.body)
+
+    def _send_blocks(self, head: bytes, blocks: Iterable[bytes], is_chunked: bool) -> int:
+        """Send the head with the first block, then the others as they come. Return the bytes of the body."""
         sent = 0
         for block in blocks:
-            if block:
-                framed = b"%x\r\n%b\r\n" % (len(block), block) if is_chunked else block
-                self._send_bytes(start + framed)
-                sent, start = sent + len(block), b""
-        self._send_bytes(start + (b"0\r\n\r\n" if is_chunked else b""))
+            if not block:  # as a chunk it would be the last
+                continue
+            data = b"%x\r\n%b\r\n" % (len(block), block) if is_chunked else block
+            self._send_bytes(head + data)
+            head = b""
+            sent += len(block)
+        end = b"0\r\n\r\n" if is_chunked else b""
+        self._send_bytes(head + end)
         return sent
 
     def _send_bytes(self, data: bytes) -> None:
-        """Sends all of it, within the time that a client may take for the answer up to here."""
-        self._end_s += len(data) / _BODY_RATE_BYTES_PER_S
+        """Send all of `data`, within the time for the response up to here. Raise ConnectionEnded or OSError."""
+        self._send_deadline_s += len(data) / _MIN_BODY_BYTES_PER_S
         rest = memoryview(data)
         while rest:
-            left_s = self._end_s - time.monotonic()
+            left_s = self._send_deadline_s - time.monotonic()
             if left_s <= 0:
                 raise ConnectionEnded("the client reads too slowly")
             if self.server.scheme == "https":
                 self.request.settimeout(left_s)
-            rest = rest[self.request.send(rest) :]
+            count = self.request.send(rest)
+            rest = rest[count:]
 
 
 # ======================================================================================================================

@@ -4681,7 +4681,7 @@ def request_of(client: Any, host: str, headers: dict[str, str], authorization: s
 
 
 def admitted(access: Any, request: Any, is_public: bool) -> tuple[int, str]:
-    access._wrong.clear()
+    access._wrong_tokens.clear()
     try:
         return 200, access.authorize(request, is_public)
     except module().ApiError as error:
