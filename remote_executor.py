@@ -109,7 +109,7 @@ class NotFound(ApiError):
     code = Code.NOT_FOUND
 
 
-class Malformed(ApiError):
+class BadRequest(ApiError):
     status = code = 400
 
 
@@ -122,11 +122,11 @@ class Forbidden(ApiError):
     status = code = 403
 
 
-class NoRoute(ApiError):
+class PathNotFound(ApiError):
     status = code = 404
 
 
-class WrongMethod(ApiError):
+class MethodNotAllowed(ApiError):
     status = code = 405
 
     def __init__(self, message: str, methods: Sequence[str]) -> None:
@@ -139,16 +139,16 @@ class Conflict(ApiError):
     status = code = 409
 
 
-class TooLarge(ApiError):
+class ContentTooLarge(ApiError):
     status = code = 413
 
 
-class TooMany(ApiError):
+class TooManyRequests(ApiError):
     status = code = 429
     headers = (("Retry-After", "1"),)
 
 
-class MustWait(TooMany):
+class AuthRateLimited(TooManyRequests):
     headers = (("Retry-After", "60"),)
 
 
@@ -1079,8 +1079,8 @@ if ON_WINDOWS:
 
 # The errno values of what is used up, in this process or on the host, and may be free again in a moment. Winsock has
 # values of its own for sockets.
-NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
-NO_RESOURCE = NO_DESCRIPTOR | {errno.ENOMEM, errno.ENOBUFS, getattr(errno, "WSAENOBUFS", errno.ENOBUFS)}
+DESCRIPTOR_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE})
+RESOURCE_ERRNOS = DESCRIPTOR_ERRNOS | {errno.ENOMEM, errno.ENOBUFS, getattr(errno, "WSAENOBUFS", errno.ENOBUFS)}
 _DESCRIPTORS_PER_RESPONSE = 4  # the file of an output, the two directories above it, and one of the database
 
 
@@ -1263,12 +1263,12 @@ def failpoint(name: str) -> None:
 # ======================================================================================================================
 
 
-def private_umask() -> int:
+def set_private_umask() -> int:
     """Set the umask to 077 and return the earlier one, which steps get back."""
     return os.umask(0o077)
 
 
-def private_directory(path: str) -> None:
+def make_private_directory(path: str) -> None:
     """Make a directory that only we can enter. Raises StartupError for a link, another's, or one open to others.
 
     An empty one is closed to others. One that holds something may be meant for them, as /var/lib is.
@@ -1464,7 +1464,7 @@ def _is_link(status: os.stat_result) -> bool:
     return stat.S_ISLNK(status.st_mode) or getattr(status, "st_reparse_tag", 0) == _JUNCTION
 
 
-def links_in(directory: str, names: Sequence[str]) -> list[str]:
+def ignore_links(directory: str, names: Sequence[str]) -> list[str]:
     """Return the names of links and junctions, as `ignore` of shutil.copytree, which follows junctions."""
     links = []
     for name in names:
@@ -1563,7 +1563,7 @@ class SafeDirectory:
         except FileNotFoundError:
             return True
         except OSError as error:
-            if error.errno in NO_DESCRIPTOR:
+            if error.errno in DESCRIPTOR_ERRNOS:
                 raise
             return False
 
@@ -1854,7 +1854,7 @@ def _unmap(address: str) -> str:
     return address
 
 
-def trusts_user(user: int | None) -> bool:
+def is_trusted_uid(user: int | None) -> bool:
     """Return whether this uid may do what the daemon's own may; None is a system that does not show it."""
     return user is None or sys.platform == "win32" or user in (0, os.geteuid())
 
@@ -2412,7 +2412,7 @@ class StepProcesses(Protocol):
 
 
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_SCARCE = NO_DESCRIPTOR | _DISK_FULL | {errno.EAGAIN, errno.ENOMEM}
+_SCARCE = DESCRIPTOR_ERRNOS | _DISK_FULL | {errno.EAGAIN, errno.ENOMEM}
 # ERROR_NOT_ENOUGH_MEMORY, _DISK_FULL, _NO_SYSTEM_RESOURCES, _COMMITMENT_LIMIT, _NOT_ENOUGH_QUOTA (System Error Codes)
 _SCARCE_ON_WINDOWS = {8, 112, 1450, 1455, 1816}
 
@@ -3899,7 +3899,7 @@ def summarize(steps: Iterable[tuple[int, str, int]]) -> tuple[int, str]:
     return 0, TASK_SUCCEEDED
 
 
-def failure_text(index: int, name: str, code: int, reason: str) -> str:
+def format_failure(index: int, name: str, code: int, reason: str) -> str:
     """Return how a failed step is shown, in its own message and in its task's."""
     text = f"Step: {index}, Name: {name}, Exit Code: {code}"
     return f"{text}: {reason}" if reason else text
@@ -3912,7 +3912,7 @@ def step_message(index: int, name: str, state: int, code: int, reason: str) -> s
     if state == State.RUNNING:
         return STEP_RUNNING
     if code:
-        return failure_text(index, name, code, reason)
+        return format_failure(index, name, code, reason)
     return STEP_SUCCEEDED
 
 
@@ -3957,13 +3957,13 @@ Pairs = Sequence[tuple[str, str]]
 
 
 def parse_json(body: bytes) -> Any:
-    """Return the value of a body. Raises Malformed."""
+    """Return the value of a body. Raises BadRequest."""
     try:
         return json.loads(body.decode("utf-8"), parse_constant=_reject_constant)
     except RecursionError:
-        raise Malformed("the body is not JSON: nested too deeply") from None
+        raise BadRequest("the body is not JSON: nested too deeply") from None
     except ValueError as error:
-        raise Malformed(f"the body is not JSON: {error}") from None
+        raise BadRequest(f"the body is not JSON: {error}") from None
 
 
 def _reject_constant(word: str) -> None:
@@ -3972,7 +3972,7 @@ def _reject_constant(word: str) -> None:
 
 
 def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) -> TaskSpec:
-    """Return the task that a POST asks for. Raises Malformed, which names the field at fault, such as [2].timeout."""
+    """Return the task that a POST asks for. Raises BadRequest, which names the field at fault, such as [2].timeout."""
     parameters = _parse_query(query)
     task_id = _parse_task_id(parameters["id"][1])
     parallel = _parse_bool(*parameters["ansync"])
@@ -3980,7 +3980,7 @@ def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) ->
     task_env = _parse_environment("env_vars", [value for name, value in query if name == "env_vars"])
     items = parse_json(body)
     if not isinstance(items, list) or not items:
-        raise Malformed("the body must be a JSON array of one step or more")
+        raise BadRequest("the body must be a JSON array of one step or more")
     allowed_types = tuple(command_types)
     steps = []
     for index, item in enumerate(items):
@@ -4024,7 +4024,7 @@ def _parse_query(query: Pairs) -> dict[str, tuple[str, str]]:
             continue
         earlier = parameters[name][1]
         if earlier not in ("", text):
-            raise Malformed(f"{alias}: given twice, as {earlier!r} and as {text!r}")
+            raise BadRequest(f"{alias}: given twice, as {earlier!r} and as {text!r}")
         parameters[name] = (alias, text)
     return parameters
 
@@ -4036,7 +4036,7 @@ def _parse_task_id(text: str) -> str:
 
         return str(uuid.uuid4())
     if not ID_PATTERN.fullmatch(text) or _WINDOWS_DEVICE.fullmatch(text):
-        raise Malformed(
+        raise BadRequest(
             f"invalid id {text!r}: use 1 to 64 of A-Z a-z 0-9 . _ -, starting with a letter or digit, "
             "not ending with a dot, and no Windows device name"
         )
@@ -4048,7 +4048,7 @@ def _parse_bool(where: str, text: str) -> bool:
     if not text:
         return False
     if text.lower() not in BOOLEANS:
-        raise Malformed(f"{where}: invalid boolean {text!r}: expected true or false")
+        raise BadRequest(f"{where}: invalid boolean {text!r}: expected true or false")
     return BOOLEANS[text.lower()]
 
 
@@ -4057,24 +4057,24 @@ def _parse_timeout(where: str, value: Any) -> int:
     if value is None or value == "":
         return 0
     if not isinstance(value, str):
-        raise Malformed(f"{where}: must be a string, a duration such as 90s, 1h30m or 500ms")
+        raise BadRequest(f"{where}: must be a string, a duration such as 90s, 1h30m or 500ms")
     try:
         timeout_ns = parse_duration(value)
     except ValueError as error:
-        raise Malformed(f"{where}: {error}") from None
+        raise BadRequest(f"{where}: {error}") from None
     if not timeout_ns:
-        raise Malformed(f"{where}: must be more than 0")
+        raise BadRequest(f"{where}: must be more than 0")
     return timeout_ns
 
 
 def _require_str(where: str, value: Any) -> str:
     """Return the value if it is a string that can be encoded, for a file or an environment."""
     if not isinstance(value, str):
-        raise Malformed(f"{where}: must be a string")
+        raise BadRequest(f"{where}: must be a string")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise Malformed(f"{where}: contains an unpaired surrogate") from None
+        raise BadRequest(f"{where}: contains an unpaired surrogate") from None
     return value
 
 
@@ -4083,11 +4083,11 @@ def _parse_environment(where: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
-        raise Malformed(f"{where}: must be a list of KEY=value")
+        raise BadRequest(f"{where}: must be a list of KEY=value")
     for index, entry in enumerate(value):
         text = _require_str(f"{where}[{index}]", entry)
         if not ENV_ENTRY_PATTERN.fullmatch(text):
-            raise Malformed(f"{where}[{index}]: invalid entry {text!r}: expected KEY=value")
+            raise BadRequest(f"{where}[{index}]: invalid entry {text!r}: expected KEY=value")
     return tuple(value)
 
 
@@ -4095,20 +4095,20 @@ def _parse_step(index: int, item: Any, default_name: str, allowed_types: tuple[s
     """Return the step of one element, without its dependencies."""
     where = f"[{index}]"
     if not isinstance(item, dict):
-        raise Malformed(f"{where}: a step must be a JSON object")
+        raise BadRequest(f"{where}: a step must be a JSON object")
     for key, field in _REQUIRED_FIELDS.items():
         if item.get(key) in (None, ""):
             tag = f"Error:Field validation for '{field}' failed on the 'required' tag"
-            raise Malformed(f"{where}: Key: 'PostStruct.{field}' {tag}")
+            raise BadRequest(f"{where}: Key: 'PostStruct.{field}' {tag}")
     command_type = _require_str(f"{where}.command_type", item["command_type"])
     if command_type not in allowed_types:
-        raise Malformed(f"{where}.command_type: unknown {command_type!r}: expected one of {', '.join(allowed_types)}")
+        raise BadRequest(f"{where}.command_type: unknown {command_type!r}: expected one of {', '.join(allowed_types)}")
     name = item.get("name")
     if name in (None, ""):
         name = default_name
     name = _require_str(f"{where}.name", name)
     if len(name) > MAX_NAME_LENGTH or _CONTROL_CHARACTER.search(name):
-        raise Malformed(f"{where}.name: must have at most {MAX_NAME_LENGTH} characters and no control characters")
+        raise BadRequest(f"{where}.name: must have at most {MAX_NAME_LENGTH} characters and no control characters")
     content = _require_str(f"{where}.command_content", item["command_content"])
     env = _parse_environment(f"{where}.env_vars", item.get("env_vars"))
     timeout_ns = _parse_timeout(f"{where}.timeout", item.get("timeout"))
@@ -4124,9 +4124,9 @@ def _dependency_names(index: int, item: Mapping[str, Any]) -> tuple[str, list[st
         if not value:
             continue
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise Malformed(f"[{index}].{alias}: must be a list of step names")
+            raise BadRequest(f"[{index}].{alias}: must be a list of step names")
         if names and names != value:
-            raise Malformed(f"[{index}].depends_on: differs from depets_on, which is the same field: give one of them")
+            raise BadRequest(f"[{index}].depends_on: differs from depets_on, which is the same field: give one of them")
         if not names:
             key = alias
             names = value
@@ -4138,14 +4138,14 @@ def _resolve_dependencies(
 ) -> list[StepSpec]:
     """Return the steps with the indexes of what they depend on.
 
-    Raises Malformed for duplicate names, dependencies that cannot be, and cycles, with the names in them.
+    Raises BadRequest for duplicate names, dependencies that cannot be, and cycles, with the names in them.
     """
     dependencies = [_dependency_names(index, item) for index, item in enumerate(items)]
     indexes: dict[str, int] = {}
     for index, step in enumerate(steps):
         first = indexes.setdefault(step.name, index)
         if first != index:
-            raise Malformed(f"[{index}].name: {step.name!r} is already the name of [{first}]")
+            raise BadRequest(f"[{index}].name: {step.name!r} is already the name of [{first}]")
     graph = {}
     for index, (where, names) in enumerate(dependencies):
         depends_on = [_dependency_index(where, name, index, indexes, parallel) for name in names]
@@ -4156,7 +4156,7 @@ def _resolve_dependencies(
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         cycle = " -> ".join(steps[index].name for index in reversed(error.args[1]))
-        raise Malformed(f"depets_on: the steps wait for each other: {cycle}") from None
+        raise BadRequest(f"depets_on: the steps wait for each other: {cycle}") from None
     return [step._replace(depends_on=graph[index]) for index, step in enumerate(steps)]
 
 
@@ -4164,11 +4164,11 @@ def _dependency_index(where: str, name: str, index: int, indexes: Mapping[str, i
     """Return the index of the step of that name, on which the step at `index` may depend."""
     dependency = indexes.get(name)
     if dependency is None:
-        raise Malformed(f"{where}: unknown step {name!r}")
+        raise BadRequest(f"{where}: unknown step {name!r}")
     if dependency == index:
-        raise Malformed(f"{where}: step {name!r} depends on itself")
+        raise BadRequest(f"{where}: step {name!r} depends on itself")
     if dependency > index and not parallel:
-        raise Malformed(f"{where}: {name!r} comes later: steps run in the order given, unless ansync=true")
+        raise BadRequest(f"{where}: {name!r} comes later: steps run in the order given, unless ansync=true")
     return dependency
 
 
@@ -4221,7 +4221,7 @@ _LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 Sample = tuple[str, Pairs, float]  # a suffix of the metric's name, labels and a value
 
 
-class Family(NamedTuple):
+class MetricFamily(NamedTuple):
     """A metric: its name, type and help, and its samples."""
 
     name: str
@@ -4230,15 +4230,15 @@ class Family(NamedTuple):
     samples: Sequence[Sample]
 
 
-def metric(name: str, kind: str, text: str, value: float | None, labels: Pairs = ()) -> Family:
+def metric(name: str, kind: str, text: str, value: float | None, labels: Pairs = ()) -> MetricFamily:
     """Return a metric of one sample, or of none where the value is None."""
     samples = []
     if value is not None:
         samples.append(("", labels, value))
-    return Family(name, kind, text, samples)
+    return MetricFamily(name, kind, text, samples)
 
 
-def exposition(families: Iterable[Family]) -> str:
+def format_metrics(families: Iterable[MetricFamily]) -> str:
     """Return the metrics in the text format 0.0.4 of Prometheus (Exposition formats)."""
     lines = []
     for family in families:
@@ -4279,12 +4279,12 @@ class Histogram:
         return samples
 
 
-def histogram_metric(name: str, text: str, histograms: Mapping[Pairs, Histogram]) -> Family:
+def histogram_metric(name: str, text: str, histograms: Mapping[Pairs, Histogram]) -> MetricFamily:
     """Return a metric of histograms, each with its labels."""
     samples = []
     for labels, histogram in histograms.items():
         samples += histogram.samples(labels)
-    return Family(name, "histogram", text, samples)
+    return MetricFamily(name, "histogram", text, samples)
 
 
 class Span(NamedTuple):
@@ -4410,15 +4410,15 @@ class Metrics:
             spans.append(span._replace(seconds=now_s - span.begin_s, args=args))
         return spans
 
-    def families(self) -> list[Family]:
+    def families(self) -> list[MetricFamily]:
         """Return all counts as metrics."""
         with self._lock:
             return [*self._step_families(), *self._request_families(), *self._store_families()]
 
-    def _step_families(self) -> list[Family]:
+    def _step_families(self) -> list[MetricFamily]:
         steps = [("", (("result", result),), count) for result, count in self._steps.items()]
         return [
-            Family(METRIC_PREFIX + "steps_ended_total", "counter", "Steps that ended, by result.", steps),
+            MetricFamily(METRIC_PREFIX + "steps_ended_total", "counter", "Steps that ended, by result.", steps),
             histogram_metric(METRIC_PREFIX + "step_duration_seconds", "How long steps ran.", {(): self._step_seconds}),
             histogram_metric(
                 METRIC_PREFIX + "step_queue_seconds", "How long ready steps waited.", {(): self._queue_seconds}
@@ -4426,7 +4426,7 @@ class Metrics:
             metric(METRIC_PREFIX + "step_output_bytes_total", "counter", "What ended steps wrote.", self._output_bytes),
         ]
 
-    def _request_families(self) -> list[Family]:
+    def _request_families(self) -> list[MetricFamily]:
         requests = []
         for (template, method, status), count in self._requests.items():
             labels = (*_route_labels(template, method), ("status", str(status)))
@@ -4435,7 +4435,7 @@ class Metrics:
         for (template, method), histogram in self._request_seconds.items():
             histograms[_route_labels(template, method)] = histogram
         return [
-            Family(METRIC_PREFIX + "http_requests_total", "counter", "Requests answered.", requests),
+            MetricFamily(METRIC_PREFIX + "http_requests_total", "counter", "Requests answered.", requests),
             histogram_metric(
                 METRIC_PREFIX + "http_request_duration_seconds",
                 "From a request's first byte to its answer's last.",
@@ -4443,7 +4443,7 @@ class Metrics:
             ),
         ]
 
-    def _store_families(self) -> list[Family]:
+    def _store_families(self) -> list[MetricFamily]:
         return [
             histogram_metric(
                 METRIC_PREFIX + "store_commit_duration_seconds",
@@ -4458,7 +4458,7 @@ def _route_labels(template: str, method: str) -> Pairs:
     return ("route", template or "none"), ("method", method)
 
 
-def process_families(stats: ProcessStats) -> list[Family]:
+def process_families(stats: ProcessStats) -> list[MetricFamily]:
     """Return metrics of the process and its Python, by the names of the official clients of Prometheus."""
     families = [
         metric("process_cpu_seconds_total", "counter", "User and system CPU time.", stats.cpu_s),
@@ -4475,7 +4475,7 @@ def process_families(stats: ProcessStats) -> list[Family]:
         for number, counts in enumerate(generations):
             labels = (("generation", str(number)),)
             samples.append(("", labels, counts[key]))
-        families.append(Family(f"python_gc_{name}_total", "counter", text, samples))
+        families.append(MetricFamily(f"python_gc_{name}_total", "counter", text, samples))
     return families
 
 
@@ -6408,7 +6408,7 @@ def _move_or_copy(path: str, target: str) -> None:
     except OSError:  # it is a mount, or a process works in it, which Windows lets nobody move
         log.warning("%s cannot be moved: copying its content", path)
     try:
-        shutil.copytree(path, target, symlinks=True, ignore=links_in)
+        shutil.copytree(path, target, symlinks=True, ignore=ignore_links)
     except shutil.Error as error:
         log.error("not all of %s could be copied to %s: %s", path, target, error)
 
@@ -6707,7 +6707,7 @@ class RequestReader:
             self._receive()
 
     def read_head(self) -> list[str]:
-        """Return the lines of a head, without the empty last one. Raise Malformed or ConnectionEnded."""
+        """Return the lines of a head, without the empty last one. Raise BadRequest or ConnectionEnded."""
         self._scanned = 0
         while True:
             unread = max(0, self._scanned - 3)  # the end may have begun in the last three bytes
@@ -6722,13 +6722,13 @@ class RequestReader:
         return head[:-4].split("\r\n")
 
     def read_line(self) -> bytes:
-        """Return the bytes before a CRLF, which is dropped. Raise Malformed or ConnectionEnded."""
+        """Return the bytes before a CRLF, which is dropped. Raise BadRequest or ConnectionEnded."""
         while True:
             end = self._buffer.find(b"\r\n", 0, _MAX_CHUNK_LINE_BYTES)
             if end >= 0:
                 break
             if len(self._buffer) >= _MAX_CHUNK_LINE_BYTES:
-                raise Malformed(f"line of the chunked body longer than {_MAX_CHUNK_LINE_BYTES} bytes")
+                raise BadRequest(f"line of the chunked body longer than {_MAX_CHUNK_LINE_BYTES} bytes")
             self._receive()
         return self._take(end + 2)[:-2]
 
@@ -6751,12 +6751,12 @@ class RequestReader:
                 self._receive()
 
     def _check_head(self, end: int) -> None:
-        """Raise Malformed if the head up to `end` is too large, or has a line end that is not CRLF."""
+        """Raise BadRequest if the head up to `end` is too large, or has a line end that is not CRLF."""
         if end > _MAX_HEAD_BYTES:
-            raise Malformed(f"request head larger than {_MAX_HEAD_BYTES // 1024} KB")
+            raise BadRequest(f"request head larger than {_MAX_HEAD_BYTES // 1024} KB")
         begin = max(0, self._scanned - 1)  # whose last byte may be the CR of a CRLF
         if _BARE_CR_LF_OR_NUL.search(self._buffer, begin, end):
-            raise Malformed("bare CR, bare LF or NUL in the request head")
+            raise BadRequest("bare CR, bare LF or NUL in the request head")
 
     def _take(self, count: int) -> bytes:
         data = bytes(self._buffer[:count])
@@ -6784,13 +6784,13 @@ class RequestReader:
 def read_head(reader: RequestReader, timeout_s: float, client: Client) -> Request:
     """Return the next request, without its body (RFC 9112, read strictly).
 
-    Raise Malformed, after which nothing more can be read from the connection, or ConnectionEnded.
+    Raise BadRequest, after which nothing more can be read from the connection, or ConnectionEnded.
     """
     reader.set_deadline(timeout_s)
     request_line, *field_lines = reader.read_head()
     match = _REQUEST_LINE.fullmatch(request_line)
     if not match:
-        raise Malformed("malformed request line: expected for example GET /version HTTP/1.1")
+        raise BadRequest("malformed request line: expected for example GET /version HTTP/1.1")
     method, target, minor_version = match.groups()
     fields = _parse_fields(field_lines)
     path, query, host = _split_target(target, fields)
@@ -6810,13 +6810,13 @@ def read_body(
 ) -> bytes:
     """Return the body of a request whose head was read; `send_continue` is called if the client waits for it.
 
-    Raise TooLarge or Malformed, after which nothing more can be read from the connection, or ConnectionEnded.
+    Raise ContentTooLarge or BadRequest, after which nothing more can be read from the connection, or ConnectionEnded.
     """
     size = request.body_bytes
     if size == 0:
         return b""
     if size is not None and size > max_bytes:
-        raise TooLarge(f"request body has {size} bytes; at most {max_bytes} are allowed (--max_body)")
+        raise ContentTooLarge(f"request body has {size} bytes; at most {max_bytes} are allowed (--max_body)")
     if request.expects_continue and not reader.has_buffered(size or 1):
         send_continue()
     reader.set_deadline(timeout_s)
@@ -6827,62 +6827,62 @@ def read_body(
 
 
 def _parse_fields(lines: Sequence[str]) -> dict[str, str]:
-    """Return header fields by their names in lower case, repeated ones joined by commas. Raise Malformed."""
+    """Return header fields by their names in lower case, repeated ones joined by commas. Raise BadRequest."""
     if len(lines) > _MAX_FIELDS:
-        raise Malformed(f"more than {_MAX_FIELDS} header fields")
+        raise BadRequest(f"more than {_MAX_FIELDS} header fields")
     fields: dict[str, str] = {}
     for line in lines:
         match = _FIELD_LINE.fullmatch(line)
         if not match:
-            raise Malformed("malformed header field: expected `Name: value`")
+            raise BadRequest("malformed header field: expected `Name: value`")
         name = match[1].lower()
         value = match[2].strip(" \t")
         if name not in fields:
             fields[name] = value
         elif name in _SINGLE_FIELDS:
-            raise Malformed(f"duplicate {match[1]} header")
+            raise BadRequest(f"duplicate {match[1]} header")
         else:
             fields[name] += f", {value}"
     return fields
 
 
 def _split_target(target: str, fields: Mapping[str, str]) -> tuple[str, str, str]:
-    """Return path, query and host. The host of an absolute target replaces Host (RFC 9112, 3.2.2). Raise Malformed."""
+    """Return path, query and host. The host of an absolute target replaces Host (RFC 9112, 3.2.2). Raise BadRequest."""
     if "host" not in fields:
-        raise Malformed("missing Host header")
+        raise BadRequest("missing Host header")
     host = fields["host"]
     if host and not _AUTHORITY.fullmatch(host):
-        raise Malformed("malformed Host header: expected host or host:port")
+        raise BadRequest("malformed Host header: expected host or host:port")
     if "#" in target or _BAD_ESCAPE.search(target):
-        raise Malformed("malformed request target: it has a fragment or a bad escape")
+        raise BadRequest("malformed request target: it has a fragment or a bad escape")
     if target.startswith("/"):  # not for urlsplit: //version would have a host
         path, _, query = target.partition("?")
         return path, query, host
     try:
         url = urllib.parse.urlsplit(target)
     except ValueError:
-        raise Malformed("malformed request target: its host is invalid") from None
+        raise BadRequest("malformed request target: its host is invalid") from None
     if url.scheme not in ("http", "https"):
-        raise Malformed("malformed request target: expected a path or an http URL")
+        raise BadRequest("malformed request target: expected a path or an http URL")
     if not _AUTHORITY.fullmatch(url.netloc):
-        raise Malformed("malformed request target: expected host or host:port in the URL")
+        raise BadRequest("malformed request target: expected host or host:port in the URL")
     return url.path or "/", url.query, url.netloc
 
 
 def _body_bytes(fields: Mapping[str, str], is_http_10: bool) -> int | None:
-    """Return the declared size of the body, None for chunks. Raise Malformed (RFC 9112, 6.3)."""
+    """Return the declared size of the body, None for chunks. Raise BadRequest (RFC 9112, 6.3)."""
     length = fields.get("content-length", "0")
     coding = fields.get("transfer-encoding")
     if coding is not None and "content-length" in fields:
-        raise Malformed("both Content-Length and Transfer-Encoding: send only one of them")
+        raise BadRequest("both Content-Length and Transfer-Encoding: send only one of them")
     if not re.fullmatch("[0-9]{1,18}", length):
-        raise Malformed("invalid Content-Length: expected a number of bytes")
+        raise BadRequest("invalid Content-Length: expected a number of bytes")
     if coding is not None and is_http_10:
-        raise Malformed("Transfer-Encoding is not allowed in HTTP/1.0: send Content-Length")
+        raise BadRequest("Transfer-Encoding is not allowed in HTTP/1.0: send Content-Length")
     if coding is not None and coding.lower() != "chunked":
-        raise Malformed("unsupported Transfer-Encoding: only chunked is supported")
+        raise BadRequest("unsupported Transfer-Encoding: only chunked is supported")
     if fields.get("expect", "100-continue").lower() != "100-continue":
-        raise Malformed("unsupported Expect: only 100-continue is supported")
+        raise BadRequest("unsupported Expect: only 100-continue is supported")
     if coding is not None:
         return None
     return int(length)
@@ -6899,11 +6899,11 @@ def _read_chunks(reader: RequestReader, max_bytes: int) -> bytes:
     body = bytearray()
     while size := _read_chunk_size(reader):
         if len(body) + size > max_bytes:
-            raise TooLarge(f"request body has more than {max_bytes} bytes, the most allowed (--max_body)")
+            raise ContentTooLarge(f"request body has more than {max_bytes} bytes, the most allowed (--max_body)")
         reader.extend_deadline(size / _MIN_BODY_BYTES_PER_S)
         body += reader.read_exactly(size)
         if reader.read_exactly(2) != b"\r\n":
-            raise Malformed("malformed chunk: expected CRLF after its data")
+            raise BadRequest("malformed chunk: expected CRLF after its data")
     trailer: list[str] = []
     while len(trailer) <= _MAX_FIELDS and (line := reader.read_line()):
         trailer.append(line.decode("latin-1"))
@@ -6914,7 +6914,7 @@ def _read_chunks(reader: RequestReader, max_bytes: int) -> bytes:
 def _read_chunk_size(reader: RequestReader) -> int:
     match = _CHUNK_SIZE.fullmatch(reader.read_line())
     if not match:
-        raise Malformed("malformed chunk size: expected a hexadecimal number")
+        raise BadRequest("malformed chunk size: expected a hexadecimal number")
     return int(match[1], 16)
 
 
@@ -6958,21 +6958,21 @@ class Router:
             table.setdefault(segments, {})[route.method] = route
 
     def match(self, request: Request) -> tuple[Route, dict[str, str]]:
-        """Return the route of a request and its parameters. Raise NoRoute or WrongMethod."""
+        """Return the route of a request and its parameters. Raise PathNotFound or MethodNotAllowed."""
         methods, params = self._match_path(request.segments)
         route = methods.get(request.method)
         if route is None:
             allowed = ", ".join(methods)
-            raise WrongMethod(f"method {request.method} not allowed here; allowed: {allowed}", [*methods])
+            raise MethodNotAllowed(f"method {request.method} not allowed here; allowed: {allowed}", [*methods])
         return route, params
 
     def methods(self, request: Request) -> list[str]:
-        """Return the methods of the request's path. Raise NoRoute."""
+        """Return the methods of the request's path. Raise PathNotFound."""
         methods, _ = self._match_path(request.segments)
         return [*methods]
 
     def _match_path(self, segments: _Segments) -> tuple[_Methods, dict[str, str]]:
-        """Return the routes of a path by method, and its parameters. Raise NoRoute."""
+        """Return the routes of a path by method, and its parameters. Raise PathNotFound."""
         if segments in self._fixed:
             return self._fixed[segments], {}
         for template, methods in self._variable.items():
@@ -6980,7 +6980,7 @@ class Router:
             if params is not None:
                 return methods, params
         path = "/".join(segments)
-        raise NoRoute(f"not found: /{path}")
+        raise PathNotFound(f"not found: /{path}")
 
 
 def _match_template(template: _Segments, segments: _Segments) -> dict[str, str] | None:
@@ -7071,7 +7071,7 @@ class Authenticator:
     def authorize(self, request: Request, is_public: bool) -> str:
         """Return the client's label for the log, empty for a stranger on a public route.
 
-        Raise Forbidden, Unauthorized, TooMany or Unavailable.
+        Raise Forbidden, Unauthorized, TooManyRequests or Unavailable.
         """
         self._check_browser(request)
         if self._settings.insecure:
@@ -7114,7 +7114,7 @@ class Authenticator:
             raise Forbidden("pages of other sites may not call this; --cors_origin allows one")
 
     def _identify(self, request: Request) -> str:
-        """Return the client's label. Raise Unauthorized, Forbidden, TooMany or Unavailable for a stranger."""
+        """Return the client's label. Raise Unauthorized, Forbidden, TooManyRequests or Unavailable for a stranger."""
         authorization = request.headers.get("authorization")
         if authorization is not None:
             return self._check_token(request, authorization)
@@ -7124,7 +7124,7 @@ class Authenticator:
         return "local"
 
     def _check_token(self, request: Request, authorization: str) -> str:
-        """Return the label of the token in an Authorization header. Raise Unauthorized or TooMany."""
+        """Return the label of the token in an Authorization header. Raise Unauthorized or TooManyRequests."""
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer":
             token = ""
@@ -7134,7 +7134,7 @@ class Authenticator:
             earlier = self._wrong_tokens.get(client, ())
             recent = [at_s for at_s in earlier if now_s - at_s < _WRONG_TOKENS_WINDOW_S]
             if len(recent) >= _MAX_WRONG_TOKENS:
-                raise MustWait("too many wrong tokens from this address; wait a minute")
+                raise AuthRateLimited("too many wrong tokens from this address; wait a minute")
             self._reload()
             label = self._find_label(token.strip(" ").encode("latin-1"))
             if label:
@@ -7223,11 +7223,11 @@ class Authenticator:
         except LookupError:  # the client has closed its end already
             return False
         except OSError as error:
-            if error.errno in NO_RESOURCE:
+            if error.errno in RESOURCE_ERRNOS:
                 raise Unavailable("no file descriptor left to look up the client's user; try again") from None
             log.warning("a client's user cannot be looked up, so it needs a token: %s", error)
             return False
-        return trusts_user(user)
+        return is_trusted_uid(user)
 
 
 def _is_local_host(request: Request) -> bool:
@@ -7560,7 +7560,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             sock, address, uses_reserve = self._accept()
         except OSError as error:
-            if error.errno in NO_RESOURCE:
+            if error.errno in RESOURCE_ERRNOS:
                 time.sleep(_ACCEPT_RETRY_S)  # the client waits in the backlog
             raise
         if not address or not address[0]:  # reset before it was accepted: macOS and Wine give no address then
@@ -7581,7 +7581,7 @@ class Server(http.server.ThreadingHTTPServer):
                 sock, address = super().get_request()
                 return sock, address, False
             except OSError as error:
-                if error.errno not in NO_DESCRIPTOR:
+                if error.errno not in DESCRIPTOR_ERRNOS:
                     raise
         with self._lock:
             borrowers = len(self._on_reserve)
@@ -7685,8 +7685,8 @@ class Server(http.server.ThreadingHTTPServer):
         route: Route | None = None
         try:
             route, params = self._router.match(request)
-        except (NoRoute, WrongMethod) as error:
-            path_exists = isinstance(error, WrongMethod)
+        except (PathNotFound, MethodNotAllowed) as error:
+            path_exists = isinstance(error, MethodNotAllowed)
             if not path_exists or not self.authenticator.is_preflight(request):
                 self.authenticator.authorize(request, is_public=False)
                 raise
@@ -7725,11 +7725,11 @@ class Server(http.server.ThreadingHTTPServer):
         )
 
     def _add_in_flight(self, sock: socket.socket) -> None:
-        """Count a request in. Raise TooMany."""
+        """Count a request in. Raise TooManyRequests."""
         limit = self._settings.max_requests
         with self._lock:
             if limit and len(self._in_flight) >= limit:
-                raise TooMany(f"{limit} requests are in flight, the most that --max-requests allows; try again")
+                raise TooManyRequests(f"{limit} requests are in flight, the most that --max-requests allows; try again")
             self._in_flight.add(sock)
 
     def release(self, sock: socket.socket) -> None:
@@ -7923,7 +7923,7 @@ class Connection(socketserver.BaseRequestHandler):
                 raise refusal
         try:
             body = read_body(reader, request, self._timeout_s, max_bytes, self._send_continue)
-        except TooLarge as error:
+        except ContentTooLarge as error:
             raise refusal or error from None
         return request._replace(body=body)
 
@@ -8654,7 +8654,7 @@ def _task_outcome(task: TaskRow, steps: Sequence[StepRow]) -> tuple[Code, str]:
     failures = []
     for step in steps:
         if step.code:
-            failures.append(failure_text(step.step_index, step.name, step.code, step.reason))
+            failures.append(format_failure(step.step_index, step.name, step.code, step.reason))
     if failures:
         return Code.FAILED, f"execution failed: [{'; '.join(failures)}]"
     return Code.SUCCESS, "success"
@@ -8720,13 +8720,13 @@ def _console_outcome(step: StepRow) -> tuple[Code, str]:
     if step.state == State.RUNNING:
         return Code.IN_PROGRESS, "in progress"
     if step.code:
-        reason = step.reason or failure_text(step.step_index, step.name, step.code, "")
+        reason = step.reason or format_failure(step.step_index, step.name, step.code, "")
         return Code.FAILED, f"exit code: {step.code}; {reason}"
     return Code.SUCCESS, "succeed"
 
 
 def _console_response() -> Json:
-    reason = failure_text(0, "a-0", 2, "")
+    reason = format_failure(0, "a-0", 2, "")
     examples = {
         "success": {"code": 0, "message": "succeed", "data": ["build linux", "  done"]},
         "in progress": {"code": 1001, "message": "in progress", "data": ["build linux"]},
@@ -8908,7 +8908,7 @@ def encode_lines(blocks: Iterable[bytes], fallback: str) -> Iterator[bytes]:
         yield comma + to_json(_decode(rest, fallback)).encode()
 
 
-class Api:
+class TaskApi:
     """Handlers for the routes of tasks and of the pool. Thread-safe."""
 
     def __init__(
@@ -8960,7 +8960,7 @@ class Api:
     def list_tasks(self, request: Request) -> Response:
         sort_keys = [value for name, value in request.query if name == "sort"] or ["st"]
         if len(sort_keys) > 1 or sort_keys[0] not in _SORT_KEYS:
-            raise Malformed("sort parameter error")
+            raise BadRequest("sort parameter error")
         task_numbers = self._store.task_numbers(sort_keys[0])
         return Response(headers=(JSON_TYPE,), body=self._task_list(task_numbers, request.base_url))
 
@@ -9039,7 +9039,7 @@ class Api:
         body = parse_json(request.body)
         size = body.get("size") if isinstance(body, dict) else None
         if type(size) is not int or not 1 <= size <= MAX_POOL_SIZE:
-            raise Malformed(f'invalid body: expected {{"size": n}} with n from 1 to {MAX_POOL_SIZE}')
+            raise BadRequest(f'invalid body: expected {{"size": n}} with n from 1 to {MAX_POOL_SIZE}')
         return json_response(pool_json(self._scheduler.resize(size)), audit=f"size {size}")
 
     def _time_format(self) -> TimeFormat:
@@ -9269,16 +9269,16 @@ class OperatorApi:
         families = self._gauges()
         families += self._metrics.families()
         families += process_families(process_stats())
-        return Response(headers=(METRICS_TYPE,), body=exposition(families).encode())
+        return Response(headers=(METRICS_TYPE,), body=format_metrics(families).encode())
 
-    def _gauges(self) -> list[Family]:
+    def _gauges(self) -> list[MetricFamily]:
         """Return the metrics of what there is now, read when they are asked for."""
         counts = self._store.counts()
         tasks = [("", (("state", name),), count) for name, count in _tasks_json(counts).items()]
         labels = tuple(build()._asdict().items())
         families = [
             metric(METRIC_PREFIX + "build_info", "gauge", "The program and its Python; always 1.", 1, labels),
-            Family(METRIC_PREFIX + "tasks", "gauge", "Tasks kept, by state.", tasks),
+            MetricFamily(METRIC_PREFIX + "tasks", "gauge", "Tasks kept, by state.", tasks),
         ]
         for name, value in pool_json(self._scheduler.pool()).items():
             families.append(metric(f"{METRIC_PREFIX}pool_{name}", "gauge", f"{POOL_FIELDS[name]}.", value))
@@ -9642,7 +9642,7 @@ def _debug_level(request: Request) -> int:
     if text is None:
         return 0
     if text not in _DEBUG_LEVELS:
-        raise Malformed(f"debug: invalid level {text!r}: expected 0, 1 or 2")
+        raise BadRequest(f"debug: invalid level {text!r}: expected 0, 1 or 2")
     return int(text)
 
 
@@ -9730,14 +9730,14 @@ class ProfileApi:
         return _profile_response(request, profile)
 
     def _seconds(self, request: Request, default_s: float) -> float:
-        """Return the `seconds` of the query; raise Malformed where they are not within --profile_timeout."""
+        """Return the `seconds` of the query; raise BadRequest where they are not within --profile_timeout."""
         text = _last_value(request, "seconds")
         if text is None:
             return min(default_s, self._max_s)
         seconds = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else 0.0
         if not 0 < seconds <= self._max_s:
             limit = f"{self._max_s:g} (--profile_timeout)"
-            raise Malformed(f"seconds: {text!r} is out of range: expected more than 0, up to {limit}")
+            raise BadRequest(f"seconds: {text!r} is out of range: expected more than 0, up to {limit}")
         return seconds
 
     @contextlib.contextmanager
@@ -10126,7 +10126,7 @@ class Daemon:
     def _start(self, closing: contextlib.ExitStack) -> str:
         """Build and start all parts, return the URL; `closing` stops them. Raise StartupError, ApiError and OSError."""
         settings = self._settings
-        steps_umask = private_umask()
+        steps_umask = set_private_umask()
         if self._tls:
             self._tls.load()
         self._open_root(closing)
@@ -10158,7 +10158,7 @@ class Daemon:
 
     def _open_root(self, closing: contextlib.ExitStack) -> None:
         """Create and lock the root, which is this daemon's alone, and begin to log to a file in it."""
-        private_directory(self._root)
+        make_private_directory(self._root)
         closing.callback(os.close, lock_file(os.path.join(self._root, "lock")))
         directory = lock_directory(self._root)
         if directory is not None:
@@ -10217,7 +10217,7 @@ class Daemon:
         store = tasks.store
         scheduler = tasks.scheduler
         clock = tasks.clock
-        task_api = Api(store, scheduler, clock, tasks.files, settings.key_expire)
+        task_api = TaskApi(store, scheduler, clock, tasks.files, settings.key_expire)
         operator_api = OperatorApi(store, scheduler, clock, tasks.metrics, self._root, warnings)
         profile_api = ProfileApi(tasks.metrics, settings.profile_timeout)
         routes = [*task_api.routes(), *operator_api.routes(), *profile_api.routes()]

@@ -5153,7 +5153,7 @@ def body_of(fields: dict[bytes, list[bytes]], data: bytes, at: int, is_http_10: 
 def parsed(data: bytes, piece: int) -> list[tuple[str, tuple[str, ...], bytes]]:
     """Method, segments and body of the requests that the daemon's parser takes from these bytes, in pieces."""
     code, stream, found = module(), stream_of(data, piece), []
-    with contextlib.suppress(code.ConnectionEnded, code.Malformed, code.TooLarge):
+    with contextlib.suppress(code.ConnectionEnded, code.BadRequest, code.ContentTooLarge):
         while True:
             request = code.read_head(stream, 30, code.Client())
             body = code.read_body(stream, request, 30, BODY_LIMIT, lambda: None)
