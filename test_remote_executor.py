@@ -2498,7 +2498,9 @@ def test_engine_leaves_no_zombie_and_no_descriptor(launch: Callable[..., Daemon]
     wait_until(lambda: not (process / f"task/{daemon.process.pid}/children").read_text().split(), "no child")
     of_steps = re.compile(rf"{re.escape(str(daemon.root))}/tasks/.|anon_inode:\[pidfd\]")
     wait_until(lambda: not any(map(of_steps.match, links())), "the descriptors of steps to be closed")
-    assert len(links()) < before + 100  # one a step would be 250; workers and readers stay, as many as there were at once
+    assert (
+        len(links()) < before + 100
+    )  # one a step would be 250; workers and readers stay, as many as there were at once
 
 
 # -- process trees, one by one
@@ -3126,6 +3128,25 @@ def test_restart_finishes_a_stop_that_a_kill_cut_short(launch: Callable[..., Dae
     answer = daemon.ended(task)
     assert [(one["state"], one["code"]) for one in answer.data] == [(0, 255), (2, 0)]
     assert answer.data[0]["msg"].endswith(STOPPED)
+
+
+def test_task_whose_record_is_damaged_has_state_255(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch()
+    task = daemon.submit(held(gate), step())
+    daemon.until_printed(task, "held")
+    daemon.end()
+    gate.touch()
+    with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as db:
+        db.execute("UPDATE step SET needs = '[7]' WHERE idx = 1")
+        db.commit()
+    daemon.start()
+    answer, row = daemon.detail(task), daemon.row(task)
+    assert (answer.status, answer.code) == (200, 1002) and answer.message.startswith("lost: ")
+    assert answer.headers["X-Task-STATE"] == "System Error"
+    assert (row["state"], row["code"], row["msg"]) == (255, 255, answer.message)
+    assert daemon.put(f"/api/v1/task/{task}").code == 1003
+    assert "cannot be taken up" in daemon.log()
+    assert daemon.run(step()).code == 0 and daemon.restart().row(task)["state"] == 255
 
 
 def test_on_exit_leave_says_how_many_steps_run_on(launch: Callable[..., Daemon], gate: Path) -> None:
@@ -3998,7 +4019,7 @@ def test_database_of_a_later_version_is_refused(launch: Callable[..., Daemon]) -
     with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as db:
         db.execute("PRAGMA user_version = 99")
     line = refused(cli("run", "--addr=127.0.0.1:0", f"--root={daemon.root}"), 1)
-    assert "later version" in line
+    assert str(daemon.root) in line and "later version" in line
     with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as db:
         db.execute(f"PRAGMA user_version = {len(module()._MIGRATIONS)}")
     daemon.start()
@@ -4429,6 +4450,84 @@ def test_scripts_go_with_their_task_however_it_ends(house: House) -> None:
         house.ended(number)
     wait_until(lambda: scripts() == 0, "the scripts to go")
     house.tree(0).end(0)
+
+
+@pytest.mark.parametrize("thread", ["timekeeper", "sweeper"])
+def test_janitor_logs_an_exception_and_goes_on(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, thread: str
+) -> None:
+    owner, name = (house.scheduler, "overdue_tasks") if thread == "timekeeper" else (house.store, "expire")
+    real, calls = getattr(owner, name), []
+
+    def fail_once(*arguments: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 1:
+            raise ZeroDivisionError("odd")
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, fail_once)
+    house.start()
+    house.janitor.start([])
+    try:
+        wait_until(lambda: len(calls) > 2, "further turns")
+        assert house.janitor.is_alive()
+    finally:
+        house.janitor.stop()
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert record.getMessage().startswith(thread) and "odd" in str(record.exc_info)
+
+
+def test_worker_logs_an_exception_and_runs_its_step_again(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    failures = [ZeroDivisionError("odd")]
+
+    def fail_once(step: Any) -> None:
+        if failures:
+            raise failures.pop()
+        house.runner.run(step)
+
+    house.start(fail_once)
+    number = house.submit(step()).task_number
+    house.tree().end(0)
+    assert house.ended(number) == [(0, 0, "")] and len(house.processes.trees) == 1
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert "odd" in str(record.exc_info)
+
+
+@pytest.mark.parametrize("left", ["its code", "its tree", "nothing that began"])
+def test_recovery_finishes_a_stop_that_is_stored(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """Whatever is there of the step by then: what it started is ended, and it counts as stopped."""
+    now_ns, tree = house.clock.now_ns(), FakeTree()
+    house.store.accept(1, house.parse(step(), step(), id="a"), now_ns).result(60)
+    house.store.begin(1, 0, now_ns).result(60)
+    house.store.record_stop(1, None, STOPPED).result(60)
+    house.processes.has_started = left != "nothing that began"
+    (tmp_path / "tasks" / "1" / "0").mkdir(parents=True)
+    if left == "its code":
+        (tmp_path / "tasks" / "1" / "0" / "rc").write_text("0\n")
+    if left == "its tree":
+        monkeypatch.setattr(house.processes, "adopt", lambda step_dir: tree)
+    house.recovery.run()
+    house.start()
+    assert house.ended(1) == [(0, 255, STOPPED), (2, 0, "")] and not house.processes.trees
+    assert tree.stops == (left == "its tree")
+    assert house.processes.remaining == ([["0"]] if left == "its code" else [])
+
+
+@pytest.mark.parametrize("has_room", [True, False], ids=["room", "no room"])
+def test_writer_tries_again_once_at_the_end(house: House, tmp_path: Path, has_room: bool) -> None:
+    def store_at_the_end(db: sqlite3.Connection) -> None:
+        if not (house.store._is_closing and has_room):
+            raise sqlite3.OperationalError("database or disk is full")
+        db.execute("INSERT INTO meta VALUES ('last', 'word')")
+
+    house.store._record(store_at_the_end)
+    wait_until(lambda: house.store.warning(), "it to fail")
+    house.store.stop()
+    assert not house.store.is_alive()
+    with contextlib.closing(sqlite3.connect(tmp_path / "db")) as db:
+        assert db.execute("SELECT value FROM meta WHERE key = 'last'").fetchall() == [("word",)] * has_room
 
 
 # Of version 1.0.0, of the steps that `fingerprinted` submits.
