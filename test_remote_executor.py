@@ -3137,7 +3137,7 @@ def test_task_whose_record_is_damaged_has_state_255(launch: Callable[..., Daemon
     daemon.end()
     gate.touch()
     with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as db:
-        db.execute("UPDATE step SET needs = '[7]' WHERE idx = 1")
+        db.execute("UPDATE step SET needs = '[1]' WHERE idx = 0")
         db.commit()
     daemon.start()
     answer, row = daemon.detail(task), daemon.row(task)
