@@ -51,7 +51,7 @@ if __name__ == "__main__":  # stands above the import of pytest, which this Pyth
         install = [interpreter, "-m", "pip", "install", *options, "pytest>=8"]
         if subprocess.run(install, stderr=subprocess.DEVNULL).returncode:
             sys.exit(
-                "pytest cannot be fetched. Offline: `pip download pytest` elsewhere, with the same Python version; then here "
+                "pytest cannot be fetched. Offline: `pip download pytest` elsewhere, by the same Python; then here "
                 "PIP_NO_INDEX=1 PIP_FIND_LINKS=directory-of-these-files python3 test_remote_executor.py"
             )
     if not sys.argv[1:]:
