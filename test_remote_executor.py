@@ -19,6 +19,15 @@ Every fenced block of README.md is tested too. Its info string says how, after t
     sh suite       the test commands; CI calls the first
     text help      equals what `remote_executor.py help` prints
     sh, json, ini, xml, python, powershell: not run, but they parse, and the flags in them exist
+
+The sections, in their order; a helper that two of them use stands in the harness:
+
+    tools       harness
+    tasks       submission, refused requests, reading, steps, Windows, pool, ends by force
+    failures    restarts, crashes, storage, races and a model, limits, versions, scheduler and store in process
+    attacks     authentication, request parser, connections, files of steps, TLS
+    operation   other routes, API document, profiles, log, command line, services
+    rules       durations, source, readme, bench
 """
 
 from __future__ import annotations
@@ -129,8 +138,11 @@ LOCAL_TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:Z|[+-]\d\d:\d\d)"
 UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 # ======================================================================================================================
-# harness: a daemon as a subprocess, a client, steps that both systems run
+# harness: waiting, a client, a daemon as a subprocess, steps that both systems run, fixtures
 # ======================================================================================================================
+
+
+# -- waiting
 
 
 def wait_until(condition: Callable[[], Any], what: str = "", deadline_s: float = 60, pause_s: float = 0.01) -> Any:
@@ -141,6 +153,21 @@ def wait_until(condition: Callable[[], Any], what: str = "", deadline_s: float =
         assert waited_s < deadline_s, f"not within {deadline_s} s: {what or condition}"
         time.sleep(max(pause_s, min(waited_s / 20, 0.2)))
     return value
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+def until_idle(daemon: Daemon) -> None:
+    wait_until(
+        lambda: sum(daemon.get("/api/v1/pool").data[key] for key in ("running", "waiting")) == 0, "idle", 600, 0.02
+    )
+
+
+# -- a client and a daemon
 
 
 class Answer(NamedTuple):
@@ -389,6 +416,62 @@ class Daemon:
         wait_until(lambda: line in self.console(task, step).json.get("data", []), f"{task} to print {line}")
 
 
+# -- the network of this host
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+def free_port() -> int:
+    with socket.socket() as link:
+        link.bind(("127.0.0.1", 0))
+        return link.getsockname()[1]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as link:
+        return link.connect_ex(("127.0.0.1", port)) == 0
+
+
+def token_of(daemon: Daemon) -> str:
+    return (daemon.root / "token").read_text().strip()
+
+
+def console_chunks(daemon: Daemon, task: str) -> Iterator[bytes]:
+    """The console's body as it comes, in pieces that memory holds."""
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=120)
+    with contextlib.closing(connection):
+        connection.request("GET", f"/api/v1/task/{task}/0/console")
+        response = connection.getresponse()
+        while chunk := response.read(1 << 22):
+            yield chunk
+
+
+# -- texts of the API
+
+
+def go_seconds(text: str) -> float:
+    """The length of a duration as Go prints it."""
+    assert re.fullmatch(GO_DURATION, text), text
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}
+    return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(h|ms|µs|ns|m|s)", text))
+
+
+def local_seconds(text: str) -> float:
+    """The moment of an RFC 3339 text with this host's offset and whole seconds."""
+    assert re.fullmatch(LOCAL_TIME, text), text
+    moment = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
+    assert moment.utcoffset() == moment.astimezone().utcoffset(), text
+    return moment.timestamp()
+
+
+# -- steps
+
+
 def script(posix: str, windows: str) -> str:
     """A command both systems have, each in its own words."""
     return windows if WINDOWS else posix
@@ -433,6 +516,9 @@ def marks(file: Path) -> list[str]:
     return file.read_text().split() if file.exists() else []
 
 
+# -- the program: as a command, as text, as a module
+
+
 def cli(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(PROGRAM), *arguments]
     environment = {**os.environ, "PYTHONUTF8": "1", **(env or {})}
@@ -448,12 +534,6 @@ def refused(result: subprocess.CompletedProcess[str], code: int) -> str:
     return result.stderr.strip()
 
 
-def memory_bytes(pid: int, field: str = "VmRSS") -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found
-    return int(found[1]) * 1024
-
-
 @functools.cache
 def source() -> str:
     return PROGRAM.read_text(encoding="utf-8")
@@ -463,6 +543,132 @@ def version() -> str:
     found = re.search(r'^__version__(?:: \w+)? = "(.+)"$', source(), re.MULTILINE)
     assert found
     return found[1]
+
+
+@functools.cache
+def module() -> Any:
+    sys.path.insert(0, str(HERE))
+    return importlib.import_module("remote_executor")
+
+
+class Wire:
+    """The receiving side of a socket: gives out what it holds, in pieces, then its end."""
+
+    def __init__(self, data: bytes, piece: int = 1 << 16) -> None:
+        self.data, self.piece, self.at = data, piece, 0
+
+    def recv(self, count: int) -> bytes:
+        begin, self.at = self.at, min(len(self.data), self.at + min(count, self.piece))
+        return self.data[begin : self.at]
+
+
+def stream_of(data: bytes, piece: int = 1 << 16) -> Any:
+    return module().RequestReader(Wire(data, piece), lambda seconds: None)
+
+
+def repeated(few: int, many: int) -> pytest.MarkDecorator:
+    """Runs a test with `runs`: few in the ordinary suite, many where there are minutes (-m slow)."""
+    return pytest.mark.parametrize("runs", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
+# -- processes and disks
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process has this pid."""
+    if WINDOWS:
+        process = ctypes.windll.kernel32.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
+        code = ctypes.c_ulong()
+        alive = process and ctypes.windll.kernel32.GetExitCodeProcess(process, ctypes.byref(code)) and code.value == 259
+        ctypes.windll.kernel32.CloseHandle(process)
+        return bool(alive)
+    try:
+        return os.kill(pid, 0) is None
+    except ProcessLookupError:
+        return False
+
+
+FAMILY = """
+import os, subprocess, sys, time
+flags = {"creationflags": 0x208} if sys.platform == "win32" else {"start_new_session": True}  # detached, in a new group
+generation = int(sys.argv[1]) if len(sys.argv) > 1 else 0
+sys.stdout.write(f"pid {os.getpid()}" + chr(10))  # in one piece, with PYTHONUNBUFFERED too
+sys.stdout.flush()
+if generation < 3:
+    for own in {}, flags:
+        subprocess.Popen([sys.executable, __file__, str(generation + 1)], stdout=1, **own)
+if generation != 1:  # who orphans the last two
+    time.sleep(1000)
+"""
+
+
+def family(**fields: Any) -> dict[str, Any]:
+    """A step with 14 descendants in three generations: half of them detached, some without their parent."""
+    return python(FAMILY, **fields)
+
+
+def family_of(daemon: Daemon, task: str) -> list[int]:
+    """The pids of the 15 processes of a family once all are there."""
+
+    def born() -> list[int]:
+        return [int(line.split()[1]) for line in daemon.console(task).json.get("data", []) if line.startswith("pid ")]
+
+    return wait_until(lambda: len(pids := born()) == 15 and pids, f"the family of {task}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MB, which only root can have."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("this user cannot mount a tmpfs")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(place: Path, leave_bytes: int = 0) -> Path:
+    """Fills a disk up to some bytes with a file, which it returns."""
+    ballast = place / f"ballast-{uuid.uuid4()}"
+    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with open(ballast, "r+b") as file:
+        file.truncate(ballast.stat().st_size // 4096 * 4096 - leave_bytes)
+    return ballast
+
+
+@contextlib.contextmanager
+def mounted(place: Path) -> Iterator[None]:
+    """A directory that is a mount, so that nobody can rename it: as one in which a process works on Windows."""
+    if not shutil.which("mount") or subprocess.run(["mount", "--bind", place, place], capture_output=True).returncode:
+        pytest.skip("this user cannot mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Iterator[Path]:
+    """A directory that no daemon has to do with; as it was at the test's end."""
+    place = tmp_path / "outside"
+    (place / "inner").mkdir(parents=True)
+    for name in ("output", "rc", "pid", "inner/file"):
+        (place / name).write_text("secret\n")
+    before = snapshot(place)
+    yield place
+    assert snapshot(place) == before
+
+
+def memory_bytes(pid: int, field: str = "VmRSS") -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+# -- fixtures
 
 
 @pytest.fixture(scope="session")
@@ -1103,21 +1309,6 @@ def test_max_requests_bounds_the_requests_served_at_once(launch: Callable[..., D
 # ======================================================================================================================
 
 
-def go_seconds(text: str) -> float:
-    """The length of a duration as Go prints it."""
-    assert re.fullmatch(GO_DURATION, text), text
-    units = {"h": 3600, "m": 60, "s": 1, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}
-    return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(h|ms|µs|ns|m|s)", text))
-
-
-def local_seconds(text: str) -> float:
-    """The moment of an RFC 3339 text with this host's offset and whole seconds."""
-    assert re.fullmatch(LOCAL_TIME, text), text
-    moment = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
-    assert moment.utcoffset() == moment.astimezone().utcoffset(), text
-    return moment.timestamp()
-
-
 def test_list_without_tasks_is_empty(launch: Callable[..., Daemon]) -> None:
     answer = launch().get("/api/v1/task")
     assert answer.json == {"code": 0, "message": "success", "data": {"running": 0, "tasks": [], "total": 0}}
@@ -1382,16 +1573,6 @@ def test_console_of_gigabytes_keeps_memory_flat(launch: Callable[..., Daemon], c
     assert peak - before < 10 * 2**20
 
 
-def console_chunks(daemon: Daemon, task: str) -> Iterator[bytes]:
-    """The console's body as it comes, in pieces that memory holds."""
-    connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=120)
-    with contextlib.closing(connection):
-        connection.request("GET", f"/api/v1/task/{task}/0/console")
-        response = connection.getresponse()
-        while chunk := response.read(1 << 22):
-            yield chunk
-
-
 # ======================================================================================================================
 # steps: workspace, environment, interpreters, what a step inherits
 # ======================================================================================================================
@@ -1503,9 +1684,9 @@ INTERPRETERS = {
 
 
 @pytest.fixture(scope="module")
-def fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def recorders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon whose interpreters, but sh and cmd, only record: each prints its name, its arguments, and the script."""
-    place = tmp_path_factory.mktemp("fakes")
+    place = tmp_path_factory.mktemp("recorders")
     (place / "bin").mkdir()
     recorder = place / "recorder.py"
     recorder.write_text(RECORDER, encoding="utf-8")
@@ -1534,18 +1715,18 @@ print(open(script[0].replace("''", "'") if script else arguments[-1], "rb").read
 
 
 @pytest.mark.parametrize("kind", INTERPRETERS)
-def test_interpreter_is_the_program_of_the_table(fakes: Daemon, kind: str) -> None:
-    lines = fakes.output(step("exit größe 7", kind))
+def test_interpreter_is_the_program_of_the_table(recorders: Daemon, kind: str) -> None:
+    lines = recorders.output(step("exit größe 7", kind))
     assert lines[0] == INTERPRETERS[kind]
     mark = b"\xef\xbb\xbf" if lines[0] in ("pwsh", "powershell") else b""
     assert lines[-1] == repr(mark + "exit größe 7".encode())
 
 
 @pytest.mark.parametrize("kind", ["powershell", "ps", "ps1", "pwsh"])
-def test_powershell_is_given_its_script_as_its_manual_says(fakes: Daemon, kind: str) -> None:
-    task = fakes.submit(step("throw 'größe'", kind))
-    assert fakes.ended(task).code == 0
-    _, *options, command, content = fakes.console(task).data
+def test_powershell_is_given_its_script_as_its_manual_says(recorders: Daemon, kind: str) -> None:
+    task = recorders.submit(step("throw 'größe'", kind))
+    assert recorders.ended(task).code == 0
+    _, *options, command, content = recorders.console(task).data
     assert content == repr(b"\xef\xbb\xbf" + "throw 'größe'".encode())
     assert options == ["-NoLogo", "-NoProfile", "-NonInteractive", "-ExecutionPolicy", "Bypass", "-Command"]
     encoding = r"try \{ \[Console\]::OutputEncoding = New-Object System.Text.UTF8Encoding \$false \} catch \{ \}"
@@ -1559,8 +1740,8 @@ def test_interpreter_of_sh_is_sh(daemon: Daemon, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*INTERPRETERS, *script("cmd bat", "sh shell").split()])
-def test_interpreter_missing_ends_the_step_and_is_named(barren: Daemon, kind: str) -> None:
-    answer = barren.run(step("print('own')", kind, name="n"))
+def test_interpreter_missing_ends_the_step_and_is_named(without_interpreters: Daemon, kind: str) -> None:
+    answer = without_interpreters.run(step("print('own')", kind, name="n"))
     if INTERPRETERS.get(kind) in ("python3", "python"):
         assert answer.head == (200, 0, "success")
     else:
@@ -1570,9 +1751,9 @@ def test_interpreter_missing_ends_the_step_and_is_named(barren: Daemon, kind: st
 
 
 @pytest.fixture(scope="module")
-def barren(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def without_interpreters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon whose PATH holds sh and nothing else; on Windows nothing, for cmd is in its own place."""
-    place = tmp_path_factory.mktemp("barren")
+    place = tmp_path_factory.mktemp("without_interpreters")
     (place / "bin").mkdir()
     if not WINDOWS:
         (place / "bin" / "sh").symlink_to(shutil.which("sh") or "/bin/sh")
@@ -1581,8 +1762,10 @@ def barren(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     daemon.retire()
 
 
-def test_interpreter_missing_lets_independent_branches_go_on(barren: Daemon) -> None:
-    answer = barren.run(step(kind="zsh", name="a"), step(name="b", depets_on=["a"]), step(name="c"), ansync="1")
+def test_interpreter_missing_lets_independent_branches_go_on(without_interpreters: Daemon) -> None:
+    answer = without_interpreters.run(
+        step(kind="zsh", name="a"), step(name="b", depets_on=["a"]), step(name="c"), ansync="1"
+    )
     assert [(one["state"], one["code"]) for one in answer.data] == [(0, 255), (2, 0), (0, 0)]
 
 
@@ -2406,34 +2589,6 @@ def test_stop_for_the_second_time_grants_no_grace(daemon: Daemon) -> None:
     assert time.monotonic() - begin < 4
 
 
-FAMILY = """
-import os, subprocess, sys, time
-flags = {"creationflags": 0x208} if sys.platform == "win32" else {"start_new_session": True}  # detached, in a new group
-generation = int(sys.argv[1]) if len(sys.argv) > 1 else 0
-sys.stdout.write(f"pid {os.getpid()}" + chr(10))  # in one piece, with PYTHONUNBUFFERED too
-sys.stdout.flush()
-if generation < 3:
-    for own in {}, flags:
-        subprocess.Popen([sys.executable, __file__, str(generation + 1)], stdout=1, **own)
-if generation != 1:  # who orphans the last two
-    time.sleep(1000)
-"""
-
-
-def family(**fields: Any) -> dict[str, Any]:
-    """A step with 14 descendants in three generations: half of them detached, some without their parent."""
-    return python(FAMILY, **fields)
-
-
-def family_of(daemon: Daemon, task: str) -> list[int]:
-    """The pids of the 15 processes of a family once all are there."""
-
-    def born() -> list[int]:
-        return [int(line.split()[1]) for line in daemon.console(task).json.get("data", []) if line.startswith("pid ")]
-
-    return wait_until(lambda: len(pids := born()) == 15 and pids, f"the family of {task}")
-
-
 @pytest.mark.parametrize("end", ["stop task", "stop step", "timeout", "restart, then stop"])
 def test_no_process_of_a_family_survives_its_end_by_force(launch: Callable[..., Daemon], end: str) -> None:
     daemon = launch()
@@ -2485,20 +2640,6 @@ def test_background_child_that_keeps_stdout_open_delays_nothing(daemon: Daemon) 
     pid = int(daemon.console(task).data[0])
     assert is_alive(pid)
     os.kill(pid, signal.SIGTERM)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process has this pid."""
-    if WINDOWS:
-        process = ctypes.windll.kernel32.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
-        code = ctypes.c_ulong()
-        alive = process and ctypes.windll.kernel32.GetExitCodeProcess(process, ctypes.byref(code)) and code.value == 259
-        ctypes.windll.kernel32.CloseHandle(process)
-        return bool(alive)
-    try:
-        return os.kill(pid, 0) is None
-    except ProcessLookupError:
-        return False
 
 
 @linux_only
@@ -3027,7 +3168,7 @@ def test_daemon_that_a_step_starts_outlives_the_stop_of_that_step(tmp_path: Path
 
 
 # ======================================================================================================================
-# keeping: restarts, expiry
+# restarts: what a later daemon takes up; how a daemon leaves; expiry
 # ======================================================================================================================
 
 
@@ -3266,16 +3407,11 @@ def test_expiry_counts_on_while_the_daemon_is_down(launch: Callable[..., Daemon]
 
 
 # ======================================================================================================================
-# the knife: crashes, bad storage, trees that will not die, a model
+# crashes: the daemon is killed at any point, alone and under load
 # ======================================================================================================================
 
 
-def often(few: int, many: int) -> pytest.MarkDecorator:
-    """Runs a test with `runs`: few in the ordinary suite, many where there are minutes (-m slow)."""
-    return pytest.mark.parametrize("runs", [few, pytest.param(many, marks=pytest.mark.slow)])
-
-
-@often(2, 20)
+@repeated(2, 20)
 @pytest.mark.parametrize("point", ["accepted", "begun", "spawned", "ended", "stored"])
 def test_crash_at_any_point_loses_nothing_and_runs_nothing_twice(
     launch: Callable[..., Daemon], tmp_path: Path, point: str, runs: int
@@ -3296,7 +3432,7 @@ def test_crash_at_any_point_loses_nothing_and_runs_nothing_twice(
         assert marks(file)[2 * run :] == [f"{run}a", f"{run}b"]
 
 
-@often(4 if WINDOWS else 10, 200)
+@repeated(4 if WINDOWS else 10, 200)
 def test_crashes_under_load_lose_nothing_and_run_nothing_twice(
     launch: Callable[..., Daemon], tmp_path: Path, runs: int
 ) -> None:
@@ -3336,6 +3472,11 @@ def test_crashes_under_load_lose_nothing_and_run_nothing_twice(
     assert [id for id in acknowledged for name in (f"{id}-0", f"{id}-1") if marks(file / name) != [id]] == []
 
 
+# ======================================================================================================================
+# storage: rights, a full or read-only disk, a damaged or locked database
+# ======================================================================================================================
+
+
 @posix_only
 def test_files_are_their_owners_alone(launch: Callable[..., Daemon]) -> None:
     daemon = launch()
@@ -3369,18 +3510,6 @@ def test_root_that_is_a_link_or_another_users_is_refused(tmp_path: Path) -> None
         assert str(place) in refused(cli("run", "--addr=127.0.0.1:0", f"--root={place}"), 1)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 MB, which only root can have."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("this user cannot mount a tmpfs")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 @linux_only
 def test_full_disk_refuses_new_tasks_and_loses_none(small_disk: Path, launch: Callable[..., Daemon]) -> None:
     daemon = launch(root=small_disk / "root")
@@ -3409,7 +3538,7 @@ def test_root_that_is_read_only_is_refused(small_disk: Path) -> None:
     assert "Read-only" in refused(cli("run", "--addr=127.0.0.1:0", f"--root={small_disk / 'root'}"), 1)
 
 
-@often(1, 20)
+@repeated(1, 20)
 def test_deleted_log_of_the_database_stops_no_start(launch: Callable[..., Daemon], runs: int) -> None:
     daemon = launch()
     for _ in range(runs):
@@ -3428,7 +3557,7 @@ def damage(root: Path, how: str, random: Random) -> None:
     database.write_bytes({"zero": b"", "half": data[: len(data) // 2], "text": b"x" * 5000}.get(how, data))
 
 
-@often(1, 34)
+@repeated(1, 34)
 @pytest.mark.parametrize("how", ["flip", "zero", "half", "text"])
 def test_damaged_database_is_put_aside_whole_and_told(launch: Callable[..., Daemon], how: str, runs: int) -> None:
     daemon, random = launch(), Random(how)
@@ -3467,17 +3596,6 @@ def test_restart_takes_any_name_that_a_step_left(launch: Callable[..., Daemon]) 
     assert daemon.run(step("".join(f"touch ../../'{name}'; " for name in names))).code == 0
     assert daemon.restart().output(step("echo x")) == ["x"]
     wait_until(lambda: sorted(os.listdir(daemon.root / "tasks")) == ["1", "2"], "the sweep")
-
-
-@contextlib.contextmanager
-def mounted(place: Path) -> Iterator[None]:
-    """A directory that is a mount, so that nobody can rename it: as one in which a process works on Windows."""
-    if not shutil.which("mount") or subprocess.run(["mount", "--bind", place, place], capture_output=True).returncode:
-        pytest.skip("this user cannot mount")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 @linux_only
@@ -3520,6 +3638,11 @@ def test_locked_database_waits_then_says_so(launch: Callable[..., Daemon]) -> No
     assert daemon.run(step()).code == 0
 
 
+# ======================================================================================================================
+# races and a model: processes that evade a stop, stops that race ends, what the daemon must answer
+# ======================================================================================================================
+
+
 EVASIONS = {
     "setsid": "setsid sleep 1000 & echo up; sleep 1000",
     "double fork": "(setsid sh -c 'sleep 1000 & exit 0' &); echo up; sleep 1000",
@@ -3541,7 +3664,7 @@ while True:
 
 
 @linux_only
-@often(2, 200)
+@repeated(2, 200)
 @pytest.mark.parametrize("kind", EVASIONS)
 def test_nothing_survives_a_stop(daemon: Daemon, kind: str, runs: int) -> None:
     for _ in range(runs):
@@ -3573,7 +3696,7 @@ def holders(daemon: Daemon, task: str) -> list[int]:
     return sorted(found)
 
 
-@often(30, 1000)
+@repeated(30, 1000)
 def test_stop_that_races_the_end_gives_one_end(daemon: Daemon, runs: int) -> None:
     random = Random(runs)
     brief = python("import time\ntime.sleep(0.1)") if WINDOWS else step("sleep 0.1")
@@ -3641,7 +3764,7 @@ MODEL_ACTIONS = [
 ]
 
 
-@often(60 if WINDOWS else 250, 10_000)
+@repeated(60 if WINDOWS else 250, 10_000)
 def test_model_and_daemon_agree(launch: Callable[..., Daemon], tmp_path: Path, runs: int) -> None:
     daemon, model, random = launch("--pool_size=40"), Model(tmp_path / "model"), Random(runs)
     model.place.mkdir()
@@ -3783,17 +3906,6 @@ def test_limit_of_descriptors_makes_steps_wait_and_a_stop_works(launch: Callable
     assert daemon.run(step("exit 3")).data[0]["code"] == 3
 
 
-def fill(place: Path, leave_bytes: int = 0) -> Path:
-    """Fills a disk up to some bytes with a file, which it returns."""
-    ballast = place / f"ballast-{uuid.uuid4()}"
-    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    with open(ballast, "r+b") as file:
-        file.truncate(ballast.stat().st_size // 4096 * 4096 - leave_bytes)
-    return ballast
-
-
 @linux_only
 def test_script_that_finds_no_room_waits_and_runs_whole(small_disk: Path, launch: Callable[..., Daemon]) -> None:
     daemon = launch(root=small_disk / "root")
@@ -3885,6 +3997,11 @@ def test_end_of_a_task_by_force_reaches_what_its_ended_steps_left(
     answer = daemon.ended(task)
     assert [(one["state"], one["code"]) for one in answer.data] == [(0, 0), (0, 255)]
     wait_until(lambda: not any(map(is_alive, pids)), f"the end of {pids}", 15)
+
+
+# ======================================================================================================================
+# versions: a root of 1.0 is taken up, one of a later version refused
+# ======================================================================================================================
 
 
 # The wrapper of version 1.0.0: a daemon of later versions adopts what it runs.
@@ -4049,7 +4166,7 @@ def test_database_of_a_later_version_is_refused(launch: Callable[..., Daemon]) -
 
 
 # ======================================================================================================================
-# scheduler and store in process: races staged with fakes, a database with a past, changes that fail
+# scheduler and store in process: races, changes that fail, recovery, loops that go on
 # ======================================================================================================================
 
 
@@ -4171,7 +4288,7 @@ def house(tmp_path: Path) -> Iterator[House]:
 
 
 @pytest.fixture
-def often_switched() -> Iterator[None]:
+def threads_switch_often() -> Iterator[None]:
     """Threads take turns every 10 microseconds, so that races happen."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -4179,8 +4296,8 @@ def often_switched() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-@pytest.mark.usefixtures("often_switched")
-@often(400 if WINDOWS else 2000, 20_000)
+@pytest.mark.usefixtures("threads_switch_often")
+@repeated(400 if WINDOWS else 2000, 20_000)
 def test_list_detail_metrics_and_database_agree_whatever_races(house: House, tmp_path: Path, runs: int) -> None:
     """A model that knows nothing of order: whatever happened to a step, everybody tells the same of it."""
     random, told = Random(runs), collections.Counter[str]()
@@ -4584,12 +4701,8 @@ def test_fingerprint_does_not_change_by_a_field_that_is_not_given(
 
 
 # ======================================================================================================================
-# access: who gets in
+# authentication: address, host name, browser, token, certificate
 # ======================================================================================================================
-
-
-def token_of(daemon: Daemon) -> str:
-    return (daemon.root / "token").read_text().strip()
 
 
 def hosts(port: int) -> dict[str, bool]:
@@ -4637,21 +4750,6 @@ FORWARDED = {"forwarded for", "forwarded port", "forwarded", "real address", "pr
 def marks_on(name: str, host: str, scheme: str) -> dict[str, str]:
     other = {"http": "https", "https": "http"}[scheme]
     return {key: text.format(host=host, scheme=scheme, other=other) for key, text in MARKS[name].items()}
-
-
-class Wire:
-    """The receiving side of a socket: gives out what it holds, in pieces, then its end."""
-
-    def __init__(self, data: bytes, piece: int = 1 << 16) -> None:
-        self.data, self.piece, self.at = data, piece, 0
-
-    def recv(self, count: int) -> bytes:
-        begin, self.at = self.at, min(len(self.data), self.at + min(count, self.piece))
-        return self.data[begin : self.at]
-
-
-def stream_of(data: bytes, piece: int = 1 << 16) -> Any:
-    return module().RequestReader(Wire(data, piece), lambda seconds: None)
 
 
 PEERS = {"127.0.0.1": True, "127.9.9.9": True, "::1": True, "192.0.2.7": False, "2001:db8::7": False}
@@ -4951,34 +5049,9 @@ def test_page_of_an_allowed_origin_may_ask_first(guarded: Daemon) -> None:
     assert guarded.request("OPTIONS", "/api/v1/task", None, {"Origin": "https://evil.example", **ask}).status == 403
 
 
-def test_changes_leave_an_audit_line_without_script_or_environment(
-    launch: Callable[..., Daemon], tmp_path: Path, gate: Path
-) -> None:
-    (tmp_path / "tokens").write_text("alpha # Ann's laptop\n")
-    daemon = launch(f"--token_file={tmp_path / 'tokens'}")
-    held_step = held(gate)
-    task = daemon.submit({**held_step, "env_vars": ["SECRET=sesame"]}, step("echo hush"), id="audited")
-    daemon.request("PUT", f"/api/v1/task/{task}/0", None, {"Authorization": "Bearer alpha"})
-    daemon.post("/api/v1/pool", {"size": 3})
-    daemon.post("/api/v1/pool", {"size": 0})
-    told = [line.split(" INFO ", 1) for line in daemon.log().splitlines() if "127.0.0.1 (" in line]
-    assert [what for _, what in told] == [
-        "127.0.0.1 (local): POST /api/v1/task: task audited, steps: 2",
-        "127.0.0.1 (Ann's laptop): PUT /api/v1/task/audited/0",
-        "127.0.0.1 (local): POST /api/v1/pool: size 3",
-    ]
-    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", when) for when, _ in told)
-    assert "hush" not in daemon.log() and "sesame" not in daemon.log() and "alpha" not in daemon.log()
-
-
-def test_log_lines_escape_what_would_end_or_colour_them(launch: Callable[..., Daemon]) -> None:
-    daemon = launch("--debug")
-    daemon.get("/api/v1/task/x%0aFORGED%1b[31m%e2%80%ae%c2%9b")
-    daemon.request("GET", "/version", None, {"Authorization": "Bearer x"})
-    log = daemon.log()
-    assert "x\\nFORGED\\x1b[31m\\u202e\\x9b" in log
-    assert [line for line in log.splitlines() if line.startswith("FORGED")] == []
-    assert [line for line in log.split("\n") if not line.isprintable()] == []
+# ======================================================================================================================
+# request parser: smuggled and mutated requests, targets, ids
+# ======================================================================================================================
 
 
 SMUGGLES = {
@@ -5075,7 +5148,7 @@ SEEDS = [
     b"POST /x HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 50\r\n\r\n"
     b"POST /smuggled HTTP/1.1\r\nHost: x\r\nX: aaaaaaaaaa\r\n\r\n"[:50],
 ]
-SPICES = [
+INSERTED = [
     *(b"\r", b"\n", b"\r\n", b"\n\n", b"\0", b" ", b"\t", b"\x0b", b"\x85", b"\xff", b":", b",", b";", b"%", b"#"),
     *(b"?", b"/", b"@", b"9" * 20, b"+5", b"0x5", b"5_0", b"chunked", b"HTTP/1.1", b"HTTP/0.9", b"0\r\n\r\n"),
     *(b"Content-Length: 5\r\n", b"Content-Length: 0", b"Content-Length : 5\r\n", b"Transfer-Encoding: chunked\r\n"),
@@ -5090,7 +5163,7 @@ def mutate(data: bytes, random: Random) -> bytes:
         end = min(end, at + random.choice((1, 1, 4, 30)))
         how = random.randrange(6)
         if how < 3:
-            data = data[:at] + random.choice(SPICES) + data[at if how else end :]
+            data = data[:at] + random.choice(INSERTED) + data[at if how else end :]
         elif how == 3:
             data = data[:at] + data[end:]
         elif how == 4:
@@ -5181,7 +5254,7 @@ def parsed(data: bytes, piece: int) -> list[tuple[str, tuple[str, ...], bytes]]:
     return found
 
 
-@often(20_000, 1_000_000)
+@repeated(20_000, 1_000_000)
 def test_parser_takes_of_mutated_requests_what_the_rules_do(runs: int) -> None:
     random, taken = Random(runs), 0
     for _ in range(runs):
@@ -5200,7 +5273,7 @@ def path_of(target: bytes) -> str:
     return path or "/"
 
 
-@often(300, 20_000)
+@repeated(300, 20_000)
 def test_mutated_requests_are_answered_or_refused(launch: Callable[..., Daemon], runs: int) -> None:
     daemon, random, statuses = launch("--insecure"), Random(runs), collections.Counter[bytes]()
     for _ in range(runs):
@@ -5213,6 +5286,11 @@ def test_mutated_requests_are_answered_or_refused(launch: Callable[..., Daemon],
             statuses.update(re.findall(rb"HTTP/1\.1 (\d+) ", reply))
     assert {int(status) for status in statuses} <= {100, 200, 400, 404, 405, 413}, statuses
     assert {b"200", b"400"} <= set(statuses)
+
+
+# ======================================================================================================================
+# connections: many, slow, reset; without threads, descriptors or memory
+# ======================================================================================================================
 
 
 def test_connections_beyond_the_most_get_503_and_stops_still_pass(launch: Callable[..., Daemon]) -> None:
@@ -5230,10 +5308,10 @@ def test_connections_beyond_the_most_get_503_and_stops_still_pass(launch: Callab
 
 
 # Each connection in turn has one of these fates, and the ones behind them are sound.
-ACCEPTS_FATES = """
+FAILING_ACCEPTS = """
 import errno, socket
 accept, getsockname, fates = socket.socket.accept, socket.socket.getsockname, {fates!r}
-def fated(self):
+def accept_or_fail(self):
     fate = fates.pop(0) if fates else ""
     if isinstance(fate, int):
         raise OSError(fate, "the client has gone")
@@ -5244,13 +5322,13 @@ def fated(self):
 nameless = set()
 def name(self):
     return None if self.fileno() in nameless and not nameless.clear() else getsockname(self)
-socket.socket.accept, socket.socket.getsockname = fated, name
+socket.socket.accept, socket.socket.getsockname = accept_or_fail, name
 """
 
 
 def test_connections_that_are_reset_before_their_accept_leave_the_next_alone(launch: Callable[..., Daemon]) -> None:
     fates = ["none", "empty", "no host", "nothing", "nameless", errno.ECONNABORTED, errno.EMFILE, errno.EPERM]
-    daemon = launch(program=with_faults(ACCEPTS_FATES.format(fates=fates)))
+    daemon = launch(program=with_faults(FAILING_ACCEPTS.format(fates=fates)))
     for _ in range(5):
         assert daemon.raw(b"GET /heartbeat HTTP/1.1\r\n\r\n") == b""
     assert daemon.get("/api/v1/pool").code == 0
@@ -5488,7 +5566,7 @@ def slow_clients(daemon: Daemon, count: int) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("many_descriptors")
-@often(50, 5000)
+@repeated(50, 5000)
 def test_slow_clients_delay_nobody(launch: Callable[..., Daemon], runs: int) -> None:
     daemon, times = launch("--timeout=10m"), []
     place = Path(f"/proc/{daemon.process.pid if daemon.process else 0}")
@@ -5522,20 +5600,8 @@ def threads_of(place: Path) -> int:
 
 
 # ======================================================================================================================
-# files: nothing outside the root is read, written or deleted
+# files of steps: nothing outside the root is read, written or deleted
 # ======================================================================================================================
-
-
-@pytest.fixture
-def outside(tmp_path: Path) -> Iterator[Path]:
-    """A directory that no daemon has to do with; as it was at the test's end."""
-    place = tmp_path / "outside"
-    (place / "inner").mkdir(parents=True)
-    for name in ("output", "rc", "pid", "inner/file"):
-        (place / name).write_text("secret\n")
-    before = snapshot(place)
-    yield place
-    assert snapshot(place) == before
 
 
 def snapshot(place: Path) -> dict[str, tuple[int, str]]:
@@ -5696,7 +5762,7 @@ def test_environment_of_steps_is_the_daemons_but_for_its_own_variables(launch: C
 
 
 # ======================================================================================================================
-# TLS
+# TLS: certificates and keys, slow clients, reading again
 # ======================================================================================================================
 
 # An authority, what it signed for this host and for a client, and what a client signed for itself; valid until 2120.
@@ -5922,7 +5988,7 @@ def test_tls_files_that_cannot_be_used_are_refused(
 
 
 # ======================================================================================================================
-# the other routes
+# other routes: heartbeat, version, healthyz, state, metrics
 # ======================================================================================================================
 
 
@@ -6059,7 +6125,7 @@ def test_metrics_pass_promtool_without_a_warning(daemon: Daemon) -> None:
 
 
 # ======================================================================================================================
-# API document and its page
+# API document: what it says, its page in a browser
 # ======================================================================================================================
 
 
@@ -6342,7 +6408,7 @@ def test_page_fits_a_phone_by_day_and_night(browser: Browser, daemon: Daemon, sc
 
 
 # ======================================================================================================================
-# profiles
+# profiles: pprof, traces, waits
 # ======================================================================================================================
 
 PPROF = "/debug/pprof/"
@@ -6471,6 +6537,34 @@ def test_trace_shows_steps_requests_and_commits(daemon: Daemon, gate: Path) -> N
     assert results[f"{running} step 0"] == "still running" and "succeeded" in results.values()
 
 
+def take_by_with(lock: threading.Lock) -> None:
+    with lock:
+        pass
+
+
+def take_by_call(lock: threading.Lock) -> None:
+    lock.acquire()
+    lock.release()
+
+
+def test_waits_for_locks_are_seen_apart_from_others() -> None:
+    lock, event, profile_waits = threading.Lock(), threading.Event(), module().profile_waits
+    with lock:
+        actions = [take_by_with, take_by_call, lambda _: event.wait()]
+        threads = [threading.Thread(target=action, args=(lock,), name=f"t{n}") for n, action in enumerate(actions)]
+        for thread in threads:
+            thread.start()
+        mutex, block = (read_pprof(profile_waits(0.3, is_mutex).encode()).stacks for is_mutex in (True, False))
+    event.set()
+    for thread in threads:
+        thread.join()
+    own = Path(__file__).stem
+    seen = {stack[:2] for stack in mutex}
+    assert {("t0", f"{own}.take_by_with"), ("t1", f"{own}.take_by_call")} <= seen
+    assert not any(stack[0] == "t2" for stack in mutex)
+    assert {stack[0] for stack in block} & {"t0", "t1", "t2"} == {"t2"}
+
+
 def test_profile_is_one_at_a_time(daemon: Daemon) -> None:
     with concurrent.futures.ThreadPoolExecutor(len(TIMED)) as pool:
         answers = list(pool.map(lambda name: daemon.get(f"{PPROF}{name}?seconds=1"), TIMED))
@@ -6518,7 +6612,7 @@ def test_profiles_open_in_go_tool_pprof(daemon: Daemon, tmp_path: Path, path: st
 
 
 # ======================================================================================================================
-# log
+# log: rotation, JSON, standard error that nobody reads, audit lines
 # ======================================================================================================================
 
 
@@ -6636,6 +6730,36 @@ def test_log_that_is_read_again_tells_how_much_was_dropped(tmp_path: Path) -> No
         assert daemon.end() == 0
 
 
+def test_changes_leave_an_audit_line_without_script_or_environment(
+    launch: Callable[..., Daemon], tmp_path: Path, gate: Path
+) -> None:
+    (tmp_path / "tokens").write_text("alpha # Ann's laptop\n")
+    daemon = launch(f"--token_file={tmp_path / 'tokens'}")
+    held_step = held(gate)
+    task = daemon.submit({**held_step, "env_vars": ["SECRET=sesame"]}, step("echo hush"), id="audited")
+    daemon.request("PUT", f"/api/v1/task/{task}/0", None, {"Authorization": "Bearer alpha"})
+    daemon.post("/api/v1/pool", {"size": 3})
+    daemon.post("/api/v1/pool", {"size": 0})
+    told = [line.split(" INFO ", 1) for line in daemon.log().splitlines() if "127.0.0.1 (" in line]
+    assert [what for _, what in told] == [
+        "127.0.0.1 (local): POST /api/v1/task: task audited, steps: 2",
+        "127.0.0.1 (Ann's laptop): PUT /api/v1/task/audited/0",
+        "127.0.0.1 (local): POST /api/v1/pool: size 3",
+    ]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", when) for when, _ in told)
+    assert "hush" not in daemon.log() and "sesame" not in daemon.log() and "alpha" not in daemon.log()
+
+
+def test_log_lines_escape_what_would_end_or_colour_them(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--debug")
+    daemon.get("/api/v1/task/x%0aFORGED%1b[31m%e2%80%ae%c2%9b")
+    daemon.request("GET", "/version", None, {"Authorization": "Bearer x"})
+    log = daemon.log()
+    assert "x\\nFORGED\\x1b[31m\\u202e\\x9b" in log
+    assert [line for line in log.splitlines() if line.startswith("FORGED")] == []
+    assert [line for line in log.split("\n") if not line.isprintable()] == []
+
+
 def test_log_is_on_standard_error_promptly(launch: Callable[..., Daemon]) -> None:
     daemon, delays_s = launch("--debug"), []
     for number in range(50):
@@ -6674,7 +6798,7 @@ threading.Timer(0.5, end).start()
 
 
 # ======================================================================================================================
-# daemon: start, stop, refusals; command line
+# command line: start, stop, flags, help, limits of the host
 # ======================================================================================================================
 
 
@@ -6839,13 +6963,6 @@ def test_pool_that_the_limits_cannot_carry_is_told(launch: Callable[..., Daemon]
     assert warning(daemon) == told and f"WARNING {told}\n" in daemon.log()
     daemon.post("/api/v1/pool", {"size": 28})
     assert warning(daemon) == ""
-
-
-def has_ipv6() -> bool:
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
-        probe.bind(("::1", 0))
-        return True
-    return False
 
 
 @pytest.mark.parametrize(
@@ -7269,17 +7386,6 @@ def bare_host() -> Iterator[None]:
         subprocess.run(["sc", word, "remote_executor"], stdout=subprocess.DEVNULL, timeout=60)
 
 
-def free_port() -> int:
-    with socket.socket() as link:
-        link.bind(("127.0.0.1", 0))
-        return link.getsockname()[1]
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as link:
-        return link.connect_ex(("127.0.0.1", port)) == 0
-
-
 def drive_service(root: Path, port: int) -> None:
     """One task through the API of the service."""
     daemon = Daemon(root)
@@ -7322,42 +7428,8 @@ def test_service_that_cannot_start_says_so_in_its_exit_code(bare_host: None, tmp
 
 
 # ======================================================================================================================
-# units: Go durations
+# durations: as Go prints and parses them
 # ======================================================================================================================
-
-
-@functools.cache
-def module() -> Any:
-    sys.path.insert(0, str(HERE))
-    return importlib.import_module("remote_executor")
-
-
-def take_by_with(lock: threading.Lock) -> None:
-    with lock:
-        pass
-
-
-def take_by_call(lock: threading.Lock) -> None:
-    lock.acquire()
-    lock.release()
-
-
-def test_waits_for_locks_are_seen_apart_from_others() -> None:
-    lock, event, profile_waits = threading.Lock(), threading.Event(), module().profile_waits
-    with lock:
-        actions = [take_by_with, take_by_call, lambda _: event.wait()]
-        threads = [threading.Thread(target=action, args=(lock,), name=f"t{n}") for n, action in enumerate(actions)]
-        for thread in threads:
-            thread.start()
-        mutex, block = (read_pprof(profile_waits(0.3, is_mutex).encode()).stacks for is_mutex in (True, False))
-    event.set()
-    for thread in threads:
-        thread.join()
-    own = Path(__file__).stem
-    seen = {stack[:2] for stack in mutex}
-    assert {("t0", f"{own}.take_by_with"), ("t1", f"{own}.take_by_call")} <= seen
-    assert not any(stack[0] == "t2" for stack in mutex)
-    assert {stack[0] for stack in block} & {"t0", "t1", "t2"} == {"t2"}
 
 
 DURATIONS = [
@@ -7511,6 +7583,13 @@ def test_source_map_is_that_of_the_banners() -> None:
         for (number, part), group in itertools.groupby(banners(), lambda banner: (banner.number, banner.part))
     ]
     assert parts == found and len({banner.section for banner in banners()}) == len(banners())
+
+
+def test_map_of_the_tests_is_that_of_their_banners() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    shown = (__doc__ or "").partition("stands in the harness:\n\n")[2]
+    names = [name for line in shown.splitlines() for name in line[16:].split(", ")]
+    assert names == re.findall(rf"^# {'=' * 118}\n# ([\w ]+): .+\n# {'=' * 118}$", text, re.MULTILINE)
 
 
 def test_source_banners_have_one_form() -> None:
@@ -7939,12 +8018,6 @@ def full(idle: Daemon) -> Daemon:
     return idle
 
 
-def until_idle(daemon: Daemon) -> None:
-    wait_until(
-        lambda: sum(daemon.get("/api/v1/pool").data[key] for key in ("running", "waiting")) == 0, "idle", 600, 0.02
-    )
-
-
 def record(table: list[Row], row: Row) -> None:
     table.append(row)
     assert row.good, row
@@ -7980,12 +8053,6 @@ def record_more(table: list[Row], name: str, here: float, bare: float, unit: str
             more <= most,
         ),
     )
-
-
-def seconds(action: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    action()
-    return time.perf_counter() - begin
 
 
 @bench
