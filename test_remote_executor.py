@@ -27,7 +27,7 @@ The sections, in their order; a helper that two of them use stands in the harnes
     failures    restarts, crashes, storage, races and a model, limits, versions, scheduler and store in process
     attacks     authentication, request parser, connections, files of steps, TLS
     operation   other routes, API document, profiles, log, command line, services
-    rules       durations, source, readme, bench
+    rules       plan, durations, source, readme, bench
 """
 
 from __future__ import annotations
@@ -7425,6 +7425,36 @@ def test_service_as_the_readme_installs_it(bare_host: None, tmp_path: Path) -> N
 def test_service_that_cannot_start_says_so_in_its_exit_code(bare_host: None, tmp_path: Path, daemon: Daemon) -> None:
     assert cli("service", "install", f"--addr=127.0.0.1:{daemon.port}", f"--root={tmp_path / 'r'}").returncode == 0
     assert "did not start: not running (exit code 1;" in refused(cli("service", "start"), 1)
+
+
+# ======================================================================================================================
+# plan: the graph of a task's steps, in process
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_plan_hands_out_each_step_once_when_all_that_it_depends_on_has_succeeded(seed: int) -> None:
+    random = Random(seed)
+    depends_on = [[other for other in range(index) if random.random() < 0.3] for index in range(12)]
+    plan = module().Plan(depends_on)
+    succeeded: set[int] = set()
+    ready = plan.ready()
+    handed_out = [*ready]
+    while ready:
+        index = ready.pop(random.randrange(len(ready)))
+        if random.random() < 0.8:
+            plan.succeed(index)
+            succeeded.add(index)
+        more = plan.ready()
+        assert more == sorted(more)
+        ready += more
+        handed_out += more
+    assert sorted(handed_out) == [index for index in range(12) if succeeded.issuperset(depends_on[index])]
+    for index in range(12):
+        assert [*plan.dependents(index)] == [other for other in range(12) if index in depends_on[other]]
+    for index in succeeded:
+        with pytest.raises(ValueError):
+            plan.succeed(index)
 
 
 # ======================================================================================================================
