@@ -5752,7 +5752,8 @@ def test_root_that_is_open_to_others_is_closed_while_empty_and_refused_else(
 
 @posix_only
 def test_environment_of_steps_is_the_daemons_but_for_its_own_variables(launch: Callable[..., Daemon]) -> None:
-    daemon = launch(env={"REMOTE_EXECUTOR_SECRET": "sesame", "PLAIN": "text"})
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a shim of pyenv adds variables
+    daemon = launch(env={"REMOTE_EXECUTOR_SECRET": "sesame", "PLAIN": "text", "PATH": path})
     output = daemon.output(python("import json, os\nprint(json.dumps(dict(os.environ)))", env_vars=["OWN=1"]))
     shown, shells = json.loads(output[0]), {"PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
     added = {"OWN", "TASK_ID", "TASK_STEP_ID", "TASK_STEP_NAME", "TASK_WORKSPACE", "REMOTE_EXECUTOR_STEP"}
@@ -6780,21 +6781,20 @@ def test_log_keeps_the_lines_of_the_end_and_why_it_failed(tmp_path: Path) -> Non
     assert "ERROR the database was damaged" in lines[0] and lines[-1].startswith("remote_executor: --root: ")
 
 
-def test_log_tells_of_a_thread_that_an_exception_ended(launch: Callable[..., Daemon]) -> None:
-    fault = """
-import threading
+def test_log_tells_of_a_thread_that_an_exception_ended(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    file = tmp_path / "root" / "logs" / "remote_executor.log"
+    fault = f"""
+import os, threading, time
 def end():
+    while not os.path.exists({str(file)!r}):
+        time.sleep(0.01)
     raise ValueError("odd")
-threading.Timer(0.5, end).start()
+threading.Thread(target=end, daemon=True).start()
 """
     daemon = launch(program=with_faults(fault))
     daemon.may_log_tracebacks = True
-    file = daemon.root / "logs" / "remote_executor.log"
-    wait_until(
-        lambda: re.search(
-            r"CRITICAL the thread Thread-\d+ has ended\nTraceback(.*\n)+ValueError: odd", file.read_text()
-        )
-    )
+    line = re.compile(r"CRITICAL the thread Thread-\d+.* has ended\nTraceback(.*\n)+ValueError: odd")
+    wait_until(lambda: line.search(file.read_text()), "the line of the thread")
 
 
 # ======================================================================================================================
