@@ -19,11 +19,20 @@ Every fenced block of README.md is tested too. Its info string says how, after t
     sh suite       the test commands; CI calls the first
     text help      equals what `remote_executor.py help` prints
     sh, json, ini, xml, python, powershell: not run, but they parse, and the flags in them exist
+
+The sections, in their order; a helper that two of them use stands in the harness:
+
+    tools       harness
+    tasks       submission, refused requests, reading, steps, Windows, pool, ends by force
+    failures    restarts, crashes, storage, races and a model, limits, versions, scheduler and store in process
+    attacks     authentication, request parser, connections, files of steps, TLS
+    operation   other routes, API document, profiles, log, command line, services
+    rules       plan, durations, source, readme, bench
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 
@@ -31,13 +40,36 @@ if __name__ == "__main__":  # stands above the import of pytest, which this Pyth
     from pathlib import Path
 
     here = Path(__file__).resolve().parent
-    interpreter = sys.executable
-    if importlib.util.find_spec("pytest") is None:
-        interpreter = str(here / ".venv" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
-        if not Path(interpreter).exists():
-            subprocess.run([sys.executable, "-m", "venv", str(here / ".venv")], check=True)
-        if subprocess.run([interpreter, "-c", "import pytest"], stderr=subprocess.DEVNULL).returncode:
-            subprocess.run([interpreter, "-m", "pip", "install", "--quiet", "pytest"], check=True)
+    venv = here / ".venv"
+    venv_python = str(venv / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
+
+    def has_pytest(python: str) -> bool:
+        check = "import pytest, sys; sys.exit(pytest.version_tuple < (8,))"  # as pyproject.toml asks for
+        try:
+            return subprocess.run([python, "-c", check], stderr=subprocess.DEVNULL).returncode == 0
+        except OSError:  # no .venv, or the Python that made it is gone
+            return False
+
+    interpreter = next(filter(has_pytest, (sys.executable, venv_python)), None)
+    if interpreter is None:  # so what there is of .venv is half-made, or of another time
+        print(f"This Python has no pytest 8: it is fetched into {venv}", flush=True)
+        interpreter = venv_python
+        if subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], stdout=subprocess.DEVNULL).returncode:
+            sys.exit(f"{venv} cannot be made: install pytest for {sys.executable}, or python3-venv")
+        options = ["--quiet", "--disable-pip-version-check", "--retries=1", "--timeout=10"]
+        install = [interpreter, "-m", "pip", "install", *options, "pytest>=8"]
+        if subprocess.run(install, stderr=subprocess.DEVNULL).returncode:
+            sys.exit(
+                "pytest cannot be fetched. Offline: `pip download pytest` elsewhere, by the same Python; then here "
+                "PIP_NO_INDEX=1 PIP_FIND_LINKS=directory-of-these-files python3 test_remote_executor.py"
+            )
+    if not sys.argv[1:]:
+        print(
+            "The whole suite takes 6 to 9 minutes on two idle processors, beside others up to twice as long. It needs\n"
+            "ports of the loopback and 1 GB for temporary files. What needs root, go, promtool, systemd or Chromium\n"
+            "is skipped where that is not there.",
+            flush=True,
+        )
     sys.exit(subprocess.run([interpreter, "-m", "pytest", *sys.argv[1:]], cwd=here).returncode)
 
 import ast
@@ -47,6 +79,7 @@ import concurrent.futures
 import configparser
 import contextlib
 import ctypes
+import datetime
 import errno
 import functools
 import gzip
@@ -105,8 +138,11 @@ LOCAL_TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:Z|[+-]\d\d:\d\d)"
 UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 # ======================================================================================================================
-# harness: a daemon as a subprocess, a client, steps that both systems run
+# harness: waiting, a client, a daemon as a subprocess, steps that both systems run, fixtures
 # ======================================================================================================================
+
+
+# -- waiting
 
 
 def wait_until(condition: Callable[[], Any], what: str = "", deadline_s: float = 60, pause_s: float = 0.01) -> Any:
@@ -117,6 +153,21 @@ def wait_until(condition: Callable[[], Any], what: str = "", deadline_s: float =
         assert waited_s < deadline_s, f"not within {deadline_s} s: {what or condition}"
         time.sleep(max(pause_s, min(waited_s / 20, 0.2)))
     return value
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+def until_idle(daemon: Daemon) -> None:
+    wait_until(
+        lambda: sum(daemon.get("/api/v1/pool").data[key] for key in ("running", "waiting")) == 0, "idle", 600, 0.02
+    )
+
+
+# -- a client and a daemon
 
 
 class Answer(NamedTuple):
@@ -258,14 +309,25 @@ class Daemon:
                     found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")
         return found
 
+    def stop_tasks(self) -> None:
+        """Stop what runs, unless a token is asked for; --max_requests may refuse a request for a moment."""
+
+        def ask(method: str, path: str) -> Answer:
+            return wait_until(lambda: (answer := self.request(method, path)).status != 429 and answer, "no 429")
+
+        listing = ask("GET", "/api/v1/task")
+        if listing.status == 401:
+            return
+        for task in listing.data["tasks"]:
+            if task["state"] in (1, 2):
+                ask("PUT", f"/api/v1/task/{task['id']}")
+        wait_until(lambda: ask("GET", "/api/v1/pool").data["running"] == 0, "the pool to empty")
+
     def retire(self) -> None:
         """Stops what runs, ends the daemon, and asserts that nothing is left: no process, no traceback."""
         try:
             if self.alive():
-                for task in self.get("/api/v1/task").data["tasks"]:
-                    if task["state"] in (1, 2):
-                        self.put(f"/api/v1/task/{task['id']}")
-                wait_until(lambda: self.get("/api/v1/pool").data["running"] == 0, "the pool to empty")
+                self.stop_tasks()
                 assert self.end() == 0, self.log()
             wait_until(lambda: not self.processes(), f"the end of {self.processes()}", 15)
             assert self.may_log_tracebacks or "Traceback" not in self.log(), self.log()
@@ -354,6 +416,62 @@ class Daemon:
         wait_until(lambda: line in self.console(task, step).json.get("data", []), f"{task} to print {line}")
 
 
+# -- the network of this host
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+def free_port() -> int:
+    with socket.socket() as link:
+        link.bind(("127.0.0.1", 0))
+        return link.getsockname()[1]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as link:
+        return link.connect_ex(("127.0.0.1", port)) == 0
+
+
+def token_of(daemon: Daemon) -> str:
+    return (daemon.root / "token").read_text().strip()
+
+
+def console_chunks(daemon: Daemon, task: str) -> Iterator[bytes]:
+    """The console's body as it comes, in pieces that memory holds."""
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=120)
+    with contextlib.closing(connection):
+        connection.request("GET", f"/api/v1/task/{task}/0/console")
+        response = connection.getresponse()
+        while chunk := response.read(1 << 22):
+            yield chunk
+
+
+# -- texts of the API
+
+
+def go_seconds(text: str) -> float:
+    """The length of a duration as Go prints it."""
+    assert re.fullmatch(GO_DURATION, text), text
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}
+    return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(h|ms|µs|ns|m|s)", text))
+
+
+def local_seconds(text: str) -> float:
+    """The moment of an RFC 3339 text with this host's offset and whole seconds."""
+    assert re.fullmatch(LOCAL_TIME, text), text
+    moment = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
+    assert moment.utcoffset() == moment.astimezone().utcoffset(), text
+    return moment.timestamp()
+
+
+# -- steps
+
+
 def script(posix: str, windows: str) -> str:
     """A command both systems have, each in its own words."""
     return windows if WINDOWS else posix
@@ -398,6 +516,9 @@ def marks(file: Path) -> list[str]:
     return file.read_text().split() if file.exists() else []
 
 
+# -- the program: as a command, as text, as a module
+
+
 def cli(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(PROGRAM), *arguments]
     environment = {**os.environ, "PYTHONUTF8": "1", **(env or {})}
@@ -413,12 +534,6 @@ def refused(result: subprocess.CompletedProcess[str], code: int) -> str:
     return result.stderr.strip()
 
 
-def memory_bytes(pid: int, field: str = "VmRSS") -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found
-    return int(found[1]) * 1024
-
-
 @functools.cache
 def source() -> str:
     return PROGRAM.read_text(encoding="utf-8")
@@ -428,6 +543,132 @@ def version() -> str:
     found = re.search(r'^__version__(?:: \w+)? = "(.+)"$', source(), re.MULTILINE)
     assert found
     return found[1]
+
+
+@functools.cache
+def module() -> Any:
+    sys.path.insert(0, str(HERE))
+    return importlib.import_module("remote_executor")
+
+
+class Wire:
+    """The receiving side of a socket: gives out what it holds, in pieces, then its end."""
+
+    def __init__(self, data: bytes, piece: int = 1 << 16) -> None:
+        self.data, self.piece, self.at = data, piece, 0
+
+    def recv(self, count: int) -> bytes:
+        begin, self.at = self.at, min(len(self.data), self.at + min(count, self.piece))
+        return self.data[begin : self.at]
+
+
+def stream_of(data: bytes, piece: int = 1 << 16) -> Any:
+    return module().RequestReader(Wire(data, piece), lambda seconds: None)
+
+
+def repeated(few: int, many: int) -> pytest.MarkDecorator:
+    """Runs a test with `runs`: few in the ordinary suite, many where there are minutes (-m slow)."""
+    return pytest.mark.parametrize("runs", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
+# -- processes and disks
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process has this pid."""
+    if WINDOWS:
+        process = ctypes.windll.kernel32.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
+        code = ctypes.c_ulong()
+        alive = process and ctypes.windll.kernel32.GetExitCodeProcess(process, ctypes.byref(code)) and code.value == 259
+        ctypes.windll.kernel32.CloseHandle(process)
+        return bool(alive)
+    try:
+        return os.kill(pid, 0) is None
+    except ProcessLookupError:
+        return False
+
+
+FAMILY = """
+import os, subprocess, sys, time
+flags = {"creationflags": 0x208} if sys.platform == "win32" else {"start_new_session": True}  # detached, in a new group
+generation = int(sys.argv[1]) if len(sys.argv) > 1 else 0
+sys.stdout.write(f"pid {os.getpid()}" + chr(10))  # in one piece, with PYTHONUNBUFFERED too
+sys.stdout.flush()
+if generation < 3:
+    for own in {}, flags:
+        subprocess.Popen([sys.executable, __file__, str(generation + 1)], stdout=1, **own)
+if generation != 1:  # who orphans the last two
+    time.sleep(1000)
+"""
+
+
+def family(**fields: Any) -> dict[str, Any]:
+    """A step with 14 descendants in three generations: half of them detached, some without their parent."""
+    return python(FAMILY, **fields)
+
+
+def family_of(daemon: Daemon, task: str) -> list[int]:
+    """The pids of the 15 processes of a family once all are there."""
+
+    def born() -> list[int]:
+        return [int(line.split()[1]) for line in daemon.console(task).json.get("data", []) if line.startswith("pid ")]
+
+    return wait_until(lambda: len(pids := born()) == 15 and pids, f"the family of {task}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MB, which only root can have."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("this user cannot mount a tmpfs")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(place: Path, leave_bytes: int = 0) -> Path:
+    """Fills a disk up to some bytes with a file, which it returns."""
+    ballast = place / f"ballast-{uuid.uuid4()}"
+    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with open(ballast, "r+b") as file:
+        file.truncate(ballast.stat().st_size // 4096 * 4096 - leave_bytes)
+    return ballast
+
+
+@contextlib.contextmanager
+def mounted(place: Path) -> Iterator[None]:
+    """A directory that is a mount, so that nobody can rename it: as one in which a process works on Windows."""
+    if not shutil.which("mount") or subprocess.run(["mount", "--bind", place, place], capture_output=True).returncode:
+        pytest.skip("this user cannot mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Iterator[Path]:
+    """A directory that no daemon has to do with; as it was at the test's end."""
+    place = tmp_path / "outside"
+    (place / "inner").mkdir(parents=True)
+    for name in ("output", "rc", "pid", "inner/file"):
+        (place / name).write_text("secret\n")
+    before = snapshot(place)
+    yield place
+    assert snapshot(place) == before
+
+
+def memory_bytes(pid: int, field: str = "VmRSS") -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+# -- fixtures
 
 
 @pytest.fixture(scope="session")
@@ -1068,21 +1309,6 @@ def test_max_requests_bounds_the_requests_served_at_once(launch: Callable[..., D
 # ======================================================================================================================
 
 
-def go_seconds(text: str) -> float:
-    """The length of a duration as Go prints it."""
-    assert re.fullmatch(GO_DURATION, text), text
-    units = {"h": 3600, "m": 60, "s": 1, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}
-    return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(h|ms|µs|ns|m|s)", text))
-
-
-def local_seconds(text: str) -> float:
-    """The moment of an RFC 3339 text with this host's offset and whole seconds."""
-    assert re.fullmatch(LOCAL_TIME, text), text
-    offset = time.strftime("%z", time.localtime())
-    assert text[19:].replace(":", "") in (offset, "Z", "+0000") if float(offset) == 0 else offset
-    return time.mktime(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
-
-
 def test_list_without_tasks_is_empty(launch: Callable[..., Daemon]) -> None:
     answer = launch().get("/api/v1/task")
     assert answer.json == {"code": 0, "message": "success", "data": {"running": 0, "tasks": [], "total": 0}}
@@ -1177,6 +1403,16 @@ def test_detail_of_a_success(daemon: Daemon) -> None:
         <= local_seconds(second["times"]["et"])
     )
     assert 47.9 * 3600 < go_seconds(first["times"]["rt"]) < 48 * 3600
+
+
+@posix_only
+def test_times_have_the_offset_of_the_daemons_time_zone(launch: Callable[..., Daemon]) -> None:
+    daemon = launch(env={"TZ": "IST-5:30"})
+    before = time.time()
+    times = daemon.run(step()).data[0]["times"]
+    for text in (times["st"], times["et"]):
+        assert re.fullmatch(LOCAL_TIME, text) and text.endswith("+05:30")
+        assert before - 1 < datetime.datetime.fromisoformat(text).timestamp() < time.time()
 
 
 def test_detail_of_a_running_task(daemon: Daemon, gate: Path) -> None:
@@ -1326,7 +1562,7 @@ def test_console_of_one_line_of_100_megabytes_keeps_memory_flat(launch: Callable
 @linux_only
 @pytest.mark.parametrize("command", ["yes 0123456789abcdef | head -c 2000000000", "head -c 1000000000 /dev/zero"])
 def test_console_of_gigabytes_keeps_memory_flat(launch: Callable[..., Daemon], command: str) -> None:
-    daemon, total, peak = launch("--max_output=0") if "max_output" in cli("--help-long").stdout else launch(), 0, 0
+    daemon, total, peak = launch("--max_output=0"), 0, 0
     task = daemon.submit(step(command))
     daemon.ended(task, 300)
     assert daemon.process
@@ -1335,16 +1571,6 @@ def test_console_of_gigabytes_keeps_memory_flat(launch: Callable[..., Daemon], c
         total, peak = total + len(chunk), max(peak, memory_bytes(daemon.process.pid))
     assert total > 1_000_000_000
     assert peak - before < 10 * 2**20
-
-
-def console_chunks(daemon: Daemon, task: str) -> Iterator[bytes]:
-    """The console's body as it comes, in pieces that memory holds."""
-    connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=120)
-    with contextlib.closing(connection):
-        connection.request("GET", f"/api/v1/task/{task}/0/console")
-        response = connection.getresponse()
-        while chunk := response.read(1 << 22):
-            yield chunk
 
 
 # ======================================================================================================================
@@ -1458,9 +1684,9 @@ INTERPRETERS = {
 
 
 @pytest.fixture(scope="module")
-def fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def recorders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon whose interpreters, but sh and cmd, only record: each prints its name, its arguments, and the script."""
-    place = tmp_path_factory.mktemp("fakes")
+    place = tmp_path_factory.mktemp("recorders")
     (place / "bin").mkdir()
     recorder = place / "recorder.py"
     recorder.write_text(RECORDER, encoding="utf-8")
@@ -1489,18 +1715,18 @@ print(open(script[0].replace("''", "'") if script else arguments[-1], "rb").read
 
 
 @pytest.mark.parametrize("kind", INTERPRETERS)
-def test_interpreter_is_the_program_of_the_table(fakes: Daemon, kind: str) -> None:
-    lines = fakes.output(step("exit größe 7", kind))
+def test_interpreter_is_the_program_of_the_table(recorders: Daemon, kind: str) -> None:
+    lines = recorders.output(step("exit größe 7", kind))
     assert lines[0] == INTERPRETERS[kind]
     mark = b"\xef\xbb\xbf" if lines[0] in ("pwsh", "powershell") else b""
     assert lines[-1] == repr(mark + "exit größe 7".encode())
 
 
 @pytest.mark.parametrize("kind", ["powershell", "ps", "ps1", "pwsh"])
-def test_powershell_is_given_its_script_as_its_manual_says(fakes: Daemon, kind: str) -> None:
-    task = fakes.submit(step("throw 'größe'", kind))
-    assert fakes.ended(task).code == 0
-    _, *options, command, content = fakes.console(task).data
+def test_powershell_is_given_its_script_as_its_manual_says(recorders: Daemon, kind: str) -> None:
+    task = recorders.submit(step("throw 'größe'", kind))
+    assert recorders.ended(task).code == 0
+    _, *options, command, content = recorders.console(task).data
     assert content == repr(b"\xef\xbb\xbf" + "throw 'größe'".encode())
     assert options == ["-NoLogo", "-NoProfile", "-NonInteractive", "-ExecutionPolicy", "Bypass", "-Command"]
     encoding = r"try \{ \[Console\]::OutputEncoding = New-Object System.Text.UTF8Encoding \$false \} catch \{ \}"
@@ -1514,8 +1740,8 @@ def test_interpreter_of_sh_is_sh(daemon: Daemon, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*INTERPRETERS, *script("cmd bat", "sh shell").split()])
-def test_interpreter_missing_ends_the_step_and_is_named(barren: Daemon, kind: str) -> None:
-    answer = barren.run(step("print('own')", kind, name="n"))
+def test_interpreter_missing_ends_the_step_and_is_named(without_interpreters: Daemon, kind: str) -> None:
+    answer = without_interpreters.run(step("print('own')", kind, name="n"))
     if INTERPRETERS.get(kind) in ("python3", "python"):
         assert answer.head == (200, 0, "success")
     else:
@@ -1525,9 +1751,9 @@ def test_interpreter_missing_ends_the_step_and_is_named(barren: Daemon, kind: st
 
 
 @pytest.fixture(scope="module")
-def barren(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def without_interpreters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon whose PATH holds sh and nothing else; on Windows nothing, for cmd is in its own place."""
-    place = tmp_path_factory.mktemp("barren")
+    place = tmp_path_factory.mktemp("without_interpreters")
     (place / "bin").mkdir()
     if not WINDOWS:
         (place / "bin" / "sh").symlink_to(shutil.which("sh") or "/bin/sh")
@@ -1536,8 +1762,10 @@ def barren(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     daemon.retire()
 
 
-def test_interpreter_missing_lets_independent_branches_go_on(barren: Daemon) -> None:
-    answer = barren.run(step(kind="zsh", name="a"), step(name="b", depets_on=["a"]), step(name="c"), ansync="1")
+def test_interpreter_missing_lets_independent_branches_go_on(without_interpreters: Daemon) -> None:
+    answer = without_interpreters.run(
+        step(kind="zsh", name="a"), step(name="b", depets_on=["a"]), step(name="c"), ansync="1"
+    )
     assert [(one["state"], one["code"]) for one in answer.data] == [(0, 255), (2, 0), (0, 0)]
 
 
@@ -2358,35 +2586,7 @@ def test_stop_for_the_second_time_grants_no_grace(daemon: Daemon) -> None:
     begin = time.monotonic()
     assert [daemon.put(f"/api/v1/task/{task}").code for _ in range(2)] == [0, 0]
     assert daemon.ended(task).data[0]["msg"].endswith(STOPPED)
-    assert time.monotonic() - begin < 4
-
-
-FAMILY = """
-import os, subprocess, sys, time
-flags = {"creationflags": 0x208} if sys.platform == "win32" else {"start_new_session": True}  # detached, in a new group
-generation = int(sys.argv[1]) if len(sys.argv) > 1 else 0
-sys.stdout.write(f"pid {os.getpid()}" + chr(10))  # in one piece, with PYTHONUNBUFFERED too
-sys.stdout.flush()
-if generation < 3:
-    for own in {}, flags:
-        subprocess.Popen([sys.executable, __file__, str(generation + 1)], stdout=1, **own)
-if generation != 1:  # who orphans the last two
-    time.sleep(1000)
-"""
-
-
-def family(**fields: Any) -> dict[str, Any]:
-    """A step with 14 descendants in three generations: half of them detached, some without their parent."""
-    return python(FAMILY, **fields)
-
-
-def family_of(daemon: Daemon, task: str) -> list[int]:
-    """The pids of the 15 processes of a family once all are there."""
-
-    def born() -> list[int]:
-        return [int(line.split()[1]) for line in daemon.console(task).json.get("data", []) if line.startswith("pid ")]
-
-    return wait_until(lambda: len(pids := born()) == 15 and pids, f"the family of {task}")
+    assert time.monotonic() - begin < module().GRACE_S
 
 
 @pytest.mark.parametrize("end", ["stop task", "stop step", "timeout", "restart, then stop"])
@@ -2442,33 +2642,29 @@ def test_background_child_that_keeps_stdout_open_delays_nothing(daemon: Daemon) 
     os.kill(pid, signal.SIGTERM)
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process has this pid."""
-    if WINDOWS:
-        process = ctypes.windll.kernel32.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
-        code = ctypes.c_ulong()
-        alive = process and ctypes.windll.kernel32.GetExitCodeProcess(process, ctypes.byref(code)) and code.value == 259
-        ctypes.windll.kernel32.CloseHandle(process)
-        return bool(alive)
-    try:
-        return os.kill(pid, 0) is None
-    except ProcessLookupError:
-        return False
-
-
 @linux_only
 def test_engine_leaves_no_zombie_and_no_descriptor(launch: Callable[..., Daemon]) -> None:
     daemon = launch()
     assert daemon.process
-    files, children = (
-        Path(f"/proc/{daemon.process.pid}") / name for name in ("fd", f"task/{daemon.process.pid}/children")
-    )
+    process = Path(f"/proc/{daemon.process.pid}")
+
+    def links() -> list[str]:
+        found = []
+        for entry in (process / "fd").iterdir():
+            with contextlib.suppress(OSError):  # it has been closed
+                found.append(os.readlink(entry))
+        return found
+
     daemon.run(*[step()] * 50, ansync="1")
-    before = len(list(files.iterdir()))
+    before = len(links())
     for _ in range(5):
         daemon.run(*[step("sh -c 'exit 0' & exit 0")] * 50, ansync="1")
-    wait_until(lambda: not children.read_text().split(), "children to be reaped")
-    wait_until(lambda: len(list(files.iterdir())) <= before + 20, "descriptors to be closed")
+    wait_until(lambda: not (process / f"task/{daemon.process.pid}/children").read_text().split(), "no child")
+    of_steps = re.compile(rf"{re.escape(str(daemon.root))}/tasks/.|anon_inode:\[pidfd\]")
+    wait_until(lambda: not any(map(of_steps.match, links())), "the descriptors of steps to be closed")
+    assert (
+        len(links()) < before + 100
+    )  # one a step would be 250; workers and readers stay, as many as there were at once
 
 
 # -- process trees, one by one
@@ -2972,7 +3168,7 @@ def test_daemon_that_a_step_starts_outlives_the_stop_of_that_step(tmp_path: Path
 
 
 # ======================================================================================================================
-# keeping: restarts, expiry
+# restarts: what a later daemon takes up; how a daemon leaves; expiry
 # ======================================================================================================================
 
 
@@ -3098,6 +3294,25 @@ def test_restart_finishes_a_stop_that_a_kill_cut_short(launch: Callable[..., Dae
     assert answer.data[0]["msg"].endswith(STOPPED)
 
 
+def test_task_whose_record_is_damaged_has_state_255(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch()
+    task = daemon.submit(held(gate), step())
+    daemon.until_printed(task, "held")
+    daemon.end()
+    gate.touch()
+    with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as db:
+        db.execute("UPDATE step SET needs = '[1]' WHERE idx = 0")
+        db.commit()
+    daemon.start()
+    answer, row = daemon.detail(task), daemon.row(task)
+    assert (answer.status, answer.code) == (200, 1002) and answer.message.startswith("lost: ")
+    assert answer.headers["X-Task-STATE"] == "System Error"
+    assert (row["state"], row["code"], row["msg"]) == (255, 255, answer.message)
+    assert daemon.put(f"/api/v1/task/{task}").code == 1003
+    assert "cannot be taken up" in daemon.log()
+    assert daemon.run(step()).code == 0 and daemon.restart().row(task)["state"] == 255
+
+
 def test_on_exit_leave_says_how_many_steps_run_on(launch: Callable[..., Daemon], gate: Path) -> None:
     daemon = launch()
     daemon.until_running(daemon.submit(held(gate), held(gate), ansync="1"), 0, 1)
@@ -3164,12 +3379,12 @@ def test_restart_knows_an_id_submitted_again(launch: Callable[..., Daemon], tmp_
 
 
 def test_expiry_sweeps_ended_tasks_and_their_files_never_live_ones(launch: Callable[..., Daemon], gate: Path) -> None:
-    daemon = launch("--key_expire=2s")
+    daemon = launch("--key_expire=5s")
     live = daemon.submit(held(gate), id="live-task")
     gone = daemon.submit(python("print('x')\nopen('kept', 'w').close()"), id="gone-task")
     daemon.ended(gone)
     assert daemon.console(gone).data == ["x"] and len(os.listdir(daemon.root / "tasks")) == 2
-    assert 0 < go_seconds(daemon.row(gone)["times"]["rt"]) <= 2 and 1 < go_seconds(daemon.row(live)["times"]["rt"]) <= 2
+    assert 0 < go_seconds(daemon.row(gone)["times"]["rt"]) <= 5 and 1 < go_seconds(daemon.row(live)["times"]["rt"]) <= 5
     wait_until(lambda: daemon.detail(gone).json == {"code": 1003, "message": MISSING}, "expiry", 15)
     wait_until(lambda: len(os.listdir(daemon.root / "tasks")) == 1, "the sweep of its files", 15)
     assert [row["id"] for row in daemon.get("/api/v1/task").data["tasks"]] == [live] and daemon.detail(
@@ -3192,16 +3407,11 @@ def test_expiry_counts_on_while_the_daemon_is_down(launch: Callable[..., Daemon]
 
 
 # ======================================================================================================================
-# the knife: crashes, bad storage, trees that will not die, a model
+# crashes: the daemon is killed at any point, alone and under load
 # ======================================================================================================================
 
 
-def often(few: int, many: int) -> pytest.MarkDecorator:
-    """Runs a test with `runs`: few in the ordinary suite, many where there are minutes (-m slow)."""
-    return pytest.mark.parametrize("runs", [few, pytest.param(many, marks=pytest.mark.slow)])
-
-
-@often(2, 20)
+@repeated(2, 20)
 @pytest.mark.parametrize("point", ["accepted", "begun", "spawned", "ended", "stored"])
 def test_crash_at_any_point_loses_nothing_and_runs_nothing_twice(
     launch: Callable[..., Daemon], tmp_path: Path, point: str, runs: int
@@ -3222,7 +3432,7 @@ def test_crash_at_any_point_loses_nothing_and_runs_nothing_twice(
         assert marks(file)[2 * run :] == [f"{run}a", f"{run}b"]
 
 
-@often(4 if WINDOWS else 10, 200)
+@repeated(4 if WINDOWS else 10, 200)
 def test_crashes_under_load_lose_nothing_and_run_nothing_twice(
     launch: Callable[..., Daemon], tmp_path: Path, runs: int
 ) -> None:
@@ -3262,6 +3472,11 @@ def test_crashes_under_load_lose_nothing_and_run_nothing_twice(
     assert [id for id in acknowledged for name in (f"{id}-0", f"{id}-1") if marks(file / name) != [id]] == []
 
 
+# ======================================================================================================================
+# storage: rights, a full or read-only disk, a damaged or locked database
+# ======================================================================================================================
+
+
 @posix_only
 def test_files_are_their_owners_alone(launch: Callable[..., Daemon]) -> None:
     daemon = launch()
@@ -3295,18 +3510,6 @@ def test_root_that_is_a_link_or_another_users_is_refused(tmp_path: Path) -> None
         assert str(place) in refused(cli("run", "--addr=127.0.0.1:0", f"--root={place}"), 1)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 MB, which only root can have."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("this user cannot mount a tmpfs")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 @linux_only
 def test_full_disk_refuses_new_tasks_and_loses_none(small_disk: Path, launch: Callable[..., Daemon]) -> None:
     daemon = launch(root=small_disk / "root")
@@ -3335,7 +3538,7 @@ def test_root_that_is_read_only_is_refused(small_disk: Path) -> None:
     assert "Read-only" in refused(cli("run", "--addr=127.0.0.1:0", f"--root={small_disk / 'root'}"), 1)
 
 
-@often(1, 20)
+@repeated(1, 20)
 def test_deleted_log_of_the_database_stops_no_start(launch: Callable[..., Daemon], runs: int) -> None:
     daemon = launch()
     for _ in range(runs):
@@ -3354,7 +3557,7 @@ def damage(root: Path, how: str, random: Random) -> None:
     database.write_bytes({"zero": b"", "half": data[: len(data) // 2], "text": b"x" * 5000}.get(how, data))
 
 
-@often(1, 34)
+@repeated(1, 34)
 @pytest.mark.parametrize("how", ["flip", "zero", "half", "text"])
 def test_damaged_database_is_put_aside_whole_and_told(launch: Callable[..., Daemon], how: str, runs: int) -> None:
     daemon, random = launch(), Random(how)
@@ -3393,17 +3596,6 @@ def test_restart_takes_any_name_that_a_step_left(launch: Callable[..., Daemon]) 
     assert daemon.run(step("".join(f"touch ../../'{name}'; " for name in names))).code == 0
     assert daemon.restart().output(step("echo x")) == ["x"]
     wait_until(lambda: sorted(os.listdir(daemon.root / "tasks")) == ["1", "2"], "the sweep")
-
-
-@contextlib.contextmanager
-def mounted(place: Path) -> Iterator[None]:
-    """A directory that is a mount, so that nobody can rename it: as one in which a process works on Windows."""
-    if not shutil.which("mount") or subprocess.run(["mount", "--bind", place, place], capture_output=True).returncode:
-        pytest.skip("this user cannot mount")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 @linux_only
@@ -3446,6 +3638,11 @@ def test_locked_database_waits_then_says_so(launch: Callable[..., Daemon]) -> No
     assert daemon.run(step()).code == 0
 
 
+# ======================================================================================================================
+# races and a model: processes that evade a stop, stops that race ends, what the daemon must answer
+# ======================================================================================================================
+
+
 EVASIONS = {
     "setsid": "setsid sleep 1000 & echo up; sleep 1000",
     "double fork": "(setsid sh -c 'sleep 1000 & exit 0' &); echo up; sleep 1000",
@@ -3467,7 +3664,7 @@ while True:
 
 
 @linux_only
-@often(2, 200)
+@repeated(2, 200)
 @pytest.mark.parametrize("kind", EVASIONS)
 def test_nothing_survives_a_stop(daemon: Daemon, kind: str, runs: int) -> None:
     for _ in range(runs):
@@ -3499,7 +3696,7 @@ def holders(daemon: Daemon, task: str) -> list[int]:
     return sorted(found)
 
 
-@often(30, 1000)
+@repeated(30, 1000)
 def test_stop_that_races_the_end_gives_one_end(daemon: Daemon, runs: int) -> None:
     random = Random(runs)
     brief = python("import time\ntime.sleep(0.1)") if WINDOWS else step("sleep 0.1")
@@ -3560,42 +3757,46 @@ class Model:
         return [(code is not None, code or 0) for code in self.ended[id]]
 
 
-@often(60 if WINDOWS else 250, 10_000)
+MODEL_ACTIONS = [
+    *["submit"] * 3,
+    *["open"] * 5,
+    *["stop", "stop step", "stop", "stop ended", "resize", "kill", "restart"],
+]
+
+
+@repeated(60 if WINDOWS else 250, 10_000)
 def test_model_and_daemon_agree(launch: Callable[..., Daemon], tmp_path: Path, runs: int) -> None:
     daemon, model, random = launch("--pool_size=40"), Model(tmp_path / "model"), Random(runs)
     model.place.mkdir()
-    deeds = ["submit"] * 3 + ["open"] * 5 + ["stop", "stop step", "stop", "resize", "kill", "restart", "stop ended"]
+    refused_stops = 0
     for number in range(runs):
-        deeds = (
-            ["submit"] * 3
-            + ["open"] * 5
-            + ["stop", "stop step", "stop", "resize", "kill", "restart", "stop what has ended"]
-        )
-        deed, live = random.choice(deeds), model.live()
-        if deed == "submit" and len(live) < 8:
+        live = model.live()
+        action = random.choice(MODEL_ACTIONS)
+        if action == "submit" and len(live) < 8:
             count = random.randint(1, 4)
             shape = [
                 (random.choice([0, 0, 0, 3]), [m for m in range(n) if random.random() < 0.4]) for n in range(count)
             ]
             daemon.submit(*model.add(f"m{number}", shape), id=f"m{number}", ansync="1")
-        elif deed in ("kill", "restart"):
-            daemon.restart(kill=deed == "kill")
-        elif deed == "resize":
+        elif action in ("kill", "restart"):
+            daemon.restart(kill=action == "kill")
+        elif action == "resize":
             assert daemon.post("/api/v1/pool", {"size": random.randint(30, 50)}).code == 0
-        elif deed == "stop ended" and len(live) < len(model.tasks):
-            id = random.choice([id for id in model.tasks if id not in live])
+        elif action == "stop ended" and (ended := [id for id in model.tasks if id not in live]):
+            id = random.choice(ended)
             wait_until(lambda id=id: daemon.detail(id).code != 1001, f"the end of {id}")
             assert daemon.put(f"/api/v1/task/{id}").code == 1003
+            refused_stops += 1
         elif live:
             id = random.choice(live)
             n = random.choice(model.ready(id))
-            if deed == "open":
+            if action == "open":
                 daemon.until_running(id, n)
                 model.open(id, n)
-            elif deed == "stop step":
+            elif action == "stop step":
                 assert daemon.put(f"/api/v1/task/{id}/{random.choice([n, f's{n}'])}").code == 0
                 model.stop(id, n)
-            elif deed == "stop":
+            elif action == "stop":
                 assert daemon.put(f"/api/v1/task/{id}").code == 0
                 model.stop(id, None)
             agree(daemon, model, id)
@@ -3604,6 +3805,7 @@ def test_model_and_daemon_agree(launch: Callable[..., Daemon], tmp_path: Path, r
         model.stop(id, None)
     for id in model.tasks:
         agree(daemon, model, id)
+    assert refused_stops
     ran = {file.stem: file.read_text() for file in model.place.glob("*.ran")}
     assert set(ran.values()) <= {"x"} and {f"{id}.{n}" for id, n in model.opened} == set(ran)
 
@@ -3704,17 +3906,6 @@ def test_limit_of_descriptors_makes_steps_wait_and_a_stop_works(launch: Callable
     assert daemon.run(step("exit 3")).data[0]["code"] == 3
 
 
-def fill(place: Path, leave_bytes: int = 0) -> Path:
-    """Fills a disk up to some bytes with a file, which it returns."""
-    ballast = place / f"ballast-{uuid.uuid4()}"
-    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    with open(ballast, "r+b") as file:
-        file.truncate(ballast.stat().st_size // 4096 * 4096 - leave_bytes)
-    return ballast
-
-
 @linux_only
 def test_script_that_finds_no_room_waits_and_runs_whole(small_disk: Path, launch: Callable[..., Daemon]) -> None:
     daemon = launch(root=small_disk / "root")
@@ -3806,6 +3997,11 @@ def test_end_of_a_task_by_force_reaches_what_its_ended_steps_left(
     answer = daemon.ended(task)
     assert [(one["state"], one["code"]) for one in answer.data] == [(0, 0), (0, 255)]
     wait_until(lambda: not any(map(is_alive, pids)), f"the end of {pids}", 15)
+
+
+# ======================================================================================================================
+# versions: a root of 1.0 is taken up, one of a later version refused
+# ======================================================================================================================
 
 
 # The wrapper of version 1.0.0: a daemon of later versions adopts what it runs.
@@ -3963,14 +4159,14 @@ def test_database_of_a_later_version_is_refused(launch: Callable[..., Daemon]) -
     with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as db:
         db.execute("PRAGMA user_version = 99")
     line = refused(cli("run", "--addr=127.0.0.1:0", f"--root={daemon.root}"), 1)
-    assert "later version" in line
+    assert str(daemon.root) in line and "later version" in line
     with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as db:
         db.execute(f"PRAGMA user_version = {len(module()._MIGRATIONS)}")
     daemon.start()
 
 
 # ======================================================================================================================
-# scheduler and store in process: races staged with fakes, a database with a past, changes that fail
+# scheduler and store in process: races, changes that fail, recovery, loops that go on
 # ======================================================================================================================
 
 
@@ -4092,7 +4288,7 @@ def house(tmp_path: Path) -> Iterator[House]:
 
 
 @pytest.fixture
-def often_switched() -> Iterator[None]:
+def threads_switch_often() -> Iterator[None]:
     """Threads take turns every 10 microseconds, so that races happen."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -4100,8 +4296,8 @@ def often_switched() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-@pytest.mark.usefixtures("often_switched")
-@often(400 if WINDOWS else 2000, 20_000)
+@pytest.mark.usefixtures("threads_switch_often")
+@repeated(400 if WINDOWS else 2000, 20_000)
 def test_list_detail_metrics_and_database_agree_whatever_races(house: House, tmp_path: Path, runs: int) -> None:
     """A model that knows nothing of order: whatever happened to a step, everybody tells the same of it."""
     random, told = Random(runs), collections.Counter[str]()
@@ -4533,6 +4729,84 @@ def test_scripts_go_with_their_task_however_it_ends(house: House) -> None:
     tree.end(0)
 
 
+@pytest.mark.parametrize("thread", ["timekeeper", "sweeper"])
+def test_janitor_logs_an_exception_and_goes_on(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, thread: str
+) -> None:
+    owner, name = (house.scheduler, "overdue_tasks") if thread == "timekeeper" else (house.store, "expire")
+    real, calls = getattr(owner, name), []
+
+    def fail_once(*arguments: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 1:
+            raise ZeroDivisionError("odd")
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, fail_once)
+    house.start()
+    house.janitor.start([])
+    try:
+        wait_until(lambda: len(calls) > 2, "further turns")
+        assert house.janitor.is_alive()
+    finally:
+        house.janitor.stop()
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert record.getMessage().startswith(thread) and "odd" in str(record.exc_info)
+
+
+def test_worker_logs_an_exception_and_runs_its_step_again(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    failures = [ZeroDivisionError("odd")]
+
+    def fail_once(step: Any) -> None:
+        if failures:
+            raise failures.pop()
+        house.runner.run(step)
+
+    house.start(fail_once)
+    number = house.submit(step()).task_number
+    house.tree().end(0)
+    assert house.ended(number) == [(0, 0, "")] and len(house.processes.trees) == 1
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert "odd" in str(record.exc_info)
+
+
+@pytest.mark.parametrize("left", ["its code", "its tree", "nothing that began"])
+def test_recovery_finishes_a_stop_that_is_stored(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """Whatever is there of the step by then: what it started is ended, and it counts as stopped."""
+    now_ns, tree = house.clock.now_ns(), FakeTree()
+    house.store.accept(1, house.parse(step(), step(), id="a"), now_ns).result(60)
+    house.store.begin(1, 0, now_ns).result(60)
+    house.store.record_stop(1, None, STOPPED).result(60)
+    house.processes.has_started = left != "nothing that began"
+    (tmp_path / "tasks" / "1" / "0").mkdir(parents=True)
+    if left == "its code":
+        (tmp_path / "tasks" / "1" / "0" / "rc").write_text("0\n")
+    if left == "its tree":
+        monkeypatch.setattr(house.processes, "adopt", lambda step_dir: tree)
+    house.recovery.run()
+    house.start()
+    assert house.ended(1) == [(0, 255, STOPPED), (2, 0, "")] and not house.processes.trees
+    assert tree.stops == (left == "its tree")
+    assert house.processes.remaining == ([["0"]] if left == "its code" else [])
+
+
+@pytest.mark.parametrize("has_room", [True, False], ids=["room", "no room"])
+def test_writer_tries_again_once_at_the_end(house: House, tmp_path: Path, has_room: bool) -> None:
+    def store_at_the_end(db: sqlite3.Connection) -> None:
+        if not (house.store._is_closing and has_room):
+            raise sqlite3.OperationalError("database or disk is full")
+        db.execute("INSERT INTO meta VALUES ('last', 'word')")
+
+    house.store._record(store_at_the_end)
+    wait_until(lambda: house.store.warning(), "it to fail")
+    house.store.stop()
+    assert not house.store.is_alive()
+    with contextlib.closing(sqlite3.connect(tmp_path / "db")) as db:
+        assert db.execute("SELECT value FROM meta WHERE key = 'last'").fetchall() == [("word",)] * has_room
+
+
 # Of version 1.0.0, of the steps that `fingerprinted` submits.
 FINGERPRINT = "bd865cd657ba7547e987cb43da3a82451631e31e67fdc5fc772cd3f383401114"
 
@@ -4564,12 +4838,8 @@ def test_fingerprint_does_not_change_by_a_field_that_is_not_given(
 
 
 # ======================================================================================================================
-# access: who gets in
+# authentication: address, host name, browser, token, certificate
 # ======================================================================================================================
-
-
-def token_of(daemon: Daemon) -> str:
-    return (daemon.root / "token").read_text().strip()
 
 
 def hosts(port: int) -> dict[str, bool]:
@@ -4617,21 +4887,6 @@ FORWARDED = {"forwarded for", "forwarded port", "forwarded", "real address", "pr
 def marks_on(name: str, host: str, scheme: str) -> dict[str, str]:
     other = {"http": "https", "https": "http"}[scheme]
     return {key: text.format(host=host, scheme=scheme, other=other) for key, text in MARKS[name].items()}
-
-
-class Wire:
-    """The receiving side of a socket: gives out what it holds, in pieces, then its end."""
-
-    def __init__(self, data: bytes, piece: int = 1 << 16) -> None:
-        self.data, self.piece, self.at = data, piece, 0
-
-    def recv(self, count: int) -> bytes:
-        begin, self.at = self.at, min(len(self.data), self.at + min(count, self.piece))
-        return self.data[begin : self.at]
-
-
-def stream_of(data: bytes, piece: int = 1 << 16) -> Any:
-    return module().RequestReader(Wire(data, piece), lambda seconds: None)
 
 
 PEERS = {"127.0.0.1": True, "127.9.9.9": True, "::1": True, "192.0.2.7": False, "2001:db8::7": False}
@@ -4931,34 +5186,9 @@ def test_page_of_an_allowed_origin_may_ask_first(guarded: Daemon) -> None:
     assert guarded.request("OPTIONS", "/api/v1/task", None, {"Origin": "https://evil.example", **ask}).status == 403
 
 
-def test_changes_leave_an_audit_line_without_script_or_environment(
-    launch: Callable[..., Daemon], tmp_path: Path, gate: Path
-) -> None:
-    (tmp_path / "tokens").write_text("alpha # Ann's laptop\n")
-    daemon = launch(f"--token_file={tmp_path / 'tokens'}")
-    held_step = held(gate)
-    task = daemon.submit({**held_step, "env_vars": ["SECRET=sesame"]}, step("echo hush"), id="audited")
-    daemon.request("PUT", f"/api/v1/task/{task}/0", None, {"Authorization": "Bearer alpha"})
-    daemon.post("/api/v1/pool", {"size": 3})
-    daemon.post("/api/v1/pool", {"size": 0})
-    told = [line.split(" INFO ", 1) for line in daemon.log().splitlines() if "127.0.0.1 (" in line]
-    assert [what for _, what in told] == [
-        "127.0.0.1 (local): POST /api/v1/task: task audited, steps: 2",
-        "127.0.0.1 (Ann's laptop): PUT /api/v1/task/audited/0",
-        "127.0.0.1 (local): POST /api/v1/pool: size 3",
-    ]
-    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", when) for when, _ in told)
-    assert "hush" not in daemon.log() and "sesame" not in daemon.log() and "alpha" not in daemon.log()
-
-
-def test_log_lines_escape_what_would_end_or_colour_them(launch: Callable[..., Daemon]) -> None:
-    daemon = launch("--debug")
-    daemon.get("/api/v1/task/x%0aFORGED%1b[31m%e2%80%ae%c2%9b")
-    daemon.request("GET", "/version", None, {"Authorization": "Bearer x"})
-    log = daemon.log()
-    assert "x\\nFORGED\\x1b[31m\\u202e\\x9b" in log
-    assert [line for line in log.splitlines() if line.startswith("FORGED")] == []
-    assert [line for line in log.split("\n") if not line.isprintable()] == []
+# ======================================================================================================================
+# request parser: smuggled and mutated requests, targets, ids
+# ======================================================================================================================
 
 
 SMUGGLES = {
@@ -5055,7 +5285,7 @@ SEEDS = [
     b"POST /x HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 50\r\n\r\n"
     b"POST /smuggled HTTP/1.1\r\nHost: x\r\nX: aaaaaaaaaa\r\n\r\n"[:50],
 ]
-SPICES = [
+INSERTED = [
     *(b"\r", b"\n", b"\r\n", b"\n\n", b"\0", b" ", b"\t", b"\x0b", b"\x85", b"\xff", b":", b",", b";", b"%", b"#"),
     *(b"?", b"/", b"@", b"9" * 20, b"+5", b"0x5", b"5_0", b"chunked", b"HTTP/1.1", b"HTTP/0.9", b"0\r\n\r\n"),
     *(b"Content-Length: 5\r\n", b"Content-Length: 0", b"Content-Length : 5\r\n", b"Transfer-Encoding: chunked\r\n"),
@@ -5070,7 +5300,7 @@ def mutate(data: bytes, random: Random) -> bytes:
         end = min(end, at + random.choice((1, 1, 4, 30)))
         how = random.randrange(6)
         if how < 3:
-            data = data[:at] + random.choice(SPICES) + data[at if how else end :]
+            data = data[:at] + random.choice(INSERTED) + data[at if how else end :]
         elif how == 3:
             data = data[:at] + data[end:]
         elif how == 4:
@@ -5161,7 +5391,7 @@ def parsed(data: bytes, piece: int) -> list[tuple[str, tuple[str, ...], bytes]]:
     return found
 
 
-@often(20_000, 1_000_000)
+@repeated(20_000, 1_000_000)
 def test_parser_takes_of_mutated_requests_what_the_rules_do(runs: int) -> None:
     random, taken = Random(runs), 0
     for _ in range(runs):
@@ -5180,7 +5410,7 @@ def path_of(target: bytes) -> str:
     return path or "/"
 
 
-@often(300, 20_000)
+@repeated(300, 20_000)
 def test_mutated_requests_are_answered_or_refused(launch: Callable[..., Daemon], runs: int) -> None:
     daemon, random, statuses = launch("--insecure"), Random(runs), collections.Counter[bytes]()
     for _ in range(runs):
@@ -5193,6 +5423,11 @@ def test_mutated_requests_are_answered_or_refused(launch: Callable[..., Daemon],
             statuses.update(re.findall(rb"HTTP/1\.1 (\d+) ", reply))
     assert {int(status) for status in statuses} <= {100, 200, 400, 404, 405, 413}, statuses
     assert {b"200", b"400"} <= set(statuses)
+
+
+# ======================================================================================================================
+# connections: many, slow, reset; without threads, descriptors or memory
+# ======================================================================================================================
 
 
 def test_connections_beyond_the_most_get_503_and_stops_still_pass(launch: Callable[..., Daemon]) -> None:
@@ -5210,10 +5445,10 @@ def test_connections_beyond_the_most_get_503_and_stops_still_pass(launch: Callab
 
 
 # Each connection in turn has one of these fates, and the ones behind them are sound.
-ACCEPTS_FATES = """
+FAILING_ACCEPTS = """
 import errno, socket
 accept, getsockname, fates = socket.socket.accept, socket.socket.getsockname, {fates!r}
-def fated(self):
+def accept_or_fail(self):
     fate = fates.pop(0) if fates else ""
     if isinstance(fate, int):
         raise OSError(fate, "the client has gone")
@@ -5224,13 +5459,13 @@ def fated(self):
 nameless = set()
 def name(self):
     return None if self.fileno() in nameless and not nameless.clear() else getsockname(self)
-socket.socket.accept, socket.socket.getsockname = fated, name
+socket.socket.accept, socket.socket.getsockname = accept_or_fail, name
 """
 
 
 def test_connections_that_are_reset_before_their_accept_leave_the_next_alone(launch: Callable[..., Daemon]) -> None:
     fates = ["none", "empty", "no host", "nothing", "nameless", errno.ECONNABORTED, errno.EMFILE, errno.EPERM]
-    daemon = launch(program=with_faults(ACCEPTS_FATES.format(fates=fates)))
+    daemon = launch(program=with_faults(FAILING_ACCEPTS.format(fates=fates)))
     for _ in range(5):
         assert daemon.raw(b"GET /heartbeat HTTP/1.1\r\n\r\n") == b""
     assert daemon.get("/api/v1/pool").code == 0
@@ -5468,7 +5703,7 @@ def slow_clients(daemon: Daemon, count: int) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("many_descriptors")
-@often(50, 5000)
+@repeated(50, 5000)
 def test_slow_clients_delay_nobody(launch: Callable[..., Daemon], runs: int) -> None:
     daemon, times = launch("--timeout=10m"), []
     place = Path(f"/proc/{daemon.process.pid if daemon.process else 0}")
@@ -5502,20 +5737,8 @@ def threads_of(place: Path) -> int:
 
 
 # ======================================================================================================================
-# files: nothing outside the root is read, written or deleted
+# files of steps: nothing outside the root is read, written or deleted
 # ======================================================================================================================
-
-
-@pytest.fixture
-def outside(tmp_path: Path) -> Iterator[Path]:
-    """A directory that no daemon has to do with; as it was at the test's end."""
-    place = tmp_path / "outside"
-    (place / "inner").mkdir(parents=True)
-    for name in ("output", "rc", "pid", "inner/file"):
-        (place / name).write_text("secret\n")
-    before = snapshot(place)
-    yield place
-    assert snapshot(place) == before
 
 
 def snapshot(place: Path) -> dict[str, tuple[int, str]]:
@@ -5666,7 +5889,8 @@ def test_root_that_is_open_to_others_is_closed_while_empty_and_refused_else(
 
 @posix_only
 def test_environment_of_steps_is_the_daemons_but_for_its_own_variables(launch: Callable[..., Daemon]) -> None:
-    daemon = launch(env={"REMOTE_EXECUTOR_SECRET": "sesame", "PLAIN": "text"})
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a shim of pyenv adds variables
+    daemon = launch(env={"REMOTE_EXECUTOR_SECRET": "sesame", "PLAIN": "text", "PATH": path})
     output = daemon.output(python("import json, os\nprint(json.dumps(dict(os.environ)))", env_vars=["OWN=1"]))
     shown, shells = json.loads(output[0]), {"PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
     added = {"OWN", "TASK_ID", "TASK_STEP_ID", "TASK_STEP_NAME", "TASK_WORKSPACE", "REMOTE_EXECUTOR_STEP"}
@@ -5676,7 +5900,7 @@ def test_environment_of_steps_is_the_daemons_but_for_its_own_variables(launch: C
 
 
 # ======================================================================================================================
-# TLS
+# TLS: certificates and keys, slow clients, reading again
 # ======================================================================================================================
 
 # An authority, what it signed for this host and for a client, and what a client signed for itself; valid until 2120.
@@ -5902,7 +6126,7 @@ def test_tls_files_that_cannot_be_used_are_refused(
 
 
 # ======================================================================================================================
-# the other routes
+# other routes: heartbeat, version, healthyz, state, metrics
 # ======================================================================================================================
 
 
@@ -6039,7 +6263,7 @@ def test_metrics_pass_promtool_without_a_warning(daemon: Daemon) -> None:
 
 
 # ======================================================================================================================
-# API document and its page
+# API document: what it says, its page in a browser
 # ======================================================================================================================
 
 
@@ -6322,7 +6546,7 @@ def test_page_fits_a_phone_by_day_and_night(browser: Browser, daemon: Daemon, sc
 
 
 # ======================================================================================================================
-# profiles
+# profiles: pprof, traces, waits
 # ======================================================================================================================
 
 PPROF = "/debug/pprof/"
@@ -6446,6 +6670,34 @@ def test_trace_shows_steps_requests_and_commits(daemon: Daemon, gate: Path) -> N
     assert results[f"{running} step 0"] == "still running" and "succeeded" in results.values()
 
 
+def take_by_with(lock: threading.Lock) -> None:
+    with lock:
+        pass
+
+
+def take_by_call(lock: threading.Lock) -> None:
+    lock.acquire()
+    lock.release()
+
+
+def test_waits_for_locks_are_seen_apart_from_others() -> None:
+    lock, event, profile_waits = threading.Lock(), threading.Event(), module().profile_waits
+    with lock:
+        actions = [take_by_with, take_by_call, lambda _: event.wait()]
+        threads = [threading.Thread(target=action, args=(lock,), name=f"t{n}") for n, action in enumerate(actions)]
+        for thread in threads:
+            thread.start()
+        mutex, block = (read_pprof(profile_waits(0.3, is_mutex).encode()).stacks for is_mutex in (True, False))
+    event.set()
+    for thread in threads:
+        thread.join()
+    own = Path(__file__).stem
+    seen = {stack[:2] for stack in mutex}
+    assert {("t0", f"{own}.take_by_with"), ("t1", f"{own}.take_by_call")} <= seen
+    assert not any(stack[0] == "t2" for stack in mutex)
+    assert {stack[0] for stack in block} & {"t0", "t1", "t2"} == {"t2"}
+
+
 def test_profile_is_one_at_a_time(daemon: Daemon) -> None:
     slow = ["profile", "heap", "allocs", "trace"]
     with concurrent.futures.ThreadPoolExecutor(len(slow)) as pool:
@@ -6486,7 +6738,7 @@ def test_profiles_open_in_go_tool_pprof(daemon: Daemon, tmp_path: Path, path: st
 
 
 # ======================================================================================================================
-# log
+# log: rotation, JSON, standard error that nobody reads, audit lines
 # ======================================================================================================================
 
 
@@ -6584,22 +6836,54 @@ def test_log_that_nobody_reads_holds_nobody_up(tmp_path: Path) -> None:
         assert told.count("x" * 30_000) == 50
         begin = time.monotonic()
         assert daemon.end() == 0
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 15  # a loaded host needs more than the second that it waits for a reader
 
 
 def test_log_that_is_read_again_tells_how_much_was_dropped(tmp_path: Path) -> None:
     with daemon_on_a_full_pipe(tmp_path / "root", "--debug") as (daemon, reader):
         for _ in range(50):
             daemon.get("/" + "x" * 30_000)
-        text = ""
-        while not (dropped := re.search(r"WARNING (\d+) lines of the log were dropped", text)):
-            text += os.read(reader, 2**20).decode()
-        whole = len(re.findall(r"DEBUG 127.0.0.1 \S+ /x{30000}\"", text))
+        log = daemon.root / "logs" / "remote_executor.log"  # a request is logged after its answer, here last
+        wait_until(lambda: log.read_text().count("x" * 30_000) == 50, "all to be logged")
+        text = b""  # without the spaces that filled the pipe: they, and the ready line, may stand within a long line
+        while not (dropped := re.search(rb"WARNING(\d+)linesofthelogweredropped", text)):
+            text += os.read(reader, 2**20).replace(b" ", b"")
+        whole = len(re.findall(rb'"GET/x{30000}"', re.sub(rb"listeningon\S+\s+", b"", text)))
         assert whole > 10 and int(dropped[1]) + whole == 50
         daemon.get("/later")
-        while "/later" not in text:
-            text += os.read(reader, 2**20).decode()
+        while b"/later" not in text:
+            text += os.read(reader, 2**20).replace(b" ", b"")
         assert daemon.end() == 0
+
+
+def test_changes_leave_an_audit_line_without_script_or_environment(
+    launch: Callable[..., Daemon], tmp_path: Path, gate: Path
+) -> None:
+    (tmp_path / "tokens").write_text("alpha # Ann's laptop\n")
+    daemon = launch(f"--token_file={tmp_path / 'tokens'}")
+    held_step = held(gate)
+    task = daemon.submit({**held_step, "env_vars": ["SECRET=sesame"]}, step("echo hush"), id="audited")
+    daemon.request("PUT", f"/api/v1/task/{task}/0", None, {"Authorization": "Bearer alpha"})
+    daemon.post("/api/v1/pool", {"size": 3})
+    daemon.post("/api/v1/pool", {"size": 0})
+    told = [line.split(" INFO ", 1) for line in daemon.log().splitlines() if "127.0.0.1 (" in line]
+    assert [what for _, what in told] == [
+        "127.0.0.1 (local): POST /api/v1/task: task audited, steps: 2",
+        "127.0.0.1 (Ann's laptop): PUT /api/v1/task/audited/0",
+        "127.0.0.1 (local): POST /api/v1/pool: size 3",
+    ]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", when) for when, _ in told)
+    assert "hush" not in daemon.log() and "sesame" not in daemon.log() and "alpha" not in daemon.log()
+
+
+def test_log_lines_escape_what_would_end_or_colour_them(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--debug")
+    daemon.get("/api/v1/task/x%0aFORGED%1b[31m%e2%80%ae%c2%9b")
+    daemon.request("GET", "/version", None, {"Authorization": "Bearer x"})
+    log = daemon.log()
+    assert "x\\nFORGED\\x1b[31m\\u202e\\x9b" in log
+    assert [line for line in log.splitlines() if line.startswith("FORGED")] == []
+    assert [line for line in log.split("\n") if not line.isprintable()] == []
 
 
 def test_log_is_on_standard_error_promptly(launch: Callable[..., Daemon]) -> None:
@@ -6609,7 +6893,7 @@ def test_log_is_on_standard_error_promptly(launch: Callable[..., Daemon]) -> Non
         begin = time.monotonic()
         wait_until(lambda mark=f"/number-{number}": mark in daemon.log(), pause_s=0.001)
         delays_s.append(time.monotonic() - begin)
-    assert statistics.median(delays_s) < 0.05
+    assert statistics.median(delays_s) < 0.5  # on a loaded host; on an idle one it is a millisecond
 
 
 def test_log_keeps_the_lines_of_the_end_and_why_it_failed(tmp_path: Path) -> None:
@@ -6622,25 +6906,24 @@ def test_log_keeps_the_lines_of_the_end_and_why_it_failed(tmp_path: Path) -> Non
     assert "ERROR the database was damaged" in lines[0] and lines[-1].startswith("remote_executor: --root: ")
 
 
-def test_log_tells_of_a_thread_that_an_exception_ended(launch: Callable[..., Daemon]) -> None:
-    fault = """
-import threading
+def test_log_tells_of_a_thread_that_an_exception_ended(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    file = tmp_path / "root" / "logs" / "remote_executor.log"
+    fault = f"""
+import os, threading, time
 def end():
+    while not os.path.exists({str(file)!r}):
+        time.sleep(0.01)
     raise ValueError("odd")
-threading.Timer(0.5, end).start()
+threading.Thread(target=end, daemon=True).start()
 """
     daemon = launch(program=with_faults(fault))
     daemon.may_log_tracebacks = True
-    file = daemon.root / "logs" / "remote_executor.log"
-    wait_until(
-        lambda: re.search(
-            r"CRITICAL the thread Thread-\d+ has ended\nTraceback(.*\n)+ValueError: odd", file.read_text()
-        )
-    )
+    line = re.compile(r"CRITICAL the thread Thread-\d+.* has ended\nTraceback(.*\n)+ValueError: odd")
+    wait_until(lambda: line.search(file.read_text()), "the line of the thread")
 
 
 # ======================================================================================================================
-# daemon: start, stop, refusals; command line
+# command line: start, stop, flags, help, limits of the host
 # ======================================================================================================================
 
 
@@ -6656,7 +6939,7 @@ def test_daemon_ends_in_time_on_a_signal(launch: Callable[..., Daemon], gate: Pa
                 stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port))).sendall(part)
         begin = time.monotonic()
         assert daemon.end(number) == 0
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 10  # on a loaded host; whoever waited for these would wait for longer
     gate.touch()
 
 
@@ -6805,13 +7088,6 @@ def test_pool_that_the_limits_cannot_carry_is_told(launch: Callable[..., Daemon]
     assert warning(daemon) == told and f"WARNING {told}\n" in daemon.log()
     daemon.post("/api/v1/pool", {"size": 28})
     assert warning(daemon) == ""
-
-
-def has_ipv6() -> bool:
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
-        probe.bind(("::1", 0))
-        return True
-    return False
 
 
 @pytest.mark.parametrize(
@@ -7235,17 +7511,6 @@ def bare_host() -> Iterator[None]:
         subprocess.run(["sc", word, "remote_executor"], stdout=subprocess.DEVNULL, timeout=60)
 
 
-def free_port() -> int:
-    with socket.socket() as link:
-        link.bind(("127.0.0.1", 0))
-        return link.getsockname()[1]
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as link:
-        return link.connect_ex(("127.0.0.1", port)) == 0
-
-
 def drive_service(root: Path, port: int) -> None:
     """One task through the API of the service."""
     daemon = Daemon(root)
@@ -7288,14 +7553,38 @@ def test_service_that_cannot_start_says_so_in_its_exit_code(bare_host: None, tmp
 
 
 # ======================================================================================================================
-# units: Go durations
+# plan: the graph of a task's steps, in process
 # ======================================================================================================================
 
 
-@functools.cache
-def module() -> Any:
-    sys.path.insert(0, str(HERE))
-    return importlib.import_module("remote_executor")
+@pytest.mark.parametrize("seed", range(20))
+def test_plan_hands_out_each_step_once_when_all_that_it_depends_on_has_succeeded(seed: int) -> None:
+    random = Random(seed)
+    depends_on = [[other for other in range(index) if random.random() < 0.3] for index in range(12)]
+    plan = module().Plan(depends_on)
+    succeeded: set[int] = set()
+    ready = plan.ready()
+    handed_out = [*ready]
+    while ready:
+        index = ready.pop(random.randrange(len(ready)))
+        if random.random() < 0.8:
+            plan.succeed(index)
+            succeeded.add(index)
+        more = plan.ready()
+        assert more == sorted(more)
+        ready += more
+        handed_out += more
+    assert sorted(handed_out) == [index for index in range(12) if succeeded.issuperset(depends_on[index])]
+    for index in range(12):
+        assert [*plan.dependents(index)] == [other for other in range(12) if index in depends_on[other]]
+    for index in succeeded:
+        with pytest.raises(ValueError):
+            plan.succeed(index)
+
+
+# ======================================================================================================================
+# durations: as Go prints and parses them
+# ======================================================================================================================
 
 
 DURATIONS = [
@@ -7347,7 +7636,7 @@ def test_durations_parse_as_go_parses_them(text: str, ns: int | None) -> None:
     ["", "3", "s", ".", "-.", ".s", "+.s", "1d", "1h 2m", "１s", "1e3s", "9223372036854775808ns", "--1s", "3000000h"],
 )
 def test_durations_that_go_refuses_are_refused(text: str) -> None:
-    with pytest.raises(Exception, match="."):
+    with pytest.raises(ValueError, match=re.escape(repr(text))):
         module().parse_duration(text)
 
 
@@ -7449,6 +7738,13 @@ def test_source_map_is_that_of_the_banners() -> None:
         for (number, part), group in itertools.groupby(banners(), lambda banner: (banner.number, banner.part))
     ]
     assert parts == found and len({banner.section for banner in banners()}) == len(banners())
+
+
+def test_map_of_the_tests_is_that_of_their_banners() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    shown = (__doc__ or "").partition("stands in the harness:\n\n")[2]
+    names = [name for line in shown.splitlines() for name in line[16:].split(", ")]
+    assert names == re.findall(rf"^# {'=' * 118}\n# ([\w ]+): .+\n# {'=' * 118}$", text, re.MULTILINE)
 
 
 def test_source_banners_have_one_form() -> None:
@@ -7877,12 +8173,6 @@ def full(idle: Daemon) -> Daemon:
     return idle
 
 
-def until_idle(daemon: Daemon) -> None:
-    wait_until(
-        lambda: sum(daemon.get("/api/v1/pool").data[key] for key in ("running", "waiting")) == 0, "idle", 600, 0.02
-    )
-
-
 def record(table: list[Row], row: Row) -> None:
     table.append(row)
     assert row.good, row
@@ -7918,12 +8208,6 @@ def record_more(table: list[Row], name: str, here: float, bare: float, unit: str
             more <= most,
         ),
     )
-
-
-def seconds(action: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    action()
-    return time.perf_counter() - begin
 
 
 @bench
@@ -7963,14 +8247,23 @@ def test_bench_steps_per_second(table: list[Row], launch: Callable[..., Daemon],
 @bench
 @posix_only
 def test_bench_wrapper(table: list[Row], tmp_path: Path) -> None:
-    wrapper = module()._WRAPPER
-    (tmp_path / "script.sh").write_text("exit 0\n")
+    (tmp_path / "script.sh").write_text("exit 7\n")
     command = ["/bin/sh", str(tmp_path / "script.sh")]
-    wrapped = ["/bin/sh", "-c", wrapper, str(tmp_path), "022", "1024", *command]
-    pairs = [
-        [1000 * seconds(lambda line=line: subprocess.Popen(line, stdin=subprocess.DEVNULL).wait()) for line in lines]
-        for lines in [(command, wrapped)] * 500
-    ]
+    wrapped = ["/bin/sh", "-c", module()._WRAPPER, str(tmp_path), "022", "1024", *command]
+
+    def run_ms(words: list[str]) -> float:
+        """How long a run takes; the files that the wrapper leaves would change the next one."""
+        begin = time.perf_counter()
+        code = subprocess.Popen(words, stdin=subprocess.DEVNULL).wait()
+        taken_ms = 1000 * (time.perf_counter() - begin)
+        assert code == 7
+        if words is wrapped:
+            assert (tmp_path / "rc").read_text() == "7\n"
+            (tmp_path / "rc").unlink()
+            (tmp_path / "pid").unlink()
+        return taken_ms
+
+    pairs = [(run_ms(command), run_ms(wrapped)) for _ in range(500)]
     bare, here = (statistics.median(times) for times in zip(*pairs))
     row = Row(
         "wrapper of a step",
