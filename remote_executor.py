@@ -2149,7 +2149,13 @@ def _checked_out_commit() -> str:
     command = [git, f"--git-dir={git_dir}", "rev-parse", "--verify", "HEAD"]
     null = subprocess.DEVNULL
     try:
-        process = subprocess.run(command, stdin=null, stdout=subprocess.PIPE, stderr=null, timeout=_GIT_TIMEOUT_S)
+        process = subprocess.run(
+            command,
+            stdin=null,
+            stdout=subprocess.PIPE,
+            stderr=null,
+            timeout=_GIT_TIMEOUT_S,
+        )
     except (OSError, subprocess.TimeoutExpired):  # such as a filesystem that hangs
         return ""
     if process.returncode:  # such as a checkout without a commit
@@ -2243,7 +2249,12 @@ INTERPRETERS: Mapping[str, Interpreter] = {
 }
 
 
-def interpreter_command(command_type: str, file: str, workspace: str, path: str) -> list[str]:
+def interpreter_command(
+    command_type: str,
+    file: str,
+    workspace: str,
+    path: str,
+) -> list[str]:
     """Return the command line that runs the file; `path` is the PATH to search before the daemon's own.
 
     Raises LaunchError for a missing program.
@@ -2386,7 +2397,13 @@ class StepProcesses(Protocol):
 
     initial_files: Mapping[str, bytes]  # beside the script in a step's directory before `start`
 
-    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: _Environment) -> ProcessTree:
+    def start(
+        self,
+        command: Sequence[str],
+        step_dir: str,
+        cwd: str,
+        env: _Environment,
+    ) -> ProcessTree:
         """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
 
         Raises OSError, after which nothing runs: `is_scarcity` tells whether to try again.
@@ -3059,7 +3076,13 @@ class PosixProcesses(StepProcesses):
         self._children: set[int] = set()  # wrappers, until `release`
         self._orphans: set[int] = set()  # other zombies at the last `reap`
 
-    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: _Environment) -> PosixTree:
+    def start(
+        self,
+        command: Sequence[str],
+        step_dir: str,
+        cwd: str,
+        env: _Environment,
+    ) -> PosixTree:
         self._become_reaper()
         wake_pipe = os.pipe()  # first, for nothing may fail once the step runs
         try:
@@ -3141,7 +3164,13 @@ class PosixProcesses(StepProcesses):
             ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             self._is_reaper = True
 
-    def _spawn(self, command: Sequence[str], step_dir: str, cwd: str, env: _Environment) -> _Child:
+    def _spawn(
+        self,
+        command: Sequence[str],
+        step_dir: str,
+        cwd: str,
+        env: _Environment,
+    ) -> _Child:
         """Start the wrapper. Raises OSError, and leaves no file but an empty `pid` then."""
         with contextlib.suppress(FileExistsError):  # StepDirectory has made it
             os.close(_create(step_dir, "pid"))
@@ -3406,7 +3435,12 @@ def _is_signalled(handle: int) -> bool:
     return _wait_for((handle,), 0) == 0
 
 
-def _duplicate(handle: int, process: int, access: int = 0, is_inherited: bool = False) -> int:
+def _duplicate(
+    handle: int,
+    process: int,
+    access: int = 0,
+    is_inherited: bool = False,
+) -> int:
     """Duplicate a handle into a process, with the same access or less; return its value there. Raises OSError."""
     copy = _HANDLE()
     options = 0 if access else DUPLICATE_SAME_ACCESS
@@ -3541,7 +3575,14 @@ class WindowsTree:
     by Ctrl-C, leaves no result and may end before that process: then the tree waits for the latter.
     """
 
-    def __init__(self, record: _WrapperRecord, step_dir: str, wrapper: int, job: int, child: _Child | None) -> None:
+    def __init__(
+        self,
+        record: _WrapperRecord,
+        step_dir: str,
+        wrapper: int,
+        job: int,
+        child: _Child | None,
+    ) -> None:
         self.pid = record.pid
         self._result = os.path.join(step_dir, "rc")
         self._is_batch = record.is_batch
@@ -3697,7 +3738,13 @@ class WindowsProcesses:
         self.initial_files: Mapping[str, bytes] = {}  # of a step's directory; its wrapper needs none
         self._left_jobs: collections.deque[int] = collections.deque()  # of ended steps, with processes in them
 
-    def start(self, command: Sequence[str], step_dir: str, cwd: str, env: _Environment) -> WindowsTree:
+    def start(
+        self,
+        command: Sequence[str],
+        step_dir: str,
+        cwd: str,
+        env: _Environment,
+    ) -> WindowsTree:
         """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
 
         The wrapper is suspended until it is in its job and its pid is on disk. Raises OSError.
@@ -3905,7 +3952,13 @@ def format_failure(index: int, name: str, code: int, reason: str) -> str:
     return f"{text}: {reason}" if reason else text
 
 
-def step_message(index: int, name: str, state: int, code: int, reason: str) -> str:
+def step_message(
+    index: int,
+    name: str,
+    state: int,
+    code: int,
+    reason: str,
+) -> str:
     """Return the `msg` of a step."""
     if state == State.PENDING:
         return STEP_PENDING
@@ -3946,7 +3999,14 @@ class TaskSpec(NamedTuple):
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
 ENV_ENTRY_PATTERN = re.compile(r"[^=\x00]+=[^\x00]*")
-BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+BOOLEANS = {
+    "1": True,
+    "t": True,
+    "true": True,
+    "0": False,
+    "f": False,
+    "false": False,
+}
 _WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MAX_NAME_LENGTH = 128
@@ -4004,7 +4064,14 @@ def _identify_step(step: StepSpec) -> list[Any]:
 
     So a field that is added to StepSpec changes the fingerprint of no submission that lacks it.
     """
-    identity = ["", step.command_type, step.content, step.env, step.depends_on, step.timeout_ns]
+    identity = [
+        "",
+        step.command_type,
+        step.content,
+        step.env,
+        step.depends_on,
+        step.timeout_ns,
+    ]
     later = {}
     for name in StepSpec._fields[len(identity) :]:
         value = getattr(step, name)
@@ -4091,7 +4158,12 @@ def _parse_environment(where: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _parse_step(index: int, item: Any, default_name: str, allowed_types: tuple[str, ...]) -> StepSpec:
+def _parse_step(
+    index: int,
+    item: Any,
+    default_name: str,
+    allowed_types: tuple[str, ...],
+) -> StepSpec:
     """Return the step of one element, without its dependencies."""
     where = f"[{index}]"
     if not isinstance(item, dict):
@@ -4160,7 +4232,13 @@ def _resolve_dependencies(
     return [step._replace(depends_on=graph[index]) for index, step in enumerate(steps)]
 
 
-def _dependency_index(where: str, name: str, index: int, indexes: Mapping[str, int], parallel: bool) -> int:
+def _dependency_index(
+    where: str,
+    name: str,
+    index: int,
+    indexes: Mapping[str, int],
+    parallel: bool,
+) -> int:
     """Return the index of the step of that name, on which the step at `index` may depend."""
     dependency = indexes.get(name)
     if dependency is None:
@@ -4230,7 +4308,13 @@ class MetricFamily(NamedTuple):
     samples: Sequence[Sample]
 
 
-def metric(name: str, kind: str, text: str, value: float | None, labels: Pairs = ()) -> MetricFamily:
+def metric(
+    name: str,
+    kind: str,
+    text: str,
+    value: float | None,
+    labels: Pairs = (),
+) -> MetricFamily:
     """Return a metric of one sample, or of none where the value is None."""
     samples = []
     if value is not None:
@@ -4299,7 +4383,12 @@ class Span(NamedTuple):
     args: Mapping[str, Any]
 
 
-def _ended_span(name: str, category: str, seconds: float, args: Mapping[str, Any]) -> Span:
+def _ended_span(
+    name: str,
+    category: str,
+    seconds: float,
+    args: Mapping[str, Any],
+) -> Span:
     """Return a span of this thread that ends now."""
     begin_s = time.perf_counter() - seconds
     thread_name = threading.current_thread().name
@@ -4313,7 +4402,15 @@ def trace_events(spans: Sequence[Span]) -> dict[str, Any]:
     events: list[dict[str, Any]] = []
     thread_names = {span.thread_id: span.thread_name for span in spans}
     for thread_id, name in thread_names.items():
-        events.append({"name": "thread_name", "ph": "M", "pid": pid, "tid": thread_id, "args": {"name": name}})
+        events.append(
+            {
+                "name": "thread_name",
+                "ph": "M",
+                "pid": pid,
+                "tid": thread_id,
+                "args": {"name": name},
+            }
+        )
     for span in spans:
         events.append(
             {
@@ -4365,7 +4462,14 @@ class Metrics:
         with self._lock:
             self._running.pop((task_id, step_index), None)
 
-    def step_ended(self, task_id: str, step_index: int, result: str, seconds: float, output_bytes: int) -> None:
+    def step_ended(
+        self,
+        task_id: str,
+        step_index: int,
+        result: str,
+        seconds: float,
+        output_bytes: int,
+    ) -> None:
         """Count the end of a step; `result` is succeeded, failed or forced."""
         with self._lock:
             self._steps[result] += 1
@@ -4390,7 +4494,13 @@ class Metrics:
             if self._spans is not None:
                 self._trace(f"{method} {template}", "request", seconds, {"status": status})
 
-    def _trace(self, name: str, category: str, seconds: float, args: Mapping[str, Any]) -> None:
+    def _trace(
+        self,
+        name: str,
+        category: str,
+        seconds: float,
+        args: Mapping[str, Any],
+    ) -> None:
         """Add a span of this thread that ends now to the trace, if one is taken; the lock is held."""
         if self._spans is not None and len(self._spans) < _MAX_SPANS:
             self._spans.append(_ended_span(name, category, seconds, args))
@@ -4500,7 +4610,12 @@ class StepDirectory:
         self._names = (str(task_number), str(step_index))
         self.path = os.path.join(tasks.path, *self._names)
 
-    def prepare(self, name: str, content: bytes, others: Mapping[str, bytes]) -> str:
+    def prepare(
+        self,
+        name: str,
+        content: bytes,
+        others: Mapping[str, bytes],
+    ) -> str:
         """Make the directory with the script and these other files alone in it; return the script's path.
 
         Raises OSError; then a later call begins anew.
@@ -4935,7 +5050,12 @@ class Store:
 
         self._record(apply, task_number)
 
-    def record_stop(self, task_number: int, step_index: int | None, reason: str) -> Future[None]:
+    def record_stop(
+        self,
+        task_number: int,
+        step_index: int | None,
+        reason: str,
+    ) -> Future[None]:
         """Store that a task is to be stopped, or a step of it."""
 
         def apply(db: sqlite3.Connection) -> None:
@@ -4947,7 +5067,13 @@ class Store:
 
         return self._submit(apply, task_number, is_durable=True)
 
-    def end(self, task_number: int, ends: Sequence[StepEnd], task_end: TaskEnd | None, now_ns: int) -> None:
+    def end(
+        self,
+        task_number: int,
+        ends: Sequence[StepEnd],
+        task_end: TaskEnd | None,
+        now_ns: int,
+    ) -> None:
         """Store the ends of steps, and with them that of their task where `task_end` is not None."""
         rows = [(end.code, end.reason, now_ns, task_number, end.step_index) for end in ends]
 
@@ -5141,7 +5267,12 @@ class Store:
 
     # -- the queue and the thread that writes
 
-    def _submit(self, apply: _Apply, task_number: int = 0, is_durable: bool = False) -> Future[Any]:
+    def _submit(
+        self,
+        apply: _Apply,
+        task_number: int = 0,
+        is_durable: bool = False,
+    ) -> Future[Any]:
         """Queue a change that somebody waits for, and that may fail."""
         future: Future[Any] = Future()
         self._enqueue(_Change(apply, future, task_number, is_durable, retry_until_stored=False, has_waiter=True))
@@ -5149,7 +5280,16 @@ class Store:
 
     def _record(self, apply: _Apply, task_number: int = 0, is_durable: bool = False) -> None:
         """Queue a change that records what has happened; it is tried again until it is stored."""
-        self._enqueue(_Change(apply, Future(), task_number, is_durable, retry_until_stored=True, has_waiter=False))
+        self._enqueue(
+            _Change(
+                apply,
+                Future(),
+                task_number,
+                is_durable,
+                retry_until_stored=True,
+                has_waiter=False,
+            )
+        )
 
     def _enqueue(self, change: _Change) -> None:
         """Queue a change; wake the writing thread for it, or leave it to the one that woke it."""
@@ -5368,7 +5508,13 @@ def _insert_task(db: sqlite3.Connection, task_number: int, spec: TaskSpec, now_n
         )
 
 
-def _end_task(db: sqlite3.Connection, task_number: int, state: State, end: TaskEnd, now_ns: int) -> None:
+def _end_task(
+    db: sqlite3.Connection,
+    task_number: int,
+    state: State,
+    end: TaskEnd,
+    now_ns: int,
+) -> None:
     """Mark a task as ended, and delete its scripts."""
     values = (state, end.code, end.message, now_ns, task_number)
     db.execute("UPDATE task SET state = ?, code = ?, message = ?, ended_ns = ? WHERE seq = ?", values)
@@ -5492,7 +5638,12 @@ class Step:
 class Task:
     """A task that has not ended. Guarded by the scheduler's lock."""
 
-    def __init__(self, task_id: str, specs: Sequence[StepSpec | UnfinishedStep], timeout_ns: int) -> None:
+    def __init__(
+        self,
+        task_id: str,
+        specs: Sequence[StepSpec | UnfinishedStep],
+        timeout_ns: int,
+    ) -> None:
         self.id = task_id
         self.number = 0  # from its acceptance on
         self.timeout_ns = timeout_ns
@@ -5837,7 +5988,13 @@ class Scheduler:
         if step.stop_reason:
             self._end_steps(task, [(step, FORCED_CODE, step.stop_reason)])
 
-    def finish(self, step: Step, code: int, reason: str = "", tree_has_ended: bool = False) -> bool:
+    def finish(
+        self,
+        step: Step,
+        code: int,
+        reason: str = "",
+        tree_has_ended: bool = False,
+    ) -> bool:
         """End a step; return False, having done nothing, where it is to be stopped and its tree has not been."""
         with self._lock:
             if step.stop_reason:
@@ -6179,7 +6336,12 @@ class Runner:
             if step.phase is Phase.ENDED or self._scheduler.is_shutting_down:
                 return False
             failpoint("begun")
-            tree = self._processes.start(command.args, self.directory(step).path, command.workspace, command.env)
+            tree = self._processes.start(
+                command.args,
+                self.directory(step).path,
+                command.workspace,
+                command.env,
+            )
             failpoint("spawned")
         except (StorageFull, Unavailable, MemoryError) as error:
             raise NotStarted(str(error)) from error
@@ -6219,7 +6381,12 @@ class Runner:
             raise LaunchError("could not start: an earlier step has replaced the workspace by something else")
         return workspace
 
-    def _environment(self, step: Step, entries: Iterable[str], workspace: str) -> dict[str, str]:
+    def _environment(
+        self,
+        step: Step,
+        entries: Iterable[str],
+        workspace: str,
+    ) -> dict[str, str]:
         """Return what the step's environment has beyond the daemon's; `entries` are KEY=value, the last one counts."""
         env = {}
         for entry in entries:
@@ -6286,7 +6453,13 @@ class Runner:
 
         step.tree.stop(is_hurried)
 
-    def _finish(self, step: Step, code: int, reason: str = "", tree_has_ended: bool = False) -> bool:
+    def _finish(
+        self,
+        step: Step,
+        code: int,
+        reason: str = "",
+        tree_has_ended: bool = False,
+    ) -> bool:
         """End the step; return False, having done nothing, where it is to be stopped and its tree has not been."""
         failpoint("ended")
         seconds = 0.0
@@ -8505,7 +8678,12 @@ class TimeFormat(NamedTuple):
     def step_times(self, step: StepRow, task: TaskRow) -> Json:
         return self._times_json(step.started_ns, step.ended_ns, step.ended_ns or task.ended_ns)
 
-    def _times_json(self, begin_ns: int | None, end_ns: int | None, kept_since_ns: int | None) -> Json:
+    def _times_json(
+        self,
+        begin_ns: int | None,
+        end_ns: int | None,
+        kept_since_ns: int | None,
+    ) -> Json:
         """Return begin and end where there are, and the time left until the record expires."""
         times = {}
         if begin_ns is not None:
@@ -8547,7 +8725,12 @@ def _code_schema() -> Json:
     return {"type": "integer", "description": "0 success; a task's is the sum of its steps'"}
 
 
-def task_json(task: TaskRow, running: Sequence[tuple[int, str]], base_url: str, times: Json) -> Json:
+def task_json(
+    task: TaskRow,
+    running: Sequence[tuple[int, str]],
+    base_url: str,
+    times: Json,
+) -> Json:
     """Return a task as the list shows it; `running` are index and name of its running steps."""
     message = task.message
     if task.ended_ns is None:
@@ -8597,7 +8780,12 @@ def _task_list_response() -> Json:
     return response_object("All tasks", envelope_schema([Code.SUCCESS], data), examples)
 
 
-def step_json(step: StepRow, names: Sequence[str], task_url: str, times: Json) -> Json:
+def step_json(
+    step: StepRow,
+    names: Sequence[str],
+    task_url: str,
+    times: Json,
+) -> Json:
     """Return a step as its task shows it; `names` are those of all steps of the task."""
     depends_on = [names[index] for index in json.loads(step.depends_on)]
     value = {
@@ -8606,7 +8794,13 @@ def step_json(step: StepRow, names: Sequence[str], task_url: str, times: Json) -
         "name": step.name,
         "state": step.state,
         "code": step.code,
-        "msg": step_message(step.step_index, step.name, step.state, step.code, step.reason),
+        "msg": step_message(
+            step.step_index,
+            step.name,
+            step.state,
+            step.code,
+            step.reason,
+        ),
         "depets_on": depends_on,
         "times": times,
     }
@@ -8639,7 +8833,16 @@ def _step_example(index: int, state: State, code: int = 0, **moments: str) -> Js
     """Return step `index` of the task `a`, of which each step depends on the one before."""
     names = [f"a-{number}" for number in range(index + 1)]
     depends_on = to_json([*range(index)][-1:])
-    step = StepRow(index, names[index], depends_on, int(state), code, "", None, None)
+    step = StepRow(
+        index,
+        names[index],
+        depends_on,
+        int(state),
+        code,
+        "",
+        None,
+        None,
+    )
     times = {**moments, "rt": "47h59m57.433539558s"}
     return step_json(step, names, _task_url(_EXAMPLE_BASE_URL, "a"), times)
 
@@ -8673,7 +8876,17 @@ def _task_detail_response() -> Json:
     failed = _step_example(1, State.ENDED, code=2, st=end, et=end)
     running = _step_example(0, State.RUNNING, st=begin)
     examples = {
-        "success": success_example([succeeded, _step_example(1, State.ENDED, st=end, et=end)]),
+        "success": success_example(
+            [
+                succeeded,
+                _step_example(
+                    1,
+                    State.ENDED,
+                    st=end,
+                    et=end,
+                ),
+            ]
+        ),
         "in progress": {
             "code": 1001,
             "message": "in progress: [Step: 0, Name: a-0]",
@@ -9002,7 +9215,15 @@ class TaskApi:
         names = [row.name for row in rows]
         time_format = self._time_format()
         task_url = _task_url(request.base_url, task.id)
-        data = [step_json(row, names, task_url, time_format.step_times(row, task)) for row in rows]
+        data = [
+            step_json(
+                row,
+                names,
+                task_url,
+                time_format.step_times(row, task),
+            )
+            for row in rows
+        ]
         code, message = _task_outcome(task, rows)
         state_header = ("X-Task-STATE", STATE_NAMES[State(task.state)])
         return json_response(data, code, message, headers=(state_header,))
@@ -9679,15 +9900,36 @@ class ProfileApi:
             self._instant_route("threadcreate", self.show_thread_starts),
             self._timed_route("block", empty_waits, _DEFAULT_S),
             self._timed_route("mutex", empty_waits, _DEFAULT_S),
-            Route("GET", trace, self.trace, _PROFILES["trace"], "Trace", ("seconds",), errors=(409,)),
+            Route(
+                "GET",
+                trace,
+                self.trace,
+                _PROFILES["trace"],
+                "Trace",
+                ("seconds",),
+                errors=(409,),
+            ),
             Route("GET", symbol, self.show_symbols, _PROFILES["symbol"], "Text"),
             Route("POST", symbol, self.show_symbols, _PROFILES["symbol"], "Text", body="Addresses"),
         ]
 
-    def _timed_route(self, name: str, take: Callable[[float], Profile], default_s: float) -> Route:
+    def _timed_route(
+        self,
+        name: str,
+        take: Callable[[float], Profile],
+        default_s: float,
+    ) -> Route:
         handle = functools.partial(self._take, take=take, default_s=default_s)
         query = ("seconds", "debug")
-        return Route("GET", _PPROF_PATH + name, handle, _PROFILES[name], "Profile", query, errors=(409,))
+        return Route(
+            "GET",
+            _PPROF_PATH + name,
+            handle,
+            _PROFILES[name],
+            "Profile",
+            query,
+            errors=(409,),
+        )
 
     def _instant_route(self, name: str, handle: Callable[[Request], Response]) -> Route:
         return Route("GET", _PPROF_PATH + name, handle, _PROFILES[name], "Profile", ("debug",))
@@ -9722,7 +9964,12 @@ class ProfileApi:
         """Say that there are none to look up, as the symbol protocol of pprof has it: profiles come with names."""
         return _text_response("num_symbols: 0\n")
 
-    def _take(self, request: Request, take: Callable[[float], Profile], default_s: float) -> Response:
+    def _take(
+        self,
+        request: Request,
+        take: Callable[[float], Profile],
+        default_s: float,
+    ) -> Response:
         seconds = self._seconds(request, default_s)
         _debug_level(request)  # refused before the time is spent
         with self._exclusive():
