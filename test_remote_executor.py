@@ -105,6 +105,7 @@ import symtable
 import tarfile
 import threading
 import time
+import tokenize
 import urllib.parse
 import uuid
 from collections.abc import Iterable, Iterator
@@ -6727,8 +6728,11 @@ def test_cmdline_is_the_command_line(daemon: Daemon) -> None:
     assert words[-3:] == ["run", f"--root={daemon.root}", "--addr=127.0.0.1:0"]
 
 
+QUALIFIED_WRITE = "Store._write" if sys.version_info >= (3, 11) else "._write"  # since then code knows its class
+
+
 @pytest.mark.skipif(not shutil.which("go"), reason="no go on this host")
-@pytest.mark.parametrize("path, name", [("profile?seconds=1", "_run_periodically"), ("goroutine", "Store._write")])
+@pytest.mark.parametrize("path, name", [("profile?seconds=1", "_run_periodically"), ("goroutine", QUALIFIED_WRITE)])
 def test_profiles_open_in_go_tool_pprof(daemon: Daemon, tmp_path: Path, path: str, name: str) -> None:
     file = tmp_path / "profile.pb.gz"
     file.write_bytes(daemon.get(PPROF + path).body)
@@ -7842,6 +7846,56 @@ def test_source_functions_have_60_lines_at_most() -> None:
         if one.end_lineno and one.end_lineno - one.lineno >= 60
     ]
     assert long == []
+
+
+def tokens_by_line() -> collections.Counter[int]:
+    """The tokens of each line of code, without docstrings and comments; an f-string is one token on every Python."""
+    docstrings: set[int] = set()
+    for node in ast.walk(tree()):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            docstrings |= {*range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)}
+    f_begin = getattr(tokenize, "FSTRING_START", None)  # since Python 3.12
+    f_end = getattr(tokenize, "FSTRING_END", None)
+    space = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    ignored = {*space, tokenize.COMMENT, f_end}
+    counts = collections.Counter[int]()
+    depth = 0  # in f-strings
+    for token in tokenize.generate_tokens(io.StringIO(source()).readline):
+        depth -= token.type == f_end
+        if not depth and token.type not in ignored and token.start[0] not in docstrings:
+            counts[token.start[0]] += 1
+        depth += token.type == f_begin
+    return counts
+
+
+def test_source_lines_have_8_tokens_in_the_mean_and_22_at_most_but_for_5_percent() -> None:
+    counts = sorted(tokens_by_line().values())
+    assert statistics.mean(counts) <= 8
+    assert counts[int(len(counts) * 0.95)] <= 22
+
+
+def test_source_has_no_conditional_expression_within_another() -> None:
+    outer = [node for node in ast.walk(tree()) if isinstance(node, ast.IfExp)]
+    assert [at(node) for node in outer if sum(isinstance(one, ast.IfExp) for one in ast.walk(node)) > 1] == []
+
+
+def test_source_assigns_a_tuple_to_a_tuple_only_where_each_needs_the_other() -> None:
+    """As in a swap: a value reads what is assigned beside it. Outside of functions and classes it may be a table."""
+    owners = [node for node in ast.walk(tree()) if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assignments = {node for owner in owners for node in ast.walk(owner) if isinstance(node, ast.Assign)}
+    wrong = []
+    for node in sorted(assignments, key=line_of):
+        target, value = node.targets[0], node.value
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and not reads_across(target, value):
+            wrong.append(at(node))
+    assert wrong == []
+
+
+def reads_across(target: ast.Tuple, value: ast.Tuple) -> bool:
+    """Whether a value reads what another one is assigned to."""
+    names = [ast.dump(one).replace("Store()", "Load()") for one in target.elts]
+    read = [{ast.dump(one) for one in ast.walk(part)} for part in value.elts]
+    return any(name in read[index] for index in range(len(read)) for name in (*names[:index], *names[index + 1 :]))
 
 
 def test_source_main_is_short_and_last() -> None:
