@@ -8787,7 +8787,8 @@ def step_json(
     times: Json,
 ) -> Json:
     """Return a step as its task shows it; `names` are those of all steps of the task."""
-    depends_on = [names[index] for index in json.loads(step.depends_on)]
+    indexes = json.loads(step.depends_on)
+    depends_on = [names[index] for index in indexes if index < len(names)]  # what is damaged is shown too
     value = {
         "step": step.step_index,
         "url": f"{task_url}/{step.step_index}/console",
@@ -10357,7 +10358,7 @@ class Daemon:
         if self._tls and hasattr(signal, "SIGHUP"):  # without certificates it keeps its default, to end the process
             handlers[signal.SIGHUP] = self._handle_reload_signal
         signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
-        closing.callback(signal.set_wakeup_fd, -1)
+        closing.callback(signal.set_wakeup_fd, -1, warn_on_full_buffer=False)
         closing.callback(_ignore_signals, handlers)
         for number, handler in handlers.items():
             signal.signal(number, handler)
