@@ -2114,7 +2114,6 @@ class Build(NamedTuple):
 # `git archive` fills these in (gitattributes(5), export-subst).
 _ARCHIVED_COMMIT = "$Format:%H$"
 _ARCHIVED_AT = "$Format:%cI$"
-_GIT_TIMEOUT_S = 2.0
 
 
 @functools.lru_cache(maxsize=1)
@@ -2154,9 +2153,8 @@ def _checked_out_commit() -> str:
             stdin=null,
             stdout=subprocess.PIPE,
             stderr=null,
-            timeout=_GIT_TIMEOUT_S,
         )
-    except (OSError, subprocess.TimeoutExpired):  # such as a filesystem that hangs
+    except OSError:  # there is no process left for it
         return ""
     if process.returncode:  # such as a checkout without a commit
         return ""

@@ -3073,8 +3073,9 @@ def test_environment_of_a_step_shows_in_no_command_line_and_no_file_stays(daemon
     daemon.until_running(task)
     wait_until(lambda: daemon.processes(task), "the step's processes")
     wait_until(lambda: not list((daemon.root / "tasks").glob("*/*/environment")), "the file to be read")
-    lines = [entry.read_bytes() for entry in Path("/proc").glob("[0-9]*/cmdline")]
-    assert not any(b"sesame" in line for line in lines)
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # a process that has ended meanwhile
+            assert b"sesame" not in entry.read_bytes(), entry
     masks = daemon.output(step("grep '^Sig[BI]' /proc/self/status", env_vars=["odd.name=1"]))
     assert {int(line.split()[1], 16) for line in masks} == {0}
 
@@ -3310,7 +3311,7 @@ def test_task_whose_record_is_damaged_has_state_255(launch: Callable[..., Daemon
     assert answer.headers["X-Task-STATE"] == "System Error"
     assert (row["state"], row["code"], row["msg"]) == (255, 255, answer.message)
     assert daemon.put(f"/api/v1/task/{task}").code == 1003
-    assert "cannot be taken up" in daemon.log()
+    assert "cannot be restored" in daemon.log()
     assert daemon.run(step()).code == 0 and daemon.restart().row(task)["state"] == 255
 
 
@@ -4734,7 +4735,7 @@ def test_scripts_go_with_their_task_however_it_ends(house: House) -> None:
 def test_janitor_logs_an_exception_and_goes_on(
     house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, thread: str
 ) -> None:
-    owner, name = (house.scheduler, "overdue_tasks") if thread == "timekeeper" else (house.store, "expire")
+    owner, name = (house.scheduler, "pop_overdue_task") if thread == "timekeeper" else (house.store, "expire")
     real, calls = getattr(owner, name), []
 
     def fail_once(*arguments: Any) -> Any:
@@ -6669,34 +6670,6 @@ def test_trace_shows_steps_requests_and_commits(daemon: Daemon, gate: Path) -> N
     assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in spans)
     results = {event["name"]: event["args"]["result"] for event in spans if event["cat"] == "step"}
     assert results[f"{running} step 0"] == "still running" and "succeeded" in results.values()
-
-
-def take_by_with(lock: threading.Lock) -> None:
-    with lock:
-        pass
-
-
-def take_by_call(lock: threading.Lock) -> None:
-    lock.acquire()
-    lock.release()
-
-
-def test_waits_for_locks_are_seen_apart_from_others() -> None:
-    lock, event, profile_waits = threading.Lock(), threading.Event(), module().profile_waits
-    with lock:
-        actions = [take_by_with, take_by_call, lambda _: event.wait()]
-        threads = [threading.Thread(target=action, args=(lock,), name=f"t{n}") for n, action in enumerate(actions)]
-        for thread in threads:
-            thread.start()
-        mutex, block = (read_pprof(profile_waits(0.3, is_mutex).encode()).stacks for is_mutex in (True, False))
-    event.set()
-    for thread in threads:
-        thread.join()
-    own = Path(__file__).stem
-    seen = {stack[:2] for stack in mutex}
-    assert {("t0", f"{own}.take_by_with"), ("t1", f"{own}.take_by_call")} <= seen
-    assert not any(stack[0] == "t2" for stack in mutex)
-    assert {stack[0] for stack in block} & {"t0", "t1", "t2"} == {"t2"}
 
 
 def test_profile_is_one_at_a_time(daemon: Daemon) -> None:
