@@ -4866,14 +4866,16 @@ _Apply = Callable[[sqlite3.Connection], Any]
 
 
 class _Change(NamedTuple):
-    """A change of the database in the queue; `future` is done when it is committed or has failed."""
+    """A change of the database in the queue.
+
+    Somebody waits for its future, and it may fail; or it has none: it records what has happened, and is tried again
+    until it is stored.
+    """
 
     apply: _Apply
-    future: Future[Any]
+    future: Future[Any] | None
     task_number: int  # no later change of the same task overtakes it; 0 for no task
     is_durable: bool  # it must survive a loss of power
-    retry_until_stored: bool  # it records what has happened
-    has_waiter: bool
 
 
 class Store:
@@ -5273,31 +5275,22 @@ class Store:
     ) -> Future[Any]:
         """Queue a change that somebody waits for, and that may fail."""
         future: Future[Any] = Future()
-        self._enqueue(_Change(apply, future, task_number, is_durable, retry_until_stored=False, has_waiter=True))
+        self._enqueue(_Change(apply, future, task_number, is_durable))
         return future
 
     def _record(self, apply: _Apply, task_number: int = 0, is_durable: bool = False) -> None:
         """Queue a change that records what has happened; it is tried again until it is stored."""
-        self._enqueue(
-            _Change(
-                apply,
-                Future(),
-                task_number,
-                is_durable,
-                retry_until_stored=True,
-                has_waiter=False,
-            )
-        )
+        self._enqueue(_Change(apply, None, task_number, is_durable))
 
     def _enqueue(self, change: _Change) -> None:
         """Queue a change; wake the writing thread for it, or leave it to the one that woke it."""
         with self._queue_changed:
             if not self._is_closing:
                 self._queue.append(change)
-                if change.has_waiter or len(self._queue) == 1:
+                if change.future or len(self._queue) == 1:
                     self._queue_changed.notify()
                 return
-        change.future.set_exception(Unavailable("the daemon is shutting down; send the request again to the next one"))
+        _fail_all([change], Unavailable("the daemon is shutting down; send the request again to the next one"))
 
     def _write(self) -> None:
         """Commit what is queued until the store is closed; no exception ends this thread."""
@@ -5326,7 +5319,7 @@ class Store:
             if not self._queue and not self._is_closing:
                 timeout_s = _RETRY_S if batch else None
                 self._queue_changed.wait(timeout_s)
-            has_waiter = any(change.has_waiter for change in self._queue)
+            has_waiter = any(change.future for change in self._queue)
             if not self._is_closing and not has_waiter:
                 self._queue_changed.wait(_GROUP_COMMIT_DELAY_S)  # the end of a step goes with the begin of the next
             batch += self._queue
@@ -5342,7 +5335,7 @@ class Store:
             return []
         if len(batch) > 1:
             return self._commit_singly(batch)
-        if batch[0].retry_until_stored and _is_transient(error):
+        if not batch[0].future and _is_transient(error):
             self._set_write_error(f"cannot write to {self._path}, trying again: {error}")
             return [*batch]
         _fail_all(batch, error)
@@ -5356,7 +5349,7 @@ class Store:
         unsaved: list[_Change] = []
         unsaved_tasks: set[int] = set()
         for change in batch:
-            if unsaved and change.retry_until_stored:
+            if unsaved and not change.future:
                 unsaved.append(change)
             elif change.task_number in unsaved_tasks:
                 _fail_all([change], Unavailable(self._write_error))
@@ -5385,9 +5378,11 @@ class Store:
             with contextlib.suppress(sqlite3.Error):  # there may be no transaction
                 self._writer.execute("ROLLBACK")
             return error
-        if any(change.is_durable and not change.has_waiter for change in batch):  # the end of a step
+        if any(change.is_durable and not change.future for change in batch):  # the end of a step
             failpoint("stored")
         for change, result in zip(batch, results):
+            if not change.future:
+                continue
             if isinstance(result, ApiError):
                 change.future.set_exception(result)
             else:
@@ -5406,7 +5401,7 @@ class Store:
 def _fail_all(changes: Iterable[_Change], error: Exception) -> None:
     """Give the error to whoever waits for these changes."""
     for change in changes:
-        if not change.future.done():
+        if change.future and not change.future.done():
             change.future.set_exception(_storage_error(error))
 
 
@@ -5494,16 +5489,15 @@ def _insert_task(db: sqlite3.Connection, task_number: int, spec: TaskSpec, now_n
         "INSERT INTO task (seq, id, digest, count, timeout_ns, accepted_ns) VALUES (?, ?, ?, ?, ?, ?)",
         (task_number, spec.id, spec.fingerprint, len(spec.steps), spec.timeout_ns, now_ns),
     )
+    steps = []
+    scripts = []
     for index, step in enumerate(spec.steps):
         depends_on = json.dumps(step.depends_on)
         env = json.dumps(spec.env + step.env)
-        db.execute(
-            "INSERT INTO step (task, idx, name, needs, timeout_ns) VALUES (?, ?, ?, ?, ?)",
-            (task_number, index, step.name, depends_on, step.timeout_ns),
-        )
-        db.execute(
-            "INSERT INTO script VALUES (?, ?, ?, ?, ?)", (task_number, index, step.command_type, env, step.content)
-        )
+        steps.append((task_number, index, step.name, depends_on, step.timeout_ns))
+        scripts.append((task_number, index, step.command_type, env, step.content))
+    db.executemany("INSERT INTO step (task, idx, name, needs, timeout_ns) VALUES (?, ?, ?, ?, ?)", steps)
+    db.executemany("INSERT INTO script VALUES (?, ?, ?, ?, ?)", scripts)
 
 
 def _end_task(
