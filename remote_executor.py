@@ -1332,6 +1332,9 @@ class MacKernel:
             return "proc_bsdinfo has another start time"
         if self.memory()[0] <= 0:
             return "proc_taskinfo has other members"
+        arguments = self.arguments(pid)
+        if not arguments or not arguments.arguments:
+            return "KERN_PROCARGS2 shows no arguments"
         return self._find_difference_of_file(pid)
 
     def _find_difference_of_file(self, pid: int) -> str:
@@ -3632,16 +3635,7 @@ class _MacSystem(_System):
 
         By its arguments, for the shell's environment is hidden: the session that it leads tells it from an operator's.
         """
-        arguments = self._kernel.arguments(pid)
-        for _ in range(_EXEC_SCANS):
-            if arguments is not None:
-                break
-            time.sleep(_POLL_S)
-            arguments = self._kernel.arguments(pid)
-        words = arguments.arguments if arguments else []
-        if words[1:2] != [b"-c"] or step_dir not in words[3:5]:
-            return False
-        return bool(self._kernel.start_of(pid)) and _leads_session(pid)
+        return _has_wrapper_arguments(self._kernel, pid, step_dir) and _leads_session(pid)
 
     def find_wrapper(self, step_dir: bytes) -> int:
         for process in self._kernel.list_processes():
@@ -3699,8 +3693,12 @@ class _UnknownSystem(_System):
         return True
 
     def is_wrapper(self, pid: int, step_dir: bytes) -> bool:
-        """Return whether the process leads a session that is not ours: no more can be known of it."""
-        return is_alive(pid) and _leads_session(pid)
+        """Return whether the process is the wrapper of a step, by its arguments, which are in no structure."""
+        try:
+            kernel = MacKernel()
+        except AttributeError:
+            return False
+        return is_alive(pid) and _has_wrapper_arguments(kernel, pid, step_dir) and _leads_session(pid)
 
     def find_wrapper(self, step_dir: bytes) -> int:
         return 0
@@ -3725,6 +3723,17 @@ class _UnknownSystem(_System):
 
 
 _UNKNOWN_START = "unknown"
+
+
+def _has_wrapper_arguments(kernel: MacKernel, pid: int, step_dir: bytes) -> bool:
+    """Return whether a process was started as the wrapper of a step, after its exec if it is in one. Raises OSError."""
+    for _ in range(_EXEC_SCANS):
+        arguments = kernel.arguments(pid)
+        if arguments is not None:
+            words = arguments.arguments
+            return words[1:2] == [b"-c"] and step_dir in words[3:5]
+        time.sleep(_POLL_S)
+    return False
 
 
 def _leads_session(pid: int) -> bool:

@@ -2492,6 +2492,33 @@ def test_mac_step_is_adopted_on_a_root_with_a_blank(
     assert time.monotonic() - begin < 5
 
 
+WATCHED_ON_MAC = """
+import errno, threading, time
+processes = m.PosixProcesses(0o22, "256", m.DescriptorReserve())
+step_dir = sys.argv[1]
+tree = processes.start(["/bin/sh", "-c", "sleep 1000"], step_dir, step_dir, {})
+adopted = processes.adopt(step_dir)
+calls = []
+def failing(pid):
+    calls.append(pid)
+    raise OSError(errno.EAGAIN, "odd")
+start_of, m.mac_kernel().start_of = m.mac_kernel().start_of, failing
+print(adopted.wait(time.monotonic() + 0.5), tree.wait(time.monotonic() + 0.1), len(calls))
+m.mac_kernel().start_of = start_of
+threading.Timer(0.2, tree.stop, [lambda: False]).start()
+begin = time.monotonic()
+print(adopted.wait(None), tree.wait(None), time.monotonic() - begin < 4, adopted.exit_code())
+for one in (tree, adopted):
+    one.stop(lambda: False)
+    processes.release(one)
+"""
+
+
+def test_mac_end_of_an_adopted_step_is_told_and_not_looked_for(tmp_path: Path) -> None:
+    """What cannot be looked at now has not ended."""
+    assert run_on_mac(WATCHED_ON_MAC, str(tmp_path)) == "False False 0\nTrue True True None\n"
+
+
 UNKNOWN_MAC = """
 import os, subprocess, time
 layout = m.{name}
