@@ -1104,6 +1104,7 @@ KINFO_PROC = Layout(  # bsd/sys/sysctl.h, line 983; extern_proc in it: bsd/sys/p
         "kp_proc.p_stat": (36, "<B"),
         "kp_proc.p_pid": (40, "<i"),
         "kp_proc.p_comm": (243, "<17s"),
+        "kp_eproc.e_ucred.cr_uid": (420, "<I"),
         "kp_eproc.e_ppid": (560, "<i"),
         "kp_eproc.e_pgid": (564, "<i"),
     },
@@ -1180,6 +1181,7 @@ class MacProcess(NamedTuple):
     parent: int
     group: int
     start: int
+    user: int  # the effective one
     program: bytes  # the name of the file, at most 16 bytes
 
     @property
@@ -1445,6 +1447,7 @@ def _mac_process(table: bytes, start: int) -> MacProcess:
         KINFO_PROC.read(table, "kp_eproc.e_ppid", start),
         KINFO_PROC.read(table, "kp_eproc.e_pgid", start),
         seconds * 10**6 + microseconds,
+        KINFO_PROC.read(table, "kp_eproc.e_ucred.cr_uid", start),
         program.partition(b"\0")[0],
     )
 
@@ -2937,6 +2940,7 @@ class ProcessInfo(NamedTuple):
     session: int
     start: str
     program: bytes = b""  # its name, where an exec can show a mark that was hidden before
+    is_foreign: bool = False  # it is another user's, of which this system shows no more than this
 
     @property
     def identity(self) -> _Identity:
@@ -3059,7 +3063,8 @@ class _ProcessTable:
             marks = self._unmarked[key] if is_cached else system.read_marks(process)
             if marks is not None and not marks.step_dir and not marks.is_before_exec:
                 unmarked[key] = marks
-            if marks is None or (not is_cached and system.start_time(process.pid) != process.start):
+            is_checked = is_cached or process.is_foreign
+            if marks is None or (not is_checked and system.start_time(process.pid) != process.start):
                 unclear.append(process)  # it execs, or ended before its marks were read, and may have forked
             processes.append((process, marks or _NO_MARKS))
         self._unmarked = unmarked
@@ -3599,6 +3604,7 @@ class _MacSystem(_System):
         self._own = kernel.arguments(os.getpid())
 
     def scan(self) -> Iterator[ProcessInfo]:
+        own_user = os.geteuid()
         for process in self._kernel.list_processes():
             yield ProcessInfo(
                 process.pid,
@@ -3607,6 +3613,7 @@ class _MacSystem(_System):
                 process.session,
                 str(process.start),
                 process.program,
+                own_user not in (0, process.user),
             )
 
     def start_time(self, pid: int) -> str:
@@ -3617,6 +3624,8 @@ class _MacSystem(_System):
 
         The kernel shows neither the environment of another user's process nor, to anybody, that of Apple's programs.
         """
+        if process.is_foreign:
+            return _Marks(b"", is_daemon=False, is_hidden=True)
         arguments = self._kernel.arguments(process.pid)
         if arguments is None:
             return None
