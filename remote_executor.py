@@ -3108,15 +3108,16 @@ class PosixTree(ProcessTree):
         shared: _Shared,
     ) -> None:
         self.pid = pid
+        self._system = _system()
         self.step_dirs = frozenset(os.fsencode(path) for path in step_dirs)
         self._child = child  # None when an earlier daemon started it
         self._shared = shared
         self._ended = not pid  # whether the wrapper has
-        self._start = _system().start_time(pid) if pid and not child else ""
+        self._start = self._system.start_time(pid) if pid and not child else ""
         self._outputs: _Outputs | None = None  # looked up when it is stopped
         self._wake_out, self._wake_in = wake_pipe  # -1 where no descriptor was free
         self._is_woken = False
-        self._exit_watch = _system().watch_exit(pid)
+        self._exit_watch = self._system.watch_exit(pid)
         self._pidfd = self._exit_watch.descriptor  # readable from the wrapper's end on
         self._members: set[_Identity] = set()  # processes that are or were of the tree
         self._denied: set[_Identity] = set()  # members that we are not permitted to signal
@@ -3142,7 +3143,7 @@ class PosixTree(ProcessTree):
     def exit_code(self) -> int | None:
         if self._child is None:
             return None
-        return _system().exit_code(self._child)
+        return self._system.exit_code(self._child)
 
     def stop(self, is_hurried: Callable[[], bool]) -> None:
         if self._owns_session():  # and so the group; this needs no descriptor
@@ -3200,13 +3201,13 @@ class PosixTree(ProcessTree):
         if self._child is None:
             self._ended = self._has_vanished()
         else:
-            self._ended = _system().has_ended(self._child)
+            self._ended = self._system.has_ended(self._child)
         return self._ended
 
     def _has_vanished(self) -> bool:
         """Return whether an adopted wrapper is gone; False where that cannot be read."""
         try:
-            start = _system().start_time(self.pid)
+            start = self._system.start_time(self.pid)
         except OSError:
             return False
         return not start or start != self._start
@@ -3280,7 +3281,7 @@ class PosixTree(ProcessTree):
     def _signal(self, member: ProcessInfo, number: int) -> None:
         """Signal a member if it is still the process that was found."""
         try:
-            if _system().start_time(member.pid) == member.start:
+            if self._system.start_time(member.pid) == member.start:
                 os.kill(member.pid, number)
         except PermissionError:  # by sudo; waiting does not help
             if member.identity not in self._denied:
@@ -3322,16 +3323,16 @@ class PosixTree(ProcessTree):
             return True
         if marks.step_dir or marks.is_before_exec:
             return marks.step_dir in self.step_dirs
-        if self._writes_output(process):
+        if self._system.hides_environments and self._writes_output(process):
             return True
-        is_orphan = _system().has_subreaper and process.parent == os.getpid()
+        is_orphan = self._system.has_subreaper and process.parent == os.getpid()
         return is_orphan and self._shared.lifetimes.can_only_be_of(self.step_dirs, int(process.start))
 
     def _writes_output(self, process: ProcessInfo) -> bool:
         """Return whether a process that was started since the steps began may write the output of one of them."""
         if self._outputs is None:
             self._outputs = _Outputs(self.step_dirs)
-        if _system().is_older(process, self._outputs.begin_s):
+        if self._system.is_older(process, self._outputs.begin_s):
             return False
         try:
             files = self._shared.table.written_files(process)
@@ -3350,10 +3351,16 @@ class _Outputs:
         for step_dir in step_dirs:
             with contextlib.suppress(OSError):  # it is gone
                 output = os.lstat(os.path.join(step_dir, b"output"))
-                began = os.lstat(os.path.join(step_dir, b"pid"))  # which the wrapper writes when it begins
                 if stat.S_ISREG(output.st_mode):  # a script may have put something else there
                     self.files.add(file_identity(output))
-                    self.begin_s = min(self.begin_s, began.st_mtime)
+                    self.begin_s = min(self.begin_s, self._begin_of(step_dir))
+
+    def _begin_of(self, step_dir: bytes) -> float:
+        """Return when the wrapper wrote that it begins; 0 where the script has removed that."""
+        try:
+            return os.lstat(os.path.join(step_dir, b"pid")).st_mtime
+        except OSError:
+            return 0.0
 
 
 def _add_descendants(members: set[ProcessInfo], candidates: Sequence[ProcessInfo]) -> None:
@@ -3523,6 +3530,7 @@ class _System(Protocol):
     """What this operating system tells of processes. Thread-safe; what cannot be told now raises OSError."""
 
     has_subreaper: bool  # orphans become children of this process
+    hides_environments: bool  # of some programs, whose files must tell of their step
 
     def scan(self) -> Iterator[ProcessInfo]:
         """Yield every live process of the host but the kernel's."""
@@ -3557,6 +3565,7 @@ class _System(Protocol):
 
 class _LinuxSystem(_System):
     has_subreaper = True
+    hides_environments = False
 
     def scan(self) -> Iterator[ProcessInfo]:
         return _scan_processes()
@@ -3598,6 +3607,7 @@ class _LinuxSystem(_System):
 
 class _MacSystem(_System):
     has_subreaper = False
+    hides_environments = True
 
     def __init__(self, kernel: MacKernel) -> None:
         self._kernel = kernel
@@ -3681,6 +3691,7 @@ class _UnknownSystem(_System):
     """A Mac, or another of its family, whose structures are not as declared: a step is its wrapper's session."""
 
     has_subreaper = False
+    hides_environments = False
 
     def scan(self) -> Iterator[ProcessInfo]:
         for pid in mac_pids():
