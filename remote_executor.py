@@ -3321,10 +3321,12 @@ class PosixTree(ProcessTree):
             return True
         if process.session == self.pid and self._owns_session():
             return True
-        if marks.step_dir or marks.is_before_exec:
+        if marks.step_dir:
             return marks.step_dir in self.step_dirs
         if self._system.hides_environments and self._writes_output(process):
             return True
+        if marks.is_before_exec:
+            return False
         is_orphan = self._system.has_subreaper and process.parent == os.getpid()
         return is_orphan and self._shared.lifetimes.can_only_be_of(self.step_dirs, int(process.start))
 
