@@ -9,8 +9,8 @@ that writes its pid and its result into the step's own directory, so that a step
 The file reads from top to bottom, a section uses only what stands above it:
 
     I    foundations       errors, time, options, threads, logging
-    II   operating system  Windows API, own process, private files, network peers, system information, interpreters,
-                           step processes, POSIX processes, Windows processes
+    II   operating system  Windows API, macOS processes, own process, private files, network peers, system information,
+                           interpreters, step processes, POSIX processes, Windows processes
     III  tasks             task model, submission, dependency plan, metrics, step directory, store, scheduler, runner,
                            recovery, janitor
     IV   HTTP              messages, request parser, routing, authentication, connections
@@ -1074,6 +1074,449 @@ if ON_WINDOWS:
     )  # fmt: skip
 
 # ======================================================================================================================
+# II operating system / macOS processes: the process table, and what a process shows, by sysctl(3) and libproc
+# ======================================================================================================================
+
+# Nothing but the members that are read is declared, with offset and format as in the module struct, of a 64-bit kernel.
+# The numbers are those of xnu-11417.101.15 (macOS 15.4); the offsets have been the same since macOS 10.14. Whether they
+# are those of this kernel is found out once, by what it tells of this process: `MacKernel.find_difference`.
+
+
+class Layout(NamedTuple):
+    """A structure of the kernel's; `members` are offset and format of those that are read, by their names in C."""
+
+    name: str
+    size: int
+    members: Mapping[str, tuple[int, str]]
+
+    def read(self, buffer: bytes, member: str, start: int = 0) -> Any:
+        """Return a member of the structure that begins at `start`."""
+        offset, code = self.members[member]
+        return struct.unpack_from(code, buffer, start + offset)[0]
+
+
+KINFO_PROC = Layout(  # bsd/sys/sysctl.h, line 983; extern_proc in it: bsd/sys/proc.h, line 102
+    "kinfo_proc",
+    648,
+    {
+        "kp_proc.p_starttime.tv_sec": (0, "<q"),
+        "kp_proc.p_starttime.tv_usec": (8, "<i"),
+        "kp_proc.p_stat": (36, "<B"),
+        "kp_proc.p_pid": (40, "<i"),
+        "kp_proc.p_comm": (243, "<17s"),
+        "kp_eproc.e_ucred.cr_uid": (420, "<I"),
+        "kp_eproc.e_ppid": (560, "<i"),
+        "kp_eproc.e_pgid": (564, "<i"),
+    },
+)
+PROC_BSDINFO = Layout(  # bsd/sys/proc_info.h, line 59
+    "proc_bsdinfo",
+    136,
+    {
+        "pbi_status": (4, "<I"),
+        "pbi_xstatus": (8, "<I"),
+        "pbi_pid": (12, "<I"),
+        "pbi_ppid": (16, "<I"),
+        "pbi_pgid": (100, "<I"),
+        "pbi_start_tvsec": (120, "<Q"),
+        "pbi_start_tvusec": (128, "<Q"),
+    },
+)
+PROC_TASKINFO = Layout(  # bsd/sys/proc_info.h, line 127
+    "proc_taskinfo",
+    96,
+    {
+        "pti_virtual_size": (0, "<Q"),
+        "pti_resident_size": (8, "<Q"),
+        "pti_threadnum": (84, "<i"),
+    },
+)
+PROC_FDINFO = Layout(  # bsd/sys/proc_info.h, line 673
+    "proc_fdinfo",
+    8,
+    {
+        "proc_fd": (0, "<i"),
+        "proc_fdtype": (4, "<I"),
+    },
+)
+VNODE_FDINFO = Layout(  # bsd/sys/proc_info.h, line 329; vinfo_stat in it: line 288
+    "vnode_fdinfowithpath",
+    1200,
+    {
+        "pfi.fi_openflags": (0, "<I"),
+        "pvip.vip_vi.vi_stat.vst_dev": (24, "<I"),
+        "pvip.vip_vi.vi_stat.vst_mode": (28, "<H"),
+        "pvip.vip_vi.vi_stat.vst_ino": (32, "<Q"),
+    },
+)
+MAC_LAYOUTS = (KINFO_PROC, PROC_BSDINFO, PROC_TASKINFO, PROC_FDINFO, VNODE_FDINFO)
+_CTL_KERN = 1  # bsd/sys/sysctl.h: the names of sysctl(3)
+_KERN_PROC = 14
+_KERN_PROC_ALL = 0
+_KERN_PROC_PID = 1
+_KERN_PROCARGS2 = 49
+_SZOMB = 5  # bsd/sys/proc.h, p_stat
+_PROC_ALL_PIDS = 1  # bsd/sys/proc_info.h: the types of proc_listpids, the flavors of proc_pidinfo and proc_pidfdinfo
+_PROC_PIDLISTFDS = 1
+_PROC_PIDTBSDINFO = 3
+_PROC_PIDTASKINFO = 4
+_PROC_PIDFDVNODEPATHINFO = 2
+_PROX_FDTYPE_VNODE = 1
+_FWRITE = 2  # bsd/sys/fcntl.h, fi_openflags
+_SLACK = 4096  # for what begins between the question for a size and the next call
+_TABLE_ATTEMPTS = 5
+_ARGUMENTS_ATTEMPTS = 3
+FileIdentity = tuple[int, int]  # device and inode
+
+
+def file_identity(status: os.stat_result) -> FileIdentity:
+    """Return what identifies a file, as MacKernel tells it: a device has 32 bits there, with a sign in Python."""
+    return status.st_dev & 0xFFFF_FFFF, status.st_ino
+
+
+class MacProcess(NamedTuple):
+    """A live process; `start` is when it was started, in microseconds since the epoch."""
+
+    pid: int
+    parent: int
+    group: int
+    start: int
+    user: int  # the effective one
+    program: bytes  # the name of the file, at most 16 bytes
+
+    @property
+    def session(self) -> int:
+        """The session, as it is now; the group where the process is gone."""
+        try:
+            return os.getsid(self.pid)
+        except OSError:
+            return self.group
+
+
+class MacArguments(NamedTuple):
+    """What a process was started with; no environment where the kernel hides it, as it does of Apple's programs."""
+
+    arguments: list[bytes]
+    environment: list[bytes]
+
+
+class MacKernel:
+    """What the kernel of macOS tells of processes. Thread-safe. Each call raises OSError; none gives wrong bytes."""
+
+    def __init__(self) -> None:
+        """Load the functions. Raises AttributeError where there are none, as on other systems of this family."""
+        import ctypes  # here, for it takes memory that no other system needs
+
+        library = ctypes.CDLL(None, use_errno=True)
+        pointer = ctypes.c_void_p
+        number = ctypes.c_int
+        length = ctypes.POINTER(ctypes.c_size_t)
+        self._ctypes = ctypes
+        self._sysctl = library.sysctl
+        self._sysctl.argtypes = [ctypes.POINTER(number), ctypes.c_uint, pointer, length, pointer, ctypes.c_size_t]
+        self._list_pids = library.proc_listpids
+        self._list_pids.argtypes = [ctypes.c_uint32, ctypes.c_uint32, pointer, number]
+        self._pid_info = library.proc_pidinfo
+        self._pid_info.argtypes = [number, number, ctypes.c_uint64, pointer, number]
+        self._fd_info = library.proc_pidfdinfo
+        self._fd_info.argtypes = [number, number, number, pointer, number]
+
+    def list_processes(self) -> list[MacProcess]:
+        """Return every live process but the kernel's: zombies are dead."""
+        table = self._read_sysctl((_CTL_KERN, _KERN_PROC, _KERN_PROC_ALL))
+        processes = []
+        for start in range(0, len(table), KINFO_PROC.size):
+            is_live = KINFO_PROC.read(table, "kp_proc.p_stat", start) != _SZOMB
+            if is_live and KINFO_PROC.read(table, "kp_proc.p_pid", start):
+                processes.append(_mac_process(table, start))
+        return processes
+
+    def start_of(self, pid: int) -> int:
+        """Return when a process was started; 0 when it is gone or a zombie."""
+        try:
+            info = self._pid_structure(pid, _PROC_PIDTBSDINFO, PROC_BSDINFO)
+        except ProcessLookupError:
+            return 0
+        except PermissionError:  # of another user's process the table alone tells
+            record = self._read_sysctl((_CTL_KERN, _KERN_PROC, _KERN_PROC_PID, pid))
+            is_live = record and KINFO_PROC.read(record, "kp_proc.p_stat") != _SZOMB
+            return _mac_process(record, 0).start if is_live else 0
+        seconds: int = PROC_BSDINFO.read(info, "pbi_start_tvsec")
+        microseconds: int = PROC_BSDINFO.read(info, "pbi_start_tvusec")
+        return seconds * 10**6 + microseconds
+
+    def exit_status(self, pid: int) -> int | None:
+        """Return the status of a zombie as wait(2) has it, and leave it a zombie; None where there is none."""
+        try:
+            info = self._pid_structure(pid, _PROC_PIDTBSDINFO, PROC_BSDINFO, zombies=1)
+        except ProcessLookupError:
+            return None
+        status: int = PROC_BSDINFO.read(info, "pbi_xstatus")
+        return status if PROC_BSDINFO.read(info, "pbi_status") == _SZOMB else None
+
+    def memory(self) -> tuple[int, int, int]:
+        """Return of this process the bytes that are resident, those of its address space, and its threads."""
+        info = self._pid_structure(os.getpid(), _PROC_PIDTASKINFO, PROC_TASKINFO)
+        resident: int = PROC_TASKINFO.read(info, "pti_resident_size")
+        virtual: int = PROC_TASKINFO.read(info, "pti_virtual_size")
+        threads: int = PROC_TASKINFO.read(info, "pti_threadnum")
+        return resident, virtual, threads
+
+    def arguments(self, pid: int) -> MacArguments | None:
+        """Return what a process was started with; None in the middle of an exec.
+
+        Empty where it is gone or another user's. The area is: argc, the path of the program, NULs, the arguments, the
+        environment, NULs, and words of the kernel's own (bsd/kern/kern_sysctl.c, sysctl_procargsx).
+        """
+        for _ in range(_ARGUMENTS_ATTEMPTS):
+            arguments = self._try_arguments(pid)
+            if arguments is not None:
+                return arguments
+        return None
+
+    def _try_arguments(self, pid: int) -> MacArguments | None:
+        names = (_CTL_KERN, _KERN_PROCARGS2, pid)
+        try:
+            size = self._sysctl_into(names, None, 0) + _SLACK
+            area = self._ctypes.create_string_buffer(size)
+            length = self._sysctl_into(names, area, size)
+        except OSError as error:
+            if error.errno == errno.EIO:
+                return None
+            if error.errno == errno.EINVAL:
+                return MacArguments([], [])
+            raise
+        if length >= size:  # too small for what it has become: the kernel gives the end of it then, without an error
+            return None
+        content: bytes = area.raw[4:length]
+        count = struct.unpack_from("<i", area)[0]
+        _, _, strings = content.partition(b"\0")
+        words = strings.lstrip(b"\0").split(b"\0")
+        return MacArguments(words[:count], [word for word in words[count:] if word])
+
+    def written_files(self, pid: int) -> set[FileIdentity]:
+        """Return the regular files that a process may write, by whatever descriptor; none where it is gone."""
+        files = set()
+        for descriptor in self._file_descriptors(pid):
+            try:
+                info = self._fd_structure(pid, descriptor)
+            except OSError as error:
+                if error.errno in (errno.EBADF, errno.ENOENT, errno.ESRCH, errno.EPERM):  # closed meanwhile
+                    continue
+                raise
+            is_regular = stat.S_ISREG(VNODE_FDINFO.read(info, "pvip.vip_vi.vi_stat.vst_mode"))
+            if is_regular and VNODE_FDINFO.read(info, "pfi.fi_openflags") & _FWRITE:
+                files.add(_identity_of(info))
+        return files
+
+    def list_pids(self) -> list[int]:
+        """Return the pids of all processes, zombies too: the one call here that needs no structure."""
+        size = self._list_pids(_PROC_ALL_PIDS, 0, None, 0)
+        pids = (self._ctypes.c_int * (size // 4 + _SLACK))()
+        length = self._list_pids(_PROC_ALL_PIDS, 0, pids, self._ctypes.sizeof(pids))
+        if length <= 0:
+            raise self._error()
+        return [pid for pid in pids[: length // 4] if pid]
+
+    def find_difference(self) -> str:
+        """Return in which structure this kernel is another than declared here, by what it tells of us; else nothing."""
+        pid = os.getpid()
+        record = self._read_sysctl((_CTL_KERN, _KERN_PROC, _KERN_PROC_PID, pid))
+        if len(record) != KINFO_PROC.size:
+            return f"kinfo_proc has {len(record)} bytes, {KINFO_PROC.size} were expected"
+        own = _mac_process(record, 0)
+        if own[:3] != (pid, os.getppid(), os.getpgrp()) or abs(own.start / 10**6 - time.time()) > _YEARS_S:
+            return "kinfo_proc has other members"
+        info = self._pid_structure(pid, _PROC_PIDTBSDINFO, PROC_BSDINFO)
+        if PROC_BSDINFO.read(info, "pbi_pid") != pid or PROC_BSDINFO.read(info, "pbi_ppid") != own.parent:
+            return "proc_bsdinfo has other members"
+        if self.start_of(pid) != own.start:
+            return "proc_bsdinfo has another start time"
+        if self.memory()[0] <= 0:
+            return "proc_taskinfo has other members"
+        arguments = self.arguments(pid)
+        if not arguments or not arguments.arguments:
+            return "KERN_PROCARGS2 shows no arguments"
+        return self._find_difference_of_file(pid)
+
+    def _find_difference_of_file(self, pid: int) -> str:
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        try:
+            status = os.fstat(descriptor)
+            info = self._fd_structure(pid, descriptor)
+            is_listed = descriptor in self._file_descriptors(pid)
+        finally:
+            os.close(descriptor)
+        if not is_listed:
+            return "proc_fdinfo has other members"
+        is_same = _identity_of(info) == file_identity(status)
+        mode = VNODE_FDINFO.read(info, "pvip.vip_vi.vi_stat.vst_mode")
+        if is_same and mode == status.st_mode and VNODE_FDINFO.read(info, "pfi.fi_openflags") & 3 == _FWRITE:
+            return ""
+        return "vnode_fdinfowithpath has other members"
+
+    # -- the calls
+
+    def _error(self) -> OSError:
+        number = self._ctypes.get_errno()
+        return OSError(number, os.strerror(number))
+
+    def _sysctl_into(self, names: Sequence[int], buffer: Any, size: int) -> int:
+        """Return how many bytes there are, which are in the buffer where there is one. Raises OSError."""
+        mib = (self._ctypes.c_int * len(names))(*names)
+        length = self._ctypes.c_size_t(size)
+        if self._sysctl(mib, len(names), buffer, self._ctypes.byref(length), None, 0):
+            raise self._error()
+        return int(length.value)
+
+    def _read_sysctl(self, names: Sequence[int]) -> bytes:
+        """Return what has these names, which may grow meanwhile. Raises OSError."""
+        for _ in range(_TABLE_ATTEMPTS):
+            size = self._sysctl_into(names, None, 0)
+            size += size // 8 + _SLACK
+            buffer = self._ctypes.create_string_buffer(size)
+            try:
+                length = self._sysctl_into(names, buffer, size)
+            except OSError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
+            else:
+                return bytes(buffer.raw[:length])
+        raise OSError(errno.EAGAIN, "the process table grows too fast")
+
+    def _pid_structure(self, pid: int, flavor: int, layout: Layout, zombies: int = 0) -> bytes:
+        """Return a structure that tells of a process. Raises OSError, where it has another size too."""
+        buffer = self._ctypes.create_string_buffer(layout.size)
+        length = self._pid_info(pid, flavor, zombies, buffer, layout.size)
+        return self._checked(buffer, length, layout)
+
+    def _fd_structure(self, pid: int, descriptor: int) -> bytes:
+        """Return what tells of a file that a process has open. Raises OSError."""
+        size = VNODE_FDINFO.size
+        buffer = self._ctypes.create_string_buffer(size)
+        length = self._fd_info(pid, descriptor, _PROC_PIDFDVNODEPATHINFO, buffer, size)
+        return self._checked(buffer, length, VNODE_FDINFO)
+
+    def _checked(self, buffer: Any, length: int, layout: Layout) -> bytes:
+        if length <= 0:
+            raise self._error()
+        if length != layout.size:
+            raise OSError(errno.EOVERFLOW, f"{layout.name} has {length} bytes, {layout.size} were expected")
+        return bytes(buffer.raw)
+
+    def _file_descriptors(self, pid: int) -> list[int]:
+        """Return the descriptors of a process that are files; none where it is gone or another user's."""
+        length = self._pid_info(pid, _PROC_PIDLISTFDS, 0, None, 0)
+        table = b""
+        while length > 0 and not table:
+            size = length + _SLACK
+            self._ctypes.set_errno(0)
+            buffer = self._ctypes.create_string_buffer(size)
+            length = self._pid_info(pid, _PROC_PIDLISTFDS, 0, buffer, size)
+            if length + PROC_FDINFO.size <= size:  # else it is full, and may have been cut
+                table = bytes(buffer.raw[:length])
+        if length <= 0:
+            number = self._ctypes.get_errno()
+            if number in (0, errno.ESRCH, errno.EPERM):
+                return []
+            raise self._error()
+        descriptors = []
+        for start in range(0, len(table), PROC_FDINFO.size):
+            if PROC_FDINFO.read(table, "proc_fdtype", start) == _PROX_FDTYPE_VNODE:
+                descriptors.append(PROC_FDINFO.read(table, "proc_fd", start))
+        return descriptors
+
+
+def _identity_of(info: bytes) -> FileIdentity:
+    """Return what identifies the file of a vnode_fdinfowithpath."""
+    device: int = VNODE_FDINFO.read(info, "pvip.vip_vi.vi_stat.vst_dev")
+    number: int = VNODE_FDINFO.read(info, "pvip.vip_vi.vi_stat.vst_ino")
+    return device, number
+
+
+_YEARS_S = 30 * 366 * 86400  # a start time further away is none; a clock that was never set shows 1970
+
+
+def _mac_process(table: bytes, start: int) -> MacProcess:
+    """Return the process of a record of the process table."""
+    seconds = KINFO_PROC.read(table, "kp_proc.p_starttime.tv_sec", start)
+    microseconds = KINFO_PROC.read(table, "kp_proc.p_starttime.tv_usec", start)
+    program: bytes = KINFO_PROC.read(table, "kp_proc.p_comm", start)
+    return MacProcess(
+        KINFO_PROC.read(table, "kp_proc.p_pid", start),
+        KINFO_PROC.read(table, "kp_eproc.e_ppid", start),
+        KINFO_PROC.read(table, "kp_eproc.e_pgid", start),
+        seconds * 10**6 + microseconds,
+        KINFO_PROC.read(table, "kp_eproc.e_ucred.cr_uid", start),
+        program.partition(b"\0")[0],
+    )
+
+
+def mac_pids() -> list[int]:
+    """Return the pids of all processes, whatever this kernel's structures are; none where it lists none."""
+    try:
+        return MacKernel().list_pids()
+    except AttributeError:
+        return []
+
+
+@functools.lru_cache(maxsize=1)
+def mac_kernel() -> MacKernel | None:
+    """Return what this kernel tells of processes; None, and a line in the log, where it is not as declared here."""
+    try:
+        kernel = MacKernel()
+        difference = kernel.find_difference()
+    except (OSError, AttributeError, ImportError) as error:
+        difference = str(error)
+    if not difference:
+        return kernel
+    log.warning(
+        "the process table of this system is not as expected (%s): a stop ends the step's session and no more",
+        difference,
+    )
+    return None
+
+
+class ExitWatch:
+    """A descriptor that becomes readable when a process ends; -1 where there is none (kqueue(2), EVFILT_PROC)."""
+
+    def __init__(self, pid: int) -> None:
+        self.descriptor = -1
+        self._queue: Any = None
+        if pid:
+            with contextlib.suppress(OSError):  # it has ended, or no descriptor is free: it is looked at now and then
+                self._queue = _watch_exit(pid)
+                self.descriptor = self._queue.fileno()
+
+    def close(self) -> None:
+        """Close it; idempotent."""
+        if self._queue is not None:
+            self._queue.close()
+        self.descriptor = -1
+
+
+def _watch_exit(pid: int) -> Any:
+    """Return a select.kqueue that becomes readable at the end of a process. Raises OSError, ESRCH of a zombie too."""
+    api: Any = select  # whose kqueue mypy misses on other systems
+    queue = api.kqueue()
+    try:
+        queue.control([api.kevent(pid, api.KQ_FILTER_PROC, api.KQ_EV_ADD, api.KQ_NOTE_EXIT)], 0)
+    except OSError:
+        queue.close()
+        raise
+    return queue
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process lives, and is no zombie, without a structure of the kernel's. Raises OSError."""
+    try:
+        _watch_exit(pid).close()
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# ======================================================================================================================
 # II operating system / own process: descriptors, signals and environment of this process
 # ======================================================================================================================
 
@@ -1901,14 +2344,6 @@ def environment_name(name: str) -> str:
     return name.upper() if ON_WINDOWS else name
 
 
-def _run_ps(*arguments: str) -> str:
-    """Return the output of ps, where there is no /proc. Raises OSError."""
-    command = ["/bin/ps", *arguments]
-    null = subprocess.DEVNULL
-    process = subprocess.run(command, stdin=null, stdout=subprocess.PIPE, stderr=null)
-    return process.stdout.decode(errors="replace")
-
-
 @functools.lru_cache(maxsize=1)
 def boot_time_s() -> float:
     """Return when the host started, in seconds since the epoch."""
@@ -1959,11 +2394,11 @@ def process_stats() -> ProcessStats:
         max_files=_max_files(),
     )
     if not ON_LINUX:
-        sizes = _run_ps("-o", "rss=,vsz=", "-p", str(os.getpid())).split()
-        if len(sizes) != 2:
+        kernel = mac_kernel()
+        if kernel is None:
             return stats
-        resident_kb, virtual_kb = map(int, sizes)
-        return stats._replace(resident_bytes=resident_kb * 1024, virtual_bytes=virtual_kb * 1024)
+        resident, virtual, threads = kernel.memory()
+        return stats._replace(resident_bytes=resident, virtual_bytes=virtual, threads=threads)
     with open("/proc/self/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()  # from the state on (proc_pid_stat(5))
     return stats._replace(
@@ -2349,7 +2784,7 @@ def _encode_batch(text: str, encoding: str) -> bytes:
 
 
 # ======================================================================================================================
-# II operating system / step processes: the contract of a process tree, which two systems fulfil
+# II operating system / step processes: the contract of a process tree, which three systems fulfil
 # ======================================================================================================================
 
 # A process tree is the process of a step, its wrapper before it, and whatever these have started, directly or not.
@@ -2358,7 +2793,8 @@ def _encode_batch(text: str, encoding: str) -> bytes:
 #
 #   1. the session of the wrapper, for as long as its number cannot have been reused;
 #   2. STEP_ENV_VAR in the environment that the process was started with, naming the step's directory;
-#   3. the step's output as its standard output or error, where the process was started with another environment;
+#   3. the step's output as its standard output or error, where the process was started with another environment; on
+#      macOS, whose kernel hides the environment of Apple's programs, in any descriptor that can write;
 #   4. an orphan that has become our child, bears no mark that we can read (ssh-agent denies it), and is of an age at
 #      which only this step can have started it;
 #   5. the children of members, all that is in a session of a member, and what was a member before.
@@ -2523,6 +2959,8 @@ class ProcessInfo(NamedTuple):
     group: int
     session: int
     start: str
+    program: bytes = b""  # its name, where an exec can show a mark that was hidden before
+    is_foreign: bool = False  # it is another user's, of which this system shows no more than this
 
     @property
     def identity(self) -> _Identity:
@@ -2536,6 +2974,7 @@ class _Marks(NamedTuple):
     step_dir: bytes
     is_daemon: bool
     is_before_exec: bool = False  # its program, and so its environment, is not the final one
+    is_hidden: bool = False  # the kernel shows no environment: a child of its may have a mark
 
 
 _NO_MARKS = _Marks(b"", False, True)
@@ -2611,7 +3050,8 @@ class _ProcessTable:
         self._lock = threading.Lock()  # guards all below; who asks waits for another's scan
         self._begin_s = 0.0  # of the last scan
         self._snapshot = _Snapshot([], [])
-        self._unmarked: dict[_Identity, _Marks] = {}  # no exec gives such a process the mark of a step
+        self._files: dict[tuple[_Identity, bytes], frozenset[FileIdentity]] = {}  # that these processes may write
+        self._unmarked: dict[tuple[_Identity, bytes], _Marks] = {}  # no exec gives such a process the mark of a step
 
     def snapshot(self) -> _Snapshot:
         """Return the processes, as found by a scan that began after the call. Raises OSError."""
@@ -2622,23 +3062,36 @@ class _ProcessTable:
                 self._snapshot = self._scan()
             return self._snapshot
 
+    def written_files(self, process: ProcessInfo) -> frozenset[FileIdentity]:
+        """Return the files that a process of the snapshot may write. Raises OSError."""
+        key = (process.identity, process.program)
+        files = self._files.get(key)
+        if files is None:
+            files = _system().written_files(process)
+            self._files[key] = files
+        return files
+
     def _scan(self) -> _Snapshot:
         """Read the process table; only marks that an exec cannot change are cached. Raises OSError."""
         processes: list[tuple[ProcessInfo, _Marks]] = []
         unclear: list[ProcessInfo] = []
-        unmarked: dict[_Identity, _Marks] = {}
-        for process in _scan_processes():
-            identity = process.identity
-            is_cached = identity in self._unmarked
-            marks = self._unmarked[identity] if is_cached else _read_marks(process.pid)
+        unmarked: dict[tuple[_Identity, bytes], _Marks] = {}
+        system = _system()
+        for process in system.scan():
+            key = (process.identity, process.program)
+            is_cached = key in self._unmarked
+            marks = self._unmarked[key] if is_cached else system.read_marks(process)
             if marks is not None and not marks.step_dir and not marks.is_before_exec:
-                unmarked[identity] = marks
-            if marks is None or (not is_cached and _start_time(process.pid) != process.start):
+                unmarked[key] = marks
+            is_checked = is_cached or process.is_foreign
+            if marks is None or (not is_checked and system.start_time(process.pid) != process.start):
                 unclear.append(process)  # it execs, or ended before its marks were read, and may have forked
             processes.append((process, marks or _NO_MARKS))
         self._unmarked = unmarked
+        self._files = {key: files for key, files in self._files.items() if key in unmarked}
         parents = {process.pid: process.parent for process, _ in processes}
-        without_steps = {pid for pid, _ in unmarked} - _possible_reapers(parents)  # their children are no step's
+        without_steps = {identity[0] for (identity, _), marks in unmarked.items() if not marks.is_hidden}
+        without_steps -= _possible_reapers(parents)  # their children are no step's
         return _Snapshot(processes, [process for process in unclear if process.parent not in without_steps])
 
 
@@ -2675,14 +3128,17 @@ class PosixTree(ProcessTree):
         shared: _Shared,
     ) -> None:
         self.pid = pid
+        self._system = _system()
         self.step_dirs = frozenset(os.fsencode(path) for path in step_dirs)
         self._child = child  # None when an earlier daemon started it
         self._shared = shared
         self._ended = not pid  # whether the wrapper has
-        self._start = _start_time(pid) if pid and not child else ""
+        self._start = self._system.start_time(pid) if pid and not child else ""
+        self._outputs: _Outputs | None = None  # looked up when it is stopped
         self._wake_out, self._wake_in = wake_pipe  # -1 where no descriptor was free
         self._is_woken = False
-        self._pidfd = _open_pidfd(pid) if pid else -1
+        self._exit_watch = self._system.watch_exit(pid)
+        self._pidfd = self._exit_watch.descriptor  # readable from the wrapper's end on
         self._members: set[_Identity] = set()  # processes that are or were of the tree
         self._denied: set[_Identity] = set()  # members that we are not permitted to signal
         self._scan_incomplete = False  # the last scan may have missed a member
@@ -2707,14 +3163,7 @@ class PosixTree(ProcessTree):
     def exit_code(self) -> int | None:
         if self._child is None:
             return None
-        if not _KEEP_ZOMBIES:
-            code = self._child.poll()
-            return None if code is None or code < 0 else code
-        with contextlib.suppress(ChildProcessError):  # whoever ignores SIGCHLD has none to wait for
-            status = os.waitid(os.P_PID, self.pid, _PEEK)
-            if status is not None and status.si_code == os.CLD_EXITED:
-                return status.si_status
-        return None
+        return self._system.exit_code(self._child)
 
     def stop(self, is_hurried: Callable[[], bool]) -> None:
         if self._owns_session():  # and so the group; this needs no descriptor
@@ -2727,10 +3176,11 @@ class PosixTree(ProcessTree):
 
     def close(self) -> None:
         with self._close_lock:
-            descriptors = (self._pidfd, self._wake_in, self._wake_out)
+            descriptors = (self._wake_in, self._wake_out)
             for descriptor in descriptors:
                 if descriptor >= 0:
                     os.close(descriptor)
+            self._exit_watch.close()
             self._pidfd = -1
             self._wake_in = -1
             self._wake_out = -1
@@ -2770,19 +3220,14 @@ class PosixTree(ProcessTree):
             return True
         if self._child is None:
             self._ended = self._has_vanished()
-        elif _KEEP_ZOMBIES:
-            try:
-                self._ended = os.waitid(os.P_PID, self.pid, _PEEK) is not None
-            except ChildProcessError:
-                self._ended = True
         else:
-            self._ended = self._child.poll() is not None
+            self._ended = self._system.has_ended(self._child)
         return self._ended
 
     def _has_vanished(self) -> bool:
         """Return whether an adopted wrapper is gone; False where that cannot be read."""
         try:
-            start = _start_time(self.pid)
+            start = self._system.start_time(self.pid)
         except OSError:
             return False
         return not start or start != self._start
@@ -2793,7 +3238,7 @@ class PosixTree(ProcessTree):
             return False
         if not self._has_ended():
             return True
-        return _KEEP_ZOMBIES and self._child is not None and self._child.returncode is None
+        return self._child is not None and self._child.returncode is None
 
     # -- the stages of a stop
 
@@ -2856,7 +3301,7 @@ class PosixTree(ProcessTree):
     def _signal(self, member: ProcessInfo, number: int) -> None:
         """Signal a member if it is still the process that was found."""
         try:
-            if _start_time(member.pid) == member.start:
+            if self._system.start_time(member.pid) == member.start:
                 os.kill(member.pid, number)
         except PermissionError:  # by sudo; waiting does not help
             if member.identity not in self._denied:
@@ -2896,10 +3341,48 @@ class PosixTree(ProcessTree):
             return True
         if process.session == self.pid and self._owns_session():
             return True
-        if marks.step_dir or marks.is_before_exec:
+        if marks.step_dir:
             return marks.step_dir in self.step_dirs
-        is_orphan = ON_LINUX and process.parent == os.getpid()
+        if self._system.hides_environments and self._writes_output(process):
+            return True
+        if marks.is_before_exec:
+            return False
+        is_orphan = self._system.has_subreaper and process.parent == os.getpid()
         return is_orphan and self._shared.lifetimes.can_only_be_of(self.step_dirs, int(process.start))
+
+    def _writes_output(self, process: ProcessInfo) -> bool:
+        """Return whether a process that was started since the steps began may write the output of one of them."""
+        if self._outputs is None:
+            self._outputs = _Outputs(self.step_dirs)
+        if self._system.is_older(process, self._outputs.begin_s):
+            return False
+        try:
+            files = self._shared.table.written_files(process)
+        except OSError:
+            self._scan_incomplete = True
+            return False
+        return not files.isdisjoint(self._outputs.files)
+
+
+class _Outputs:
+    """The outputs of steps that have begun; `begin_s` is before that, in seconds since the epoch."""
+
+    def __init__(self, step_dirs: Iterable[bytes]) -> None:
+        self.files: set[FileIdentity] = set()
+        self.begin_s = float("inf")
+        for step_dir in step_dirs:
+            with contextlib.suppress(OSError):  # it is gone
+                output = os.lstat(os.path.join(step_dir, b"output"))
+                if stat.S_ISREG(output.st_mode):  # a script may have put something else there
+                    self.files.add(file_identity(output))
+                    self.begin_s = min(self.begin_s, self._begin_of(step_dir))
+
+    def _begin_of(self, step_dir: bytes) -> float:
+        """Return when the wrapper wrote that it begins; 0 where the script has removed that."""
+        try:
+            return os.lstat(os.path.join(step_dir, b"pid")).st_mtime
+        except OSError:
+            return 0.0
 
 
 def _add_descendants(members: set[ProcessInfo], candidates: Sequence[ProcessInfo]) -> None:
@@ -2916,24 +3399,13 @@ def _add_descendants(members: set[ProcessInfo], candidates: Sequence[ProcessInfo
         has_grown = len(members) > size
 
 
-_KEEP_ZOMBIES = hasattr(os, "waitid")  # not on every Mac
-_PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT if _KEEP_ZOMBIES else 0  # for waitid: the zombie stays
+_PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT if ON_LINUX else 0  # for waitid: the zombie stays
 _INCOMPLETE_SCANS_S = 1.0  # that scans may find nothing but be incomplete, on a busy host
 _MAX_LIFETIMES = 10_000  # ended steps are kept for as long as there is an orphan, which may be for ever
 _EXEC_SCANS = 10
+_CLOCK_STEP_S = 60.0  # by which the clock may have been set while a step ran, as after a sleep of the host
 _SIGTERM_SCANS = 3  # more would send it to what members start to clean up
 _KERNEL_THREAD = 0x0020_0000  # PF_KTHREAD of include/linux/sched.h
-
-
-def _open_pidfd(pid: int) -> int:
-    """Open a descriptor that becomes readable at the process's end; -1 where there is none (pidfd_open(2))."""
-    pidfd_open: Callable[[int], int] | None = getattr(os, "pidfd_open", None)
-    if pidfd_open is None:
-        return -1
-    try:
-        return pidfd_open(pid)
-    except OSError:
-        return -1
 
 
 def _signal_group(group: int, number: int) -> None:
@@ -2947,9 +3419,7 @@ def _own_sessions() -> set[int]:
 
 
 def _clock_ticks() -> int:
-    """Return the time as the process table counts it (proc_pid_stat(5), starttime)."""
-    if not ON_LINUX:
-        return 0
+    """Return the time as the process table of Linux counts it (proc_pid_stat(5), starttime)."""
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
@@ -2981,9 +3451,7 @@ def _is_live(fields: Sequence[bytes]) -> bool:
 
 
 def _start_time(pid: int) -> str:
-    """Return when the process started, as the system shows it; empty when it is gone or a zombie. Raises OSError."""
-    if not ON_LINUX:
-        return _run_ps("-o", "lstart=", "-p", str(pid)).strip()
+    """Return when the process started, as /proc shows it; empty when it is gone or a zombie. Raises OSError."""
     fields = _stat_of(pid)
     return fields[19].decode("ascii") if _is_live(fields) else ""
 
@@ -2992,19 +3460,13 @@ def _is_running(process: _Identity) -> bool:
     """Return whether the process with this pid and start time lives; True where that cannot be read."""
     pid, start = process
     try:
-        return _start_time(pid) == start
+        return _system().start_time(pid) == start
     except OSError:
         return True
 
 
 def _scan_processes() -> Iterator[ProcessInfo]:
-    """Yield every live process of the host but the kernel's. Raises OSError."""
-    if not ON_LINUX:
-        for line in _run_ps("-axo", "pid=,ppid=,pgid=,lstart=").splitlines():
-            pid, parent, group, start = line.split(None, 3)
-            leader = int(group)  # in place of the session, which ps does not show
-            yield ProcessInfo(int(pid), int(parent), leader, leader, start.strip())
-        return
+    """Yield every live process of the host but the kernel's, from /proc. Raises OSError."""
     seen: set[str] = set()
     while new := _list_pids() - seen:
         seen |= new  # what these fork meanwhile, the next listing has
@@ -3026,9 +3488,6 @@ def _read_marks(pid: int) -> _Marks | None:
 
     A process without a mark belongs to the step whose output it has open.
     """
-    if not ON_LINUX:
-        words = _run_ps("-Eww", "-o", "command=", "-p", str(pid)).split()
-        return _environment_marks(map(os.fsencode, words))
     environ = _read_proc(pid, "environ")
     if environ == b"" and _is_between_programs(pid):
         return None
@@ -3073,6 +3532,269 @@ def _is_between_programs(pid: int) -> bool:
     return not fields or fields[48] == b"0"  # env_end
 
 
+class _PidFd:
+    """An ExitWatch of Linux (pidfd_open(2))."""
+
+    def __init__(self, pid: int) -> None:
+        pidfd_open: Callable[[int], int] | None = getattr(os, "pidfd_open", None)
+        self.descriptor = -1
+        if pid and pidfd_open is not None:
+            with contextlib.suppress(OSError):
+                self.descriptor = pidfd_open(pid)
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
+
+
+class _System(Protocol):
+    """What this operating system tells of processes. Thread-safe; what cannot be told now raises OSError."""
+
+    has_subreaper: bool  # orphans become children of this process
+    hides_environments: bool  # of some programs, whose files must tell of their step
+
+    def scan(self) -> Iterator[ProcessInfo]:
+        """Yield every live process of the host but the kernel's."""
+
+    def start_time(self, pid: int) -> str:
+        """Return when the process started, in whatever unit; empty when it is gone or a zombie."""
+
+    def read_marks(self, process: ProcessInfo) -> _Marks | None:
+        """Return the marks of a process; None in the middle of an exec or an exit."""
+
+    def written_files(self, process: ProcessInfo) -> frozenset[FileIdentity]:
+        """Return the regular files that a process may write; none where its marks tell of them already."""
+
+    def is_older(self, process: ProcessInfo, time_s: float) -> bool:
+        """Return whether a process was started before this time, in seconds since the epoch."""
+
+    def is_wrapper(self, pid: int, step_dir: bytes) -> bool:
+        """Return whether the process is the wrapper of a step."""
+
+    def find_wrapper(self, step_dir: bytes) -> int:
+        """Return the pid of a step's wrapper that has not written it; 0 where none runs."""
+
+    def watch_exit(self, pid: int) -> ExitWatch | _PidFd:
+        """Return what shows the end of a process; of pid 0 nothing."""
+
+    def has_ended(self, child: _Child) -> bool:
+        """Return whether a child has ended; it stays a zombie. Raises nothing."""
+
+    def exit_code(self, child: _Child) -> int | None:
+        """Return the code of a child that has ended by itself; None of another. Raises nothing."""
+
+
+class _LinuxSystem(_System):
+    has_subreaper = True
+    hides_environments = False
+
+    def scan(self) -> Iterator[ProcessInfo]:
+        return _scan_processes()
+
+    def start_time(self, pid: int) -> str:
+        return _start_time(pid)
+
+    def read_marks(self, process: ProcessInfo) -> _Marks | None:
+        return _read_marks(process.pid)
+
+    def written_files(self, process: ProcessInfo) -> frozenset[FileIdentity]:
+        return frozenset()
+
+    def is_older(self, process: ProcessInfo, time_s: float) -> bool:
+        return True
+
+    def is_wrapper(self, pid: int, step_dir: bytes) -> bool:
+        return _is_wrapper(pid, step_dir)
+
+    def find_wrapper(self, step_dir: bytes) -> int:
+        return _find_wrapper(step_dir)
+
+    def watch_exit(self, pid: int) -> _PidFd:
+        return _PidFd(pid)
+
+    def has_ended(self, child: _Child) -> bool:
+        try:
+            return os.waitid(os.P_PID, child.pid, _PEEK) is not None
+        except ChildProcessError:
+            return True
+
+    def exit_code(self, child: _Child) -> int | None:
+        with contextlib.suppress(ChildProcessError):  # whoever ignores SIGCHLD has none to wait for
+            status = os.waitid(os.P_PID, child.pid, _PEEK)
+            if status is not None and status.si_code == os.CLD_EXITED:
+                return status.si_status
+        return None
+
+
+class _MacSystem(_System):
+    has_subreaper = False
+    hides_environments = True
+
+    def __init__(self, kernel: MacKernel) -> None:
+        self._kernel = kernel
+        self._own = kernel.arguments(os.getpid())
+
+    def scan(self) -> Iterator[ProcessInfo]:
+        own_user = os.geteuid()
+        for process in self._kernel.list_processes():
+            yield ProcessInfo(
+                process.pid,
+                process.parent,
+                process.group,
+                process.session,
+                str(process.start),
+                process.program,
+                own_user not in (0, process.user),
+            )
+
+    def start_time(self, pid: int) -> str:
+        return str(self._kernel.start_of(pid) or "")
+
+    def read_marks(self, process: ProcessInfo) -> _Marks | None:
+        """Return the marks of a process; None in the middle of an exec.
+
+        The kernel shows neither the environment of another user's process nor, to anybody, that of Apple's programs.
+        """
+        if process.is_foreign:
+            return _Marks(b"", is_daemon=False, is_hidden=True)
+        arguments = self._kernel.arguments(process.pid)
+        if arguments is None:
+            return None
+        if process.parent == os.getpid() and arguments == self._own:  # a wrapper before its exec
+            return _NO_MARKS
+        return _environment_marks(arguments.environment)._replace(is_hidden=not arguments.environment)
+
+    def written_files(self, process: ProcessInfo) -> frozenset[FileIdentity]:
+        return frozenset(self._kernel.written_files(process.pid))
+
+    def is_older(self, process: ProcessInfo, time_s: float) -> bool:
+        return int(process.start) / 10**6 < time_s - _CLOCK_STEP_S
+
+    def is_wrapper(self, pid: int, step_dir: bytes) -> bool:
+        """Return whether the process is the wrapper of a step.
+
+        By its arguments, for the shell's environment is hidden: the session that it leads tells it from an operator's.
+        """
+        return _has_wrapper_arguments(self._kernel, pid, step_dir) and _leads_session(pid)
+
+    def find_wrapper(self, step_dir: bytes) -> int:
+        for process in self._kernel.list_processes():
+            if process.session == process.pid and self.is_wrapper(process.pid, step_dir):
+                return process.pid
+        return 0
+
+    def watch_exit(self, pid: int) -> ExitWatch:
+        return ExitWatch(pid)
+
+    def has_ended(self, child: _Child) -> bool:
+        try:
+            return not self._kernel.start_of(child.pid)
+        except OSError:
+            return False
+
+    def exit_code(self, child: _Child) -> int | None:
+        """Return the code of a child that has ended by itself.
+
+        Its end is told a moment before it is a zombie (bsd/kern/kern_exit.c, lines 2543 and 2612).
+        """
+        for _ in range(_EXEC_SCANS):
+            try:
+                status = self._kernel.exit_status(child.pid)
+            except OSError:
+                return None
+            if status is not None:
+                return os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
+            time.sleep(_POLL_S)
+        return None
+
+
+class _UnknownSystem(_System):
+    """A Mac, or another of its family, whose structures are not as declared: a step is its wrapper's session."""
+
+    has_subreaper = False
+    hides_environments = False
+
+    def scan(self) -> Iterator[ProcessInfo]:
+        for pid in mac_pids():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if is_alive(pid):
+                    yield ProcessInfo(pid, 0, os.getpgid(pid), os.getsid(pid), _UNKNOWN_START)
+
+    def start_time(self, pid: int) -> str:
+        """Return a word for each live process: nothing tells when it was started."""
+        return _UNKNOWN_START if is_alive(pid) else ""
+
+    def read_marks(self, process: ProcessInfo) -> _Marks | None:
+        return _Marks(b"", is_daemon=False)
+
+    def written_files(self, process: ProcessInfo) -> frozenset[FileIdentity]:
+        return frozenset()
+
+    def is_older(self, process: ProcessInfo, time_s: float) -> bool:
+        return True
+
+    def is_wrapper(self, pid: int, step_dir: bytes) -> bool:
+        """Return whether the process is the wrapper of a step, by its arguments, which are in no structure."""
+        try:
+            kernel = MacKernel()
+        except AttributeError:
+            return False
+        return is_alive(pid) and _has_wrapper_arguments(kernel, pid, step_dir) and _leads_session(pid)
+
+    def find_wrapper(self, step_dir: bytes) -> int:
+        return 0
+
+    def watch_exit(self, pid: int) -> ExitWatch:
+        return ExitWatch(pid)
+
+    def has_ended(self, child: _Child) -> bool:
+        try:
+            return not is_alive(child.pid)
+        except OSError:
+            return False
+
+    def exit_code(self, child: _Child) -> int | None:
+        """Return the code of a child, which is reaped here."""
+        for _ in range(_EXEC_SCANS):
+            code = child.poll()
+            if code is not None:
+                return code if code >= 0 else None
+            time.sleep(_POLL_S)  # its end is told a moment before it is a zombie
+        return None
+
+
+_UNKNOWN_START = "unknown"
+
+
+def _has_wrapper_arguments(kernel: MacKernel, pid: int, step_dir: bytes) -> bool:
+    """Return whether a process was started as the wrapper of a step, after its exec if it is in one. Raises OSError."""
+    for _ in range(_EXEC_SCANS):
+        arguments = kernel.arguments(pid)
+        if arguments is not None:
+            words = arguments.arguments
+            return words[1:2] == [b"-c"] and step_dir in words[3:5]
+        time.sleep(_POLL_S)
+    return False
+
+
+def _leads_session(pid: int) -> bool:
+    """Return whether a process leads a session that is not ours."""
+    try:
+        return os.getsid(pid) == pid != os.getsid(0)
+    except OSError:
+        return False
+
+
+@functools.lru_cache(maxsize=1)
+def _system() -> _System:
+    """Return what tells of processes here: the one place that asks which system this is."""
+    if ON_LINUX:
+        return _LinuxSystem()
+    kernel = mac_kernel()
+    return _MacSystem(kernel) if kernel else _UnknownSystem()
+
+
 class PosixProcesses(StepProcesses):
     """Starts, adopts and reaps trees. Thread-safe, but for `reap`.
 
@@ -3083,6 +3805,7 @@ class PosixProcesses(StepProcesses):
 
     def __init__(self, umask: int, descriptors: str, reserve: DescriptorReserve) -> None:
         build()  # it may run git, which must be over before the first step: any child of ours is a step's from then on
+        _system()  # a process table that is not as expected is told when the daemon starts
         self._limits = (f"{umask:03o}", descriptors)
         self._lifetimes = _Lifetimes()
         self._shared = _Shared(_ProcessTable(), self._lifetimes, reserve)
@@ -3118,8 +3841,8 @@ class PosixProcesses(StepProcesses):
         mark = os.fsencode(step_dir)
         pid = _read_pid(step_dir)
         if not pid:  # the wrapper has not written it yet, or the script has removed it
-            pid = _find_wrapper(mark)
-        if not pid or not _is_wrapper(pid, mark):
+            pid = _system().find_wrapper(mark)
+        if not pid or not _system().is_wrapper(pid, mark):
             return None
         return PosixTree((step_dir,), pid, None, _open_pipe(), self._shared)
 
@@ -3155,7 +3878,7 @@ class PosixProcesses(StepProcesses):
 
         Only what was a zombie at the last call too: a child that Popen has not returned yet is no orphan.
         """
-        if not ON_LINUX:
+        if not _system().has_subreaper:
             return
         now = _clock_ticks()
         if not _has_orphan():
@@ -3176,7 +3899,7 @@ class PosixProcesses(StepProcesses):
     def _become_reaper(self) -> None:
         """Make orphans of steps children of this process, where a stop finds them (prctl(2))."""
         with self._reaper_lock:
-            if self._is_reaper or not ON_LINUX:
+            if self._is_reaper or not _system().has_subreaper:
                 return
             import ctypes
 
@@ -3208,7 +3931,7 @@ class PosixProcesses(StepProcesses):
                 cwd=cwd,
                 env=environment,
                 start_new_session=True,
-                close_fds=False,  # all are closed at exec already, by `set_inherited_fds_cloexec`
+                close_fds=not _PIPES_ARE_CLOEXEC,  # where they are, so are all by `set_inherited_fds_cloexec`
             )
         except (OSError, ValueError, MemoryError, subprocess.SubprocessError) as error:
             self._lifetimes.end(mark)
@@ -3245,6 +3968,9 @@ class PosixProcesses(StepProcesses):
         return wrapper_environment, [*python, os.path.join(step_dir, "environment"), *command]
 
 
+# Without pipe2(2), as on macOS, a pipe is closed at exec only from a moment after it was made: what is forked meanwhile
+# would keep it, and the Popen of another step wait for its end.
+_PIPES_ARE_CLOEXEC = hasattr(os, "pipe2")
 _PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
 
 
@@ -3295,9 +4021,6 @@ def _read_pid_file(step_dir: str) -> list[bytes] | None:
 
 def _is_wrapper(pid: int, step_dir: bytes) -> bool:
     """Return whether the process is the wrapper of a step: it leads a session, and bears the step's mark."""
-    if not ON_LINUX:
-        marks = _read_marks(pid)
-        return marks is not None and marks.step_dir == step_dir
     fields = _stat_of(pid)
     if not _is_live(fields) or int(fields[3]) != pid:
         return False
@@ -3308,8 +4031,6 @@ def _is_wrapper(pid: int, step_dir: bytes) -> bool:
 
 def _find_wrapper(step_dir: bytes) -> int:
     """Return the pid of a step's wrapper that has not written it; 0 where none runs. Raises OSError."""
-    if not ON_LINUX:
-        return 0
     for _ in range(_EXEC_SCANS):
         leaders = [process.pid for process in _scan_processes() if process.session == process.pid]
         for pid in leaders:

@@ -23,7 +23,7 @@ Every fenced block of README.md is tested too. Its info string says how, after t
 The sections, in their order; a helper that two of them use stands in the harness:
 
     tools       harness
-    tasks       submission, refused requests, reading, steps, Windows, pool, ends by force
+    tasks       submission, refused requests, reading, steps, Windows, Mac, pool, ends by force
     failures    restarts, crashes, storage, races and a model, limits, versions, scheduler and store in process
     attacks     authentication, request parser, connections, files of steps, TLS
     operation   other routes, API document, profiles, log, command line, services
@@ -2349,6 +2349,207 @@ def test_files_of_a_step_that_others_hold_change_nothing(daemon: Daemon, access:
 def test_code_of_a_step_is_its_processes(daemon: Daemon, content: str, code: int | None) -> None:
     ended = daemon.run(python(f"import os, shutil, sys\n{content}")).data[0]["code"]
     assert ended == code if code is not None else ended not in (0, 255)
+
+
+# ======================================================================================================================
+# Mac: the process table and the descriptors of macOS, on a test bed that lets Python on Linux believe that it is there
+# ======================================================================================================================
+
+MAC_BED = HERE.parent / "shared" / "macos"
+
+
+@functools.cache
+def mac_bed_misses() -> str:
+    """What the test bed needs and is not here; nothing when it can run."""
+    if not LINUX:
+        return "the test bed of macOS runs on Linux"
+    if not (MAC_BED / "run").exists():
+        return f"no test bed of macOS in {MAC_BED}"
+    return "" if shutil.which("cc") else "no C compiler for the test bed of macOS"
+
+
+@pytest.fixture
+def on_mac(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """Starts daemons that believe that they are on a Mac, each on a root with a blank and an umlaut."""
+    if mac_bed_misses():
+        pytest.skip(mac_bed_misses())
+    with contextlib.ExitStack() as stack:
+
+        def launch(*flags: str, env: dict[str, str] | None = None) -> Daemon:
+            program = [str(MAC_BED / "run"), sys.executable, str(PROGRAM)]
+            one = Daemon(tmp_path / "a röot", *flags, env=env, program=program)
+            stack.callback(one.retire)
+            return one.start()
+
+        yield launch
+
+
+def run_on_mac(code: str, *arguments: str) -> str:
+    """What this code prints on the test bed, where `m` is the program as a module."""
+    if mac_bed_misses():
+        pytest.skip(mac_bed_misses())
+    begin = f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport remote_executor as m\n"
+    command = [str(MAC_BED / "run"), sys.executable, "-c", begin + code, *arguments]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_mac_structures_have_the_sizes_and_offsets_of_the_headers(tmp_path: Path) -> None:
+    """Those of the test bed, which were compared with XNU's."""
+    if mac_bed_misses():
+        pytest.skip(mac_bed_misses())
+    lines, expected = (
+        ["#define DARWIN_DECLS_ONLY", f'#include "{MAC_BED}/darwin.c"', "#include <stdio.h>", "int main() {"],
+        [],
+    )
+    for layout in module().MAC_LAYOUTS:
+        lines.append(f'printf("%zu\\n", sizeof(struct {layout.name}));')
+        expected.append(layout.size)
+        for name, (offset, code) in layout.members.items():
+            member = f"((struct {layout.name} *)0)->{name}"
+            lines.append(f'printf("%zu\\n%zu\\n", offsetof(struct {layout.name}, {name}), sizeof({member}));')
+            expected += [offset, struct.calcsize(code)]
+    (tmp_path / "sizes.c").write_text("\n".join([*lines, "return 0; }"]))
+    subprocess.run(["cc", "-o", str(tmp_path / "sizes"), str(tmp_path / "sizes.c")], check=True)
+    assert [*map(int, subprocess.check_output([str(tmp_path / "sizes")]).split())] == expected
+
+
+def test_no_program_tells_of_processes() -> None:
+    assert "bin/ps" not in source()
+
+
+def test_mac_step_has_no_descriptor_of_the_daemon(on_mac: Callable[..., Daemon]) -> None:
+    """There is no pipe2 there: what is forked between the making of a pipe and its mark would inherit it."""
+    daemon = on_mac("--pool_size=30")
+    look = step("for file in /proc/$$/fd/*; do readlink $file; done; sleep 0.2")
+    for _ in range(2):
+        task = daemon.submit(*[look] * 40, ansync="1")
+        assert daemon.ended(task).code == 0
+        for index in range(40):
+            expected = re.compile(r"/dev/null|.*/(output|script\.sh)")
+            assert [line for line in daemon.console(task, index).data if not expected.fullmatch(line)] == []
+
+
+@pytest.mark.parametrize("end", ["stop", "restart, then stop"])
+def test_mac_stop_reaches_the_step_at_once_and_leaves_nothing(on_mac: Callable[..., Daemon], end: str) -> None:
+    """What is in another group, and what hides its environment, as /bin/sleep does; and among many processes."""
+    others = [subprocess.Popen(["sleep", "1000"]) for _ in range(100)]
+    try:
+        daemon = on_mac("--pool_size=30")
+        handler = "lambda *_: (print(time.monotonic(), flush=True), sys.exit())"
+        clock = python(
+            f"import signal, sys, time\nsignal.signal(15, {handler})\nprint('up', flush=True)\ntime.sleep(1000)"
+        )
+        runaway = step("set -m; (sleep 1000 >/dev/null 2>&1 &); (setsid sleep 1000 &); set +m; echo up; sleep 1000")
+        task = daemon.submit(clock, *[runaway] * 9, ansync="1")
+        for index in range(10):
+            daemon.until_printed(task, "up", index)
+        if end != "stop":
+            daemon.restart(kill=True)
+        begin = time.monotonic()
+        daemon.put(f"/api/v1/task/{task}")
+        assert daemon.ended(task).data[0]["code"] == 255
+        assert time.monotonic() - begin < module().GRACE_S
+        assert float(daemon.console(task).data[1]) - begin < 1
+        wait_until(lambda: not daemon.processes(task), f"the end of {daemon.processes(task)}", 1)
+        assert all(other.poll() is None for other in others)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def test_mac_writer_of_an_output_is_of_its_step_and_a_reader_is_not(on_mac: Callable[..., Daemon]) -> None:
+    """A step that has ended left it, in a session of its own; its environment is hidden, its own output elsewhere."""
+    daemon = on_mac()
+    task = daemon.submit(step("(setsid sleep 1000 3>&1 >/dev/null 2>&1 &); echo up"), step("echo up; sleep 1000"))
+    daemon.until_printed(task, "up", 1)
+    assert any("sleep" in line for line in daemon.processes(f"{task}").values())
+    output = next(daemon.root.rglob("output"))
+    reader = subprocess.Popen(["tail", "-f", str(output)], stdout=subprocess.DEVNULL)
+    daemon.put(f"/api/v1/task/{task}")
+    daemon.ended(task)
+    wait_until(lambda: not [line for line in daemon.processes(task).values() if "sleep" in line], "no sleep", 2)
+    assert reader.poll() is None
+    reader.kill()
+    reader.wait()
+
+
+@pytest.mark.parametrize("fault", [{}, {"DARWIN_PROCARGS2_EIO": "3"}])
+def test_mac_step_is_adopted_on_a_root_with_a_blank(
+    on_mac: Callable[..., Daemon], fault: dict[str, str], gate: Path
+) -> None:
+    daemon = on_mac(env=fault)
+    task = daemon.submit(step(f"echo up; until test -e '{gate}'; do sleep 0.05; done; exit 7"))
+    daemon.until_printed(task, "up")
+    daemon.restart(kill=True)
+    time.sleep(0.5)
+    assert daemon.steps(task)[0]["state"] == 1
+    begin = time.monotonic()
+    gate.touch()
+    assert daemon.ended(task).data[0]["code"] == 7
+    assert time.monotonic() - begin < 5
+
+
+WATCHED_ON_MAC = """
+import errno, threading, time
+processes = m.PosixProcesses(0o22, "256", m.DescriptorReserve())
+step_dir = sys.argv[1]
+tree = processes.start(["/bin/sh", "-c", "sleep 1000"], step_dir, step_dir, {})
+adopted = processes.adopt(step_dir)
+calls = []
+def failing(pid):
+    calls.append(pid)
+    raise OSError(errno.EAGAIN, "odd")
+start_of, m.mac_kernel().start_of = m.mac_kernel().start_of, failing
+print(adopted.wait(time.monotonic() + 0.5), tree.wait(time.monotonic() + 0.1), len(calls))
+m.mac_kernel().start_of = start_of
+threading.Timer(0.2, tree.stop, [lambda: False]).start()
+begin = time.monotonic()
+print(adopted.wait(None), tree.wait(None), time.monotonic() - begin < 4, adopted.exit_code())
+for one in (tree, adopted):
+    one.stop(lambda: False)
+    processes.release(one)
+"""
+
+
+def test_mac_end_of_an_adopted_step_is_told_and_not_looked_for(tmp_path: Path) -> None:
+    """What cannot be looked at now has not ended."""
+    assert run_on_mac(WATCHED_ON_MAC, str(tmp_path)) == "False False 0\nTrue True True None\n"
+
+
+UNKNOWN_MAC = """
+import os, subprocess, time
+layout = m.{name}
+m.{name} = layout._replace(size=layout.size + 8)
+processes = m.PosixProcesses(0o22, "256", m.DescriptorReserve())
+step_dir = sys.argv[1]
+script = "sleep 1000 & set -m; (sleep 1000 &); echo up; wait"
+tree = processes.start(["/bin/sh", "-c", script], step_dir, step_dir, {{}})
+while b"up" not in open(step_dir + "/output", "rb").read():
+    time.sleep(0.01)
+adopted = processes.adopt(step_dir)
+begin = time.monotonic()
+tree.stop(lambda: False)
+print(tree.wait(None), adopted.wait(None), adopted.pid == tree.pid, time.monotonic() - begin < 4)
+ended = processes.start(["/bin/sh", "-c", "exit 9"], step_dir + "/2", step_dir, {{}})
+print(ended.wait(None), ended.exit_code())
+for tree in (tree, adopted, ended):
+    processes.release(tree)
+"""
+
+
+@pytest.mark.parametrize("name", ["KINFO_PROC", "PROC_BSDINFO", "PROC_TASKINFO", "VNODE_FDINFO"])
+def test_mac_with_another_structure_stops_a_session_and_tells(tmp_path: Path, name: str) -> None:
+    step_dir = tmp_path / "0"
+    (step_dir / "2").mkdir(parents=True)
+    printed = run_on_mac(
+        "import logging; logging.basicConfig(stream=sys.stdout)\n" + UNKNOWN_MAC.format(name=name), str(step_dir)
+    )
+    assert "the process table of this system is not as expected" in printed
+    assert "True True True True\nTrue 9\n" in printed
+    assert bearers(step_dir) == []
 
 
 # ======================================================================================================================
