@@ -758,6 +758,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
 ON_WINDOWS = sys.platform == "win32"
 ON_LINUX = sys.platform.startswith("linux")
+ON_MAC = sys.platform == "darwin"
 
 
 if ON_WINDOWS:
@@ -1158,6 +1159,53 @@ def set_inherited_fds_cloexec() -> None:
                 os.set_inheritable(descriptor, False)
 
 
+def read_sysctl(name: str) -> bytes:
+    """Return a value of the Mac's kernel. Raises OSError.
+
+    sysctlbyname(3); bsd/kern/kern_newsysctl.c of XNU: without a buffer it returns the size, of a table with room to
+    spare, and ENOMEM where that is too small by now.
+    """
+    import ctypes
+
+    sysctlbyname = ctypes.CDLL(None, use_errno=True).sysctlbyname
+    size = ctypes.c_size_t()
+    for _ in range(_SYSCTL_ATTEMPTS):
+        if sysctlbyname(name.encode(), None, ctypes.byref(size), None, ctypes.c_size_t()):
+            break
+        buffer = ctypes.create_string_buffer(size.value)
+        if not sysctlbyname(name.encode(), buffer, ctypes.byref(size), None, ctypes.c_size_t()):
+            return buffer.raw[: size.value]
+        if ctypes.get_errno() != errno.ENOMEM:
+            break
+    code = ctypes.get_errno()
+    raise OSError(code, f"sysctl {name}: {os.strerror(code)}")
+
+
+_SYSCTL_ATTEMPTS = 10  # while a table grows faster than it is read
+
+
+def _max_files_on_mac(soft: int, hard: int) -> int:
+    """Return the highest soft limit that a Mac accepts, at least the present one.
+
+    bsd/kern/kern_resource.c of XNU, dosetrlimit: none is above kern.maxfilesperproc; setrlimit(2): up to 10.15 an
+    infinite one is EINVAL.
+    """
+    import resource
+
+    try:
+        most = int.from_bytes(read_sysctl("kern.maxfilesperproc"), sys.byteorder)
+    except OSError:
+        most = _OPEN_MAX
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    if soft == resource.RLIM_INFINITY:
+        return most
+    return max(most, soft)
+
+
+_OPEN_MAX = 10_240  # <sys/syslimits.h> of a Mac
+
+
 def raise_fd_limit() -> str:
     """Raise the soft limit of open files to the hard one, for each step takes a few; return what the soft one was."""
     if sys.platform == "win32":
@@ -1165,8 +1213,11 @@ def raise_fd_limit() -> str:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS may refuse an infinite one: the soft limit stays
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raised = hard
+    if ON_MAC:
+        raised = _max_files_on_mac(soft, hard)
+    with contextlib.suppress(ValueError, OSError):  # refused: the soft limit stays
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
     return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
 
 
@@ -1794,19 +1845,29 @@ class LocalPeers:
         self._tables: dict[str, tuple[float, _Users]] = {}  # by name, when its reading began, and the content
 
     def user(self, peer: _Address, ours: _Address) -> int | None:
-        """Return the uid that holds the peer's end; None where the system does not show it.
+        """Return the uid that holds the peer's end; None on Windows, which does not show it.
 
-        Raises LookupError where it should but has no such connection: there is no end to trust then; and OSError.
+        Raises LookupError where the host has no such connection: there is no end to trust then; and OSError, of which
+        PeersUnknown is the kind where the system has no table that we can read.
         """
-        if not ON_LINUX:
+        if ON_WINDOWS:
             return None
         ends = (_kernel_address(*peer), _kernel_address(*ours))
-        tables = ("tcp6",) if ":" in peer[0] else ("tcp", "tcp6")  # the latter has IPv4 of IPv6's sockets
+        tables: tuple[str, ...] = ("tcp", "tcp6")  # the latter has IPv4 of IPv6's sockets
+        if ON_MAC:
+            tables = (_MAC_TABLE,)
+        elif ":" in peer[0]:
+            tables = ("tcp6",)
         for table in tables * 2:  # twice, for one that changes while it is read may lack a line
             users = self._users(table, ours[1])
             if ends in users:
                 return users[ends]
         raise LookupError("this host has no such connection")
+
+    def check(self) -> None:
+        """Raise PeersUnknown where no user can be told, and OSError."""
+        if not (ON_WINDOWS or ON_LINUX):
+            self._users(_MAC_TABLE, 0)
 
     def _users(self, table: str, port: int) -> _Users:
         """Return the content of a table, read after this was called. Raises OSError."""
@@ -1816,9 +1877,26 @@ class LocalPeers:
             if begin_s <= asked_s:
                 begin_s = time.monotonic()
                 with self._descriptors.lend_if_scarce():
-                    users = dict(_established(table, port))
+                    users = dict(_read_table(table, port))
                 self._tables[table] = (begin_s, users)
             return users
+
+
+class PeersUnknown(OSError):
+    """This system does not show who holds the other end of a connection, or not in a form that we know."""
+
+
+def _read_table(table: str, port: int) -> Iterable[tuple[_Ends, int]]:
+    """Return the ends and the uid of each established connection to a port. Raises OSError."""
+    if ON_MAC:
+        try:
+            content = read_sysctl(table)
+        except (FileNotFoundError, PermissionError) as error:  # of another macOS, or in a sandbox
+            raise PeersUnknown(str(error)) from None
+        return _established_on_mac(content, port)
+    if ON_LINUX:
+        return _established(table, port)
+    raise PeersUnknown(f"{sys.platform} has no table of connections that is known")
 
 
 def _established(table: str, port: int) -> Iterator[tuple[_Ends, int]]:
@@ -1840,6 +1918,11 @@ def _kernel_address(host: str, port: int) -> str:
         packed = ipaddress.ip_address(host).packed
     except ValueError:
         return ""
+    return _show_address(packed, port)
+
+
+def _show_address(packed: bytes, port: int) -> str:
+    """Return an address of bytes in network order as `_kernel_address` returns it."""
     words = struct.unpack(f"={len(packed) // 4}I", packed)
     return "".join(f"{word:08X}" for word in words) + f":{port:04X}"
 
@@ -1854,9 +1937,78 @@ def _unmap(address: str) -> str:
     return address
 
 
+# What a Mac shows of its TCP sockets: a header, of each socket a group of records, and a trailer like the header. A
+# record begins with its size and kind, and the next one at a multiple of 8 behind it; the last one of a group is the
+# xtcpcb_n. `#pragma pack(4)` holds for all. bsd/netinet/in_pcblist.c and in_pcb.h, bsd/sys/socketvar.h and
+# bsd/netinet/tcp_var.h of XNU, the same from 10.14 (4903) to 15.4 (11417) but for the size of xsocket_n.
+_MAC_TABLE = "net.inet.tcp.pcblist_n"
+_XINPGEN_SIZE = 24
+_XSO_INPCB = 0x10
+_XSO_SOCKET = 1
+_XSO_TCPCB = 0x20
+_XSO_SIZES = {
+    _XSO_INPCB: (104,),
+    _XSO_SOCKET: (76, 104),  # up to macOS 11, and later
+    _XSO_TCPCB: (204,),
+}
+_INP_IPV4 = 1  # of inp_vflag; alone too for an IPv4 connection of an IPv6 socket
+_INP_IPV6 = 2
+_TCPS_ESTABLISHED = 4  # bsd/netinet/tcp_fsm.h
+
+
+def _established_on_mac(table: bytes, port: int) -> Iterator[tuple[_Ends, int]]:
+    """Yield the ends and the uid of each established connection to a port. Raises PeersUnknown.
+
+    Nothing of a table is believed that has a record of another size or a group that is not whole.
+    """
+    records: dict[int, bytes] = {}  # of one group, by kind
+    for kind, record in _records_on_mac(table):
+        if kind == _XSO_INPCB:  # the first of a group
+            records = {}
+        records[kind] = record
+        if kind != _XSO_TCPCB:
+            continue
+        if not records.keys() >= _XSO_SIZES.keys():
+            raise PeersUnknown(f"{_MAC_TABLE} has a socket without all of its records")
+        inpcb = records[_XSO_INPCB]
+        peer_port, client_port = struct.unpack_from(">HH", inpcb, 16)  # inp_fport and inp_lport: those of its owner
+        (state,) = struct.unpack_from("=i", record, 36)
+        if peer_port == port and state == _TCPS_ESTABLISHED:
+            peer, client = _addresses_on_mac(inpcb)
+            ends = (_show_address(client, client_port), _show_address(peer, peer_port))
+            (user,) = struct.unpack_from("=I", records[_XSO_SOCKET], 64)  # so_uid
+            yield ends, user
+
+
+def _records_on_mac(table: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the kind and the bytes of each record between header and trailer. Raises PeersUnknown."""
+    if len(table) < 2 * _XINPGEN_SIZE or table[:4] != struct.pack("=I", _XINPGEN_SIZE):
+        raise PeersUnknown(f"{_MAC_TABLE} has another header than xinpgen of {_XINPGEN_SIZE} bytes")
+    start = _XINPGEN_SIZE
+    end = len(table) - _XINPGEN_SIZE
+    while start < end:
+        size, kind = struct.unpack_from("=II", table, start)
+        if size < 8 or start + size > end or size not in _XSO_SIZES.get(kind, (size,)):
+            raise PeersUnknown(f"{_MAC_TABLE} has a record of kind {kind:#x} with {size} bytes")
+        yield kind, table[start : start + size]
+        start += -(-size // 8) * 8
+    if start != end:
+        raise PeersUnknown(f"{_MAC_TABLE} does not end with a record")
+
+
+def _addresses_on_mac(inpcb: bytes) -> tuple[bytes, bytes]:
+    """Return the foreign and the local address of an xinpcb_n, in network order. Raises PeersUnknown."""
+    version = inpcb[44]  # inp_vflag
+    if version == _INP_IPV4:
+        return inpcb[60:64], inpcb[76:80]  # in_addr_4in6
+    if version == _INP_IPV6:
+        return inpcb[48:64], inpcb[64:80]
+    raise PeersUnknown(f"{_MAC_TABLE} has a connection of version {version}")
+
+
 def is_trusted_uid(user: int | None) -> bool:
-    """Return whether this uid may do what the daemon's own may; None is a system that does not show it."""
-    return user is None or sys.platform == "win32" or user in (0, os.geteuid())
+    """Return whether this uid may do what the daemon's own may; None is Windows, which does not show it."""
+    return sys.platform == "win32" or user in (0, os.geteuid())
 
 
 # ======================================================================================================================
@@ -7227,8 +7379,18 @@ class Authenticator:
             raise StartupError(f"--token_file: {self._path} cannot be used: {error.strerror}") from None
         if is_open_to_others(self._path):
             log.warning("--token_file: other users of this host can read or change %s; `chmod 600` it", self._path)
+        self._check_peers()
         if self._settings.insecure:
             log.warning("--insecure: anyone who reaches the port can run code on this host, as the daemon's user")
+
+    def _check_peers(self) -> None:
+        """Warn where the users of this host cannot be told apart: all of them need a token then."""
+        try:
+            self._peers.check()
+        except PeersUnknown as error:
+            log.warning("clients on this host need a token too, for it does not show whose they are: %s", error)
+        except OSError as error:  # it is tried again for each client
+            log.debug("the users of clients cannot be looked up: %s", error)
 
     def _create_token(self) -> None:
         """Make the root's token file, unless it exists. Raise OSError."""
@@ -7394,6 +7556,8 @@ class Authenticator:
         try:
             user = self._peers.user(*endpoints)
         except LookupError:  # the client has closed its end already
+            return False
+        except PeersUnknown:  # told at the start
             return False
         except OSError as error:
             if error.errno in RESOURCE_ERRNOS:

@@ -26,7 +26,7 @@ The sections, in their order; a helper that two of them use stands in the harnes
     tasks       submission, refused requests, reading, steps, Windows, pool, ends by force
     failures    restarts, crashes, storage, races and a model, limits, versions, scheduler and store in process
     attacks     authentication, request parser, connections, files of steps, TLS
-    operation   other routes, API document, profiles, log, command line, services
+    operation   other routes, API document, profiles, log, command line, services, Mac
     rules       plan, durations, source, readme, bench
 """
 
@@ -125,6 +125,7 @@ MANY = 300 if WINDOWS else 10_000  # steps; one takes 60 ms of two processors un
 LONG = 100 if WINDOWS else 1000
 posix_only = pytest.mark.skipif(WINDOWS, reason="POSIX signals, sessions or shell")
 windows_only = pytest.mark.skipif(not WINDOWS, reason="cmd, code pages, handles or services of Windows")
+MAC = sys.platform == "darwin"
 linux_only = pytest.mark.skipif(not LINUX, reason="reads /proc")
 
 PENDING = "The current step only proceeds if the previous step succeeds."
@@ -7554,6 +7555,143 @@ def test_service_as_the_readme_installs_it(bare_host: None, tmp_path: Path) -> N
 def test_service_that_cannot_start_says_so_in_its_exit_code(bare_host: None, tmp_path: Path, daemon: Daemon) -> None:
     assert cli("service", "install", f"--addr=127.0.0.1:{daemon.port}", f"--root={tmp_path / 'r'}").returncode == 0
     assert "did not start: not running (exit code 1;" in refused(cli("service", "start"), 1)
+
+
+# ======================================================================================================================
+# Mac: whose connections, what boot, services and limits, on the test bed where this is no Mac
+# ======================================================================================================================
+
+
+@pytest.fixture
+def mac() -> list[str]:
+    """What stands before a command that is to run on a Mac: nothing on one, else the test bed beside the checkout."""
+    if MAC:
+        return []
+    bed = HERE.parent / "shared" / "macos" / "run"
+    if not LINUX:
+        pytest.skip("no Mac, and no Linux for its test bed")
+    if not bed.exists():
+        pytest.skip(f"no Mac, and no test bed {bed}")
+    if not shutil.which("cc"):
+        pytest.skip("no Mac, and no C compiler (cc) for its test bed")
+    return [str(bed)]
+
+
+def on_mac(mac: list[str], code: str, *arguments: str, env: dict[str, str] | None = None) -> Any:
+    """What this code leaves in `result`, run on a Mac in a process of its own, in which `code` is the program."""
+    text = f"import json, sys\nsys.path.insert(0, {str(HERE)!r})\nimport remote_executor as code\n{code}\n"
+    command = [*mac, sys.executable, "-c", text + "print(json.dumps(result))", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **(env or {})})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(WINDOWS or os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("env", [{}, {"DARWIN_OLD_XSOCKET": "1"}], ids=["", "up to macOS 11"])
+def test_mac_asks_another_user_of_the_host_for_the_token(
+    launch: Callable[..., Daemon], mac: list[str], env: dict[str, str]
+) -> None:
+    daemon = launch("--addr=[::]:0", program=[*mac, *PYTHON, str(PROGRAM)], env=env)
+    program = (
+        "import os, socket, sys\nfamily, address, port, user, header = sys.argv[1:]\nos.setuid(int(user))\n"
+        "link = socket.socket(getattr(socket, family))\nlink.connect((address, int(port)))\n"
+        "link.sendall(b'GET /version HTTP/1.1\\r\\nHost: localhost\\r\\n' + header.encode() + b'\\r\\n')\n"
+        "print(link.recv(100).split()[1].decode())"
+    )
+
+    def status(family: str, address: str, user: int, header: str = "") -> str:
+        command = [sys.executable, "-c", program, family, address, str(daemon.port), str(user), header]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    for family, address in (("AF_INET", "127.0.0.1"), ("AF_INET6", "::1"), ("AF_INET6", "::ffff:127.0.0.1")):
+        assert status(family, address, 12345) == "401", address
+        assert status(family, address, 12345, f"Authorization: Bearer {token_of(daemon)}\r\n") == "200", address
+        assert status(family, address, 0) == "200", address
+
+
+def pcblist(*groups: tuple[int, bytes, int], sizes: tuple[int, int, int] = (104, 104, 204)) -> bytes:
+    """The table net.inet.tcp.pcblist_n of these sockets: inp_vflag, both addresses, so_uid; ports are 7, ours, and 9."""
+    header = struct.pack("=IIQQ", 24, len(groups), 1, 1)
+    table = header
+    for version, addresses, user in groups:
+        inpcb, sock, tcpcb = (bytearray(size) for size in sizes)
+        struct.pack_into("=II", inpcb, 0, sizes[0], 0x10)
+        struct.pack_into(">HH", inpcb, 16, 7, 9)
+        inpcb[44] = version
+        inpcb[48:80] = addresses
+        struct.pack_into("=II", sock, 0, sizes[1], 1)
+        struct.pack_into("=I", sock, 64, user)
+        struct.pack_into("=II", tcpcb, 0, sizes[2], 0x20)
+        struct.pack_into("=i", tcpcb, 36, 4)
+        others = [struct.pack("=II24x", 32, kind) for kind in (2, 4)]
+        for record in (inpcb, sock, *others, struct.pack("=II128x", 136, 8), tcpcb):
+            table += bytes(record) + bytes(-len(record) % 8)
+    return table + header
+
+
+V4 = bytes(12) + bytes([127, 0, 0, 1]) + bytes(12) + bytes([127, 0, 0, 2])
+V6 = bytes(15) + b"\1" + bytes(15) + b"\2"
+
+
+@posix_only
+def test_mac_users_are_read_from_the_kernels_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = module()
+    for size in (76, 104):
+        table = pcblist((1, V4, 501), (2, V6, 502), sizes=(104, size, 204))
+        monkeypatch.setattr(code, "read_sysctl", lambda _, table=table: table)
+        monkeypatch.setattr(code, "ON_LINUX", False)
+        monkeypatch.setattr(code, "ON_MAC", True)
+        peers = code.LocalPeers(code.DescriptorReserve())
+        assert peers.user(("127.0.0.2", 9), ("127.0.0.1", 7)) == 501
+        assert peers.user(("::2", 9), ("::1", 7)) == 502
+        with pytest.raises(LookupError):
+            peers.user(("127.0.0.1", 9), ("127.0.0.1", 7))
+    monkeypatch.setattr(code, "read_sysctl", lambda _: pcblist((4, V4, 501)))  # neither IPv4 nor IPv6
+    with pytest.raises(code.PeersUnknown):
+        peers.user(("127.0.0.2", 9), ("127.0.0.1", 7))
+
+
+STRANGE_TABLES = {
+    "empty": b"",
+    "no trailer": pcblist()[:24],
+    "another header": struct.pack("=I", 32) + pcblist((1, V4, 0))[4:],
+    "a larger inpcb": pcblist((1, V4, 0), sizes=(112, 104, 204)),
+    "a larger socket": pcblist((1, V4, 0), sizes=(104, 112, 204)),
+    "a smaller tcpcb": pcblist((1, V4, 0), sizes=(104, 104, 200)),
+    "cut": pcblist((1, V4, 0))[:-100],
+    "a record of no size": pcblist()[:24] + bytes(8) + pcblist()[:24],
+    "a socket without a record": pcblist((1, V4, 0))[:24] + pcblist((1, V4, 0))[128:],
+    "no such table": None,
+}
+
+
+@posix_only
+@pytest.mark.parametrize("name", [*STRANGE_TABLES, "another system"])
+def test_mac_that_shows_no_users_has_all_clients_asked_for_the_token_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, name: str
+) -> None:
+    code, file = module(), tmp_path / "token"
+    file.write_text("alpha\n")
+    file.chmod(0o600)
+
+    def read(_: str) -> bytes:
+        table = STRANGE_TABLES[name]
+        if table is None:
+            raise FileNotFoundError(errno.ENOENT, "sysctl")
+        return table
+
+    monkeypatch.setattr(code, "read_sysctl", read)
+    monkeypatch.setattr(code, "ON_LINUX", False)
+    monkeypatch.setattr(code, "ON_MAC", name != "another system")
+    access = code.Authenticator(code.make_settings({"token_file": str(file)}), "", code.DescriptorReserve())
+    access.start()
+    for port in (9, 10):
+        client = code.Client((("127.0.0.2", port), ("127.0.0.1", 7)), "http", "")
+        with pytest.raises(code.Unauthorized):
+            access.authorize(request_of(client, "localhost:7", {}, ""), False)
+        assert access.authorize(request_of(client, "localhost:7", {}, "Bearer alpha"), False) == "token of line 1"
+    assert [record.levelname for record in caplog.records] == ["WARNING"], caplog.text
+    assert "need a token too" in caplog.text
 
 
 # ======================================================================================================================
