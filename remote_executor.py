@@ -2022,11 +2022,38 @@ def system_program(name: str) -> str:
     return os.path.join(windows, "System32", name)
 
 
+def _find_on_mac(program: str, path: str) -> str | None:
+    """Return the file of a program on this PATH, but no stub, which only opens the installer of developer tools."""
+    file = shutil.which(program, path=path)
+    if file not in _MAC_STUBS or _has_developer_tools():
+        return file
+    directories = path.split(os.pathsep)
+    others = [directory for directory in directories if os.path.join(directory, program) != file]
+    return shutil.which(program, path=os.pathsep.join(others)) if others else None
+
+
+_MAC_STUBS = {"/usr/bin/python3", "/usr/bin/git"}  # of those that we run; xcode-select(1), "FILES"
+_XCODE_SELECT_TIMEOUT_S = 5.0
+
+
+def _has_developer_tools() -> bool:
+    """Return whether the stubs in /usr/bin have what they run: `xcode-select -p` fails where they have not."""
+    command = ["/usr/bin/xcode-select", "-p"]
+    null = subprocess.DEVNULL
+    try:
+        process = subprocess.run(command, stdin=null, stdout=null, stderr=null, timeout=_XCODE_SELECT_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):  # it comes with every Mac; better to run the program than not
+        return True
+    return not process.returncode
+
+
 def find_program(program: str, path: str) -> str | None:
     """Return the file of a program on this PATH, None without one.
 
     Nothing is cached: a search costs 50 µs of a step's milliseconds, and a program may be installed at any time.
     """
+    if ON_MAC:
+        return _find_on_mac(program, path)
     if not ON_WINDOWS:
         return shutil.which(program, path=path)
     if program == "cmd":
@@ -5414,6 +5441,10 @@ class Store:
         with contextlib.ExitStack() as undo:  # Windows renames no file that is open
             undo.callback(connection.close)
             connection.execute("PRAGMA cache_size = -1024")
+            # fsync(2) of a Mac leaves data in the drive's cache, F_FULLFSYNC of fcntl(2) does not; elsewhere these do
+            # nothing (SQLite, "Pragma Statements").
+            connection.execute("PRAGMA fullfsync = ON")
+            connection.execute("PRAGMA checkpoint_fullfsync = ON")
             undo.pop_all()
         return connection
 
@@ -10983,8 +11014,7 @@ class UnixServices(Services):
 
     def uninstall(self) -> str:
         self._require_root()
-        if not os.path.exists(self._file):
-            raise NotInstalled(f"service: not installed: {self._file} does not exist")
+        self._require_file()
         self._before_removal()
         os.unlink(self._file)
         self._after_change()
@@ -10998,6 +11028,10 @@ class UnixServices(Services):
         if os.geteuid() and not self._destdir:
             raise StartupError("service: root privileges required; run it with sudo")
 
+    def _require_file(self) -> None:
+        if not os.path.exists(self._file):
+            raise NotInstalled(f"service: not installed: {self._file} does not exist")
+
     def _after_change(self) -> None:
         """Let the manager read the file, which was written or removed."""
 
@@ -11006,6 +11040,10 @@ class UnixServices(Services):
 
     def _call(self, *command: str) -> str:
         """Run a command of the manager; return its output on one line. Raise StartupError with it when it fails."""
+        return self._run(*command)[1]
+
+    def _run(self, *command: str, accepted: Sequence[int] = ()) -> tuple[int, str]:
+        """Do the same; return the exit code too, which is 0 or one of those accepted."""
         try:
             done = subprocess.run(
                 command,
@@ -11016,9 +11054,9 @@ class UnixServices(Services):
         except OSError as error:
             raise StartupError(f"service: {command[0]} cannot be run: {error.strerror}") from None
         output = " ".join(done.stdout.decode(errors="replace").split())
-        if done.returncode:
+        if done.returncode and done.returncode not in accepted:
             raise StartupError(f"service: `{' '.join(command)}` failed: {output}")
-        return output
+        return done.returncode, output
 
 
 # KillMode: the steps are to outlive a restart of the daemon. OOMPolicy: one that takes too much memory does not end it.
@@ -11117,51 +11155,111 @@ class SystemdServices(UnixServices):
 
 
 class LaunchdServices(UnixServices):
-    """launchd of a Mac, by a property list (launchd.plist(5))."""
+    """launchd of a Mac, by a property list (launchd.plist(5), launchctl(1)).
+
+    A service that is loaded need not have a process: it may have ended, or be waiting for its next start.
+    """
 
     default_root = "/var/db/remote_executor"
     path = f"/Library/LaunchDaemons/{SERVICE}.plist"
+    log_path = f"/var/log/{SERVICE}.log"
 
     def content(self, command: Sequence[str]) -> bytes:
         import plistlib
 
+        exit_timeout_s = _LAUNCHD_EXIT_TIMEOUT_S
+        if "--on_exit=wait" in command:
+            exit_timeout_s = _LAUNCHD_LONG_EXIT_TIMEOUT_S
         return plistlib.dumps(
             {
                 "Label": SERVICE,
                 "ProgramArguments": list(command),
+                "EnvironmentVariables": {"HOME": "/var/root", "LANG": "en_US.UTF-8"},
                 "RunAtLoad": True,
                 "KeepAlive": {"SuccessfulExit": False},
                 "AbandonProcessGroup": True,  # the steps are to outlive a restart of the daemon
-                "SoftResourceLimits": {"NumberOfFiles": 65536},
+                "ExitTimeOut": exit_timeout_s,
+                "ProcessType": "Interactive",  # any other has its processor time and I/O throttled, its steps too
+                "StandardErrorPath": self.log_path,
             },
             sort_keys=False,
         )
 
     def start(self) -> str:
         self._require_root()
-        self._call("launchctl", "bootstrap", "system", self._file)
+        self._require_file()
+        if self._print() is not None:
+            self._launchctl("kickstart", _LAUNCHD_TARGET, accepted=(_LAUNCHD_ALREADY_IN_PROGRESS,))
+        else:
+            self._bootstrap()
+        end_s = time.monotonic() + _LAUNCHD_START_S
+        while self.status()[0] and time.monotonic() < end_s:
+            time.sleep(_POLL_S)
         return self.status()[1]
 
     def stop(self) -> str:
         self._require_root()
-        self._call("launchctl", "bootout", f"system/{SERVICE}")
+        self._require_file()
+        not_loaded = (_LAUNCHD_NO_SUCH_PROCESS, _LAUNCHD_NOT_FOUND)
+        self._launchctl("bootout", _LAUNCHD_TARGET, accepted=(_LAUNCHD_IN_PROGRESS, *not_loaded))
+        end_s = time.monotonic() + _LAUNCHD_STOP_S
+        while self._print() is not None:  # before, a bootstrap would fail
+            if time.monotonic() > end_s:
+                return f"still stopping: {self.status()[1]}"
+            time.sleep(_POLL_S)
         return self.status()[1]
 
     def status(self) -> tuple[int, str]:
         if not os.path.exists(self._file):
             return 4, "not installed"
-        try:
-            output = self._call("launchctl", "print", f"system/{SERVICE}")
-        except StartupError:  # launchd does not have it
+        output = self._print()
+        if output is None:
             return 3, "not running"
-        match = re.search(r"\bpid = ([0-9]+)", output)
-        if not match:
-            return 3, "not running"
-        return 0, f"running, pid {match[1]}"
+        pid = re.search(r"\bpid = ([0-9]+)", output)
+        if pid:
+            return 0, f"running, pid {pid[1]}"
+        code = re.search(r"\blast exit code = ([0-9]+)", output)
+        if code and code[1] != "0":
+            return 3, f"not running (last exit code {code[1]}); see {self.log_path}"
+        return 3, "not running"
 
     def _before_removal(self) -> None:
-        if not self._destdir and not self.status()[0]:
+        """Stop the service; one that waits for its steps ends without its file."""
+        if not self._destdir:
             self.stop()
+
+    def _bootstrap(self) -> None:
+        """Load the service, which starts it. It is tried again while launchd may still be removing an earlier one."""
+        for _ in range(_LAUNCHD_ATTEMPTS - 1):
+            code, _ = self._launchctl("bootstrap", "system", self._file, accepted=(_LAUNCHD_IO_ERROR,))
+            if not code:
+                return
+            time.sleep(_LAUNCHD_RETRY_S)
+        self._launchctl("bootstrap", "system", self._file)
+
+    def _print(self) -> str | None:
+        """Return what launchd shows of the service; None where it is not loaded."""
+        code, output = self._launchctl("print", _LAUNCHD_TARGET, accepted=(_LAUNCHD_NOT_FOUND,))
+        return None if code else output
+
+    def _launchctl(self, *words: str, accepted: Sequence[int] = ()) -> tuple[int, str]:
+        """Run launchctl; return its code, 0 or one of those accepted, and its output."""
+        return self._run("launchctl", *words, accepted=accepted)
+
+
+_LAUNCHD_TARGET = f"system/{SERVICE}"
+# Exit codes of launchctl, which are errors of launchd (`launchctl error N`).
+_LAUNCHD_NO_SUCH_PROCESS = 3  # of bootout: not loaded
+_LAUNCHD_IO_ERROR = 5  # of bootstrap: loaded already, perhaps for a moment only
+_LAUNCHD_IN_PROGRESS = 36  # of bootout: the service has not ended yet
+_LAUNCHD_ALREADY_IN_PROGRESS = 37
+_LAUNCHD_NOT_FOUND = 113  # not loaded
+_LAUNCHD_ATTEMPTS = 5
+_LAUNCHD_RETRY_S = 1.0
+_LAUNCHD_START_S = 5.0  # until the process that was asked for is there
+_LAUNCHD_STOP_S = 60.0
+_LAUNCHD_EXIT_TIMEOUT_S = 60  # until SIGKILL; a stop of steps has a grace of seconds
+_LAUNCHD_LONG_EXIT_TIMEOUT_S = 24 * 3600  # the longest that steps take by default; 0 could hold up a shutdown for ever
 
 
 class WindowsServices(Services):

@@ -7610,7 +7610,7 @@ def test_mac_asks_another_user_of_the_host_for_the_token(
 
 
 def pcblist(*groups: tuple[int, bytes, int], sizes: tuple[int, int, int] = (104, 104, 204)) -> bytes:
-    """The table net.inet.tcp.pcblist_n of these sockets: inp_vflag, both addresses, so_uid; ports are 7, ours, and 9."""
+    """The table net.inet.tcp.pcblist_n of sockets by inp_vflag, both addresses and so_uid, from port 9 to ours, 7."""
     header = struct.pack("=IIQQ", 24, len(groups), 1, 1)
     table = header
     for version, addresses, user in groups:
@@ -7692,6 +7692,176 @@ def test_mac_that_shows_no_users_has_all_clients_asked_for_the_token_and_says_so
         assert access.authorize(request_of(client, "localhost:7", {}, "Bearer alpha"), False) == "token of line 1"
     assert [record.levelname for record in caplog.records] == ["WARNING"], caplog.text
     assert "need a token too" in caplog.text
+
+
+def launchd(mac: list[str], place: Path, command: list[str], code: str, **env: str) -> Any:
+    """What this code leaves in `result`, for a `services` that has the command installed in a launchd of its own."""
+    if MAC:
+        pytest.skip("would change the services of this host; the test bed has its own")
+    prepared = f"""
+import os, time
+os.geteuid = lambda: 0
+code._LAUNCHD_RETRY_S = 0.05
+services = code.LaunchdServices("")
+services._file = {str(place / "service.plist")!r}
+services.log_path = {str(place / "log")!r}
+services.install({command!r})
+
+def until(line):
+    end = time.monotonic() + 20
+    while services.status()[1] != line and time.monotonic() < end:
+        time.sleep(0.02)
+    return services.status()[1]
+
+def calls():
+    return [json.loads(line)[0] for line in open({str(place / "state" / "log")!r})]
+
+try:
+    {code.strip().replace(chr(10), chr(10) + "    ")}
+finally:
+    os.environ.pop("DARWIN_LAUNCHCTL_FAIL", None)
+    services._call("sh", "-c", "launchctl bootout " + code._LAUNCHD_TARGET + " || true")
+"""
+    return on_mac([*mac, "--launchctl", str(place / "state")], prepared, env=env)
+
+
+def test_mac_service_that_crashes_is_shown_and_uninstalled(mac: list[str], tmp_path: Path) -> None:
+    result = launchd(
+        mac,
+        tmp_path,
+        ["/bin/sh", "-c", "echo no root >&2; exit 3"],
+        """
+code._LAUNCHD_START_S = 0.5
+line = services.start()
+result = [line, services.uninstall(), services._print(), services.status()[0]]
+""",
+    )
+    line = f"not running (last exit code 3); see {tmp_path / 'log'}"
+    assert result == [line, f"removed {tmp_path / 'service.plist'}", None, 4]
+    assert (tmp_path / "log").read_text() == "no root\n"
+
+
+def test_mac_service_that_has_ended_is_started_again(mac: list[str], tmp_path: Path) -> None:
+    result = launchd(
+        mac,
+        tmp_path,
+        ["/bin/sh", "-c", f"echo x >>{tmp_path}/runs; [ -e {tmp_path}/go ] && exec sleep 1000; exit 0"],
+        f"""
+code._LAUNCHD_START_S = 0.5
+result = [services.start()]
+open({str(tmp_path / "go")!r}, "w").close()
+code._LAUNCHD_START_S = 20
+result += [services.start()[:7], services.start()[:7], services.stop(), services.start()[:7], services.stop()]
+result += [calls()]
+""",
+    )
+    *lines, calls = result
+    assert lines == ["not running", "running", "running", "not running", "running", "not running"]
+    assert [call for call in calls if call in ("bootstrap", "kickstart")] == [
+        "bootstrap",
+        *["kickstart"] * 2,
+        "bootstrap",
+    ]
+    assert (tmp_path / "runs").read_text() == "x\n" * 3
+
+
+def test_mac_service_that_takes_its_time_to_stop_is_awaited(mac: list[str], tmp_path: Path) -> None:
+    result = launchd(
+        mac,
+        tmp_path,
+        ["/bin/sh", "-c", "trap 'sleep 1; exit 0' TERM; while :; do sleep 0.05; done"],
+        """
+result = [services.start()[:7], services.stop(), services.start()[:7], services.uninstall(), services._print()]
+""",
+        DARWIN_LAUNCHCTL_WAIT="0",  # bootout does not wait: 36
+    )
+    assert result == ["running", "not running", "running", f"removed {tmp_path / 'service.plist'}", None]
+
+
+@pytest.mark.parametrize(
+    "failures, expected",
+    [
+        ("bootstrap=5:2", ["running", "not running"]),
+        ("bootstrap=5", "Bootstrap failed: 5"),
+        ("print=1", "Print failed: 1"),
+        ("bootout=3:1", ["running"]),
+    ],
+)
+def test_mac_service_is_tried_again_and_its_errors_are_told(
+    mac: list[str], tmp_path: Path, failures: str, expected: Any
+) -> None:
+    result = launchd(
+        mac,
+        tmp_path,
+        ["/bin/sleep", "1000"],
+        """
+code._LAUNCHD_STOP_S = 0.5
+try:
+    result = [services.start().split(",")[0]]
+    result += [services.stop().split(",")[0]]
+except code.StartupError as error:
+    result = str(error)
+""",
+        DARWIN_LAUNCHCTL_FAIL=failures,
+    )
+    if expected == ["running"]:  # bootout says that it is not loaded, but print shows it
+        assert result == ["running", "still stopping: running"]
+    elif isinstance(expected, str):
+        assert expected in result
+    else:
+        assert result == expected
+
+
+def test_mac_service_may_wait_for_its_steps() -> None:
+    services = module().LaunchdServices("")
+    assert plistlib.loads(services.content(["x", "run", "--on_exit=wait"]))["ExitTimeOut"] == 86_400
+
+
+def test_mac_syncs_the_database_to_the_disk_itself(tmp_path: Path) -> None:
+    store = module().Store.__new__(module().Store)
+    store._path = str(tmp_path / "db")
+    with contextlib.closing(store._connect()) as connection:
+        for name in ("fullfsync", "checkpoint_fullfsync"):
+            assert connection.execute(f"PRAGMA {name}").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("limits", [(256, -1), (256, 4096), (100_000, -1)])
+def test_mac_raises_its_limit_of_open_files_as_far_as_it_may(mac: list[str], limits: tuple[int, int]) -> None:
+    code = f"""
+import resource
+limits = [resource.RLIM_INFINITY if limit < 0 else limit for limit in {limits}]
+set_to = []
+resource.getrlimit = lambda _: tuple(limits)
+resource.setrlimit = lambda _, pair: set_to.append(pair)
+code.read_sysctl = lambda name: {{"kern.maxfilesperproc": (61440).to_bytes(4, sys.byteorder)}}[name]
+code.raise_fd_limit()
+result = set_to[0][0]
+"""
+    soft, hard = limits
+    assert on_mac(mac, code) == max(soft, 61_440 if hard < 0 else hard)
+    assert (
+        on_mac(mac, "code.raise_fd_limit()\nimport resource\nresult = resource.getrlimit(resource.RLIMIT_NOFILE)[0]")
+        > 256
+    )
+
+
+@posix_only
+def test_mac_has_no_python_where_that_is_a_stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code = module()
+    stub, other = tmp_path / "stub" / "python3", tmp_path / "other" / "python3"
+    for file in (stub, other):
+        file.parent.mkdir()
+        file.write_text("#!/bin/sh\n")
+        file.chmod(0o755)
+    monkeypatch.setattr(code, "ON_MAC", True)
+    monkeypatch.setattr(code, "_MAC_STUBS", {str(stub)})
+    path = f"{stub.parent}:{other.parent}"
+    for has_tools, expected in ((True, str(stub)), (False, str(other))):
+        monkeypatch.setattr(code, "_has_developer_tools", lambda has_tools=has_tools: has_tools)
+        assert code.find_program("python3", path) == expected
+    monkeypatch.setenv("PATH", str(stub.parent))
+    assert code.find_program("python3", str(stub.parent)) is None
+    assert code.interpreter_command("python3", "x.py", "/", str(stub.parent)) == [sys.executable, "x.py"]
 
 
 # ======================================================================================================================
