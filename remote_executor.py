@@ -184,63 +184,136 @@ _SECOND_NS = 10**9
 _INT64_MAX = 2**63 - 1
 
 
+def _find_sleep_clocks() -> tuple[int, int] | None:
+    """Return the clock that stands still while the host sleeps, as time.monotonic() does, and the one that goes on.
+
+    clock_gettime(3) of a Mac, where time.monotonic() is mach_absolute_time(); clock_gettime(2) of Linux. None where
+    there are no two: on Windows time.monotonic() goes on.
+    """
+    for awake, always in (("CLOCK_UPTIME_RAW", "CLOCK_MONOTONIC_RAW"), ("CLOCK_MONOTONIC", "CLOCK_BOOTTIME")):
+        if hasattr(time, awake) and hasattr(time, always):
+            return getattr(time, awake), getattr(time, always)
+    return None
+
+
+_SLEEP_CLOCKS = _find_sleep_clocks()
+_SLEEP_PRECISION_NS = 10**7
+
+
+def _slept_ns() -> int:
+    """Return how long the host has slept since it started, to which a constant may have been added."""
+    if _SLEEP_CLOCKS is None:
+        return 0
+    awake_clock, always_clock = _SLEEP_CLOCKS
+    while True:
+        before_ns = time.clock_gettime_ns(awake_clock)
+        always_ns = time.clock_gettime_ns(always_clock)
+        after_ns = time.clock_gettime_ns(awake_clock)
+        if after_ns - before_ns < _SLEEP_PRECISION_NS:  # else this thread had to wait between them
+            return always_ns - after_ns
+
+
+_Sleep = tuple[int, int]  # the time of the Clock at which the host woke, and how long it had slept by then, in all
+_MAX_SLEEPS = 1000  # a closed laptop wakes some times an hour; what is older is shown as if it had been after them
+
+
+class WallTimes(NamedTuple):
+    """What the wall clock showed at times of the Clock: how far it is set ahead, and how long the host had slept."""
+
+    offset_ns: int
+    sleeps: tuple[_Sleep, ...]
+
+    def at(self, moment_ns: int) -> int:
+        following = bisect.bisect_right(self.sleeps, (moment_ns, _INT64_MAX))
+        slept_ns = self.sleeps[max(0, following - 1)][1]
+        return moment_ns + self.offset_ns + slept_ns
+
+
 class Clock:
     """The daemon's clock, in nanoseconds since the epoch; setting the host's clock does not move it. Thread-safe.
 
-    Every stored time is of this clock, so that a change of the wall clock affects neither timeouts nor expiry.
-    `offset_ns` is how far the wall clock is ahead of it; it is added where a time is shown.
+    Every stored time is of this clock, so that a change of the wall clock affects neither timeouts nor expiry. It
+    stands still while the host sleeps, as time.monotonic() does: a step that may take two hours has not used them up
+    when a lid was shut for eight. The sleeps are kept, for a time is shown as the wall clock had it: see WallTimes.
     """
 
-    def __init__(self, base_ns: int, offset_ns: int = 0) -> None:
+    def __init__(self, base_ns: int, offset_ns: int = 0, boot: str = "", sleeps: Sequence[_Sleep] = ()) -> None:
         self._base_ns = base_ns  # to be added to the monotonic clock, which starts anew with each boot
+        self._boot = boot
+        self._lock = threading.Lock()  # guards all below
         self._offset_ns = offset_ns
+        self._sleeps = tuple(sleeps) or ((0, 0),)  # in the order of time
+        self._kernel_slept_ns = _slept_ns()  # when the last of them was noted
 
     @classmethod
-    def resume(cls, metadata: Mapping[str, str], latest_ns: int) -> Clock:
-        """Return the clock of the daemon that stored `metadata`, or a new one that is not behind `latest_ns`."""
+    def resume(cls, metadata: Mapping[str, str], latest_ns: int, boot: str = "") -> Clock:
+        """Return the clock of the daemon that stored `metadata`, or a new one that is not behind `latest_ns`.
+
+        `boot` identifies this boot of the host.
+        """
         offset_ns = 0
-        with contextlib.suppress(KeyError, ValueError):  # the first start, or damaged metadata
+        sleeps: list[_Sleep] = []
+        with contextlib.suppress(KeyError, ValueError, TypeError):  # the first start, or damaged metadata
             base_ns = int(metadata["clock_base_ns"])
             offset_ns = int(metadata["clock_offset_ns"])
-            if metadata["boot"] == boot_id():
-                return cls(base_ns, offset_ns)
+            kernel_slept_ns, *pairs = json.loads(metadata.get("clock_sleeps", "[null]"))  # 1.0 stored none
+            sleeps = [(int(woken_ns), int(slept_ns)) for woken_ns, slept_ns in pairs]
+            if metadata["boot"] == boot:
+                clock = cls(base_ns, offset_ns, boot, sleeps)
+                if kernel_slept_ns is not None:
+                    clock._kernel_slept_ns = int(kernel_slept_ns)
+                return clock
         wall_ns = time.time_ns() - offset_ns
-        return cls(max(latest_ns, wall_ns) - time.monotonic_ns(), offset_ns)
+        if sleeps:
+            wall_ns -= sleeps[-1][1]
+        return cls(max(latest_ns, wall_ns) - time.monotonic_ns(), offset_ns, boot, sleeps)
 
     def metadata(self) -> dict[str, str]:
         """Return what `resume` needs."""
+        wall_times = self.wall_times()
         return {
-            "boot": boot_id(),
+            "boot": self._boot,
             "clock_base_ns": str(self._base_ns),
-            "clock_offset_ns": str(self.offset_ns()),
+            "clock_offset_ns": str(wall_times.offset_ns),
+            "clock_sleeps": json.dumps([self._kernel_slept_ns, *wall_times.sleeps]),
         }
 
     def now_ns(self) -> int:
+        self.sleeps()
         return time.monotonic_ns() + self._base_ns
 
     def monotonic_s(self, at_ns: int) -> float:
         """Return what time.monotonic() is at that time."""
         return (at_ns - self._base_ns) / _SECOND_NS
 
-    def offset_ns(self) -> int:
-        """Return what to add to show a time.
+    def sleeps(self) -> tuple[_Sleep, ...]:
+        """Return the sleeps of the host; each that has ended before a time is there when that time is asked for."""
+        kernel_slept_ns = _slept_ns()
+        if kernel_slept_ns - self._kernel_slept_ns < _SECOND_NS:  # nearly always, and without the lock
+            return self._sleeps
+        with self._lock:
+            slept_ns = kernel_slept_ns - self._kernel_slept_ns
+            if slept_ns >= _SECOND_NS:
+                sleep = (time.monotonic_ns() + self._base_ns, self._sleeps[-1][1] + slept_ns)
+                self._sleeps = (*self._sleeps, sleep)[-_MAX_SLEEPS:]
+                self._kernel_slept_ns = kernel_slept_ns
+            return self._sleeps
 
-        It changes only when the wall clock was set by more than a second: a time that was shown does not flicker.
+    def offset_ns(self) -> int:
+        """Return how far the wall clock is set ahead of this one, sleep aside."""
+        return self.wall_times().offset_ns
+
+    def wall_times(self) -> WallTimes:
+        """Return how to show times.
+
+        The offset changes only when the wall clock was set by more than a second: a time that was shown does not
+        flicker.
         """
-        offset_ns = time.time_ns() - self.now_ns()
+        sleeps = self.sleeps()
+        offset_ns = time.time_ns() - self.now_ns() - sleeps[-1][1]
         if abs(offset_ns - self._offset_ns) > _SECOND_NS:
             self._offset_ns = offset_ns
-        return self._offset_ns
-
-
-@functools.lru_cache(maxsize=1)
-def boot_id() -> str:
-    """Return what identifies this boot of the host: an id of the kernel, else about when it was."""
-    # suppress: not Linux, or /proc is not mounted
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
-    booted_s = time.time() - time.monotonic()
-    return f"about {round(booted_s / 600)}"  # the wall clock drifts, hence the coarse grain
+        return WallTimes(self._offset_ns, sleeps)
 
 
 UNIT_NS = {
@@ -2256,6 +2329,19 @@ def _pids_limits(mount: str, path: str) -> Iterator[Limit]:
         file_name = os.path.join(mount, *names[:depth], "pids.max")
         with contextlib.suppress(OSError, ValueError), open(file_name, encoding="ascii") as file:
             yield Limit(int(file.read()), f"{file_name} (TasksMax)")  # ValueError: "max"
+
+
+@functools.lru_cache(maxsize=1)
+def boot_id() -> str:
+    """Return what identifies this boot of the host: an id of the kernel, else about when it was."""
+    if ON_MAC:
+        with contextlib.suppress(OSError):  # in a sandbox
+            return read_sysctl("kern.bootsessionuuid").rstrip(b"\0").decode("ascii")
+    # suppress: not Linux, or /proc is not mounted
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+    booted_s = time.time() - time.monotonic()
+    return f"about {round(booted_s / 600)}"  # the wall clock drifts, hence the coarse grain
 
 
 class HostInfo(NamedTuple):
@@ -6797,6 +6883,7 @@ class Janitor:
         self._clock = clock
         self._files = files
         self._settings = settings
+        self._stored_sleeps = clock.sleeps()  # the timekeeper's
         self._pending_removals: dict[str, int] = {}  # names of directories, and how often that failed; the sweeper's
         self._stopping = threading.Event()
         timekeeper = (self._enforce_limits, scheduler.timekeeper_wakeup)
@@ -6844,6 +6931,7 @@ class Janitor:
 
     def _enforce_limits(self) -> float:
         """Stop what is overdue and what writes too much, retry what waits; return the pause until the next look."""
+        self._store_sleep()
         while (task_number := self._scheduler.pop_overdue_task()) is not None:
             with contextlib.suppress(NotFound):  # it has ended
                 self._scheduler.stop_task(task_number, TIMED_OUT)
@@ -6853,6 +6941,13 @@ class Janitor:
         if deadline_ns is not None:
             pause_s = min(pause_s, (deadline_ns - self._clock.now_ns()) / _SECOND_NS)
         return max(0.0, pause_s)
+
+    def _store_sleep(self) -> None:
+        """Store that the host has slept, where it has: a later daemon could not tell before which times that was."""
+        sleeps = self._clock.sleeps()
+        if sleeps is not self._stored_sleeps:
+            self._stored_sleeps = sleeps
+            self._store.save_metadata(self._clock.metadata())
 
     def _check_outputs(self) -> float:
         """Stop the steps that write too much; return how soon another one may."""
@@ -8864,7 +8959,7 @@ class TimeFormat(NamedTuple):
     """How one response shows moments of the Clock, all in nanoseconds; `key_expire_ns` is how long records are kept."""
 
     now_ns: int
-    offset_ns: int
+    wall_times: WallTimes
     key_expire_ns: int
 
     def task_times(self, task: TaskRow) -> Json:
@@ -8892,7 +8987,7 @@ class TimeFormat(NamedTuple):
         return times
 
     def _format(self, moment_ns: int) -> str:
-        return format_time((moment_ns + self.offset_ns) // _SECOND_NS)
+        return format_time(self.wall_times.at(moment_ns) // _SECOND_NS)
 
 
 def _times_schema() -> Json:
@@ -9401,7 +9496,7 @@ class TaskApi:
             accepted.step_count,
             accepted.id,
             request.base_url,
-            accepted.accepted_ns + self._clock.offset_ns(),
+            self._clock.wall_times().at(accepted.accepted_ns),
         )
         return json_response(data, headers=(("X-Task-ID", accepted.id),), audit=audit)
 
@@ -9460,7 +9555,7 @@ class TaskApi:
         return json_response(pool_json(self._scheduler.resize(size)), audit=f"size {size}")
 
     def _time_format(self) -> TimeFormat:
-        return TimeFormat(self._clock.now_ns(), self._clock.offset_ns(), self._key_expire_ns)
+        return TimeFormat(self._clock.now_ns(), self._clock.wall_times(), self._key_expire_ns)
 
 
 def task_components() -> Components:
@@ -9708,7 +9803,7 @@ class OperatorApi:
         oldest_ns = self._store.oldest_ns()
         oldest = None
         if oldest_ns is not None:
-            oldest = format_time((oldest_ns + self._clock.offset_ns()) // _SECOND_NS)
+            oldest = format_time(self._clock.wall_times().at(oldest_ns) // _SECOND_NS)
         state = {
             "host": _host_json(host_info(), boot_time_s()),
             "process": _process_json(process_stats(), build()),
@@ -10624,7 +10719,7 @@ class Daemon:
         capacity: int,
     ) -> _TaskParts:
         settings = self._settings
-        clock = Clock.resume(store.metadata(), store.latest_ns())
+        clock = Clock.resume(store.metadata(), store.latest_ns(), boot_id())
         store.save_metadata(clock.metadata())
         files = SafeDirectory(os.path.join(self._root, "tasks"))
         scheduler = Scheduler(

@@ -3846,6 +3846,72 @@ def test_clock_goes_on_after_a_boot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 <= clock_type.resume(memory, before).now_ns() - before < 10 * 10**9
 
 
+def test_clock_stands_still_while_the_host_sleeps_and_shown_times_do_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, real = module(), time.time_ns
+    hour_ns, slept = 3600 * 10**9, [0]
+    monkeypatch.setattr(code, "_slept_ns", lambda: slept[0])
+    monkeypatch.setattr(time, "time_ns", lambda: real() + slept[0])
+    clock = code.Clock.resume({}, 0, "this boot")
+    before, memory = clock.now_ns(), clock.metadata()
+    shown, deadline_s = clock.wall_times().at(before), clock.monotonic_s(before + 2 * hour_ns)
+    for hours in (8, 9):  # the second time no daemon runs
+        slept[0] = hours * hour_ns
+        for one in (clock, code.Clock.resume(memory, before, "this boot")) if hours == 8 else (clock,):
+            assert 0 <= one.now_ns() - before < 10 * 10**9
+            assert one.monotonic_s(before + 2 * hour_ns) == deadline_s
+            assert one.wall_times().at(before) == shown
+            assert abs(one.wall_times().at(one.now_ns()) - time.time_ns()) < 10**9
+        memory = clock.metadata()
+    slept[0] = 20 * hour_ns
+    later = code.Clock.resume(memory, before, "this boot")
+    assert later.wall_times().at(before) == shown and later.monotonic_s(before) == clock.monotonic_s(before)
+    assert abs(later.wall_times().at(later.now_ns()) - time.time_ns()) < 10**9
+    booted = code.Clock.resume(later.metadata(), before, "another")
+    assert booted.wall_times().at(before) == shown
+    assert abs(booted.wall_times().at(booted.now_ns()) - time.time_ns()) < 10**9
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[", "{}", "[]", "[1]", "[1, 2]", "[1, [2]]", "[null, [1, null]]", '["x", [1, 2]]']
+)
+def test_clock_takes_damaged_sleeps_for_a_first_start(text: str) -> None:
+    clock_type = module().Clock
+    memory = {**clock_type.resume({}, 0).metadata(), "clock_sleeps": text}
+    assert abs(clock_type.resume(memory, 0).now_ns() - time.time_ns()) < 10 * 10**9
+
+
+# Adds what a file says to the clock that goes on while the host sleeps, and to the wall clock.
+SLEEPER = """
+import os, time
+def slept(file=os.environ["SLEPT"]):
+    return int(open(file).read()) * 3600 * 10**9
+always = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC_RAW)
+gettime, wall = time.clock_gettime_ns, time.time_ns
+time.clock_gettime_ns = lambda clock: gettime(clock) + slept() * (clock == always)
+time.time_ns = lambda: wall() + slept()
+time.time = lambda: time.time_ns() / 10**9
+"""
+
+
+@posix_only
+def test_sleep_of_the_host_ends_no_step_and_moves_no_time(
+    launch: Callable[..., Daemon], tmp_path: Path, gate: Path
+) -> None:
+    (file := tmp_path / "slept").write_text("0")
+    daemon = launch(program=with_faults(SLEEPER), env={"SLEPT": str(file)})
+    task = daemon.submit(held(gate), timeout="2h")
+    daemon.until_running(task)
+    shown = daemon.row(task)["times"]["st"]
+    for hours, kill in ((8, False), (16, True)):
+        file.write_text(str(hours))
+        daemon.restart(kill)
+        assert daemon.row(task)["times"]["st"] == shown and daemon.steps(task)[0]["state"] == 1
+    gate.touch()
+    times = daemon.ended(task).data[0]["times"]
+    end, begin = (datetime.datetime.fromisoformat(times[key].replace("Z", "+00:00")) for key in ("et", "st"))
+    assert 16 <= (end - begin).total_seconds() / 3600 < 16.1
+
+
 # ======================================================================================================================
 # limits: no process, no descriptor, no room on the disk; a step that writes too much
 # ======================================================================================================================
@@ -7584,6 +7650,21 @@ def on_mac(mac: list[str], code: str, *arguments: str, env: dict[str, str] | Non
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **(env or {})})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_mac_boot_has_an_id_of_the_kernel(mac: list[str]) -> None:
+    result = on_mac(mac, "import time\ntime.time = lambda: 0.0\nresult = code.boot_id()")
+    assert re.fullmatch(UUID, result.lower()) and result == result.upper()
+
+
+def test_mac_sleep_is_the_difference_of_two_clocks(mac: list[str]) -> None:
+    code = """
+import time
+names = {getattr(time, name): name for name in ("CLOCK_UPTIME_RAW", "CLOCK_MONOTONIC_RAW")}
+result = [[names[clock] for clock in code._SLEEP_CLOCKS], code._slept_ns()]
+"""
+    names, slept_ns = on_mac(mac, code)
+    assert names == ["CLOCK_UPTIME_RAW", "CLOCK_MONOTONIC_RAW"] and slept_ns > -(10**9)
 
 
 @pytest.mark.skipif(WINDOWS or os.geteuid() != 0, reason="only root can be somebody else")
