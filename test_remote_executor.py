@@ -26,7 +26,7 @@ The sections, in their order; a helper that two of them use stands in the harnes
     tasks       submission, refused requests, reading, steps, Windows, pool, ends by force
     failures    restarts, crashes, storage, races and a model, limits, versions, scheduler and store in process
     attacks     authentication, request parser, connections, files of steps, TLS
-    operation   other routes, API document, profiles, log, command line, services, Mac
+    operation   other routes, API document, profiles, log, command line, services, Mac host
     rules       plan, durations, source, readme, bench
 """
 
@@ -7624,7 +7624,7 @@ def test_service_that_cannot_start_says_so_in_its_exit_code(bare_host: None, tmp
 
 
 # ======================================================================================================================
-# Mac: whose connections, what boot, services and limits, on the test bed where this is no Mac
+# Mac host: whose connections, what boot, services and limits, on the test bed where this is no Mac
 # ======================================================================================================================
 
 
@@ -7643,7 +7643,7 @@ def mac() -> list[str]:
     return [str(bed)]
 
 
-def on_mac(mac: list[str], code: str, *arguments: str, env: dict[str, str] | None = None) -> Any:
+def result_on_mac(mac: list[str], code: str, *arguments: str, env: dict[str, str] | None = None) -> Any:
     """What this code leaves in `result`, run on a Mac in a process of its own, in which `code` is the program."""
     text = f"import json, sys\nsys.path.insert(0, {str(HERE)!r})\nimport remote_executor as code\n{code}\n"
     command = [*mac, sys.executable, "-c", text + "print(json.dumps(result))", *arguments]
@@ -7653,7 +7653,7 @@ def on_mac(mac: list[str], code: str, *arguments: str, env: dict[str, str] | Non
 
 
 def test_mac_boot_has_an_id_of_the_kernel(mac: list[str]) -> None:
-    result = on_mac(mac, "import time\ntime.time = lambda: 0.0\nresult = code.boot_id()")
+    result = result_on_mac(mac, "import time\ntime.time = lambda: 0.0\nresult = code.boot_id()")
     assert re.fullmatch(UUID, result.lower()) and result == result.upper()
 
 
@@ -7663,7 +7663,7 @@ import time
 names = {getattr(time, name): name for name in ("CLOCK_UPTIME_RAW", "CLOCK_MONOTONIC_RAW")}
 result = [[names[clock] for clock in code._SLEEP_CLOCKS], code._slept_ns()]
 """
-    names, slept_ns = on_mac(mac, code)
+    names, slept_ns = result_on_mac(mac, code)
     assert names == ["CLOCK_UPTIME_RAW", "CLOCK_MONOTONIC_RAW"] and slept_ns > -(10**9)
 
 
@@ -7730,6 +7730,36 @@ def test_mac_users_are_read_from_the_kernels_table(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(code, "read_sysctl", lambda _: pcblist((4, V4, 501)))  # neither IPv4 nor IPv6
     with pytest.raises(code.PeersUnknown):
         peers.user(("127.0.0.2", 9), ("127.0.0.1", 7))
+
+
+def test_mac_records_of_sockets_have_the_sizes_and_offsets_of_the_headers(mac: list[str], tmp_path: Path) -> None:
+    """Those of the test bed, which were compared with XNU's."""
+    if not mac:
+        pytest.skip("no test bed: this is a Mac")
+    code = module()
+    members = {
+        "xinpcb_n": {"inp_fport": 16, "inp_lport": 18, "inp_vflag": 44, "inp_dependfaddr": 48, "inp_dependladdr": 64},
+        "xsocket_n": {"so_uid": 64},
+        "xtcpcb_n": {"t_state": 36},
+    }
+    sizes = {"xinpcb_n": code._XSO_INPCB, "xsocket_n": code._XSO_SOCKET, "xtcpcb_n": code._XSO_TCPCB}
+    lines = [
+        "#define DARWIN_DECLS_ONLY",
+        f'#include "{Path(mac[0]).parent}/darwin.c"',
+        "#include <stdio.h>",
+        "int main() {",
+    ]
+    expected = [code._XINPGEN_SIZE]
+    lines.append('printf("%zu\\n", sizeof(struct xinpgen));')
+    for struct_name, offsets in members.items():
+        lines.append(f'printf("%zu\\n", sizeof(struct {struct_name}));')
+        expected.append(code._XSO_SIZES[sizes[struct_name]][-1])
+        for name, offset in offsets.items():
+            lines.append(f'printf("%zu\\n", offsetof(struct {struct_name}, {name}));')
+            expected.append(offset)
+    (tmp_path / "sizes.c").write_text("\n".join([*lines, "return 0; }"]))
+    subprocess.run(["cc", "-o", str(tmp_path / "sizes"), str(tmp_path / "sizes.c")], check=True)
+    assert [*map(int, subprocess.check_output([str(tmp_path / "sizes")]).split())] == expected
 
 
 STRANGE_TABLES = {
@@ -7803,7 +7833,7 @@ finally:
     os.environ.pop("DARWIN_LAUNCHCTL_FAIL", None)
     services._call("sh", "-c", "launchctl bootout " + code._LAUNCHD_TARGET + " || true")
 """
-    return on_mac([*mac, "--launchctl", str(place / "state")], prepared, env=env)
+    return result_on_mac([*mac, "--launchctl", str(place / "state")], prepared, env=env)
 
 
 def test_mac_service_that_crashes_is_shown_and_uninstalled(mac: list[str], tmp_path: Path) -> None:
@@ -7919,9 +7949,11 @@ code.raise_fd_limit()
 result = set_to[0][0]
 """
     soft, hard = limits
-    assert on_mac(mac, code) == max(soft, 61_440 if hard < 0 else hard)
+    assert result_on_mac(mac, code) == max(soft, 61_440 if hard < 0 else hard)
     assert (
-        on_mac(mac, "code.raise_fd_limit()\nimport resource\nresult = resource.getrlimit(resource.RLIMIT_NOFILE)[0]")
+        result_on_mac(
+            mac, "code.raise_fd_limit()\nimport resource\nresult = resource.getrlimit(resource.RLIMIT_NOFILE)[0]"
+        )
         > 256
     )
 
