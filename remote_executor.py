@@ -2167,6 +2167,10 @@ def _run_ps(*arguments: str) -> str:
 @functools.lru_cache(maxsize=1)
 def boot_time_s() -> float:
     """Return when the host started, in seconds since the epoch."""
+    if ON_MAC:
+        with contextlib.suppress(OSError, struct.error):
+            seconds, microseconds = struct.unpack_from("=qi", read_sysctl("kern.boottime"))  # struct timeval
+            return float(seconds + microseconds / 1e6)
     with contextlib.suppress(OSError), open("/proc/stat", encoding="ascii") as file:  # elsewhere there is no /proc
         for line in file:
             if line.startswith("btime "):

@@ -7657,6 +7657,13 @@ def test_mac_boot_has_an_id_of_the_kernel(mac: list[str]) -> None:
     assert re.fullmatch(UUID, result.lower()) and result == result.upper()
 
 
+def test_mac_boot_time_is_the_kernels_however_long_it_slept(mac: list[str]) -> None:
+    if not mac:
+        pytest.skip("a Mac has had its own boot time")
+    env = {"DARWIN_BOOTTIME": "1700000000.250000"}
+    assert result_on_mac(mac, "result = code.boot_time_s()", env=env) == 1_700_000_000.25
+
+
 def test_mac_sleep_is_the_difference_of_two_clocks(mac: list[str]) -> None:
     code = """
 import time
