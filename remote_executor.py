@@ -11322,6 +11322,11 @@ class LaunchdServices(UnixServices):
             return 3, f"not running (last exit code {code[1]}); see {self.log_path}"
         return 3, "not running"
 
+    def _after_change(self) -> None:
+        """Make the file of standard error, which launchd would let everybody read: it tells who has submitted what."""
+        if not self._destdir and os.path.exists(self._file):
+            os.close(os.open(self.log_path, os.O_WRONLY | os.O_CREAT, 0o600))
+
     def _before_removal(self) -> None:
         """Stop the service; one that waits for its steps ends without its file."""
         if not self._destdir:

@@ -7864,7 +7864,7 @@ result = [line, services.uninstall(), services._print(), services.status()[0]]
     )
     line = f"not running (last exit code 3); see {tmp_path / 'log'}"
     assert result == [line, f"removed {tmp_path / 'service.plist'}", None, 4]
-    assert (tmp_path / "log").read_text() == "no root\n"
+    assert (tmp_path / "log").read_text() == "no root\n" and (tmp_path / "log").stat().st_mode & 0o777 == 0o600
 
 
 def test_mac_service_that_has_ended_is_started_again(mac: list[str], tmp_path: Path) -> None:
