@@ -184,63 +184,136 @@ _SECOND_NS = 10**9
 _INT64_MAX = 2**63 - 1
 
 
+def _find_sleep_clocks() -> tuple[int, int] | None:
+    """Return the clock that stands still while the host sleeps, as time.monotonic() does, and the one that goes on.
+
+    clock_gettime(3) of a Mac, where time.monotonic() is mach_absolute_time(); clock_gettime(2) of Linux. None where
+    there are no two: on Windows time.monotonic() goes on.
+    """
+    for awake, always in (("CLOCK_UPTIME_RAW", "CLOCK_MONOTONIC_RAW"), ("CLOCK_MONOTONIC", "CLOCK_BOOTTIME")):
+        if hasattr(time, awake) and hasattr(time, always):
+            return getattr(time, awake), getattr(time, always)
+    return None
+
+
+_SLEEP_CLOCKS = _find_sleep_clocks()
+_SLEEP_PRECISION_NS = 10**7
+
+
+def _slept_ns() -> int:
+    """Return how long the host has slept since it started, to which a constant may have been added."""
+    if _SLEEP_CLOCKS is None:
+        return 0
+    awake_clock, always_clock = _SLEEP_CLOCKS
+    while True:
+        before_ns = time.clock_gettime_ns(awake_clock)
+        always_ns = time.clock_gettime_ns(always_clock)
+        after_ns = time.clock_gettime_ns(awake_clock)
+        if after_ns - before_ns < _SLEEP_PRECISION_NS:  # else this thread had to wait between them
+            return always_ns - after_ns
+
+
+_Sleep = tuple[int, int]  # the time of the Clock at which the host woke, and how long it had slept by then, in all
+_MAX_SLEEPS = 1000  # a closed laptop wakes some times an hour; what is older is shown as if it had been after them
+
+
+class WallTimes(NamedTuple):
+    """What the wall clock showed at times of the Clock: how far it is set ahead, and how long the host had slept."""
+
+    offset_ns: int
+    sleeps: tuple[_Sleep, ...]
+
+    def at(self, moment_ns: int) -> int:
+        following = bisect.bisect_right(self.sleeps, (moment_ns, _INT64_MAX))
+        slept_ns = self.sleeps[max(0, following - 1)][1]
+        return moment_ns + self.offset_ns + slept_ns
+
+
 class Clock:
     """The daemon's clock, in nanoseconds since the epoch; setting the host's clock does not move it. Thread-safe.
 
-    Every stored time is of this clock, so that a change of the wall clock affects neither timeouts nor expiry.
-    `offset_ns` is how far the wall clock is ahead of it; it is added where a time is shown.
+    Every stored time is of this clock, so that a change of the wall clock affects neither timeouts nor expiry. It
+    stands still while the host sleeps, as time.monotonic() does: a step that may take two hours has not used them up
+    when a lid was shut for eight. The sleeps are kept, for a time is shown as the wall clock had it: see WallTimes.
     """
 
-    def __init__(self, base_ns: int, offset_ns: int = 0) -> None:
+    def __init__(self, base_ns: int, offset_ns: int = 0, boot: str = "", sleeps: Sequence[_Sleep] = ()) -> None:
         self._base_ns = base_ns  # to be added to the monotonic clock, which starts anew with each boot
+        self._boot = boot
+        self._lock = threading.Lock()  # guards all below
         self._offset_ns = offset_ns
+        self._sleeps = tuple(sleeps) or ((0, 0),)  # in the order of time
+        self._kernel_slept_ns = _slept_ns()  # when the last of them was noted
 
     @classmethod
-    def resume(cls, metadata: Mapping[str, str], latest_ns: int) -> Clock:
-        """Return the clock of the daemon that stored `metadata`, or a new one that is not behind `latest_ns`."""
+    def resume(cls, metadata: Mapping[str, str], latest_ns: int, boot: str = "") -> Clock:
+        """Return the clock of the daemon that stored `metadata`, or a new one that is not behind `latest_ns`.
+
+        `boot` identifies this boot of the host.
+        """
         offset_ns = 0
-        with contextlib.suppress(KeyError, ValueError):  # the first start, or damaged metadata
+        sleeps: list[_Sleep] = []
+        with contextlib.suppress(KeyError, ValueError, TypeError):  # the first start, or damaged metadata
             base_ns = int(metadata["clock_base_ns"])
             offset_ns = int(metadata["clock_offset_ns"])
-            if metadata["boot"] == boot_id():
-                return cls(base_ns, offset_ns)
+            kernel_slept_ns, *pairs = json.loads(metadata.get("clock_sleeps", "[null]"))  # 1.0 stored none
+            sleeps = [(int(woken_ns), int(slept_ns)) for woken_ns, slept_ns in pairs]
+            if metadata["boot"] == boot:
+                clock = cls(base_ns, offset_ns, boot, sleeps)
+                if kernel_slept_ns is not None:
+                    clock._kernel_slept_ns = int(kernel_slept_ns)
+                return clock
         wall_ns = time.time_ns() - offset_ns
-        return cls(max(latest_ns, wall_ns) - time.monotonic_ns(), offset_ns)
+        if sleeps:
+            wall_ns -= sleeps[-1][1]
+        return cls(max(latest_ns, wall_ns) - time.monotonic_ns(), offset_ns, boot, sleeps)
 
     def metadata(self) -> dict[str, str]:
         """Return what `resume` needs."""
+        wall_times = self.wall_times()
         return {
-            "boot": boot_id(),
+            "boot": self._boot,
             "clock_base_ns": str(self._base_ns),
-            "clock_offset_ns": str(self.offset_ns()),
+            "clock_offset_ns": str(wall_times.offset_ns),
+            "clock_sleeps": json.dumps([self._kernel_slept_ns, *wall_times.sleeps]),
         }
 
     def now_ns(self) -> int:
+        self.sleeps()
         return time.monotonic_ns() + self._base_ns
 
     def monotonic_s(self, at_ns: int) -> float:
         """Return what time.monotonic() is at that time."""
         return (at_ns - self._base_ns) / _SECOND_NS
 
-    def offset_ns(self) -> int:
-        """Return what to add to show a time.
+    def sleeps(self) -> tuple[_Sleep, ...]:
+        """Return the sleeps of the host; each that has ended before a time is there when that time is asked for."""
+        kernel_slept_ns = _slept_ns()
+        if kernel_slept_ns - self._kernel_slept_ns < _SECOND_NS:  # nearly always, and without the lock
+            return self._sleeps
+        with self._lock:
+            slept_ns = kernel_slept_ns - self._kernel_slept_ns
+            if slept_ns >= _SECOND_NS:
+                sleep = (time.monotonic_ns() + self._base_ns, self._sleeps[-1][1] + slept_ns)
+                self._sleeps = (*self._sleeps, sleep)[-_MAX_SLEEPS:]
+                self._kernel_slept_ns = kernel_slept_ns
+            return self._sleeps
 
-        It changes only when the wall clock was set by more than a second: a time that was shown does not flicker.
+    def offset_ns(self) -> int:
+        """Return how far the wall clock is set ahead of this one, sleep aside."""
+        return self.wall_times().offset_ns
+
+    def wall_times(self) -> WallTimes:
+        """Return how to show times.
+
+        The offset changes only when the wall clock was set by more than a second: a time that was shown does not
+        flicker.
         """
-        offset_ns = time.time_ns() - self.now_ns()
+        sleeps = self.sleeps()
+        offset_ns = time.time_ns() - self.now_ns() - sleeps[-1][1]
         if abs(offset_ns - self._offset_ns) > _SECOND_NS:
             self._offset_ns = offset_ns
-        return self._offset_ns
-
-
-@functools.lru_cache(maxsize=1)
-def boot_id() -> str:
-    """Return what identifies this boot of the host: an id of the kernel, else about when it was."""
-    # suppress: not Linux, or /proc is not mounted
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
-    booted_s = time.time() - time.monotonic()
-    return f"about {round(booted_s / 600)}"  # the wall clock drifts, hence the coarse grain
+        return WallTimes(self._offset_ns, sleeps)
 
 
 UNIT_NS = {
@@ -758,6 +831,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
 ON_WINDOWS = sys.platform == "win32"
 ON_LINUX = sys.platform.startswith("linux")
+ON_MAC = sys.platform == "darwin"
 
 
 if ON_WINDOWS:
@@ -1601,6 +1675,53 @@ def set_inherited_fds_cloexec() -> None:
                 os.set_inheritable(descriptor, False)
 
 
+def read_sysctl(name: str) -> bytes:
+    """Return a value of the Mac's kernel. Raises OSError.
+
+    sysctlbyname(3); bsd/kern/kern_newsysctl.c of XNU: without a buffer it returns the size, of a table with room to
+    spare, and ENOMEM where that is too small by now.
+    """
+    import ctypes
+
+    sysctlbyname = ctypes.CDLL(None, use_errno=True).sysctlbyname
+    size = ctypes.c_size_t()
+    for _ in range(_SYSCTL_ATTEMPTS):
+        if sysctlbyname(name.encode(), None, ctypes.byref(size), None, ctypes.c_size_t()):
+            break
+        buffer = ctypes.create_string_buffer(size.value)
+        if not sysctlbyname(name.encode(), buffer, ctypes.byref(size), None, ctypes.c_size_t()):
+            return buffer.raw[: size.value]
+        if ctypes.get_errno() != errno.ENOMEM:
+            break
+    code = ctypes.get_errno()
+    raise OSError(code, f"sysctl {name}: {os.strerror(code)}")
+
+
+_SYSCTL_ATTEMPTS = 10  # while a table grows faster than it is read
+
+
+def _max_files_on_mac(soft: int, hard: int) -> int:
+    """Return the highest soft limit that a Mac accepts, at least the present one.
+
+    bsd/kern/kern_resource.c of XNU, dosetrlimit: none is above kern.maxfilesperproc; setrlimit(2): up to 10.15 an
+    infinite one is EINVAL.
+    """
+    import resource
+
+    try:
+        most = int.from_bytes(read_sysctl("kern.maxfilesperproc"), sys.byteorder)
+    except OSError:
+        most = _OPEN_MAX
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    if soft == resource.RLIM_INFINITY:
+        return most
+    return max(most, soft)
+
+
+_OPEN_MAX = 10_240  # <sys/syslimits.h> of a Mac
+
+
 def raise_fd_limit() -> str:
     """Raise the soft limit of open files to the hard one, for each step takes a few; return what the soft one was."""
     if sys.platform == "win32":
@@ -1608,8 +1729,11 @@ def raise_fd_limit() -> str:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS may refuse an infinite one: the soft limit stays
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raised = hard
+    if ON_MAC:
+        raised = _max_files_on_mac(soft, hard)
+    with contextlib.suppress(ValueError, OSError):  # refused: the soft limit stays
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
     return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
 
 
@@ -2237,19 +2361,29 @@ class LocalPeers:
         self._tables: dict[str, tuple[float, _Users]] = {}  # by name, when its reading began, and the content
 
     def user(self, peer: _Address, ours: _Address) -> int | None:
-        """Return the uid that holds the peer's end; None where the system does not show it.
+        """Return the uid that holds the peer's end; None on Windows, which does not show it.
 
-        Raises LookupError where it should but has no such connection: there is no end to trust then; and OSError.
+        Raises LookupError where the host has no such connection: there is no end to trust then; and OSError, of which
+        PeersUnknown is the kind where the system has no table that we can read.
         """
-        if not ON_LINUX:
+        if ON_WINDOWS:
             return None
         ends = (_kernel_address(*peer), _kernel_address(*ours))
-        tables = ("tcp6",) if ":" in peer[0] else ("tcp", "tcp6")  # the latter has IPv4 of IPv6's sockets
+        tables: tuple[str, ...] = ("tcp", "tcp6")  # the latter has IPv4 of IPv6's sockets
+        if ON_MAC:
+            tables = (_MAC_TABLE,)
+        elif ":" in peer[0]:
+            tables = ("tcp6",)
         for table in tables * 2:  # twice, for one that changes while it is read may lack a line
             users = self._users(table, ours[1])
             if ends in users:
                 return users[ends]
         raise LookupError("this host has no such connection")
+
+    def check(self) -> None:
+        """Raise PeersUnknown where no user can be told, and OSError."""
+        if not (ON_WINDOWS or ON_LINUX):
+            self._users(_MAC_TABLE, 0)
 
     def _users(self, table: str, port: int) -> _Users:
         """Return the content of a table, read after this was called. Raises OSError."""
@@ -2259,9 +2393,26 @@ class LocalPeers:
             if begin_s <= asked_s:
                 begin_s = time.monotonic()
                 with self._descriptors.lend_if_scarce():
-                    users = dict(_established(table, port))
+                    users = dict(_read_table(table, port))
                 self._tables[table] = (begin_s, users)
             return users
+
+
+class PeersUnknown(OSError):
+    """This system does not show who holds the other end of a connection, or not in a form that we know."""
+
+
+def _read_table(table: str, port: int) -> Iterable[tuple[_Ends, int]]:
+    """Return the ends and the uid of each established connection to a port. Raises OSError."""
+    if ON_MAC:
+        try:
+            content = read_sysctl(table)
+        except (FileNotFoundError, PermissionError) as error:  # of another macOS, or in a sandbox
+            raise PeersUnknown(str(error)) from None
+        return _established_on_mac(content, port)
+    if ON_LINUX:
+        return _established(table, port)
+    raise PeersUnknown(f"{sys.platform} has no table of connections that is known")
 
 
 def _established(table: str, port: int) -> Iterator[tuple[_Ends, int]]:
@@ -2283,6 +2434,11 @@ def _kernel_address(host: str, port: int) -> str:
         packed = ipaddress.ip_address(host).packed
     except ValueError:
         return ""
+    return _show_address(packed, port)
+
+
+def _show_address(packed: bytes, port: int) -> str:
+    """Return an address of bytes in network order as `_kernel_address` returns it."""
     words = struct.unpack(f"={len(packed) // 4}I", packed)
     return "".join(f"{word:08X}" for word in words) + f":{port:04X}"
 
@@ -2297,9 +2453,78 @@ def _unmap(address: str) -> str:
     return address
 
 
+# What a Mac shows of its TCP sockets: a header, of each socket a group of records, and a trailer like the header. A
+# record begins with its size and kind, and the next one at a multiple of 8 behind it; the last one of a group is the
+# xtcpcb_n. `#pragma pack(4)` holds for all. bsd/netinet/in_pcblist.c and in_pcb.h, bsd/sys/socketvar.h and
+# bsd/netinet/tcp_var.h of XNU, the same from 10.14 (4903) to 15.4 (11417) but for the size of xsocket_n.
+_MAC_TABLE = "net.inet.tcp.pcblist_n"
+_XINPGEN_SIZE = 24
+_XSO_INPCB = 0x10
+_XSO_SOCKET = 1
+_XSO_TCPCB = 0x20
+_XSO_SIZES = {
+    _XSO_INPCB: (104,),
+    _XSO_SOCKET: (76, 104),  # up to macOS 11, and later
+    _XSO_TCPCB: (204,),
+}
+_INP_IPV4 = 1  # of inp_vflag; alone too for an IPv4 connection of an IPv6 socket
+_INP_IPV6 = 2
+_TCPS_ESTABLISHED = 4  # bsd/netinet/tcp_fsm.h
+
+
+def _established_on_mac(table: bytes, port: int) -> Iterator[tuple[_Ends, int]]:
+    """Yield the ends and the uid of each established connection to a port. Raises PeersUnknown.
+
+    Nothing of a table is believed that has a record of another size or a group that is not whole.
+    """
+    records: dict[int, bytes] = {}  # of one group, by kind
+    for kind, record in _records_on_mac(table):
+        if kind == _XSO_INPCB:  # the first of a group
+            records = {}
+        records[kind] = record
+        if kind != _XSO_TCPCB:
+            continue
+        if not records.keys() >= _XSO_SIZES.keys():
+            raise PeersUnknown(f"{_MAC_TABLE} has a socket without all of its records")
+        inpcb = records[_XSO_INPCB]
+        peer_port, client_port = struct.unpack_from(">HH", inpcb, 16)  # inp_fport and inp_lport: those of its owner
+        (state,) = struct.unpack_from("=i", record, 36)
+        if peer_port == port and state == _TCPS_ESTABLISHED:
+            peer, client = _addresses_on_mac(inpcb)
+            ends = (_show_address(client, client_port), _show_address(peer, peer_port))
+            (user,) = struct.unpack_from("=I", records[_XSO_SOCKET], 64)  # so_uid
+            yield ends, user
+
+
+def _records_on_mac(table: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the kind and the bytes of each record between header and trailer. Raises PeersUnknown."""
+    if len(table) < 2 * _XINPGEN_SIZE or table[:4] != struct.pack("=I", _XINPGEN_SIZE):
+        raise PeersUnknown(f"{_MAC_TABLE} has another header than xinpgen of {_XINPGEN_SIZE} bytes")
+    start = _XINPGEN_SIZE
+    end = len(table) - _XINPGEN_SIZE
+    while start < end:
+        size, kind = struct.unpack_from("=II", table, start)
+        if size < 8 or start + size > end or size not in _XSO_SIZES.get(kind, (size,)):
+            raise PeersUnknown(f"{_MAC_TABLE} has a record of kind {kind:#x} with {size} bytes")
+        yield kind, table[start : start + size]
+        start += -(-size // 8) * 8
+    if start != end:
+        raise PeersUnknown(f"{_MAC_TABLE} does not end with a record")
+
+
+def _addresses_on_mac(inpcb: bytes) -> tuple[bytes, bytes]:
+    """Return the foreign and the local address of an xinpcb_n, in network order. Raises PeersUnknown."""
+    version = inpcb[44]  # inp_vflag
+    if version == _INP_IPV4:
+        return inpcb[60:64], inpcb[76:80]  # in_addr_4in6
+    if version == _INP_IPV6:
+        return inpcb[48:64], inpcb[64:80]
+    raise PeersUnknown(f"{_MAC_TABLE} has a connection of version {version}")
+
+
 def is_trusted_uid(user: int | None) -> bool:
-    """Return whether this uid may do what the daemon's own may; None is a system that does not show it."""
-    return user is None or sys.platform == "win32" or user in (0, os.geteuid())
+    """Return whether this uid may do what the daemon's own may; None is Windows, which does not show it."""
+    return sys.platform == "win32" or user in (0, os.geteuid())
 
 
 # ======================================================================================================================
@@ -2313,8 +2538,35 @@ def system_program(name: str) -> str:
     return os.path.join(windows, "System32", name)
 
 
+def _find_on_mac(program: str, path: str) -> str | None:
+    """Return the file of a program on this PATH, but no stub, which only opens the installer of developer tools."""
+    file = shutil.which(program, path=path)
+    if file not in _MAC_STUBS or _has_developer_tools():
+        return file
+    directories = path.split(os.pathsep)
+    others = [directory for directory in directories if os.path.join(directory, program) != file]
+    return shutil.which(program, path=os.pathsep.join(others)) if others else None
+
+
+_MAC_STUBS = {"/usr/bin/python3", "/usr/bin/git"}  # of those that we run; xcode-select(1), "FILES"
+_XCODE_SELECT_TIMEOUT_S = 5.0
+
+
+def _has_developer_tools() -> bool:
+    """Return whether the stubs in /usr/bin have what they run: `xcode-select -p` fails where they have not."""
+    command = ["/usr/bin/xcode-select", "-p"]
+    null = subprocess.DEVNULL
+    try:
+        process = subprocess.run(command, stdin=null, stdout=null, stderr=null, timeout=_XCODE_SELECT_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):  # it comes with every Mac; better to run the program than not
+        return True
+    return not process.returncode
+
+
 def find_program(program: str, path: str) -> str | None:
     """Return the file of a program on this PATH, None without one."""
+    if ON_MAC:
+        return _find_on_mac(program, path)
     if not ON_WINDOWS:
         return shutil.which(program, path=path)
     if program == "cmd":
@@ -2347,6 +2599,10 @@ def environment_name(name: str) -> str:
 @functools.lru_cache(maxsize=1)
 def boot_time_s() -> float:
     """Return when the host started, in seconds since the epoch."""
+    if ON_MAC:
+        with contextlib.suppress(OSError, struct.error):
+            seconds, microseconds = struct.unpack_from("=qi", read_sysctl("kern.boottime"))  # struct timeval
+            return float(seconds + microseconds / 1e6)
     with contextlib.suppress(OSError), open("/proc/stat", encoding="ascii") as file:  # elsewhere there is no /proc
         for line in file:
             if line.startswith("btime "):
@@ -2509,6 +2765,19 @@ def _pids_limits(mount: str, path: str) -> Iterator[Limit]:
         file_name = os.path.join(mount, *names[:depth], "pids.max")
         with contextlib.suppress(OSError, ValueError), open(file_name, encoding="ascii") as file:
             yield Limit(int(file.read()), f"{file_name} (TasksMax)")  # ValueError: "max"
+
+
+@functools.lru_cache(maxsize=1)
+def boot_id() -> str:
+    """Return what identifies this boot of the host: an id of the kernel, else about when it was."""
+    if ON_MAC:
+        with contextlib.suppress(OSError):  # in a sandbox
+            return read_sysctl("kern.bootsessionuuid").rstrip(b"\0").decode("ascii")
+    # suppress: not Linux, or /proc is not mounted
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+    booted_s = time.time() - time.monotonic()
+    return f"about {round(booted_s / 600)}"  # the wall clock drifts, hence the coarse grain
 
 
 class HostInfo(NamedTuple):
@@ -6005,6 +6274,10 @@ class Store:
         with contextlib.ExitStack() as undo:  # Windows renames no file that is open
             undo.callback(connection.close)
             connection.execute("PRAGMA cache_size = -1024")
+            # fsync(2) of a Mac leaves data in the drive's cache, F_FULLFSYNC of fcntl(2) does not; elsewhere these do
+            # nothing (SQLite, "Pragma Statements").
+            connection.execute("PRAGMA fullfsync = ON")
+            connection.execute("PRAGMA checkpoint_fullfsync = ON")
             undo.pop_all()
         return connection
 
@@ -7356,6 +7629,7 @@ class Janitor:
         self._clock = clock
         self._files = files
         self._settings = settings
+        self._stored_sleeps = clock.sleeps()  # the timekeeper's
         self._pending_removals: dict[str, int] = {}  # names of directories, and how often that failed; the sweeper's
         self._stopping = threading.Event()
         timekeeper = (self._enforce_limits, scheduler.timekeeper_wakeup)
@@ -7403,6 +7677,7 @@ class Janitor:
 
     def _enforce_limits(self) -> float:
         """Stop what is overdue and what writes too much, retry what waits; return the pause until the next look."""
+        self._store_sleep()
         while (task_number := self._scheduler.pop_overdue_task()) is not None:
             with contextlib.suppress(NotFound):  # it has ended
                 self._scheduler.stop_task(task_number, TIMED_OUT)
@@ -7412,6 +7687,13 @@ class Janitor:
         if deadline_ns is not None:
             pause_s = min(pause_s, (deadline_ns - self._clock.now_ns()) / _SECOND_NS)
         return max(0.0, pause_s)
+
+    def _store_sleep(self) -> None:
+        """Store that the host has slept, where it has: a later daemon could not tell before which times that was."""
+        sleeps = self._clock.sleeps()
+        if sleeps is not self._stored_sleeps:
+            self._stored_sleeps = sleeps
+            self._store.save_metadata(self._clock.metadata())
 
     def _check_outputs(self) -> float:
         """Stop the steps that write too much; return how soon another one may."""
@@ -7969,8 +8251,18 @@ class Authenticator:
             raise StartupError(f"--token_file: {self._path} cannot be used: {error.strerror}") from None
         if is_open_to_others(self._path):
             log.warning("--token_file: other users of this host can read or change %s; `chmod 600` it", self._path)
+        self._check_peers()
         if self._settings.insecure:
             log.warning("--insecure: anyone who reaches the port can run code on this host, as the daemon's user")
+
+    def _check_peers(self) -> None:
+        """Warn where the users of this host cannot be told apart: all of them need a token then."""
+        try:
+            self._peers.check()
+        except PeersUnknown as error:
+            log.warning("clients on this host need a token too, for it does not show whose they are: %s", error)
+        except OSError as error:  # it is tried again for each client
+            log.debug("the users of clients cannot be looked up: %s", error)
 
     def _create_token(self) -> None:
         """Make the root's token file, unless it exists. Raise OSError."""
@@ -8136,6 +8428,8 @@ class Authenticator:
         try:
             user = self._peers.user(*endpoints)
         except LookupError:  # the client has closed its end already
+            return False
+        except PeersUnknown:  # told at the start
             return False
         except OSError as error:
             if error.errno in RESOURCE_ERRNOS:
@@ -9411,7 +9705,7 @@ class TimeFormat(NamedTuple):
     """How one response shows moments of the Clock, all in nanoseconds; `key_expire_ns` is how long records are kept."""
 
     now_ns: int
-    offset_ns: int
+    wall_times: WallTimes
     key_expire_ns: int
 
     def task_times(self, task: TaskRow) -> Json:
@@ -9439,7 +9733,7 @@ class TimeFormat(NamedTuple):
         return times
 
     def _format(self, moment_ns: int) -> str:
-        return format_time((moment_ns + self.offset_ns) // _SECOND_NS)
+        return format_time(self.wall_times.at(moment_ns) // _SECOND_NS)
 
 
 def _times_schema() -> Json:
@@ -9948,7 +10242,7 @@ class TaskApi:
             accepted.step_count,
             accepted.id,
             request.base_url,
-            accepted.accepted_ns + self._clock.offset_ns(),
+            self._clock.wall_times().at(accepted.accepted_ns),
         )
         return json_response(data, headers=(("X-Task-ID", accepted.id),), audit=audit)
 
@@ -10007,7 +10301,7 @@ class TaskApi:
         return json_response(pool_json(self._scheduler.resize(size)), audit=f"size {size}")
 
     def _time_format(self) -> TimeFormat:
-        return TimeFormat(self._clock.now_ns(), self._clock.offset_ns(), self._key_expire_ns)
+        return TimeFormat(self._clock.now_ns(), self._clock.wall_times(), self._key_expire_ns)
 
 
 def task_components() -> Components:
@@ -10255,7 +10549,7 @@ class OperatorApi:
         oldest_ns = self._store.oldest_ns()
         oldest = None
         if oldest_ns is not None:
-            oldest = format_time((oldest_ns + self._clock.offset_ns()) // _SECOND_NS)
+            oldest = format_time(self._clock.wall_times().at(oldest_ns) // _SECOND_NS)
         state = {
             "host": _host_json(host_info(), boot_time_s()),
             "process": _process_json(process_stats(), build()),
@@ -11171,7 +11465,7 @@ class Daemon:
         capacity: int,
     ) -> _TaskParts:
         settings = self._settings
-        clock = Clock.resume(store.metadata(), store.latest_ns())
+        clock = Clock.resume(store.metadata(), store.latest_ns(), boot_id())
         store.save_metadata(clock.metadata())
         files = SafeDirectory(os.path.join(self._root, "tasks"))
         scheduler = Scheduler(
@@ -11561,8 +11855,7 @@ class UnixServices(Services):
 
     def uninstall(self) -> str:
         self._require_root()
-        if not os.path.exists(self._file):
-            raise NotInstalled(f"service: not installed: {self._file} does not exist")
+        self._require_file()
         self._before_removal()
         os.unlink(self._file)
         self._after_change()
@@ -11576,6 +11869,10 @@ class UnixServices(Services):
         if os.geteuid() and not self._destdir:
             raise StartupError("service: root privileges required; run it with sudo")
 
+    def _require_file(self) -> None:
+        if not os.path.exists(self._file):
+            raise NotInstalled(f"service: not installed: {self._file} does not exist")
+
     def _after_change(self) -> None:
         """Let the manager read the file, which was written or removed."""
 
@@ -11584,6 +11881,10 @@ class UnixServices(Services):
 
     def _call(self, *command: str) -> str:
         """Run a command of the manager; return its output on one line. Raise StartupError with it when it fails."""
+        return self._run(*command)[1]
+
+    def _run(self, *command: str, accepted: Sequence[int] = ()) -> tuple[int, str]:
+        """Do the same; return the exit code too, which is 0 or one of those accepted."""
         try:
             done = subprocess.run(
                 command,
@@ -11594,9 +11895,9 @@ class UnixServices(Services):
         except OSError as error:
             raise StartupError(f"service: {command[0]} cannot be run: {error.strerror}") from None
         output = " ".join(done.stdout.decode(errors="replace").split())
-        if done.returncode:
+        if done.returncode and done.returncode not in accepted:
             raise StartupError(f"service: `{' '.join(command)}` failed: {output}")
-        return output
+        return done.returncode, output
 
 
 # KillMode: the steps are to outlive a restart of the daemon. OOMPolicy: one that takes too much memory does not end it.
@@ -11695,51 +11996,116 @@ class SystemdServices(UnixServices):
 
 
 class LaunchdServices(UnixServices):
-    """launchd of a Mac, by a property list (launchd.plist(5))."""
+    """launchd of a Mac, by a property list (launchd.plist(5), launchctl(1)).
+
+    A service that is loaded need not have a process: it may have ended, or be waiting for its next start.
+    """
 
     default_root = "/var/db/remote_executor"
     path = f"/Library/LaunchDaemons/{SERVICE}.plist"
+    log_path = f"/var/log/{SERVICE}.log"
 
     def content(self, command: Sequence[str]) -> bytes:
         import plistlib
 
+        exit_timeout_s = _LAUNCHD_EXIT_TIMEOUT_S
+        if "--on_exit=wait" in command:
+            exit_timeout_s = _LAUNCHD_LONG_EXIT_TIMEOUT_S
         return plistlib.dumps(
             {
                 "Label": SERVICE,
                 "ProgramArguments": list(command),
+                "EnvironmentVariables": {"HOME": "/var/root", "LANG": "en_US.UTF-8"},
                 "RunAtLoad": True,
                 "KeepAlive": {"SuccessfulExit": False},
                 "AbandonProcessGroup": True,  # the steps are to outlive a restart of the daemon
-                "SoftResourceLimits": {"NumberOfFiles": 65536},
+                "ExitTimeOut": exit_timeout_s,
+                "ProcessType": "Interactive",  # any other has its processor time and I/O throttled, its steps too
+                "StandardErrorPath": self.log_path,
             },
             sort_keys=False,
         )
 
     def start(self) -> str:
         self._require_root()
-        self._call("launchctl", "bootstrap", "system", self._file)
+        self._require_file()
+        if self._print() is not None:
+            self._launchctl("kickstart", _LAUNCHD_TARGET, accepted=(_LAUNCHD_ALREADY_IN_PROGRESS,))
+        else:
+            self._bootstrap()
+        end_s = time.monotonic() + _LAUNCHD_START_S
+        while self.status()[0] and time.monotonic() < end_s:
+            time.sleep(_POLL_S)
         return self.status()[1]
 
     def stop(self) -> str:
         self._require_root()
-        self._call("launchctl", "bootout", f"system/{SERVICE}")
+        self._require_file()
+        not_loaded = (_LAUNCHD_NO_SUCH_PROCESS, _LAUNCHD_NOT_FOUND)
+        self._launchctl("bootout", _LAUNCHD_TARGET, accepted=(_LAUNCHD_IN_PROGRESS, *not_loaded))
+        end_s = time.monotonic() + _LAUNCHD_STOP_S
+        while self._print() is not None:  # before, a bootstrap would fail
+            if time.monotonic() > end_s:
+                return f"still stopping: {self.status()[1]}"
+            time.sleep(_POLL_S)
         return self.status()[1]
 
     def status(self) -> tuple[int, str]:
         if not os.path.exists(self._file):
             return 4, "not installed"
-        try:
-            output = self._call("launchctl", "print", f"system/{SERVICE}")
-        except StartupError:  # launchd does not have it
+        output = self._print()
+        if output is None:
             return 3, "not running"
-        match = re.search(r"\bpid = ([0-9]+)", output)
-        if not match:
-            return 3, "not running"
-        return 0, f"running, pid {match[1]}"
+        pid = re.search(r"\bpid = ([0-9]+)", output)
+        if pid:
+            return 0, f"running, pid {pid[1]}"
+        code = re.search(r"\blast exit code = ([0-9]+)", output)
+        if code and code[1] != "0":
+            return 3, f"not running (last exit code {code[1]}); see {self.log_path}"
+        return 3, "not running"
+
+    def _after_change(self) -> None:
+        """Make the file of standard error, which launchd would let everybody read: it tells who has submitted what."""
+        if not self._destdir and os.path.exists(self._file):
+            os.close(os.open(self.log_path, os.O_WRONLY | os.O_CREAT, 0o600))
 
     def _before_removal(self) -> None:
-        if not self._destdir and not self.status()[0]:
+        """Stop the service; one that waits for its steps ends without its file."""
+        if not self._destdir:
             self.stop()
+
+    def _bootstrap(self) -> None:
+        """Load the service, which starts it. It is tried again while launchd may still be removing an earlier one."""
+        for _ in range(_LAUNCHD_ATTEMPTS - 1):
+            code, _ = self._launchctl("bootstrap", "system", self._file, accepted=(_LAUNCHD_IO_ERROR,))
+            if not code:
+                return
+            time.sleep(_LAUNCHD_RETRY_S)
+        self._launchctl("bootstrap", "system", self._file)
+
+    def _print(self) -> str | None:
+        """Return what launchd shows of the service; None where it is not loaded."""
+        code, output = self._launchctl("print", _LAUNCHD_TARGET, accepted=(_LAUNCHD_NOT_FOUND,))
+        return None if code else output
+
+    def _launchctl(self, *words: str, accepted: Sequence[int] = ()) -> tuple[int, str]:
+        """Run launchctl; return its code, 0 or one of those accepted, and its output."""
+        return self._run("launchctl", *words, accepted=accepted)
+
+
+_LAUNCHD_TARGET = f"system/{SERVICE}"
+# Exit codes of launchctl, which are errors of launchd (`launchctl error N`).
+_LAUNCHD_NO_SUCH_PROCESS = 3  # of bootout: not loaded
+_LAUNCHD_IO_ERROR = 5  # of bootstrap: loaded already, perhaps for a moment only
+_LAUNCHD_IN_PROGRESS = 36  # of bootout: the service has not ended yet
+_LAUNCHD_ALREADY_IN_PROGRESS = 37
+_LAUNCHD_NOT_FOUND = 113  # not loaded
+_LAUNCHD_ATTEMPTS = 5
+_LAUNCHD_RETRY_S = 1.0
+_LAUNCHD_START_S = 5.0  # until the process that was asked for is there
+_LAUNCHD_STOP_S = 60.0
+_LAUNCHD_EXIT_TIMEOUT_S = 60  # until SIGKILL; a stop of steps has a grace of seconds
+_LAUNCHD_LONG_EXIT_TIMEOUT_S = 24 * 3600  # the longest that steps take by default; 0 could hold up a shutdown for ever
 
 
 class WindowsServices(Services):

@@ -26,7 +26,7 @@ The sections, in their order; a helper that two of them use stands in the harnes
     tasks       submission, refused requests, reading, steps, Windows, Mac, pool, ends by force
     failures    restarts, crashes, storage, races and a model, limits, versions, scheduler and store in process
     attacks     authentication, request parser, connections, files of steps, TLS
-    operation   other routes, API document, profiles, log, command line, services
+    operation   other routes, API document, profiles, log, command line, services, Mac host
     rules       plan, durations, source, readme, bench
 """
 
@@ -125,7 +125,9 @@ MANY = 300 if WINDOWS else 10_000  # steps; one takes 60 ms of two processors un
 LONG = 100 if WINDOWS else 1000
 posix_only = pytest.mark.skipif(WINDOWS, reason="POSIX signals, sessions or shell")
 windows_only = pytest.mark.skipif(not WINDOWS, reason="cmd, code pages, handles or services of Windows")
-linux_only = pytest.mark.skipif(not LINUX, reason="reads /proc")
+MAC = sys.platform == "darwin"
+ON_MAC_BED = MAC and "DARWIN_TESTBED" in os.environ  # a Linux that answers as a Mac does
+linux_only = pytest.mark.skipif(not LINUX, reason="reads or limits what only Linux has: /proc, cgroups, namespaces")
 
 PENDING = "The current step only proceeds if the previous step succeeds."
 RUNNING = "The step is running"
@@ -2997,8 +2999,12 @@ def test_wrapper_whose_result_finds_no_room_tells_it_in_the_pid_file(step_dir: P
 @posix_only
 def test_wrapper_survives_every_signal_to_its_group_that_can_be(daemon: Daemon) -> None:
     kept = {"SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE"}
-    numbers = [int(number) for number in signal.valid_signals() if getattr(number, "name", "") not in kept]
-    content = f"import os, signal, sys\nfor number in {numbers}:\n    signal.signal(number, lambda *_: None)\n"
+    if ON_MAC_BED:  # whose SIGINFO, harmless on a Mac, has the number of SIGIO, which ends a process
+        kept |= {"SIGINFO"}
+    numbers = [*signal.valid_signals() - {getattr(signal, name, None) for name in kept}]
+    content = (
+        f"import os, signal, sys\nfor number in {[*map(int, numbers)]}:\n    signal.signal(number, lambda *_: None)\n"
+    )
     task = daemon.submit(python(content + f"    os.killpg(os.getpgid(0), number)\nprint({len(numbers)})\nsys.exit(7)"))
     assert (daemon.ended(task).data[0]["code"], daemon.console(task).json["message"][:2]) != (0, "")
     assert daemon.steps(task)[0]["code"] == 7
@@ -4047,6 +4053,72 @@ def test_clock_goes_on_after_a_boot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 <= clock_type.resume(memory, before).now_ns() - before < 10 * 10**9
 
 
+def test_clock_stands_still_while_the_host_sleeps_and_shown_times_do_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, real = module(), time.time_ns
+    hour_ns, slept = 3600 * 10**9, [0]
+    monkeypatch.setattr(code, "_slept_ns", lambda: slept[0])
+    monkeypatch.setattr(time, "time_ns", lambda: real() + slept[0])
+    clock = code.Clock.resume({}, 0, "this boot")
+    before, memory = clock.now_ns(), clock.metadata()
+    shown, deadline_s = clock.wall_times().at(before), clock.monotonic_s(before + 2 * hour_ns)
+    for hours in (8, 9):  # the second time no daemon runs
+        slept[0] = hours * hour_ns
+        for one in (clock, code.Clock.resume(memory, before, "this boot")) if hours == 8 else (clock,):
+            assert 0 <= one.now_ns() - before < 10 * 10**9
+            assert one.monotonic_s(before + 2 * hour_ns) == deadline_s
+            assert one.wall_times().at(before) == shown
+            assert abs(one.wall_times().at(one.now_ns()) - time.time_ns()) < 10**9
+        memory = clock.metadata()
+    slept[0] = 20 * hour_ns
+    later = code.Clock.resume(memory, before, "this boot")
+    assert later.wall_times().at(before) == shown and later.monotonic_s(before) == clock.monotonic_s(before)
+    assert abs(later.wall_times().at(later.now_ns()) - time.time_ns()) < 10**9
+    booted = code.Clock.resume(later.metadata(), before, "another")
+    assert booted.wall_times().at(before) == shown
+    assert abs(booted.wall_times().at(booted.now_ns()) - time.time_ns()) < 10**9
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[", "{}", "[]", "[1]", "[1, 2]", "[1, [2]]", "[null, [1, null]]", '["x", [1, 2]]']
+)
+def test_clock_takes_damaged_sleeps_for_a_first_start(text: str) -> None:
+    clock_type = module().Clock
+    memory = {**clock_type.resume({}, 0).metadata(), "clock_sleeps": text}
+    assert abs(clock_type.resume(memory, 0).now_ns() - time.time_ns()) < 10 * 10**9
+
+
+# Adds what a file says to the clock that goes on while the host sleeps, and to the wall clock.
+SLEEPER = """
+import os, time
+def slept(file=os.environ["SLEPT"]):
+    return int(open(file).read()) * 3600 * 10**9
+always = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC_RAW)
+gettime, wall = time.clock_gettime_ns, time.time_ns
+time.clock_gettime_ns = lambda clock: gettime(clock) + slept() * (clock == always)
+time.time_ns = lambda: wall() + slept()
+time.time = lambda: time.time_ns() / 10**9
+"""
+
+
+@posix_only
+def test_sleep_of_the_host_ends_no_step_and_moves_no_time(
+    launch: Callable[..., Daemon], tmp_path: Path, gate: Path
+) -> None:
+    (file := tmp_path / "slept").write_text("0")
+    daemon = launch(program=with_faults(SLEEPER), env={"SLEPT": str(file)})
+    task = daemon.submit(held(gate), timeout="2h")
+    daemon.until_running(task)
+    shown = daemon.row(task)["times"]["st"]
+    for hours, kill in ((8, False), (16, True)):
+        file.write_text(str(hours))
+        daemon.restart(kill)
+        assert daemon.row(task)["times"]["st"] == shown and daemon.steps(task)[0]["state"] == 1
+    gate.touch()
+    times = daemon.ended(task).data[0]["times"]
+    end, begin = (datetime.datetime.fromisoformat(times[key].replace("Z", "+00:00")) for key in ("et", "st"))
+    assert 16 <= (end - begin).total_seconds() / 3600 < 16.1
+
+
 # ======================================================================================================================
 # limits: no process, no descriptor, no room on the disk; a step that writes too much
 # ======================================================================================================================
@@ -4158,6 +4230,10 @@ def test_full_disk_loses_no_result_of_a_step_without_a_daemon(
 @posix_only
 @pytest.mark.parametrize("content", ["yes", "trap '' TERM; yes; yes"], ids=["heeds", "ignores"])
 def test_max_output_is_exceeded_by_a_small_multiple_at_most(launch: Callable[..., Daemon], content: str) -> None:
+    if ON_MAC_BED:
+        pytest.skip(
+            "the test bed takes 5 to 12 ms to list 137 processes, in which yes(1) writes too much for the bound"
+        )
     daemon = launch("--max_output=1MiB")
     task = daemon.submit(step(content))
     assert daemon.ended(task).data[0]["msg"].endswith("Exit Code: 255: output limit exceeded")
@@ -5362,8 +5438,7 @@ def test_token_is_secret_random_and_never_logged_nor_shown_to_steps(launch: Call
     assert daemon.restart().root and token_of(daemon) == token
 
 
-@linux_only
-@pytest.mark.skipif(not LINUX or os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.skipif(WINDOWS or os.geteuid() != 0, reason="only root can be somebody else")
 def test_access_of_another_user_of_the_host_needs_a_token(launch: Callable[..., Daemon]) -> None:
     daemon = launch()
     program = (
@@ -7728,6 +7803,367 @@ def test_service_as_the_readme_installs_it(bare_host: None, tmp_path: Path) -> N
 def test_service_that_cannot_start_says_so_in_its_exit_code(bare_host: None, tmp_path: Path, daemon: Daemon) -> None:
     assert cli("service", "install", f"--addr=127.0.0.1:{daemon.port}", f"--root={tmp_path / 'r'}").returncode == 0
     assert "did not start: not running (exit code 1;" in refused(cli("service", "start"), 1)
+
+
+# ======================================================================================================================
+# Mac host: whose connections, what boot, services and limits, on the test bed where this is no Mac
+# ======================================================================================================================
+
+
+@pytest.fixture
+def mac() -> list[str]:
+    """What stands before a command that is to run on a Mac: nothing on one, else the test bed beside the checkout."""
+    if MAC and not ON_MAC_BED:
+        return []
+    bed = HERE.parent / "shared" / "macos" / "run"
+    if WINDOWS:
+        pytest.skip("no Mac, and no Linux for its test bed")
+    if not bed.exists():
+        pytest.skip(f"no Mac, and no test bed {bed}")
+    if not shutil.which("cc"):
+        pytest.skip("no Mac, and no C compiler (cc) for its test bed")
+    return [str(bed)]
+
+
+def result_on_mac(mac: list[str], code: str, *arguments: str, env: dict[str, str] | None = None) -> Any:
+    """What this code leaves in `result`, run on a Mac in a process of its own, in which `code` is the program."""
+    text = f"import json, sys\nsys.path.insert(0, {str(HERE)!r})\nimport remote_executor as code\n{code}\n"
+    command = [*mac, sys.executable, "-c", text + "print(json.dumps(result))", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **(env or {})})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_mac_boot_has_an_id_of_the_kernel(mac: list[str]) -> None:
+    result = result_on_mac(mac, "import time\ntime.time = lambda: 0.0\nresult = code.boot_id()")
+    assert re.fullmatch(UUID, result.lower()) and result == result.upper()
+
+
+def test_mac_boot_time_is_the_kernels_however_long_it_slept(mac: list[str]) -> None:
+    if not mac:
+        pytest.skip("a Mac has had its own boot time")
+    env = {"DARWIN_BOOTTIME": "1700000000.250000"}
+    assert result_on_mac(mac, "result = code.boot_time_s()", env=env) == 1_700_000_000.25
+
+
+def test_mac_sleep_is_the_difference_of_two_clocks(mac: list[str]) -> None:
+    code = """
+import time
+names = {getattr(time, name): name for name in ("CLOCK_UPTIME_RAW", "CLOCK_MONOTONIC_RAW")}
+result = [[names[clock] for clock in code._SLEEP_CLOCKS], code._slept_ns()]
+"""
+    names, slept_ns = result_on_mac(mac, code)
+    assert names == ["CLOCK_UPTIME_RAW", "CLOCK_MONOTONIC_RAW"] and slept_ns > -(10**9)
+
+
+@pytest.mark.skipif(WINDOWS or os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("env", [{}, {"DARWIN_OLD_XSOCKET": "1"}], ids=["", "up to macOS 11"])
+def test_mac_asks_another_user_of_the_host_for_the_token(
+    launch: Callable[..., Daemon], mac: list[str], env: dict[str, str]
+) -> None:
+    daemon = launch("--addr=[::]:0", program=[*mac, *PYTHON, str(PROGRAM)], env=env)
+    program = (
+        "import os, socket, sys\nfamily, address, port, user, header = sys.argv[1:]\nos.setuid(int(user))\n"
+        "link = socket.socket(getattr(socket, family))\nlink.connect((address, int(port)))\n"
+        "link.sendall(b'GET /version HTTP/1.1\\r\\nHost: localhost\\r\\n' + header.encode() + b'\\r\\n')\n"
+        "print(link.recv(100).split()[1].decode())"
+    )
+
+    def status(family: str, address: str, user: int, header: str = "") -> str:
+        command = [sys.executable, "-c", program, family, address, str(daemon.port), str(user), header]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    for family, address in (("AF_INET", "127.0.0.1"), ("AF_INET6", "::1"), ("AF_INET6", "::ffff:127.0.0.1")):
+        assert status(family, address, 12345) == "401", address
+        assert status(family, address, 12345, f"Authorization: Bearer {token_of(daemon)}\r\n") == "200", address
+        assert status(family, address, 0) == "200", address
+
+
+def pcblist(*groups: tuple[int, bytes, int], sizes: tuple[int, int, int] = (104, 104, 204)) -> bytes:
+    """The table net.inet.tcp.pcblist_n of sockets by inp_vflag, both addresses and so_uid, from port 9 to ours, 7."""
+    header = struct.pack("=IIQQ", 24, len(groups), 1, 1)
+    table = header
+    for version, addresses, user in groups:
+        inpcb, sock, tcpcb = (bytearray(size) for size in sizes)
+        struct.pack_into("=II", inpcb, 0, sizes[0], 0x10)
+        struct.pack_into(">HH", inpcb, 16, 7, 9)
+        inpcb[44] = version
+        inpcb[48:80] = addresses
+        struct.pack_into("=II", sock, 0, sizes[1], 1)
+        struct.pack_into("=I", sock, 64, user)
+        struct.pack_into("=II", tcpcb, 0, sizes[2], 0x20)
+        struct.pack_into("=i", tcpcb, 36, 4)
+        others = [struct.pack("=II24x", 32, kind) for kind in (2, 4)]
+        for record in (inpcb, sock, *others, struct.pack("=II128x", 136, 8), tcpcb):
+            table += bytes(record) + bytes(-len(record) % 8)
+    return table + header
+
+
+V4 = bytes(12) + bytes([127, 0, 0, 1]) + bytes(12) + bytes([127, 0, 0, 2])
+V6 = bytes(15) + b"\1" + bytes(15) + b"\2"
+
+
+@posix_only
+def test_mac_users_are_read_from_the_kernels_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = module()
+    for size in (76, 104):
+        table = pcblist((1, V4, 501), (2, V6, 502), sizes=(104, size, 204))
+        monkeypatch.setattr(code, "read_sysctl", lambda _, table=table: table)
+        monkeypatch.setattr(code, "ON_LINUX", False)
+        monkeypatch.setattr(code, "ON_MAC", True)
+        peers = code.LocalPeers(code.DescriptorReserve())
+        assert peers.user(("127.0.0.2", 9), ("127.0.0.1", 7)) == 501
+        assert peers.user(("::2", 9), ("::1", 7)) == 502
+        with pytest.raises(LookupError):
+            peers.user(("127.0.0.1", 9), ("127.0.0.1", 7))
+    monkeypatch.setattr(code, "read_sysctl", lambda _: pcblist((4, V4, 501)))  # neither IPv4 nor IPv6
+    with pytest.raises(code.PeersUnknown):
+        peers.user(("127.0.0.2", 9), ("127.0.0.1", 7))
+
+
+def test_mac_records_of_sockets_have_the_sizes_and_offsets_of_the_headers(mac: list[str], tmp_path: Path) -> None:
+    """Those of the test bed, which were compared with XNU's."""
+    if not mac:
+        pytest.skip("no test bed: this is a Mac")
+    code = module()
+    members = {
+        "xinpcb_n": {"inp_fport": 16, "inp_lport": 18, "inp_vflag": 44, "inp_dependfaddr": 48, "inp_dependladdr": 64},
+        "xsocket_n": {"so_uid": 64},
+        "xtcpcb_n": {"t_state": 36},
+    }
+    sizes = {"xinpcb_n": code._XSO_INPCB, "xsocket_n": code._XSO_SOCKET, "xtcpcb_n": code._XSO_TCPCB}
+    lines = [
+        "#define DARWIN_DECLS_ONLY",
+        f'#include "{Path(mac[0]).parent}/darwin.c"',
+        "#include <stdio.h>",
+        "int main() {",
+    ]
+    expected = [code._XINPGEN_SIZE]
+    lines.append('printf("%zu\\n", sizeof(struct xinpgen));')
+    for struct_name, offsets in members.items():
+        lines.append(f'printf("%zu\\n", sizeof(struct {struct_name}));')
+        expected.append(code._XSO_SIZES[sizes[struct_name]][-1])
+        for name, offset in offsets.items():
+            lines.append(f'printf("%zu\\n", offsetof(struct {struct_name}, {name}));')
+            expected.append(offset)
+    (tmp_path / "sizes.c").write_text("\n".join([*lines, "return 0; }"]))
+    subprocess.run(["cc", "-o", str(tmp_path / "sizes"), str(tmp_path / "sizes.c")], check=True)
+    assert [*map(int, subprocess.check_output([str(tmp_path / "sizes")]).split())] == expected
+
+
+STRANGE_TABLES = {
+    "empty": b"",
+    "no trailer": pcblist()[:24],
+    "another header": struct.pack("=I", 32) + pcblist((1, V4, 0))[4:],
+    "a larger inpcb": pcblist((1, V4, 0), sizes=(112, 104, 204)),
+    "a larger socket": pcblist((1, V4, 0), sizes=(104, 112, 204)),
+    "a smaller tcpcb": pcblist((1, V4, 0), sizes=(104, 104, 200)),
+    "cut": pcblist((1, V4, 0))[:-100],
+    "a record of no size": pcblist()[:24] + bytes(8) + pcblist()[:24],
+    "a socket without a record": pcblist((1, V4, 0))[:24] + pcblist((1, V4, 0))[128:],
+    "no such table": None,
+}
+
+
+@posix_only
+@pytest.mark.parametrize("name", [*STRANGE_TABLES, "another system"])
+def test_mac_that_shows_no_users_has_all_clients_asked_for_the_token_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, name: str
+) -> None:
+    code, file = module(), tmp_path / "token"
+    file.write_text("alpha\n")
+    file.chmod(0o600)
+
+    def read(_: str) -> bytes:
+        table = STRANGE_TABLES[name]
+        if table is None:
+            raise FileNotFoundError(errno.ENOENT, "sysctl")
+        return table
+
+    monkeypatch.setattr(code, "read_sysctl", read)
+    monkeypatch.setattr(code, "ON_LINUX", False)
+    monkeypatch.setattr(code, "ON_MAC", name != "another system")
+    access = code.Authenticator(code.make_settings({"token_file": str(file)}), "", code.DescriptorReserve())
+    access.start()
+    for port in (9, 10):
+        client = code.Client((("127.0.0.2", port), ("127.0.0.1", 7)), "http", "")
+        with pytest.raises(code.Unauthorized):
+            access.authorize(request_of(client, "localhost:7", {}, ""), False)
+        assert access.authorize(request_of(client, "localhost:7", {}, "Bearer alpha"), False) == "token of line 1"
+    assert [record.levelname for record in caplog.records] == ["WARNING"], caplog.text
+    assert "need a token too" in caplog.text
+
+
+def launchd(mac: list[str], place: Path, command: list[str], code: str, **env: str) -> Any:
+    """What this code leaves in `result`, for a `services` that has the command installed in a launchd of its own."""
+    if not mac:
+        pytest.skip("would change the services of this host; the test bed has its own")
+    prepared = f"""
+import os, time
+os.geteuid = lambda: 0
+code._LAUNCHD_RETRY_S = 0.05
+services = code.LaunchdServices("")
+services._file = {str(place / "service.plist")!r}
+services.log_path = {str(place / "log")!r}
+services.install({command!r})
+
+def until(line):
+    end = time.monotonic() + 20
+    while services.status()[1] != line and time.monotonic() < end:
+        time.sleep(0.02)
+    return services.status()[1]
+
+def calls():
+    return [json.loads(line)[0] for line in open({str(place / "state" / "log")!r})]
+
+try:
+    {code.strip().replace(chr(10), chr(10) + "    ")}
+finally:
+    os.environ.pop("DARWIN_LAUNCHCTL_FAIL", None)
+    services._call("sh", "-c", "launchctl bootout " + code._LAUNCHD_TARGET + " || true")
+"""
+    return result_on_mac([*mac, "--launchctl", str(place / "state")], prepared, env=env)
+
+
+def test_mac_service_that_crashes_is_shown_and_uninstalled(mac: list[str], tmp_path: Path) -> None:
+    result = launchd(
+        mac,
+        tmp_path,
+        ["/bin/sh", "-c", "echo no root >&2; exit 3"],
+        """
+code._LAUNCHD_START_S = 0.5
+line = services.start()
+result = [line, services.uninstall(), services._print(), services.status()[0]]
+""",
+    )
+    line = f"not running (last exit code 3); see {tmp_path / 'log'}"
+    assert result == [line, f"removed {tmp_path / 'service.plist'}", None, 4]
+    assert (tmp_path / "log").read_text() == "no root\n" and (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+
+
+def test_mac_service_that_has_ended_is_started_again(mac: list[str], tmp_path: Path) -> None:
+    result = launchd(
+        mac,
+        tmp_path,
+        ["/bin/sh", "-c", f"echo x >>{tmp_path}/runs; [ -e {tmp_path}/go ] && exec sleep 1000; exit 0"],
+        f"""
+code._LAUNCHD_START_S = 0.5
+result = [services.start()]
+open({str(tmp_path / "go")!r}, "w").close()
+code._LAUNCHD_START_S = 20
+result += [services.start()[:7], services.start()[:7], services.stop(), services.start()[:7], services.stop()]
+result += [calls()]
+""",
+    )
+    *lines, calls = result
+    assert lines == ["not running", "running", "running", "not running", "running", "not running"]
+    assert [call for call in calls if call in ("bootstrap", "kickstart")] == [
+        "bootstrap",
+        *["kickstart"] * 2,
+        "bootstrap",
+    ]
+    assert (tmp_path / "runs").read_text() == "x\n" * 3
+
+
+def test_mac_service_that_takes_its_time_to_stop_is_awaited(mac: list[str], tmp_path: Path) -> None:
+    result = launchd(
+        mac,
+        tmp_path,
+        ["/bin/sh", "-c", "trap 'sleep 1; exit 0' TERM; while :; do sleep 0.05; done"],
+        """
+result = [services.start()[:7], services.stop(), services.start()[:7], services.uninstall(), services._print()]
+""",
+        DARWIN_LAUNCHCTL_WAIT="0",  # bootout does not wait: 36
+    )
+    assert result == ["running", "not running", "running", f"removed {tmp_path / 'service.plist'}", None]
+
+
+@pytest.mark.parametrize(
+    "failures, expected",
+    [
+        ("bootstrap=5:2", ["running", "not running"]),
+        ("bootstrap=5", "Bootstrap failed: 5"),
+        ("print=1", "Print failed: 1"),
+        ("bootout=3:1", ["running"]),
+    ],
+)
+def test_mac_service_is_tried_again_and_its_errors_are_told(
+    mac: list[str], tmp_path: Path, failures: str, expected: Any
+) -> None:
+    result = launchd(
+        mac,
+        tmp_path,
+        ["/bin/sleep", "1000"],
+        """
+code._LAUNCHD_STOP_S = 0.5
+try:
+    result = [services.start().split(",")[0]]
+    result += [services.stop().split(",")[0]]
+except code.StartupError as error:
+    result = str(error)
+""",
+        DARWIN_LAUNCHCTL_FAIL=failures,
+    )
+    if expected == ["running"]:  # bootout says that it is not loaded, but print shows it
+        assert result == ["running", "still stopping: running"]
+    elif isinstance(expected, str):
+        assert expected in result
+    else:
+        assert result == expected
+
+
+def test_mac_service_may_wait_for_its_steps() -> None:
+    services = module().LaunchdServices("")
+    assert plistlib.loads(services.content(["x", "run", "--on_exit=wait"]))["ExitTimeOut"] == 86_400
+
+
+def test_mac_syncs_the_database_to_the_disk_itself(tmp_path: Path) -> None:
+    store = module().Store.__new__(module().Store)
+    store._path = str(tmp_path / "db")
+    with contextlib.closing(store._connect()) as connection:
+        for name in ("fullfsync", "checkpoint_fullfsync"):
+            assert connection.execute(f"PRAGMA {name}").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("limits", [(256, -1), (256, 4096), (100_000, -1)])
+def test_mac_raises_its_limit_of_open_files_as_far_as_it_may(mac: list[str], limits: tuple[int, int]) -> None:
+    code = f"""
+import resource
+limits = [resource.RLIM_INFINITY if limit < 0 else limit for limit in {limits}]
+set_to = []
+resource.getrlimit = lambda _: tuple(limits)
+resource.setrlimit = lambda _, pair: set_to.append(pair)
+code.read_sysctl = lambda name: {{"kern.maxfilesperproc": (61440).to_bytes(4, sys.byteorder)}}[name]
+code.raise_fd_limit()
+result = set_to[0][0]
+"""
+    soft, hard = limits
+    assert result_on_mac(mac, code) == max(soft, 61_440 if hard < 0 else hard)
+    assert (
+        result_on_mac(
+            mac, "code.raise_fd_limit()\nimport resource\nresult = resource.getrlimit(resource.RLIMIT_NOFILE)[0]"
+        )
+        > 256
+    )
+
+
+@posix_only
+def test_mac_has_no_python_where_that_is_a_stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code = module()
+    stub, other = tmp_path / "stub" / "python3", tmp_path / "other" / "python3"
+    for file in (stub, other):
+        file.parent.mkdir()
+        file.write_text("#!/bin/sh\n")
+        file.chmod(0o755)
+    monkeypatch.setattr(code, "ON_MAC", True)
+    monkeypatch.setattr(code, "_MAC_STUBS", {str(stub)})
+    path = f"{stub.parent}:{other.parent}"
+    for has_tools, expected in ((True, str(stub)), (False, str(other))):
+        monkeypatch.setattr(code, "_has_developer_tools", lambda has_tools=has_tools: has_tools)
+        assert code.find_program("python3", path) == expected
+    monkeypatch.setenv("PATH", str(stub.parent))
+    assert code.find_program("python3", str(stub.parent)) is None
+    assert code.interpreter_command("python3", "x.py", "/", str(stub.parent)) == [sys.executable, "x.py"]
 
 
 # ======================================================================================================================
