@@ -4711,7 +4711,9 @@ def test_stop_of_a_task_covers_what_its_ended_steps_left(house: House) -> None:
     house.tree(0).end(0)
     house.tree(1)
     house.scheduler.stop_task(number)
-    assert [end[1] for end in house.ended(number)] == [0, 255, 0] and house.processes.remaining == [["0"]]
+    assert [end[1] for end in house.ended(number)] == [0, 255, 0]
+    (swept,) = house.processes.remaining
+    assert swept in (["0"], ["0", "1"])  # the latter where the other one has ended by then
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC])
