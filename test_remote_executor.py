@@ -4053,6 +4053,7 @@ def test_clock_goes_on_after_a_boot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 <= clock_type.resume(memory, before).now_ns() - before < 10 * 10**9
 
 
+@posix_only  # where the monotonic clock stands still then; that of Windows goes on
 def test_clock_stands_still_while_the_host_sleeps_and_shown_times_do_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
     code, real = module(), time.time_ns
     hour_ns, slept = 3600 * 10**9, [0]
@@ -4343,7 +4344,9 @@ PRAGMA user_version = 1;
 
 def make_root_of_1_0(root: Path) -> None:
     """Makes what a daemon of version 1.0.0 leaves: the database, and files of the steps that had run."""
-    root.mkdir(mode=0o700)
+    assert Daemon(root).start().end() == 0  # which makes it private on Windows too
+    for file in root.glob("remote_executor.db*"):
+        file.unlink()
     values = {"now": time.time_ns(), "shell": SHELL, "echo": script("echo $a", "echo %a%")}
     with contextlib.closing(sqlite3.connect(root / "remote_executor.db")) as db:
         db.execute("PRAGMA journal_mode = WAL")
@@ -7156,10 +7159,10 @@ def test_log_is_on_standard_error_promptly(launch: Callable[..., Daemon]) -> Non
 def test_log_keeps_the_lines_of_the_end_and_why_it_failed(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path / "root").start()
     assert daemon.end() == 0 and daemon.log().endswith("INFO ended\n")
-    (tmp_path / "r").mkdir(mode=0o700)
-    (tmp_path / "r" / "remote_executor.db").write_bytes(b"x" * 5000)
-    (tmp_path / "r" / "tasks").touch()
-    lines = cli("run", "--addr=127.0.0.1:0", f"--root={tmp_path / 'r'}").stderr.splitlines()
+    (daemon.root / "remote_executor.db").write_bytes(b"x" * 5000)
+    (daemon.root / "tasks").rmdir()
+    (daemon.root / "tasks").touch()
+    lines = cli("run", "--addr=127.0.0.1:0", f"--root={daemon.root}").stderr.splitlines()
     assert "ERROR the database was damaged" in lines[0] and lines[-1].startswith("remote_executor: --root: ")
 
 
