@@ -1598,6 +1598,7 @@ def is_alive(pid: int) -> bool:
 # values of its own for sockets.
 DESCRIPTOR_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE})
 RESOURCE_ERRNOS = DESCRIPTOR_ERRNOS | {errno.ENOMEM, errno.ENOBUFS, getattr(errno, "WSAENOBUFS", errno.ENOBUFS)}
+_SCARCITY_LOOK_S = 0.05
 _DESCRIPTORS_PER_RESPONSE = 4  # the file of an output, the two directories above it, and one of the database
 
 
@@ -1609,6 +1610,8 @@ class DescriptorReserve:
         self._lock = threading.Lock()  # guards all below
         self._held: list[int] = []
         self._borrowers = 0
+        self._next_look_s = 0.0
+        self._was_scarce = False  # at the last look
         self._probe = -1  # duplicated to learn whether others are free; never released
 
     def fill(self) -> None:
@@ -1641,7 +1644,7 @@ class DescriptorReserve:
 
     @contextlib.contextmanager
     def lend_if_scarce(self) -> Iterator[None]:
-        """Lend where hardly any other descriptor is free. Costs 2 µs where many are."""
+        """Lend where hardly any other descriptor is free."""
         if self._is_scarce():
             with self.lend():
                 yield
@@ -1649,16 +1652,24 @@ class DescriptorReserve:
             yield
 
     def _is_scarce(self) -> bool:
+        """Return whether few are free; a look is good for a moment, for each of its calls lets another thread run."""
+        now_s = time.monotonic()
+        if now_s >= self._next_look_s:
+            self._next_look_s = now_s + _SCARCITY_LOOK_S
+            self._was_scarce = not self._can_open_some()
+        return self._was_scarce
+
+    def _can_open_some(self) -> bool:
         copies: list[int] = []
         try:
             for _ in range(_DESCRIPTORS_PER_RESPONSE):
                 copies.append(os.dup(self._probe))
         except OSError:
-            return True
+            return False
         finally:
             for copy in copies:
                 os.close(copy)
-        return False
+        return True
 
 
 def set_inherited_fds_cloexec() -> None:
