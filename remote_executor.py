@@ -1643,18 +1643,18 @@ class DescriptorReserve:
             self.fill()
 
     @contextlib.contextmanager
-    def lend_if_scarce(self) -> Iterator[None]:
-        """Lend where hardly any other descriptor is free."""
-        if self._is_scarce():
+    def lend_if_scarce(self, look_now: bool = False) -> Iterator[None]:
+        """Lend where hardly any other descriptor is free, by a look of this moment or of the last 50 ms."""
+        if self._is_scarce(look_now):
             with self.lend():
                 yield
         else:
             yield
 
-    def _is_scarce(self) -> bool:
-        """Return whether few are free; a look is good for a moment, for each of its calls lets another thread run."""
+    def _is_scarce(self, look_now: bool) -> bool:
+        """Return whether few are free. Each call of a look lets another thread run: that slows many connections."""
         now_s = time.monotonic()
-        if now_s >= self._next_look_s:
+        if look_now or now_s >= self._next_look_s:
             self._next_look_s = now_s + _SCARCITY_LOOK_S
             self._was_scarce = not self._can_open_some()
         return self._was_scarce
@@ -2403,7 +2403,7 @@ class LocalPeers:
             begin_s, users = self._tables.get(table, (0.0, {}))
             if begin_s <= asked_s:
                 begin_s = time.monotonic()
-                with self._descriptors.lend_if_scarce():
+                with self._descriptors.lend_if_scarce(look_now=True):
                     users = dict(_read_table(table, port))
                 self._tables[table] = (begin_s, users)
             return users
@@ -9116,7 +9116,7 @@ class Connection(socketserver.BaseRequestHandler):
         except ApiError as error:
             refusal = error
 
-        with server.descriptors.lend_if_scarce():
+        with server.descriptors.lend_if_scarce(look_now=self._is_scarce):
             response = error_response(refusal) if refusal else server.dispatch(self.request, route, request)
             cors_headers = server.authenticator.cors_headers(request)
             response = response._replace(headers=response.headers + cors_headers)
