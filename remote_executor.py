@@ -376,6 +376,28 @@ def format_duration(ns: int) -> str:
     return f"{hours}h{minutes}m{seconds}s"
 
 
+_RFC_3339 = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(?:([Zz])|([+ -]\d\d:\d\d))", re.ASCII
+)
+
+
+def parse_time(text: str) -> int:
+    """Return the nanoseconds since the epoch of a time of RFC 3339. Raise ValueError.
+
+    A space stands for the + that it was before it came in a URL.
+    """
+    match = _RFC_3339.fullmatch(text)
+    try:
+        if not match:
+            raise ValueError
+        date, clock, fraction, is_utc, offset = match.groups()
+        zone = "+00:00" if is_utc else offset.replace(" ", "+")
+        seconds = int(datetime.datetime.fromisoformat(f"{date}T{clock}{zone}").timestamp())
+    except (ValueError, OverflowError):
+        raise ValueError(f"invalid time {text!r}: expected for example 2022-11-18T16:14:23+08:00") from None
+    return seconds * _SECOND_NS + int((fraction or "").ljust(9, "0"))
+
+
 @functools.lru_cache(maxsize=4096)
 def format_time(seconds: int) -> str:
     """Return a time, in whole seconds since the epoch, as RFC 3339 with the local offset."""
@@ -461,6 +483,7 @@ class Settings(NamedTuple):
     tls_client_ca: str
     max_connections: int
     on_exit: str
+    given: frozenset[str] = frozenset()  # the fields that were not left at their defaults
 
 
 # Stricter than urllib.parse.urlsplit, which takes user@host, a path, and on Python 3.9 a port such as 2_376.
@@ -553,7 +576,7 @@ def _setting(option: Option, flags: Mapping[str, Any]) -> Any:
 def make_settings(flags: Mapping[str, Any]) -> Settings:
     """Return the settings: flags as typed, by field, over the defaults. Raise UsageError for those that conflict."""
     values = {option.field: _setting(option, flags) for option in OPTIONS}
-    settings = Settings(**values)
+    settings = Settings(**values, given=frozenset(flags))
     for name in ("tls_key", "tls_client_ca"):
         if values[name] and not settings.tls_cert:
             raise UsageError(f"--{name} needs --tls_cert, the certificate of this host")
@@ -3093,6 +3116,7 @@ DAEMON_ENV_VAR = "REMOTE_EXECUTOR_DAEMON"  # instead, in that of a daemon that a
 _STEP_KEY = STEP_ENV_VAR.encode()
 _DAEMON_KEY = DAEMON_ENV_VAR.encode()
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
+STOP_SIGNALS = ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "KILL")  # by which a client may have a step stopped
 _MAX_WAIT_S = 86400.0
 _POLL_S = 0.02  # between polls of a process for which there is no pidfd
 _KILL_TIMEOUT_S = 10.0
@@ -3118,8 +3142,8 @@ class ProcessTree(Protocol):
         the step is lost, and what it left running must be stopped first.
         """
 
-    def stop(self, is_hurried: Callable[[], bool]) -> None:
-        """End the tree: send SIGTERM to every member, SIGKILL to what is left after GRACE_S.
+    def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
+        """End the tree: send `first_signal` to every member, SIGKILL to what is left after GRACE_S.
 
         The grace ends as soon as `is_hurried` returns True; it is called at every `wake` and at least every 50 ms.
         """
@@ -3157,6 +3181,9 @@ class StepProcesses(Protocol):
     def may_have_started(self, step_dir: str) -> bool:
         """Return by the step's files whether its script may have run. Raises OSError where they cannot be read."""
 
+    def death_signal(self, code: int) -> int | None:
+        """Return which signal killed a step whose wrapper left this code, None for none."""
+
     def release(self, tree: ProcessTree) -> None:
         """Release what the tree holds; it has ended, or runs on without us."""
 
@@ -3168,6 +3195,11 @@ _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _SCARCE = DESCRIPTOR_ERRNOS | _DISK_FULL | {errno.EAGAIN, errno.ENOMEM}
 # ERROR_NOT_ENOUGH_MEMORY, _DISK_FULL, _NO_SYSTEM_RESOURCES, _COMMITMENT_LIMIT, _NOT_ENOUGH_QUOTA (System Error Codes)
 _SCARCE_ON_WINDOWS = {8, 112, 1450, 1455, 1816}
+
+
+def signal_number(name: str) -> int:
+    """Return the number of a signal of STOP_SIGNALS; that of SIGTERM where this system, Windows, has none."""
+    return int(getattr(signal, f"SIG{name}", signal.SIGTERM))
 
 
 def is_scarcity(error: OSError) -> bool:
@@ -3445,12 +3477,12 @@ class PosixTree(ProcessTree):
             return None
         return self._system.exit_code(self._child)
 
-    def stop(self, is_hurried: Callable[[], bool]) -> None:
+    def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
         if self._owns_session():  # and so the group; this needs no descriptor
-            _signal_group(self.pid, signal.SIGTERM)
+            _signal_group(self.pid, first_signal)
             _signal_group(self.pid, signal.SIGCONT)
         with self._shared.reserve.lend():
-            self._terminate_other_groups()
+            self._signal_other_groups(first_signal)
             has_ended = self._await_end(is_hurried)
             self._kill_all(empty_scans=int(has_ended))
 
@@ -3522,15 +3554,15 @@ class PosixTree(ProcessTree):
 
     # -- the stages of a stop
 
-    def _terminate_other_groups(self) -> None:
-        """Send SIGTERM to the members that the signal to the wrapper's group did not reach, once to each."""
+    def _signal_other_groups(self, number: int) -> None:
+        """Send a signal to the members that the signal to the wrapper's group did not reach, once to each."""
         own_group = self.pid if self._owns_session() else 0
         signalled: set[_Identity] = set()
         for _ in range(_SIGTERM_SCANS):
             for member in self._scan():
                 if member.group != own_group and member.identity not in signalled:
                     signalled.add(member.identity)
-                    self._signal(member, signal.SIGTERM)
+                    self._signal(member, number)
                     self._signal(member, signal.SIGCONT)
             if not self._scan_incomplete:
                 break
@@ -4144,6 +4176,13 @@ class PosixProcesses(StepProcesses):
             return True
         return not re.fullmatch(rb"[0-9]+ wrapper\s*", lines[0])
 
+    def death_signal(self, code: int) -> int | None:
+        """Return the signal that a shell tells as 128 more (POSIX.1-2017, Shell Command Language, 2.8.2).
+
+        A script that exits with such a code by itself looks the same.
+        """
+        return code - 128 if code - 128 in signal.valid_signals() else None
+
     def release(self, tree: ProcessTree) -> None:
         if isinstance(tree, PosixTree):
             tree.reap()
@@ -4651,10 +4690,10 @@ class WindowsTree:
         GetExitCodeProcess(process, ctypes.byref(code))
         return None if code.value == _ENDED_BY_STOP else code.value
 
-    def stop(self, is_hurried: Callable[[], bool]) -> None:
+    def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
         """Terminate all processes of the job, also those that outlived the wrapper.
 
-        At once: nothing is sent to them first, so there is no grace that `is_hurried` could end.
+        At once: no signal is sent to them first, so there is no grace that `is_hurried` could end.
         """
         _end_job(self._job)
 
@@ -4728,7 +4767,7 @@ class WindowsRemains:
         """Return None: the results of these steps are stored."""
         return None
 
-    def stop(self, is_hurried: Callable[[], bool]) -> None:
+    def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
         """Terminate all processes of the jobs, at once."""
         for step_dir in self._step_dirs:
             try:
@@ -4889,6 +4928,10 @@ class WindowsProcesses:
             return True
         return record is not None and record.may_have_started
 
+    def death_signal(self, code: int) -> int | None:
+        """Return None: Windows has no signals."""
+        return None
+
     def release(self, tree: ProcessTree) -> None:
         """Release what the tree holds; it has ended, or runs on without us.
 
@@ -4949,6 +4992,66 @@ LOST = "lost: it ended without a result, as when it is killed or the host restar
 FORCED_CODE = 255  # of a step that could not start, was stopped, timed out or was lost
 
 
+class Result(str, Enum):
+    """What has become of a task or a step, as a word for programs; stored when it happens. Never rename."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    TIMED_OUT = "timed_out"
+    OUTPUT_LIMIT = "output_limit"
+    LOST = "lost"
+    NOT_STARTED = "not_started"
+    NOT_RUN = "not_run"
+
+
+_RESULTS_BY_FORCE = {
+    STOPPED: Result.STOPPED,
+    TIMED_OUT: Result.TIMED_OUT,
+    OUTPUT_EXCEEDED: Result.OUTPUT_LIMIT,
+    LOST: Result.LOST,
+}
+
+
+class Outcome(NamedTuple):
+    """How a step ended; `reason` is why it did not end by itself, `signal` what killed its process."""
+
+    code: int
+    result: Result
+    reason: str = ""
+    signal: int | None = None
+    output_bytes: int = 0
+
+
+def exited(code: int, signal_number: int | None = None) -> Outcome:
+    """Return the outcome of a step that ended by itself, with this code."""
+    result = Result.FAILED if code else Result.SUCCEEDED
+    return Outcome(code, result, signal=signal_number)
+
+
+def forced(reason: str) -> Outcome:
+    """Return the outcome of a step that was ended for one of the reasons above."""
+    return Outcome(FORCED_CODE, _RESULTS_BY_FORCE[reason], reason)
+
+
+def not_started(reason: str) -> Outcome:
+    """Return the outcome of a step that could not start, for a reason of its own."""
+    return Outcome(FORCED_CODE, Result.NOT_STARTED, reason)
+
+
+def task_result(stop: str, results: Iterable[str]) -> Result:
+    """Return the result of an ended task: why it was ended as a whole, else that of its first failed step."""
+    if stop:
+        return _RESULTS_BY_FORCE[stop]
+    for result in results:
+        if result not in (Result.SUCCEEDED, Result.NOT_RUN):
+            return Result(result)
+    return Result.SUCCEEDED
+
+
 def name_steps(steps: Iterable[tuple[int, str]]) -> str:
     """Return the text by which messages list steps, from index and name of each."""
     return "; ".join(f"Step: {index}, Name: {name}" for index, name in steps)
@@ -5005,13 +5108,22 @@ class StepSpec(NamedTuple):
 
 
 class TaskSpec(NamedTuple):
-    """A task as submitted; `timeout_ns` is 0 for none, `fingerprint` is a hash of all else but the id."""
+    """A task as submitted; `timeout_ns` is 0 for none, `fingerprint` is a hash of all else but the id.
+
+    `delay_ns` is how long it waits at least before its first step, `start_at_ns` the moment of the wall clock until
+    which it does. `query` and `steps_json` are the submission as it was given.
+    """
 
     id: str
     steps: tuple[StepSpec, ...]
     env: tuple[str, ...]
     timeout_ns: int
     fingerprint: str
+    delay_ns: int
+    start_at_ns: int
+    is_paused: bool
+    query: str
+    steps_json: str
 
 
 # ======================================================================================================================
@@ -5032,7 +5144,16 @@ _WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.I
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MAX_NAME_LENGTH = 128
 # The parameters of a submission and their aliases.
-_PARAMETERS = {"id": "id", "timeout": "timeout", "time_out": "timeout", "ansync": "ansync", "async": "ansync"}
+_PARAMETERS = {
+    "id": "id",
+    "timeout": "timeout",
+    "time_out": "timeout",
+    "ansync": "ansync",
+    "async": "ansync",
+    "delay": "delay",
+    "at": "at",
+    "paused": "paused",
+}
 _REQUIRED_FIELDS = {"command_type": "CommandType", "command_content": "CommandContent"}
 Pairs = Sequence[tuple[str, str]]
 
@@ -5058,6 +5179,7 @@ def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) ->
     task_id = _parse_task_id(parameters["id"][1])
     parallel = _parse_bool(*parameters["ansync"])
     timeout_ns = _parse_timeout(*parameters["timeout"])
+    start = _parse_start(parameters, timeout_ns)
     task_env = _parse_environment("env_vars", [value for name, value in query if name == "env_vars"])
     items = parse_json(body)
     if not isinstance(items, list) or not items:
@@ -5069,8 +5191,19 @@ def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) ->
     steps = _resolve_dependencies(steps, items, parallel)
     names = [item.get("name") or None for item in items]  # as sent: a default name holds the id, which may be random
     identities = [_identify_step(step) for step in steps]
-    fingerprint = _fingerprint([parallel, timeout_ns, task_env, names, identities])
-    return TaskSpec(task_id, tuple(steps), task_env, timeout_ns, fingerprint)
+    identity = [parallel, timeout_ns, task_env, names, identities]
+    if any(start):  # a later field, see `_identify_step`
+        identity.append(start)
+    return TaskSpec(
+        task_id,
+        tuple(steps),
+        task_env,
+        timeout_ns,
+        _fingerprint(identity),
+        *start,
+        urllib.parse.urlencode(query),
+        json.dumps(items),
+    )
 
 
 def _fingerprint(submission: Any) -> str:
@@ -5153,6 +5286,27 @@ def _parse_timeout(where: str, value: Any) -> int:
     if not timeout_ns:
         raise BadRequest(f"{where}: must be more than 0")
     return timeout_ns
+
+
+def _parse_start(parameters: Mapping[str, tuple[str, str]], timeout_ns: int) -> tuple[int, int, bool]:
+    """Return after how many nanoseconds a task starts, or when by the wall clock; and whether it is held until then."""
+    delay_ns = 0
+    start_at_ns = 0
+    delay = parameters["delay"][1]
+    at = parameters["at"][1]
+    if delay and at:
+        raise BadRequest("at: excludes delay: give one of them")
+    try:
+        if delay:
+            delay_ns = parse_duration(delay)
+        if at:
+            start_at_ns = parse_time(at)
+    except ValueError as error:
+        name = "delay" if delay else "at"
+        raise BadRequest(f"{name}: {error}") from None
+    if 0 < timeout_ns <= delay_ns:
+        raise BadRequest("timeout: counts from the acceptance, and must be longer than delay")
+    return delay_ns, start_at_ns, _parse_bool(*parameters["paused"])
 
 
 def _require_str(where: str, value: Any) -> str:
@@ -5713,6 +5867,9 @@ class StepDirectory:
 # A change of either kind may have to survive a loss of power: a commit with such a one is synced (`PRAGMA synchronous =
 # FULL`). Whatever a change raises fails that change alone: its waiter gets the error, and the thread goes on.
 #
+# What a commit has changed is told to the listeners of `feed`, in the order of the database. Who listens first and then
+# reads misses nothing, and need not ask again and again.
+#
 # The schema has a history: `_MIGRATIONS[n]` leads from version n to n + 1, and `user_version` says where a database
 # stands. A migration that has been released is never edited; comments may be.
 
@@ -5782,7 +5939,80 @@ def _repair_ended_tasks(db: sqlite3.Connection) -> None:
     db.execute("DELETE FROM script WHERE task NOT IN (SELECT seq FROM task WHERE ended_ns IS NULL)")
 
 
-_MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create_tables, _repair_ended_tasks)
+_RESULT_COLUMNS = """
+ALTER TABLE task ADD COLUMN result TEXT NOT NULL DEFAULT 'waiting';
+ALTER TABLE task ADD COLUMN started_ns INTEGER;                         -- when its first step began
+ALTER TABLE task ADD COLUMN starts_ns INTEGER NOT NULL DEFAULT 0;       -- no step begins earlier
+ALTER TABLE task ADD COLUMN submitted_by TEXT NOT NULL DEFAULT '';      -- labels of clients
+ALTER TABLE task ADD COLUMN stopped_by TEXT NOT NULL DEFAULT '';
+ALTER TABLE task ADD COLUMN stop_reason TEXT NOT NULL DEFAULT '';       -- in the client's words
+ALTER TABLE step ADD COLUMN result TEXT NOT NULL DEFAULT '';            -- of one that ended, or never will run
+ALTER TABLE step ADD COLUMN signal INTEGER;
+ALTER TABLE step ADD COLUMN command_type TEXT NOT NULL DEFAULT '';
+ALTER TABLE step ADD COLUMN attempt INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE step ADD COLUMN output_bytes INTEGER;                       -- NULL: its file tells
+ALTER TABLE step ADD COLUMN stopped_by TEXT NOT NULL DEFAULT '';
+ALTER TABLE step ADD COLUMN stop_reason TEXT NOT NULL DEFAULT '';
+CREATE TABLE submission (                                               -- as it was given
+    task INTEGER PRIMARY KEY,
+    query TEXT NOT NULL,
+    steps TEXT NOT NULL                                                 -- JSON
+);
+"""
+_RESULTS_BY_TEXT = """
+UPDATE step SET command_type = ifnull(
+    (SELECT command_type FROM script WHERE script.task = step.task AND script.idx = step.idx), '');
+UPDATE step SET result = CASE
+    WHEN code = 0 THEN 'succeeded'
+    WHEN reason = '' THEN 'failed'
+    WHEN reason = 'artificial force termination' THEN 'stopped'
+    WHEN reason = 'forced termination by timeout' THEN 'timed_out'
+    WHEN reason = 'output limit exceeded' THEN 'output_limit'
+    WHEN reason LIKE 'lost:%' THEN 'lost'
+    ELSE 'not_started' END
+    WHERE state = 0;
+UPDATE step SET result = 'not_run'
+    WHERE state = 2 AND task IN (SELECT seq FROM task WHERE ended_ns IS NOT NULL);
+UPDATE task SET started_ns = (SELECT min(started_ns) FROM step WHERE task = seq);
+UPDATE task SET result = CASE
+    WHEN ended_ns IS NULL AND state = 1 THEN 'running'
+    WHEN ended_ns IS NULL THEN 'waiting'
+    WHEN state = 255 THEN 'lost'
+    WHEN code = 0 THEN 'succeeded'
+    WHEN stop = 'artificial force termination' THEN 'stopped'
+    WHEN stop = 'forced termination by timeout' THEN 'timed_out'
+    ELSE ifnull((SELECT result FROM step WHERE task = seq AND code != 0 ORDER BY idx LIMIT 1), 'failed') END;
+"""
+# The tasks of each result are counted as they change: to count a million rows takes longer than to read a page of them.
+_RESULT_INDEXES = """
+CREATE INDEX task_result ON task (result);
+CREATE INDEX task_result_ended ON task (result, ended_ns);
+CREATE TABLE task_total (result TEXT PRIMARY KEY, tasks INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TRIGGER task_added AFTER INSERT ON task BEGIN
+    INSERT OR IGNORE INTO task_total VALUES (new.result, 0);
+    UPDATE task_total SET tasks = tasks + 1 WHERE result = new.result; END;
+CREATE TRIGGER task_removed AFTER DELETE ON task BEGIN
+    UPDATE task_total SET tasks = tasks - 1 WHERE result = old.result; END;
+CREATE TRIGGER task_changed AFTER UPDATE OF result ON task WHEN old.result != new.result BEGIN
+    UPDATE task_total SET tasks = tasks - 1 WHERE result = old.result;
+    INSERT OR IGNORE INTO task_total VALUES (new.result, 0);
+    UPDATE task_total SET tasks = tasks + 1 WHERE result = new.result; END;
+INSERT INTO task_total SELECT result, count(*) FROM task GROUP BY result;
+"""
+
+
+def _add_results(db: sqlite3.Connection) -> None:
+    """Add what programs ask for: results, moments, who did it; of earlier tasks as far as their texts tell."""
+    for script in (_RESULT_COLUMNS, _RESULTS_BY_TEXT, _RESULT_INDEXES):
+        for statement in re.split(r";\s*(?:--.*)?\n(?! )", script)[:-1]:
+            db.execute(statement)
+
+
+_MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (
+    _create_tables,
+    _repair_ended_tasks,
+    _add_results,
+)
 _BATCH = 500  # tasks in a query or a transaction
 _RETRY_S = 0.5  # between attempts to store a record
 _GROUP_COMMIT_DELAY_S = 0.003  # that a change waits for others when nobody waits for it
@@ -5791,11 +6021,15 @@ _MAX_IDLE_READERS = 8
 _FILE_SUFFIXES = ("", "-wal", "-shm")
 _RESERVE_SUFFIX = ".reserve"
 _RESERVE_BYTES = 256 * 1024  # -shm takes 32 KiB, -wal what the start and the first commits write
-_TASK = "SELECT seq, id, count, state, code, message, accepted_ns, ended_ns FROM task"
-_STEP = "SELECT idx, name, needs, state, code, reason, started_ns, ended_ns FROM step"
 _RUNNING_STEPS = "SELECT task, idx, name FROM step WHERE state = 1 ORDER BY task, idx"
-_UNFINISHED_TASK = "SELECT seq, id, timeout_ns, accepted_ns, stop, count FROM task"
-_UNFINISHED_STEP = "SELECT idx, name, needs, timeout_ns, state, code, started_ns, stop FROM step"
+_REQUEUE_TASK = (
+    "UPDATE task SET state = ?, started_ns = (SELECT min(started_ns) FROM step WHERE task = seq), "
+    "result = CASE WHEN result = 'running' AND ? = 2 THEN 'waiting' ELSE result END WHERE seq = ?"
+)
+_END_STEP = (  # with the fields of an Outcome
+    "UPDATE step SET state = 0, code = ?, result = ?, reason = ?, signal = ?, output_bytes = ?, ended_ns = ? "
+    "WHERE task = ? AND idx = ?"
+)
 _INDEX = re.compile("0|[1-9][0-9]{0,8}")
 
 
@@ -5820,10 +6054,15 @@ class TaskRow(NamedTuple):
     message: str
     accepted_ns: int
     ended_ns: int | None
+    started_ns: int | None = None
+    result: str = Result.WAITING
+    submitted_by: str = ""
+    stopped_by: str = ""
+    stop_reason: str = ""
 
 
 class StepRow(NamedTuple):
-    """A stored step; `depends_on` is JSON, a list of indexes."""
+    """A stored step; `depends_on` is JSON, a list of indexes. `result` is empty until it ended, or never will run."""
 
     step_index: int
     name: str
@@ -5833,6 +6072,13 @@ class StepRow(NamedTuple):
     reason: str
     started_ns: int | None
     ended_ns: int | None
+    result: str = ""
+    signal: int | None = None
+    command_type: str = ""
+    attempt: int = 1
+    output_bytes: int | None = None
+    stopped_by: str = ""
+    stop_reason: str = ""
 
 
 class UnfinishedStep(NamedTuple):
@@ -5849,6 +6095,7 @@ class UnfinishedStep(NamedTuple):
     code: int
     started_ns: int | None
     stop: str
+    result: str
 
 
 class UnfinishedTask(NamedTuple):
@@ -5859,7 +6106,9 @@ class UnfinishedTask(NamedTuple):
     timeout_ns: int
     accepted_ns: int
     stop: str
-    steps: list[UnfinishedStep]
+    result: str
+    starts_ns: int
+    step_count: int
 
 
 class Script(NamedTuple):
@@ -5870,22 +6119,190 @@ class Script(NamedTuple):
     env: list[str]
 
 
-class StepEnd(NamedTuple):
-    """How a step ended."""
+class Stop(NamedTuple):
+    """Why a task or a step is to be stopped: by a deadline, or by a client, with the reason that it gave."""
 
-    step_index: int
-    code: int
-    reason: str
+    cause: str = STOPPED
+    client: str = ""
+    reason: str = ""
+
+
+BY_NOBODY = Stop()
+
+
+class Submission(NamedTuple):
+    """What was submitted: the query, as a part of a URL, and the steps as JSON."""
+
+    query: str
+    steps: str
 
 
 class TaskEnd(NamedTuple):
-    """How a task ended: the sum of its steps' codes, and its message."""
+    """How a task ended: the sum of its steps' codes, its message and its result."""
 
     code: int
     message: str
+    result: Result
 
 
+# The columns whose names are not those of the attributes that hold them.
+_COLUMNS = {"task_number": "seq", "step_count": "count", "step_index": "idx", "depends_on": "needs"}
+
+
+def _select(row: Any, table: str) -> str:
+    """Return the query for rows of this NamedTuple."""
+    columns = ", ".join(_COLUMNS.get(field, field) for field in row._fields)
+    return f"SELECT {columns} FROM {table}"
+
+
+_TASK = _select(TaskRow, "task")
+_STEP = _select(StepRow, "step")
+_UNFINISHED_TASK = _select(UnfinishedTask, "task")
+_UNFINISHED_STEP = _select(UnfinishedStep, "step")
 _Apply = Callable[[sqlite3.Connection], Any]
+
+
+class Selection(NamedTuple):
+    """Which tasks a list shows, and in which order: by acceptance (st), end (et) or expiry (rt).
+
+    `results` is empty for all, `id_glob` too; `limit` is -1 for none. `after` is the cursor of the page before.
+    """
+
+    sort: str = "st"
+    is_descending: bool = False
+    results: tuple[str, ...] = ()
+    id_glob: str = ""
+    limit: int = -1
+    after: str = ""
+
+
+class Page(NamedTuple):
+    """Tasks by number; `cursor` is where the next page begins, empty at the end."""
+
+    task_numbers: list[int]
+    cursor: str
+
+
+# A list is read in segments, each by an index: a task that has not ended has no time to sort it by.
+_SEGMENTS = {"st": ("all",), "et": ("unfinished", "ended"), "rt": ("ended", "unfinished")}
+_CURSOR = re.compile("(?:([0-9]{1,19})-)?([0-9]{1,19})")  # when it ended, where that is sorted by, and its number
+_Position = tuple[int, int]  # the same as numbers
+
+
+def check_cursor(text: str) -> None:
+    """Raise ValueError unless this is the cursor of a page, or empty."""
+    if text and (not _CURSOR.fullmatch(text) or max(map(int, re.findall("[0-9]+", text))) > _INT64_MAX):
+        raise ValueError(f"invalid cursor {text!r}: expected the `next` of an answer")
+
+
+def _segments(selection: Selection) -> Iterator[tuple[str, _Position]]:
+    """Yield the segments of a list in their order, and after which position each is to be read."""
+    names = _SEGMENTS[selection.sort]
+    start = (0, 0)
+    if selection.is_descending:
+        names = names[::-1]
+        start = (_INT64_MAX, _INT64_MAX)
+    match = _CURSOR.fullmatch(selection.after)
+    if match:
+        current = names[0]
+        if len(names) > 1:
+            current = "ended" if match[1] else "unfinished"
+        yield current, (int(match[1] or 0), int(match[2]))
+        names = names[names.index(current) + 1 :]
+    for name in names:
+        yield name, start
+
+
+def _segment_query(
+    selection: Selection,
+    segment: str,
+    after: _Position,
+    results: Sequence[str],
+) -> tuple[str, list[Any]]:
+    """Return the query for a segment of a list after this position, and its values."""
+    beyond = "<" if selection.is_descending else ">"
+    direction = "DESC" if selection.is_descending else "ASC"
+    ended_ns, number = after
+    plus = "+" if selection.id_glob else ""  # then by the index of the ids alone (SQLite, "The Query Optimizer")
+    order = f"seq {direction}"
+    where = f"{plus}seq {beyond} ?"
+    values: list[Any] = [number]
+    if segment == "unfinished":
+        where += f" AND {plus}ended_ns IS NULL"
+    elif segment == "ended":
+        order = f"ended_ns {direction}, {order}"
+        where = f"{plus}ended_ns {beyond}= ? AND (ended_ns {beyond} ? OR seq {beyond} ?)"
+        values = [ended_ns, ended_ns, number]
+    if results:
+        where += f" AND {plus}result IN ({', '.join('?' * len(results))})"
+        values += results
+    if selection.id_glob:
+        where += f" AND {_ID_GLOB}"
+        values += _id_glob_values(selection.id_glob)
+    return f"SELECT seq, ended_ns FROM task WHERE {where} ORDER BY {order} LIMIT ?", values
+
+
+_ID_GLOB = "id >= ? AND id < ? AND id GLOB ?"
+
+
+def _id_glob_values(glob: str) -> tuple[str, str, str]:
+    """Return the values of _ID_GLOB: what is literal at its begin bounds the ids, which are ASCII."""
+    prefix = re.split(r"[*?\[]", glob)[0]
+    return prefix, prefix + "\x7f", glob
+
+
+class Notice(NamedTuple):
+    """What a commit has changed: a task, or the pool where its number is 0, and these steps of the task.
+
+    `deleted_id` is the id of a task whose record is gone.
+    """
+
+    task_number: int
+    step_indexes: tuple[int, ...] = ()
+    deleted_id: str = ""
+
+
+_Listener = Callable[[Notice], None]
+
+
+class Feed:
+    """Tells what each commit has changed, in the order of the database. Thread-safe.
+
+    A listener is called by the thread that writes, so it must not wait. While there is none, nothing is done.
+    """
+
+    def __init__(self) -> None:
+        self._listeners: tuple[_Listener, ...] = ()
+        self._lock = threading.Lock()  # guards changes of _listeners
+
+    def has_listeners(self) -> bool:
+        return bool(self._listeners)
+
+    @contextlib.contextmanager
+    def listen(self, listener: _Listener) -> Iterator[None]:
+        """Call the listener with all that is committed within the context."""
+        with self._lock:
+            self._listeners = (*self._listeners, listener)
+        try:
+            yield
+        finally:
+            with self._lock:
+                others = [other for other in self._listeners if other is not listener]
+                self._listeners = tuple(others)
+
+    def tell(self, notice: Notice) -> None:
+        for listener in self._listeners:
+            try:
+                listener(notice)
+            except Exception:
+                log.exception("a listener of the store failed")
+
+
+_Notices = Callable[[Any], Iterable[Notice]]
+
+
+def _no_notices(_: Any) -> Iterable[Notice]:
+    return ()
 
 
 class _Change(NamedTuple):
@@ -5899,6 +6316,7 @@ class _Change(NamedTuple):
     future: Future[Any] | None
     task_number: int  # no later change of the same task overtakes it; 0 for no task
     is_durable: bool  # it must survive a loss of power
+    notices: _Notices = _no_notices  # what it has changed, from what `apply` returned
 
 
 class Store:
@@ -5920,6 +6338,7 @@ class Store:
         self._start_warning = ""
         self._write_error = ""  # why changes wait to be stored
         self.quarantine_suffix = ""  # of the names of a damaged database's files
+        self.feed = Feed()
         self._thread = DaemonThread(target=self._write, name="store")
 
     def start(self) -> None:
@@ -6045,13 +6464,34 @@ class Store:
         rows = list(metadata.items())
         self._record(lambda db: db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows))
 
-    def accept(self, task_number: int, spec: TaskSpec, now_ns: int) -> Future[Accepted]:
+    def accept(
+        self,
+        task_number: int,
+        spec: TaskSpec,
+        now_ns: int,
+        starts_ns: int = 0,
+        submitted_by: str = "",
+    ) -> Future[Accepted]:
         """Add a task, or find the one that the same submission made; fails with Conflict if another has its id."""
+        row = {
+            "seq": task_number,
+            "id": spec.id,
+            "digest": spec.fingerprint,
+            "count": len(spec.steps),
+            "timeout_ns": spec.timeout_ns,
+            "accepted_ns": now_ns,
+            "starts_ns": starts_ns,
+            "result": Result.PAUSED if spec.is_paused else Result.WAITING,
+            "submitted_by": submitted_by,
+        }
 
         def apply(db: sqlite3.Connection) -> Accepted:
-            return _accept(db, task_number, spec, now_ns)
+            return _accept(db, row, spec)
 
-        return self._submit(apply, is_durable=True)
+        def notices(accepted: Accepted) -> list[Notice]:
+            return [Notice(task_number)] * accepted.is_new
+
+        return self._submit(apply, is_durable=True, notices=notices)
 
     def begin(self, task_number: int, step_index: int, now_ns: int) -> Future[None]:
         """Mark a step as running, whose files are made. Only what is known to have begun may run."""
@@ -6059,9 +6499,14 @@ class Store:
         def apply(db: sqlite3.Connection) -> None:
             values = (now_ns, task_number, step_index)
             db.execute("UPDATE step SET state = 1, started_ns = ? WHERE task = ? AND idx = ?", values)
-            db.execute("UPDATE task SET state = 1 WHERE seq = ? AND state = 2", (task_number,))
+            db.execute(
+                "UPDATE task SET state = 1, started_ns = ?, "
+                "result = CASE result WHEN 'waiting' THEN 'running' ELSE result END WHERE seq = ? AND state = 2",
+                (now_ns, task_number),
+            )
 
-        return self._submit(apply, task_number, is_durable=True)
+        notice = Notice(task_number, (step_index,))
+        return self._submit(apply, task_number, is_durable=True, notices=lambda _: [notice])
 
     def requeue(self, task_number: int, step_index: int, task_state: State) -> None:
         """Mark a step that was marked as running, and has not run, as pending again."""
@@ -6069,45 +6514,96 @@ class Store:
         def apply(db: sqlite3.Connection) -> None:
             key = (task_number, step_index)
             db.execute("UPDATE step SET state = 2, started_ns = NULL WHERE task = ? AND idx = ?", key)
-            db.execute("UPDATE task SET state = ? WHERE seq = ?", (task_state, task_number))
+            db.execute(_REQUEUE_TASK, (task_state, task_state, task_number))
 
-        self._record(apply, task_number)
+        notice = Notice(task_number, (step_index,))
+        self._record(apply, task_number, notices=lambda _: [notice])
 
     def record_stop(
         self,
         task_number: int,
         step_index: int | None,
-        reason: str,
+        stop: Stop,
     ) -> Future[None]:
-        """Store that a task is to be stopped, or a step of it."""
+        """Store that a task is to be stopped, or a step of it; an earlier stop stays."""
 
         def apply(db: sqlite3.Connection) -> None:
+            change = "SET stop = ?, stopped_by = ?, stop_reason = ? WHERE stop = ''"
             if step_index is None:
-                db.execute("UPDATE task SET stop = ? WHERE seq = ?", (reason, task_number))
+                db.execute(f"UPDATE task {change} AND seq = ?", (*stop, task_number))
             else:
-                values = (reason, task_number, step_index)
-                db.execute("UPDATE step SET stop = ? WHERE task = ? AND idx = ?", values)
+                db.execute(f"UPDATE step {change} AND task = ? AND idx = ?", (*stop, task_number, step_index))
 
-        return self._submit(apply, task_number, is_durable=True)
+        notice = Notice(task_number)
+        if step_index is not None:
+            notice = Notice(task_number, (step_index,))
+        return self._submit(apply, task_number, is_durable=True, notices=lambda _: [notice])
+
+    def record_pause(self, task_number: int, is_paused: bool) -> Future[None]:
+        """Store that a task is paused, or goes on."""
+
+        def apply(db: sqlite3.Connection) -> None:
+            result = "'paused'"
+            if not is_paused:
+                result = "CASE state WHEN 1 THEN 'running' ELSE 'waiting' END"
+            db.execute(f"UPDATE task SET result = {result} WHERE seq = ? AND ended_ns IS NULL", (task_number,))
+
+        return self._submit(apply, task_number, is_durable=True, notices=lambda _: [Notice(task_number)])
+
+    def record_pool(self, pool: Mapping[str, Any]) -> Future[None]:
+        """Store what a client has set of the pool."""
+        text = json.dumps(pool)
+        return self._submit(
+            lambda db: db.execute("INSERT OR REPLACE INTO meta VALUES ('pool', ?)", (text,)),
+            is_durable=True,
+            notices=lambda _: [Notice(0)],
+        )
+
+    def delete(self, task_id: str) -> Future[int]:
+        """Delete an ended task, and return its number. Fails with Conflict if it has not ended, with NotFound."""
+
+        def apply(db: sqlite3.Connection) -> int:
+            row = db.execute("SELECT seq, ended_ns FROM task WHERE id = ?", (task_id,)).fetchone()
+            if row is None:
+                raise NotFound(NO_TASK)
+            task_number, ended_ns = row
+            if ended_ns is None:
+                raise Conflict(f"task {task_id!r} has not ended: stop it first")
+            _delete_tasks(db, [(task_number,)])
+            return int(task_number)
+
+        return self._submit(
+            apply,
+            is_durable=True,
+            notices=lambda task_number: [Notice(task_number, deleted_id=task_id)],
+        )
 
     def end(
         self,
         task_number: int,
-        ends: Sequence[StepEnd],
+        ends: Sequence[tuple[int, Outcome]],
+        skipped: Sequence[int],
         task_end: TaskEnd | None,
         now_ns: int,
     ) -> None:
-        """Store the ends of steps, and with them that of their task where `task_end` is not None."""
-        rows = [(end.code, end.reason, now_ns, task_number, end.step_index) for end in ends]
+        """Store the ends of steps, by index, and that others never will run.
+
+        With them goes the end of their task where `task_end` is not None.
+        """
+        rows = [(*outcome, now_ns, task_number, index) for index, outcome in ends]
+        skipped_rows = [(task_number, index) for index in skipped]
 
         def apply(db: sqlite3.Connection) -> None:
-            db.executemany(
-                "UPDATE step SET state = 0, code = ?, reason = ?, ended_ns = ? WHERE task = ? AND idx = ?", rows
-            )
+            db.executemany(_END_STEP, rows)
+            db.executemany("UPDATE step SET result = 'not_run' WHERE task = ? AND idx = ?", skipped_rows)
             if task_end:
                 _end_task(db, task_number, State.ENDED, task_end, now_ns)
 
-        self._record(apply, task_number, is_durable=True)
+        def notices(_: Any) -> list[Notice]:
+            indexes = [index for index, _ in ends]
+            return [Notice(task_number, (*indexes, *skipped))]
+
+        self._record(apply, task_number, is_durable=True, notices=notices)
 
     def fail(self, task_number: int, message: str, now_ns: int) -> None:
         """End a task that cannot be restored with a system error; its running steps are lost."""
@@ -6115,28 +6611,32 @@ class Store:
         def apply(db: sqlite3.Connection) -> None:
             values = (FORCED_CODE, LOST, now_ns, task_number)
             db.execute(
-                "UPDATE step SET state = 0, code = ?, reason = ?, ended_ns = ? WHERE task = ? AND state = 1", values
+                "UPDATE step SET state = 0, code = ?, result = 'lost', reason = ?, ended_ns = ? "
+                "WHERE task = ? AND state = 1",
+                values,
             )
-            _end_task(db, task_number, State.ERROR, TaskEnd(FORCED_CODE, message), now_ns)
+            db.execute("UPDATE step SET result = 'not_run' WHERE task = ? AND state = 2", (task_number,))
+            _end_task(db, task_number, State.ERROR, TaskEnd(FORCED_CODE, message, Result.LOST), now_ns)
 
-        self._record(apply, task_number, is_durable=True)
+        self._record(apply, task_number, is_durable=True, notices=lambda _: [Notice(task_number)])
 
     def expire(self, ended_before_ns: int) -> list[int]:
         """Delete the records of tasks that ended before, at most a batch; return the tasks' numbers."""
 
-        def apply(db: sqlite3.Connection) -> list[int]:
+        def apply(db: sqlite3.Connection) -> list[tuple[int, str]]:
             rows = db.execute(
-                "SELECT seq FROM task WHERE ended_ns < ? ORDER BY ended_ns LIMIT ?", (ended_before_ns, _BATCH)
+                "SELECT seq, id FROM task WHERE ended_ns < ? ORDER BY ended_ns LIMIT ?", (ended_before_ns, _BATCH)
             )
-            numbers = rows.fetchall()
-            for table, column in (("step", "task"), ("script", "task"), ("task", "seq")):
-                db.executemany(f"DELETE FROM {table} WHERE {column} = ?", numbers)
-            return [number for (number,) in numbers]
+            expired = rows.fetchall()
+            _delete_tasks(db, [(number,) for number, _ in expired])
+            return expired
+
+        def notices(expired: Iterable[tuple[int, str]]) -> list[Notice]:
+            return [Notice(number, deleted_id=task_id) for number, task_id in expired]
 
         if not self._read("SELECT 1 FROM task WHERE ended_ns < ? LIMIT 1", (ended_before_ns,)):
             return []
-        expired: list[int] = self._submit(apply).result()
-        return expired
+        return [number for number, _ in self._submit(apply, notices=notices).result()]
 
     # -- reads
 
@@ -6156,11 +6656,52 @@ class Store:
         numbers = [row[0] or 0 for row in stored + assigned]
         return max(map(int, numbers))
 
-    def task_numbers(self, sort: str = "st") -> list[int]:
-        """Return the numbers of all tasks by acceptance (st), end (et) or expiry (rt)."""
-        order = {"st": "accepted_ns", "et": "ended_ns", "rt": "ended_ns IS NULL, ended_ns"}[sort]
-        rows = self._read(f"SELECT seq FROM task ORDER BY {order}, seq")
-        return [number for (number,) in rows]
+    def task_numbers(self) -> list[int]:
+        """Return the numbers of all tasks in the order of their acceptance."""
+        return self.page(Selection()).task_numbers
+
+    def page(self, selection: Selection) -> Page:
+        """Return the tasks of a page of a list."""
+        limit = selection.limit
+        rows: list[tuple[int, int | None]] = []
+        for segment, after in _segments(selection):
+            if limit < 0 or len(rows) <= limit:
+                rows += self._segment(selection, segment, after)
+        cursor = ""
+        if 0 <= limit < len(rows):
+            number, ended_ns = rows[limit - 1]
+            cursor = str(number)
+            if selection.sort != "st" and ended_ns is not None:
+                cursor = f"{ended_ns}-{number}"
+            rows = rows[:limit]
+        return Page([number for number, _ in rows], cursor)
+
+    def _segment(self, selection: Selection, segment: str, after: _Position) -> list[tuple[int, int | None]]:
+        """Return number and end of the tasks of a segment, one more than the page has at most."""
+        limit = selection.limit + (selection.limit >= 0)
+        groups: list[Sequence[str]] = [selection.results]
+        if selection.results and not selection.id_glob:
+            groups = [(result,) for result in selection.results]  # each by its index, in order
+        rows = []
+        for results in groups:
+            statement, values = _segment_query(selection, segment, after, results)
+            rows += self._read(statement, (*values, limit))
+        if len(groups) > 1:
+            by_end = segment == "ended"
+            rows.sort(key=lambda row: (row[1], row[0]) if by_end else row[0], reverse=selection.is_descending)
+        return rows
+
+    def total(self, selection: Selection) -> int:
+        """Return how many tasks a list has on all its pages."""
+        if not selection.id_glob:
+            totals = dict(self._read("SELECT result, tasks FROM task_total"))
+            return sum(totals.get(result, 0) for result in selection.results or totals)
+        statement = f"SELECT count(*) FROM task WHERE {_ID_GLOB}"
+        values: list[Any] = [*_id_glob_values(selection.id_glob)]
+        if selection.results:
+            statement += f" AND +result IN ({', '.join('?' * len(selection.results))})"
+            values += selection.results
+        return int(self._read(statement, values)[0][0])
 
     def tasks(self, task_numbers: Sequence[int]) -> Iterator[list[TaskRow]]:
         """Yield these tasks in this order, in blocks; those that have expired meanwhile are left out."""
@@ -6210,6 +6751,11 @@ class Store:
         command_type, content, env = rows[0]
         return Script(command_type, content, json.loads(env))
 
+    def submission(self, task_number: int) -> Submission | None:
+        """Return what was submitted; None for a task that an earlier version accepted."""
+        rows = self._read("SELECT query, steps FROM submission WHERE task = ?", (task_number,))
+        return Submission._make(rows[0]) if rows else None
+
     def counts(self) -> dict[int, int]:
         """Return the number of tasks by state."""
         return dict(self._read("SELECT state, count(*) FROM task GROUP BY state"))
@@ -6232,20 +6778,23 @@ class Store:
         rows = self._read("SELECT seq FROM task WHERE ended_ns IS NULL ORDER BY seq")
         return [number for (number,) in rows]
 
-    def unfinished_task(self, task_number: int) -> UnfinishedTask:
-        """Return a task that has not ended. Raises ValueError and TypeError where what is stored is inconsistent."""
-        *task, count = self._read(f"{_UNFINISHED_TASK} WHERE seq = ?", (task_number,))[0]
+    def unfinished_task(self, task_number: int) -> tuple[UnfinishedTask, list[UnfinishedStep]]:
+        """Return a task that has not ended, and its steps.
+
+        Raises ValueError and TypeError where what is stored is inconsistent.
+        """
+        task = UnfinishedTask._make(self._read(f"{_UNFINISHED_TASK} WHERE seq = ?", (task_number,))[0])
         steps = []
         for row in self._read(f"{_UNFINISHED_STEP} WHERE task = ? ORDER BY idx", (task_number,)):
             step = UnfinishedStep._make(row)
             steps.append(step._replace(depends_on=tuple(json.loads(row[2]))))
-        indexes = range(count)
+        indexes = range(task.step_count)
         if [step.step_index for step in steps] != list(indexes):
             raise ValueError("its steps are incomplete")
         for step in steps:
             if any(index not in indexes for index in step.depends_on):
                 raise ValueError("a step depends on one that does not exist")
-        return UnfinishedTask._make((*task, steps))
+        return task, steps
 
     def _read(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
         """Return the rows of a query. Raises StorageFull and Unavailable."""
@@ -6299,15 +6848,22 @@ class Store:
         apply: _Apply,
         task_number: int = 0,
         is_durable: bool = False,
+        notices: _Notices = _no_notices,
     ) -> Future[Any]:
         """Queue a change that somebody waits for, and that may fail."""
         future: Future[Any] = Future()
-        self._enqueue(_Change(apply, future, task_number, is_durable))
+        self._enqueue(_Change(apply, future, task_number, is_durable, notices))
         return future
 
-    def _record(self, apply: _Apply, task_number: int = 0, is_durable: bool = False) -> None:
+    def _record(
+        self,
+        apply: _Apply,
+        task_number: int = 0,
+        is_durable: bool = False,
+        notices: _Notices = _no_notices,
+    ) -> None:
         """Queue a change that records what has happened; it is tried again until it is stored."""
-        self._enqueue(_Change(apply, None, task_number, is_durable))
+        self._enqueue(_Change(apply, None, task_number, is_durable, notices))
 
     def _enqueue(self, change: _Change) -> None:
         """Queue a change; wake the writing thread for it, or leave it to the one that woke it."""
@@ -6414,7 +6970,16 @@ class Store:
                 change.future.set_exception(result)
             else:
                 change.future.set_result(result)
+        if self.feed.has_listeners():
+            self._tell(batch, results)
         return None
+
+    def _tell(self, batch: Sequence[_Change], results: Sequence[Any]) -> None:
+        """Tell the listeners what these changes, which are committed, have changed."""
+        for change, result in zip(batch, results):
+            if not isinstance(result, ApiError):
+                for notice in change.notices(result):
+                    self.feed.tell(notice)
 
     def _set_write_error(self, text: str) -> None:
         """Set why changes wait, empty for none do; log when that begins, and when it is over."""
@@ -6499,32 +7064,41 @@ def _migrate(db: sqlite3.Connection, version: int) -> None:
         raise
 
 
-def _accept(db: sqlite3.Connection, task_number: int, spec: TaskSpec, now_ns: int) -> Accepted:
+def _accept(db: sqlite3.Connection, task: Mapping[str, Any], spec: TaskSpec) -> Accepted:
     """Insert a task, unless the same submission has already done so. Raises Conflict."""
     row = db.execute("SELECT seq, count, accepted_ns, digest FROM task WHERE id = ?", (spec.id,)).fetchone()
     if row is None:
-        _insert_task(db, task_number, spec, now_ns)
-        return Accepted(task_number, spec.id, len(spec.steps), now_ns, is_new=True)
+        _insert_task(db, task, spec)
+        return Accepted(task["seq"], spec.id, len(spec.steps), task["accepted_ns"], is_new=True)
     earlier_number, step_count, accepted_ns, fingerprint = row
     if fingerprint != spec.fingerprint:
         raise Conflict(f"id {spec.id!r} already belongs to a different task; use another id")
     return Accepted(earlier_number, spec.id, step_count, accepted_ns, is_new=False)
 
 
-def _insert_task(db: sqlite3.Connection, task_number: int, spec: TaskSpec, now_ns: int) -> None:
-    db.execute(
-        "INSERT INTO task (seq, id, digest, count, timeout_ns, accepted_ns) VALUES (?, ?, ?, ?, ?, ?)",
-        (task_number, spec.id, spec.fingerprint, len(spec.steps), spec.timeout_ns, now_ns),
-    )
+def _insert_task(db: sqlite3.Connection, task: Mapping[str, Any], spec: TaskSpec) -> None:
+    """Insert a task, given by its columns, with its steps."""
+    task_number = task["seq"]
+    marks = ", ".join("?" * len(task))
+    db.execute(f"INSERT INTO task ({', '.join(task)}) VALUES ({marks})", tuple(task.values()))
     steps = []
     scripts = []
     for index, step in enumerate(spec.steps):
         depends_on = json.dumps(step.depends_on)
         env = json.dumps(spec.env + step.env)
-        steps.append((task_number, index, step.name, depends_on, step.timeout_ns))
+        steps.append((task_number, index, step.name, depends_on, step.timeout_ns, step.command_type))
         scripts.append((task_number, index, step.command_type, env, step.content))
-    db.executemany("INSERT INTO step (task, idx, name, needs, timeout_ns) VALUES (?, ?, ?, ?, ?)", steps)
+    db.executemany(
+        "INSERT INTO step (task, idx, name, needs, timeout_ns, command_type) VALUES (?, ?, ?, ?, ?, ?)", steps
+    )
     db.executemany("INSERT INTO script VALUES (?, ?, ?, ?, ?)", scripts)
+    db.execute("INSERT INTO submission VALUES (?, ?, ?)", (task_number, spec.query, spec.steps_json))
+
+
+def _delete_tasks(db: sqlite3.Connection, numbers: Sequence[tuple[int]]) -> None:
+    """Delete all that is stored of tasks."""
+    for table, column in (("step", "task"), ("script", "task"), ("submission", "task"), ("task", "seq")):
+        db.executemany(f"DELETE FROM {table} WHERE {column} = ?", numbers)
 
 
 def _end_task(
@@ -6535,8 +7109,8 @@ def _end_task(
     now_ns: int,
 ) -> None:
     """Mark a task as ended, and delete its scripts."""
-    values = (state, end.code, end.message, now_ns, task_number)
-    db.execute("UPDATE task SET state = ?, code = ?, message = ?, ended_ns = ? WHERE seq = ?", values)
+    values = (state, *end, now_ns, task_number)
+    db.execute("UPDATE task SET state = ?, code = ?, message = ?, result = ?, ended_ns = ? WHERE seq = ?", values)
     db.execute("DELETE FROM script WHERE task = ?", (task_number,))
 
 
@@ -6551,7 +7125,8 @@ def _end_task(
 # BLOCKED waits for other steps, READY for a slot of the pool, in the order in which steps became ready. STARTING has a
 # slot; its files are made, then its begin is stored. RUNNING has a process tree. ENDED has a code; each of the others
 # leads there too, when it is stopped or cannot start. SKIPPED, which BLOCKED alone becomes, depends on a step that
-# failed: it never runs, and is shown as pending for ever. STARTING and RUNNING go back to READY where the host lacks
+# failed: it never runs, and is shown as pending for ever. A READY step of a task that is paused, or whose time to start
+# has not come, is held: it is not in the queue. STARTING and RUNNING go back to READY where the host lacks
 # what a start needs: a process, a descriptor, memory, disk space; nothing of the step's own has run then.
 #
 # Who moves it: `submit` and the end of other steps make it READY; `_dispatch` gives it a slot; its worker, which owns
@@ -6602,11 +7177,16 @@ _JOIN_TIMEOUT_S = 1.5  # that an exit waits for threads, which the process ends 
 
 
 class PoolStats(NamedTuple):
-    """The pool: its size, the steps that have a slot, the steps that are ready and wait for one."""
+    """The pool: its size, the steps that have a slot, the steps that are ready and wait for one.
+
+    While it is paused no step starts; `reason` is in the words of who paused it.
+    """
 
     size: int
     running: int
     waiting: int
+    paused: bool = False
+    reason: str = ""
 
 
 class IllegalMove(Exception):
@@ -6623,9 +7203,11 @@ class Step:
         "name",
         "phase",
         "ready_s",
+        "result",
         "started_ns",
         "stop_count",
         "stop_reason",
+        "stop_signal",
         "task",
         "timeout_ns",
         "tree",
@@ -6638,11 +7220,13 @@ class Step:
         self.timeout_ns = spec.timeout_ns
         self.phase = Phase.BLOCKED
         self.code = 0
+        self.result = ""  # of one that has ended
         self.ready_s = 0.0  # when it became ready, by time.monotonic()
         self.attempt = 0  # how often it was given a slot
         self.started_ns = 0  # 0: it never began
         self.stop_reason = ""  # why it is to be stopped
         self.stop_count = 0  # how often that was asked for
+        self.stop_signal = "TERM"  # that its tree gets first
         self.tree: ProcessTree | None = None
 
     def __str__(self) -> str:
@@ -6669,9 +7253,17 @@ class Task:
         self.steps = [Step(self, index, spec) for index, spec in enumerate(specs)]
         self.plan = Plan([spec.depends_on for spec in specs])
         self.unfinished = len(specs)  # steps that are in no final phase
+        self.skipped: list[int] = []  # steps of which it is not stored yet that they never will run
         self.stop_reason = ""  # why all of it is stopped
         self.stop_count = 0  # how often that was asked for
         self.is_cleaning = False  # what its ended steps left running is being stopped
+        self.is_paused = False
+        self.is_delayed = False  # its time to start has not come
+
+    @property
+    def is_held(self) -> bool:
+        """Whether none of its steps may start now."""
+        return self.is_paused or self.is_delayed
 
     def __str__(self) -> str:
         return f"task {self.id}"
@@ -6721,8 +7313,11 @@ class Scheduler:
         self._cleanups: list[Task] = []  # for the next _Deferred
         self._ended: list[Task] = []  # for the next _Deferred
         self._deadlines: list[tuple[int, int]] = []  # a heap: when, task number; the task may have ended
+        self._starts: list[tuple[int, int]] = []  # the same of delayed tasks: when they may start
+        self._is_pool_paused = False
+        self._pool_reason = ""
         self._workers: set[threading.Thread] = set()
-        self._is_paused = True  # no step starts, as until `start`
+        self._is_closed = True  # no step starts, as until `start`
         self.is_shutting_down = False  # runners leave their steps running, and return
         self.scarcity = ""  # what the host lacks to start steps; empty for nothing
         self._retry_at_s = 0.0  # the next attempt while there is scarcity
@@ -6735,7 +7330,7 @@ class Scheduler:
         self._run_step = run_step
         self._clean_up = clean_up
         with self._lock:
-            self._is_paused = False
+            self._is_closed = False
             adopted = [step for step in self._active if step.phase is Phase.RUNNING]
             deferred = self._dispatch()
             self._without_thread.extend(adopted)
@@ -6747,10 +7342,10 @@ class Scheduler:
         with self._lock:
             self._last_number = max(self._last_number, last)
 
-    def pause(self) -> int:
+    def close(self) -> int:
         """Start no more steps; return how many run."""
         with self._lock:
-            self._is_paused = True
+            self._is_closed = True
             return len(self._active)
 
     def stop_running(self) -> None:
@@ -6762,7 +7357,7 @@ class Scheduler:
     def stop(self) -> None:
         """End every worker; steps that run still run on without a daemon."""
         with self._lock:
-            self._is_paused = True
+            self._is_closed = True
             self.is_shutting_down = True
             trees = [step.tree for step in self._active if step.tree]
             workers = [*self._workers]
@@ -6774,20 +7369,25 @@ class Scheduler:
 
     # -- submissions
 
-    def submit(self, spec: TaskSpec) -> Accepted:
-        """Accept a task; return when it is stored. Raises Conflict, StorageFull, Unavailable.
+    def submit(self, spec: TaskSpec, submitted_by: str = "") -> Accepted:
+        """Accept a task of a client; return when it is stored. Raises Conflict, StorageFull, Unavailable.
 
         It is known here before anybody can see it in the store, so that a stop finds it.
         """
         self._store.check_in_place()
         task = Task(spec.id, spec.steps, spec.timeout_ns)
-        now_ns = self._clock.now_ns()
+        task.is_paused = spec.is_paused
         with self._lock:
-            if self._is_paused:
+            now_ns = self._clock.now_ns()  # so that tasks are accepted in the order of their numbers
+            if self._is_closed:
                 raise Unavailable("the daemon is shutting down; send the task again to the next one")
             self._last_number += 1
             task.number = self._last_number
-            future = self._store.accept(task.number, spec, now_ns)
+            starts_ns = now_ns + spec.delay_ns
+            if spec.start_at_ns:
+                starts_ns += spec.start_at_ns - time.time_ns()
+            task.is_delayed = starts_ns > now_ns
+            future = self._store.accept(task.number, spec, now_ns, starts_ns, submitted_by)
             self._tasks[task.number] = task
         is_new = False
         try:
@@ -6799,33 +7399,35 @@ class Scheduler:
                     del self._tasks[task.number]
         failpoint("accepted")
         if is_new:
-            self._activate(task, now_ns)
+            self._activate(task, now_ns, starts_ns)
         return accepted
 
-    def _activate(self, task: Task, accepted_ns: int) -> None:
+    def _activate(self, task: Task, accepted_ns: int, starts_ns: int) -> None:
         """Let the steps of an accepted task run."""
         with self._lock:
-            self._set_deadline(task, accepted_ns)
+            self._set_deadlines(task, accepted_ns, starts_ns)
             if task.number in self._tasks:  # not stopped already
                 self._end_steps(task, [])
             deferred = self._dispatch()
         self._run_deferred(deferred)
 
-    def restore(self, stored: UnfinishedTask) -> list[Step]:
+    def restore(self, stored: UnfinishedTask, rows: Sequence[UnfinishedStep]) -> list[Step]:
         """Restore a task as it is stored; return its steps that had begun, for `attach`, `finish` or `reset`.
 
         Raises ValueError and TypeError where what is stored is inconsistent. Nothing starts before `start`.
         """
-        task = Task(stored.id, stored.steps, stored.timeout_ns)
+        task = Task(stored.id, rows, stored.timeout_ns)
         task.number = stored.task_number
         task.stop_reason = stored.stop
         with self._lock:
-            self._restore_ended_steps(task, stored.steps)
+            self._restore_ended_steps(task, rows)
             ready = self._replay_plan(task)
-            begun = [step for step in ready if stored.steps[step.index].state == State.RUNNING]
-            if len(begun) != sum(row.state == State.RUNNING for row in stored.steps):
+            begun = [step for step in ready if rows[step.index].state == State.RUNNING]
+            if len(begun) != sum(row.state == State.RUNNING for row in rows):
                 raise ValueError("a step runs before what it depends on has succeeded")
-            self._set_deadline(task, stored.accepted_ns)
+            task.is_paused = stored.result == Result.PAUSED
+            task.is_delayed = stored.starts_ns > self._clock.now_ns()
+            self._set_deadlines(task, stored.accepted_ns, stored.starts_ns)
             self._tasks[task.number] = task  # nothing raises from here on
             for step in ready:
                 self._make_ready(step)
@@ -6844,6 +7446,7 @@ class Scheduler:
             if row.state == State.ENDED:
                 self._move(step, Phase.ENDED)
                 step.code = row.code
+                step.result = row.result
         for step in task.steps:
             if step.code:
                 self._skip_dependents(step)
@@ -6871,12 +7474,12 @@ class Scheduler:
         else:
             phases.add(Phase.BLOCKED)
         stopped = [step for step in task.steps if step.stop_reason and step.phase in phases]
-        self._end_steps(task, [(step, FORCED_CODE, step.stop_reason) for step in stopped])
+        self._end_steps(task, [(step, forced(step.stop_reason)) for step in stopped])
         return self._dispatch()
 
     # -- stops
 
-    def stop_task(self, task_number: int, reason: str = STOPPED) -> None:
+    def stop_task(self, task_number: int, stop: Stop = BY_NOBODY) -> None:
         """Stop all steps of a task by force, and what ended ones left running; return when that is recorded.
 
         Raises NotFound if it has ended.
@@ -6885,33 +7488,48 @@ class Scheduler:
             task = self._tasks.get(task_number)
             if task is None:
                 raise NotFound("the task has already ended")
-            if reason == STOPPED or not task.stop_reason:  # a deadline does not cut the grace of a stop
+            cause = stop.cause
+            if cause == STOPPED or not task.stop_reason:  # a deadline does not cut the grace of a stop
                 task.stop_count += 1
-            task.stop_reason = task.stop_reason or reason
-            future = self._store.record_stop(task_number, None, task.stop_reason)
+            task.stop_reason = task.stop_reason or cause
+            if task.stop_reason != cause:
+                stop = Stop(task.stop_reason)
+            future = self._store.record_stop(task_number, None, stop)
             active = [step for step in self._active if step.task is task]
-            trees = self._request_stops(active, reason)
+            trees = self._request_stops(active, cause)
             self._queue_cleanup(task)
             ready = [step for step in task.steps if step.phase is Phase.READY]
-            self._end_steps(task, [(step, FORCED_CODE, task.stop_reason) for step in ready])
+            self._end_steps(task, [(step, forced(task.stop_reason)) for step in ready])
             deferred = self._dispatch()
         _wake(trees)
         self._run_deferred(deferred)
         _wait_until_recorded(task, future)
 
-    def stop_step(self, task_number: int, step_index: int) -> None:
-        """Stop a step by force; return when that is recorded. Raises NotFound if it has ended, or never will run."""
+    def stop_step(
+        self,
+        task_number: int,
+        step_index: int,
+        stop: Stop = BY_NOBODY,
+        signal_name: str = "TERM",
+    ) -> None:
+        """Stop a step by force; return when that is recorded. Raises NotFound if it has ended, or never will run.
+
+        Its tree gets this signal first; the next daemon, should this one be killed now, sends SIGTERM.
+        """
         with self._lock:
             task = self._tasks.get(task_number)
             if task is None or task.steps[step_index].phase in _FINAL:
                 raise NotFound("the step has already ended")
             step = task.steps[step_index]
-            future = self._store.record_stop(task_number, step_index, step.stop_reason or STOPPED)
+            if step.stop_reason not in ("", STOPPED):
+                stop = Stop(step.stop_reason)
+            future = self._store.record_stop(task_number, step_index, stop)
             trees: list[ProcessTree] = []
             if step in self._active:
+                step.stop_signal = signal_name
                 trees = self._request_stops([step], STOPPED)
             else:
-                self._end_steps(task, [(step, FORCED_CODE, STOPPED)])
+                self._end_steps(task, [(step, forced(STOPPED))])
             deferred = self._dispatch()
         _wake(trees)
         self._run_deferred(deferred)
@@ -6950,13 +7568,48 @@ class Scheduler:
             deferred = self._dispatch()
         self._run_deferred(deferred)
 
+    # -- pauses
+
+    def pause_task(self, task_number: int, is_paused: bool) -> None:
+        """Let no further step of a task start, or let them start again; return when that is recorded.
+
+        What runs goes on. Raises NotFound if it has ended.
+        """
+        with self._lock:
+            task = self._tasks.get(task_number)
+            if task is None:
+                raise NotFound("the task has already ended")
+            task.is_paused = is_paused
+            self._hold_or_queue(task)
+            future = self._store.record_pause(task_number, is_paused)
+            deferred = self._dispatch()
+        self._run_deferred(deferred)
+        _wait_until_recorded(task, future)
+
+    def _hold_or_queue(self, task: Task) -> None:
+        """Take the ready steps of a task out of the queue, or put them there; the lock is held."""
+        for step in task.steps:
+            if step.phase is not Phase.READY:
+                continue
+            if task.is_held:
+                self._ready.pop(step, None)
+            elif step not in self._ready:
+                self._ready[step] = None
+                step.ready_s = time.monotonic()
+
     # -- for runners
 
-    def begin(self, step: Step) -> Future[None]:
-        """Store that a step begins, whose files are made; it must not run before the future is done."""
+    def begin(self, step: Step) -> Future[None] | None:
+        """Store that a step begins, whose files are made; it must not run before the future is done.
+
+        Return None where it may not start any more, since a pause came first: it is ready again.
+        """
         with self._lock:
-            step.started_ns = self._clock.now_ns()
-            return self._store.begin(step.task.number, step.index, step.started_ns)
+            if not step.task.is_held and not self._is_pool_paused:
+                step.started_ns = self._clock.now_ns()
+                return self._store.begin(step.task.number, step.index, step.started_ns)
+        self.reset(step)
+        return None
 
     def attach(self, step: Step, tree: ProcessTree) -> None:
         """Mark a step as running, as this tree."""
@@ -7005,23 +7658,16 @@ class Scheduler:
             task_state = State.RUNNING if has_begun else State.PENDING
             self._store.requeue(task.number, step.index, task_state)
         if step.stop_reason:
-            self._end_steps(task, [(step, FORCED_CODE, step.stop_reason)])
+            self._end_steps(task, [(step, forced(step.stop_reason))])
 
-    def finish(
-        self,
-        step: Step,
-        code: int,
-        reason: str = "",
-        tree_has_ended: bool = False,
-    ) -> bool:
+    def finish(self, step: Step, outcome: Outcome, tree_has_ended: bool = False) -> bool:
         """End a step; return False, having done nothing, where it is to be stopped and its tree has not been."""
         with self._lock:
             if step.stop_reason:
                 if not tree_has_ended:
                     return False
-                code = FORCED_CODE
-                reason = step.stop_reason
-            self._end_steps(step.task, [(step, code, reason)])
+                outcome = forced(step.stop_reason)._replace(output_bytes=outcome.output_bytes)
+            self._end_steps(step.task, [(step, outcome)])
             self._retry_at_s = 0.0  # what it took is free
             deferred = self._take_deferred()  # its worker takes the next step
         self._run_deferred(deferred)
@@ -7034,17 +7680,50 @@ class Scheduler:
         with self._lock:
             return self._pool_stats()
 
-    def resize(self, size: int) -> PoolStats:
-        """Set the size of the pool: more steps start at once, or running ones end before others start."""
+    def set_pool(self, size: int | None = None, is_paused: bool | None = None, reason: str | None = None) -> PoolStats:
+        """Set the size of the pool, pause it or let it go on; return when that is recorded. None: as it is.
+
+        When it grows or goes on, more steps start at once; when it shrinks, running ones end before others start.
+        """
         with self._lock:
-            self._size = size
+            self._size = size or self._size
+            if is_paused is not None:
+                self._is_pool_paused = is_paused
+                self._pool_reason = ""
+            if reason is not None:
+                self._pool_reason = reason
             deferred = self._dispatch()
             stats = self._pool_stats()
+            kept = {"size": stats.size, "paused": stats.paused, "reason": stats.reason}
+            future = self._store.record_pool(kept)
         self._run_deferred(deferred)
+        _wait_until_recorded("the pool", future)
         return stats
 
+    def restore_pool(self, metadata: Mapping[str, str], with_size: bool) -> None:
+        """Set the pool as it was kept for a later daemon, but for its size unless `with_size`."""
+        kept: Mapping[str, Any] = json.loads(metadata.get("pool", "{}"))
+        with self._lock:
+            self._is_pool_paused = kept.get("paused", False)
+            self._pool_reason = kept.get("reason", "")
+            if with_size:
+                self._size = kept.get("size", self._size)
+
+    def pause_warning(self) -> str:
+        """Return that the pool is paused, empty when it is not."""
+        stats = self.pool()
+        if not stats.paused:
+            return ""
+        return f"the pool is paused: no step starts: {stats.reason}".rstrip(": ")
+
     def _pool_stats(self) -> PoolStats:
-        return PoolStats(self._size, len(self._active), len(self._ready))
+        return PoolStats(
+            self._size,
+            len(self._active),
+            len(self._ready),
+            self._is_pool_paused,
+            self._pool_reason,
+        )
 
     def running_steps(self) -> list[Step]:
         """Return the steps that have a process tree and are not being stopped."""
@@ -7060,9 +7739,22 @@ class Scheduler:
         return None
 
     def next_deadline_ns(self) -> int | None:
-        """Return the next deadline of a task, None where no task has one."""
+        """Return when the next task starts or is overdue, None where there is none."""
         with self._lock:
-            return self._deadlines[0][0] if self._deadlines else None
+            moments = [heap[0][0] for heap in (self._deadlines, self._starts) if heap]
+        return min(moments, default=None)
+
+    def start_delayed_tasks(self) -> None:
+        """Let the steps of tasks start whose delay is over."""
+        now_ns = self._clock.now_ns()
+        with self._lock:
+            while self._starts and self._starts[0][0] <= now_ns:
+                task = self._tasks.get(heapq.heappop(self._starts)[1])
+                if task:  # not stopped meanwhile
+                    task.is_delayed = False
+                    self._hold_or_queue(task)
+            deferred = self._dispatch()
+        self._run_deferred(deferred)
 
     def retry(self) -> None:
         """Try again what the host lacked something for."""
@@ -7080,9 +7772,8 @@ class Scheduler:
         """Change the phase of a step, the one site that does. Raises IllegalMove."""
         if phase not in _MOVES[step.phase]:
             raise IllegalMove(f"{step}: from {step.phase.value} to {phase.value}")
-        if step.phase is Phase.READY:
-            del self._ready[step]
-        if phase is Phase.READY:
+        self._ready.pop(step, None)
+        if phase is Phase.READY and not step.task.is_held:
             self._ready[step] = None
         if phase is Phase.STARTING:
             self._active.add(step)
@@ -7090,39 +7781,45 @@ class Scheduler:
             self._active.discard(step)
         if phase in _FINAL:
             step.task.unfinished -= 1
+        if phase is Phase.SKIPPED:
+            step.task.skipped.append(step.index)
         step.phase = phase
 
     def _make_ready(self, step: Step) -> None:
         step.ready_s = time.monotonic()
         self._move(step, Phase.READY)
 
-    def _end_steps(self, task: Task, ends: Sequence[tuple[Step, int, str]]) -> None:
+    def _end_steps(self, task: Task, ends: Sequence[tuple[Step, Outcome]]) -> None:
         """End steps, make ready what waited for them, and end the task with its last step; all in one record.
 
-        Each end is a step, its code and the reason. The steps of a stopped task that become ready end at once.
+        The steps of a stopped task that become ready end at once.
         """
-        records: list[StepEnd] = []
+        records: list[tuple[int, Outcome]] = []
         while True:
-            for step, code, reason in ends:
-                self._end_step(step, code)
-                records.append(StepEnd(step.index, code, reason))
+            for step, outcome in ends:
+                self._end_step(step, outcome)
+                records.append((step.index, outcome))
             ready = self._make_dependents_ready(task)
             if not ready or not task.stop_reason:
                 break
-            ends = [(step, FORCED_CODE, task.stop_reason) for step in ready]
+            ends = [(step, forced(task.stop_reason)) for step in ready]
         task_end = None
         if not task.unfinished and not task.is_cleaning:
             code, message = summarize((step.index, step.name, step.code) for step in task.steps)
-            task_end = TaskEnd(code, message)
+            result = task_result(task.stop_reason, [step.result for step in task.steps if step.code])
+            task_end = TaskEnd(code, message, result)
             del self._tasks[task.number]
             self._ended.append(task)
-        if records or task_end:
-            self._store.end(task.number, records, task_end, self._clock.now_ns())
+        if records or task.skipped or task_end:
+            now_ns = self._clock.now_ns()
+            self._store.end(task.number, records, task.skipped, task_end, now_ns)
+            task.skipped = []
 
-    def _end_step(self, step: Step, code: int) -> None:
+    def _end_step(self, step: Step, outcome: Outcome) -> None:
         self._move(step, Phase.ENDED)
-        step.code = code
-        if code:
+        step.code = outcome.code
+        step.result = outcome.result
+        if outcome.code:
             self._skip_dependents(step)
         else:
             step.task.plan.succeed(step.index)
@@ -7150,7 +7847,7 @@ class Scheduler:
     def _next_ready_step(self) -> Step | None:
         """Give a slot to the step that is ready longest; return None where there is none, or no slot."""
         slots = min(self._size, self._capacity)
-        if self._is_paused or not self._ready or len(self._active) >= slots:
+        if self._is_closed or self._is_pool_paused or not self._ready or len(self._active) >= slots:
             return None
         if self.scarcity:  # one at a time is tried then
             now_s = time.monotonic()
@@ -7175,9 +7872,12 @@ class Scheduler:
         self._ended = []
         return deferred
 
-    def _set_deadline(self, task: Task, accepted_ns: int) -> None:
+    def _set_deadlines(self, task: Task, accepted_ns: int, starts_ns: int) -> None:
         if task.timeout_ns:
             heapq.heappush(self._deadlines, (accepted_ns + task.timeout_ns, task.number))
+            self.timekeeper_wakeup.set()
+        if task.is_delayed:
+            heapq.heappush(self._starts, (starts_ns, task.number))
             self.timekeeper_wakeup.set()
 
     # -- workers; without the lock
@@ -7253,12 +7953,12 @@ def _wake(trees: Iterable[ProcessTree]) -> None:
         tree.wake()
 
 
-def _wait_until_recorded(stopped: Step | Task, future: Future[None]) -> None:
-    """Wait until a stop is stored. If it cannot be, the step is stopped all the same, and its end will be stored."""
+def _wait_until_recorded(subject: Step | Task | str, future: Future[None]) -> None:
+    """Wait until a stop or a pause is stored. If it cannot be, it takes effect all the same."""
     try:
         future.result()
     except (StorageFull, Unavailable) as error:
-        log.error("%s: cannot store a stop: %s", stopped, error)
+        log.error("%s: cannot store a stop or a pause: %s", subject, error)
 
 
 # ======================================================================================================================
@@ -7322,7 +8022,7 @@ class Runner:
                 self._scheduler.requeue(step, str(error))
             return
         except LaunchError as error:
-            self._finish(step, FORCED_CODE, str(error))
+            self._finish(step, not_started(str(error)))
         if step.phase is Phase.ENDED or self._scheduler.is_shutting_down:
             self._close_tree(step)
 
@@ -7350,9 +8050,12 @@ class Runner:
         """
         try:
             command = self._prepare(step)
-            self._scheduler.begin(step).result()  # only what is known to have begun may run
+            begun = self._scheduler.begin(step)
+            if begun is None:
+                return False
+            begun.result()  # only what is known to have begun may run
             if step.stop_reason:
-                self._finish(step, FORCED_CODE)
+                self._finish(step, forced(step.stop_reason))
             if step.phase is Phase.ENDED or self._scheduler.is_shutting_down:
                 return False
             failpoint("begun")
@@ -7441,7 +8144,7 @@ class Runner:
                 self._scheduler.request_stop(step, TIMED_OUT)
         if step.stop_reason:
             self._stop(step)
-            self._finish(step, FORCED_CODE, tree_has_ended=True)
+            self._finish(step, forced(step.stop_reason), tree_has_ended=True)
         elif has_ended:
             self._finish_ended(step)
 
@@ -7450,10 +8153,14 @@ class Runner:
         code = self._exit_code(step)
         if code is None:  # its wrapper was killed: what it ran may run on
             self._stop(step)
-            self._finish(step, FORCED_CODE, LOST, tree_has_ended=True)
-        elif not self._finish(step, code):
+            self._finish(step, forced(LOST), tree_has_ended=True)
+        elif not self._finish(step, self.exited(code)):
             self._stop(step)
-            self._finish(step, FORCED_CODE, tree_has_ended=True)
+            self._finish(step, forced(step.stop_reason), tree_has_ended=True)
+
+    def exited(self, code: int) -> Outcome:
+        """Return the outcome of a step whose wrapper has ended by itself and left this code."""
+        return exited(code, self._processes.death_signal(code))
 
     def _exit_code(self, step: Step) -> int | None:
         """Return the exit code of the step's script, None where it is lost. Raises NotStarted if it never began."""
@@ -7475,17 +8182,11 @@ class Runner:
 
         def is_hurried() -> bool:
             is_excessive = step.stop_reason == OUTPUT_EXCEEDED and directory.output_bytes() > max_bytes
-            return step.stop_count > 1 or is_excessive
+            return step.stop_count > 1 or step.stop_signal == "KILL" or is_excessive
 
-        step.tree.stop(is_hurried)
+        step.tree.stop(is_hurried, signal_number(step.stop_signal))
 
-    def _finish(
-        self,
-        step: Step,
-        code: int,
-        reason: str = "",
-        tree_has_ended: bool = False,
-    ) -> bool:
+    def _finish(self, step: Step, outcome: Outcome, tree_has_ended: bool = False) -> bool:
         """End the step; return False, having done nothing, where it is to be stopped and its tree has not been."""
         failpoint("ended")
         seconds = 0.0
@@ -7493,15 +8194,13 @@ class Runner:
             seconds = (self._clock.now_ns() - step.started_ns) / _SECOND_NS
         output_bytes = self.directory(step).output_bytes()
         tree_has_ended = tree_has_ended or step.tree is None
-        if not self._scheduler.finish(step, code, reason, tree_has_ended):
+        if not self._scheduler.finish(step, outcome._replace(output_bytes=output_bytes), tree_has_ended):
             return False
-        reason = step.stop_reason or reason
-        result = "succeeded"
-        if reason:
-            result = "forced"
-        elif step.code:
-            result = "failed"
+        result = "forced"
+        if step.result in (Result.SUCCEEDED, Result.FAILED):
+            result = step.result
         self._metrics.step_ended(step.task.id, step.index, result, seconds, output_bytes)
+        reason = step.stop_reason or outcome.reason
         log.debug("%s: ended with code %d %s", step, step.code, reason, extra=step.log_extra)
         return True
 
@@ -7549,7 +8248,7 @@ class Recovery:
                 strays.append(self._rename_for_removal(name))
         for number in self._store.unfinished_task_numbers():
             try:
-                self._restore(self._store.unfinished_task(number))
+                self._restore(*self._store.unfinished_task(number))
             except (ValueError, TypeError) as error:
                 log.error("task number %d cannot be restored: %s", number, error)
                 self._store.fail(number, f"lost: what was stored of it is damaged: {error}", self._clock.now_ns())
@@ -7577,8 +8276,8 @@ class Recovery:
             return name
         return new_name
 
-    def _restore(self, stored: UnfinishedTask) -> None:
-        for step in self._scheduler.restore(stored):
+    def _restore(self, stored: UnfinishedTask, rows: Sequence[UnfinishedStep]) -> None:
+        for step in self._scheduler.restore(stored, rows):
             self._restore_begun_step(step)
 
     def _restore_begun_step(self, step: Step) -> None:
@@ -7591,7 +8290,8 @@ class Recovery:
             return
         code = directory.exit_code()
         if code is not None and not step.stop_reason:
-            self._scheduler.finish(step, code)
+            outcome = self._runner.exited(code)
+            self._scheduler.finish(step, outcome._replace(output_bytes=directory.output_bytes()))
         elif code is not None or self._processes.may_have_started(directory.path):
             # It was stopped or killed, and may have left something: its runner ends that before anything follows.
             self._scheduler.attach(step, self._processes.remains([directory.path]))
@@ -7642,6 +8342,7 @@ class Janitor:
         self._settings = settings
         self._stored_sleeps = clock.sleeps()  # the timekeeper's
         self._pending_removals: dict[str, int] = {}  # names of directories, and how often that failed; the sweeper's
+        self._handed_over: collections.deque[str] = collections.deque()  # for the sweeper to remove
         self._stopping = threading.Event()
         timekeeper = (self._enforce_limits, scheduler.timekeeper_wakeup)
         sweeper = (self._sweep, self._stopping)
@@ -7689,9 +8390,10 @@ class Janitor:
     def _enforce_limits(self) -> float:
         """Stop what is overdue and what writes too much, retry what waits; return the pause until the next look."""
         self._store_sleep()
+        self._scheduler.start_delayed_tasks()
         while (task_number := self._scheduler.pop_overdue_task()) is not None:
             with contextlib.suppress(NotFound):  # it has ended
-                self._scheduler.stop_task(task_number, TIMED_OUT)
+                self._scheduler.stop_task(task_number, Stop(TIMED_OUT))
         self._scheduler.retry()
         pause_s = self._check_outputs()
         deadline_ns = self._scheduler.next_deadline_ns()
@@ -7730,8 +8432,16 @@ class Janitor:
             self._pending_removals[str(task_number)] = 0
         return 0 if expired else _TICK_S
 
+    def remove_files(self, task_number: int) -> None:
+        """Remove the files of a task now, or as soon as that can be; any thread may ask."""
+        name = str(task_number)
+        if not self._remove(name):
+            self._handed_over.append(name)
+
     def _remove_pending(self) -> None:
         """Remove the directories that are pending; log once which ones cannot be."""
+        while self._handed_over:
+            self._pending_removals[self._handed_over.popleft()] = 0
         for name in [*self._pending_removals]:
             if self._stopping.is_set():
                 return
@@ -9694,6 +10404,19 @@ def text_response_object(description: str, *media_types: str) -> Json:
 # V API / task API: tasks, steps, consoles and the pool
 # ======================================================================================================================
 
+# What this program can beyond the original, in words for clients that ask /version.
+FEATURES = (
+    "result",
+    "submission",
+    "step",
+    "reason",
+    "pause",
+    "delay",
+    "at",
+    "pool_paused",
+    "delete",
+    "paging",
+)
 _TASKS_PATH = "/api/v1/task"
 _TASK_PATH = _TASKS_PATH + "/{task}"
 _STEP_PATH = _TASK_PATH + "/{step}"
@@ -9706,6 +10429,7 @@ POOL_FIELDS = {  # of PoolStats, as the API document and the metrics describe th
     "waiting": "Steps that are ready and wait",
 }
 _SORT_KEYS = ("st", "et", "rt")
+_OFFSET_AT = len("2022-11-17T17:17:58")  # where the offset of a time begins
 _MAX_LINE_BYTES = 1 << 20  # a longer line of a console is sent piece by piece
 
 
@@ -9746,6 +10470,30 @@ class TimeFormat(NamedTuple):
     def _format(self, moment_ns: int) -> str:
         return format_time(self.wall_times.at(moment_ns) // _SECOND_NS)
 
+    def moments(self, task: TaskRow, row: TaskRow | StepRow) -> Json:
+        """Return when a task or a step of it was accepted, began, ended and expires, as far as that is known."""
+        moments = {"accepted_at": self._format_ms(task.accepted_ns)}
+        if row.started_ns is not None:
+            moments["started_at"] = self._format_ms(row.started_ns)
+        if row.ended_ns is not None:
+            moments["ended_at"] = self._format_ms(row.ended_ns)
+        if task.ended_ns is not None:
+            moments["expires_at"] = self._format_ms(task.ended_ns + self.key_expire_ns)
+        return moments
+
+    def seconds(self, row: TaskRow | StepRow) -> float:
+        """Return how long a task or a step has run, to the millisecond."""
+        if row.started_ns is None:
+            return 0.0
+        end_ns = self.now_ns if row.ended_ns is None else row.ended_ns
+        return round((end_ns - row.started_ns) / _SECOND_NS, 3)
+
+    def _format_ms(self, moment_ns: int) -> str:
+        """Return a moment as RFC 3339 with milliseconds; its whole seconds are those of `_format`."""
+        seconds, rest_ns = divmod(self.wall_times.at(moment_ns), _SECOND_NS)
+        text = format_time(seconds)
+        return f"{text[:_OFFSET_AT]}.{rest_ns // 10**6:03d}{text[_OFFSET_AT:]}"
+
 
 def _times_schema() -> Json:
     properties = {
@@ -9754,6 +10502,83 @@ def _times_schema() -> Json:
         "rt": string_schema("Time left before the record expires, as Go prints a duration"),
     }
     return object_schema(properties, optional=("st", "et"))
+
+
+def result_words(task: TaskRow, row: TaskRow | StepRow, time_format: TimeFormat) -> Json:
+    """Return what the list shows of a task for programs, and the detail of a step too."""
+    result = row.result or _unfinished_result(task, row)
+    return {"result": result, "seconds": time_format.seconds(row), **time_format.moments(task, row)}
+
+
+def _unfinished_result(task: TaskRow, step: TaskRow | StepRow) -> Result:
+    """Return the result of a step that is not over."""
+    if step.state == State.RUNNING:
+        return Result.RUNNING
+    if task.result == Result.PAUSED:
+        return Result.PAUSED
+    return Result.WAITING
+
+
+_MOMENTS = {
+    "accepted_at": "When the task was accepted, with milliseconds",
+    "started_at": "When it, or its first step, began",
+    "ended_at": "When it ended",
+    "expires_at": "When its record expires",
+}
+
+
+def _result_words_schema() -> Json:
+    return {
+        "result": {"type": "string", "enum": [*Result], "description": "What has become of it, in a word"},
+        "seconds": {"type": "number", "minimum": 0, "description": "How long it has run"},
+        **{name: time_schema(description) for name, description in _MOMENTS.items()},
+    }
+
+
+_CLIENT_WORDS = {
+    "submitted_by": "The client that submitted it, as in the log",
+    "stopped_by": "The client that stopped it",
+    "stop_reason": "The reason that this client gave",
+}
+
+
+def task_words(task: TaskRow, steps: Sequence[StepRow]) -> Json:
+    """Return what only a whole task shows for programs."""
+    words: Json = {}
+    for name in _CLIENT_WORDS:
+        if value := getattr(task, name):
+            words[name] = value
+    words["failed_steps"] = [step.step_index for step in steps if step.code]
+    return words
+
+
+_STEP_WORDS = ("exit_code", "signal", "command_type", "stopped_by", "stop_reason")  # that are left out where unknown
+
+
+def step_words(step: StepRow, output_bytes: int) -> Json:
+    """Return what only a step shows for programs; `output_bytes` is how much it has written so far."""
+    words: Json = {"attempt": step.attempt, "output_bytes": output_bytes}
+    if step.result in (Result.SUCCEEDED, Result.FAILED):
+        if step.signal is None:
+            words["exit_code"] = step.code
+        else:
+            words["signal"] = step.signal
+    for name in ("command_type", "stopped_by", "stop_reason"):
+        if value := getattr(step, name):
+            words[name] = value
+    return words
+
+
+def _step_words_schema() -> Json:
+    return {
+        "attempt": integer_schema("How often it was tried", 1),
+        "output_bytes": integer_schema("How much it has written"),
+        "exit_code": integer_schema("The exit code of its process, where it ended by itself"),
+        "signal": integer_schema("The signal that killed its process", 1),
+        "command_type": string_schema("As submitted"),
+        "stopped_by": string_schema(_CLIENT_WORDS["stopped_by"]),
+        "stop_reason": string_schema(_CLIENT_WORDS["stop_reason"]),
+    }
 
 
 def _task_url(base_url: str, task_id: str) -> str:
@@ -9776,7 +10601,7 @@ def task_json(
     task: TaskRow,
     running: Sequence[tuple[int, str]],
     base_url: str,
-    times: Json,
+    time_format: TimeFormat,
 ) -> Json:
     """Return a task as the list shows it; `running` are index and name of its running steps."""
     message = task.message
@@ -9789,21 +10614,59 @@ def task_json(
         "code": task.code,
         "count": task.step_count,
         "msg": message,
-        "times": times,
+        "times": time_format.task_times(task),
+        **result_words(task, task, time_format),
     }
 
 
+def _task_properties() -> Json:
+    return {
+        "id": string_schema("Id"),
+        "url": _url_schema(),
+        "state": _state_schema(),
+        "code": _code_schema(),
+        "count": integer_schema("Steps", 1),
+        "msg": {"type": "string"},
+        "times": schema_reference("Times"),
+        **_result_words_schema(),
+    }
+
+
+_OPTIONAL_MOMENTS = ("started_at", "ended_at", "expires_at")
+
+
 def _task_schema() -> Json:
-    return object_schema(
-        {
-            "id": string_schema("Id"),
-            "url": _url_schema(),
-            "state": _state_schema(),
-            "code": _code_schema(),
-            "count": integer_schema("Steps", 1),
-            "msg": {"type": "string"},
-            "times": schema_reference("Times"),
-        }
+    return object_schema(_task_properties(), optional=_OPTIONAL_MOMENTS)
+
+
+def _whole_task_schema() -> Json:
+    properties = _task_properties()
+    for name, description in _CLIENT_WORDS.items():
+        properties[name] = string_schema(description)
+    properties["failed_steps"] = array_schema(integer_schema("Index of a step that failed"))
+    return object_schema(properties, optional=(*_OPTIONAL_MOMENTS, *_CLIENT_WORDS))
+
+
+def _example_times() -> TimeFormat:
+    """Return how the examples show moments, by the offset of this host."""
+    offset_ns = 1668673078 * _SECOND_NS
+    return TimeFormat(500 * _SECOND_NS, WallTimes(offset_ns, ((0, 0),)), 48 * UNIT_NS["h"])
+
+
+def _example_task() -> TaskRow:
+    message = "execution failed: [Step: 0, Name: step0; Step: 2, Name: step2]"
+    return TaskRow(
+        1,
+        "release-1",
+        4,
+        State.ENDED,
+        510,
+        message,
+        accepted_ns=0,
+        ended_ns=3 * _SECOND_NS,
+        started_ns=10**6,
+        result=Result.TIMED_OUT,
+        submitted_by="ci",
     )
 
 
@@ -9812,14 +10675,12 @@ def _task_list_response() -> Json:
         {
             "running": integer_schema("Running tasks"),
             "tasks": array_schema(schema_reference("Task")),
-            "total": integer_schema("Tasks"),
-        }
+            "total": integer_schema("Tasks on all pages"),
+            "next": string_schema("The cursor of the next page"),
+        },
+        optional=("next",),
     )
-    message = "execution failed: [Step: 0, Name: step0; Step: 2, Name: step2]"
-    row = TaskRow(1, "release-1", 4, State.ENDED, 510, message, 0, 0)
-    moment = "2022-11-17T17:17:58+08:00"
-    times = {"st": moment, "et": moment, "rt": "47h53m30.619752642s"}
-    task = task_json(row, (), _EXAMPLE_BASE_URL, times)
+    task = task_json(_example_task(), (), _EXAMPLE_BASE_URL, _example_times())
     examples = {
         "one task": success_example({"running": 0, "tasks": [task], "total": 1}),
         "none": success_example({"running": 0, "tasks": [], "total": 0}),
@@ -9829,16 +10690,18 @@ def _task_list_response() -> Json:
 
 def step_json(
     step: StepRow,
+    task: TaskRow,
     names: Sequence[str],
-    task_url: str,
-    times: Json,
+    base_url: str,
+    time_format: TimeFormat,
+    output_bytes: int,
 ) -> Json:
     """Return a step as its task shows it; `names` are those of all steps of the task."""
     indexes = json.loads(step.depends_on)
     depends_on = [names[index] for index in indexes if index < len(names)]  # what is damaged is shown too
     value = {
         "step": step.step_index,
-        "url": f"{task_url}/{step.step_index}/console",
+        "url": f"{_task_url(base_url, task.id)}/{step.step_index}/console",
         "name": step.name,
         "state": step.state,
         "code": step.code,
@@ -9850,7 +10713,9 @@ def step_json(
             step.reason,
         ),
         "depets_on": depends_on,
-        "times": times,
+        "times": time_format.step_times(step, task),
+        **result_words(task, step, time_format),
+        **step_words(step, output_bytes),
     }
     if not depends_on:
         del value["depets_on"]
@@ -9861,23 +10726,29 @@ def _step_names_schema() -> Json:
     return array_schema({"type": "string"}, description="Names of the steps that must succeed first")
 
 
+def _step_properties() -> Json:
+    return {
+        "step": integer_schema("Index"),
+        "url": _url_schema(),
+        "name": string_schema("Name"),
+        "state": _state_schema(),
+        "code": _code_schema(),
+        "msg": {"type": "string"},
+        "depets_on": _step_names_schema(),
+        "times": schema_reference("Times"),
+        **_result_words_schema(),
+        **_step_words_schema(),
+    }
+
+
+_OPTIONAL_OF_STEP = ("depets_on", *_OPTIONAL_MOMENTS, *_STEP_WORDS)
+
+
 def _step_schema() -> Json:
-    return object_schema(
-        {
-            "step": integer_schema("Index"),
-            "url": _url_schema(),
-            "name": string_schema("Name"),
-            "state": _state_schema(),
-            "code": _code_schema(),
-            "msg": {"type": "string"},
-            "depets_on": _step_names_schema(),
-            "times": schema_reference("Times"),
-        },
-        optional=("depets_on",),
-    )
+    return object_schema(_step_properties(), optional=_OPTIONAL_OF_STEP)
 
 
-def _step_example(index: int, state: State, code: int = 0, **moments: str) -> Json:
+def _step_example(index: int, state: State, code: int = 0) -> Json:
     """Return step `index` of the task `a`, of which each step depends on the one before."""
     names = [f"a-{number}" for number in range(index + 1)]
     depends_on = to_json([*range(index)][-1:])
@@ -9888,11 +10759,23 @@ def _step_example(index: int, state: State, code: int = 0, **moments: str) -> Js
         int(state),
         code,
         "",
-        None,
-        None,
+        started_ns=None,
+        ended_ns=None,
+        command_type="sh",
     )
-    times = {**moments, "rt": "47h59m57.433539558s"}
-    return step_json(step, names, _task_url(_EXAMPLE_BASE_URL, "a"), times)
+    if state != State.PENDING:
+        step = step._replace(started_ns=10**6)
+    if state == State.ENDED:
+        step = step._replace(ended_ns=2 * _SECOND_NS, result=exited(code).result)
+    task = _example_task()._replace(id="a", result=Result.RUNNING, ended_ns=None)
+    return step_json(
+        step,
+        task,
+        names,
+        _EXAMPLE_BASE_URL,
+        _example_times(),
+        output_bytes=42,
+    )
 
 
 def _task_outcome(task: TaskRow, steps: Sequence[StepRow]) -> tuple[Code, str]:
@@ -9918,23 +10801,11 @@ def _progress_schema(data: Json) -> Json:
 
 
 def _task_detail_response() -> Json:
-    begin = "2022-11-18T16:20:53+08:00"
-    end = "2022-11-18T16:20:56+08:00"
-    succeeded = _step_example(0, State.ENDED, st=begin, et=end)
-    failed = _step_example(1, State.ENDED, code=2, st=end, et=end)
-    running = _step_example(0, State.RUNNING, st=begin)
-    examples = {
-        "success": success_example(
-            [
-                succeeded,
-                _step_example(
-                    1,
-                    State.ENDED,
-                    st=end,
-                    et=end,
-                ),
-            ]
-        ),
+    succeeded = _step_example(0, State.ENDED)
+    failed = _step_example(1, State.ENDED, code=2)
+    running = _step_example(0, State.RUNNING)
+    examples: Json = {
+        "success": success_example([succeeded, _step_example(1, State.ENDED)]),
         "in progress": {
             "code": 1001,
             "message": "in progress: [Step: 0, Name: a-0]",
@@ -9945,16 +10816,147 @@ def _task_detail_response() -> Json:
             "message": f"execution failed: [{failed['msg']}]",
             "data": [succeeded, failed],
         },
-        "gone": _NOT_FOUND_EXAMPLE,
     }
+    task = task_json(_example_task(), (), _EXAMPLE_BASE_URL, _example_times())
+    for example in examples.values():
+        example["task"] = {**task, **task_words(_example_task(), ())}
+    examples["gone"] = _NOT_FOUND_EXAMPLE
     schema = _progress_schema(array_schema(schema_reference("Step")))
+    envelope = schema["oneOf"][0]
+    envelope["properties"]["task"] = schema_reference("WholeTask")
+    envelope["required"].append("task")
     return response_object("The task", schema, examples, "X-Task-STATE")
+
+
+_SUBMITTED = {  # of a step, in its own answer
+    "env_vars": "Its own, as submitted",
+    "command_content": "The script",
+    "timeout": "As submitted",
+}
+
+
+def submitted_json(item: Json) -> Json:
+    """Return what the answer for one step adds, from the step as submitted."""
+    return {name: item[name] for name in _SUBMITTED if item.get(name)}
+
+
+def _step_outcome(step: StepRow) -> tuple[Code, str]:
+    """Return code and message of the envelope in which a step is shown."""
+    if step.state != State.PENDING:
+        return _console_outcome(step)
+    if step.result == Result.NOT_RUN:
+        return Code.FAILED, STEP_PENDING
+    return Code.IN_PROGRESS, "pending"
+
+
+def _step_detail_response() -> Json:
+    content = {"command_content": "make test", "timeout": "90s"}
+    example = {"code": 0, "message": "succeed", "data": {**_step_example(0, State.ENDED), **submitted_json(content)}}
+    schema = _progress_schema(schema_reference("StepDetail"))
+    return response_object("The step", schema, {"success": example, "gone": _NOT_FOUND_EXAMPLE})
+
+
+def _step_detail_schema() -> Json:
+    submitted: Json = {name: string_schema(description) for name, description in _SUBMITTED.items()}
+    submitted["env_vars"] = array_schema({"type": "string"}, description=_SUBMITTED["env_vars"])
+    return object_schema({**_step_properties(), **submitted}, optional=(*_OPTIONAL_OF_STEP, *_SUBMITTED))
+
+
+def _submission_response() -> Json:
+    steps = [{"command_type": "sh", "command_content": "make test"}]
+    example = success_example({"query": "id=release-1&timeout=1h", "steps": steps})
+    data = object_schema(
+        {
+            "query": string_schema("The parameters, as in a URL"),
+            "steps": array_schema({"type": "object"}, description="The body"),
+        }
+    )
+    schema = {"oneOf": [envelope_schema([Code.SUCCESS], data), schema_reference("NotFound")]}
+    return response_object("The submission", schema, {"submission": example, "gone": _NOT_FOUND_EXAMPLE})
+
+
+def _deleted_response() -> Json:
+    schema = {"oneOf": [envelope_schema([Code.SUCCESS]), schema_reference("NotFound")]}
+    examples = {"deleted": {"code": 0, "message": "success"}, "gone": _NOT_FOUND_EXAMPLE}
+    return response_object("The task is deleted", schema, examples)
+
+
+def _parameter(query: Pairs, name: str) -> str:
+    """Return a parameter that may be given once, empty by default. Raise BadRequest."""
+    values = {value for key, value in query if key == name}
+    if len(values) > 1:
+        raise BadRequest(f"{name}: given twice")
+    return "".join(values)
+
+
+def _choice(query: Pairs, name: str, choices: Sequence[str]) -> str:
+    """Return a parameter that is one of these, the first by default. Raise BadRequest."""
+    value = _parameter(query, name) or choices[0]
+    if value not in choices:
+        raise BadRequest(f"{name}: invalid {value!r}: expected one of {', '.join(choices)}")
+    return value
+
+
+_MAX_LIMIT = 10_000
+_MAX_GLOB_STARS = 4  # each multiplies how long an id takes that nearly matches
+_ORDERS = ("asc", "desc")
+
+
+def _parse_selection(query: Pairs) -> Selection:
+    """Return which tasks a list is to show. Raise BadRequest."""
+    sort_keys = [value for name, value in query if name == "sort"] or ["st"]
+    if len(sort_keys) > 1 or sort_keys[0] not in _SORT_KEYS:
+        raise BadRequest("sort parameter error")
+    results = [value for name, value in query if name == "result"]
+    known = [result.value for result in Result]
+    for result in results:
+        if result not in known:
+            raise BadRequest(f"result: unknown {result!r}: expected one of {', '.join(known)}")
+    id_glob = _parameter(query, "id")
+    if id_glob.count("*") > _MAX_GLOB_STARS:
+        raise BadRequest(f"id: at most {_MAX_GLOB_STARS} * are taken")
+    cursor = _parameter(query, "cursor")
+    try:
+        check_cursor(cursor)
+    except ValueError as error:
+        raise BadRequest(f"cursor: {error}") from None
+    is_descending = _choice(query, "order", _ORDERS) == "desc"
+    return Selection(
+        sort_keys[0],
+        is_descending,
+        tuple(dict.fromkeys(results)),
+        id_glob,
+        _parse_limit(_parameter(query, "limit")),
+        cursor,
+    )
+
+
+def _parse_limit(text: str) -> int:
+    """Return how many tasks a page has at most, -1 for all. Raise BadRequest."""
+    if not text:
+        return -1
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= _MAX_LIMIT:
+        raise BadRequest(f"limit: invalid {text!r}: expected 1 to {_MAX_LIMIT}")
+    return int(text)
+
+
+_MAX_REASON_LENGTH = 1000
+
+
+def _parse_reason(reason: Any) -> str:
+    if not isinstance(reason, str) or len(reason) > _MAX_REASON_LENGTH or not reason.isprintable():
+        raise BadRequest(f"reason: must be a text of one line with at most {_MAX_REASON_LENGTH} characters")
+    return reason
+
+
+def _action_audit(action: str, reason: str) -> str:
+    return f"{action}, reason: {reason}" if reason else action
 
 
 def _stopped_response() -> Json:
     schema = {"oneOf": [envelope_schema([Code.SUCCESS]), schema_reference("NotFound")]}
     examples = {"stopped": {"code": 0, "message": "success"}, "gone": _NOT_FOUND_EXAMPLE}
-    return response_object("The stop is recorded", schema, examples)
+    return response_object("The action is recorded", schema, examples)
 
 
 def accepted_json(step_count: int, task_id: str, base_url: str, timestamp_ns: int) -> Json:
@@ -9999,13 +11001,23 @@ def _console_response() -> Json:
 
 
 def pool_json(stats: PoolStats) -> Json:
-    return stats._asdict()
+    """Return the pool as it is shown; the reason for a pause is left out where there is none."""
+    value = stats._asdict()
+    if not stats.reason:
+        del value["reason"]
+    return value
+
+
+_POOL_PAUSED = "Whether no step starts"
+_POOL_REASON = "Why, in the words of the client"
 
 
 def _pool_schema() -> Json:
     properties = {name: integer_schema(description) for name, description in POOL_FIELDS.items()}
     properties["size"]["minimum"] = 1
-    return object_schema(properties)
+    properties["paused"] = {"type": "boolean", "description": _POOL_PAUSED}
+    properties["reason"] = string_schema(_POOL_REASON)
+    return object_schema(properties, optional=("reason",))
 
 
 def _pool_response() -> Json:
@@ -10016,7 +11028,27 @@ def _pool_response() -> Json:
 
 def _pool_size_schema() -> Json:
     size = integer_schema(POOL_FIELDS["size"], 1, maximum=MAX_POOL_SIZE)
-    return {"type": "object", "required": ["size"], "properties": {"size": size}}
+    properties = {
+        "size": size,
+        "paused": {"type": "boolean", "description": _POOL_PAUSED},
+        "reason": string_schema(_POOL_REASON, maxLength=_MAX_REASON_LENGTH),
+    }
+    return {"type": "object", "minProperties": 1, "properties": properties}
+
+
+def _parse_pool_settings(body: Any) -> Json:
+    """Return what a body asks for of size, paused and reason. Raise BadRequest."""
+    expected = f'expected {{"size": n}} with n from 1 to {MAX_POOL_SIZE}, "paused": true or false, "reason": a text'
+    settings = {}
+    if isinstance(body, dict):
+        settings = {name: body[name] for name in ("size", "paused", "reason") if name in body}
+    size = settings.get("size", 1)
+    if not settings or type(size) is not int or not 1 <= size <= MAX_POOL_SIZE:
+        raise BadRequest(f"invalid body: {expected}")
+    if type(settings.get("paused", True)) is not bool:
+        raise BadRequest(f"paused: {expected}")
+    _parse_reason(settings.get("reason", ""))
+    return settings
 
 
 # What a submission may be: the grammars are those of `parse_submission`. Empty and null are as absent.
@@ -10072,7 +11104,8 @@ def _submission_body() -> Json:
 
 
 def _pool_size_body() -> Json:
-    content = json_content(schema_reference("PoolSize"), {"eight": {"size": 8}})
+    examples = {"eight": {"size": 8}, "pause": {"paused": True, "reason": "maintenance"}}
+    content = json_content(schema_reference("PoolSize"), examples)
     return {"required": True, "content": content}
 
 
@@ -10082,19 +11115,47 @@ def _task_parameters() -> Json:
     sort_key = {"type": "string", "enum": [*_SORT_KEYS], "default": "st"}
     task_id = {"type": "string", "pattern": f"^({ID_PATTERN.pattern})?$"}
     variables = array_schema(schema_reference("Variable"))
+    reason = string_schema("One line", maxLength=_MAX_REASON_LENGTH)
+    results = array_schema({"type": "string", "enum": [*Result]})
+    cursor = {"type": "string", "pattern": "^(([0-9]{1,19}-)?[0-9]{1,19})?$"}
     path = {
         "task": ("Id of the task", non_empty, "release-1"),
         "step": ("Index of the step, or its name", non_empty, "0"),
     }
     query: dict[str, ParameterSpec] = {
         "sort": ("By begin (st), end (et) or expiry (rt)", sort_key, "st"),
+        "result": ("With this result; may be repeated", results, ["failed", "timed_out"]),
+        "limit": ("At most so many tasks", integer_schema("Tasks", 1, maximum=_MAX_LIMIT), 50),
+        "cursor": ("The `next` of the page before, with the other parameters as they were", cursor, "1234"),
+        "order": ("Ascending or descending", {"type": "string", "enum": [*_ORDERS], "default": "asc"}, "desc"),
         "ansync": ("true: only `depets_on` orders the steps", boolean, "true"),
         "async": ("The same as `ansync`", boolean, "true"),
         "id": ("Id of the task; sent again, the same submission runs once", task_id, "release-1"),
         "timeout": ("Timeout of the whole task, from its acceptance", schema_reference("Duration"), "1h30m"),
         "env_vars": ("KEY=value for all steps; may be repeated", variables, ["target=linux"]),
+        "delay": ("How long it waits at least before its first step", schema_reference("Duration"), "10m"),
+        "at": ("Before which moment no step starts", time_schema("RFC 3339"), "2022-11-18T16:14:23+08:00"),
+        "paused": ("true: held until it is resumed", boolean, "true"),
+        "action": ("What to do", {"type": "string", "enum": ["stop", "pause", "resume"], "default": "stop"}, "pause"),
+        "reason": ("Why, for those who read it later", reason, "maintenance"),
+        "signal": (
+            "What its processes get 5 seconds before they are killed; nothing on Windows",
+            {"type": "string", "enum": [*STOP_SIGNALS], "default": "TERM"},
+            "INT",
+        ),
     }
-    return {**parameter_objects("path", path), **parameter_objects("query", query)}
+    step_action = {"type": "string", "enum": ["stop"], "default": "stop"}
+    others: dict[str, ParameterSpec] = {  # whose names mean something else in other routes
+        "action": ("What to do", step_action, "stop"),
+        "id": ("A pattern of ids: `*`, `?` and `[a-z]`", string_schema("A glob"), "web-*"),
+    }
+    other_objects = parameter_objects("query", others)
+    return {
+        **parameter_objects("path", path),
+        **parameter_objects("query", query),
+        "step_action": other_objects["action"],
+        "id_glob": other_objects["id"],
+    }
 
 
 # The console: bytes to the lines of a JSON array, decoded on the way.
@@ -10173,8 +11234,15 @@ class TaskApi:
     """Handlers for the routes of tasks and of the pool. Thread-safe."""
 
     def __init__(
-        self, store: Store, scheduler: Scheduler, clock: Clock, files: SafeDirectory, key_expire_ns: int
+        self,
+        store: Store,
+        scheduler: Scheduler,
+        clock: Clock,
+        files: SafeDirectory,
+        key_expire_ns: int,
+        remove_files: Callable[[int], None],
     ) -> None:
+        self._remove_files = remove_files  # of a task, by its number
         self._store = store
         self._scheduler = scheduler
         self._clock = clock
@@ -10183,21 +11251,62 @@ class TaskApi:
 
     def routes(self) -> list[Route]:
         return [
-            Route("GET", _TASKS_PATH, self.list_tasks, "Lists all tasks", "TaskList", ("sort",), is_limited=True),
+            Route(
+                "GET",
+                _TASKS_PATH,
+                self.list_tasks,
+                "Lists tasks",
+                "TaskList",
+                ("sort", "result", "id_glob", "limit", "cursor", "order"),
+                is_limited=True,
+            ),
             Route(
                 "POST",
                 _TASKS_PATH,
                 self.submit_task,
                 "Submits a task",
                 "Accepted",
-                ("ansync", "async", "id", "timeout", "env_vars"),
+                ("ansync", "async", "id", "timeout", "env_vars", "delay", "at", "paused"),
                 "Submission",
                 errors=(409, 507),
                 is_limited=True,
             ),
             Route("GET", _TASK_PATH, self.show_task, "Shows a task, step by step", "TaskDetail", is_limited=True),
-            Route("PUT", _TASK_PATH, self.stop_task, "Stops a task by force", "Stopped"),
-            Route("PUT", _STEP_PATH, self.stop_step, "Stops a step by force", "Stopped"),
+            Route(
+                "PUT",
+                _TASK_PATH,
+                self.act_on_task,
+                "Stops a task by force, pauses it or lets it go on",
+                "Stopped",
+                ("action", "reason"),
+            ),
+            Route(
+                "DELETE",
+                _TASK_PATH,
+                self.delete_task,
+                "Deletes an ended task with its files",
+                "Deleted",
+                errors=(409, 507),
+                is_limited=True,
+            ),
+            # Before a step's name, so that no step can hide it.
+            Route(
+                "GET",
+                _TASK_PATH + "/submission",
+                self.show_submission,
+                "Shows what was submitted",
+                "SubmissionDetail",
+                is_limited=True,
+            ),
+            Route("GET", _STEP_PATH, self.show_step, "Shows a step and what it runs", "StepDetail", is_limited=True),
+            Route(
+                "PUT",
+                _STEP_PATH,
+                self.stop_step,
+                "Stops a step by force",
+                "Stopped",
+                ("step_action", "reason", "signal"),
+            ),
             Route(
                 "GET",
                 _STEP_PATH + "/console",
@@ -10210,8 +11319,8 @@ class TaskApi:
             Route(
                 "POST",
                 _POOL_PATH,
-                self.resize_pool,
-                "Sets the size of the pool",
+                self.set_pool,
+                "Sets the size of the pool, pauses it or lets it go on",
                 "Pool",
                 body="PoolSize",
                 is_limited=True,
@@ -10219,33 +11328,42 @@ class TaskApi:
         ]
 
     def list_tasks(self, request: Request) -> Response:
-        sort_keys = [value for name, value in request.query if name == "sort"] or ["st"]
-        if len(sort_keys) > 1 or sort_keys[0] not in _SORT_KEYS:
-            raise BadRequest("sort parameter error")
-        task_numbers = self._store.task_numbers(sort_keys[0])
-        return Response(headers=(JSON_TYPE,), body=self._task_list(task_numbers, request.base_url))
+        selection = _parse_selection(request.query)
+        page = self._store.page(selection)
+        total = None
+        if selection != Selection(selection.sort):
+            total = self._store.total(selection)
+        return Response(headers=(JSON_TYPE,), body=self._task_list(page, total, request.base_url))
 
-    def _task_list(self, task_numbers: Sequence[int], base_url: str) -> Iterator[bytes]:
-        """Yield the JSON of the list block by block, so that memory stays flat for any number of tasks."""
+    def _task_list(self, page: Page, total: int | None, base_url: str) -> Iterator[bytes]:
+        """Yield the JSON of the list block by block, so that memory stays flat for any number of tasks.
+
+        `total` is None where the list is of all tasks: those that are shown.
+        """
         running = self._store.running_steps()
-        total = 0
+        shown = 0
         yield b'{"code":0,"message":"success","data":{"running":%d,"tasks":[' % len(running)
-        for rows in self._store.tasks(task_numbers):
+        for rows in self._store.tasks(page.task_numbers):
             if not rows:
                 continue
             time_format = self._time_format()
             block = []
             for row in rows:
                 running_steps = running.get(row.task_number, ())
-                block.append(task_json(row, running_steps, base_url, time_format.task_times(row)))
-            separator = b"," if total else b""
+                block.append(task_json(row, running_steps, base_url, time_format))
+            separator = b"," if shown else b""
             yield separator + to_json(block)[1:-1].encode()
-            total += len(rows)
-        yield b'],"total":%d}}' % total
+            shown += len(rows)
+        end: Json = {"total": shown}
+        if total is not None:
+            end["total"] = total
+        if page.cursor:
+            end["next"] = page.cursor
+        yield b"]," + to_json(end)[1:].encode() + b"}"
 
     def submit_task(self, request: Request) -> Response:
         submission = parse_submission(request.body, request.query, INTERPRETERS)
-        accepted = self._scheduler.submit(submission)
+        accepted = self._scheduler.submit(submission, request.label)
         audit = f"task {accepted.id}, steps: {accepted.step_count}"
         if not accepted.is_new:
             audit += ", submitted before"
@@ -10262,29 +11380,76 @@ class TaskApi:
         rows = self._store.steps(task.task_number)
         names = [row.name for row in rows]
         time_format = self._time_format()
-        task_url = _task_url(request.base_url, task.id)
-        data = [
-            step_json(
-                row,
-                names,
-                task_url,
-                time_format.step_times(row, task),
-            )
-            for row in rows
-        ]
+        data = [self._step_json(row, task, names, request, time_format) for row in rows]
         code, message = _task_outcome(task, rows)
+        running = [(row.step_index, row.name) for row in rows if row.state == State.RUNNING]
+        whole = {**task_json(task, running, request.base_url, time_format), **task_words(task, rows)}
+        envelope = {"code": code, "message": message, "data": data, "task": whole}
         state_header = ("X-Task-STATE", STATE_NAMES[State(task.state)])
-        return json_response(data, code, message, headers=(state_header,))
+        return Response(headers=(JSON_TYPE, state_header), body=to_json(envelope).encode())
 
-    def stop_task(self, request: Request) -> Response:
-        task = self._store.task(request.params["task"])
-        self._scheduler.stop_task(task.task_number)
-        return json_response()
+    def _step_json(
+        self,
+        step: StepRow,
+        task: TaskRow,
+        names: Sequence[str],
+        request: Request,
+        time_format: TimeFormat,
+    ) -> Json:
+        """Return a step; how much it has written is stored at its end, until then its file tells."""
+        output_bytes = step.output_bytes
+        if output_bytes is None:
+            output_bytes = StepDirectory(self._files, task.task_number, step.step_index).output_bytes()
+        return step_json(
+            step,
+            task,
+            names,
+            request.base_url,
+            time_format,
+            output_bytes,
+        )
 
-    def stop_step(self, request: Request) -> Response:
+    def show_step(self, request: Request) -> Response:
         task = self._store.task(request.params["task"])
         step = self._store.step(task.task_number, request.params["step"])
-        self._scheduler.stop_step(task.task_number, step.step_index)
+        names = [row.name for row in self._store.steps(task.task_number)]
+        data = self._step_json(step, task, names, request, self._time_format())
+        submission = self._store.submission(task.task_number)
+        if submission:
+            data.update(submitted_json(json.loads(submission.steps)[step.step_index]))
+        code, message = _step_outcome(step)
+        return json_response(data, code, message)
+
+    def show_submission(self, request: Request) -> Response:
+        task = self._store.task(request.params["task"])
+        submission = self._store.submission(task.task_number)
+        if submission is None:
+            raise NotFound("the task was accepted by an earlier version, which did not keep its submission")
+        return json_response({"query": submission.query, "steps": json.loads(submission.steps)})
+
+    def act_on_task(self, request: Request) -> Response:
+        action = _choice(request.query, "action", ("stop", "pause", "resume"))
+        reason = _parse_reason(_parameter(request.query, "reason"))
+        task = self._store.task(request.params["task"])
+        if action == "stop":
+            self._scheduler.stop_task(task.task_number, Stop(STOPPED, request.label, reason))
+        else:
+            self._scheduler.pause_task(task.task_number, action == "pause")
+        return json_response(audit=_action_audit(action, reason))
+
+    def stop_step(self, request: Request) -> Response:
+        action = _choice(request.query, "action", ("stop",))
+        signal_name = _choice(request.query, "signal", STOP_SIGNALS)
+        reason = _parse_reason(_parameter(request.query, "reason"))
+        task = self._store.task(request.params["task"])
+        step = self._store.step(task.task_number, request.params["step"])
+        stop = Stop(STOPPED, request.label, reason)
+        self._scheduler.stop_step(task.task_number, step.step_index, stop, signal_name)
+        return json_response(audit=_action_audit(action, reason))
+
+    def delete_task(self, request: Request) -> Response:
+        task_number = self._store.delete(request.params["task"]).result()
+        self._remove_files(task_number)
         return json_response()
 
     def show_console(self, request: Request) -> Response:
@@ -10304,12 +11469,12 @@ class TaskApi:
     def show_pool(self, _: Request) -> Response:
         return json_response(pool_json(self._scheduler.pool()))
 
-    def resize_pool(self, request: Request) -> Response:
+    def set_pool(self, request: Request) -> Response:
         body = parse_json(request.body)
-        size = body.get("size") if isinstance(body, dict) else None
-        if type(size) is not int or not 1 <= size <= MAX_POOL_SIZE:
-            raise BadRequest(f'invalid body: expected {{"size": n}} with n from 1 to {MAX_POOL_SIZE}')
-        return json_response(pool_json(self._scheduler.resize(size)), audit=f"size {size}")
+        settings = _parse_pool_settings(body)
+        audit = ", ".join(f"{name} {to_json(value)}" for name, value in settings.items())
+        stats = self._scheduler.set_pool(settings.get("size"), settings.get("paused"), settings.get("reason"))
+        return json_response(pool_json(stats), audit=audit)
 
     def _time_format(self) -> TimeFormat:
         return TimeFormat(self._clock.now_ns(), self._clock.wall_times(), self._key_expire_ns)
@@ -10325,6 +11490,9 @@ def task_components() -> Components:
             "Accepted": _accepted_response(),
             "TaskDetail": _task_detail_response(),
             "Stopped": _stopped_response(),
+            "Deleted": _deleted_response(),
+            "StepDetail": _step_detail_response(),
+            "SubmissionDetail": _submission_response(),
             "Console": _console_response(),
             "Pool": _pool_response(),
         },
@@ -10336,7 +11504,9 @@ def task_components() -> Components:
             "PoolSize": _pool_size_schema(),
             "Times": _times_schema(),
             "Task": _task_schema(),
+            "WholeTask": _whole_task_schema(),
             "Step": _step_schema(),
+            "StepDetail": _step_detail_schema(),
             "Pool": _pool_schema(),
             "NotFound": envelope_schema([Code.NOT_FOUND]),
         },
@@ -10449,6 +11619,7 @@ def version_json(program: Build) -> Json:
         "python": python,
         "commit": program.commit or None,
         "built": program.built,
+        "features": [*FEATURES],
     }
 
 
@@ -10460,6 +11631,7 @@ def _version_schema() -> Json:
             "python": object_schema(python),
             "commit": nullable(string_schema("The git commit, null where it is unknown")),
             "built": string_schema("When it was committed, else when its file was written"),
+            "features": array_schema({"type": "string"}, description="What it can beyond the original"),
         }
     )
 
@@ -10549,8 +11721,9 @@ class OperatorApi:
             metric(METRIC_PREFIX + "build_info", "gauge", "The program and its Python; always 1.", 1, labels),
             MetricFamily(METRIC_PREFIX + "tasks", "gauge", "Tasks kept, by state.", tasks),
         ]
-        for name, value in pool_json(self._scheduler.pool()).items():
-            families.append(metric(f"{METRIC_PREFIX}pool_{name}", "gauge", f"{POOL_FIELDS[name]}.", value))
+        pool = self._scheduler.pool()._asdict()
+        for name, description in POOL_FIELDS.items():
+            families.append(metric(f"{METRIC_PREFIX}pool_{name}", "gauge", f"{description}.", pool[name]))
         size_bytes = self._store.size_bytes()
         store_size = metric(METRIC_PREFIX + "store_size_bytes", "gauge", "What the database takes on disk.", size_bytes)
         return [*families, store_size]
@@ -11486,6 +12659,7 @@ class Daemon:
             capacity,
             lambda task_number: runner.remove_empty_workspace(task_number),  # made below, for it needs the scheduler
         )
+        scheduler.restore_pool(store.metadata(), with_size="pool_size" not in settings.given)
         runner = Runner(store, scheduler, processes, clock, files, settings, metrics)
         recovery = Recovery(store, scheduler, processes, clock, files, runner)
         janitor = Janitor(store, scheduler, processes, clock, files, settings)
@@ -11504,6 +12678,7 @@ class Daemon:
             lambda: insecure_warning,
             functools.partial(_capacity_warning, capacity, tasks.scheduler),
             lambda: tasks.scheduler.scarcity,
+            tasks.scheduler.pause_warning,
             root_watch.warning,
         ]
 
@@ -11512,7 +12687,14 @@ class Daemon:
         store = tasks.store
         scheduler = tasks.scheduler
         clock = tasks.clock
-        task_api = TaskApi(store, scheduler, clock, tasks.files, settings.key_expire)
+        task_api = TaskApi(
+            store,
+            scheduler,
+            clock,
+            tasks.files,
+            settings.key_expire,
+            tasks.janitor.remove_files,
+        )
         operator_api = OperatorApi(store, scheduler, clock, tasks.metrics, self._root, warnings)
         profile_api = ProfileApi(tasks.metrics, settings.profile_timeout)
         routes = [*task_api.routes(), *operator_api.routes(), *profile_api.routes()]
@@ -11567,7 +12749,7 @@ class Daemon:
     def _end_steps(self, scheduler: Scheduler) -> None:
         """Do with the running steps what --on_exit says."""
         on_exit = self._settings.on_exit
-        scheduler.pause()
+        scheduler.close()
         if on_exit == "stop":
             scheduler.stop_running()
         if on_exit != "leave":
