@@ -11250,6 +11250,9 @@ class TaskApi:
         self._key_expire_ns = key_expire_ns
 
     def routes(self) -> list[Route]:
+        return [*self._task_routes(), *self._step_routes(), *self._pool_routes()]
+
+    def _task_routes(self) -> list[Route]:
         return [
             Route(
                 "GET",
@@ -11289,7 +11292,6 @@ class TaskApi:
                 errors=(409, 507),
                 is_limited=True,
             ),
-            # Before a step's name, so that no step can hide it.
             Route(
                 "GET",
                 _TASK_PATH + "/submission",
@@ -11298,6 +11300,11 @@ class TaskApi:
                 "SubmissionDetail",
                 is_limited=True,
             ),
+        ]
+
+    def _step_routes(self) -> list[Route]:
+        """Return the routes of a step; those of its task, whose words stand in its name's place, come before."""
+        return [
             Route("GET", _STEP_PATH, self.show_step, "Shows a step and what it runs", "StepDetail", is_limited=True),
             Route(
                 "PUT",
@@ -11315,6 +11322,10 @@ class TaskApi:
                 "Console",
                 is_limited=True,
             ),
+        ]
+
+    def _pool_routes(self) -> list[Route]:
+        return [
             Route("GET", _POOL_PATH, self.show_pool, "Shows the pool", "Pool", is_limited=True),
             Route(
                 "POST",
