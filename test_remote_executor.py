@@ -1130,6 +1130,8 @@ ROUTES = {
     "/api/v1/task/:task": "GET PUT",
     "/api/v1/task/:task/:step": "PUT",
     "/api/v1/task/:task/:step/console": "GET",
+    "/api/v1/task/:task/workspace": "GET HEAD POST DELETE",
+    "/api/v1/task/:task/workspace/:path": "GET HEAD PUT DELETE",
     "/api/v1/pool": "GET POST",
     "/api/v1/state": "GET",
     "/openapi.json": "GET",
