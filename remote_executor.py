@@ -14,7 +14,7 @@ The file reads from top to bottom, a section uses only what stands above it:
     III  tasks             task model, submission, dependency plan, metrics, step directory, store, scheduler, runner,
                            recovery, janitor
     IV   HTTP              messages, request parser, routing, authentication, connections
-    V    API               web pages, schemas, task API, operator API, profiling, API document
+    V    API               web pages, schemas, task API, workspace API, operator API, profiling, API document
     VI   program           daemon, supervisors, service managers, command line
 
 Glossary: a *task* is a graph of *steps*, each one script; its steps share a *workspace*, the task's own directory. A
@@ -141,6 +141,18 @@ class Conflict(ApiError):
 
 class ContentTooLarge(ApiError):
     status = code = 413
+
+
+class UnsupportedMediaType(ApiError):
+    status = code = 415
+
+
+class RangeNotSatisfiable(ApiError):
+    status = code = 416
+
+    def __init__(self, message: str, total_bytes: int) -> None:
+        super().__init__(message)
+        self.headers = (("Content-Range", f"bytes */{total_bytes}"),)
 
 
 class TooManyRequests(ApiError):
@@ -2096,34 +2108,146 @@ _FILE_FLAGS = _O_NOFOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY
 _NEW_FILE_FLAGS = _FILE_FLAGS | os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _NO_FILES: Mapping[str, bytes] = types.MappingProxyType({})
 _REMOVAL_S = 10.0  # for one directory, before others have their turn
+# What Windows would take for another drive, a stream of a file (`a:b`), a pattern, or a device (Naming Files, MSDN).
+_NO_WINDOWS_NAME = re.compile(
+    r'.*[<>:"|?*\\\x00-\x1f].*|.*[. ]|(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\..*)?',
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def split_path(path: bytes) -> list[str]:
+    """Return the names in a path that a client gave, for SafeDirectory; it is relative, whatever it begins with.
+
+    Raises ValueError where a name leads elsewhere than to the entry of that name.
+    """
+    names = []
+    for part in path.split(b"/"):
+        if part:
+            names.append(_entry_name(part))
+    return names
+
+
+def _entry_name(part: bytes) -> str:
+    try:
+        name = os.fsdecode(part)
+    except UnicodeDecodeError:  # on Windows
+        raise ValueError(f"name {part!r} is not UTF-8") from None
+    if name in (".", ".."):
+        raise ValueError(f"name {name!r} is not allowed in a path")
+    if "\0" in name:
+        raise ValueError(f"name {name!a} contains NUL")
+    if ON_WINDOWS and _NO_WINDOWS_NAME.fullmatch(name):
+        raise ValueError(f"name {name!a} is none that a file of Windows may have")
+    return name
+
+
+def _extended_path(path: str) -> str:
+    """Return a path that Windows takes to the letter and at any length (Naming Files, MSDN); elsewhere the same one."""
+    if ON_WINDOWS and not path.startswith("\\\\"):
+        return rf"\\?\{path}"
+    return path
+
+
+def _check_spelling(directory: str, name: str) -> None:
+    """Raise FileNotFoundError where a name is the short (8.3) one of an entry that has another name."""
+    if "~" not in name or not os.path.lexists(os.path.join(directory, name)):
+        return
+    if name.casefold() not in {entry.casefold() for entry in os.listdir(directory)}:
+        raise FileNotFoundError(errno.ENOENT, "is the short name of another entry", name)
 
 
 class SafeDirectory:
     """A directory of ours, in whose content steps may have made anything. Thread-safe.
 
     Nothing in it is reached through a link: each directory is opened from the one above it, so that no exchange for a
-    link in between leads out of it (CWE-367). Windows has no such calls: there the names are checked just before.
+    link in between leads out of it (CWE-22, 59, 367). Windows has no such calls: there the names are checked just
+    before. A hard link is as good a name of its file as any: nothing is ever written through one.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._top = -1  # its descriptor, for as long as the process lives
+        self._top = -1  # its descriptor, for as long as it is open
+        self._mount = ""  # the only mount in which anything is reached; empty for any
 
     def open(self) -> None:
         """Keep the directory itself open, whatever becomes of its name. Raises OSError."""
         if _SUPPORTS_DIR_FD:
             self._top = os.open(self.path, _DIRECTORY_FLAGS)
 
+    @contextlib.contextmanager
+    def enter(self, *names: str) -> Iterator[SafeDirectory]:
+        """Yield a directory in this one, which is open, as one of its own; nothing that is mounted there is reached.
+
+        Raises OSError.
+        """
+        directory = SafeDirectory(os.path.join(self.path, *names))
+        with self._directory(names) as descriptor:
+            if descriptor is not None:
+                directory._mount = self._mount or _mount_id(self._top)
+                directory._check_mount(descriptor)
+                directory._top = os.dup(descriptor)
+        try:
+            yield directory
+        finally:
+            if descriptor is not None:
+                os.close(directory._top)
+
+    def status(self, *names: str) -> os.stat_result:
+        """Return the status of an entry, of a link itself. Raises OSError."""
+        with self._parent(names) as (name, parent):
+            return os.stat(name, dir_fd=parent, follow_symlinks=False)
+
+    def entries(self) -> Iterator[os.DirEntry[str]]:
+        """Yield the entries of the directory itself, which must be open, in no order. Raises OSError."""
+        with os.scandir(self._top if _SUPPORTS_DIR_FD else _extended_path(self.path)) as entries:
+            yield from entries
+
     def read(self, *names: str) -> io.FileIO:
         """Open a regular file. Raises OSError, also for all else: a pipe would block, a device has no end."""
         with self._parent(names) as (name, parent):
-            if parent is None and _is_link(os.lstat(name)):
+            status = os.stat(name, dir_fd=parent, follow_symlinks=False)  # for opening alone may move a device
+            if _is_link(status):
                 raise OSError(errno.ELOOP, "is a link", name)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "is not a regular file", name)
             descriptor = os.open(name, os.O_RDONLY | _FILE_FLAGS, dir_fd=parent)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        try:
+            self._check_mount(descriptor)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "is not a regular file", names[-1])
+        except OSError:
             os.close(descriptor)
-            raise OSError(errno.EINVAL, "is not a regular file", names[-1])
+            raise
         return open(descriptor, "rb", buffering=0)
+
+    @contextlib.contextmanager
+    def temporary_file(self) -> Iterator[tuple[str, io.FileIO]]:
+        """Yield name and file of a new one, which is removed unless `move_from` has moved it. Raises OSError.
+
+        One that a killed daemon left belongs to no task: the next start removes it.
+        """
+        name = f"upload-{os.urandom(16).hex()}"
+        with self._parent([name]) as (path, parent):
+            file = io.FileIO(os.open(path, _NEW_FILE_FLAGS, 0o600, dir_fd=parent), "w")
+        try:
+            with file:
+                yield name, file
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                self.unlink(name)
+
+    def move_from(self, other: SafeDirectory, name: str, *names: str) -> None:
+        """Move a file of `other` into this directory, in place of what has its name; make directories on its way.
+
+        Raises OSError, where the place is that of a directory too.
+        """
+        with other._parent([name]) as (source, source_parent), self._parent(names, may_make=True) as (target, parent):
+            _replace(source, target, source_parent, parent)
+
+    def unlink(self, *names: str) -> None:
+        """Remove what is no directory, a link itself. Raises OSError."""
+        with self._parent(names) as (name, parent):
+            os.unlink(name, dir_fd=parent)
 
     def make(self, *names: str, content: Mapping[str, bytes] = _NO_FILES, may_exist: bool = False) -> None:
         """Make a directory, which must not exist yet, with these files in it, which never may. Raises OSError."""
@@ -2169,29 +2293,73 @@ class SafeDirectory:
             return False
 
     @contextlib.contextmanager
-    def _parent(self, names: Sequence[str]) -> Iterator[tuple[str, int | None]]:
+    def _parent(self, names: Sequence[str], may_make: bool = False) -> Iterator[tuple[str, int | None]]:
         """Yield the last name and its directory's descriptor; where there are none, the whole path and None."""
+        with self._directory(names[:-1], may_make) as descriptor:
+            if descriptor is not None:
+                yield names[-1], descriptor
+                return
+            directory = os.path.join(_extended_path(self.path), *names[:-1])
+            if ON_WINDOWS:
+                _check_spelling(directory, names[-1])
+            yield os.path.join(directory, names[-1]), None
+
+    @contextlib.contextmanager
+    def _directory(self, names: Sequence[str], may_make: bool = False) -> Iterator[int | None]:
+        """Yield the descriptor of a directory; None where there are none, when the path to it has no link."""
         if not _SUPPORTS_DIR_FD:
-            path = self.path
-            for name in names:
-                if _is_link(os.lstat(path)):
-                    raise NotADirectoryError(errno.ENOTDIR, "is a link", path)
-                path = os.path.join(path, name)
-            yield path, None
+            _check_path(_extended_path(self.path), names, may_make)
+            yield None
             return
         descriptor = self._top
         if descriptor < 0:
             descriptor = os.open(self.path, _DIRECTORY_FLAGS)
         try:
-            for name in names[:-1]:
+            for name in names:
                 above = descriptor
+                if may_make:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(name, 0o700, dir_fd=above)
                 descriptor = os.open(name, _DIRECTORY_FLAGS, dir_fd=above)
                 if above != self._top:
                     os.close(above)
-            yield names[-1], descriptor
+                self._check_mount(descriptor)
+            yield descriptor
         finally:
             if descriptor != self._top:
                 os.close(descriptor)
+
+    def _check_mount(self, descriptor: int) -> None:
+        """Raise OSError where what is open is on another mount than all that may be reached."""
+        if self._mount and _mount_id(descriptor) != self._mount:
+            raise OSError(errno.EXDEV, "is mounted")
+
+
+def _check_path(path: str, names: Sequence[str], may_make: bool) -> None:
+    """Raise OSError unless there are only directories from `path` along these names; make them where that may be."""
+    for name in ("", *names):
+        if name:
+            if ON_WINDOWS:
+                _check_spelling(path, name)
+            path = os.path.join(path, name)
+            if may_make:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(path, 0o700)
+        status = os.lstat(path)
+        if _is_link(status) or not stat.S_ISDIR(status.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "is not a directory", path)
+
+
+def _replace(source: str, target: str, source_parent: int | None, target_parent: int | None) -> None:
+    """Rename a file over what has the other name; on Windows retry for seconds, for a scanner may hold it."""
+    end_s = time.monotonic() + _RENAME_RETRY_S
+    while True:
+        try:
+            return os.replace(source, target, src_dir_fd=source_parent, dst_dir_fd=target_parent)
+        except PermissionError:
+            if not ON_WINDOWS or os.path.isdir(target) or time.monotonic() > end_s:
+                raise
+        time.sleep(0.05)
 
 
 def _remove(name: str, parent: int, mount: str) -> bool:
@@ -2292,12 +2460,10 @@ def _remove_by_path(path: str) -> bool:
             os.chmod(name, stat.S_IWRITE)  # a step may have made it read-only
             action(name)
 
-    if ON_WINDOWS:
-        path = rf"\\?\{path}"  # what steps make there may be deeper than MAX_PATH
-    if _is_link(os.lstat(path)):
-        os.unlink(path)
-    else:
+    if is_real_directory(path):
         shutil.rmtree(path, onerror=retry)
+    else:
+        os.unlink(path)
     return not os.path.lexists(path)
 
 
@@ -8487,6 +8653,15 @@ class Client(NamedTuple):
     certificate: str = ""
 
 
+class BodyStream(Protocol):
+    """A body that is read block by block as its handler asks for it; each block is valid until the next."""
+
+    is_finished: bool
+
+    def __iter__(self) -> Iterator[memoryview]:
+        """Yield the blocks. Raise BadRequest or ConnectionEnded."""
+
+
 class Request(NamedTuple):
     """A parsed request: `segments` and `query` are decoded, header names are in lower case."""
 
@@ -8501,6 +8676,9 @@ class Request(NamedTuple):
     body: bytes = b""
     label: str = ""  # the client's name in the log; empty for a stranger on a public route
     params: Mapping[str, str] = types.MappingProxyType({})
+    raw_path: str = ""  # as sent, for what need not be UTF-8
+    raw_query: str = ""
+    stream: BodyStream | None = None  # the body, where the route reads it itself
 
     @property
     def peer(self) -> str:
@@ -8517,12 +8695,20 @@ class Request(NamedTuple):
         return not self.is_http_10 and "expect" in self.headers and self.body_bytes != 0
 
 
+class FileSlice(NamedTuple):
+    """Bytes of an open file, as the body of a response; who sends them closes the file."""
+
+    file: io.FileIO
+    offset: int
+    byte_count: int
+
+
 class Response(NamedTuple):
     """A response. A body of several blocks is streamed; `audit` describes a change in the log, beside its path."""
 
     status: int = 200
     headers: Headers = ()
-    body: bytes | Iterable[bytes] = b""
+    body: bytes | FileSlice | Iterable[bytes] = b""
     audit: str = ""
 
 
@@ -8542,6 +8728,30 @@ def json_response(
     if data is not _NO_DATA:
         envelope["data"] = data
     return Response(status, (JSON_TYPE, *headers), to_json(envelope).encode(), audit)
+
+
+_BYTE_RANGE = re.compile(r"bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*", re.IGNORECASE)
+
+
+def parse_range(header: str, total_bytes: int) -> tuple[int, int] | None:
+    """Return offset and number of the bytes that a Range header asks for (RFC 9110, 14.2).
+
+    None where it is to be ignored: none, several, malformed. Raise RangeNotSatisfiable.
+    """
+    match = _BYTE_RANGE.fullmatch(header)
+    if not match or not (match[1] or match[2]):
+        return None
+    first = int(match[1] or 0)
+    end = total_bytes
+    if not match[1]:
+        first = max(0, total_bytes - int(match[2]))
+    elif match[2]:
+        if int(match[2]) < first:
+            return None
+        end = min(total_bytes, int(match[2]) + 1)
+    if first >= end:
+        raise RangeNotSatisfiable(f"no byte of {header!r} is there: it has {total_bytes} bytes", total_bytes)
+    return first, end - first
 
 
 def error_response(error: ApiError) -> Response:
@@ -8569,7 +8779,7 @@ def error_response(error: ApiError) -> Response:
 #     exhausting memory             Head, fields, lines of chunks and bodies are bounded, a body by its declared length
 #                                   before a byte of it is read.
 #     exhausting time (slowloris)   One deadline for the head and one for the body, not a timeout for each read: a byte
-#                                   now and then gains nothing.
+#                                   now and then gains nothing. An upload has one for each 64 KB.
 #
 # The order of the checks: size and line ends while the head comes in, so that garbage ends early; request line; fields;
 # Host and target; the body's length. Only then is the client authorized, and then the body read. After an error it is
@@ -8583,6 +8793,8 @@ _MAX_FIELDS = 100  # as Apache, gunicorn and CPython's http.client have it
 # as a client that waits holds a thread here.
 _MIN_BODY_BYTES_PER_S = 64 * 1024
 _MAX_CHUNK_LINE_BYTES = 256  # a size of 12 digits; extensions are used by nobody
+_STREAM_BLOCK_BYTES = 1 << 18  # one for each upload: larger ones are no faster
+_MIN_STREAM_BYTES = 1 << 16
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/1\.([01])")
 _FIELD_LINE = re.compile(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)")
@@ -8656,6 +8868,14 @@ class RequestReader:
             self._receive()
         return self._take(count)
 
+    def read_into(self, view: memoryview) -> int:
+        """Read into the beginning of `view`, which is not empty; return how many bytes. Raise ConnectionEnded."""
+        count = min(len(view), len(self._buffer))
+        if not count:
+            return int(self._before_deadline(self._sock.recv_into, view))
+        view[:count] = self._take(count)
+        return count
+
     def has_buffered(self, count: int) -> bool:
         """Return whether `count` bytes were received that nobody has read."""
         return len(self._buffer) >= count
@@ -8683,20 +8903,24 @@ class RequestReader:
 
     def _receive(self) -> None:
         """Add to the buffer what the client has sent. Raise ConnectionEnded at the end or the deadline."""
+        self._buffer += self._before_deadline(self._sock.recv, 1 << 16)
+
+    def _before_deadline(self, receive: Callable[[Any], Any], argument: Any) -> Any:
+        """Return what a recv() returns, which is not nothing. Raise ConnectionEnded at the end or the deadline."""
         left_s = self._deadline_s - time.monotonic()
         try:
             # Setting costs a system call, so a timeout that is up to a second too short for this deadline is kept.
             if left_s < self._timeout_s or left_s > self._timeout_s + 1:
                 self._timeout_s = max(left_s, 0.001)
                 self._set_timeout(self._timeout_s)
-            data = self._sock.recv(1 << 16)
+            received = receive(argument)
         except OSError as error:
             raise ConnectionEnded(str(error)) from None
-        if not data:
+        if not received:
             raise ConnectionEnded("the client has closed the connection")
         if left_s <= 0:
             raise ConnectionEnded("the client is too slow")
-        self._buffer += data
+        return received
 
 
 def read_head(reader: RequestReader, timeout_s: float, client: Client) -> Request:
@@ -8716,7 +8940,18 @@ def read_head(reader: RequestReader, timeout_s: float, client: Client) -> Reques
     body_bytes = _body_bytes(fields, is_http_10)
     segments = tuple(_unquote(segment) for segment in path.split("/")[1:])
     parameters = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace")
-    return Request(method, segments, tuple(parameters), fields, host, is_http_10, body_bytes, client)
+    return Request(
+        method,
+        segments,
+        tuple(parameters),
+        fields,
+        host,
+        is_http_10,
+        body_bytes,
+        client,
+        raw_path=path,
+        raw_query=query,
+    )
 
 
 def read_body(
@@ -8820,13 +9055,21 @@ def _read_chunks(reader: RequestReader, max_bytes: int) -> bytes:
             raise ContentTooLarge(f"request body has more than {max_bytes} bytes, the most allowed (--max_body)")
         reader.extend_deadline(size / _MIN_BODY_BYTES_PER_S)
         body += reader.read_exactly(size)
-        if reader.read_exactly(2) != b"\r\n":
-            raise BadRequest("malformed chunk: expected CRLF after its data")
+        _read_chunk_end(reader)
+    _read_trailer(reader)
+    return bytes(body)
+
+
+def _read_chunk_end(reader: RequestReader) -> None:
+    if reader.read_exactly(2) != b"\r\n":
+        raise BadRequest("malformed chunk: expected CRLF after its data")
+
+
+def _read_trailer(reader: RequestReader) -> None:
     trailer: list[str] = []
     while len(trailer) <= _MAX_FIELDS and (line := reader.read_line()):
         trailer.append(line.decode("latin-1"))
     _parse_fields(trailer)
-    return bytes(body)
 
 
 def _read_chunk_size(reader: RequestReader) -> int:
@@ -8836,13 +9079,66 @@ def _read_chunk_size(reader: RequestReader) -> int:
     return int(match[1], 16)
 
 
+class IncomingBody:
+    """The body of a request, read block by block as its handler asks for it; for the connection's thread.
+
+    It may take as long as it likes, if at least 64 KB come within each `timeout_s`, those for which the handler does
+    not wait left out.
+    """
+
+    def __init__(
+        self,
+        reader: RequestReader,
+        request: Request,
+        timeout_s: float,
+        send_continue: Callable[[], None],
+    ) -> None:
+        self.is_finished = request.body_bytes == 0
+        self._reader = reader
+        self._request = request
+        self._timeout_s = timeout_s
+        self._send_continue = send_continue
+        self._block = memoryview(bytearray(_STREAM_BLOCK_BYTES))
+        self._earned_bytes = 0  # since the deadline was set
+
+    def __iter__(self) -> Iterator[memoryview]:
+        """Yield the blocks, each valid until the next. Raise BadRequest or ConnectionEnded."""
+        if self.is_finished:
+            return
+        size = self._request.body_bytes
+        if self._request.expects_continue and not self._reader.has_buffered(size or 1):
+            self._send_continue()
+        self._reader.set_deadline(self._timeout_s)
+        if size is None:
+            yield from self._read_chunks()
+        else:
+            yield from self._read_blocks(size)
+        self.is_finished = True
+
+    def _read_chunks(self) -> Iterator[memoryview]:
+        while size := _read_chunk_size(self._reader):
+            yield from self._read_blocks(size)
+            _read_chunk_end(self._reader)
+        _read_trailer(self._reader)
+
+    def _read_blocks(self, left_bytes: int) -> Iterator[memoryview]:
+        while left_bytes:
+            count = self._reader.read_into(self._block[:left_bytes])
+            left_bytes -= count
+            self._earned_bytes += count
+            yield self._block[:count]
+            if self._earned_bytes >= _MIN_STREAM_BYTES:
+                self._earned_bytes = 0
+                self._reader.set_deadline(self._timeout_s)
+
+
 # ======================================================================================================================
 # IV HTTP / routing: which handler answers a method on a path
 # ======================================================================================================================
 
 
 class Route(NamedTuple):
-    """The handler of a method on a path; {names} in the template are parameters.
+    """The handler of a method on a path; {names} in the template are parameters, a last {path} is all the rest.
 
     `answer`, `query` and `body` are names in the API document, `errors` the statuses that only some routes have.
     """
@@ -8857,6 +9153,7 @@ class Route(NamedTuple):
     errors: tuple[int, ...] = ()
     is_limited: bool = False  # by --max-requests
     is_public: bool = False  # open to clients without credentials
+    streams_body: bool = False  # it is in the request's `stream`, of any size
 
 
 _Segments = tuple[str, ...]
@@ -8874,6 +9171,7 @@ class Router:
             segments = tuple(route.template.split("/")[1:])
             table = self._variable if "{" in route.template else self._fixed
             table.setdefault(segments, {})[route.method] = route
+        self._variable = dict(sorted(self._variable.items(), key=_parameter_places))  # words before parameters
 
     def match(self, request: Request) -> tuple[Route, dict[str, str]]:
         """Return the route of a request and its parameters. Raise PathNotFound or MethodNotAllowed."""
@@ -8901,8 +9199,18 @@ class Router:
         raise PathNotFound(f"not found: /{path}")
 
 
+_REST = "{path}"
+
+
+def _parameter_places(item: tuple[_Segments, _Methods]) -> list[bool]:
+    return [segment.startswith("{") for segment in item[0]]
+
+
 def _match_template(template: _Segments, segments: _Segments) -> dict[str, str] | None:
     """Return the parameters of a path, None if the template is not its."""
+    depth = len(template) - 1
+    if template[depth] == _REST and len(segments) > depth:
+        segments = (*segments[:depth], "/".join(segments[depth:]))
     if len(template) != len(segments):
         return None
     params: dict[str, str] = {}
@@ -9018,7 +9326,7 @@ class Authenticator:
             return ()
         return (
             ("Access-Control-Allow-Origin", origin),
-            ("Access-Control-Expose-Headers", "X-Task-ID, X-Task-STATE"),
+            ("Access-Control-Expose-Headers", "X-Task-ID, X-Task-STATE, Content-Disposition, Content-Range, ETag"),
             ("Vary", "Origin"),
         )
 
@@ -9205,6 +9513,7 @@ def rate_limit_key(address: str) -> str:
 #
 #     TLS handshake, first byte, head     --timeout each
 #     body                                --timeout, and a second for each 64 KB
+#     upload                              --timeout for each 64 KB, whatever its size
 #     handler                             as long as it takes: only profiles take long
 #     response                            --timeout, and a second for each 64 KB; a streamed one earns it as it goes
 #     idle between requests               60 s: nginx 75 s, Apache and node.js 5 s; an idle thread costs little, and a
@@ -9234,6 +9543,7 @@ _MAX_RESTART_PAUSE_S = 5.0
 _REFILL_INTERVAL_S = 10.0
 _WARNING_INTERVAL_S = 60.0
 _REFUSED_BODY_BYTES = 64 * 1024  # read of a refused request, to keep its connection
+_FILE_BLOCK_BYTES = 1 << 19
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
@@ -9640,6 +9950,8 @@ class Server(http.server.ThreadingHTTPServer):
             return response
         except ApiError as error:
             return error_response(error)
+        except ConnectionEnded:  # in the middle of an upload
+            raise
         except Exception:
             log.exception("%s %s failed", request.method, _path(request))
             return error_response(ApiError("internal error; see the daemon's log"))
@@ -9732,8 +10044,9 @@ def _path(request: Request) -> str:
 def _log_fields(request: Request) -> dict[str, Any]:
     """Return the fields of a log line about a request, with the task and the step in its path."""
     fields = {"peer": request.peer, "method": request.method, "path": _path(request)}
-    if request.segments[:3] == ("api", "v1", "task"):
-        fields.update(zip(("task", "step"), request.segments[3:5]))
+    for name in ("task", "step"):
+        if name in request.params:
+            fields[name] = request.params[name]
     return fields
 
 
@@ -9821,15 +10134,17 @@ class Connection(socketserver.BaseRequestHandler):
             refusal = error
         is_body_read = False
         try:
-            request = self._read_body(reader, request, refusal)
+            request = self._read_body(reader, request, route, refusal)
             is_body_read = True
         except ApiError as error:
             refusal = error
 
-        with server.descriptors.lend_if_scarce(look_now=self._is_scarce):
+        with self._lend_descriptors(request):
             response = error_response(refusal) if refusal else server.dispatch(self.request, route, request)
             cors_headers = server.authenticator.cors_headers(request)
             response = response._replace(headers=response.headers + cors_headers)
+            if request.stream:
+                is_body_read = request.stream.is_finished
             is_kept = self._keeps_alive(request, response, is_body_read)
             sent = 0
             try:
@@ -9841,11 +10156,28 @@ class Connection(socketserver.BaseRequestHandler):
             self._linger_and_close(reader)
         return is_kept
 
-    def _read_body(self, reader: RequestReader, request: Request, refusal: ApiError | None) -> Request:
+    def _lend_descriptors(self, request: Request) -> contextlib.AbstractContextManager[None]:
+        """Return what lends a response the reserve's descriptors if there are no others; an upload takes too long."""
+        if request.stream:
+            return contextlib.nullcontext()
+        return self.server.descriptors.lend_if_scarce(look_now=self._is_scarce)
+
+    def _read_body(
+        self,
+        reader: RequestReader,
+        request: Request,
+        route: Route | None,
+        refusal: ApiError | None,
+    ) -> Request:
         """Return the request with its body; a refused one keeps its connection if it is short and on its way.
 
         Raise the refusal, or another ApiError, if the body was not read to its end; ConnectionEnded; OSError.
         """
+        if route and route.streams_body and not refusal:
+            if self._is_scarce:
+                raise Unavailable("too many connections for an upload; try again")
+            stream = IncomingBody(reader, request, self._timeout_s, self._send_continue)
+            return request._replace(stream=stream)
         max_bytes = self.server.max_body_bytes
         if refusal:
             max_bytes = min(max_bytes, _REFUSED_BODY_BYTES)
@@ -9863,7 +10195,8 @@ class Connection(socketserver.BaseRequestHandler):
             return False
         if self._is_scarce or self.server.is_stopping:
             return False
-        if request.is_http_10 and not isinstance(response.body, bytes):  # only its end shows the end of the body
+        has_length = isinstance(response.body, (bytes, FileSlice))
+        if request.is_http_10 and not has_length:  # only its end shows the end of the body
             return False
         connection = request.headers.get("connection", "")
         options = {option.strip().lower() for option in connection.split(",")}
@@ -9886,7 +10219,7 @@ class Connection(socketserver.BaseRequestHandler):
         """
         self._send_deadline_s = time.monotonic() + self._timeout_s
         is_http_10 = request is None or request.is_http_10
-        is_chunked = not is_http_10 and not isinstance(response.body, bytes)
+        is_chunked = not is_http_10 and not isinstance(response.body, (bytes, FileSlice))
         lines = [
             f"HTTP/1.1 {response.status} {_REASONS[response.status]}",
             f"Date: {_http_date(int(time.time()))}",
@@ -9894,19 +10227,24 @@ class Connection(socketserver.BaseRequestHandler):
         lines += [f"{name}: {value}" for name, value in response.headers]
         if is_chunked:
             lines.append("Transfer-Encoding: chunked")
-        elif isinstance(response.body, bytes) and response.status != 204:
+        elif isinstance(response.body, FileSlice):
+            lines.append(f"Content-Length: {response.body.byte_count}")
+        elif isinstance(response.body, bytes) and response.status not in (204, 304):
             lines.append(f"Content-Length: {len(response.body)}")
         if not is_kept:
             lines.append("Connection: close")
         elif is_http_10:
             lines.append("Connection: keep-alive")
         head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+        is_head = request is not None and request.method == "HEAD"
+        if isinstance(response.body, FileSlice):
+            return self._send_file(head, response.body, is_head)
+        if is_head:
+            self._send_bytes(head)
+            return 0
         if not isinstance(response.body, bytes):
             return self._send_blocks(head, response.body, is_chunked)
-        if request is not None and request.method == "HEAD":
-            self._send_bytes(head)
-        else:
-            self._send_bytes(head + response.body)
+        self._send_bytes(head + response.body)
         return len(response.body)
 
     def _send_blocks(self, head: bytes, blocks: Iterable[bytes], is_chunked: bool) -> int:
@@ -9922,6 +10260,34 @@ class Connection(socketserver.BaseRequestHandler):
         end = b"0\r\n\r\n" if is_chunked else b""
         self._send_bytes(head + end)
         return sent
+
+    def _send_file(self, head: bytes, body: FileSlice, is_head: bool) -> int:
+        """Send the head and, unless it is all, the bytes of a file; close that. Return the bytes of the body."""
+        file, offset, left_bytes = body
+        with file:
+            self._send_bytes(head)
+            if is_head:
+                return 0
+            file.seek(offset)
+            while left_bytes:
+                count = self._send_file_block(file, offset, min(left_bytes, _FILE_BLOCK_BYTES))
+                if not count:
+                    raise ConnectionEnded("the file was shortened while it was sent")
+                offset += count
+                left_bytes -= count
+        return body.byte_count
+
+    def _send_file_block(self, file: io.FileIO, offset: int, max_bytes: int) -> int:
+        """Send what comes next in a file, at `offset`; return how many bytes. Raise ConnectionEnded or OSError."""
+        if self.server.scheme == "https" or not hasattr(os, "sendfile"):
+            block = file.read(max_bytes)
+            self._send_bytes(block)
+            return len(block)
+        count = os.sendfile(self.request.fileno(), file.fileno(), offset, max_bytes)
+        self._send_deadline_s += count / _MIN_BODY_BYTES_PER_S
+        if time.monotonic() > self._send_deadline_s:
+            raise ConnectionEnded("the client reads too slowly")
+        return count
 
     def _send_bytes(self, data: bytes) -> None:
         """Send all of `data`, within the time for the response up to here. Raise ConnectionEnded or OSError."""
@@ -11525,6 +11891,354 @@ def task_components() -> Components:
 
 
 # ======================================================================================================================
+# V API / workspace API: the files of a task, sent and fetched
+# ======================================================================================================================
+
+# A client that is let in may do all that the daemon's user may; what is guarded against is the content of a workspace,
+# which foreign code may have made: SafeDirectory reaches nothing through a link or a mount, and opens regular files
+# alone. An upload is received beside the tasks, so that no step meets half a file, and renamed into place.
+
+_WORKSPACE_PATH = _TASK_PATH + "/workspace"
+_WORKSPACE_FILE_PATH = _WORKSPACE_PATH + "/{path}"
+_LISTED_AT_ONCE = 5000
+_NO_PLAIN_CHARACTER = re.compile(r'[^\x20-\x7e]|["\\]')
+
+
+class _Place(NamedTuple):
+    """What a request is about: the entry with these names, one in the other, of a task's workspace."""
+
+    task: TaskRow
+    names: list[str]
+
+    def __str__(self) -> str:
+        return _shown_name("/".join(self.names) or ".")
+
+    @property
+    def workspace(self) -> tuple[str, str]:
+        return str(self.task.task_number), "workspace"
+
+
+def _shown_name(name: str) -> str:
+    """Return a name as JSON shows it: bytes that are not UTF-8 as \\xff."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _raw_path(request: Request) -> bytes:
+    """Return the path in the workspace that a request names, in its URL or as `path=`. Raise BadRequest."""
+    if "path" in request.params:
+        rest = request.raw_path.split("/", 6)[6:]  # behind /api/v1/task/{task}/workspace/
+        return urllib.parse.unquote_to_bytes("".join(rest))
+    parameters = urllib.parse.parse_qsl(request.raw_query, keep_blank_values=True, encoding="latin-1")
+    paths = [value for name, value in parameters if name == "path"]
+    if len(paths) > 1:
+        raise BadRequest("path: given more than once")
+    return "".join(paths).encode("latin-1")
+
+
+@contextlib.contextmanager
+def _answer_os_errors(place: _Place) -> Iterator[None]:
+    """Raise the ApiError that an OSError stands for."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise PathNotFound(f"not found in the workspace: {place}") from None
+    except OSError as error:
+        problem = f"{place}: {error.strerror or error}"
+        if error.errno in _DISK_FULL:
+            raise StorageFull(f"no space left on the disk of --root for {place}; free some") from None
+        if is_scarcity(error):
+            raise Unavailable(f"{problem}; try again") from None
+        if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ):
+            raise BadRequest(f"{problem}; choose another name") from None
+        raise Conflict(f"{problem}; links and mounts are not followed, and only files and directories opened") from None
+
+
+def _entry_type(status: os.stat_result) -> str:
+    if _is_link(status):
+        return "link"
+    if stat.S_ISREG(status.st_mode):
+        return "file"
+    if stat.S_ISDIR(status.st_mode):
+        return "directory"
+    return "other"
+
+
+def _format_modified(status: os.stat_result) -> str:
+    """Return when a file was changed, RFC 3339 with milliseconds; empty for a year that has not four digits."""
+    try:
+        moment = datetime.datetime.fromtimestamp(status.st_mtime_ns // 10**6 / 1000).astimezone()
+    except (OverflowError, ValueError, OSError):
+        return ""
+    return moment.isoformat(timespec="milliseconds")
+
+
+def entry_json(name: str, status: os.stat_result, url: str) -> Json:
+    """Return an entry of a workspace; only a file has a size."""
+    value: Json = {"name": _shown_name(name), "type": _entry_type(status), "url": url}
+    if value["type"] == "file":
+        value["bytes"] = status.st_size
+    modified_at = _format_modified(status)
+    if modified_at:
+        value["modified_at"] = modified_at
+    return value
+
+
+def _entry_schema() -> Json:
+    return object_schema(
+        {
+            "name": string_schema("Name; bytes that are not UTF-8 as \\xff"),
+            "type": {"type": "string", "enum": ["file", "directory", "link", "other"]},
+            "url": _url_schema(),
+            "bytes": integer_schema("Size of a file"),
+            "modified_at": time_schema("When its content was changed"),
+        },
+        optional=("bytes", "modified_at"),
+    )
+
+
+def _entry_example() -> Json:
+    return {
+        "name": "app.tar",
+        "type": "file",
+        "url": f"{_EXAMPLE_BASE_URL}/api/v1/task/release-1/workspace/app.tar",
+        "bytes": 10240,
+        "modified_at": "2022-11-18T16:14:26.123+08:00",
+    }
+
+
+def _bytes_content() -> Json:
+    return {"application/octet-stream": {"schema": {"type": "string", "contentMediaType": "application/octet-stream"}}}
+
+
+def _file_response_object() -> Json:
+    entries = array_schema(schema_reference("Entry"))
+    schema = {"oneOf": [envelope_schema([Code.SUCCESS], entries), schema_reference("NotFound")]}
+    examples = {"directory": success_example([_entry_example()]), "gone": _NOT_FOUND_EXAMPLE}
+    response = response_object("A file, or the entries of a directory", schema, examples)
+    response["content"].update(_bytes_content())
+    return response
+
+
+def _uploaded_response() -> Json:
+    schema = {"oneOf": [envelope_schema([Code.SUCCESS], schema_reference("Entry")), schema_reference("NotFound")]}
+    return response_object("The file is in its place", schema, {"stored": success_example(_entry_example())})
+
+
+def _removed_response() -> Json:
+    schema = {"oneOf": [envelope_schema([Code.SUCCESS]), schema_reference("NotFound")]}
+    return response_object("It is removed", schema, {"removed": {"code": 0, "message": "success"}})
+
+
+def file_response(request: Request, file: io.FileIO, name: str) -> Response:
+    """Return a file, or the part of it that Range asks for (RFC 9110, 14); never for a browser to show."""
+    status = os.fstat(file.fileno())
+    etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
+    plain_name = _NO_PLAIN_CHARACTER.sub("_", _shown_name(name))
+    quoted_name = urllib.parse.quote(os.fsencode(name), safe="")
+    headers = [
+        ("Content-Type", "application/octet-stream"),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Content-Disposition", f"attachment; filename=\"{plain_name}\"; filename*=UTF-8''{quoted_name}"),
+        ("Accept-Ranges", "bytes"),
+        ("Cache-Control", "no-cache"),
+        ("ETag", etag),
+    ]
+    with contextlib.suppress(OverflowError, ValueError, OSError):  # a year that has not four digits
+        headers.append(("Last-Modified", email.utils.formatdate(status.st_mtime, usegmt=True)))
+    if request.headers.get("if-none-match", "") in (etag, "*"):
+        return Response(304, tuple(headers))
+    part = None
+    if request.method == "GET" and request.headers.get("if-range", etag) == etag:
+        part = parse_range(request.headers.get("range", ""), status.st_size)
+    if part is None:
+        return Response(200, tuple(headers), FileSlice(file, 0, status.st_size))
+    offset, byte_count = part
+    headers.append(("Content-Range", f"bytes {offset}-{offset + byte_count - 1}/{status.st_size}"))
+    return Response(206, tuple(headers), FileSlice(file, offset, byte_count))
+
+
+class WorkspaceApi:
+    """Handlers for the routes of workspaces. Thread-safe."""
+
+    def __init__(self, store: Store, files: SafeDirectory) -> None:
+        self._store = store
+        self._files = files
+
+    def routes(self) -> list[Route]:
+        return [
+            *self._routes(_WORKSPACE_PATH, "POST", ("workspace_path",)),
+            *self._routes(_WORKSPACE_FILE_PATH, "PUT", ()),
+        ]
+
+    def _routes(self, path: str, upload_method: str, query: tuple[str, ...]) -> list[Route]:
+        shown = ("Sends a file, or lists a directory", "File", query, "", (404, 409, 416), True)
+        uploaded = ("Stores a file", "Uploaded", query, "File", (404, 409, 415, 507), True)
+        removed = ("Removes a file or directory", "Removed", (*query, "recursive"), "", (404, 409), True)
+        return [
+            Route("GET", path, self.show, *shown),
+            Route("HEAD", path, self.show, *shown),
+            Route(upload_method, path, self.upload, *uploaded, streams_body=True),
+            Route("DELETE", path, self.remove, *removed),
+        ]
+
+    def show(self, request: Request) -> Response:
+        place = self._place(request)
+        with _answer_os_errors(place):
+            if self._is_directory(place):
+                entries = self._list(place, request.base_url)
+                head = next(entries)  # by now it is open
+                return Response(headers=(JSON_TYPE,), body=itertools.chain([head], entries))
+            with self._files.enter(*place.workspace) as workspace:
+                file = workspace.read(*place.names)
+        return self._file_response(request, file, place)
+
+    def _file_response(self, request: Request, file: io.FileIO, place: _Place) -> Response:
+        """Return what `file_response` does; close the file where it is not sent."""
+        with contextlib.ExitStack() as closing:
+            closing.callback(file.close)
+            response = file_response(request, file, place.names[-1])
+            if isinstance(response.body, FileSlice):
+                closing.pop_all()
+        return response
+
+    def upload(self, request: Request) -> Response:
+        place = self._place(request)
+        self._check_upload(request, place)
+        with _answer_os_errors(place), self._files.temporary_file() as (name, file):
+            byte_count = 0
+            for block in request.stream or ():
+                byte_count += len(block)
+                while block:
+                    block = block[file.write(block) :]
+            file.close()
+            place = self._place(request)  # it may have ended or expired meanwhile
+            self._make_workspace(place)
+            with self._files.enter(*place.workspace) as workspace:
+                workspace.move_from(self._files, name, *place.names)
+                status = workspace.status(*place.names)
+        entry = entry_json(place.names[-1], status, self._url(place, request.base_url))
+        return json_response(entry, audit=f"upload of {place}, {byte_count} bytes")
+
+    def remove(self, request: Request) -> Response:
+        place = self._place(request)
+        if not place.names:
+            raise BadRequest("path: expected that of a file or directory in the workspace")
+        flags = [value for name, value in request.query if name == "recursive"] or [""]
+        is_recursive = _parse_bool("recursive", flags[-1])
+        with _answer_os_errors(place), self._files.enter(*place.workspace) as workspace:
+            is_directory = stat.S_ISDIR(workspace.status(*place.names).st_mode)
+            if is_directory and not is_recursive:
+                raise Conflict(f"{place} is a directory: add recursive=true to remove it with all that is in it")
+            if not is_directory:
+                workspace.unlink(*place.names)
+            elif not workspace.remove(*place.names):
+                raise Conflict(f"not all of {place} could be removed; try again")
+        return json_response(audit=f"removal of {place}")
+
+    def _place(self, request: Request) -> _Place:
+        """Return what a request is about. Raise NotFound for its task, BadRequest for its path."""
+        task = self._store.task(request.params["task"])
+        try:
+            return _Place(task, split_path(_raw_path(request)))
+        except ValueError as error:
+            raise BadRequest(f"invalid path: {error}") from None
+
+    def _url(self, place: _Place, base_url: str) -> str:
+        path = "/".join(urllib.parse.quote(os.fsencode(name), safe="") for name in place.names)
+        return f"{_task_url(base_url, place.task.id)}/workspace/{path}"
+
+    def _is_directory(self, place: _Place) -> bool:
+        """Return whether a place is a directory, as that of the whole workspace always is. Raise OSError."""
+        if not place.names:
+            return True
+        with self._files.enter(*place.workspace) as workspace:
+            return stat.S_ISDIR(workspace.status(*place.names).st_mode)
+
+    def _list(self, place: _Place, base_url: str) -> Iterator[bytes]:
+        """Yield the JSON of a directory, so that memory stays flat for any size; by name, some thousands at a time.
+
+        A workspace that is not there yet, or that was removed because it was empty, is empty. Raise OSError.
+        """
+        url = self._url(place, base_url).rstrip("/")
+        separator = b""
+        with contextlib.ExitStack() as closing:
+            entries: Iterator[os.DirEntry[str]] = iter(())
+            try:
+                workspace = closing.enter_context(self._files.enter(*place.workspace))
+                entries = closing.enter_context(workspace.enter(*place.names)).entries()
+            except FileNotFoundError:
+                if place.names:
+                    raise
+            yield b'{"code":0,"message":"success","data":['
+            while some := sorted(itertools.islice(entries, _LISTED_AT_ONCE), key=lambda entry: entry.name):
+                block = [*self._entries_json(some, url)]
+                if block:
+                    yield separator + to_json(block)[1:-1].encode()
+                    separator = b","
+            yield b"]}"
+
+    def _entries_json(self, entries: Iterable[os.DirEntry[str]], url: str) -> Iterator[Json]:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # it has just been removed
+                status = entry.stat(follow_symlinks=False)
+                name = urllib.parse.quote(os.fsencode(entry.name), safe="")
+                yield entry_json(entry.name, status, f"{url}/{name}")
+
+    def _check_upload(self, request: Request, place: _Place) -> None:
+        """Raise ApiError for an upload that cannot end well, before its body is read."""
+        if not place.names:
+            raise BadRequest("path: expected that of a file in the workspace")
+        if request.headers.get("content-type", "").lower().startswith("multipart/"):
+            raise UnsupportedMediaType("a form is not stored: send the bytes of the file, as curl -T does")
+        free_bytes = shutil.disk_usage(self._files.path).free
+        if (request.body_bytes or 0) > free_bytes:
+            raise StorageFull(f"no space left for {request.body_bytes} bytes: the disk of --root has {free_bytes}")
+        self._check_ended(place)
+        with contextlib.suppress(PathNotFound), _answer_os_errors(place):  # what is missing is made
+            if self._is_directory(place):
+                raise Conflict(f"{place} is a directory")
+
+    def _check_ended(self, place: _Place) -> None:
+        """Raise Conflict where the workspace is gone with the task's end: nothing would remove a new empty one."""
+        workspace = os.path.join(self._files.path, *place.workspace)
+        if place.task.ended_ns is not None and not is_real_directory(workspace):
+            raise Conflict("the task has ended, and its workspace, which was empty, was removed")
+
+    def _make_workspace(self, place: _Place) -> None:
+        """Make the workspace of a task that has not ended. Raise Conflict where an ended one has none, OSError."""
+        self._check_ended(place)
+        if place.task.ended_ns is not None:
+            return
+        for depth in (1, 2):
+            with contextlib.suppress(FileExistsError):
+                self._files.make(*place.workspace[:depth])
+
+
+def workspace_components() -> Components:
+    """Return what the API document says of the routes of workspaces."""
+    any_path = {"type": "string"}
+    boolean = {"type": "string", "pattern": _bool_pattern()}
+    in_url = ("Path in the workspace, whose slashes may be escaped", any_path, "dist/app.tar")
+    in_query = ("Path in the workspace; default the workspace itself", any_path, "dist/app.tar")
+    recursive = ("true: a directory is removed with all that is in it", boolean, "true")
+    parameters = parameter_objects("query", {"path": in_query, "recursive": recursive})
+    parameters["workspace_path"] = parameters["path"]
+    parameters.update(parameter_objects("path", {"path": in_url}))
+    return Components(
+        parameters=parameters,
+        request_bodies={"File": {"required": True, "content": _bytes_content()}},
+        responses={
+            "File": _file_response_object(),
+            "PartialFile": {"description": "The part of the file that Range asks for", "content": _bytes_content()},
+            "NotModified": {"description": "The file has the ETag of If-None-Match"},
+            "Uploaded": _uploaded_response(),
+            "Removed": _removed_response(),
+        },
+        schemas={"Entry": _entry_schema()},
+    )
+
+
+# ======================================================================================================================
 # V API / operator API: the daemon's version, health, metrics and state
 # ======================================================================================================================
 
@@ -12268,7 +12982,13 @@ _ERRORS = {  # by status: when it is answered, and an example of its message
         "The request comes from a page of another origin.",
         "pages of other sites may not call this; --cors_origin allows one",
     ),
+    404: ("The workspace has no such entry.", "not found in the workspace: dist/app.tar"),
     413: ("The body is too large.", "the body has 16777217 bytes; at most 16777216 are taken (--max_body)"),
+    415: (
+        "The body is a form.",
+        "a form is not stored: send the bytes of the file, as curl -T does",
+    ),
+    416: ("The file has no such bytes.", "no byte of 'bytes=10-' is there: it has 10 bytes"),
     429: (
         "Too many requests; try again later.",
         "8 requests are in work, the most that --max-requests allows; try again",
@@ -12276,7 +12996,7 @@ _ERRORS = {  # by status: when it is answered, and an example of its message
     500: ("The daemon failed.", "the daemon failed; its log says how"),
     503: ("Temporarily unavailable.", "the daemon is ending; send the task again to the next one"),
     409: (
-        "In conflict with an existing task, or with a profile that is being taken.",
+        "In conflict with an existing task, with what a workspace holds, or with a profile that is being taken.",
         "id 'a' already belongs to a different task; use another id",
     ),
     507: ("The disk is full.", "no space left on the disk of --root; free some or choose another --root"),
@@ -12318,6 +13038,9 @@ def _operation(route: Route) -> Json:
     parameters = [*re.findall(r"{(\w+)}", route.template), *route.query]
     success = "302" if route.answer == "Redirect" else "200"
     responses = {success: reference("responses", route.answer)}
+    if 416 in route.errors:
+        responses["206"] = reference("responses", "PartialFile")
+        responses["304"] = reference("responses", "NotModified")
     for status in sorted((*_ERRORS_OF_EVERY_ROUTE, *route.errors)):
         responses[str(status)] = reference("responses", _error_name(status))
     endpoint = route.method.lower() + route.template.replace("}", "")
@@ -12359,7 +13082,14 @@ def _components() -> Json:
         "responses": {_error_name(status): _error_response(status) for status in _ERRORS},
         "schemas": {},
     }
-    for part in (task_components(), operator_components(), profile_components(), document_components()):
+    parts = (
+        task_components(),
+        workspace_components(),
+        operator_components(),
+        profile_components(),
+        document_components(),
+    )
+    for part in parts:
         document["parameters"].update(part.parameters)
         document["requestBodies"].update(part.request_bodies)
         document["responses"].update(part.responses)
@@ -12706,9 +13436,10 @@ class Daemon:
             settings.key_expire,
             tasks.janitor.remove_files,
         )
+        workspace_api = WorkspaceApi(store, tasks.files)
         operator_api = OperatorApi(store, scheduler, clock, tasks.metrics, self._root, warnings)
         profile_api = ProfileApi(tasks.metrics, settings.profile_timeout)
-        routes = [*task_api.routes(), *operator_api.routes(), *profile_api.routes()]
+        routes = [*task_api.routes(), *workspace_api.routes(), *operator_api.routes(), *profile_api.routes()]
         document_api = DocumentApi(routes)
         return Router([*routes, *document_api.routes()])
 

@@ -81,6 +81,7 @@ import contextlib
 import ctypes
 import datetime
 import errno
+import filecmp
 import functools
 import gzip
 import hashlib
@@ -99,6 +100,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import statistics
 import struct
 import symtable
@@ -138,6 +140,7 @@ MISSING = "task does not exist, no data"
 HEALTH = ("server", "client", "state", "timestamp")  # of /healthyz, beside the envelope too
 GO_DURATION = r"(?:\d+h)?(?:\d+m)?\d+(?:\.\d+)?(?:s|ms|µs|ns)"
 LOCAL_TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:Z|[+-]\d\d:\d\d)"
+EXACT_TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}(?:Z|[+-]\d\d:\d\d)"
 UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 # ======================================================================================================================
@@ -1182,6 +1185,8 @@ ROUTES = {
     "/api/v1/task/:task/submission": "GET",
     "/api/v1/task/:task/:step": "GET PUT",
     "/api/v1/task/:task/:step/console": "GET",
+    "/api/v1/task/:task/workspace": "GET HEAD POST DELETE",
+    "/api/v1/task/:task/workspace/:path": "GET HEAD PUT DELETE",
     "/api/v1/pool": "GET POST",
     "/api/v1/state": "GET",
     "/openapi.json": "GET",
@@ -6373,7 +6378,7 @@ def threads_of(place: Path) -> int:
 
 
 # ======================================================================================================================
-# files of steps: nothing outside the root is read, written or deleted
+# files of steps: nothing outside the root is read, written or deleted; workspaces over HTTP
 # ======================================================================================================================
 
 
@@ -6508,6 +6513,501 @@ def test_expiry_removes_junctions_themselves(launch: Callable[..., Daemon], outs
     if daemon.ended(task).code:
         pytest.skip("this system makes no junctions")
     wait_until(lambda: not list((daemon.root / "tasks").iterdir()), "the sweep")
+
+
+class Workspace(NamedTuple):
+    """The workspace of a live task: by HTTP, and where it is."""
+
+    daemon: Daemon
+    task: str
+    place: Path
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        fields = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.daemon.request(method, f"/api/v1/task/{self.task}/workspace{path}", body, fields)
+
+    def names(self, path: str = "") -> list[str]:
+        return [entry["name"] for entry in self.ask("GET", path).data]
+
+    def uploads(self) -> list[str]:
+        """The files of uploads that are under way."""
+        return [name for name in os.listdir(self.place.parent.parent) if name.startswith("upload-")]
+
+
+def live_workspace(daemon: Daemon, gate: Path) -> Workspace:
+    task = daemon.submit(python(f"import os, time\nprint(ascii(os.getcwd()), flush=True)\n{until_open(gate)}"))
+    place = wait_until(lambda: daemon.console(task).json.get("data"), "the workspace")[0]
+    return Workspace(daemon, task, Path(ast.literal_eval(place)))
+
+
+@pytest.fixture
+def workspace(daemon: Daemon, gate: Path) -> Workspace:
+    return live_workspace(daemon, gate)
+
+
+def test_files_go_to_steps_and_come_back(daemon: Daemon, gate: Path) -> None:
+    content = bytes(range(256)) * 1000
+    task = daemon.submit(held(gate), python("open('out/b', 'wb').write(open('in/deep/a', 'rb').read()[::-1])"))
+    path = f"/api/v1/task/{task}/workspace"
+    assert daemon.request("PUT", f"{path}/in/deep/a", content).data["bytes"] == len(content)
+    assert daemon.request("POST", f"{path}?path=/out/b", b"").code == 0
+    gate.touch()
+    assert daemon.ended(task).code == 0
+    answer = daemon.get(f"{path}/out/b")
+    assert (answer.status, answer.body) == (200, content[::-1])
+    assert answer.headers["Content-Type"] == "application/octet-stream"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Content-Disposition"] == "attachment; filename=\"b\"; filename*=UTF-8''b"
+    entry = daemon.request("GET", f"{path}?path=out").data[0]
+    assert (entry["name"], entry["type"], entry["bytes"]) == ("b", "file", len(content))
+    assert abs(datetime.datetime.fromisoformat(entry["modified_at"]).timestamp() - time.time()) < 600
+    assert daemon.get(urllib.parse.urlsplit(entry["url"]).path).body == content[::-1]
+
+
+LEADS_ELSEWHERE = """
+.. . ../0/output a/../../0/output ./a %2e%2e %2e%2e%2f0%2foutput ..%2f.. a/.. .%2e/x a%00b %00 in/..//../0
+"""
+WINDOWS_NAMES = """
+C:/Windows/win.ini C:x a:b in::$DATA in/file::$DATA con NUL.txt a/COM1 lpt9.log com%C2%B9 conin$ aux%20.c
+file. file%20 file... ... ..%20/x * %3F a%7Cb %22 a%0Ab %FF %C0%AE%C0%AE/x
+..%5C0%5Coutput %5C%5Chost%5Cshare %5C%5C%3F%5CC:%5Cx
+"""
+ABSENT = """
+/etc/passwd //etc//passwd etc/passwd %252e%252e/0/output ~root $HOME %EF%BC%8E%EF%BC%8E/0 proc/self/environ
+in/none FILE~1 ..;/0/output -rf
+"""
+
+
+@pytest.mark.parametrize("form", ["/{}", "?path={}"])
+def test_names_lead_nowhere_but_into_the_workspace(workspace: Workspace, form: str) -> None:
+    workspace.ask("PUT", "/in/file", b"inside")
+    before = {path: path.stat().st_mtime_ns for path in workspace.place.parent.glob("[0-9]*/*")}
+    expected = {**dict.fromkeys(LEADS_ELSEWHERE.split(), 400), **dict.fromkeys(ABSENT.split(), 404)}
+    expected.update(dict.fromkeys(WINDOWS_NAMES.split(), 400 if WINDOWS else 404))
+    expected.update({"in/file/x": 409, "a/" * 3000 + "a": 404})
+    for name, status in expected.items():
+        for method in ("GET", "DELETE"):
+            answer = workspace.ask(method, form.format(name))
+            assert (name, answer.status) == (name, status), answer.message
+        if status == 400:
+            assert workspace.ask("PUT" if form[0] == "/" else "POST", form.format(name), b"x").status == 400, name
+    assert workspace.names() == ["in"] and workspace.names("/in") == ["file"]
+    assert before == {path: path.stat().st_mtime_ns for path in workspace.place.parent.glob("[0-9]*/*")}
+
+
+def test_names_are_told_and_kept_as_they_are(workspace: Workspace) -> None:
+    for quoted in ("a%20b", "%F0%9F%92%BE", "a+b", "a%2Bb", "a%25b", "-", "a;b=c", "a'b", ".hidden", "x" * 200):
+        name = urllib.parse.unquote(quoted)
+        url = workspace.ask("PUT", f"/d/{quoted}", b"content").data["url"]
+        assert urllib.parse.unquote(url).endswith(f"/workspace/d/{name}")
+        assert os.listdir(workspace.place / "d") == workspace.names("/d") == [name]
+        assert workspace.ask("GET", "?path=d/" + quoted.replace("+", "%2B")).body == b"content"
+        assert workspace.ask("DELETE", f"/d/{quoted}").code == 0
+
+
+@pytest.mark.skipif(WINDOWS or MAC, reason="names of bytes are of Linux")
+def test_names_that_are_not_utf8_are_listed_escaped_and_reached(workspace: Workspace) -> None:
+    assert workspace.ask("PUT", "/%FFd/caf%E9", b"one").data["name"] == "caf\\xe9"
+    assert os.listdir(os.fsencode(workspace.place)) == [b"\xffd"]
+    assert workspace.names() == ["\\xffd"] and workspace.names("?path=%FFd") == ["caf\\xe9"]
+    url = urllib.parse.urlsplit(workspace.ask("GET", "/%FFd").data[0]["url"]).path
+    answer = workspace.daemon.get(url)
+    assert answer.body == b"one" and answer.headers["Content-Disposition"].endswith("filename*=UTF-8''caf%E9")
+    assert workspace.daemon.request("DELETE", url).code == 0 and workspace.names("/%FFd") == []
+
+
+def test_names_that_windows_takes_for_something_else_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module(), "ON_WINDOWS", True)
+    assert module().split_path(b"/a//console/com10/.b/nul1/") == ["a", "console", "com10", ".b", "nul1"]
+    names = ["a:b", "con", "CON.txt", "nul ", "nul .c", "com1.a.b", "LPT\u00b2", "conout$", "a.", "a ", "c:"]
+    for name in [*names, "a\\b", "a?", "a\x1f", 'a"', "a\n"]:
+        with pytest.raises(ValueError, match="name"):
+            module().split_path(b"a/" + os.fsencode(name) + b"/b")
+
+
+def test_short_names_of_windows_are_no_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("progra~1", "PROGRA~2"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(os, "listdir", lambda path: ["Program Files", "progra~2"])
+    module()._check_spelling(str(tmp_path), "PROGRA~2")
+    module()._check_spelling(str(tmp_path), "new~1")
+    with pytest.raises(FileNotFoundError):
+        module()._check_spelling(str(tmp_path), "progra~1")
+
+
+RANGES: dict[str, Any] = {
+    "bytes=0-3": b"0123",
+    "bytes=3-": b"3456789",
+    "bytes=-2": b"89",
+    "bytes=-20": b"0123456789",
+    "bytes=9-99": b"9",
+    "Bytes= 2-2 ": b"2",
+    "bytes=10-": 416,
+    "bytes=99-100": 416,
+    "bytes=-0": 416,
+    "bytes=3-2": None,
+    "bytes=-": None,
+    "bytes=0-1,4-5": None,
+    "bytes=a-b": None,
+    "lines=0-1": None,
+    "bytes=1": None,
+    "": None,
+}
+
+
+def test_ranges_of_a_file_are_as_rfc_9110_says(workspace: Workspace) -> None:
+    workspace.ask("PUT", "/f", b"0123456789")
+    for header, expected in RANGES.items():
+        answer = workspace.ask("GET", "/f", Range=header)
+        if expected is None:
+            assert (answer.status, answer.body) == (200, b"0123456789"), header
+        elif expected == 416:
+            assert (answer.status, answer.headers["Content-Range"]) == (416, "bytes */10"), header
+        else:
+            begin = b"0123456789".index(expected)
+            told = f"bytes {begin}-{begin + len(expected) - 1}/10"
+            assert (answer.status, answer.body, answer.headers["Content-Range"]) == (206, expected, told), header
+    etag = workspace.ask("GET", "/f").headers["ETag"]
+    assert workspace.ask("GET", "/f", Range="bytes=0-1", If_Range=etag).status == 206
+    assert workspace.ask("GET", "/f", Range="bytes=0-1", If_Range='"other"').status == 200
+    answer = workspace.ask("GET", "/f", If_None_Match=etag)
+    assert (answer.status, answer.body, "Content-Length" in answer.headers) == (304, b"", False)
+    workspace.ask("PUT", "/f", b"")
+    assert workspace.ask("GET", "/f").body == b"" and workspace.ask("GET", "/f", Range="bytes=0-").status == 416
+    assert workspace.ask("GET", "/f").headers["ETag"] != etag
+
+
+def test_head_of_a_workspace_has_the_headers_alone(workspace: Workspace) -> None:
+    workspace.ask("PUT", "/f", b"0123456789")
+    workspace.ask("PUT", "/d/e", b"")
+    for path in ("/f", "?path=f", "", "/d", "/none"):
+        answers = [workspace.ask(method, path) for method in ("HEAD", "GET")]
+        for answer in answers:
+            del answer.headers["Date"]
+        assert answers[0].status == answers[1].status and answers[0].body == b""
+        assert dict(answers[0].headers) == dict(answers[1].headers), path
+    assert workspace.ask("HEAD", "/f", Range="bytes=0-1").headers["Content-Length"] == "10"
+
+
+def test_directories_are_listed_by_name_with_their_types(workspace: Workspace) -> None:
+    (workspace.place / "many").mkdir()
+    for number in range(LONG):
+        (workspace.place / "many" / f"{number:05}").touch()
+    workspace.ask("PUT", "/b", b"123")
+    if not WINDOWS:
+        os.mkfifo(workspace.place / "c")
+        (workspace.place / "a").symlink_to("b")
+        os.utime(workspace.place / "b", (0, 2**40))  # a year that RFC 3339 has not
+    told = {entry["name"]: (entry["type"], entry.get("bytes")) for entry in workspace.ask("GET", "").data}
+    if not WINDOWS:
+        assert told.pop("a") == ("link", None) and told.pop("c") == ("other", None)
+        assert workspace.ask("GET", "/b").body == b"123"
+    assert told == {"b": ("file", 3), "many": ("directory", None)}
+    assert workspace.names("/many/") == [f"{number:05}" for number in range(LONG)]
+    assert workspace.names("?path=many") == workspace.names("/many")
+
+
+@posix_only
+def test_links_pipes_and_devices_lead_nowhere(workspace: Workspace, outside: Path) -> None:
+    place = workspace.place
+    for name, target in {"dir": outside, "file": outside / "output", "zero": "/dev/zero", "loop": "loop"}.items():
+        (place / name).symlink_to(target)
+    os.mkfifo(place / "pipe")
+    (place / "inside").symlink_to(place)
+    names = ["file", "zero", "loop", "pipe", "dir", "dir/output", "dir/inner", "dir/inner/file", "inside/pipe"]
+    if os.geteuid() == 0 and not MAC:
+        os.mknod(place / "device", 0o600 | stat.S_IFCHR, os.makedev(1, 5))
+        names.append("device")
+    for name in names:
+        answer = workspace.ask("GET", f"/{name}")
+        assert answer.status == 409 and b"secret" not in answer.body, name
+    for name in ("dir/new", "dir/output", "dir/inner/file", "pipe/x", "inside/x", "loop/x"):
+        assert workspace.ask("PUT", f"/{name}", b"x").status == 409, name
+        assert workspace.ask("DELETE", f"/{name}?recursive=true").status == 409, name
+    for name in ("dir", "file", "zero", "pipe"):  # what has the name goes, not what it leads to
+        assert workspace.ask("DELETE" if name == "dir" else "PUT", f"/{name}", b"x").code == 0
+    assert [workspace.ask("GET", f"/{name}").body for name in ("file", "zero", "pipe")] == [b"x"] * 3
+
+
+@posix_only
+def test_upload_over_a_hard_link_leaves_its_other_name_alone(workspace: Workspace, outside: Path) -> None:
+    os.link(outside / "output", workspace.place / "hard")
+    assert workspace.ask("PUT", "/hard", b"new").code == 0
+    assert workspace.ask("GET", "/hard").body == b"new" and (outside / "output").read_text() == "secret\n"
+
+
+@linux_only
+def test_what_is_mounted_in_a_workspace_is_not_reached(workspace: Workspace, outside: Path) -> None:
+    place = workspace.place / "mount"
+    place.mkdir()
+    if subprocess.run(["mount", "--bind", outside, place], capture_output=True).returncode:
+        pytest.skip("only root can mount")
+    try:
+        for method, name in [("GET", ""), ("GET", "/output"), ("PUT", "/new"), ("DELETE", "/output")]:
+            assert workspace.ask(method, f"/mount{name}").status == 409, (method, name)
+        assert workspace.ask("DELETE", "/mount?recursive=true").status == 409
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def content_of(workspace: Any, *names: str) -> bytes:
+    with workspace.read(*names) as file:
+        return file.read()
+
+
+def entries_of(workspace: Any, *names: str) -> list[str]:
+    with workspace.enter(*names) as directory:
+        return [entry.name for entry in directory.entries()]
+
+
+def move_into(files: Any, workspace: Any, *names: str) -> None:
+    with files.temporary_file() as (name, file):
+        file.close()
+        workspace.move_from(files, name, *names)
+
+
+OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "read": lambda files, workspace: content_of(workspace, "a", "b", "output"),
+    "list": lambda files, workspace: entries_of(workspace, "a", "b"),
+    "move": lambda files, workspace: move_into(files, workspace, "a", "b", "c", "output"),
+    "unlink": lambda files, workspace: workspace.unlink("a", "b", "output"),
+    "remove": lambda files, workspace: workspace.remove("a", "b"),
+}
+
+
+@posix_only
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("victim", ["workspace", "workspace/a", "workspace/a/b", "workspace/a/b/output"])
+def test_workspace_that_races_with_an_exchange_for_a_link_is_not_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, operation: str, victim: str
+) -> None:
+    """At each system call of an operation in turn, something on its way is exchanged for a link."""
+    outside, renamed = tmp_path / "outside", os.rename
+    (outside / "a" / "b").mkdir(parents=True)
+    (outside / "a" / "b" / "output").write_text("secret\n")
+    before = snapshot(outside)
+    for moment in itertools.count():
+        place = tmp_path / f"run{moment}"
+        (place / "workspace" / "a" / "b").mkdir(parents=True)
+        (place / "workspace" / "a" / "b" / "output").write_text("inside")
+        calls = itertools.count()
+
+        def exchange(place: Path = place) -> None:
+            with contextlib.suppress(OSError):
+                renamed(place / victim, place / "moved")
+                (place / victim).symlink_to(outside / Path(victim).relative_to("workspace"))
+
+        files = module().SafeDirectory(str(place))
+        files.open()
+        with monkeypatch.context() as patch, contextlib.suppress(OSError):
+            for name in ("open", "stat", "fstat", "scandir", "unlink", "mkdir", "replace", "rename", "rmdir", "dup"):
+                patch.setattr(os, name, interrupted(getattr(os, name), calls, moment, exchange))
+            with files.enter("workspace") as workspace:
+                assert OPERATIONS[operation](files, workspace) in (b"inside", ["output"], None, True, False)
+        os.close(files._top)
+        assert snapshot(outside) == before
+        if next(calls) <= moment:
+            assert moment > 3
+            return
+
+
+def upload_head(workspace: Workspace, path: str, *fields: str) -> bytes:
+    lines = [f"PUT /api/v1/task/{workspace.task}/workspace/{path} HTTP/1.1", "Host: localhost", *fields]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n"
+
+
+def test_upload_that_breaks_off_leaves_nothing(workspace: Workspace) -> None:
+    workspace.ask("PUT", "/old", b"old")
+    for field, part in [("Content-Length: 100", b"x" * 99), ("Transfer-Encoding: chunked", b"5\r\nhello\r\n5\r\nhel")]:
+        for name in ("new/file", "old"):
+            with socket.create_connection(("127.0.0.1", workspace.daemon.port)) as link:
+                link.sendall(upload_head(workspace, name, field) + part)
+                wait_until(workspace.uploads, "the upload")
+            wait_until(lambda: not workspace.uploads(), "the end of the upload")
+    assert workspace.names() == ["old"] and workspace.ask("GET", "/old").body == b"old"
+
+
+def test_upload_of_a_client_that_stalls_is_ended(launch: Callable[..., Daemon], gate: Path) -> None:
+    workspace = live_workspace(launch("--timeout=300ms"), gate)
+    assert workspace.daemon.raw(upload_head(workspace, "f", "Content-Length: 100") + b"x") == b""
+    assert workspace.uploads() == [] and workspace.names() == []
+
+
+def test_upload_of_a_killed_daemon_is_removed_at_the_next_start(launch: Callable[..., Daemon], gate: Path) -> None:
+    workspace = live_workspace(launch(), gate)
+    with socket.create_connection(("127.0.0.1", workspace.daemon.port)) as link:
+        link.sendall(upload_head(workspace, "f", "Content-Length: 100") + b"x")
+        wait_until(workspace.uploads, "the upload")
+        workspace.daemon.kill()
+    tasks = workspace.place.parent.parent
+    assert workspace.uploads() != []
+    workspace.daemon.start()
+    wait_until(lambda: os.listdir(tasks) == ["1"], "the sweep")
+    assert workspace.names() == [] and workspace.ask("PUT", "/f", b"whole").code == 0
+
+
+def test_upload_in_chunks_ends_where_the_next_request_begins(workspace: Workspace) -> None:
+    body = b"5;x=y\r\nhello\r\nA\r\n, world!\r\n\r\n0\r\nTrailer: x\r\n\r\n"
+    follow = f"GET /api/v1/task/{workspace.task}/workspace/f HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    received = workspace.daemon.raw(upload_head(workspace, "f", "Transfer-Encoding: chunked") + body + follow.encode())
+    assert received.count(b"HTTP/1.1 200 OK") == 2 and received.endswith(b"\r\n\r\nhello, world!\r\n")
+    for bad in (b"5\r\nhelloX\r\n0\r\n\r\n", b"z\r\n", b"-1\r\n", b"3\r\nabc\r\n0\r\nbad\r\n\r\n"):
+        answer = workspace.daemon.raw(upload_head(workspace, "bad", "Transfer-Encoding: chunked") + bad)
+        assert answer.startswith(b"HTTP/1.1 400 ") and b"Connection: close" in answer
+    assert workspace.names() == ["f"] and workspace.uploads() == []
+
+
+def test_upload_that_is_refused_is_not_asked_for(workspace: Workspace) -> None:
+    workspace.ask("PUT", "/d/f", b"")
+    fields = ("Content-Length: 100", "Expect: 100-continue", "Connection: close")
+    for path, status in {"d": b"409", "..": b"400", "?path=x": b"400"}.items():
+        assert workspace.daemon.raw(upload_head(workspace, path, *fields)).startswith(b"HTTP/1.1 " + status), path
+    huge = upload_head(workspace, "huge", "Content-Length: 999999999999999", *fields[1:])
+    assert workspace.daemon.raw(huge).startswith(b"HTTP/1.1 507 ")
+    form = workspace.ask("PUT", "/form", b"x", Content_Type="multipart/form-data; boundary=x")
+    assert form.status == 415 and "curl -T" in form.message
+    with socket.create_connection(("127.0.0.1", workspace.daemon.port), 60) as link:
+        link.sendall(upload_head(workspace, "f", *fields))
+        assert link.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        link.sendall(b"x" * 100)
+        assert link.recv(100).startswith(b"HTTP/1.1 200 OK")
+    assert workspace.names() == ["d", "f"]
+
+
+def test_upload_is_not_bound_by_max_body(launch: Callable[..., Daemon], gate: Path) -> None:
+    workspace = live_workspace(launch("--max_body=1000"), gate)
+    assert workspace.ask("PUT", "/f", b"x" * 100_000).data["bytes"] == 100_000
+    assert workspace.daemon.put("/api/v1/task/nobody/workspace/f").code == 1003
+
+
+def test_uploads_count_as_requests_in_flight(launch: Callable[..., Daemon], gate: Path) -> None:
+    workspace = live_workspace(launch("--max-requests=1"), gate)
+    with socket.create_connection(("127.0.0.1", workspace.daemon.port)) as link:
+        link.sendall(upload_head(workspace, "f", "Content-Length: 100") + b"x")
+        wait_until(workspace.uploads, "the upload")
+        assert workspace.ask("GET", "").status == 429
+        assert workspace.daemon.put(f"/api/v1/task/{workspace.task}/0").code == 0  # stops are not counted
+    wait_until(lambda: workspace.ask("GET", "").status != 429, "the end of the upload")
+
+
+def test_last_connections_take_no_upload(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch("--max_connections=16")
+    workspace = live_workspace(daemon, gate)
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            link = stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port)))
+            link.sendall(POOL_REQUEST)
+            link.recv(100)
+        answer = workspace.ask("PUT", "/f", b"x")
+        assert answer.status == 503 and "upload" in answer.message
+        assert daemon.put(f"/api/v1/task/{workspace.task}/0").code == 0
+
+
+def test_upload_to_a_full_disk_is_507_and_leaves_nothing(
+    small_disk: Path, launch: Callable[..., Daemon], gate: Path
+) -> None:
+    workspace = live_workspace(launch(root=small_disk / "root"), gate)
+    chunk = b"1000000\r\n" + b"x" * 0x1000000 + b"\r\n"
+    head = upload_head(workspace, "f", "Transfer-Encoding: chunked", "Connection: close")
+    with socket.create_connection(("127.0.0.1", workspace.daemon.port), 60) as link:
+        with contextlib.suppress(ConnectionError):
+            link.sendall(head + 5 * chunk)
+        assert link.recv(100).startswith(b"HTTP/1.1 507 ")
+    wait_until(lambda: not workspace.uploads(), "the end of the upload")
+    assert workspace.names() == []
+    assert workspace.ask("PUT", "/f", b"x" * (20 << 20)).code == 0
+
+
+def test_files_are_removed_and_directories_when_that_is_meant(workspace: Workspace) -> None:
+    for name in ("a", "d/e/f", "d/g"):
+        workspace.ask("PUT", f"/{name}", b"")
+    answer = workspace.ask("DELETE", "/d")
+    assert answer.status == 409 and "recursive=true" in answer.message
+    assert workspace.ask("DELETE", "/d?recursive=perhaps").status == 400
+    for path in ("", "?recursive=true", "/?recursive=true", "?path=a&path=d"):
+        assert workspace.ask("DELETE", path).status == 400
+    assert workspace.ask("DELETE", "?path=a").json == {"code": 0, "message": "success"}
+    assert workspace.ask("DELETE", "/d/e?recursive=true").code == 0 and workspace.names("/d") == ["g"]
+    assert workspace.ask("DELETE", "?path=d&recursive=1").code == 0 and workspace.names() == []
+    assert workspace.ask("DELETE", "/a").status == 404
+
+
+def test_workspace_of_an_ended_task_is_there_while_it_holds_something(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--key_expire=4s")
+    full, empty = daemon.submit(step("echo x >f")), daemon.submit(step())
+    for task in (full, empty):
+        daemon.ended(task)
+    wait_until(lambda: not (daemon.root / "tasks" / "2" / "workspace").exists(), "the removal")
+    paths = [f"/api/v1/task/{task}/workspace" for task in (full, empty)]
+    assert daemon.request("PUT", f"{paths[0]}/g/h", b"").code == 0
+    answer = daemon.request("PUT", f"{paths[1]}/g", b"")
+    assert answer.status == 409 and "has ended" in answer.message
+    assert [entry["name"] for entry in daemon.get(paths[0]).data] == ["f", "g"] and daemon.get(paths[1]).data == []
+    assert daemon.get(f"{paths[1]}/f").status == 404
+    wait_until(lambda: daemon.get("/api/v1/task").data["total"] == 0, "expiry")
+    for method, path in [("GET", "/f"), ("PUT", "/f"), ("DELETE", "/f"), ("GET", ""), ("HEAD", "/f")]:
+        answer = daemon.request(method, paths[0] + path)
+        assert answer.status == 200 and (method == "HEAD" or answer.json == {"code": 1003, "message": MISSING})
+
+
+def test_step_named_workspace_is_reached_by_its_index(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(held(gate, name="workspace"))
+    daemon.until_printed(task, "held")
+    assert daemon.get(f"/api/v1/task/{task}/workspace/console").status == 404
+    assert daemon.put(f"/api/v1/task/{task}/workspace").status == 405
+    assert daemon.put(f"/api/v1/task/{task}/0").code == 0
+
+
+def test_uploads_and_removals_leave_an_audit_line(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch("--log_format=json")
+    workspace = live_workspace(daemon, gate)
+    name = "a b" if WINDOWS else "a\nb"
+    workspace.ask("PUT", f"/{urllib.parse.quote(name)}", b"123")
+    workspace.ask("DELETE", f"?path={urllib.parse.quote(name)}")
+    told = [line for line in events(daemon) if "label" in line and line["method"] != "POST"]
+    path = f"/api/v1/task/{workspace.task}/workspace"
+    assert [(line["method"], line["task"], line["path"], "step" in line) for line in told] == [
+        ("PUT", workspace.task, f"{path}/{name}", False),
+        ("DELETE", workspace.task, path, False),
+    ]
+    assert f"upload of {name}, 3 bytes" in told[0]["message"] and f"removal of {name}" in told[1]["message"]
+    metrics = daemon.get("/metrics").body.decode()
+    assert 'route="/api/v1/task/{task}/workspace/{path}",method="PUT",status="200"' in metrics
+
+
+@linux_only
+@repeated(96, 5000)
+def test_files_of_any_size_pass_in_flat_memory(launch: Callable[..., Daemon], gate: Path, runs: int) -> None:
+    """Up, in chunks too, and down; `runs` is in MB."""
+    workspace = live_workspace(launch(), gate)
+    source = workspace.place / "source"
+    with open(source, "wb") as file:
+        for number in range(runs):
+            file.write(bytes([number % 251]) * 1_000_000)
+    assert workspace.daemon.process
+    before = memory_bytes(workspace.daemon.process.pid, "VmHWM")
+    for name, fields in {"whole": {"Content_Length": str(runs * 1_000_000)}, "chunks": {}}.items():
+        with open(source, "rb") as file:
+            body = file if fields else iter(lambda file=file: file.read(1 << 20), b"")
+            assert workspace.ask("PUT", f"/{name}", body, **fields).data["bytes"] == runs * 1_000_000
+        assert filecmp.cmp(source, workspace.place / name, shallow=False)
+    connection = http.client.HTTPConnection("127.0.0.1", workspace.daemon.port, timeout=120)
+    with contextlib.closing(connection), open(source, "rb") as file:
+        connection.request("GET", f"/api/v1/task/{workspace.task}/workspace/whole")
+        response = connection.getresponse()
+        while block := response.read(1 << 20):
+            assert block == file.read(len(block))
+        assert file.read(1) == b""
+    assert memory_bytes(workspace.daemon.process.pid, "VmHWM") - before < 8 << 20
+
+
+@windows_only
+def test_junctions_lead_nowhere(workspace: Workspace, outside: Path) -> None:
+    place = workspace.place / "junction"
+    if subprocess.run(f'mklink /J "{place}" "{outside}"', shell=True, capture_output=True).returncode:
+        pytest.skip("this system makes no junctions")
+    for method, name in [("GET", ""), ("GET", "/output"), ("PUT", "/new"), ("DELETE", "/output")]:
+        assert workspace.ask(method, f"/junction{name}", b"x").status == 409
 
 
 @posix_only
@@ -8986,6 +9486,7 @@ def masked(value: Any) -> Any:
     if isinstance(value, str):
         for pattern, word in (
             (UUID, "ID"),
+            (EXACT_TIME, "TIME"),
             (LOCAL_TIME, "TIME"),
             (r"(localhost|127\.0\.0\.1):\d+", "HOST"),
             (rf"\b{GO_DURATION}\b", "DURATION"),
