@@ -637,6 +637,27 @@ class LineFormatter(logging.Formatter):
         return "\n".join(map(_escape_unprintable, lines))
 
 
+class JournalFormatter(LineFormatter):
+    """Formatter for systemd's journal: a line begins with its priority (sd-daemon(3)), the journal adds the time."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = _SYSLOG_PRIORITIES.get(record.levelno, 6)
+        lines = super().format(record).split("\n")
+        return "\n".join(f"<{priority}>{line}" for line in lines)
+
+
+_SYSLOG_PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.DEBUG: 7}
+
+
+def is_journal(stream: TextIO) -> bool:
+    """Return whether a stream is systemd's journal (systemd.exec(5), JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # it is closed, or none of the system
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
 class JsonFormatter(logging.Formatter):
     """Formatter of JSON Lines: an object of time, level, message, thread, the record's log_fields, exception."""
 
@@ -3207,6 +3228,10 @@ _WRAPPER = (
     '(echo begun >&9 || { kill -9 $$; exit; }; exec "$@" 2>&1 9>&-); set -- $?; '
     'umask 077; set -C; echo $1 >"$0/rc" || echo "ended $1" >&9; exit $1'
 )
+# Before it, where the daemon's service has taken the daemon off the list of what the kernel kills first (proc(5)): its
+# steps are not. To raise the score needs no privilege.
+_OOM_SCORE_FILE = "/proc/self/oom_score_adj"
+_RESET_OOM_SCORE = f"echo 0 >{_OOM_SCORE_FILE}; "
 # A shell drops variables whose names it could not have itself, and sets, resets or interprets those listed here. Their
 # values travel in a file of the step's directory, for everybody on the host may read a command line; the environment is
 # made of it after the wrapper's shell. What an interpreter ignores when it starts must be as by default in the script.
@@ -4087,6 +4112,7 @@ class PosixProcesses(StepProcesses):
         build()  # it may run git, which must be over before the first step: any child of ours is a step's from then on
         _system()  # a process table that is not as expected is told when the daemon starts
         self._limits = (f"{umask:03o}", descriptors)
+        self._wrapper = _RESET_OOM_SCORE + _WRAPPER if _is_spared_by_oom_killer() else _WRAPPER
         self._lifetimes = _Lifetimes()
         self._shared = _Shared(_ProcessTable(), self._lifetimes, reserve)
         self._reaper_lock = threading.Lock()  # guards _is_reaper
@@ -4204,7 +4230,7 @@ class PosixProcesses(StepProcesses):
             marked_env = {**env, STEP_ENV_VAR: step_dir}
             environment, arguments = self._environment_for(command, step_dir, marked_env)
             return subprocess.Popen(
-                ["/bin/sh", "-c", _WRAPPER, step_dir, *self._limits, *arguments],
+                ["/bin/sh", "-c", self._wrapper, step_dir, *self._limits, *arguments],
                 stdin=self._null,
                 stdout=output,
                 stderr=self._null,
@@ -4279,6 +4305,19 @@ def _open_pipe() -> tuple[int, int]:
         return os.pipe()
     except OSError:
         return -1, -1
+
+
+def _is_spared_by_oom_killer() -> bool:
+    """Return whether this process has a negative OOM score, which its children inherit."""
+    with contextlib.suppress(OSError, ValueError), open(_OOM_SCORE_FILE, encoding="ascii") as file:  # only of Linux
+        return int(file.read()) < 0
+    return False
+
+
+def _has_live_posix_wrapper(step_dir: str) -> bool:
+    """Return whether the wrapper of a step lives. Raises OSError."""
+    pid = _read_pid(step_dir)
+    return pid != 0 and _system().is_wrapper(pid, os.fsencode(step_dir))
 
 
 def _read_pid(step_dir: str) -> int:
@@ -4911,10 +4950,21 @@ class WindowsProcesses:
                 CloseHandle(job)
 
 
+def _has_live_windows_wrapper(step_dir: str) -> bool:
+    """Return whether the wrapper of a step lives. Raises OSError."""
+    record = _WrapperRecord.read(step_dir)
+    wrapper = _open_wrapper(record) if record else 0
+    if wrapper:
+        CloseHandle(wrapper)
+    return wrapper != 0
+
+
 if sys.platform == "win32":
     Processes = WindowsProcesses
+    has_live_wrapper = _has_live_windows_wrapper
 else:
     Processes = PosixProcesses
+    has_live_wrapper = _has_live_posix_wrapper
 
 # ======================================================================================================================
 # III tasks / task model: states, messages and how the ends of steps become the end of their task
@@ -11602,6 +11652,8 @@ class Daemon:
         formatter: logging.Formatter = LineFormatter("%(asctime)s %(levelname)s %(message)s")
         if self._settings.log_format == "json":
             formatter = JsonFormatter()
+        elif handler is self._error_stream and is_journal(sys.stderr):
+            formatter = JournalFormatter("%(levelname)s %(message)s")
         handler.setFormatter(formatter)
         log.addHandler(handler)
 
@@ -11815,32 +11867,283 @@ def leave_step() -> None:
 # ======================================================================================================================
 
 _SERVICE_TITLE = "Remote executor"
+_LOG_LINES = 100  # that `service logs` shows
+_LOG_TAIL_BYTES = 64 * 1024
+_MAX_LINKS = 40  # on the way to a file, as for the kernel (path_resolution(7))
+
+
+class ServiceOptions(NamedTuple):
+    """What a service is beside the command that it runs."""
+
+    is_user: bool = False  # it belongs to the user who installs it, and needs no rights of root
+    run_as: str = ""  # the user that it runs as; empty for root, on Windows for SYSTEM
+    is_copy: bool = False  # it runs a copy of the program that others cannot change
+
+
+_NO_OPTIONS = ServiceOptions()
 
 
 class Services:
     """This host's service manager, as far as it concerns this program. Its methods raise StartupError."""
 
     default_root = "/var/lib/remote_executor"
+    copy_dir = "/opt/remote_executor"  # of the copied program
+    advice = ""  # what else is to be done after an install
+
+    def __init__(self, options: ServiceOptions = _NO_OPTIONS) -> None:
+        self._options = options
+        self._undo = contextlib.ExitStack()  # takes back what an install has written so far
+        self._copied = ""  # the copy of the program, where it was written anew
+
+    def prepare_program(self, program: Sequence[str]) -> list[str]:
+        """Return the command of the program that the service is to run: as it is, or a copy.
+
+        Raise StartupError where others than the service's user may change it.
+        """
+        raise NotImplementedError
 
     def install(self, command: Sequence[str]) -> str:
-        """Install the command as a service that starts with the host; return a line that says what was written."""
-        raise NotImplementedError
+        """Install the command as a service that starts with the host; return a line that says what was written.
+
+        A failure takes back what was written, the copy of the program too.
+        """
+        self._require_rights()
+        try:
+            with self._undo:
+                was_changed, line = self._install(command)
+                self._undo.pop_all()
+        except OSError as error:
+            raise StartupError(f"service: {error.filename} cannot be written: {error.strerror}") from None
+        if self._copied:
+            line = f"wrote {self._copied}; {line}"
+        with contextlib.suppress(StartupError):  # it is installed, whether or not the manager tells its status
+            if self._has_earlier_command(command, was_changed or self._copied != ""):
+                line += "; the service still runs as it was before: `service restart` applies the change"
+        return line
 
     def uninstall(self) -> str:
         """Stop the service and remove it; return a line that says what was removed."""
         raise NotImplementedError
 
     def start(self) -> str:
-        """Start the service; return its status."""
+        """Start the service unless it runs; return its status."""
         raise NotImplementedError
 
     def stop(self) -> str:
-        """Stop the service; return its status."""
+        """Stop the service if it runs; return its status, and how many steps run on."""
         raise NotImplementedError
+
+    def restart(self) -> str:
+        """Stop the service and start it; return its status."""
+        self.stop()
+        return self.start()
 
     def status(self) -> tuple[int, str]:
         """Return the exit code of init scripts (LSB: 0 running, 3 not running, 4 not installed) and a line."""
         raise NotImplementedError
+
+    def logs(self) -> str:
+        """Return the last lines that the service has logged."""
+        return _read_tail(log_path(self._installed_root()))
+
+    def _install(self, command: Sequence[str]) -> tuple[bool, str]:
+        """Do what `install` says; return whether something has changed, and the line."""
+        raise NotImplementedError
+
+    def _write(self, path: str, content: bytes, mode: int = 0o644) -> None:
+        """Write a file; `_undo` gives it its earlier content. Raises OSError."""
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        self._undo.callback(_restore_file, path, _read_or_none(path), mode)
+        _replace_file(path, content, mode)
+
+    def _copy_program(self, source: str, target: str) -> None:
+        """Copy the program to where only root or administrators may write; everybody may run it."""
+        directory = os.path.dirname(target)
+        try:
+            content = _read_or_none(source)
+            if content is None or content == _read_or_none(target):
+                return
+            self._undo.callback(_remove_empty, directory)
+            os.makedirs(directory, exist_ok=True)
+            self._protect_directory(directory)
+            self._write(target, content, 0o755)
+            self._protect_copy(target)
+        except OSError as error:
+            self._undo.close()
+            where = error.filename or target
+            raise StartupError(f"service: --copy: {where} cannot be written: {error.strerror}") from None
+        self._copied = target
+
+    def _protect_directory(self, directory: str) -> None:
+        """Let everybody read the directory of the copy, and only its owner write there. Raises OSError."""
+        os.chmod(directory, 0o755)  # whatever the umask
+
+    def _protect_copy(self, path: str) -> None:
+        """Do the same with the copy, where its directory's rights are not enough. Raises OSError."""
+
+    def _remove_copy(self, command: Sequence[str], destdir: str = "") -> None:
+        """Remove the program that the service ran, where it was a copy of ours."""
+        for word in command[:2]:
+            if os.path.dirname(word) == self.copy_dir:
+                with contextlib.suppress(OSError):  # it is gone; or, on Windows, it is the exe that runs just now
+                    os.unlink(destdir + word)
+                _remove_empty(destdir + self.copy_dir)
+
+    def _require_rights(self) -> None:
+        """Raise StartupError where this user may not install a service."""
+
+    def _installed_command(self) -> list[str]:
+        """Return the command of the installed service; empty where it cannot be read."""
+        raise NotImplementedError
+
+    def _installed_root(self) -> str:
+        """Return the root of the installed service, as its daemon names it."""
+        parent, name = os.path.split(_root_of(self._installed_command()) or self.default_root)
+        return os.path.join(os.path.realpath(parent), name)
+
+    def _has_earlier_command(self, command: Sequence[str], was_changed: bool) -> bool:
+        """Return whether the service runs, and not as it has just been installed."""
+        return was_changed and self.status()[0] == 0
+
+    def _steps_left(self) -> str:
+        """Return how many steps of the stopped service run on, to be added to a line."""
+        count = _count_running_steps(self._installed_root())
+        if not count:
+            return ""
+        noun = "step runs" if count == 1 else "steps run"
+        return f"; {count} {noun} on, and the next start adopts what runs then"
+
+
+def _root_of(command: Sequence[str]) -> str:
+    """Return the root that a command line names; empty where it names none."""
+    for word in command:
+        if word.startswith("--root="):
+            return word.partition("=")[2]
+    return ""
+
+
+def _count_running_steps(root: str) -> int:
+    """Return how many steps below a root have a live wrapper; 0 where that cannot be read."""
+    count = 0
+    with contextlib.suppress(OSError):
+        tasks = os.path.join(root, "tasks")
+        for task in os.listdir(tasks):
+            if not _TASK_NUMBER.fullmatch(task):
+                continue
+            with os.scandir(os.path.join(tasks, task)) as entries:
+                step_dirs = [entry.path for entry in entries if entry.name.isdigit()]
+            count += sum(map(has_live_wrapper, step_dirs))
+    return count
+
+
+def _read_tail(path: str) -> str:
+    """Return the last lines of a log."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _LOG_TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError as error:
+        raise StartupError(f"service: the log {path} cannot be read: {error.strerror}") from None
+    return "\n".join(lines[-_LOG_LINES:])
+
+
+def _read_or_none(path: str) -> bytes | None:
+    """Return the content of a file; None where there is none. Raises OSError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def _replace_file(path: str, content: bytes, mode: int) -> None:
+    """Write a file whole or not at all. Raises OSError."""
+    new = f"{path}.new"
+    with contextlib.suppress(FileNotFoundError):  # a crash has left it
+        os.unlink(new)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(new, mode)  # whatever the umask
+        os.replace(new, path)
+    except OSError:
+        os.unlink(new)
+        raise
+
+
+def _restore_file(path: str, content: bytes | None, mode: int) -> None:
+    """Give a file its earlier content; remove it where there was none."""
+    with contextlib.suppress(OSError):  # the failure itself is what the user has to know
+        if content is None:
+            os.unlink(path)
+        else:
+            _replace_file(path, content, mode)
+
+
+def _remove_empty(directory: str) -> None:
+    with contextlib.suppress(OSError):  # it is gone, or has something else in it
+        os.rmdir(directory)
+
+
+def _walk_path(path: str) -> Iterator[str]:
+    """Yield each directory and each link on the way to a file, then the file (path_resolution(7)). Raises OSError."""
+    names = path.split("/")
+    current = "/"
+    links = 0
+    yield current
+    while names:
+        name = names.pop(0)
+        if name == "..":
+            current = os.path.dirname(current)
+        if name in ("", ".", ".."):
+            continue
+        above = current
+        current = os.path.join(above, name)
+        yield current
+        if os.path.islink(current):
+            links += 1
+            if links > _MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+            target = os.readlink(current)
+            names = [*target.split("/"), *names]
+            current = "/" if target.startswith("/") else above
+
+
+def _find_changeable(path: str, owners: Sequence[int]) -> tuple[str, str] | None:
+    """Return what on the way to a program others than these users may change, and who; None where nobody may.
+
+    In a directory with the sticky bit nobody can replace what is another's; but beside the program a new file could
+    be one that it loads.
+    """
+    own_dirs = (os.path.dirname(path), os.path.dirname(os.path.realpath(path)))
+    for entry in _walk_path(path):
+        status = os.lstat(entry)
+        is_sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+        if status.st_uid not in owners:
+            return entry, f"the user with uid {status.st_uid}"
+        if stat.S_ISLNK(status.st_mode) or (is_sticky and entry not in own_dirs):
+            continue
+        if status.st_mode & 0o002:
+            return entry, "everybody"
+        if status.st_mode & 0o020:
+            return entry, f"the group with gid {status.st_gid}"
+    return None
+
+
+def _run_tool(command: Sequence[str]) -> tuple[int, str]:
+    """Run a program of the host; return its exit code and its output. Raise StartupError where there is none."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    except OSError as error:
+        raise StartupError(f"service: {command[0]} cannot be run: {error.strerror}") from None
+    return done.returncode, done.stdout.decode(errors="replace")
 
 
 class UnixServices(Services):
@@ -11848,44 +12151,138 @@ class UnixServices(Services):
 
     path = ""  # of the file
 
-    def __init__(self, destdir: str) -> None:
-        self._destdir = destdir
-        self._file = destdir + self.path
+    def __init__(self, destdir: str, options: ServiceOptions = _NO_OPTIONS) -> None:
+        super().__init__(options)
+        self._destdir = os.path.abspath(destdir) if destdir else ""
+        self._file = self._destdir + self.path
 
-    def install(self, command: Sequence[str]) -> str:
-        self._require_root()
-        try:
-            os.makedirs(os.path.dirname(self._file), exist_ok=True)
-            with open(self._file, "wb") as file:
-                os.fchmod(file.fileno(), 0o644)
-                file.write(self.content(command))
-            self._after_change()
-        except OSError as error:
-            raise StartupError(f"service: {error.filename} cannot be written: {error.strerror}") from None
-        return f"wrote {self._file}"
+    def prepare_program(self, program: Sequence[str]) -> list[str]:
+        *python, source = program
+        target = source
+        if self._options.is_copy:
+            self._require_rights()
+            target = os.path.join(self.copy_dir, os.path.basename(source))
+            self._copy_program(source, self._destdir + target)
+        if not self._destdir:  # the owners in an image are those of whoever builds it
+            self._require_unchangeable([*python, target, os.__file__])
+        return [self._without_destdir(word) for word in [*python, target]]
 
     def uninstall(self) -> str:
-        self._require_root()
+        self._require_rights()
         self._require_file()
-        self._before_removal()
-        os.unlink(self._file)
-        self._after_change()
-        return f"removed {self._file}"
+        lines = [f"removed {self._file}{self._steps_left_by_removal()}"]
+        program = self._installed_command()
+        try:
+            os.unlink(self._file)
+            self._remove_copy(program, self._destdir)
+            self._after_change()
+        except OSError as error:
+            raise StartupError(f"service: {error.filename} cannot be removed: {error.strerror}") from None
+        except StartupError as error:  # of a manager that does not run, as in a container
+            lines.append(str(error))
+        return "; ".join(lines)
 
     def content(self, command: Sequence[str]) -> bytes:
         """Return the content of the file that makes the manager run the command."""
         raise NotImplementedError
 
-    def _require_root(self) -> None:
-        if os.geteuid() and not self._destdir:
-            raise StartupError("service: root privileges required; run it with sudo")
+    def _install(self, command: Sequence[str]) -> tuple[bool, str]:
+        content = self.content(command)
+        if _read_or_none(self._file) == content and self._is_enabled():
+            return False, f"unchanged: {self._file}"
+        self._undo.callback(self._reload)
+        self._give_root(command)
+        self._write(self._file, content)
+        self._after_change()
+        return True, f"wrote {self._file}"
+
+    def _require_unchangeable(self, paths: Sequence[str]) -> None:
+        """Raise StartupError where others than root and the service's user may change one of these files."""
+        owners = [0, self._uid()]
+        for path in paths:
+            try:
+                changeable = _find_changeable(path, owners)
+            except OSError as error:
+                self._undo.close()
+                raise StartupError(f"service: {path} cannot be checked: {error.strerror}") from None
+            if changeable:
+                self._undo.close()
+                entry, who = changeable
+                advice = f"--copy installs {self.copy_dir}, which is root's alone"
+                if path != paths[-2] or self._options.is_copy:
+                    advice = "use a Python that is root's alone, such as /usr/bin/python3"
+                raise StartupError(f"service: {entry} may be changed by {who}, and so what the service runs; {advice}")
+
+    def _uid(self) -> int:
+        """Return the user that the service runs as."""
+        if self._options.is_user:
+            return os.geteuid()
+        if self._options.run_as:
+            return int(self._account().pw_uid)
+        return 0
+
+    def _account(self) -> Any:
+        """Return the entry of --run_as in the user database. Raises StartupError."""
+        import pwd
+
+        try:
+            return pwd.getpwnam(self._options.run_as)
+        except KeyError:
+            raise StartupError(f"service: --run_as: this host has no user {self._options.run_as!r}") from None
+
+    def _give_root(self, command: Sequence[str]) -> None:
+        """Make the root, where it is missing, and give it to the user of --run_as. Raises OSError, StartupError."""
+        if not self._options.run_as or self._destdir:
+            return
+        account = self._account()
+        root = _root_of(command)
+        if not os.path.lexists(root):
+            os.makedirs(os.path.dirname(root), exist_ok=True)
+            os.mkdir(root, 0o700)
+            self._undo.callback(_remove_empty, root)
+            descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # not what a user exchanges for it
+            try:
+                os.fchown(descriptor, account.pw_uid, account.pw_gid)
+            finally:
+                os.close(descriptor)
+        owner = os.lstat(root).st_uid
+        if owner != account.pw_uid:
+            name = self._options.run_as
+            raise StartupError(f"service: --root: {root} belongs to uid {owner}; `chown -R {name}: {root}` first")
+
+    def _without_destdir(self, path: str) -> str:
+        """Return the path that a file of the image has when the image runs."""
+        if self._destdir and path.startswith(self._destdir + os.sep):
+            return path[len(self._destdir) :]
+        return path
+
+    def _require_rights(self) -> None:
+        if os.geteuid() and not self._destdir and not self._options.is_user:
+            raise StartupError("service: root privileges required; run it with sudo, or install it with --user")
 
     def _require_file(self) -> None:
         if not os.path.exists(self._file):
             raise NotInstalled(f"service: not installed: {self._file} does not exist")
 
+    def _is_enabled(self) -> bool:
+        """Return whether the manager starts the service with the host."""
+        return True
+
     def _after_change(self) -> None:
         """Let the manager read the file, which was written or removed."""
+
+    def _reload(self) -> None:
+        """Let the manager read the file again after a failure, as far as it can."""
+
+    def _steps_left_by_removal(self) -> str:
+        """Stop the service; return what it left running, and why it may not have stopped, to be added to a line."""
+        if self._destdir:
+            return ""
+        try:
+            self._before_removal()
+        except StartupError as error:
+            return f", though the service was not stopped ({error})"
+        return self._steps_left()
 
     def _before_removal(self) -> None:
         """Stop the service."""
@@ -11896,33 +12293,24 @@ class UnixServices(Services):
 
     def _run(self, *command: str, accepted: Sequence[int] = ()) -> tuple[int, str]:
         """Do the same; return the exit code too, which is 0 or one of those accepted."""
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-        except OSError as error:
-            raise StartupError(f"service: {command[0]} cannot be run: {error.strerror}") from None
-        output = " ".join(done.stdout.decode(errors="replace").split())
-        if done.returncode and done.returncode not in accepted:
+        code, text = _run_tool(command)
+        output = " ".join(text.split())
+        if code and code not in accepted:
             raise StartupError(f"service: `{' '.join(command)}` failed: {output}")
-        return done.returncode, output
+        return code, output
 
 
-# KillMode: the steps are to outlive a restart of the daemon. OOMPolicy: one that takes too much memory does not end it.
+# KillMode: the steps are to outlive a restart of the daemon. OOMPolicy: one that takes too much memory does not end it;
+# OOMScoreAdjust: nor is the daemon taken for it. A step sets its own to 0.
 _UNIT_FILE = f"""\
 [Unit]
 Description={_SERVICE_TITLE}
-Wants=network-online.target
-After=network-online.target
-StartLimitIntervalSec=0
+{{network}}StartLimitIntervalSec=0
 
 [Service]
 Type={{kind}}
 ExecStart={{command}}
-KillMode=process
+{{account}}KillMode=process
 OOMPolicy=continue
 Restart=on-failure
 RestartSec=5
@@ -11930,7 +12318,11 @@ LimitNOFILE=65536
 TasksMax=infinity
 
 [Install]
-WantedBy=multi-user.target
+WantedBy={{target}}
+"""
+_UNIT_NETWORK = """\
+Wants=network-online.target
+After=network-online.target
 """
 _UNIT_ESCAPES = str.maketrans(
     {
@@ -11950,71 +12342,174 @@ def _quote_unit_word(word: str) -> str:
     return f'"{word}"'
 
 
+def _split_unit_line(line: str) -> list[str]:
+    """Return the words of a command line that `_quote_unit_word` has quoted."""
+    return [word.replace("%%", "%").replace("$$", "$") for word in shlex.split(line)]
+
+
 class SystemdServices(UnixServices):
-    """systemd, by a unit file (systemd.service(5))."""
+    """systemd, by a unit file (systemd.service(5)); of a user, by one in that user's own manager (systemd.unit(5))."""
 
     path = f"/etc/systemd/system/{SERVICE}.service"
+
+    def __init__(self, destdir: str, options: ServiceOptions = _NO_OPTIONS) -> None:
+        super().__init__(destdir, options)
+        self._systemctl = ["systemctl"]
+        self._target = "multi-user.target"
+        if options.is_user:
+            home = os.path.expanduser("~")
+            config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
+            state = os.environ.get("XDG_STATE_HOME") or os.path.join(home, ".local", "state")
+            self._systemctl = ["systemctl", "--user"]
+            self._target = "default.target"
+            self._file = f"{self._destdir}{config}/systemd/user/{SERVICE}.service"
+            self.default_root = os.path.join(state, SERVICE)
+            self.advice = " --user, and `loginctl enable-linger` to have it run without a login"
 
     def content(self, command: Sequence[str]) -> bytes:
         # systemd watches the launcher of a frozen program, which does not speak sd_notify.
         kind = "exec" if getattr(sys, "frozen", False) else "notify\nWatchdogSec=60"
-        command_line = " ".join(map(_quote_unit_word, command))
-        return _UNIT_FILE.format(kind=kind, command=command_line).encode()
+        account = ""
+        network = _UNIT_NETWORK
+        if self._options.run_as:
+            account = f"User={self._options.run_as}\n"
+            if _root_of(command) == self.default_root:  # systemd makes it, and gives it to that user
+                account += f"StateDirectory={SERVICE}\nStateDirectoryMode=0700\n"
+        if self._options.is_user:
+            network = ""  # its manager has no such target, and may not lower an OOM score
+        else:
+            account += "OOMScoreAdjust=-500\n"
+        text = _UNIT_FILE.format(
+            kind=kind,
+            command=" ".join(map(_quote_unit_word, command)),
+            network=network,
+            account=account,
+            target=self._target,
+        )
+        return text.encode()
 
     def start(self) -> str:
-        self._require_root()
-        self._call("systemctl", "start", SERVICE)
-        return self.status()[1]
+        return self._control("start")
 
     def stop(self) -> str:
-        self._require_root()
-        self._call("systemctl", "stop", SERVICE)
-        return self.status()[1]
+        return self._control("stop") + self._steps_left()
+
+    def restart(self) -> str:
+        return self._control("restart")
 
     def status(self) -> tuple[int, str]:
         if not os.path.exists(self._file):
             return 4, "not installed"
-        output = self._call("systemctl", "show", "--property=ActiveState,SubState,MainPID", SERVICE)
+        output = self._call(*self._systemctl, "show", "--property=ActiveState,SubState,MainPID", SERVICE)
         properties = dict(line.split("=", 1) for line in output.split())
         state = properties.get("ActiveState")
         if state != "active":
-            return 3, f"not running ({state}, {properties.get('SubState')}); see journalctl -u {SERVICE}"
+            return 3, f"not running ({state}, {properties.get('SubState')}); see `service logs`"
         return 0, f"running, pid {properties.get('MainPID')}"
+
+    def logs(self) -> str:
+        unit = "--user-unit" if self._options.is_user else "--unit"
+        code, text = _run_tool(["journalctl", f"{unit}={SERVICE}", f"--lines={_LOG_LINES}", "--no-pager"])
+        if code:
+            raise StartupError(f"service: journalctl failed: {' '.join(text.split())}")
+        return text.rstrip("\n")
+
+    def _control(self, action: str) -> str:
+        """Have systemd do this with the service; return its status."""
+        self._require_rights()
+        self._call(*self._systemctl, action, SERVICE)
+        return self.status()[1]
+
+    def _give_root(self, command: Sequence[str]) -> None:
+        if _root_of(command) != self.default_root:  # which systemd itself gives to the user, by StateDirectory
+            super()._give_root(command)
+
+    def _installed_command(self) -> list[str]:
+        content = _read_or_none(self._file) or b""
+        match = re.search(r"(?m)^ExecStart=(.*)$", content.decode(errors="replace"))
+        return _split_unit_line(match[1]) if match else []
+
+    def _has_earlier_command(self, command: Sequence[str], was_changed: bool) -> bool:
+        """Ask the running process itself too, which an earlier installation may have left as it was."""
+        if self._destdir:
+            return False
+        code, line = self.status()
+        if code:
+            return False
+        running = _read_or_none(f"/proc/{line.rpartition(' ')[2]}/cmdline")
+        if not running or was_changed:
+            return was_changed
+        return running.rstrip(b"\0").split(b"\0") != [os.fsencode(word) for word in command]
+
+    def _is_enabled(self) -> bool:
+        if self._destdir:
+            return os.path.lexists(self._wants_link())
+        return self._run(*self._systemctl, "is-enabled", SERVICE, accepted=range(1, 256))[0] == 0
 
     def _after_change(self) -> None:
         is_installed = os.path.exists(self._file)
         if self._destdir:
-            self._set_enabled_in_image(is_installed)
+            self._link_in_image(is_installed)
             return
-        self._call("systemctl", "daemon-reload")
+        if not is_installed:
+            self._remove_link()  # systemctl does it, where it can be called
+        self._call(*self._systemctl, "daemon-reload")
         if is_installed:
-            self._call("systemctl", "enable", SERVICE)
+            self._call(*self._systemctl, "enable", SERVICE)
 
-    def _set_enabled_in_image(self, is_enabled: bool) -> None:
-        """Make or remove the link that `systemctl enable` would make."""
+    def _reload(self) -> None:
+        with contextlib.suppress(StartupError):  # the failure itself is what the user has to know
+            if not os.path.exists(self._file):
+                self._remove_link()
+            if not self._destdir:
+                self._call(*self._systemctl, "daemon-reload")
+
+    def _wants_link(self) -> str:
         directory, name = os.path.split(self._file)
-        wants = os.path.join(directory, "multi-user.target.wants")
-        link = os.path.join(wants, name)
-        with contextlib.suppress(FileNotFoundError):  # of no earlier installation
-            os.unlink(link)
+        return os.path.join(directory, f"{self._target}.wants", name)
+
+    def _remove_link(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._wants_link())
+
+    def _link_in_image(self, is_enabled: bool) -> None:
+        """Make or remove the link that `systemctl enable` would make."""
+        self._remove_link()
         if is_enabled:
-            os.makedirs(wants, exist_ok=True)
-            os.symlink(f"../{name}", link)
+            link = self._wants_link()
+            os.makedirs(os.path.dirname(link), exist_ok=True)
+            os.symlink(f"../{os.path.basename(self._file)}", link)
 
     def _before_removal(self) -> None:
-        if not self._destdir:
-            self._call("systemctl", "disable", "--now", SERVICE)
+        self._call(*self._systemctl, "disable", "--now", SERVICE)
 
 
 class LaunchdServices(UnixServices):
-    """launchd of a Mac, by a property list (launchd.plist(5), launchctl(1)).
+    """launchd of a Mac, by a property list (launchd.plist(5), launchctl(1)); of a user, as an agent of the login.
 
     A service that is loaded need not have a process: it may have ended, or be waiting for its next start.
     """
 
     default_root = "/var/db/remote_executor"
+    copy_dir = "/usr/local/remote_executor"
     path = f"/Library/LaunchDaemons/{SERVICE}.plist"
     log_path = f"/var/log/{SERVICE}.log"
+
+    def __init__(self, destdir: str, options: ServiceOptions = _NO_OPTIONS) -> None:
+        super().__init__(destdir, options)
+        self._domain = "system"
+        self._home = "/var/root"
+        if options.is_user:
+            self.advice = " --user"
+            self._home = os.path.expanduser("~")
+            library = os.path.join(self._home, "Library")
+            self._domain = f"gui/{os.geteuid()}"
+            self._file = f"{self._destdir}{library}/LaunchAgents/{SERVICE}.plist"
+            self.log_path = f"{library}/Logs/{SERVICE}.log"
+            self.default_root = f"{library}/Application Support/{SERVICE}"
+        elif options.run_as:
+            self._home = self._account().pw_dir
+        self._target = f"{self._domain}/{SERVICE}"
 
     def content(self, command: Sequence[str]) -> bytes:
         import plistlib
@@ -12022,11 +12517,13 @@ class LaunchdServices(UnixServices):
         exit_timeout_s = _LAUNCHD_EXIT_TIMEOUT_S
         if "--on_exit=wait" in command:
             exit_timeout_s = _LAUNCHD_LONG_EXIT_TIMEOUT_S
+        account = {"UserName": self._options.run_as} if self._options.run_as else {}
         return plistlib.dumps(
             {
                 "Label": SERVICE,
                 "ProgramArguments": list(command),
-                "EnvironmentVariables": {"HOME": "/var/root", "LANG": "en_US.UTF-8"},
+                **account,
+                "EnvironmentVariables": {"HOME": self._home, "LANG": "en_US.UTF-8"},
                 "RunAtLoad": True,
                 "KeepAlive": {"SuccessfulExit": False},
                 "AbandonProcessGroup": True,  # the steps are to outlive a restart of the daemon
@@ -12038,10 +12535,10 @@ class LaunchdServices(UnixServices):
         )
 
     def start(self) -> str:
-        self._require_root()
+        self._require_rights()
         self._require_file()
         if self._print() is not None:
-            self._launchctl("kickstart", _LAUNCHD_TARGET, accepted=(_LAUNCHD_ALREADY_IN_PROGRESS,))
+            self._launchctl("kickstart", self._target, accepted=(_LAUNCHD_ALREADY_IN_PROGRESS,))
         else:
             self._bootstrap()
         end_s = time.monotonic() + _LAUNCHD_START_S
@@ -12050,16 +12547,16 @@ class LaunchdServices(UnixServices):
         return self.status()[1]
 
     def stop(self) -> str:
-        self._require_root()
+        self._require_rights()
         self._require_file()
         not_loaded = (_LAUNCHD_NO_SUCH_PROCESS, _LAUNCHD_NOT_FOUND)
-        self._launchctl("bootout", _LAUNCHD_TARGET, accepted=(_LAUNCHD_IN_PROGRESS, *not_loaded))
+        self._launchctl("bootout", self._target, accepted=(_LAUNCHD_IN_PROGRESS, *not_loaded))
         end_s = time.monotonic() + _LAUNCHD_STOP_S
         while self._print() is not None:  # before, a bootstrap would fail
             if time.monotonic() > end_s:
                 return f"still stopping: {self.status()[1]}"
             time.sleep(_POLL_S)
-        return self.status()[1]
+        return self.status()[1] + self._steps_left()
 
     def status(self) -> tuple[int, str]:
         if not os.path.exists(self._file):
@@ -12075,28 +12572,51 @@ class LaunchdServices(UnixServices):
             return 3, f"not running (last exit code {code[1]}); see {self.log_path}"
         return 3, "not running"
 
+    def logs(self) -> str:
+        return _read_tail(self.log_path)
+
+    def _installed_command(self) -> list[str]:
+        import plistlib
+        from xml.parsers.expat import ExpatError
+
+        try:
+            words = plistlib.loads(_read_or_none(self._file) or b"").get("ProgramArguments", [])
+        except (ValueError, ExpatError):  # somebody has edited it
+            return []
+        return [str(word) for word in words]
+
+    def _has_earlier_command(self, command: Sequence[str], was_changed: bool) -> bool:
+        return not self._destdir and super()._has_earlier_command(command, was_changed)
+
     def _after_change(self) -> None:
         """Make the file of standard error, which launchd would let everybody read: it tells who has submitted what."""
-        if not self._destdir and os.path.exists(self._file):
-            os.close(os.open(self.log_path, os.O_WRONLY | os.O_CREAT, 0o600))
+        if self._destdir or not os.path.exists(self._file):
+            return
+        os.makedirs(os.path.dirname(self.log_path), exist_ok=True)
+        descriptor = os.open(self.log_path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            if self._options.run_as:
+                account = self._account()
+                os.fchown(descriptor, account.pw_uid, account.pw_gid)
+        finally:
+            os.close(descriptor)
 
     def _before_removal(self) -> None:
         """Stop the service; one that waits for its steps ends without its file."""
-        if not self._destdir:
-            self.stop()
+        self.stop()
 
     def _bootstrap(self) -> None:
         """Load the service, which starts it. It is tried again while launchd may still be removing an earlier one."""
         for _ in range(_LAUNCHD_ATTEMPTS - 1):
-            code, _ = self._launchctl("bootstrap", "system", self._file, accepted=(_LAUNCHD_IO_ERROR,))
+            code, _ = self._launchctl("bootstrap", self._domain, self._file, accepted=(_LAUNCHD_IO_ERROR,))
             if not code:
                 return
             time.sleep(_LAUNCHD_RETRY_S)
-        self._launchctl("bootstrap", "system", self._file)
+        self._launchctl("bootstrap", self._domain, self._file)
 
     def _print(self) -> str | None:
         """Return what launchd shows of the service; None where it is not loaded."""
-        code, output = self._launchctl("print", _LAUNCHD_TARGET, accepted=(_LAUNCHD_NOT_FOUND,))
+        code, output = self._launchctl("print", self._target, accepted=(_LAUNCHD_NOT_FOUND,))
         return None if code else output
 
     def _launchctl(self, *words: str, accepted: Sequence[int] = ()) -> tuple[int, str]:
@@ -12268,14 +12788,14 @@ class WindowsServices(Services):
                 CloseServiceHandle(service)
 
 
-def host_services() -> Services:
-    """Return the service manager of this host."""
+def host_services(options: ServiceOptions) -> Services:
+    """Return the service manager of this host. Raise StartupError."""
     if ON_WINDOWS:
-        return WindowsServices()
+        return WindowsTasks() if options.is_user else WindowsServices(options)
     destdir = os.environ.get("DESTDIR", "")
     if sys.platform == "darwin":
-        return LaunchdServices(destdir)
-    return SystemdServices(destdir)
+        return LaunchdServices(destdir, options)
+    return SystemdServices(destdir, options)
 
 
 # ======================================================================================================================
@@ -12298,12 +12818,26 @@ class _Command(NamedTuple):
         return f"{self.name} {self.arguments}".rstrip()
 
 
+_SERVICE_ACTIONS = {
+    "install": "Install it, with the flags of run; once more to change them.",
+    "uninstall": "Stop and remove it. Steps run on, the root stays.",
+    "start": "Start it, unless it runs.",
+    "stop": "Stop it. Steps run on, as --on_exit says.",
+    "restart": "Stop and start it: with what install has changed.",
+    "status": "Say whether it runs; exit code 0: running, 3: not, 4: not installed.",
+    "logs": f"Print the last {_LOG_LINES} lines that it has logged.",
+}
+_SERVICE_FLAGS = (  # the flag, its placeholder, its help
+    ("user", "", "The service of the user who installs it, not of the host: needs no root."),
+    ("run_as", "USER", "The user that the service of the host runs as, in place of root or SYSTEM."),
+    ("copy", "", "Install a copy of the program that only root or administrators may change."),
+)
 _COMMANDS = (
     _Command("help", "[<command>...]", "Show help."),
     _Command("run", "", "Run server"),
     _Command(
         "service",
-        "install|uninstall|start|stop|status",
+        "|".join(_SERVICE_ACTIONS),
         "Manage the service of this host that runs the server. install takes the flags of run.",
     ),
 )
@@ -12339,6 +12873,11 @@ def parse_command_line(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             action = "append" if option.kind == "list" else "store"
             check = functools.partial(check_argument, option)
             parser.add_argument(f"--{option.field}", dest=option.field, type=check, action=action)
+    for name, placeholder, _ in _SERVICE_FLAGS:
+        if placeholder:
+            parser.add_argument(f"--{name}", dest=name)
+        else:
+            switches.append(name)
     for name in switches:
         parser.add_argument(f"--{name}", dest=name, action="store_true")
     for name in negatable:
@@ -12348,11 +12887,13 @@ def parse_command_line(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return args, flags
 
 
-def _flag_rows() -> Iterator[tuple[str, str]]:
+def _flag_rows(is_service: bool = False) -> Iterator[tuple[str, str]]:
     """Yield each flag as the help shows it, and its help."""
     yield "-h, --[no-]help", _HELP_FLAG_HELP
     for option in OPTIONS:
         default = default_text(option)
+        if is_service and option.name == "root":
+            default = host_services(_NO_OPTIONS).default_root
         if option.kind == "flag":
             flag = f"--[no-]{option.name}"
         elif option.kind in ("address", "path"):
@@ -12361,6 +12902,18 @@ def _flag_rows() -> Iterator[tuple[str, str]]:
             flag = f"--{option.name}={default}"
         yield f"    {flag}", option.help
     yield "    --[no-]version", _VERSION_FLAG_HELP
+
+
+def _service_lines() -> Iterator[str]:
+    """Yield the lines of the help about the flags and the actions of `service`."""
+    yield "Flags of service:"
+    for name, placeholder, text in _SERVICE_FLAGS:
+        flag = f"--{name}={placeholder}".rstrip("=")
+        yield f"      {flag:<20}{text}"
+    yield ""
+    yield "Actions of service:"
+    for action, text in _SERVICE_ACTIONS.items():
+        yield f"  {action:<24}{text}"
 
 
 def _find_command(name: str) -> _Command:
@@ -12379,12 +12932,15 @@ def help_text(command_name: str | None = None, is_long: bool = False) -> str:
         commands = [_find_command(command_name)]
         usage = f"usage: {_PROGRAM} {command_name} [<flags>]"
     lines = [usage, "", _SUMMARY, "", "Flags:"]
-    for flag, text in _flag_rows():
+    is_service = command_name == "service"
+    for flag, text in _flag_rows(is_service):
         if len(flag) < 23:
             lines.append(f"  {flag:<24}{text}")
         else:
             lines.append(f"  {flag}  ")
             lines.append(" " * 26 + text)
+    if is_service or is_long:
+        lines += ["", *_service_lines()]
     if command_name is None or is_long:
         lines += ["", "Commands:"]
         for command in commands:
@@ -12439,36 +12995,53 @@ def _join_command(command: Sequence[str]) -> str:
 
 
 def _install_service(services: Services, flags: Mapping[str, Any]) -> None:
+    make_settings(flags)  # the service would end with what is wrong
     root = os.path.abspath(flags.get("root", services.default_root))
     argv = _to_argv({**flags, "root": root})
-    print(services.install([*own_command(), "run", *argv]))
-    program = _join_command(own_command())
-    print(f"next: {program} service start; clients on other hosts need the token that it writes in {root}")
+    program = services.prepare_program(own_command())
+    print(services.install([*program, "run", *argv]))
+    again = _join_command([*program, "service", "start"])
+    print(f"next: {again}{services.advice}; clients on other hosts need the token that it writes in {root}")
 
 
-def service_command(args: Sequence[str], flags: Mapping[str, Any]) -> int:
+def _take_service_options(flags: dict[str, Any]) -> ServiceOptions:
+    """Take the flags of `service` out of the flags. Raise UsageError for those that conflict."""
+    options = ServiceOptions(
+        is_user=flags.pop("user", False),
+        run_as=flags.pop("run_as", ""),
+        is_copy=flags.pop("copy", False),
+    )
+    if options.is_user and (options.run_as or options.is_copy):
+        raise UsageError("--user excludes --run_as and --copy: such a service runs as you, with your own file")
+    return options
+
+
+def service_command(args: Sequence[str], flags: dict[str, Any]) -> int:
     """Install the daemon as a service of this host, or control it; return the exit code.
 
     Raise UsageError and StartupError.
     """
-    services = host_services()
+    options = _take_service_options(flags)
     action = args[0] if len(args) == 1 else ""
+    if action not in _SERVICE_ACTIONS:
+        raise UsageError(f"service: expected one of {', '.join(_SERVICE_ACTIONS)}")
+    if action != "install" and (flags or options.run_as or options.is_copy):
+        raise UsageError(f"service {action} takes no flag but --user; service install takes those of run")
+    services = host_services(options)
     if action == "install":
         _install_service(services, flags)
         return 0
-    if flags:
-        raise UsageError("only service install takes flags")
     if action == "status":
         code, line = services.status()
         print(line)
         return code
-    actions = {
+    actions: dict[str, Callable[[], str]] = {
         "uninstall": services.uninstall,
         "start": services.start,
         "stop": services.stop,
+        "restart": services.restart,
+        "logs": services.logs,
     }
-    if action not in actions:
-        raise UsageError(f"service: expected one of install, {', '.join(actions)} and status")
     print(actions[action]())
     return 0
 
@@ -12495,6 +13068,8 @@ def run_command(argv: Sequence[str]) -> int:
     _find_command(command)
     if rest:
         raise UsageError(f"{command}: unexpected argument {rest[0]!r}")
+    if _take_service_options(flags) != _NO_OPTIONS:
+        raise UsageError("--user, --run_as and --copy are flags of service install")
     settings = make_settings(flags)
     leave_step()
     return run_supervised(settings)
