@@ -43,6 +43,7 @@ import functools
 import gc
 import graphlib
 import heapq
+import html
 import http.server
 import io
 import ipaddress
@@ -901,6 +902,7 @@ if ON_WINDOWS:
     # Processes (Process and Thread Functions)
     SYNCHRONIZE = 0x0010_0000
     PROCESS_TERMINATE = 0x0001
+    STILL_ACTIVE = 259  # the exit code of a process that has not ended
     PROCESS_DUP_HANDLE = 0x0040
     PROCESS_SET_QUOTA = 0x0100
     PROCESS_SUSPEND_RESUME = 0x0800
@@ -1031,6 +1033,16 @@ if ON_WINDOWS:
         "ConvertSecurityDescriptorToStringSecurityDescriptorW",
         *(_BOOL, _VOID, _DWORD, _DWORD, _TEXT_OUT, _VOID),
     )
+    ConvertStringSidToSidW = _declare(_advapi32, "ConvertStringSidToSidW", _BOOL, _TEXT, _VOID_OUT)
+    LookupAccountSidW = _declare(
+        _advapi32, "LookupAccountSidW", _BOOL, _TEXT, _VOID, _TEXT, _DWORD_OUT, _TEXT, _DWORD_OUT, _DWORD_OUT
+    )
+    _netapi32 = _WinDLL("netapi32")
+    LG_INCLUDE_INDIRECT = 1
+    NetUserGetLocalGroups = _netapi32.NetUserGetLocalGroups
+    NetUserGetLocalGroups.argtypes = (_TEXT, _TEXT, _DWORD, _DWORD, _VOID_OUT, _DWORD, _DWORD_OUT, _DWORD_OUT)
+    NetApiBufferFree = _netapi32.NetApiBufferFree
+    NetApiBufferFree.argtypes = (_VOID,)
     GetSecurityDescriptorOwner = _declare(_advapi32, "GetSecurityDescriptorOwner", _BOOL, _VOID, _VOID_OUT, _BOOL_OUT)
     GetFileSecurityW = _declare(_advapi32, "GetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID, _DWORD, _DWORD_OUT)
     SetFileSecurityW = _declare(_advapi32, "SetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID)
@@ -1112,7 +1124,9 @@ if ON_WINDOWS:
     SC_MANAGER_CONNECT = 1
     SC_MANAGER_CREATE_SERVICE = 2
     SERVICE_ALL_ACCESS = 0xF01FF
+    SERVICE_QUERY_CONFIG = 1
     SERVICE_QUERY_STATUS = 4
+    SERVICE_NO_CHANGE = 0xFFFF_FFFF
     SERVICE_AUTO_START = 2
     SERVICE_ERROR_NORMAL = 1
     SC_STATUS_PROCESS_INFO = 0
@@ -1125,7 +1139,7 @@ if ON_WINDOWS:
     ERROR_SERVICE_ALREADY_RUNNING = 1056
     ERROR_SERVICE_DOES_NOT_EXIST = 1060
     ERROR_SERVICE_NOT_ACTIVE = 1062
-    ERROR_SERVICE_EXISTS = 1073
+    ERROR_SERVICE_LOGON_FAILED = 1069
     ERROR_SERVICE_NEVER_STARTED = 1077
 
     class ServiceAction(ctypes.Structure):
@@ -1144,6 +1158,21 @@ if ON_WINDOWS:
             ("Action", ctypes.POINTER(ServiceAction)),
         )
 
+    class ServiceConfig(ctypes.Structure):
+        """QUERY_SERVICE_CONFIGW."""
+
+        _fields_ = (
+            ("ServiceType", _DWORD),
+            ("StartType", _DWORD),
+            ("ErrorControl", _DWORD),
+            ("BinaryPathName", _TEXT),
+            ("LoadOrderGroup", _TEXT),
+            ("TagId", _DWORD),
+            ("Dependencies", _TEXT),
+            ("ServiceStartName", _TEXT),
+            ("DisplayName", _TEXT),
+        )
+
     OpenSCManagerW = _declare(_advapi32, "OpenSCManagerW", _HANDLE, _TEXT, _TEXT, _DWORD)
     OpenServiceW = _declare(_advapi32, "OpenServiceW", _HANDLE, _HANDLE, _TEXT, _DWORD)
     CreateServiceW = _declare(
@@ -1151,6 +1180,13 @@ if ON_WINDOWS:
         _TEXT, _TEXT, _TEXT,
     )  # fmt: skip
     ChangeServiceConfig2W = _declare(_advapi32, "ChangeServiceConfig2W", _BOOL, _HANDLE, _DWORD, _VOID)
+    ChangeServiceConfigW = _declare(
+        _advapi32, "ChangeServiceConfigW", _BOOL, _HANDLE, *[_DWORD] * 3, *[_TEXT] * 2, _VOID, *[_TEXT] * 4
+    )
+    QueryServiceConfigW = _declare(_advapi32, "QueryServiceConfigW", _BOOL, _HANDLE, _VOID, _DWORD, _DWORD_OUT)
+    CommandLineToArgvW = _declare(
+        _WinDLL("shell32", use_last_error=True), "CommandLineToArgvW", _TEXT_OUT, _TEXT, ctypes.POINTER(_INT)
+    )
     StartServiceW = _declare(_advapi32, "StartServiceW", _BOOL, _HANDLE, _DWORD, _VOID)
     ControlService = _declare(_advapi32, "ControlService", _BOOL, _HANDLE, _DWORD, _STATUS)
     DeleteService = _declare(_advapi32, "DeleteService", _BOOL, _HANDLE)
@@ -1912,9 +1948,9 @@ def _restrict_windows_directory(path: str) -> None:
         raise StartupError(f"--root: {path} is on a network share, where cmd.exe cannot work; choose a local directory")
     own_sid = _own_sid()
     owner = _owner_sid(path)
-    if owner not in (own_sid, _SYSTEM_SID, _ADMINISTRATORS_SID):
-        raise StartupError(f"--root: {path} belongs to another user ({owner}); choose one of your own")
     entries = "".join(f"(A;OICI;FA;;;{sid})" for sid in ("SY", "BA", own_sid))  # allow, inherited, full access
+    if owner not in (own_sid, _SYSTEM_SID, _ADMINISTRATORS_SID):
+        _take_over(path, owner, f"O:{own_sid}D:P{entries}")
     is_empty = not os.listdir(path)
     wanted = ctypes.c_void_p()
     ConvertStringSecurityDescriptorToSecurityDescriptorW(f"D:P{entries}", SDDL_REVISION_1, ctypes.byref(wanted), None)
@@ -1933,6 +1969,61 @@ def _restrict_windows_directory(path: str) -> None:
         )
 
 
+def _take_over(path: str, owner: str, security: str) -> None:
+    """Make a root ours that a member of the administrators has used alone, if we may. Raises StartupError otherwise.
+
+    Its database says what to run: another user's could have been put there to have us run it.
+    """
+    others = _granted_sids(_read_security_descriptor(path, DACL_SECURITY_INFORMATION)) - {owner, "SY", "BA", "CO", "OW"}
+    if not others and _is_administrator(owner):
+        with contextlib.suppress(OSError):  # we are neither the system nor an administrator
+            set_security(path, security)
+            return
+    icacls = f'icacls "{path}" /setowner Administrators /T /C'
+    raise StartupError(
+        f"--root: {path} belongs to another user ({owner}); choose one of your own, or as an administrator: {icacls}"
+    )
+
+
+def _is_administrator(sid: str) -> bool:
+    """Return whether a user is a member of the administrators, directly or by a group; False where nobody tells.
+
+    NetUserGetLocalGroups of the Network Management Functions (MSDN); the group's name is of the host's language.
+    """
+    user = _account_name(sid)
+    group = _account_name(_ADMINISTRATORS_SID).rpartition("\\")[2]
+    if not user or not group:
+        return False
+    buffer = ctypes.c_void_p()
+    count = _DWORD()
+    no_limit = 0xFFFF_FFFF
+    arguments = (0, LG_INCLUDE_INDIRECT, ctypes.byref(buffer), no_limit, ctypes.byref(count), ctypes.byref(_DWORD()))
+    if NetUserGetLocalGroups(None, user, *arguments) or not buffer:
+        return False
+    try:
+        return group in ctypes.cast(buffer, _TEXT_OUT)[: count.value]
+    finally:
+        NetApiBufferFree(buffer)
+
+
+def _account_name(sid: str) -> str:
+    """Return DOMAIN\\name of a SID string; empty where it has none."""
+    binary = ctypes.c_void_p()
+    name = ctypes.create_unicode_buffer(_MAX_ACCOUNT_NAME)
+    domain = ctypes.create_unicode_buffer(_MAX_ACCOUNT_NAME)
+    sizes = (_DWORD(_MAX_ACCOUNT_NAME), _DWORD(_MAX_ACCOUNT_NAME))
+    try:
+        ConvertStringSidToSidW(sid, ctypes.byref(binary))
+        name_size, domain_size = map(ctypes.byref, sizes)
+        LookupAccountSidW(None, binary, name, name_size, domain, domain_size, ctypes.byref(_DWORD()))
+    except OSError:
+        return ""
+    finally:
+        LocalFree(binary)
+    return f"{domain.value}\\{name.value}"
+
+
+_MAX_ACCOUNT_NAME = 512
 _MAX_ROOT_LENGTH = 200  # so that a step's files stay below MAX_PATH, which cmd.exe cannot pass
 _ACCESS_ENTRY = re.compile(r"\((\w+);[^()]*?;([^;()]+)(?:;\(.*?\))?\)")  # the type of an ACE, and its SID
 
@@ -1973,6 +2064,24 @@ def _owner_sid(path: str) -> str:
     owner = ctypes.c_void_p()
     GetSecurityDescriptorOwner(descriptor, ctypes.byref(owner), ctypes.byref(_BOOL()))
     return _sid_text(owner)
+
+
+def set_security(path: str, text: str) -> None:
+    """Set owner and access list of a file, as far as this text has them. Raises OSError.
+
+    Source: Security Descriptor String Format (MSDN).
+    """
+    parts = 0
+    if "O:" in text:
+        parts |= OWNER_SECURITY_INFORMATION
+    if "D:P" in text:
+        parts |= DACL_SECURITY_INFORMATION | PROTECTED_DACL_SECURITY_INFORMATION
+    descriptor = ctypes.c_void_p()
+    ConvertStringSecurityDescriptorToSecurityDescriptorW(text, SDDL_REVISION_1, ctypes.byref(descriptor), None)
+    try:
+        SetFileSecurityW(path, parts, descriptor)
+    finally:
+        LocalFree(descriptor)
 
 
 def _read_security_descriptor(path: str, parts: int) -> Any:
@@ -4604,12 +4713,35 @@ def _open_process(pid: int) -> int:
 
 def _open_wrapper(record: _WrapperRecord) -> int:
     """Open the wrapper that the record names; return 0 when it has ended."""
-    with contextlib.suppress(OSError):  # there is no such process
+    try:
         process = _open_process(record.pid)
+    except PermissionError:  # it is, or what has its pid by now, of a user with more rights than ours
+        if _may_be_alive(record):
+            raise
+        return 0
+    except OSError:  # there is no such process
+        return 0
+    with contextlib.suppress(OSError):
         if _creation_time(process) == record.created and not _is_signalled(process):
             return process
-        CloseHandle(process)
+    CloseHandle(process)
     return 0
+
+
+def _may_be_alive(record: _WrapperRecord) -> bool:
+    """Return whether a process has the wrapper's pid, and as far as we may ask, its creation time too."""
+    try:
+        process: int = OpenProcess(PROCESS_QUERY_LIMITED_INFORMATION, False, record.pid)
+    except PermissionError:
+        return any(pid == record.pid for pid, _, _ in list_processes())
+    except OSError:
+        return False
+    try:
+        code = ctypes.c_int32()
+        GetExitCodeProcess(process, ctypes.byref(code))
+        return code.value == STILL_ACTIVE and _creation_time(process) == record.created
+    finally:
+        CloseHandle(process)
 
 
 def _end_process(process: int) -> None:
@@ -4746,6 +4878,45 @@ class WindowsTree:
         if self._has_result():
             return True
         return not self.find_own_process() or _is_signalled(self._own_process)
+
+
+class WatchedTree:
+    """A step that a daemon with more rights has started: it cannot be opened, so it is only watched until its end."""
+
+    def __init__(self, record: _WrapperRecord) -> None:
+        self.pid = record.pid
+        self._record = record
+        self._woken = threading.Event()
+
+    def wait(self, deadline_s: float | None) -> bool:
+        """Wait for the wrapper's end, a `wake` or the deadline; return whether it has ended."""
+        while _may_be_alive(self._record):
+            left_s = _MAX_WAIT_S if deadline_s is None else deadline_s - time.monotonic()
+            if left_s <= 0:
+                return False
+            if self._woken.wait(min(left_s, _WATCH_S)):
+                self._woken.clear()
+                return not _may_be_alive(self._record)
+        return True
+
+    def wake(self) -> None:
+        """Make `wait` return."""
+        self._woken.set()
+
+    def exit_code(self) -> int | None:
+        """Return None: the result file may have the code."""
+        return None
+
+    def stop(self, is_hurried: Callable[[], bool]) -> None:
+        """Warn that this daemon may not end the step, if it has not ended by itself."""
+        if _may_be_alive(self._record):
+            log.warning("process %d of a step cannot be stopped: it was started with more rights", self.pid)
+
+    def close(self) -> None:
+        """Do nothing: no handle is held between calls."""
+
+
+_WATCH_S = 0.5  # between looks at a process that cannot be waited for
 
 
 class WindowsRemains:
@@ -4885,17 +5056,21 @@ class WindowsProcesses:
             raise
         return tree
 
-    def adopt(self, step_dir: str) -> WindowsTree | None:
+    def adopt(self, step_dir: str) -> WindowsTree | WatchedTree | None:
         """Return the live tree of a step that an earlier daemon started; None when its wrapper is gone.
 
         A wrapper that may not have started is ended: the step can start anew.
         """
+        record = None
         try:
             record = _WrapperRecord.read(step_dir)
             wrapper = _open_wrapper(record) if record else 0
             if record and wrapper:
                 return self._adopt(record, wrapper, step_dir)
         except OSError as error:
+            if record and isinstance(error, PermissionError):
+                log.warning("%s: the step's process can only be waited for: %s", step_dir, error)
+                return WatchedTree(record)
             log.warning("%s: the step cannot be adopted: %s", step_dir, error)
         return None
 
@@ -11664,6 +11839,8 @@ class Daemon:
 
 SERVICE = "remote_executor"  # its name for every service manager
 _STATE_CHANGE_S = 60.0  # that a service manager waits for the start, and for each stage of the end
+WINDOWS_SERVICE_ROOT = os.path.join(os.environ.get("PROGRAMDATA", r"C:\ProgramData"), "remote_executor")
+FAILED_START = "did not start: "  # in the log of a service of Windows, before the reason
 
 
 class SystemdSupervisor(Supervisor):
@@ -11717,11 +11894,26 @@ class SystemdSupervisor(Supervisor):
         return True
 
 
+class _RefusedDaemon:
+    """Stands for a daemon whose command line is wrong."""
+
+    def __init__(self, error: UsageError) -> None:
+        self._error = error
+
+    def run(self) -> int:
+        """Raise the UsageError."""
+        raise self._error
+
+    def request_shutdown(self) -> None:
+        """Do nothing: it ends by itself."""
+
+
 class WindowsSupervisor(Supervisor):
     """The service control manager, whose own threads call `_serve` and `_control` (Service Functions, MSDN)."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._daemon = Daemon(settings, self)
+    def __init__(self, make_daemon: Callable[[Supervisor], Daemon | _RefusedDaemon], root: str) -> None:
+        self._daemon = make_daemon(self)
+        self._root = root
         self._main = ServiceMain(self._serve)  # kept here, because the system keeps no reference
         self._handler = ServiceHandler(self._control)
         self._handle = 0
@@ -11759,9 +11951,11 @@ class WindowsSupervisor(Supervisor):
         self._report(SERVICE_START_PENDING)
         try:
             self._exit_code = self._daemon.run()
-        except StartupError as error:
+        except (StartupError, UsageError) as error:
+            self._exit_code = 2 if isinstance(error, UsageError) else 1
+            _log_failed_start(self._root, str(error))
+            register_event_source()
             print_error(str(error))
-            self._exit_code = 1
         except Exception:
             log.exception("the daemon failed")
             os._exit(1)
@@ -11812,10 +12006,64 @@ def run_supervised(settings: Settings) -> int:
     """Run the daemon under whatever started it; return the exit code. Raise StartupError."""
     if not ON_WINDOWS:
         return Daemon(settings, SystemdSupervisor.from_environ()).run()
-    code = WindowsSupervisor(settings).run()
+    code = WindowsSupervisor(functools.partial(Daemon, settings), settings.root).run()
     if code is None:
         code = Daemon(settings, Supervisor()).run()
     return code
+
+
+def report_wrong_service(error: UsageError, root: str) -> bool:
+    """Report a wrong command line to the service control manager; return False where that did not start this process.
+
+    Otherwise the manager would say no more than that the service did not respond (error 1053).
+    """
+    if not ON_WINDOWS:
+        return False
+    return WindowsSupervisor(lambda _: _RefusedDaemon(error), root or WINDOWS_SERVICE_ROOT).run() is not None
+
+
+def log_path(root: str) -> str:
+    """Return the log of a daemon with this root."""
+    return os.path.join(root, "logs", "remote_executor.log")
+
+
+def _log_failed_start(root: str, reason: str) -> None:
+    """Log why a service of Windows did not start: in its root, in the default one where that cannot be used."""
+    if not any(isinstance(handler, LogFile) for handler in log.handlers):
+        for directory in (root, WINDOWS_SERVICE_ROOT):
+            with contextlib.suppress(StartupError, OSError):  # the event log has the reason too
+                make_private_directory(directory)
+                os.makedirs(os.path.dirname(log_path(directory)), exist_ok=True)
+                handler = LogFile(log_path(directory))
+                handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+                log.addHandler(handler)
+                break
+    log.critical("%s%s", FAILED_START, reason)
+
+
+_EVENT_SOURCE_KEY = rf"SYSTEM\CurrentControlSet\Services\EventLog\Application\{SERVICE}"
+# EventCreate.exe of the system has the messages 1 to 1000, each of them "%1" (eventcreate, "/id"; Event Sources, MSDN).
+_EVENT_MESSAGES = r"%SystemRoot%\System32\EventCreate.exe"
+_EVENT_ID = 1
+
+
+def register_event_source() -> None:
+    """Register what makes our texts show in the event log, where this user may."""
+    if sys.platform == "win32":
+        import winreg
+
+        with contextlib.suppress(OSError), winreg.CreateKey(winreg.HKEY_LOCAL_MACHINE, _EVENT_SOURCE_KEY) as key:
+            winreg.SetValueEx(key, "EventMessageFile", 0, winreg.REG_EXPAND_SZ, _EVENT_MESSAGES)
+            winreg.SetValueEx(key, "TypesSupported", 0, winreg.REG_DWORD, 7)  # error, warning, information
+
+
+def unregister_event_source() -> None:
+    """Remove what `register_event_source` has registered."""
+    if sys.platform == "win32":
+        import winreg
+
+        with contextlib.suppress(OSError):  # it is not there
+            winreg.DeleteKey(winreg.HKEY_LOCAL_MACHINE, _EVENT_SOURCE_KEY)
 
 
 def print_error(text: str) -> None:
@@ -11826,7 +12074,7 @@ def print_error(text: str) -> None:
         strings = ctypes.byref(_TEXT(text))  # an array of one
         with contextlib.suppress(OSError):  # no place is left to report it
             source = RegisterEventSourceW(None, SERVICE)
-            ReportEventW(source, EVENTLOG_ERROR_TYPE, 0, 0, None, 1, 0, strings, None)
+            ReportEventW(source, EVENTLOG_ERROR_TYPE, 0, _EVENT_ID, None, 1, 0, strings, None)
             DeregisterEventSource(source)
 
 
@@ -12639,13 +12887,164 @@ _LAUNCHD_EXIT_TIMEOUT_S = 60  # until SIGKILL; a stop of steps has a grace of se
 _LAUNCHD_LONG_EXIT_TIMEOUT_S = 24 * 3600  # the longest that steps take by default; 0 could hold up a shutdown for ever
 
 
+_CHANGE_RIGHTS = 0x500D_0000  # GENERIC_ALL, GENERIC_WRITE, WRITE_OWNER, WRITE_DAC, DELETE
+_FILE_CHANGE_RIGHTS = _CHANGE_RIGHTS | 0x0006  # FILE_WRITE_DATA, FILE_APPEND_DATA
+_OWN_DIRECTORY_CHANGE_RIGHTS = _CHANGE_RIGHTS | 0x0046  # FILE_ADD_FILE, FILE_ADD_SUBDIRECTORY, FILE_DELETE_CHILD
+_DIRECTORY_CHANGE_RIGHTS = 0x100D_0040  # not those that add to it; GENERIC_WRITE does no more than that
+_ACL_ENTRY = re.compile(r"\((\w+);(\w*);(\w*);[^;()]*;[^;()]*;([^;()]+)[^()]*\)")
+_ACL_RIGHTS = {
+    **{"GA": 0x1000_0000, "GW": 0x4000_0000, "GR": 0, "GX": 0},
+    **{"FA": 0x1F_01FF, "FW": 0x12_0116, "FR": 0, "FX": 0},
+    **{"SD": 0x1_0000, "RC": 0x2_0000, "WD": 0x4_0000, "WO": 0x8_0000},
+    **{"CC": 0x1, "DC": 0x2, "LC": 0x4, "SW": 0x8, "RP": 0x10, "WP": 0x20, "DT": 0x40, "LO": 0x80, "CR": 0x100},
+}
+# The system, administrators, the built-in administrator, TrustedInstaller; creator and owner, who are one of these.
+_TRUSTED_SIDS = {
+    *("SY", "BA", "LA", "CO", "OW", "S-1-5-18", "S-1-5-32-544"),
+    "S-1-5-80-956008885-3418522649-1831038044-1853292631-2271478464",
+}
+
+
+def untrusted_writers(descriptor: str, rights: int) -> list[str]:
+    """Return who has one of these rights on a file, but for system and administrators, by its owner and its list.
+
+    Source: Security Descriptor String Format, ACE Strings (MSDN).
+    """
+    head, _, entries = descriptor.partition("D:")
+    owner = re.search(r"O:([\w-]+?)(?=G:|$)", head)
+    writers = set() if owner is None else {owner[1]}
+    if "NO_ACCESS_CONTROL" in entries:
+        writers.add("WD")
+    for kind, flags, granted, sid in _ACL_ENTRY.findall(entries):
+        if kind.startswith("A") and "IO" not in flags and _parse_rights(granted) & rights:
+            writers.add(sid)
+    return sorted(writers - _TRUSTED_SIDS)
+
+
+def _parse_rights(text: str) -> int:
+    if text.startswith("0x"):
+        return int(text, 16)
+    rights = 0
+    for begin in range(0, len(text), 2):
+        rights |= _ACL_RIGHTS.get(text[begin : begin + 2], 0)
+    return rights
+
+
+def _describe_security(path: str) -> str:
+    """Return owner and access list of a file, as SDDL. Raises OSError."""
+    parts = OWNER_SECURITY_INFORMATION | DACL_SECURITY_INFORMATION
+    text = _TEXT()
+    descriptor = _read_security_descriptor(path, parts)
+    ConvertSecurityDescriptorToStringSecurityDescriptorW(descriptor, SDDL_REVISION_1, parts, ctypes.byref(text), None)
+    try:
+        return text.value or ""
+    finally:
+        LocalFree(ctypes.cast(text, ctypes.c_void_p))
+
+
+def _find_changeable_on_windows(path: str) -> tuple[str, str] | None:
+    """Return what of a program's path others than administrators may change, and who; None where nobody may."""
+    entry = path
+    rights = _FILE_CHANGE_RIGHTS
+    while True:
+        writers = untrusted_writers(_describe_security(entry), rights)
+        if writers:
+            return entry, ", ".join(writers)
+        rights = _DIRECTORY_CHANGE_RIGHTS
+        if entry == path:
+            rights = _OWN_DIRECTORY_CHANGE_RIGHTS
+        above = os.path.dirname(entry)
+        if above == entry:
+            return None
+        entry = above
+
+
+def _has_one_user() -> bool:
+    """Return whether this is Wine, where services run as the user of the prompt and all files are that user's."""
+    return hasattr(_WinDLL("ntdll"), "wine_get_version")
+
+
+def _split_command_line(line: str) -> list[str]:
+    """Return the words of a command line of Windows. Raises OSError."""
+    count = _INT()
+    words = CommandLineToArgvW(line, ctypes.byref(count))
+    try:
+        return list(words[: count.value])
+    finally:
+        LocalFree(ctypes.cast(words, ctypes.c_void_p))
+
+
 class WindowsServices(Services):
     """The service control manager (Service Functions, MSDN)."""
 
-    default_root = os.path.join(os.environ.get("PROGRAMDATA", r"C:\ProgramData"), "remote_executor")
+    default_root = WINDOWS_SERVICE_ROOT
+    copy_dir = os.path.join(os.environ.get("PROGRAMFILES", r"C:\Program Files"), "remote_executor")
 
-    def install(self, command: Sequence[str]) -> str:
+    def prepare_program(self, program: Sequence[str]) -> list[str]:
+        *python, source = program
+        target = source
+        if self._options.is_copy:
+            target = os.path.join(self.copy_dir, os.path.basename(source))
+            self._copy_program(source, target)
+        if not _has_one_user():
+            self._require_unchangeable([*python, target])
+        return [*python, target]
+
+    def uninstall(self) -> str:
+        command = self._installed_command()
+        with self._service(SERVICE_ALL_ACCESS) as service:
+            self._stop(service)
+            steps_left = self._steps_left()
+            DeleteService(service)
+        unregister_event_source()
+        self._remove_copy(command)
+        return f"removed the service {SERVICE}{steps_left}"
+
+    def start(self) -> str:
+        with self._service(SERVICE_ALL_ACCESS) as service:
+            try:
+                StartServiceW(service, 0, None)
+            except OSError as error:
+                if getattr(error, "winerror", 0) != ERROR_SERVICE_ALREADY_RUNNING:
+                    raise
+            self._wait_while(SERVICE_START_PENDING, service)
+            code, line = self._describe(self._query(service))
+        if code:
+            raise StartupError(f"service: it did not start: {line}")
+        return line
+
+    def stop(self) -> str:
+        with self._service(SERVICE_ALL_ACCESS) as service:
+            self._stop(service)
+            return self._describe(self._query(service))[1] + self._steps_left()
+
+    def status(self) -> tuple[int, str]:
+        try:
+            with self._service(SERVICE_QUERY_STATUS) as service:
+                return self._describe(self._query(service))
+        except NotInstalled:
+            return 4, "not installed"
+
+    def _install(self, command: Sequence[str]) -> tuple[bool, str]:
         command_line = subprocess.list2cmdline(command)
+        account = self._account()
+        if self.status()[0] == 4:
+            self._create(command_line, account)
+            register_event_source()
+            return True, f"installed the service {SERVICE}: {command_line}"
+        with self._service(SERVICE_ALL_ACCESS) as service:
+            if self._query_config(service) == (command_line, account):
+                return False, f"unchanged: the service {SERVICE}: {command_line}"
+            kept = SERVICE_NO_CHANGE
+            password = self._password(account)
+            ChangeServiceConfigW(
+                *(service, kept, SERVICE_AUTO_START, kept, command_line),
+                *(None, None, None, account, password, None),  # load order group, its tag, dependencies
+            )
+            self._configure(service)
+        return True, f"changed the service {SERVICE}: {command_line}"
+
+    def _create(self, command_line: str, account: str) -> None:
         with self._manager(SC_MANAGER_CONNECT | SC_MANAGER_CREATE_SERVICE) as manager:
             service = CreateServiceW(
                 manager,
@@ -12659,8 +13058,8 @@ class WindowsServices(Services):
                 None,  # load order group
                 None,  # its tag
                 None,  # dependencies
-                None,  # account: LocalSystem
-                None,  # password
+                account,
+                self._password(account),
             )
             try:
                 self._configure(service)
@@ -12669,35 +13068,56 @@ class WindowsServices(Services):
                 raise
             finally:
                 CloseServiceHandle(service)
-        return f"installed the service {SERVICE}: {command_line}"
 
-    def uninstall(self) -> str:
-        with self._service(SERVICE_ALL_ACCESS) as service:
-            if self._query(service).CurrentState != SERVICE_STOPPED:
-                self._stop(service)
-            DeleteService(service)
-        return f"removed the service {SERVICE}"
+    def _account(self) -> str:
+        """Return the account that the service runs as, as the manager spells it."""
+        account = self._options.run_as or "LocalSystem"
+        is_local = self._options.run_as and "\\" not in account and "@" not in account
+        return f".\\{account}" if is_local else account
 
-    def start(self) -> str:
-        with self._service(SERVICE_ALL_ACCESS) as service:
-            StartServiceW(service, 0, None)
-            self._wait_while(SERVICE_START_PENDING, service)
-            code, line = self._describe(self._query(service))
-        if code:
-            raise StartupError(f"service: it did not start: {line}")
-        return line
+    def _password(self, account: str) -> str | None:
+        """Ask for the password of an account that has one: no virtual, system's or managed account."""
+        if account == "LocalSystem" or account.upper().startswith("NT ") or account.endswith("$"):
+            return None
+        import getpass
 
-    def stop(self) -> str:
-        with self._service(SERVICE_ALL_ACCESS) as service:
-            self._stop(service)
-            return self._describe(self._query(service))[1]
+        return getpass.getpass(f"password of {account}: ")
 
-    def status(self) -> tuple[int, str]:
+    def _require_unchangeable(self, paths: Sequence[str]) -> None:
+        """Raise StartupError where others than administrators may change one of these files."""
+        for path in paths:
+            problem = ""
+            try:
+                changeable = _find_changeable_on_windows(path)
+            except OSError as error:
+                problem = f"{path} cannot be checked: {error}"
+            else:
+                if changeable:
+                    problem = f"{changeable[0]} may be changed by {changeable[1]}, and so what the service runs"
+                elif "\\windowsapps\\" in path.lower():
+                    problem = f"{path} is of the Microsoft Store, whose programs no service can run"
+            if problem:
+                self._undo.close()
+                advice = f"--copy installs {self.copy_dir}, which is administrators' alone"
+                if path != paths[-1] or self._options.is_copy:
+                    advice = "use a Python that was installed for all users, below %ProgramFiles%"
+                raise StartupError(f"service: {problem}; {advice}")
+
+    def _protect_directory(self, directory: str) -> None:
+        set_security(directory, "O:BAD:P(A;OICI;FA;;;SY)(A;OICI;FA;;;BA)(A;OICI;0x1200a9;;;BU)")
+
+    def _protect_copy(self, path: str) -> None:
+        set_security(path, "O:BA")
+
+    def _installed_command(self) -> list[str]:
         try:
-            with self._service(SERVICE_QUERY_STATUS) as service:
-                return self._describe(self._query(service))
+            with self._service(SERVICE_QUERY_CONFIG) as service:
+                return _split_command_line(self._query_config(service)[0])
         except NotInstalled:
-            return 4, "not installed"
+            return []
+
+    def _installed_root(self) -> str:
+        return os.path.abspath(_root_of(self._installed_command()) or self.default_root)
 
     def _configure(self, service: int) -> None:
         """Set the description, the restarts after a crash, and the time to stop in when the host shuts down."""
@@ -12716,7 +13136,14 @@ class WindowsServices(Services):
             ChangeServiceConfig2W(service, SERVICE_CONFIG_FAILURE_ACTIONS_FLAG, on_failed_starts_too)
 
     def _stop(self, service: int) -> None:
-        ControlService(service, SERVICE_CONTROL_STOP, ctypes.byref(ServiceStatus()))
+        """Stop the service if it runs. Raises OSError."""
+        if self._query(service).CurrentState == SERVICE_STOPPED:
+            return
+        try:
+            ControlService(service, SERVICE_CONTROL_STOP, ctypes.byref(ServiceStatus()))
+        except OSError as error:
+            if getattr(error, "winerror", 0) != ERROR_SERVICE_NOT_ACTIVE:  # it has just ended
+                raise
         self._wait_while(SERVICE_STOP_PENDING, service)
 
     def _wait_while(self, pending_state: int, service: int) -> None:
@@ -12745,8 +13172,18 @@ class WindowsServices(Services):
         line = names.get(state, f"state {state}")
         code = status.ServiceSpecificExitCode or status.Win32ExitCode % ERROR_SERVICE_NEVER_STARTED
         if code:
-            line += f" (exit code {code}; see the log in its root, and the event log)"
+            reason = self._last_failure() or "see `service logs` and the event log"
+            line += f" (exit code {code}: {reason})"
         return 3, line
+
+    def _last_failure(self) -> str:
+        """Return why the last start failed, by the last line of the log; empty where it cannot be read."""
+        for root in (self._installed_root(), self.default_root):
+            with contextlib.suppress(StartupError):  # it is not there, or only administrators may read it
+                _, found, reason = _read_tail(log_path(root)).rpartition(FAILED_START)
+                if found and "\n" not in reason:
+                    return reason
+        return ""
 
     def _query(self, service: int) -> Any:
         status = ServiceStatus()
@@ -12755,14 +13192,21 @@ class WindowsServices(Services):
         QueryServiceStatusEx(service, SC_STATUS_PROCESS_INFO, ctypes.byref(status), size, needed)
         return status
 
+    def _query_config(self, service: int) -> tuple[str, str]:
+        """Return the command line of the service, and its account. Raises OSError."""
+        size = 8192  # the most that the function takes
+        buffer = ctypes.create_string_buffer(size)
+        QueryServiceConfigW(service, buffer, size, ctypes.byref(_DWORD()))
+        config = ServiceConfig.from_buffer(buffer)
+        return config.BinaryPathName or "", config.ServiceStartName or "LocalSystem"
+
     @contextlib.contextmanager
     def _manager(self, access: int) -> Iterator[int]:
         """Open the manager; an OSError of the block becomes a StartupError of one line."""
         messages = {
             ERROR_ACCESS_DENIED: "administrator rights required; use a prompt opened by `Run as administrator`",
-            ERROR_SERVICE_EXISTS: "already installed; `service uninstall` removes it",
-            ERROR_SERVICE_ALREADY_RUNNING: "already running",
-            ERROR_SERVICE_NOT_ACTIVE: "not running",
+            ERROR_SERVICE_LOGON_FAILED: "the account of --run_as may not log on: check its password, and give it the "
+            "right `Log on as a service` (secpol.msc), which `NT SERVICE\\remote_executor` has by itself",
         }
         manager = 0
         try:
@@ -12786,6 +13230,128 @@ class WindowsServices(Services):
                 yield service
             finally:
                 CloseServiceHandle(service)
+
+
+# Task Scheduler Schema (MSDN). Its own defaults would end the daemon after three days, and on battery power.
+_TASK_XML = """\
+<?xml version="1.0" encoding="UTF-16"?>
+<Task version="1.2" xmlns="http://schemas.microsoft.com/windows/2004/02/mit/task">
+  <RegistrationInfo><Description>{title}</Description></RegistrationInfo>
+  <Triggers><LogonTrigger><UserId>{user}</UserId></LogonTrigger></Triggers>
+  <Principals><Principal id="Author">
+    <UserId>{user}</UserId>
+    <LogonType>InteractiveToken</LogonType>
+    <RunLevel>LeastPrivilege</RunLevel>
+  </Principal></Principals>
+  <Settings>
+    <MultipleInstancesPolicy>IgnoreNew</MultipleInstancesPolicy>
+    <DisallowStartIfOnBatteries>false</DisallowStartIfOnBatteries>
+    <StopIfGoingOnBatteries>false</StopIfGoingOnBatteries>
+    <ExecutionTimeLimit>PT0S</ExecutionTimeLimit>
+    <Priority>5</Priority>
+    <RestartOnFailure><Interval>PT1M</Interval><Count>999</Count></RestartOnFailure>
+  </Settings>
+  <Actions Context="Author">
+    <Exec><Command>{program}</Command><Arguments>{arguments}</Arguments></Exec>
+  </Actions>
+</Task>
+"""
+_TASK_CHANGE_S = 10.0  # until a daemon has its root locked, or has let go of it
+
+
+class WindowsTasks(Services):
+    """The service of one user on Windows: a task of the Task Scheduler that starts when this user logs on."""
+
+    default_root = os.path.join(os.environ.get("LOCALAPPDATA", tempfile.gettempdir()), SERVICE)
+    advice = " --user"
+
+    def prepare_program(self, program: Sequence[str]) -> list[str]:
+        """Return the program with the Python that opens no window."""
+        words = list(program)
+        without_window = re.sub(r"(?i)python\.exe$", "pythonw.exe", words[0])
+        if os.path.exists(without_window):
+            words[0] = without_window
+        return words
+
+    def content(self, command: Sequence[str]) -> str:
+        """Return the definition of the task that runs the command."""
+        return _TASK_XML.format(
+            title=_SERVICE_TITLE,
+            user=_own_sid(),
+            program=html.escape(command[0]),
+            arguments=html.escape(subprocess.list2cmdline(command[1:])),
+        )
+
+    def uninstall(self) -> str:
+        self.stop()
+        steps_left = self._steps_left()
+        self._schtasks("/Delete", "/F")
+        return f"removed the task {SERVICE}{steps_left}"
+
+    def start(self) -> str:
+        self._require_task()
+        if self.status()[0]:
+            self._schtasks("/Run")
+            self._wait_for(0)
+        return self.status()[1]
+
+    def stop(self) -> str:
+        """Kill the daemon, for the Task Scheduler asks none to end; the next one adopts what runs on."""
+        self._require_task()
+        if not self.status()[0]:
+            self._schtasks("/End")
+            self._wait_for(3)
+        return self.status()[1] + self._steps_left()
+
+    def status(self) -> tuple[int, str]:
+        """Return what `Services.status` does, by the lock of the root: schtasks speaks the language of the host."""
+        if not self._definition():
+            return 4, "not installed"
+        lock = os.path.join(self._installed_root(), "lock")
+        if not os.path.exists(lock):
+            return 3, "not running"
+        try:
+            os.close(lock_file(lock))
+        except StartupError:
+            return 0, "running"
+        return 3, "not running"
+
+    def _install(self, command: Sequence[str]) -> tuple[bool, str]:
+        if self._installed_command() == list(command):
+            return False, f"unchanged: the task {SERVICE}"
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "task.xml")
+            with open(path, "w", encoding="utf-16") as file:
+                file.write(self.content(command))
+            self._schtasks("/Create", "/F", "/XML", path)
+        return True, f"installed the task {SERVICE}: {subprocess.list2cmdline(command)}"
+
+    def _installed_command(self) -> list[str]:
+        match = re.search(r"<Command>(.*?)</Command>\s*<Arguments>(.*?)</Arguments>", self._definition(), re.DOTALL)
+        if not match:
+            return []
+        return [html.unescape(match[1]), *_split_command_line("x " + html.unescape(match[2]))[1:]]
+
+    def _definition(self) -> str:
+        """Return the definition of the installed task; empty where there is none."""
+        code, text = _run_tool(["schtasks.exe", "/Query", "/TN", SERVICE, "/XML"])
+        return "" if code else text
+
+    def _wait_for(self, code: int) -> None:
+        """Wait until this is the code of the status."""
+        end_s = time.monotonic() + _TASK_CHANGE_S
+        while self.status()[0] != code and time.monotonic() < end_s:
+            time.sleep(_POLL_S)
+
+    def _require_task(self) -> None:
+        if not self._definition():
+            raise NotInstalled(f"service: the task {SERVICE} is not installed; `service install --user` installs it")
+
+    def _schtasks(self, action: str, *words: str) -> None:
+        """Have the Task Scheduler do this with the task. Raise StartupError where it does not."""
+        code, text = _run_tool(["schtasks.exe", action, "/TN", SERVICE, *words])
+        if code:
+            raise StartupError(f"service: schtasks {action} failed: {' '.join(text.split())}")
 
 
 def host_services(options: ServiceOptions) -> Services:
@@ -13080,7 +13646,8 @@ def main() -> int:
     try:
         return run_command(sys.argv[1:])
     except UsageError as error:
-        print_error(f"{error}; see {_PROGRAM} help")
+        if not report_wrong_service(error, _root_of(sys.argv)):
+            print_error(f"{error}; see {_PROGRAM} help")
         return 2
     except StartupError as error:
         print_error(str(error))
