@@ -8099,7 +8099,7 @@ def test_service_that_cannot_start_says_why(bare_host: None, tmp_path: Path, dae
 
     root = tmp_path / "r"
     assert cli("service", "install", f"--addr=127.0.0.1:{daemon.port}", f"--root={root}").returncode == 0
-    reason = r"not running \(exit code 1: --addr: .*in use.*\)"
+    reason = r"not running \(exit code 1: --addr: .* cannot be used.*\)"
     told = refused(cli("service", "start"), 1)
     assert re.search(f"did not start: {reason}", told), told
     assert re.fullmatch(reason, cli("service", "status").stdout.strip())
