@@ -43,6 +43,7 @@ import functools
 import gc
 import graphlib
 import heapq
+import html
 import http.server
 import io
 import ipaddress
@@ -672,6 +673,27 @@ class LineFormatter(logging.Formatter):
         return "\n".join(map(_escape_unprintable, lines))
 
 
+class JournalFormatter(LineFormatter):
+    """Formatter for systemd's journal: a line begins with its priority (sd-daemon(3)), the journal adds the time."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = _SYSLOG_PRIORITIES.get(record.levelno, 6)
+        lines = super().format(record).split("\n")
+        return "\n".join(f"<{priority}>{line}" for line in lines)
+
+
+_SYSLOG_PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.DEBUG: 7}
+
+
+def is_journal(stream: TextIO) -> bool:
+    """Return whether a stream is systemd's journal (systemd.exec(5), JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # it is closed, or none of the system
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
 class JsonFormatter(logging.Formatter):
     """Formatter of JSON Lines: an object of time, level, message, thread, the record's log_fields, exception."""
 
@@ -915,6 +937,7 @@ if ON_WINDOWS:
     # Processes (Process and Thread Functions)
     SYNCHRONIZE = 0x0010_0000
     PROCESS_TERMINATE = 0x0001
+    STILL_ACTIVE = 259  # the exit code of a process that has not ended
     PROCESS_DUP_HANDLE = 0x0040
     PROCESS_SET_QUOTA = 0x0100
     PROCESS_SUSPEND_RESUME = 0x0800
@@ -1045,6 +1068,16 @@ if ON_WINDOWS:
         "ConvertSecurityDescriptorToStringSecurityDescriptorW",
         *(_BOOL, _VOID, _DWORD, _DWORD, _TEXT_OUT, _VOID),
     )
+    ConvertStringSidToSidW = _declare(_advapi32, "ConvertStringSidToSidW", _BOOL, _TEXT, _VOID_OUT)
+    LookupAccountSidW = _declare(
+        _advapi32, "LookupAccountSidW", _BOOL, _TEXT, _VOID, _TEXT, _DWORD_OUT, _TEXT, _DWORD_OUT, _DWORD_OUT
+    )
+    _netapi32 = _WinDLL("netapi32")
+    LG_INCLUDE_INDIRECT = 1
+    NetUserGetLocalGroups = _netapi32.NetUserGetLocalGroups
+    NetUserGetLocalGroups.argtypes = (_TEXT, _TEXT, _DWORD, _DWORD, _VOID_OUT, _DWORD, _DWORD_OUT, _DWORD_OUT)
+    NetApiBufferFree = _netapi32.NetApiBufferFree
+    NetApiBufferFree.argtypes = (_VOID,)
     GetSecurityDescriptorOwner = _declare(_advapi32, "GetSecurityDescriptorOwner", _BOOL, _VOID, _VOID_OUT, _BOOL_OUT)
     GetFileSecurityW = _declare(_advapi32, "GetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID, _DWORD, _DWORD_OUT)
     SetFileSecurityW = _declare(_advapi32, "SetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID)
@@ -1126,7 +1159,9 @@ if ON_WINDOWS:
     SC_MANAGER_CONNECT = 1
     SC_MANAGER_CREATE_SERVICE = 2
     SERVICE_ALL_ACCESS = 0xF01FF
+    SERVICE_QUERY_CONFIG = 1
     SERVICE_QUERY_STATUS = 4
+    SERVICE_NO_CHANGE = 0xFFFF_FFFF
     SERVICE_AUTO_START = 2
     SERVICE_ERROR_NORMAL = 1
     SC_STATUS_PROCESS_INFO = 0
@@ -1139,7 +1174,7 @@ if ON_WINDOWS:
     ERROR_SERVICE_ALREADY_RUNNING = 1056
     ERROR_SERVICE_DOES_NOT_EXIST = 1060
     ERROR_SERVICE_NOT_ACTIVE = 1062
-    ERROR_SERVICE_EXISTS = 1073
+    ERROR_SERVICE_LOGON_FAILED = 1069
     ERROR_SERVICE_NEVER_STARTED = 1077
 
     class ServiceAction(ctypes.Structure):
@@ -1158,6 +1193,21 @@ if ON_WINDOWS:
             ("Action", ctypes.POINTER(ServiceAction)),
         )
 
+    class ServiceConfig(ctypes.Structure):
+        """QUERY_SERVICE_CONFIGW."""
+
+        _fields_ = (
+            ("ServiceType", _DWORD),
+            ("StartType", _DWORD),
+            ("ErrorControl", _DWORD),
+            ("BinaryPathName", _TEXT),
+            ("LoadOrderGroup", _TEXT),
+            ("TagId", _DWORD),
+            ("Dependencies", _TEXT),
+            ("ServiceStartName", _TEXT),
+            ("DisplayName", _TEXT),
+        )
+
     OpenSCManagerW = _declare(_advapi32, "OpenSCManagerW", _HANDLE, _TEXT, _TEXT, _DWORD)
     OpenServiceW = _declare(_advapi32, "OpenServiceW", _HANDLE, _HANDLE, _TEXT, _DWORD)
     CreateServiceW = _declare(
@@ -1165,6 +1215,13 @@ if ON_WINDOWS:
         _TEXT, _TEXT, _TEXT,
     )  # fmt: skip
     ChangeServiceConfig2W = _declare(_advapi32, "ChangeServiceConfig2W", _BOOL, _HANDLE, _DWORD, _VOID)
+    ChangeServiceConfigW = _declare(
+        _advapi32, "ChangeServiceConfigW", _BOOL, _HANDLE, *[_DWORD] * 3, *[_TEXT] * 2, _VOID, *[_TEXT] * 4
+    )
+    QueryServiceConfigW = _declare(_advapi32, "QueryServiceConfigW", _BOOL, _HANDLE, _VOID, _DWORD, _DWORD_OUT)
+    CommandLineToArgvW = _declare(
+        _WinDLL("shell32", use_last_error=True), "CommandLineToArgvW", _TEXT_OUT, _TEXT, ctypes.POINTER(_INT)
+    )
     StartServiceW = _declare(_advapi32, "StartServiceW", _BOOL, _HANDLE, _DWORD, _VOID)
     ControlService = _declare(_advapi32, "ControlService", _BOOL, _HANDLE, _DWORD, _STATUS)
     DeleteService = _declare(_advapi32, "DeleteService", _BOOL, _HANDLE)
@@ -1926,9 +1983,9 @@ def _restrict_windows_directory(path: str) -> None:
         raise StartupError(f"--root: {path} is on a network share, where cmd.exe cannot work; choose a local directory")
     own_sid = _own_sid()
     owner = _owner_sid(path)
-    if owner not in (own_sid, _SYSTEM_SID, _ADMINISTRATORS_SID):
-        raise StartupError(f"--root: {path} belongs to another user ({owner}); choose one of your own")
     entries = "".join(f"(A;OICI;FA;;;{sid})" for sid in ("SY", "BA", own_sid))  # allow, inherited, full access
+    if owner not in (own_sid, _SYSTEM_SID, _ADMINISTRATORS_SID):
+        _take_over(path, owner, f"O:{own_sid}D:P{entries}")
     is_empty = not os.listdir(path)
     wanted = ctypes.c_void_p()
     ConvertStringSecurityDescriptorToSecurityDescriptorW(f"D:P{entries}", SDDL_REVISION_1, ctypes.byref(wanted), None)
@@ -1947,6 +2004,61 @@ def _restrict_windows_directory(path: str) -> None:
         )
 
 
+def _take_over(path: str, owner: str, security: str) -> None:
+    """Make a root ours that a member of the administrators has used alone, if we may. Raises StartupError otherwise.
+
+    Its database says what to run: another user's could have been put there to have us run it.
+    """
+    others = _granted_sids(_read_security_descriptor(path, DACL_SECURITY_INFORMATION)) - {owner, "SY", "BA", "CO", "OW"}
+    if not others and _is_administrator(owner):
+        with contextlib.suppress(OSError):  # we are neither the system nor an administrator
+            set_security(path, security)
+            return
+    icacls = f'icacls "{path}" /setowner Administrators /T /C'
+    raise StartupError(
+        f"--root: {path} belongs to another user ({owner}); choose one of your own, or as an administrator: {icacls}"
+    )
+
+
+def _is_administrator(sid: str) -> bool:
+    """Return whether a user is a member of the administrators, directly or by a group; False where nobody tells.
+
+    NetUserGetLocalGroups of the Network Management Functions (MSDN); the group's name is of the host's language.
+    """
+    user = _account_name(sid)
+    group = _account_name(_ADMINISTRATORS_SID).rpartition("\\")[2]
+    if not user or not group:
+        return False
+    buffer = ctypes.c_void_p()
+    count = _DWORD()
+    no_limit = 0xFFFF_FFFF
+    arguments = (0, LG_INCLUDE_INDIRECT, ctypes.byref(buffer), no_limit, ctypes.byref(count), ctypes.byref(_DWORD()))
+    if NetUserGetLocalGroups(None, user, *arguments) or not buffer:
+        return False
+    try:
+        return group in ctypes.cast(buffer, _TEXT_OUT)[: count.value]
+    finally:
+        NetApiBufferFree(buffer)
+
+
+def _account_name(sid: str) -> str:
+    """Return DOMAIN\\name of a SID string; empty where it has none."""
+    binary = ctypes.c_void_p()
+    name = ctypes.create_unicode_buffer(_MAX_ACCOUNT_NAME)
+    domain = ctypes.create_unicode_buffer(_MAX_ACCOUNT_NAME)
+    sizes = (_DWORD(_MAX_ACCOUNT_NAME), _DWORD(_MAX_ACCOUNT_NAME))
+    try:
+        ConvertStringSidToSidW(sid, ctypes.byref(binary))
+        name_size, domain_size = map(ctypes.byref, sizes)
+        LookupAccountSidW(None, binary, name, name_size, domain, domain_size, ctypes.byref(_DWORD()))
+    except OSError:
+        return ""
+    finally:
+        LocalFree(binary)
+    return f"{domain.value}\\{name.value}"
+
+
+_MAX_ACCOUNT_NAME = 512
 _MAX_ROOT_LENGTH = 200  # so that a step's files stay below MAX_PATH, which cmd.exe cannot pass
 _ACCESS_ENTRY = re.compile(r"\((\w+);[^()]*?;([^;()]+)(?:;\(.*?\))?\)")  # the type of an ACE, and its SID
 
@@ -1987,6 +2099,24 @@ def _owner_sid(path: str) -> str:
     owner = ctypes.c_void_p()
     GetSecurityDescriptorOwner(descriptor, ctypes.byref(owner), ctypes.byref(_BOOL()))
     return _sid_text(owner)
+
+
+def set_security(path: str, text: str) -> None:
+    """Set owner and access list of a file, as far as this text has them. Raises OSError.
+
+    Source: Security Descriptor String Format (MSDN).
+    """
+    parts = 0
+    if "O:" in text:
+        parts |= OWNER_SECURITY_INFORMATION
+    if "D:P" in text:
+        parts |= DACL_SECURITY_INFORMATION | PROTECTED_DACL_SECURITY_INFORMATION
+    descriptor = ctypes.c_void_p()
+    ConvertStringSecurityDescriptorToSecurityDescriptorW(text, SDDL_REVISION_1, ctypes.byref(descriptor), None)
+    try:
+        SetFileSecurityW(path, parts, descriptor)
+    finally:
+        LocalFree(descriptor)
 
 
 def _read_security_descriptor(path: str, parts: int) -> Any:
@@ -3405,6 +3535,10 @@ _WRAPPER = (
     '(echo begun >&9 || { kill -9 $$; exit; }; exec "$@" 2>&1 9>&-); set -- $?; '
     'umask 077; set -C; echo $1 >"$0/rc" || echo "ended $1" >&9; exit $1'
 )
+# Before it, where the daemon's service has taken the daemon off the list of what the kernel kills first (proc(5)): its
+# steps are not. To raise the score needs no privilege.
+_OOM_SCORE_FILE = "/proc/self/oom_score_adj"
+_RESET_OOM_SCORE = f"echo 0 >{_OOM_SCORE_FILE}; "
 # A shell drops variables whose names it could not have itself, and sets, resets or interprets those listed here. Their
 # values travel in a file of the step's directory, for everybody on the host may read a command line; the environment is
 # made of it after the wrapper's shell. What an interpreter ignores when it starts must be as by default in the script.
@@ -4285,6 +4419,7 @@ class PosixProcesses(StepProcesses):
         build()  # it may run git, which must be over before the first step: any child of ours is a step's from then on
         _system()  # a process table that is not as expected is told when the daemon starts
         self._limits = (f"{umask:03o}", descriptors)
+        self._wrapper = _RESET_OOM_SCORE + _WRAPPER if _is_spared_by_oom_killer() else _WRAPPER
         self._lifetimes = _Lifetimes()
         self._shared = _Shared(_ProcessTable(), self._lifetimes, reserve)
         self._reaper_lock = threading.Lock()  # guards _is_reaper
@@ -4409,7 +4544,7 @@ class PosixProcesses(StepProcesses):
             marked_env = {**env, STEP_ENV_VAR: step_dir}
             environment, arguments = self._environment_for(command, step_dir, marked_env)
             return subprocess.Popen(
-                ["/bin/sh", "-c", _WRAPPER, step_dir, *self._limits, *arguments],
+                ["/bin/sh", "-c", self._wrapper, step_dir, *self._limits, *arguments],
                 stdin=self._null,
                 stdout=output,
                 stderr=self._null,
@@ -4484,6 +4619,19 @@ def _open_pipe() -> tuple[int, int]:
         return os.pipe()
     except OSError:
         return -1, -1
+
+
+def _is_spared_by_oom_killer() -> bool:
+    """Return whether this process has a negative OOM score, which its children inherit."""
+    with contextlib.suppress(OSError, ValueError), open(_OOM_SCORE_FILE, encoding="ascii") as file:  # only of Linux
+        return int(file.read()) < 0
+    return False
+
+
+def _has_live_posix_wrapper(step_dir: str) -> bool:
+    """Return whether the wrapper of a step lives. Raises OSError."""
+    pid = _read_pid(step_dir)
+    return pid != 0 and _system().is_wrapper(pid, os.fsencode(step_dir))
 
 
 def _read_pid(step_dir: str) -> int:
@@ -4770,12 +4918,35 @@ def _open_process(pid: int) -> int:
 
 def _open_wrapper(record: _WrapperRecord) -> int:
     """Open the wrapper that the record names; return 0 when it has ended."""
-    with contextlib.suppress(OSError):  # there is no such process
+    try:
         process = _open_process(record.pid)
+    except PermissionError:  # it is, or what has its pid by now, of a user with more rights than ours
+        if _may_be_alive(record):
+            raise
+        return 0
+    except OSError:  # there is no such process
+        return 0
+    with contextlib.suppress(OSError):
         if _creation_time(process) == record.created and not _is_signalled(process):
             return process
-        CloseHandle(process)
+    CloseHandle(process)
     return 0
+
+
+def _may_be_alive(record: _WrapperRecord) -> bool:
+    """Return whether a process has the wrapper's pid, and as far as we may ask, its creation time too."""
+    try:
+        process: int = OpenProcess(PROCESS_QUERY_LIMITED_INFORMATION, False, record.pid)
+    except PermissionError:
+        return any(pid == record.pid for pid, _, _ in list_processes())
+    except OSError:
+        return False
+    try:
+        code = ctypes.c_int32()
+        GetExitCodeProcess(process, ctypes.byref(code))
+        return code.value == STILL_ACTIVE and _creation_time(process) == record.created
+    finally:
+        CloseHandle(process)
 
 
 def _end_process(process: int) -> None:
@@ -4912,6 +5083,45 @@ class WindowsTree:
         if self._has_result():
             return True
         return not self.find_own_process() or _is_signalled(self._own_process)
+
+
+class WatchedTree:
+    """A step that a daemon with more rights has started: it cannot be opened, so it is only watched until its end."""
+
+    def __init__(self, record: _WrapperRecord) -> None:
+        self.pid = record.pid
+        self._record = record
+        self._woken = threading.Event()
+
+    def wait(self, deadline_s: float | None) -> bool:
+        """Wait for the wrapper's end, a `wake` or the deadline; return whether it has ended."""
+        while _may_be_alive(self._record):
+            left_s = _MAX_WAIT_S if deadline_s is None else deadline_s - time.monotonic()
+            if left_s <= 0:
+                return False
+            if self._woken.wait(min(left_s, _WATCH_S)):
+                self._woken.clear()
+                return not _may_be_alive(self._record)
+        return True
+
+    def wake(self) -> None:
+        """Make `wait` return."""
+        self._woken.set()
+
+    def exit_code(self) -> int | None:
+        """Return None: the result file may have the code."""
+        return None
+
+    def stop(self, is_hurried: Callable[[], bool]) -> None:
+        """Warn that this daemon may not end the step, if it has not ended by itself."""
+        if _may_be_alive(self._record):
+            log.warning("process %d of a step cannot be stopped: it was started with more rights", self.pid)
+
+    def close(self) -> None:
+        """Do nothing: no handle is held between calls."""
+
+
+_WATCH_S = 0.5  # between looks at a process that cannot be waited for
 
 
 class WindowsRemains:
@@ -5051,17 +5261,21 @@ class WindowsProcesses:
             raise
         return tree
 
-    def adopt(self, step_dir: str) -> WindowsTree | None:
+    def adopt(self, step_dir: str) -> WindowsTree | WatchedTree | None:
         """Return the live tree of a step that an earlier daemon started; None when its wrapper is gone.
 
         A wrapper that may not have started is ended: the step can start anew.
         """
+        record = None
         try:
             record = _WrapperRecord.read(step_dir)
             wrapper = _open_wrapper(record) if record else 0
             if record and wrapper:
                 return self._adopt(record, wrapper, step_dir)
         except OSError as error:
+            if record and isinstance(error, PermissionError):
+                log.warning("%s: the step's process can only be waited for: %s", step_dir, error)
+                return WatchedTree(record)
             log.warning("%s: the step cannot be adopted: %s", step_dir, error)
         return None
 
@@ -5120,10 +5334,21 @@ class WindowsProcesses:
                 CloseHandle(job)
 
 
+def _has_live_windows_wrapper(step_dir: str) -> bool:
+    """Return whether the wrapper of a step lives. Raises OSError."""
+    record = _WrapperRecord.read(step_dir)
+    wrapper = _open_wrapper(record) if record else 0
+    if wrapper:
+        CloseHandle(wrapper)
+    return wrapper != 0
+
+
 if sys.platform == "win32":
     Processes = WindowsProcesses
+    has_live_wrapper = _has_live_windows_wrapper
 else:
     Processes = PosixProcesses
+    has_live_wrapper = _has_live_posix_wrapper
 
 # ======================================================================================================================
 # III tasks / task model: states, messages and how the ends of steps become the end of their task
@@ -13526,6 +13751,8 @@ class Daemon:
         formatter: logging.Formatter = LineFormatter("%(asctime)s %(levelname)s %(message)s")
         if self._settings.log_format == "json":
             formatter = JsonFormatter()
+        elif handler is self._error_stream and is_journal(sys.stderr):
+            formatter = JournalFormatter("%(levelname)s %(message)s")
         handler.setFormatter(formatter)
         log.addHandler(handler)
 
@@ -13536,6 +13763,8 @@ class Daemon:
 
 SERVICE = "remote_executor"  # its name for every service manager
 _STATE_CHANGE_S = 60.0  # that a service manager waits for the start, and for each stage of the end
+WINDOWS_SERVICE_ROOT = os.path.join(os.environ.get("PROGRAMDATA", r"C:\ProgramData"), "remote_executor")
+FAILED_START = "did not start: "  # in the log of a service of Windows, before the reason
 
 
 class SystemdSupervisor(Supervisor):
@@ -13589,11 +13818,26 @@ class SystemdSupervisor(Supervisor):
         return True
 
 
+class _RefusedDaemon:
+    """Stands for a daemon whose command line is wrong."""
+
+    def __init__(self, error: UsageError) -> None:
+        self._error = error
+
+    def run(self) -> int:
+        """Raise the UsageError."""
+        raise self._error
+
+    def request_shutdown(self) -> None:
+        """Do nothing: it ends by itself."""
+
+
 class WindowsSupervisor(Supervisor):
     """The service control manager, whose own threads call `_serve` and `_control` (Service Functions, MSDN)."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._daemon = Daemon(settings, self)
+    def __init__(self, make_daemon: Callable[[Supervisor], Daemon | _RefusedDaemon], root: str) -> None:
+        self._daemon = make_daemon(self)
+        self._root = root
         self._main = ServiceMain(self._serve)  # kept here, because the system keeps no reference
         self._handler = ServiceHandler(self._control)
         self._handle = 0
@@ -13631,9 +13875,11 @@ class WindowsSupervisor(Supervisor):
         self._report(SERVICE_START_PENDING)
         try:
             self._exit_code = self._daemon.run()
-        except StartupError as error:
+        except (StartupError, UsageError) as error:
+            self._exit_code = 2 if isinstance(error, UsageError) else 1
+            _log_failed_start(self._root, str(error))
+            register_event_source()
             print_error(str(error))
-            self._exit_code = 1
         except Exception:
             log.exception("the daemon failed")
             os._exit(1)
@@ -13684,10 +13930,64 @@ def run_supervised(settings: Settings) -> int:
     """Run the daemon under whatever started it; return the exit code. Raise StartupError."""
     if not ON_WINDOWS:
         return Daemon(settings, SystemdSupervisor.from_environ()).run()
-    code = WindowsSupervisor(settings).run()
+    code = WindowsSupervisor(functools.partial(Daemon, settings), settings.root).run()
     if code is None:
         code = Daemon(settings, Supervisor()).run()
     return code
+
+
+def report_wrong_service(error: UsageError, root: str) -> bool:
+    """Report a wrong command line to the service control manager; return False where that did not start this process.
+
+    Otherwise the manager would say no more than that the service did not respond (error 1053).
+    """
+    if not ON_WINDOWS:
+        return False
+    return WindowsSupervisor(lambda _: _RefusedDaemon(error), root or WINDOWS_SERVICE_ROOT).run() is not None
+
+
+def log_path(root: str) -> str:
+    """Return the log of a daemon with this root."""
+    return os.path.join(root, "logs", "remote_executor.log")
+
+
+def _log_failed_start(root: str, reason: str) -> None:
+    """Log why a service of Windows did not start: in its root, in the default one where that cannot be used."""
+    if not any(isinstance(handler, LogFile) for handler in log.handlers):
+        for directory in (root, WINDOWS_SERVICE_ROOT):
+            with contextlib.suppress(StartupError, OSError):  # the event log has the reason too
+                make_private_directory(directory)
+                os.makedirs(os.path.dirname(log_path(directory)), exist_ok=True)
+                handler = LogFile(log_path(directory))
+                handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+                log.addHandler(handler)
+                break
+    log.critical("%s%s", FAILED_START, reason)
+
+
+_EVENT_SOURCE_KEY = rf"SYSTEM\CurrentControlSet\Services\EventLog\Application\{SERVICE}"
+# EventCreate.exe of the system has the messages 1 to 1000, each of them "%1" (eventcreate, "/id"; Event Sources, MSDN).
+_EVENT_MESSAGES = r"%SystemRoot%\System32\EventCreate.exe"
+_EVENT_ID = 1
+
+
+def register_event_source() -> None:
+    """Register what makes our texts show in the event log, where this user may."""
+    if sys.platform == "win32":
+        import winreg
+
+        with contextlib.suppress(OSError), winreg.CreateKey(winreg.HKEY_LOCAL_MACHINE, _EVENT_SOURCE_KEY) as key:
+            winreg.SetValueEx(key, "EventMessageFile", 0, winreg.REG_EXPAND_SZ, _EVENT_MESSAGES)
+            winreg.SetValueEx(key, "TypesSupported", 0, winreg.REG_DWORD, 7)  # error, warning, information
+
+
+def unregister_event_source() -> None:
+    """Remove what `register_event_source` has registered."""
+    if sys.platform == "win32":
+        import winreg
+
+        with contextlib.suppress(OSError):  # it is not there
+            winreg.DeleteKey(winreg.HKEY_LOCAL_MACHINE, _EVENT_SOURCE_KEY)
 
 
 def print_error(text: str) -> None:
@@ -13698,7 +13998,7 @@ def print_error(text: str) -> None:
         strings = ctypes.byref(_TEXT(text))  # an array of one
         with contextlib.suppress(OSError):  # no place is left to report it
             source = RegisterEventSourceW(None, SERVICE)
-            ReportEventW(source, EVENTLOG_ERROR_TYPE, 0, 0, None, 1, 0, strings, None)
+            ReportEventW(source, EVENTLOG_ERROR_TYPE, 0, _EVENT_ID, None, 1, 0, strings, None)
             DeregisterEventSource(source)
 
 
@@ -13739,32 +14039,283 @@ def leave_step() -> None:
 # ======================================================================================================================
 
 _SERVICE_TITLE = "Remote executor"
+_LOG_LINES = 100  # that `service logs` shows
+_LOG_TAIL_BYTES = 64 * 1024
+_MAX_LINKS = 40  # on the way to a file, as for the kernel (path_resolution(7))
+
+
+class ServiceOptions(NamedTuple):
+    """What a service is beside the command that it runs."""
+
+    is_user: bool = False  # it belongs to the user who installs it, and needs no rights of root
+    run_as: str = ""  # the user that it runs as; empty for root, on Windows for SYSTEM
+    is_copy: bool = False  # it runs a copy of the program that others cannot change
+
+
+_NO_OPTIONS = ServiceOptions()
 
 
 class Services:
     """This host's service manager, as far as it concerns this program. Its methods raise StartupError."""
 
     default_root = "/var/lib/remote_executor"
+    copy_dir = "/opt/remote_executor"  # of the copied program
+    advice = ""  # what else is to be done after an install
+
+    def __init__(self, options: ServiceOptions = _NO_OPTIONS) -> None:
+        self._options = options
+        self._undo = contextlib.ExitStack()  # takes back what an install has written so far
+        self._copied = ""  # the copy of the program, where it was written anew
+
+    def prepare_program(self, program: Sequence[str]) -> list[str]:
+        """Return the command of the program that the service is to run: as it is, or a copy.
+
+        Raise StartupError where others than the service's user may change it.
+        """
+        raise NotImplementedError
 
     def install(self, command: Sequence[str]) -> str:
-        """Install the command as a service that starts with the host; return a line that says what was written."""
-        raise NotImplementedError
+        """Install the command as a service that starts with the host; return a line that says what was written.
+
+        A failure takes back what was written, the copy of the program too.
+        """
+        self._require_rights()
+        try:
+            with self._undo:
+                was_changed, line = self._install(command)
+                self._undo.pop_all()
+        except OSError as error:
+            raise StartupError(f"service: {error.filename} cannot be written: {error.strerror}") from None
+        if self._copied:
+            line = f"wrote {self._copied}; {line}"
+        with contextlib.suppress(StartupError):  # it is installed, whether or not the manager tells its status
+            if self._has_earlier_command(command, was_changed or self._copied != ""):
+                line += "; the service still runs as it was before: `service restart` applies the change"
+        return line
 
     def uninstall(self) -> str:
         """Stop the service and remove it; return a line that says what was removed."""
         raise NotImplementedError
 
     def start(self) -> str:
-        """Start the service; return its status."""
+        """Start the service unless it runs; return its status."""
         raise NotImplementedError
 
     def stop(self) -> str:
-        """Stop the service; return its status."""
+        """Stop the service if it runs; return its status, and how many steps run on."""
         raise NotImplementedError
+
+    def restart(self) -> str:
+        """Stop the service and start it; return its status."""
+        self.stop()
+        return self.start()
 
     def status(self) -> tuple[int, str]:
         """Return the exit code of init scripts (LSB: 0 running, 3 not running, 4 not installed) and a line."""
         raise NotImplementedError
+
+    def logs(self) -> str:
+        """Return the last lines that the service has logged."""
+        return _read_tail(log_path(self._installed_root()))
+
+    def _install(self, command: Sequence[str]) -> tuple[bool, str]:
+        """Do what `install` says; return whether something has changed, and the line."""
+        raise NotImplementedError
+
+    def _write(self, path: str, content: bytes, mode: int = 0o644) -> None:
+        """Write a file; `_undo` gives it its earlier content. Raises OSError."""
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        self._undo.callback(_restore_file, path, _read_or_none(path), mode)
+        _replace_file(path, content, mode)
+
+    def _copy_program(self, source: str, target: str) -> None:
+        """Copy the program to where only root or administrators may write; everybody may run it."""
+        directory = os.path.dirname(target)
+        try:
+            content = _read_or_none(source)
+            if content is None or content == _read_or_none(target):
+                return
+            self._undo.callback(_remove_empty, directory)
+            os.makedirs(directory, exist_ok=True)
+            self._protect_directory(directory)
+            self._write(target, content, 0o755)
+            self._protect_copy(target)
+        except OSError as error:
+            self._undo.close()
+            where = error.filename or target
+            raise StartupError(f"service: --copy: {where} cannot be written: {error.strerror}") from None
+        self._copied = target
+
+    def _protect_directory(self, directory: str) -> None:
+        """Let everybody read the directory of the copy, and only its owner write there. Raises OSError."""
+        os.chmod(directory, 0o755)  # whatever the umask
+
+    def _protect_copy(self, path: str) -> None:
+        """Do the same with the copy, where its directory's rights are not enough. Raises OSError."""
+
+    def _remove_copy(self, command: Sequence[str], destdir: str = "") -> None:
+        """Remove the program that the service ran, where it was a copy of ours."""
+        for word in command[:2]:
+            if os.path.dirname(word) == self.copy_dir:
+                with contextlib.suppress(OSError):  # it is gone; or, on Windows, it is the exe that runs just now
+                    os.unlink(destdir + word)
+                _remove_empty(destdir + self.copy_dir)
+
+    def _require_rights(self) -> None:
+        """Raise StartupError where this user may not install a service."""
+
+    def _installed_command(self) -> list[str]:
+        """Return the command of the installed service; empty where it cannot be read."""
+        raise NotImplementedError
+
+    def _installed_root(self) -> str:
+        """Return the root of the installed service, as its daemon names it."""
+        parent, name = os.path.split(_root_of(self._installed_command()) or self.default_root)
+        return os.path.join(os.path.realpath(parent), name)
+
+    def _has_earlier_command(self, command: Sequence[str], was_changed: bool) -> bool:
+        """Return whether the service runs, and not as it has just been installed."""
+        return was_changed and self.status()[0] == 0
+
+    def _steps_left(self) -> str:
+        """Return how many steps of the stopped service run on, to be added to a line."""
+        count = _count_running_steps(self._installed_root())
+        if not count:
+            return ""
+        noun = "step runs" if count == 1 else "steps run"
+        return f"; {count} {noun} on, and the next start adopts what runs then"
+
+
+def _root_of(command: Sequence[str]) -> str:
+    """Return the root that a command line names; empty where it names none."""
+    for word in command:
+        if word.startswith("--root="):
+            return word.partition("=")[2]
+    return ""
+
+
+def _count_running_steps(root: str) -> int:
+    """Return how many steps below a root have a live wrapper; 0 where that cannot be read."""
+    count = 0
+    with contextlib.suppress(OSError):
+        tasks = os.path.join(root, "tasks")
+        for task in os.listdir(tasks):
+            if not _TASK_NUMBER.fullmatch(task):
+                continue
+            with os.scandir(os.path.join(tasks, task)) as entries:
+                step_dirs = [entry.path for entry in entries if entry.name.isdigit()]
+            count += sum(map(has_live_wrapper, step_dirs))
+    return count
+
+
+def _read_tail(path: str) -> str:
+    """Return the last lines of a log."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _LOG_TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError as error:
+        raise StartupError(f"service: the log {path} cannot be read: {error.strerror}") from None
+    return "\n".join(lines[-_LOG_LINES:])
+
+
+def _read_or_none(path: str) -> bytes | None:
+    """Return the content of a file; None where there is none. Raises OSError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def _replace_file(path: str, content: bytes, mode: int) -> None:
+    """Write a file whole or not at all. Raises OSError."""
+    new = f"{path}.new"
+    with contextlib.suppress(FileNotFoundError):  # a crash has left it
+        os.unlink(new)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(new, mode)  # whatever the umask
+        os.replace(new, path)
+    except OSError:
+        os.unlink(new)
+        raise
+
+
+def _restore_file(path: str, content: bytes | None, mode: int) -> None:
+    """Give a file its earlier content; remove it where there was none."""
+    with contextlib.suppress(OSError):  # the failure itself is what the user has to know
+        if content is None:
+            os.unlink(path)
+        else:
+            _replace_file(path, content, mode)
+
+
+def _remove_empty(directory: str) -> None:
+    with contextlib.suppress(OSError):  # it is gone, or has something else in it
+        os.rmdir(directory)
+
+
+def _walk_path(path: str) -> Iterator[str]:
+    """Yield each directory and each link on the way to a file, then the file (path_resolution(7)). Raises OSError."""
+    names = path.split("/")
+    current = "/"
+    links = 0
+    yield current
+    while names:
+        name = names.pop(0)
+        if name == "..":
+            current = os.path.dirname(current)
+        if name in ("", ".", ".."):
+            continue
+        above = current
+        current = os.path.join(above, name)
+        yield current
+        if os.path.islink(current):
+            links += 1
+            if links > _MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+            target = os.readlink(current)
+            names = [*target.split("/"), *names]
+            current = "/" if target.startswith("/") else above
+
+
+def _find_changeable(path: str, owners: Sequence[int]) -> tuple[str, str] | None:
+    """Return what on the way to a program others than these users may change, and who; None where nobody may.
+
+    In a directory with the sticky bit nobody can replace what is another's; but beside the program a new file could
+    be one that it loads.
+    """
+    own_dirs = (os.path.dirname(path), os.path.dirname(os.path.realpath(path)))
+    for entry in _walk_path(path):
+        status = os.lstat(entry)
+        is_sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+        if status.st_uid not in owners:
+            return entry, f"the user with uid {status.st_uid}"
+        if stat.S_ISLNK(status.st_mode) or (is_sticky and entry not in own_dirs):
+            continue
+        if status.st_mode & 0o002:
+            return entry, "everybody"
+        if status.st_mode & 0o020:
+            return entry, f"the group with gid {status.st_gid}"
+    return None
+
+
+def _run_tool(command: Sequence[str]) -> tuple[int, str]:
+    """Run a program of the host; return its exit code and its output. Raise StartupError where there is none."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    except OSError as error:
+        raise StartupError(f"service: {command[0]} cannot be run: {error.strerror}") from None
+    return done.returncode, done.stdout.decode(errors="replace")
 
 
 class UnixServices(Services):
@@ -13772,44 +14323,138 @@ class UnixServices(Services):
 
     path = ""  # of the file
 
-    def __init__(self, destdir: str) -> None:
-        self._destdir = destdir
-        self._file = destdir + self.path
+    def __init__(self, destdir: str, options: ServiceOptions = _NO_OPTIONS) -> None:
+        super().__init__(options)
+        self._destdir = os.path.abspath(destdir) if destdir else ""
+        self._file = self._destdir + self.path
 
-    def install(self, command: Sequence[str]) -> str:
-        self._require_root()
-        try:
-            os.makedirs(os.path.dirname(self._file), exist_ok=True)
-            with open(self._file, "wb") as file:
-                os.fchmod(file.fileno(), 0o644)
-                file.write(self.content(command))
-            self._after_change()
-        except OSError as error:
-            raise StartupError(f"service: {error.filename} cannot be written: {error.strerror}") from None
-        return f"wrote {self._file}"
+    def prepare_program(self, program: Sequence[str]) -> list[str]:
+        *python, source = program
+        target = source
+        if self._options.is_copy:
+            self._require_rights()
+            target = os.path.join(self.copy_dir, os.path.basename(source))
+            self._copy_program(source, self._destdir + target)
+        if not self._destdir:  # the owners in an image are those of whoever builds it
+            self._require_unchangeable([*python, target, os.__file__])
+        return [self._without_destdir(word) for word in [*python, target]]
 
     def uninstall(self) -> str:
-        self._require_root()
+        self._require_rights()
         self._require_file()
-        self._before_removal()
-        os.unlink(self._file)
-        self._after_change()
-        return f"removed {self._file}"
+        lines = [f"removed {self._file}{self._steps_left_by_removal()}"]
+        program = self._installed_command()
+        try:
+            os.unlink(self._file)
+            self._remove_copy(program, self._destdir)
+            self._after_change()
+        except OSError as error:
+            raise StartupError(f"service: {error.filename} cannot be removed: {error.strerror}") from None
+        except StartupError as error:  # of a manager that does not run, as in a container
+            lines.append(str(error))
+        return "; ".join(lines)
 
     def content(self, command: Sequence[str]) -> bytes:
         """Return the content of the file that makes the manager run the command."""
         raise NotImplementedError
 
-    def _require_root(self) -> None:
-        if os.geteuid() and not self._destdir:
-            raise StartupError("service: root privileges required; run it with sudo")
+    def _install(self, command: Sequence[str]) -> tuple[bool, str]:
+        content = self.content(command)
+        if _read_or_none(self._file) == content and self._is_enabled():
+            return False, f"unchanged: {self._file}"
+        self._undo.callback(self._reload)
+        self._give_root(command)
+        self._write(self._file, content)
+        self._after_change()
+        return True, f"wrote {self._file}"
+
+    def _require_unchangeable(self, paths: Sequence[str]) -> None:
+        """Raise StartupError where others than root and the service's user may change one of these files."""
+        owners = [0, self._uid()]
+        for path in paths:
+            try:
+                changeable = _find_changeable(path, owners)
+            except OSError as error:
+                self._undo.close()
+                raise StartupError(f"service: {path} cannot be checked: {error.strerror}") from None
+            if changeable:
+                self._undo.close()
+                entry, who = changeable
+                advice = f"--copy installs {self.copy_dir}, which is root's alone"
+                if path != paths[-2] or self._options.is_copy:
+                    advice = "use a Python that is root's alone, such as /usr/bin/python3"
+                raise StartupError(f"service: {entry} may be changed by {who}, and so what the service runs; {advice}")
+
+    def _uid(self) -> int:
+        """Return the user that the service runs as."""
+        if self._options.is_user:
+            return os.geteuid()
+        if self._options.run_as:
+            return int(self._account().pw_uid)
+        return 0
+
+    def _account(self) -> Any:
+        """Return the entry of --run_as in the user database. Raises StartupError."""
+        import pwd
+
+        try:
+            return pwd.getpwnam(self._options.run_as)
+        except KeyError:
+            raise StartupError(f"service: --run_as: this host has no user {self._options.run_as!r}") from None
+
+    def _give_root(self, command: Sequence[str]) -> None:
+        """Make the root, where it is missing, and give it to the user of --run_as. Raises OSError, StartupError."""
+        if not self._options.run_as or self._destdir:
+            return
+        account = self._account()
+        root = _root_of(command)
+        if not os.path.lexists(root):
+            os.makedirs(os.path.dirname(root), exist_ok=True)
+            os.mkdir(root, 0o700)
+            self._undo.callback(_remove_empty, root)
+            descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # not what a user exchanges for it
+            try:
+                os.fchown(descriptor, account.pw_uid, account.pw_gid)
+            finally:
+                os.close(descriptor)
+        owner = os.lstat(root).st_uid
+        if owner != account.pw_uid:
+            name = self._options.run_as
+            raise StartupError(f"service: --root: {root} belongs to uid {owner}; `chown -R {name}: {root}` first")
+
+    def _without_destdir(self, path: str) -> str:
+        """Return the path that a file of the image has when the image runs."""
+        if self._destdir and path.startswith(self._destdir + os.sep):
+            return path[len(self._destdir) :]
+        return path
+
+    def _require_rights(self) -> None:
+        if os.geteuid() and not self._destdir and not self._options.is_user:
+            raise StartupError("service: root privileges required; run it with sudo, or install it with --user")
 
     def _require_file(self) -> None:
         if not os.path.exists(self._file):
             raise NotInstalled(f"service: not installed: {self._file} does not exist")
 
+    def _is_enabled(self) -> bool:
+        """Return whether the manager starts the service with the host."""
+        return True
+
     def _after_change(self) -> None:
         """Let the manager read the file, which was written or removed."""
+
+    def _reload(self) -> None:
+        """Let the manager read the file again after a failure, as far as it can."""
+
+    def _steps_left_by_removal(self) -> str:
+        """Stop the service; return what it left running, and why it may not have stopped, to be added to a line."""
+        if self._destdir:
+            return ""
+        try:
+            self._before_removal()
+        except StartupError as error:
+            return f", though the service was not stopped ({error})"
+        return self._steps_left()
 
     def _before_removal(self) -> None:
         """Stop the service."""
@@ -13820,33 +14465,24 @@ class UnixServices(Services):
 
     def _run(self, *command: str, accepted: Sequence[int] = ()) -> tuple[int, str]:
         """Do the same; return the exit code too, which is 0 or one of those accepted."""
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-        except OSError as error:
-            raise StartupError(f"service: {command[0]} cannot be run: {error.strerror}") from None
-        output = " ".join(done.stdout.decode(errors="replace").split())
-        if done.returncode and done.returncode not in accepted:
+        code, text = _run_tool(command)
+        output = " ".join(text.split())
+        if code and code not in accepted:
             raise StartupError(f"service: `{' '.join(command)}` failed: {output}")
-        return done.returncode, output
+        return code, output
 
 
-# KillMode: the steps are to outlive a restart of the daemon. OOMPolicy: one that takes too much memory does not end it.
+# KillMode: the steps are to outlive a restart of the daemon. OOMPolicy: one that takes too much memory does not end it;
+# OOMScoreAdjust: nor is the daemon taken for it. A step sets its own to 0.
 _UNIT_FILE = f"""\
 [Unit]
 Description={_SERVICE_TITLE}
-Wants=network-online.target
-After=network-online.target
-StartLimitIntervalSec=0
+{{network}}StartLimitIntervalSec=0
 
 [Service]
 Type={{kind}}
 ExecStart={{command}}
-KillMode=process
+{{account}}KillMode=process
 OOMPolicy=continue
 Restart=on-failure
 RestartSec=5
@@ -13854,7 +14490,11 @@ LimitNOFILE=65536
 TasksMax=infinity
 
 [Install]
-WantedBy=multi-user.target
+WantedBy={{target}}
+"""
+_UNIT_NETWORK = """\
+Wants=network-online.target
+After=network-online.target
 """
 _UNIT_ESCAPES = str.maketrans(
     {
@@ -13874,71 +14514,174 @@ def _quote_unit_word(word: str) -> str:
     return f'"{word}"'
 
 
+def _split_unit_line(line: str) -> list[str]:
+    """Return the words of a command line that `_quote_unit_word` has quoted."""
+    return [word.replace("%%", "%").replace("$$", "$") for word in shlex.split(line)]
+
+
 class SystemdServices(UnixServices):
-    """systemd, by a unit file (systemd.service(5))."""
+    """systemd, by a unit file (systemd.service(5)); of a user, by one in that user's own manager (systemd.unit(5))."""
 
     path = f"/etc/systemd/system/{SERVICE}.service"
+
+    def __init__(self, destdir: str, options: ServiceOptions = _NO_OPTIONS) -> None:
+        super().__init__(destdir, options)
+        self._systemctl = ["systemctl"]
+        self._target = "multi-user.target"
+        if options.is_user:
+            home = os.path.expanduser("~")
+            config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
+            state = os.environ.get("XDG_STATE_HOME") or os.path.join(home, ".local", "state")
+            self._systemctl = ["systemctl", "--user"]
+            self._target = "default.target"
+            self._file = f"{self._destdir}{config}/systemd/user/{SERVICE}.service"
+            self.default_root = os.path.join(state, SERVICE)
+            self.advice = " --user, and `loginctl enable-linger` to have it run without a login"
 
     def content(self, command: Sequence[str]) -> bytes:
         # systemd watches the launcher of a frozen program, which does not speak sd_notify.
         kind = "exec" if getattr(sys, "frozen", False) else "notify\nWatchdogSec=60"
-        command_line = " ".join(map(_quote_unit_word, command))
-        return _UNIT_FILE.format(kind=kind, command=command_line).encode()
+        account = ""
+        network = _UNIT_NETWORK
+        if self._options.run_as:
+            account = f"User={self._options.run_as}\n"
+            if _root_of(command) == self.default_root:  # systemd makes it, and gives it to that user
+                account += f"StateDirectory={SERVICE}\nStateDirectoryMode=0700\n"
+        if self._options.is_user:
+            network = ""  # its manager has no such target, and may not lower an OOM score
+        else:
+            account += "OOMScoreAdjust=-500\n"
+        text = _UNIT_FILE.format(
+            kind=kind,
+            command=" ".join(map(_quote_unit_word, command)),
+            network=network,
+            account=account,
+            target=self._target,
+        )
+        return text.encode()
 
     def start(self) -> str:
-        self._require_root()
-        self._call("systemctl", "start", SERVICE)
-        return self.status()[1]
+        return self._control("start")
 
     def stop(self) -> str:
-        self._require_root()
-        self._call("systemctl", "stop", SERVICE)
-        return self.status()[1]
+        return self._control("stop") + self._steps_left()
+
+    def restart(self) -> str:
+        return self._control("restart")
 
     def status(self) -> tuple[int, str]:
         if not os.path.exists(self._file):
             return 4, "not installed"
-        output = self._call("systemctl", "show", "--property=ActiveState,SubState,MainPID", SERVICE)
+        output = self._call(*self._systemctl, "show", "--property=ActiveState,SubState,MainPID", SERVICE)
         properties = dict(line.split("=", 1) for line in output.split())
         state = properties.get("ActiveState")
         if state != "active":
-            return 3, f"not running ({state}, {properties.get('SubState')}); see journalctl -u {SERVICE}"
+            return 3, f"not running ({state}, {properties.get('SubState')}); see `service logs`"
         return 0, f"running, pid {properties.get('MainPID')}"
+
+    def logs(self) -> str:
+        unit = "--user-unit" if self._options.is_user else "--unit"
+        code, text = _run_tool(["journalctl", f"{unit}={SERVICE}", f"--lines={_LOG_LINES}", "--no-pager"])
+        if code:
+            raise StartupError(f"service: journalctl failed: {' '.join(text.split())}")
+        return text.rstrip("\n")
+
+    def _control(self, action: str) -> str:
+        """Have systemd do this with the service; return its status."""
+        self._require_rights()
+        self._call(*self._systemctl, action, SERVICE)
+        return self.status()[1]
+
+    def _give_root(self, command: Sequence[str]) -> None:
+        if _root_of(command) != self.default_root:  # which systemd itself gives to the user, by StateDirectory
+            super()._give_root(command)
+
+    def _installed_command(self) -> list[str]:
+        content = _read_or_none(self._file) or b""
+        match = re.search(r"(?m)^ExecStart=(.*)$", content.decode(errors="replace"))
+        return _split_unit_line(match[1]) if match else []
+
+    def _has_earlier_command(self, command: Sequence[str], was_changed: bool) -> bool:
+        """Ask the running process itself too, which an earlier installation may have left as it was."""
+        if self._destdir:
+            return False
+        code, line = self.status()
+        if code:
+            return False
+        running = _read_or_none(f"/proc/{line.rpartition(' ')[2]}/cmdline")
+        if not running or was_changed:
+            return was_changed
+        return running.rstrip(b"\0").split(b"\0") != [os.fsencode(word) for word in command]
+
+    def _is_enabled(self) -> bool:
+        if self._destdir:
+            return os.path.lexists(self._wants_link())
+        return self._run(*self._systemctl, "is-enabled", SERVICE, accepted=range(1, 256))[0] == 0
 
     def _after_change(self) -> None:
         is_installed = os.path.exists(self._file)
         if self._destdir:
-            self._set_enabled_in_image(is_installed)
+            self._link_in_image(is_installed)
             return
-        self._call("systemctl", "daemon-reload")
+        if not is_installed:
+            self._remove_link()  # systemctl does it, where it can be called
+        self._call(*self._systemctl, "daemon-reload")
         if is_installed:
-            self._call("systemctl", "enable", SERVICE)
+            self._call(*self._systemctl, "enable", SERVICE)
 
-    def _set_enabled_in_image(self, is_enabled: bool) -> None:
-        """Make or remove the link that `systemctl enable` would make."""
+    def _reload(self) -> None:
+        with contextlib.suppress(StartupError):  # the failure itself is what the user has to know
+            if not os.path.exists(self._file):
+                self._remove_link()
+            if not self._destdir:
+                self._call(*self._systemctl, "daemon-reload")
+
+    def _wants_link(self) -> str:
         directory, name = os.path.split(self._file)
-        wants = os.path.join(directory, "multi-user.target.wants")
-        link = os.path.join(wants, name)
-        with contextlib.suppress(FileNotFoundError):  # of no earlier installation
-            os.unlink(link)
+        return os.path.join(directory, f"{self._target}.wants", name)
+
+    def _remove_link(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._wants_link())
+
+    def _link_in_image(self, is_enabled: bool) -> None:
+        """Make or remove the link that `systemctl enable` would make."""
+        self._remove_link()
         if is_enabled:
-            os.makedirs(wants, exist_ok=True)
-            os.symlink(f"../{name}", link)
+            link = self._wants_link()
+            os.makedirs(os.path.dirname(link), exist_ok=True)
+            os.symlink(f"../{os.path.basename(self._file)}", link)
 
     def _before_removal(self) -> None:
-        if not self._destdir:
-            self._call("systemctl", "disable", "--now", SERVICE)
+        self._call(*self._systemctl, "disable", "--now", SERVICE)
 
 
 class LaunchdServices(UnixServices):
-    """launchd of a Mac, by a property list (launchd.plist(5), launchctl(1)).
+    """launchd of a Mac, by a property list (launchd.plist(5), launchctl(1)); of a user, as an agent of the login.
 
     A service that is loaded need not have a process: it may have ended, or be waiting for its next start.
     """
 
     default_root = "/var/db/remote_executor"
+    copy_dir = "/usr/local/remote_executor"
     path = f"/Library/LaunchDaemons/{SERVICE}.plist"
     log_path = f"/var/log/{SERVICE}.log"
+
+    def __init__(self, destdir: str, options: ServiceOptions = _NO_OPTIONS) -> None:
+        super().__init__(destdir, options)
+        self._domain = "system"
+        self._home = "/var/root"
+        if options.is_user:
+            self.advice = " --user"
+            self._home = os.path.expanduser("~")
+            library = os.path.join(self._home, "Library")
+            self._domain = f"gui/{os.geteuid()}"
+            self._file = f"{self._destdir}{library}/LaunchAgents/{SERVICE}.plist"
+            self.log_path = f"{library}/Logs/{SERVICE}.log"
+            self.default_root = f"{library}/Application Support/{SERVICE}"
+        elif options.run_as:
+            self._home = self._account().pw_dir
+        self._target = f"{self._domain}/{SERVICE}"
 
     def content(self, command: Sequence[str]) -> bytes:
         import plistlib
@@ -13946,11 +14689,13 @@ class LaunchdServices(UnixServices):
         exit_timeout_s = _LAUNCHD_EXIT_TIMEOUT_S
         if "--on_exit=wait" in command:
             exit_timeout_s = _LAUNCHD_LONG_EXIT_TIMEOUT_S
+        account = {"UserName": self._options.run_as} if self._options.run_as else {}
         return plistlib.dumps(
             {
                 "Label": SERVICE,
                 "ProgramArguments": list(command),
-                "EnvironmentVariables": {"HOME": "/var/root", "LANG": "en_US.UTF-8"},
+                **account,
+                "EnvironmentVariables": {"HOME": self._home, "LANG": "en_US.UTF-8"},
                 "RunAtLoad": True,
                 "KeepAlive": {"SuccessfulExit": False},
                 "AbandonProcessGroup": True,  # the steps are to outlive a restart of the daemon
@@ -13962,10 +14707,10 @@ class LaunchdServices(UnixServices):
         )
 
     def start(self) -> str:
-        self._require_root()
+        self._require_rights()
         self._require_file()
         if self._print() is not None:
-            self._launchctl("kickstart", _LAUNCHD_TARGET, accepted=(_LAUNCHD_ALREADY_IN_PROGRESS,))
+            self._launchctl("kickstart", self._target, accepted=(_LAUNCHD_ALREADY_IN_PROGRESS,))
         else:
             self._bootstrap()
         end_s = time.monotonic() + _LAUNCHD_START_S
@@ -13974,16 +14719,16 @@ class LaunchdServices(UnixServices):
         return self.status()[1]
 
     def stop(self) -> str:
-        self._require_root()
+        self._require_rights()
         self._require_file()
         not_loaded = (_LAUNCHD_NO_SUCH_PROCESS, _LAUNCHD_NOT_FOUND)
-        self._launchctl("bootout", _LAUNCHD_TARGET, accepted=(_LAUNCHD_IN_PROGRESS, *not_loaded))
+        self._launchctl("bootout", self._target, accepted=(_LAUNCHD_IN_PROGRESS, *not_loaded))
         end_s = time.monotonic() + _LAUNCHD_STOP_S
         while self._print() is not None:  # before, a bootstrap would fail
             if time.monotonic() > end_s:
                 return f"still stopping: {self.status()[1]}"
             time.sleep(_POLL_S)
-        return self.status()[1]
+        return self.status()[1] + self._steps_left()
 
     def status(self) -> tuple[int, str]:
         if not os.path.exists(self._file):
@@ -13999,28 +14744,51 @@ class LaunchdServices(UnixServices):
             return 3, f"not running (last exit code {code[1]}); see {self.log_path}"
         return 3, "not running"
 
+    def logs(self) -> str:
+        return _read_tail(self.log_path)
+
+    def _installed_command(self) -> list[str]:
+        import plistlib
+        from xml.parsers.expat import ExpatError
+
+        try:
+            words = plistlib.loads(_read_or_none(self._file) or b"").get("ProgramArguments", [])
+        except (ValueError, ExpatError):  # somebody has edited it
+            return []
+        return [str(word) for word in words]
+
+    def _has_earlier_command(self, command: Sequence[str], was_changed: bool) -> bool:
+        return not self._destdir and super()._has_earlier_command(command, was_changed)
+
     def _after_change(self) -> None:
         """Make the file of standard error, which launchd would let everybody read: it tells who has submitted what."""
-        if not self._destdir and os.path.exists(self._file):
-            os.close(os.open(self.log_path, os.O_WRONLY | os.O_CREAT, 0o600))
+        if self._destdir or not os.path.exists(self._file):
+            return
+        os.makedirs(os.path.dirname(self.log_path), exist_ok=True)
+        descriptor = os.open(self.log_path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            if self._options.run_as:
+                account = self._account()
+                os.fchown(descriptor, account.pw_uid, account.pw_gid)
+        finally:
+            os.close(descriptor)
 
     def _before_removal(self) -> None:
         """Stop the service; one that waits for its steps ends without its file."""
-        if not self._destdir:
-            self.stop()
+        self.stop()
 
     def _bootstrap(self) -> None:
         """Load the service, which starts it. It is tried again while launchd may still be removing an earlier one."""
         for _ in range(_LAUNCHD_ATTEMPTS - 1):
-            code, _ = self._launchctl("bootstrap", "system", self._file, accepted=(_LAUNCHD_IO_ERROR,))
+            code, _ = self._launchctl("bootstrap", self._domain, self._file, accepted=(_LAUNCHD_IO_ERROR,))
             if not code:
                 return
             time.sleep(_LAUNCHD_RETRY_S)
-        self._launchctl("bootstrap", "system", self._file)
+        self._launchctl("bootstrap", self._domain, self._file)
 
     def _print(self) -> str | None:
         """Return what launchd shows of the service; None where it is not loaded."""
-        code, output = self._launchctl("print", _LAUNCHD_TARGET, accepted=(_LAUNCHD_NOT_FOUND,))
+        code, output = self._launchctl("print", self._target, accepted=(_LAUNCHD_NOT_FOUND,))
         return None if code else output
 
     def _launchctl(self, *words: str, accepted: Sequence[int] = ()) -> tuple[int, str]:
@@ -14043,13 +14811,164 @@ _LAUNCHD_EXIT_TIMEOUT_S = 60  # until SIGKILL; a stop of steps has a grace of se
 _LAUNCHD_LONG_EXIT_TIMEOUT_S = 24 * 3600  # the longest that steps take by default; 0 could hold up a shutdown for ever
 
 
+_CHANGE_RIGHTS = 0x500D_0000  # GENERIC_ALL, GENERIC_WRITE, WRITE_OWNER, WRITE_DAC, DELETE
+_FILE_CHANGE_RIGHTS = _CHANGE_RIGHTS | 0x0006  # FILE_WRITE_DATA, FILE_APPEND_DATA
+_OWN_DIRECTORY_CHANGE_RIGHTS = _CHANGE_RIGHTS | 0x0046  # FILE_ADD_FILE, FILE_ADD_SUBDIRECTORY, FILE_DELETE_CHILD
+_DIRECTORY_CHANGE_RIGHTS = 0x100D_0040  # not those that add to it; GENERIC_WRITE does no more than that
+_ACL_ENTRY = re.compile(r"\((\w+);(\w*);(\w*);[^;()]*;[^;()]*;([^;()]+)[^()]*\)")
+_ACL_RIGHTS = {
+    **{"GA": 0x1000_0000, "GW": 0x4000_0000, "GR": 0, "GX": 0},
+    **{"FA": 0x1F_01FF, "FW": 0x12_0116, "FR": 0, "FX": 0},
+    **{"SD": 0x1_0000, "RC": 0x2_0000, "WD": 0x4_0000, "WO": 0x8_0000},
+    **{"CC": 0x1, "DC": 0x2, "LC": 0x4, "SW": 0x8, "RP": 0x10, "WP": 0x20, "DT": 0x40, "LO": 0x80, "CR": 0x100},
+}
+# The system, administrators, the built-in administrator, TrustedInstaller; creator and owner, who are one of these.
+_TRUSTED_SIDS = {
+    *("SY", "BA", "LA", "CO", "OW", "S-1-5-18", "S-1-5-32-544"),
+    "S-1-5-80-956008885-3418522649-1831038044-1853292631-2271478464",
+}
+
+
+def untrusted_writers(descriptor: str, rights: int) -> list[str]:
+    """Return who has one of these rights on a file, but for system and administrators, by its owner and its list.
+
+    Source: Security Descriptor String Format, ACE Strings (MSDN).
+    """
+    head, _, entries = descriptor.partition("D:")
+    owner = re.search(r"O:([\w-]+?)(?=G:|$)", head)
+    writers = set() if owner is None else {owner[1]}
+    if "NO_ACCESS_CONTROL" in entries:
+        writers.add("WD")
+    for kind, flags, granted, sid in _ACL_ENTRY.findall(entries):
+        if kind.startswith("A") and "IO" not in flags and _parse_rights(granted) & rights:
+            writers.add(sid)
+    return sorted(writers - _TRUSTED_SIDS)
+
+
+def _parse_rights(text: str) -> int:
+    if text.startswith("0x"):
+        return int(text, 16)
+    rights = 0
+    for begin in range(0, len(text), 2):
+        rights |= _ACL_RIGHTS.get(text[begin : begin + 2], 0)
+    return rights
+
+
+def _describe_security(path: str) -> str:
+    """Return owner and access list of a file, as SDDL. Raises OSError."""
+    parts = OWNER_SECURITY_INFORMATION | DACL_SECURITY_INFORMATION
+    text = _TEXT()
+    descriptor = _read_security_descriptor(path, parts)
+    ConvertSecurityDescriptorToStringSecurityDescriptorW(descriptor, SDDL_REVISION_1, parts, ctypes.byref(text), None)
+    try:
+        return text.value or ""
+    finally:
+        LocalFree(ctypes.cast(text, ctypes.c_void_p))
+
+
+def _find_changeable_on_windows(path: str) -> tuple[str, str] | None:
+    """Return what of a program's path others than administrators may change, and who; None where nobody may."""
+    entry = path
+    rights = _FILE_CHANGE_RIGHTS
+    while True:
+        writers = untrusted_writers(_describe_security(entry), rights)
+        if writers:
+            return entry, ", ".join(writers)
+        rights = _DIRECTORY_CHANGE_RIGHTS
+        if entry == path:
+            rights = _OWN_DIRECTORY_CHANGE_RIGHTS
+        above = os.path.dirname(entry)
+        if above == entry:
+            return None
+        entry = above
+
+
+def _has_one_user() -> bool:
+    """Return whether this is Wine, where services run as the user of the prompt and all files are that user's."""
+    return hasattr(_WinDLL("ntdll"), "wine_get_version")
+
+
+def _split_command_line(line: str) -> list[str]:
+    """Return the words of a command line of Windows. Raises OSError."""
+    count = _INT()
+    words = CommandLineToArgvW(line, ctypes.byref(count))
+    try:
+        return list(words[: count.value])
+    finally:
+        LocalFree(ctypes.cast(words, ctypes.c_void_p))
+
+
 class WindowsServices(Services):
     """The service control manager (Service Functions, MSDN)."""
 
-    default_root = os.path.join(os.environ.get("PROGRAMDATA", r"C:\ProgramData"), "remote_executor")
+    default_root = WINDOWS_SERVICE_ROOT
+    copy_dir = os.path.join(os.environ.get("PROGRAMFILES", r"C:\Program Files"), "remote_executor")
 
-    def install(self, command: Sequence[str]) -> str:
+    def prepare_program(self, program: Sequence[str]) -> list[str]:
+        *python, source = program
+        target = source
+        if self._options.is_copy:
+            target = os.path.join(self.copy_dir, os.path.basename(source))
+            self._copy_program(source, target)
+        if not _has_one_user():
+            self._require_unchangeable([*python, target])
+        return [*python, target]
+
+    def uninstall(self) -> str:
+        command = self._installed_command()
+        with self._service(SERVICE_ALL_ACCESS) as service:
+            self._stop(service)
+            steps_left = self._steps_left()
+            DeleteService(service)
+        unregister_event_source()
+        self._remove_copy(command)
+        return f"removed the service {SERVICE}{steps_left}"
+
+    def start(self) -> str:
+        with self._service(SERVICE_ALL_ACCESS) as service:
+            try:
+                StartServiceW(service, 0, None)
+            except OSError as error:
+                if getattr(error, "winerror", 0) != ERROR_SERVICE_ALREADY_RUNNING:
+                    raise
+            self._wait_while(SERVICE_START_PENDING, service)
+            code, line = self._describe(self._query(service))
+        if code:
+            raise StartupError(f"service: it did not start: {line}")
+        return line
+
+    def stop(self) -> str:
+        with self._service(SERVICE_ALL_ACCESS) as service:
+            self._stop(service)
+            return self._describe(self._query(service))[1] + self._steps_left()
+
+    def status(self) -> tuple[int, str]:
+        try:
+            with self._service(SERVICE_QUERY_STATUS) as service:
+                return self._describe(self._query(service))
+        except NotInstalled:
+            return 4, "not installed"
+
+    def _install(self, command: Sequence[str]) -> tuple[bool, str]:
         command_line = subprocess.list2cmdline(command)
+        account = self._account()
+        if self.status()[0] == 4:
+            self._create(command_line, account)
+            register_event_source()
+            return True, f"installed the service {SERVICE}: {command_line}"
+        with self._service(SERVICE_ALL_ACCESS) as service:
+            if self._query_config(service) == (command_line, account):
+                return False, f"unchanged: the service {SERVICE}: {command_line}"
+            kept = SERVICE_NO_CHANGE
+            password = self._password(account)
+            ChangeServiceConfigW(
+                *(service, kept, SERVICE_AUTO_START, kept, command_line),
+                *(None, None, None, account, password, None),  # load order group, its tag, dependencies
+            )
+            self._configure(service)
+        return True, f"changed the service {SERVICE}: {command_line}"
+
+    def _create(self, command_line: str, account: str) -> None:
         with self._manager(SC_MANAGER_CONNECT | SC_MANAGER_CREATE_SERVICE) as manager:
             service = CreateServiceW(
                 manager,
@@ -14063,8 +14982,8 @@ class WindowsServices(Services):
                 None,  # load order group
                 None,  # its tag
                 None,  # dependencies
-                None,  # account: LocalSystem
-                None,  # password
+                account,
+                self._password(account),
             )
             try:
                 self._configure(service)
@@ -14073,35 +14992,56 @@ class WindowsServices(Services):
                 raise
             finally:
                 CloseServiceHandle(service)
-        return f"installed the service {SERVICE}: {command_line}"
 
-    def uninstall(self) -> str:
-        with self._service(SERVICE_ALL_ACCESS) as service:
-            if self._query(service).CurrentState != SERVICE_STOPPED:
-                self._stop(service)
-            DeleteService(service)
-        return f"removed the service {SERVICE}"
+    def _account(self) -> str:
+        """Return the account that the service runs as, as the manager spells it."""
+        account = self._options.run_as or "LocalSystem"
+        is_local = self._options.run_as and "\\" not in account and "@" not in account
+        return f".\\{account}" if is_local else account
 
-    def start(self) -> str:
-        with self._service(SERVICE_ALL_ACCESS) as service:
-            StartServiceW(service, 0, None)
-            self._wait_while(SERVICE_START_PENDING, service)
-            code, line = self._describe(self._query(service))
-        if code:
-            raise StartupError(f"service: it did not start: {line}")
-        return line
+    def _password(self, account: str) -> str | None:
+        """Ask for the password of an account that has one: no virtual, system's or managed account."""
+        if account == "LocalSystem" or account.upper().startswith("NT ") or account.endswith("$"):
+            return None
+        import getpass
 
-    def stop(self) -> str:
-        with self._service(SERVICE_ALL_ACCESS) as service:
-            self._stop(service)
-            return self._describe(self._query(service))[1]
+        return getpass.getpass(f"password of {account}: ")
 
-    def status(self) -> tuple[int, str]:
+    def _require_unchangeable(self, paths: Sequence[str]) -> None:
+        """Raise StartupError where others than administrators may change one of these files."""
+        for path in paths:
+            problem = ""
+            try:
+                changeable = _find_changeable_on_windows(path)
+            except OSError as error:
+                problem = f"{path} cannot be checked: {error}"
+            else:
+                if changeable:
+                    problem = f"{changeable[0]} may be changed by {changeable[1]}, and so what the service runs"
+                elif "\\windowsapps\\" in path.lower():
+                    problem = f"{path} is of the Microsoft Store, whose programs no service can run"
+            if problem:
+                self._undo.close()
+                advice = f"--copy installs {self.copy_dir}, which is administrators' alone"
+                if path != paths[-1] or self._options.is_copy:
+                    advice = "use a Python that was installed for all users, below %ProgramFiles%"
+                raise StartupError(f"service: {problem}; {advice}")
+
+    def _protect_directory(self, directory: str) -> None:
+        set_security(directory, "O:BAD:P(A;OICI;FA;;;SY)(A;OICI;FA;;;BA)(A;OICI;0x1200a9;;;BU)")
+
+    def _protect_copy(self, path: str) -> None:
+        set_security(path, "O:BA")
+
+    def _installed_command(self) -> list[str]:
         try:
-            with self._service(SERVICE_QUERY_STATUS) as service:
-                return self._describe(self._query(service))
+            with self._service(SERVICE_QUERY_CONFIG) as service:
+                return _split_command_line(self._query_config(service)[0])
         except NotInstalled:
-            return 4, "not installed"
+            return []
+
+    def _installed_root(self) -> str:
+        return os.path.abspath(_root_of(self._installed_command()) or self.default_root)
 
     def _configure(self, service: int) -> None:
         """Set the description, the restarts after a crash, and the time to stop in when the host shuts down."""
@@ -14120,7 +15060,14 @@ class WindowsServices(Services):
             ChangeServiceConfig2W(service, SERVICE_CONFIG_FAILURE_ACTIONS_FLAG, on_failed_starts_too)
 
     def _stop(self, service: int) -> None:
-        ControlService(service, SERVICE_CONTROL_STOP, ctypes.byref(ServiceStatus()))
+        """Stop the service if it runs. Raises OSError."""
+        if self._query(service).CurrentState == SERVICE_STOPPED:
+            return
+        try:
+            ControlService(service, SERVICE_CONTROL_STOP, ctypes.byref(ServiceStatus()))
+        except OSError as error:
+            if getattr(error, "winerror", 0) != ERROR_SERVICE_NOT_ACTIVE:  # it has just ended
+                raise
         self._wait_while(SERVICE_STOP_PENDING, service)
 
     def _wait_while(self, pending_state: int, service: int) -> None:
@@ -14149,8 +15096,18 @@ class WindowsServices(Services):
         line = names.get(state, f"state {state}")
         code = status.ServiceSpecificExitCode or status.Win32ExitCode % ERROR_SERVICE_NEVER_STARTED
         if code:
-            line += f" (exit code {code}; see the log in its root, and the event log)"
+            reason = self._last_failure() or "see `service logs` and the event log"
+            line += f" (exit code {code}: {reason})"
         return 3, line
+
+    def _last_failure(self) -> str:
+        """Return why the last start failed, by the last line of the log; empty where it cannot be read."""
+        for root in (self._installed_root(), self.default_root):
+            with contextlib.suppress(StartupError):  # it is not there, or only administrators may read it
+                _, found, reason = _read_tail(log_path(root)).rpartition(FAILED_START)
+                if found and "\n" not in reason:
+                    return reason
+        return ""
 
     def _query(self, service: int) -> Any:
         status = ServiceStatus()
@@ -14159,14 +15116,21 @@ class WindowsServices(Services):
         QueryServiceStatusEx(service, SC_STATUS_PROCESS_INFO, ctypes.byref(status), size, needed)
         return status
 
+    def _query_config(self, service: int) -> tuple[str, str]:
+        """Return the command line of the service, and its account. Raises OSError."""
+        size = 8192  # the most that the function takes
+        buffer = ctypes.create_string_buffer(size)
+        QueryServiceConfigW(service, buffer, size, ctypes.byref(_DWORD()))
+        config = ServiceConfig.from_buffer(buffer)
+        return config.BinaryPathName or "", config.ServiceStartName or "LocalSystem"
+
     @contextlib.contextmanager
     def _manager(self, access: int) -> Iterator[int]:
         """Open the manager; an OSError of the block becomes a StartupError of one line."""
         messages = {
             ERROR_ACCESS_DENIED: "administrator rights required; use a prompt opened by `Run as administrator`",
-            ERROR_SERVICE_EXISTS: "already installed; `service uninstall` removes it",
-            ERROR_SERVICE_ALREADY_RUNNING: "already running",
-            ERROR_SERVICE_NOT_ACTIVE: "not running",
+            ERROR_SERVICE_LOGON_FAILED: "the account of --run_as may not log on: check its password, and give it the "
+            "right `Log on as a service` (secpol.msc), which `NT SERVICE\\remote_executor` has by itself",
         }
         manager = 0
         try:
@@ -14192,14 +15156,136 @@ class WindowsServices(Services):
                 CloseServiceHandle(service)
 
 
-def host_services() -> Services:
-    """Return the service manager of this host."""
+# Task Scheduler Schema (MSDN). Its own defaults would end the daemon after three days, and on battery power.
+_TASK_XML = """\
+<?xml version="1.0" encoding="UTF-16"?>
+<Task version="1.2" xmlns="http://schemas.microsoft.com/windows/2004/02/mit/task">
+  <RegistrationInfo><Description>{title}</Description></RegistrationInfo>
+  <Triggers><LogonTrigger><UserId>{user}</UserId></LogonTrigger></Triggers>
+  <Principals><Principal id="Author">
+    <UserId>{user}</UserId>
+    <LogonType>InteractiveToken</LogonType>
+    <RunLevel>LeastPrivilege</RunLevel>
+  </Principal></Principals>
+  <Settings>
+    <MultipleInstancesPolicy>IgnoreNew</MultipleInstancesPolicy>
+    <DisallowStartIfOnBatteries>false</DisallowStartIfOnBatteries>
+    <StopIfGoingOnBatteries>false</StopIfGoingOnBatteries>
+    <ExecutionTimeLimit>PT0S</ExecutionTimeLimit>
+    <Priority>5</Priority>
+    <RestartOnFailure><Interval>PT1M</Interval><Count>999</Count></RestartOnFailure>
+  </Settings>
+  <Actions Context="Author">
+    <Exec><Command>{program}</Command><Arguments>{arguments}</Arguments></Exec>
+  </Actions>
+</Task>
+"""
+_TASK_CHANGE_S = 10.0  # until a daemon has its root locked, or has let go of it
+
+
+class WindowsTasks(Services):
+    """The service of one user on Windows: a task of the Task Scheduler that starts when this user logs on."""
+
+    default_root = os.path.join(os.environ.get("LOCALAPPDATA", tempfile.gettempdir()), SERVICE)
+    advice = " --user"
+
+    def prepare_program(self, program: Sequence[str]) -> list[str]:
+        """Return the program with the Python that opens no window."""
+        words = list(program)
+        without_window = re.sub(r"(?i)python\.exe$", "pythonw.exe", words[0])
+        if os.path.exists(without_window):
+            words[0] = without_window
+        return words
+
+    def content(self, command: Sequence[str]) -> str:
+        """Return the definition of the task that runs the command."""
+        return _TASK_XML.format(
+            title=_SERVICE_TITLE,
+            user=_own_sid(),
+            program=html.escape(command[0]),
+            arguments=html.escape(subprocess.list2cmdline(command[1:])),
+        )
+
+    def uninstall(self) -> str:
+        self.stop()
+        steps_left = self._steps_left()
+        self._schtasks("/Delete", "/F")
+        return f"removed the task {SERVICE}{steps_left}"
+
+    def start(self) -> str:
+        self._require_task()
+        if self.status()[0]:
+            self._schtasks("/Run")
+            self._wait_for(0)
+        return self.status()[1]
+
+    def stop(self) -> str:
+        """Kill the daemon, for the Task Scheduler asks none to end; the next one adopts what runs on."""
+        self._require_task()
+        if not self.status()[0]:
+            self._schtasks("/End")
+            self._wait_for(3)
+        return self.status()[1] + self._steps_left()
+
+    def status(self) -> tuple[int, str]:
+        """Return what `Services.status` does, by the lock of the root: schtasks speaks the language of the host."""
+        if not self._definition():
+            return 4, "not installed"
+        lock = os.path.join(self._installed_root(), "lock")
+        if not os.path.exists(lock):
+            return 3, "not running"
+        try:
+            os.close(lock_file(lock))
+        except StartupError:
+            return 0, "running"
+        return 3, "not running"
+
+    def _install(self, command: Sequence[str]) -> tuple[bool, str]:
+        if self._installed_command() == list(command):
+            return False, f"unchanged: the task {SERVICE}"
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "task.xml")
+            with open(path, "w", encoding="utf-16") as file:
+                file.write(self.content(command))
+            self._schtasks("/Create", "/F", "/XML", path)
+        return True, f"installed the task {SERVICE}: {subprocess.list2cmdline(command)}"
+
+    def _installed_command(self) -> list[str]:
+        match = re.search(r"<Command>(.*?)</Command>\s*<Arguments>(.*?)</Arguments>", self._definition(), re.DOTALL)
+        if not match:
+            return []
+        return [html.unescape(match[1]), *_split_command_line("x " + html.unescape(match[2]))[1:]]
+
+    def _definition(self) -> str:
+        """Return the definition of the installed task; empty where there is none."""
+        code, text = _run_tool(["schtasks.exe", "/Query", "/TN", SERVICE, "/XML"])
+        return "" if code else text
+
+    def _wait_for(self, code: int) -> None:
+        """Wait until this is the code of the status."""
+        end_s = time.monotonic() + _TASK_CHANGE_S
+        while self.status()[0] != code and time.monotonic() < end_s:
+            time.sleep(_POLL_S)
+
+    def _require_task(self) -> None:
+        if not self._definition():
+            raise NotInstalled(f"service: the task {SERVICE} is not installed; `service install --user` installs it")
+
+    def _schtasks(self, action: str, *words: str) -> None:
+        """Have the Task Scheduler do this with the task. Raise StartupError where it does not."""
+        code, text = _run_tool(["schtasks.exe", action, "/TN", SERVICE, *words])
+        if code:
+            raise StartupError(f"service: schtasks {action} failed: {' '.join(text.split())}")
+
+
+def host_services(options: ServiceOptions) -> Services:
+    """Return the service manager of this host. Raise StartupError."""
     if ON_WINDOWS:
-        return WindowsServices()
+        return WindowsTasks() if options.is_user else WindowsServices(options)
     destdir = os.environ.get("DESTDIR", "")
     if sys.platform == "darwin":
-        return LaunchdServices(destdir)
-    return SystemdServices(destdir)
+        return LaunchdServices(destdir, options)
+    return SystemdServices(destdir, options)
 
 
 # ======================================================================================================================
@@ -14222,12 +15308,26 @@ class _Command(NamedTuple):
         return f"{self.name} {self.arguments}".rstrip()
 
 
+_SERVICE_ACTIONS = {
+    "install": "Install it, with the flags of run; once more to change them.",
+    "uninstall": "Stop and remove it. Steps run on, the root stays.",
+    "start": "Start it, unless it runs.",
+    "stop": "Stop it. Steps run on, as --on_exit says.",
+    "restart": "Stop and start it: with what install has changed.",
+    "status": "Say whether it runs; exit code 0: running, 3: not, 4: not installed.",
+    "logs": f"Print the last {_LOG_LINES} lines that it has logged.",
+}
+_SERVICE_FLAGS = (  # the flag, its placeholder, its help
+    ("user", "", "The service of the user who installs it, not of the host: needs no root."),
+    ("run_as", "USER", "The user that the service of the host runs as, in place of root or SYSTEM."),
+    ("copy", "", "Install a copy of the program that only root or administrators may change."),
+)
 _COMMANDS = (
     _Command("help", "[<command>...]", "Show help."),
     _Command("run", "", "Run server"),
     _Command(
         "service",
-        "install|uninstall|start|stop|status",
+        "|".join(_SERVICE_ACTIONS),
         "Manage the service of this host that runs the server. install takes the flags of run.",
     ),
 )
@@ -14263,6 +15363,11 @@ def parse_command_line(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             action = "append" if option.kind == "list" else "store"
             check = functools.partial(check_argument, option)
             parser.add_argument(f"--{option.field}", dest=option.field, type=check, action=action)
+    for name, placeholder, _ in _SERVICE_FLAGS:
+        if placeholder:
+            parser.add_argument(f"--{name}", dest=name)
+        else:
+            switches.append(name)
     for name in switches:
         parser.add_argument(f"--{name}", dest=name, action="store_true")
     for name in negatable:
@@ -14272,11 +15377,13 @@ def parse_command_line(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return args, flags
 
 
-def _flag_rows() -> Iterator[tuple[str, str]]:
+def _flag_rows(is_service: bool = False) -> Iterator[tuple[str, str]]:
     """Yield each flag as the help shows it, and its help."""
     yield "-h, --[no-]help", _HELP_FLAG_HELP
     for option in OPTIONS:
         default = default_text(option)
+        if is_service and option.name == "root":
+            default = host_services(_NO_OPTIONS).default_root
         if option.kind == "flag":
             flag = f"--[no-]{option.name}"
         elif option.kind in ("address", "path"):
@@ -14285,6 +15392,18 @@ def _flag_rows() -> Iterator[tuple[str, str]]:
             flag = f"--{option.name}={default}"
         yield f"    {flag}", option.help
     yield "    --[no-]version", _VERSION_FLAG_HELP
+
+
+def _service_lines() -> Iterator[str]:
+    """Yield the lines of the help about the flags and the actions of `service`."""
+    yield "Flags of service:"
+    for name, placeholder, text in _SERVICE_FLAGS:
+        flag = f"--{name}={placeholder}".rstrip("=")
+        yield f"      {flag:<20}{text}"
+    yield ""
+    yield "Actions of service:"
+    for action, text in _SERVICE_ACTIONS.items():
+        yield f"  {action:<24}{text}"
 
 
 def _find_command(name: str) -> _Command:
@@ -14303,12 +15422,15 @@ def help_text(command_name: str | None = None, is_long: bool = False) -> str:
         commands = [_find_command(command_name)]
         usage = f"usage: {_PROGRAM} {command_name} [<flags>]"
     lines = [usage, "", _SUMMARY, "", "Flags:"]
-    for flag, text in _flag_rows():
+    is_service = command_name == "service"
+    for flag, text in _flag_rows(is_service):
         if len(flag) < 23:
             lines.append(f"  {flag:<24}{text}")
         else:
             lines.append(f"  {flag}  ")
             lines.append(" " * 26 + text)
+    if is_service or is_long:
+        lines += ["", *_service_lines()]
     if command_name is None or is_long:
         lines += ["", "Commands:"]
         for command in commands:
@@ -14363,36 +15485,53 @@ def _join_command(command: Sequence[str]) -> str:
 
 
 def _install_service(services: Services, flags: Mapping[str, Any]) -> None:
+    make_settings(flags)  # the service would end with what is wrong
     root = os.path.abspath(flags.get("root", services.default_root))
     argv = _to_argv({**flags, "root": root})
-    print(services.install([*own_command(), "run", *argv]))
-    program = _join_command(own_command())
-    print(f"next: {program} service start; clients on other hosts need the token that it writes in {root}")
+    program = services.prepare_program(own_command())
+    print(services.install([*program, "run", *argv]))
+    again = _join_command([*program, "service", "start"])
+    print(f"next: {again}{services.advice}; clients on other hosts need the token that it writes in {root}")
 
 
-def service_command(args: Sequence[str], flags: Mapping[str, Any]) -> int:
+def _take_service_options(flags: dict[str, Any]) -> ServiceOptions:
+    """Take the flags of `service` out of the flags. Raise UsageError for those that conflict."""
+    options = ServiceOptions(
+        is_user=flags.pop("user", False),
+        run_as=flags.pop("run_as", ""),
+        is_copy=flags.pop("copy", False),
+    )
+    if options.is_user and (options.run_as or options.is_copy):
+        raise UsageError("--user excludes --run_as and --copy: such a service runs as you, with your own file")
+    return options
+
+
+def service_command(args: Sequence[str], flags: dict[str, Any]) -> int:
     """Install the daemon as a service of this host, or control it; return the exit code.
 
     Raise UsageError and StartupError.
     """
-    services = host_services()
+    options = _take_service_options(flags)
     action = args[0] if len(args) == 1 else ""
+    if action not in _SERVICE_ACTIONS:
+        raise UsageError(f"service: expected one of {', '.join(_SERVICE_ACTIONS)}")
+    if action != "install" and (flags or options.run_as or options.is_copy):
+        raise UsageError(f"service {action} takes no flag but --user; service install takes those of run")
+    services = host_services(options)
     if action == "install":
         _install_service(services, flags)
         return 0
-    if flags:
-        raise UsageError("only service install takes flags")
     if action == "status":
         code, line = services.status()
         print(line)
         return code
-    actions = {
+    actions: dict[str, Callable[[], str]] = {
         "uninstall": services.uninstall,
         "start": services.start,
         "stop": services.stop,
+        "restart": services.restart,
+        "logs": services.logs,
     }
-    if action not in actions:
-        raise UsageError(f"service: expected one of install, {', '.join(actions)} and status")
     print(actions[action]())
     return 0
 
@@ -14419,6 +15558,8 @@ def run_command(argv: Sequence[str]) -> int:
     _find_command(command)
     if rest:
         raise UsageError(f"{command}: unexpected argument {rest[0]!r}")
+    if _take_service_options(flags) != _NO_OPTIONS:
+        raise UsageError("--user, --run_as and --copy are flags of service install")
     settings = make_settings(flags)
     leave_step()
     return run_supervised(settings)
@@ -14429,7 +15570,8 @@ def main() -> int:
     try:
         return run_command(sys.argv[1:])
     except UsageError as error:
-        print_error(f"{error}; see {_PROGRAM} help")
+        if not report_wrong_service(error, _root_of(sys.argv)):
+            print_error(f"{error}; see {_PROGRAM} help")
         return 2
     except StartupError as error:
         print_error(str(error))

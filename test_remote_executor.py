@@ -8456,6 +8456,19 @@ def test_systemd_is_told_of_ready_watchdog_and_stopping(launch: Callable[..., Da
 
 
 @posix_only
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_systemd_journal_gets_priorities_and_no_second_time(
+    launch: Callable[..., Daemon], tmp_path: Path, is_ours: bool
+) -> None:
+    (tmp_path / "root.err").touch()
+    status = (tmp_path / "root.err").stat()
+    daemon = launch(env={"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not is_ours)}"})
+    ours = "<6>" if is_ours else r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} "
+    assert re.search(rf"(?m)^{ours}INFO .* listens on ", daemon.log()), daemon.log()
+    assert re.search(r"(?m)^\d{4}-\d\d-\d\d .* listens on ", (daemon.root / "logs/remote_executor.log").read_text())
+
+
+@posix_only
 @pytest.mark.parametrize("words", [{"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": "soon"}])
 def test_systemd_gets_no_beat_that_it_does_not_ask_for(
     launch: Callable[..., Daemon], manager: Any, words: dict[str, str]
@@ -8533,7 +8546,7 @@ def drive_build(place: Path, program: list[str]) -> None:
 @windows_only
 def test_service_that_crashes_ends_its_process_while_it_counts_as_running(monkeypatch: pytest.MonkeyPatch) -> None:
     program, told, ends = module(), [], []
-    supervisor = program.WindowsSupervisor(program.make_settings({}))
+    supervisor = program.WindowsSupervisor(functools.partial(program.Daemon, program.make_settings({})), "")
     monkeypatch.setattr(program, "RegisterServiceCtrlHandlerExW", lambda *_: 1)
     monkeypatch.setattr(program, "SetServiceStatus", lambda _, status: told.append(status._obj.CurrentState))
     monkeypatch.setattr(supervisor._daemon, "run", lambda: 1 // 0)
@@ -8571,11 +8584,16 @@ def test_service_install_writes_a_unit_that_systemd_accepts(tmp_path: Path) -> N
     assert f"\nExecStart={command}\n" in unit(tmp_path).read_text()
     link = unit(tmp_path).parent / "multi-user.target.wants" / unit(tmp_path).name
     assert link.is_symlink() and link.samefile(unit(tmp_path))
+    assert verified_by_systemd(unit(tmp_path)) == []
+
+
+def verified_by_systemd(file: Path) -> list[str]:
+    """What systemd finds wrong with a unit."""
     if not shutil.which("systemd-analyze"):
         pytest.skip("no systemd-analyze on this host")
-    verify = ["systemd-analyze", "verify", str(unit(tmp_path))]
+    verify = ["systemd-analyze", "verify", str(file)]
     verified = subprocess.run(verify, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert [line for line in verified.stdout.splitlines() if "remote_executor" in line] == [], verified.stdout
+    return [line for line in verified.stdout.splitlines() if "remote_executor" in line]
 
 
 @linux_only
@@ -8589,6 +8607,263 @@ def test_service_uninstall_removes_the_unit(tmp_path: Path) -> None:
     assert cli("service", "uninstall", env=staging).returncode == 1
 
 
+FAKE_SYSTEMCTL = """#!/bin/sh
+[ "$1" != --user ] || shift
+echo "$1" >>"$0.calls"
+[ ! -e "$0.refuses-$1" ] || { echo "no $1 today"; exit 1; }
+case $1 in
+show) echo "ActiveState=$(cat "$0.state") SubState=x MainPID=$(cat "$0.pid")" ;;
+start | restart) echo active >"$0.state" ;;
+stop) echo inactive >"$0.state" ;;
+enable) : >"$0.enabled" ;;
+disable) rm -f "$0.enabled" && echo inactive >"$0.state" ;;
+is-enabled) [ -e "$0.enabled" ] ;;
+esac
+"""
+EARLIER_FLAGS = "the service still runs as it was before: `service restart` applies the change"
+
+
+class Systemd(NamedTuple):
+    """A systemctl of our own, and the services of this program under it."""
+
+    place: Path
+    services: Any
+
+    def calls(self) -> list[str]:
+        """What it was called for since the last call, but for what changes nothing."""
+        file = self.place / "systemctl.calls"
+        words = file.read_text().split() if file.exists() else []
+        file.write_text("")
+        return [word for word in words if word not in ("show", "is-enabled")]
+
+    def set(self, name: str, text: str = "") -> None:
+        (self.place / f"systemctl.{name}").write_text(text)
+
+    def command(self, *flags: str) -> list[str]:
+        return ["/bin/sh", "/x/remote_executor.py", "run", f"--root={self.place / 'root'}", *flags]
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Systemd:
+    place = tmp_path / "systemd"
+    place.mkdir()
+    tool = place / "systemctl"
+    tool.write_text(FAKE_SYSTEMCTL)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    services = module().SystemdServices("")
+    services._file = str(place / "remote_executor.service")
+    fake = Systemd(place, services)
+    fake.set("state", "inactive")
+    fake.set("pid", "0")
+    return fake
+
+
+@posix_only
+def test_service_install_changes_nothing_where_nothing_is_new(systemd: Systemd) -> None:
+    services = systemd.services
+    assert services.install(systemd.command()) == f"wrote {services._file}"
+    assert systemd.calls() == ["daemon-reload", "enable"]
+    assert services.install(systemd.command()) == f"unchanged: {services._file}"
+    assert systemd.calls() == []
+    assert services.install(systemd.command("--debug")) == f"wrote {services._file}"
+
+
+@linux_only
+def test_service_that_runs_with_earlier_flags_is_told_of(systemd: Systemd) -> None:
+    command = systemd.command()
+    program = ["/bin/sh", "-c", "read x", *command[3:]]
+    with subprocess.Popen(program, stdin=subprocess.PIPE) as process:
+        systemd.set("pid", str(process.pid))
+        systemd.set("state", "active")
+        assert systemd.services.install(program) == f"wrote {systemd.services._file}; {EARLIER_FLAGS}"
+        assert systemd.services.install(program) == f"unchanged: {systemd.services._file}"
+        assert systemd.services.install(command) == f"wrote {systemd.services._file}; {EARLIER_FLAGS}"
+        assert systemd.services.install(command) == f"unchanged: {systemd.services._file}; {EARLIER_FLAGS}"
+        process.communicate(b"")
+
+
+@posix_only
+@pytest.mark.parametrize("refused_call", ["daemon-reload", "enable"])
+def test_service_install_that_fails_is_taken_back(systemd: Systemd, refused_call: str) -> None:
+    unit_file = Path(systemd.services._file)
+    systemd.set(f"refuses-{refused_call}")
+    with pytest.raises(module().StartupError, match=f"no {refused_call} today"):
+        systemd.services.install(systemd.command())
+    assert not unit_file.exists()
+    unit_file.write_text("earlier")
+    with pytest.raises(module().StartupError):
+        systemd.services.install(systemd.command())
+    assert unit_file.read_text() == "earlier"
+
+
+@posix_only
+def test_service_uninstall_does_without_systemctl(systemd: Systemd) -> None:
+    services = systemd.services
+    services.install(systemd.command())
+    link = systemd.place / "multi-user.target.wants" / "remote_executor.service"
+    link.parent.mkdir()
+    link.symlink_to(services._file)
+    for word in ("disable", "daemon-reload"):
+        systemd.set(f"refuses-{word}")
+    told = services.uninstall()
+    assert told.startswith(f"removed {services._file}, though") and "no disable today" in told
+    assert not os.path.lexists(services._file) and not os.path.lexists(link)
+
+
+@posix_only
+def test_service_stop_and_uninstall_tell_how_many_steps_run_on(
+    systemd: Systemd, launch: Callable[..., Daemon], gate: Path
+) -> None:
+    daemon = launch(root=systemd.place / "root")
+    for task in (daemon.submit(step(), held(gate)), daemon.submit(step(), held(gate))):
+        daemon.until_running(task, 1)
+    daemon.kill()
+    systemd.services.install(systemd.command())
+    told = "; 2 steps run on, and the next start adopts what runs then"
+    assert systemd.services.stop() == f"not running (inactive, x); see `service logs`{told}"
+    assert systemd.services.uninstall() == f"removed {systemd.services._file}{told}"
+    daemon.start()
+
+
+@posix_only
+def test_service_restart_starts_it_with_what_is_installed(systemd: Systemd) -> None:
+    systemd.services.install(systemd.command())
+    systemd.calls()
+    systemd.set("pid", "77")
+    assert systemd.services.restart() == "running, pid 77"
+    assert systemd.calls() == ["restart"]
+
+
+@pytest.mark.parametrize("word", ["a b", "100%", "$HOME", 'say "x"', "back\\slash", "ö", "--x=1 2"])
+def test_service_unit_gives_the_words_back(word: str) -> None:
+    line = module()._quote_unit_word(word)
+    assert module()._split_unit_line(f"/bin/sh {line} end") == ["/bin/sh", word, "end"]
+
+
+@posix_only
+@pytest.mark.parametrize(
+    "mode, entry, who",
+    [
+        (0o777, "bin", "everybody"),
+        (0o1777, "bin", "everybody"),  # nobody replaces the program there, but adds a module that it imports
+        (0o775, "bin", "the group with gid"),
+        (0o666, "bin/program", "everybody"),
+        (0o1777, "", ""),  # as /tmp
+        (0o777, "", "everybody"),
+        (0o755, "bin", ""),
+    ],
+)
+def test_service_program_that_others_may_change_is_found(tmp_path: Path, mode: int, entry: str, who: str) -> None:
+    place = tmp_path / "place"
+    (place / "bin").mkdir(parents=True)
+    (place / "bin").chmod(0o755)
+    program = place / "bin" / "program"
+    program.touch(0o644)
+    (place / entry).chmod(mode)
+    link = tmp_path / "link"
+    link.symlink_to("place/bin/../bin/program")
+    for path in (program, link):
+        changeable = module()._find_changeable(str(path), [0, os.getuid()])
+        assert (changeable or ("", ""))[0] == (str(place / entry).rstrip("/") if who else "")
+        assert (changeable or ("", ""))[1].startswith(who)
+
+
+@posix_only
+def test_service_program_of_another_user_is_refused(systemd: Systemd, tmp_path: Path) -> None:
+    program = tmp_path / "remote_executor.py"
+    program.write_text("")
+    if not os.getuid():
+        os.chown(program, 1234, 1234)
+    with pytest.raises(module().StartupError, match=r"may be changed by the user with uid \d+, .*--copy installs /"):
+        systemd.services.prepare_program(["/bin/sh", str(program)])
+
+
+@linux_only
+def test_service_copy_is_installed_and_removed_with_the_service(tmp_path: Path) -> None:
+    staging = {"DESTDIR": str(tmp_path)}
+    copy = tmp_path / "opt/remote_executor/remote_executor.py"
+    done = cli("service", "install", "--copy", env=staging)
+    assert done.returncode == 0 and done.stdout.startswith(f"wrote {copy}; wrote {unit(tmp_path)}\n"), done
+    assert copy.read_bytes() == PROGRAM.read_bytes() and copy.stat().st_mode & 0o777 == 0o755
+    assert f"ExecStart={sys.executable} /opt/remote_executor/remote_executor.py run" in unit(tmp_path).read_text()
+    assert cli("service", "install", "--copy", env=staging).stdout.startswith("unchanged: ")
+    assert cli("service", "uninstall", env=staging).returncode == 0
+    assert not copy.parent.exists() and not unit(tmp_path).exists()
+
+
+@linux_only
+def test_service_in_an_image_runs_the_program_of_the_image(tmp_path: Path) -> None:
+    program = tmp_path / "opt" / "remote_executor.py"
+    program.parent.mkdir()
+    shutil.copy(PROGRAM, program)
+    command = [sys.executable, str(program), "service", "install"]
+    subprocess.run(command, env={**os.environ, "DESTDIR": str(tmp_path)}, stdout=subprocess.DEVNULL, check=True)
+    assert f"ExecStart={sys.executable} /opt/remote_executor.py run --root=/var/lib" in unit(tmp_path).read_text()
+
+
+@linux_only
+def test_service_of_a_user_is_one_of_the_users_manager(tmp_path: Path) -> None:
+    home = {"DESTDIR": str(tmp_path), "HOME": "/home/ann", "XDG_CONFIG_HOME": "", "XDG_STATE_HOME": ""}
+    done = cli("service", "install", "--user", env=home)
+    assert done.returncode == 0 and "loginctl enable-linger" in done.stdout, done
+    text = (tmp_path / "home/ann/.config/systemd/user/remote_executor.service").read_text()
+    assert "--root=/home/ann/.local/state/remote_executor\n" in text and "WantedBy=default.target" in text
+    assert "OOMScoreAdjust" not in text and "network-online" not in text  # which a user's manager has not
+    assert cli("service", "uninstall", "--user", env=home).returncode == 0
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
+
+
+@linux_only
+def test_service_run_as_a_user_gets_a_root_of_that_user(tmp_path: Path) -> None:
+    staging = {"DESTDIR": str(tmp_path)}
+    assert cli("service", "install", "--run_as=ann", env=staging).returncode == 0
+    text = unit(tmp_path).read_text()
+    assert "\nUser=ann\nStateDirectory=remote_executor\nStateDirectoryMode=0700\n" in text
+    assert cli("service", "install", "--run_as=ann", "--root=/srv/x", env=staging).returncode == 0
+    assert "StateDirectory" not in unit(tmp_path).read_text()
+    assert verified_by_systemd(unit(tmp_path)) == []
+
+
+FAKE_ACCOUNT = type("Account", (), {"pw_uid": 4321, "pw_gid": 4321, "pw_dir": "/"})
+
+
+@posix_only
+def test_service_run_as_gives_the_user_a_new_root_and_refuses_anothers(
+    systemd: Systemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pwd
+
+    options = module().ServiceOptions(run_as=pwd.getpwuid(os.getuid()).pw_name)
+    monkeypatch.setattr(systemd.services, "_options", options)
+    systemd.services.install(systemd.command())
+    assert (systemd.place / "root").stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(pwd, "getpwnam", lambda _: FAKE_ACCOUNT)
+    with pytest.raises(module().StartupError, match=r"belongs to uid \d+; `chown -R"):
+        systemd.services.install(systemd.command("--debug"))
+    assert "--debug" not in Path(systemd.services._file).read_text()
+
+
+@linux_only
+def test_service_steps_are_not_spared_by_the_oom_killer(tmp_path: Path) -> None:
+    score = "/proc/self/oom_score_adj"
+    shown = tmp_path / "score"  # to the daemon, for only root may have a negative one
+    shown.write_text("-500\n")
+    faults = with_faults(f"""
+import builtins
+real = builtins.open
+real({score!r}, "w").write("300")
+builtins.open = lambda name, *rest, **more: real({str(shown)!r} if name == {score!r} else name, *rest, **more)
+""")
+    daemon = Daemon(tmp_path / "root", program=faults)
+    try:
+        assert daemon.start().output(step(f"cat {score}")) == ["0"]
+        assert Path(f"/proc/{daemon.process.pid}/oom_score_adj").read_text() == "300\n"
+    finally:
+        daemon.retire()
+
+
 @posix_only
 def test_service_needs_the_rights_of_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
@@ -8596,7 +8871,13 @@ def test_service_needs_the_rights_of_root(monkeypatch: pytest.MonkeyPatch) -> No
         module().SystemdServices("").install(["x"])
 
 
-@pytest.mark.parametrize("words", [[], ["fly"], ["start", "now"], ["stop", "--debug"], ["install", "--addr=x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([], ["fly"], ["start", "now"], ["stop", "--debug"], ["install", "--addr=x"], ["stop", "--copy"]),
+        *(["install", "--user", "--run_as=ann"], ["install", "--insecure", "--require_token"]),
+    ],
+)
 def test_service_out_of_rule_is_refused_in_a_line(words: list[str]) -> None:
     assert "remote_executor: " in refused(cli("service", *words), 2)
 
@@ -8642,14 +8923,20 @@ def drive_service(root: Path, port: int) -> None:
 @windows_only
 def test_service_of_windows_is_installed_started_stopped_and_removed(bare_host: None, tmp_path: Path) -> None:
     port, root = free_port(), tmp_path / "a röot"
-    installed = cli("service", "install", f"--addr=127.0.0.1:{port}", f"--root={root}")
-    assert f'"--root={root}"' in installed.stdout and cli("service", "install").returncode == 1
-    assert cli("service", "status").stdout == "not running\n"
-    assert re.fullmatch(r"running, pid \d+\n", cli("service", "start").stdout)
+    flags = (f"--addr=127.0.0.1:{port}", f"--root={root}")
+    assert f'"--root={root}"' in cli("service", "install", *flags).stdout
+    assert cli("service", "install", *flags).stdout.startswith("unchanged: the service remote_executor: ")
+    assert cli("service", "stop").stdout == "not running\n"
+    running = cli("service", "start")
+    assert re.fullmatch(r"running, pid \d+\n", running.stdout), running
     drive_service(root, port)
-    assert cli("service", "start").stderr == "remote_executor: service: already running\n"
+    assert (again := cli("service", "start")).stdout == running.stdout and again.returncode == 0
+    changed = cli("service", "install", "--debug", *flags)
+    assert changed.stdout.startswith("changed the service") and EARLIER_FLAGS in changed.stdout, changed
+    restarted = cli("service", "restart")
+    assert re.fullmatch(r"running, pid \d+\n", restarted.stdout) and restarted.stdout != running.stdout
     assert cli("service", "stop").stdout == "not running\n" and cli("service", "status").returncode == 3
-    assert (root / "logs" / "remote_executor.log").read_text().endswith("INFO ended\n")
+    assert "INFO ended" in cli("service", "logs").stdout.splitlines()[-1]
     assert cli("service", "uninstall").returncode == 0 and cli("service", "status").returncode == 4
 
 
@@ -8665,9 +8952,101 @@ def test_service_as_the_readme_installs_it(bare_host: None, tmp_path: Path) -> N
 
 
 @windows_only
-def test_service_that_cannot_start_says_so_in_its_exit_code(bare_host: None, tmp_path: Path, daemon: Daemon) -> None:
-    assert cli("service", "install", f"--addr=127.0.0.1:{daemon.port}", f"--root={tmp_path / 'r'}").returncode == 0
-    assert "did not start: not running (exit code 1;" in refused(cli("service", "start"), 1)
+def test_service_that_cannot_start_says_why(bare_host: None, tmp_path: Path, daemon: Daemon) -> None:
+    import winreg
+
+    root = tmp_path / "r"
+    assert cli("service", "install", f"--addr=127.0.0.1:{daemon.port}", f"--root={root}").returncode == 0
+    reason = r"not running \(exit code 1: --addr: .* cannot be used.*\)"
+    told = refused(cli("service", "start"), 1)
+    assert re.search(f"did not start: {reason}", told), told
+    assert re.fullmatch(reason, cli("service", "status").stdout.strip())
+    assert "did not start: --addr: " in (root / "logs" / "remote_executor.log").read_text()
+    with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, module()._EVENT_SOURCE_KEY) as key:
+        assert winreg.QueryValueEx(key, "EventMessageFile")[0] == r"%SystemRoot%\System32\EventCreate.exe"
+
+
+@windows_only
+@pytest.mark.parametrize("flags, reason", [("--pool_size=0", "'0' is out of range"), ("--fly", "--fly")])
+def test_service_with_a_wrong_command_line_says_so(bare_host: None, tmp_path: Path, flags: str, reason: str) -> None:
+    root = tmp_path / "root"
+    line = f'"{sys.executable}" "{PROGRAM}" run {flags} "--root={root}"'
+    runs("sc", "create", "remote_executor", "binPath=", line)
+    subprocess.run(["sc", "start", "remote_executor"], stdout=subprocess.DEVNULL, timeout=60)
+    status = wait_until(lambda: "exit code" in (told := cli("service", "status").stdout) and told)
+    assert status.startswith("not running (exit code 2: ") and reason in status, status
+    assert reason in (root / "logs" / "remote_executor.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "rights, descriptor, writers",
+    [
+        ("FILE", "O:BAG:SYD:PAI(A;;FA;;;SY)(A;;FA;;;BA)(A;;0x1200a9;;;BU)", []),
+        ("FILE", "O:S-1-5-21-1-2-3-1001G:BUD:(A;;FA;;;SY)", ["S-1-5-21-1-2-3-1001"]),
+        ("FILE", "O:BAG:BUD:(A;;0x1301bf;;;AU)(A;;FR;;;WD)", ["AU"]),
+        ("FILE", "O:SYG:SYD:NO_ACCESS_CONTROL", ["WD"]),
+        ("OWN_DIRECTORY", "O:SYG:SYD:(A;;LC;;;AU)(A;OICIIO;SDGXGWGR;;;AU)", ["AU"]),
+        ("DIRECTORY", "O:SYG:SYD:(A;;LC;;;AU)(A;OICIIO;SDGXGWGR;;;AU)(D;;FA;;;WD)", []),  # C:\\ as it is delivered
+        ("DIRECTORY", "O:SYG:SYD:AI(A;CI;DT;;;BU)(A;;WD;;;S-1-1-0)", ["BU", "S-1-1-0"]),
+        ("DIRECTORY", "O:S-1-5-80-956008885-3418522649-1831038044-1853292631-2271478464D:(A;CIIO;GA;;;CO)", []),
+    ],
+)
+def test_service_access_list_names_who_may_change_a_file(rights: str, descriptor: str, writers: list[str]) -> None:
+    mask = getattr(module(), f"_{rights}_CHANGE_RIGHTS")
+    assert module().untrusted_writers(descriptor, mask) == writers
+
+
+@windows_only
+def test_service_step_that_may_not_be_adopted_is_awaited(
+    tmp_path: Path, gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = module()
+    daemon = Daemon(tmp_path / "root").start()
+    daemon.until_printed(daemon.submit(held(gate)), "held")
+    daemon.kill()
+    refuse = OpenedByOthers(code.OpenProcess)
+    monkeypatch.setattr(code, "OpenProcess", refuse)
+    tree = code.WindowsProcesses(0, "", None).adopt(str(daemon.root / "tasks" / "1" / "0"))
+    assert isinstance(tree, code.WatchedTree) and not tree.wait(time.monotonic() + 0.1)
+    tree.stop(lambda: True)
+    gate.touch()
+    assert tree.wait(time.monotonic() + 60) and refuse.count
+    assert (daemon.root / "tasks" / "1" / "0" / "rc").read_text().strip() == "0"
+
+
+class OpenedByOthers:
+    """OpenProcess to a process without elevation: it may do no more than ask whether one lives."""
+
+    def __init__(self, real: Any) -> None:
+        self.real, self.count = real, 0
+
+    def __call__(self, access: int, inherit: bool, pid: int) -> int:
+        if access & 0x0001:  # PROCESS_TERMINATE
+            self.count += 1
+            raise PermissionError(13, "Access denied")
+        return self.real(access, inherit, pid)
+
+
+@windows_only
+@pytest.mark.parametrize("is_administrator", [True, False])
+def test_service_takes_over_the_root_of_an_administrator_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_administrator: bool
+) -> None:
+    code, told = module(), []
+    monkeypatch.setattr(code, "_granted_sids", lambda _: {"SY", "BA", "S-1-5-21-7"})
+    monkeypatch.setattr(code, "_is_administrator", lambda _: is_administrator)
+    monkeypatch.setattr(code, "set_security", lambda *words: told.append(words))
+    with contextlib.nullcontext() if is_administrator else pytest.raises(code.StartupError, match="icacls"):
+        code._take_over(str(tmp_path), "S-1-5-21-7", "O:SY")
+    assert told == ([(str(tmp_path), "O:SY")] if is_administrator else [])
+
+
+def test_service_of_a_user_on_windows_is_a_task_at_logon(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = module()
+    monkeypatch.setattr(code, "_own_sid", lambda: "S-1-5-21-1", raising=False)
+    text = code.WindowsTasks().content(["C:\\Python\\pythonw.exe", "C:\\a b&c.py", "run"])
+    assert "<UserId>S-1-5-21-1</UserId>" in text and "<ExecutionTimeLimit>PT0S<" in text
+    assert "<Command>C:\\Python\\pythonw.exe</Command><Arguments>&quot;C:\\a b&amp;c.py&quot; run</Arguments>" in text
 
 
 # ======================================================================================================================
