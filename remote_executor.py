@@ -71,7 +71,7 @@ import types
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from enum import Enum, IntEnum
+from enum import Enum, IntEnum, unique
 from typing import Any, Callable, NamedTuple, Protocol, TextIO
 
 __version__ = "1.0.0"
@@ -83,6 +83,7 @@ log = logging.getLogger("remote_executor")
 # ======================================================================================================================
 
 
+@(unique)  # needs Python 3.9 or later: an older one stops at this line, for its parentheses are of 3.9 (PEP 614)
 class Code(IntEnum):
     """The `code` of a response that is not an error."""
 
@@ -325,12 +326,16 @@ UNIT_NS = {
     "s": _SECOND_NS,
     "m": 60 * _SECOND_NS,
     "h": 3600 * _SECOND_NS,
+    "d": 24 * 3600 * _SECOND_NS,  # which Go has not: a day is taken, but never shown
 }
-_DURATION_PART = re.compile(r"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?(ns|us|µs|μs|ms|s|m|h)")
+_DURATION_PART = re.compile(rf"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?({'|'.join(UNIT_NS)})")
 
 
 def parse_duration(text: str) -> int:
-    """Parse a duration that is not negative as Go's time.ParseDuration does; return nanoseconds. Raise ValueError."""
+    """Parse a duration that is not negative as Go's time.ParseDuration does, or with days; return nanoseconds.
+
+    Raise ValueError.
+    """
     unsigned = text[1:] if text.startswith("+") else text
     total_ns = 0
     end = 0
@@ -786,6 +791,16 @@ class LogFile(logging.handlers.RotatingFileHandler):
         self._rotate_after_s = 0.0  # of time.monotonic()
         self._has_warned = False
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, into a new file where the last one was deleted, or renamed as logrotate(8) does."""
+        self._close_if_moved()
+        super().emit(record)
+
+    def reopen(self) -> None:
+        """Have the next line open the file again."""
+        with self.lock or contextlib.nullcontext():
+            self._close_stream()
+
     def shouldRollover(self, record: logging.LogRecord) -> int:
         if time.monotonic() < self._rotate_after_s:
             return False
@@ -809,14 +824,16 @@ class LogFile(logging.handlers.RotatingFileHandler):
         with contextlib.suppress(MemoryError):  # of logging, from whichever thread logs
             log.warning("the log file %s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
 
-    def restore(self) -> None:
-        """Begin the file anew where it has been deleted."""
-        if os.path.exists(self.baseFilename):
+    def _close_if_moved(self) -> None:
+        """Close the file, and make its directory, where its name is another file's or no more."""
+        if not self.stream:
             return
-        with self.lock or contextlib.nullcontext():
-            self._close_stream()
-            with contextlib.suppress(OSError):  # it is there, or the root is gone too, which its watch tells
-                os.mkdir(os.path.dirname(self.baseFilename))
+        with contextlib.suppress(OSError):  # it is gone
+            if os.path.samestat(os.stat(self.baseFilename), os.fstat(self.stream.fileno())):
+                return
+        self._close_stream()
+        with contextlib.suppress(OSError):  # it is there, or the root is gone too, which its watch tells
+            os.mkdir(os.path.dirname(self.baseFilename))
 
     def _close_stream(self) -> None:
         """Close the file; the next record opens it again."""
@@ -1767,6 +1784,15 @@ def reset_inherited_signals() -> None:
     _reset_library_signals()
 
 
+def has_terminal() -> bool:
+    """Return whether this process has a controlling terminal (tty(4)): none any more once that has hung up."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY))
+    except OSError:
+        return False
+    return True
+
+
 def detach() -> None:
     """Leave the session and the process group of the parent."""
     if sys.platform != "win32":
@@ -1865,6 +1891,12 @@ def make_private_directory(path: str) -> None:
             _restrict_posix_directory(path)
     except OSError as error:
         raise StartupError(f"--root: {path} cannot be used: {error.strerror or error}") from None
+
+
+def is_temporary(path: str) -> bool:
+    """Return whether a path without links is in the host's temporary directory, which is cleaned at times."""
+    place = os.path.realpath(tempfile.gettempdir())
+    return os.path.join(path, "").startswith(os.path.join(place, ""))
 
 
 def _restrict_posix_directory(path: str) -> None:
@@ -2875,7 +2907,10 @@ def _checked_out_commit() -> str:
 
 def _modification_time() -> str:
     """Return when the file was written, or the archive or the program that it is a part of."""
-    for path in (__file__, os.path.dirname(__file__), sys.executable):
+    paths = [__file__, os.path.dirname(__file__), sys.executable]
+    if getattr(sys, "frozen", False):  # those of the file are of the copy that the launcher has just made
+        paths = [sys.executable]
+    for path in paths:
         with contextlib.suppress(OSError):  # in an archive the file has no path of its own
             return format_time(int(os.stat(path).st_mtime))
     return ""
@@ -2906,13 +2941,14 @@ class Interpreter(NamedTuple):
     env: tuple[str, ...] = ()  # KEY=value, unless the task sets another
 
 
+_PYTHON_ENV = ("PYTHONUNBUFFERED=1",)  # what it prints is seen at once, and a stop loses nothing of it
 # Python writes to a file in the ANSI code page by default; console programs do in the OEM code page.
 _PYTHON = (
-    Interpreter(("python", "py -3"), ".py", env=("PYTHONIOENCODING=utf-8",))
+    Interpreter(("python", "py -3"), ".py", env=(*_PYTHON_ENV, "PYTHONIOENCODING=utf-8"))
     if ON_WINDOWS
-    else Interpreter(("python3",), ".py")
+    else Interpreter(("python3",), ".py", env=_PYTHON_ENV)
 )
-_PYTHON2 = Interpreter(("python2",), ".py")
+_PYTHON2 = Interpreter(("python2",), ".py", env=_PYTHON_ENV)
 _SH = Interpreter(("sh",), ".sh")
 _CMD_ARGUMENTS = ("/D", "/E:ON", "/V:OFF", "/S", "/C", 'CALL "{file}"')
 _CMD = Interpreter(("cmd",), ".bat", _CMD_ARGUMENTS)
@@ -3050,6 +3086,8 @@ def encode_script(command_type: str, text: str) -> bytes:
         return text.encode("utf-8-sig")  # without a BOM Windows PowerShell takes it for the ANSI code page
     if suffix == ".bat":
         return _encode_batch(text, fallback_encoding())
+    if suffix == ".sh" and not re.search("(?<!\r)\n", text):  # as editors of Windows end lines; no shell takes the CR
+        text = text.replace("\r\n", "\n")
     return text.encode()
 
 
@@ -6623,6 +6661,7 @@ class Step:
         "name",
         "phase",
         "ready_s",
+        "reason",
         "started_ns",
         "stop_count",
         "stop_reason",
@@ -6638,6 +6677,7 @@ class Step:
         self.timeout_ns = spec.timeout_ns
         self.phase = Phase.BLOCKED
         self.code = 0
+        self.reason = ""  # of its end, where it has one
         self.ready_s = 0.0  # when it became ready, by time.monotonic()
         self.attempt = 0  # how often it was given a slot
         self.started_ns = 0  # 0: it never began
@@ -7105,6 +7145,7 @@ class Scheduler:
         while True:
             for step, code, reason in ends:
                 self._end_step(step, code)
+                step.reason = reason
                 records.append(StepEnd(step.index, code, reason))
             ready = self._make_dependents_ready(task)
             if not ready or not task.stop_reason:
@@ -7189,6 +7230,7 @@ class Scheduler:
         for task in deferred.cleanups:
             self._start_worker(task)
         for task in deferred.ended:
+            _log_end(task, self._clock.now_ns())
             try:
                 self._on_task_end(task.number)
             except Exception:
@@ -7245,6 +7287,24 @@ class Scheduler:
             if isinstance(work, Task):
                 return work.is_cleaning
             return work in self._active and work.attempt == attempt
+
+
+_RESULTS = {STOPPED: "stopped", TIMED_OUT: "timed_out", OUTPUT_EXCEEDED: "output_limit"}  # by reason
+
+
+def _log_end(task: Task, now_ns: int) -> None:
+    """Log how a task has ended, and in how many seconds from the begin of its first step."""
+    begins = [step.started_ns for step in task.steps if step.started_ns]
+    seconds = round((now_ns - min(begins, default=now_ns)) / _SECOND_NS, 3)
+    fields: dict[str, Any] = {"task": task.id, "result": "succeeded", "seconds": seconds}
+    failed = next((step for step in task.steps if step.code), None)
+    if failed is None:
+        log.info("%s: succeeded in %.3f s", task, seconds, extra={"log_fields": fields})
+        return
+    result = _RESULTS.get(task.stop_reason or failed.reason, "failed")
+    fields.update(result=result, step=failed.index, code=failed.code)
+    failure = format_failure(failed.index, failed.name, failed.code, failed.reason)
+    log.warning("%s: %s after %.3f s: %s", task, result, seconds, failure, extra={"log_fields": fields})
 
 
 def _wake(trees: Iterable[ProcessTree]) -> None:
@@ -8282,9 +8342,22 @@ class Authenticator:
         import secrets  # here, because OpenSSL takes half a megabyte that an idle daemon need not
 
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w", encoding="ascii") as file:
+        with open(descriptor, "w", encoding="ascii", newline="\n") as file:  # `$(cat token)` keeps a CR
             file.write(secrets.token_hex(32) + "\n")
-        log.info("clients on other hosts need the token in %s", self._path)
+
+    def rule(self) -> str:
+        """Return who needs a token, and where one is; empty under --insecure, of which `start` has warned."""
+        if self._settings.insecure:
+            return ""
+        if self._settings.require_token:
+            return f"every client needs a token of {self._path}"
+        return f"clients need a token of {self._path}, but for this user's on this host"
+
+    def reload(self) -> None:
+        """Load the tokens again, whatever the file's time says."""
+        with self._lock:
+            self._file_version = ()
+            self._reload()
 
     def authorize(self, request: Request, is_public: bool) -> str:
         """Return the client's label for the log, empty for a stranger on a public route.
@@ -11241,6 +11314,7 @@ class DocumentApi:
 _EXIT_SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last one is of Windows
 _EXIT_SIGNALS = [getattr(signal, name) for name in _EXIT_SIGNAL_NAMES if hasattr(signal, name)]
 _POLL_INTERVAL_S = 0.5
+_EVERY_ADDRESS = ("", "0.0.0.0", "::")
 
 
 class Supervisor:
@@ -11312,6 +11386,15 @@ def _ignore_signals(numbers: Iterable[int]) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _resolve_root(path: str) -> str:
+    """Return the root's absolute path; a link at its end, which the root must not be, stays. Raise StartupError."""
+    parent, name = os.path.split(os.path.abspath(path))
+    try:
+        return os.path.join(os.path.realpath(parent), name)
+    except OSError as error:  # such as a name of a device of Windows
+        raise StartupError(f"--root: {path} cannot be used: {error.strerror or error}; choose a directory") from None
+
+
 class Daemon:
     """The whole program: builds and starts its parts, checks on them, and stops them in reverse order.
 
@@ -11321,16 +11404,16 @@ class Daemon:
     def __init__(self, settings: Settings, supervisor: Supervisor) -> None:
         self._settings = settings
         self._supervisor = supervisor
-        parent, name = os.path.split(os.path.abspath(settings.root))
-        self._root = os.path.join(os.path.realpath(parent), name)  # the root itself must not be a link
+        self._root = _resolve_root(settings.root)
         self._shutdown_requests = 0
         self._exit_code = 0
         # A byte wakes `run`; a signal writes one too. No Event: set() would hang in a signal handler that interrupts
         # wait(), and on Windows no signal interrupts it.
         self._wakeup_sender: socket.socket | None = None
-        self._wakeup_receiver: socket.socket | None = None
         self._tls = Tls(settings) if settings.tls_cert else None
-        self._must_reload_certificates = False
+        self._must_reload = False
+        self._ends_with_terminal = False
+        self._token_rule = ""
         self._reserve = DescriptorReserve()
         self._periodic_checks: list[Callable[[], None]] = []
         self._error_stream: QueuedStreamHandler | None = None
@@ -11352,15 +11435,16 @@ class Daemon:
         """Shut down in order; a second request ends the wait for running steps."""
         self._shutdown_requests += 1
         if self._wakeup_sender:
-            with contextlib.suppress(BlockingIOError):  # the bytes in it are enough to wake `run`
+            with contextlib.suppress(OSError):  # the bytes in it are enough to wake `run`; or it has ended
                 self._wakeup_sender.send(b"\0")
 
     def _serve(self, closing: contextlib.ExitStack) -> None:
         receiver, sender = socket.socketpair()
         receiver.settimeout(_POLL_INTERVAL_S)
         sender.setblocking(False)
+        closing.callback(receiver.close)
+        closing.callback(sender.close)
         self._wakeup_sender = sender
-        self._wakeup_receiver = receiver  # kept open: a signal writes to the sender until `closing` is closed
         if threading.current_thread() is threading.main_thread():
             self._install_signal_handlers(closing, sender.fileno())
         try:
@@ -11368,7 +11452,7 @@ class Daemon:
         except (ApiError, OSError) as error:  # of the store and of the root's files
             raise StartupError(f"--root: {self._root} cannot be used: {error}") from error
         self._print_ready(url)
-        log.info("%s listens on %s", version_line(), url)
+        self._log_start(url)
         self._supervisor.ready(url)
         while not self._shutdown_requests:
             with contextlib.suppress(socket.timeout):  # the time of the next checks
@@ -11383,6 +11467,24 @@ class Daemon:
             except Exception:
                 with contextlib.suppress(MemoryError):  # of logging; the other checks have to be made
                     log.exception("a periodic check failed; the daemon goes on")
+
+    def _log_start(self, url: str) -> None:
+        """Log where the daemon listens, where its data lies, who needs a token, and how to go on."""
+        scheme, _, authority = url.partition("://")
+        host, _ = parse_address(self._settings.addr)
+        address = f"on {authority}"
+        if host in _EVERY_ADDRESS:
+            port = authority.rpartition(":")[2]
+            address = f"on every address of this host, port {port}"
+            url = f"{scheme}://localhost:{port}"  # 0.0.0.0 is no name that needs no token
+        log.info("%s listens %s", version_line(), address)
+        advice = ""
+        if is_temporary(self._root):
+            advice = ", a temporary directory: --root keeps it in another one"
+        log.info("its data is in %s%s", self._root, advice)
+        if self._token_rule:
+            log.info("%s", self._token_rule)
+        log.info("to go on: open %s/swagger/index.html in a browser", url)
 
     def _print_ready(self, url: str) -> None:
         """Print that the port is open, in a thread: whoever started the daemon need not read it."""
@@ -11400,10 +11502,13 @@ class Daemon:
 
     def _install_signal_handlers(self, closing: contextlib.ExitStack, wakeup_fd: int) -> None:
         """Handle signals until `closing` is closed; after that none disturbs the end of the process, which is near."""
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hangup:
+            self._ends_with_terminal = signal.getsignal(hangup) is not signal.SIG_IGN and has_terminal()  # not by nohup
         reset_inherited_signals()
         handlers: dict[int, Callable[..., None]] = dict.fromkeys(_EXIT_SIGNALS, self._handle_exit_signal)
-        if self._tls and hasattr(signal, "SIGHUP"):  # without certificates it keeps its default, to end the process
-            handlers[signal.SIGHUP] = self._handle_reload_signal
+        if hangup:
+            handlers[hangup] = self._handle_hangup_signal
         signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
         closing.callback(signal.set_wakeup_fd, -1, warn_on_full_buffer=False)
         closing.callback(_ignore_signals, handlers)
@@ -11413,8 +11518,8 @@ class Daemon:
     def _handle_exit_signal(self, *_: object) -> None:
         self._shutdown_requests += 1  # the byte that wakes `run` was written already
 
-    def _handle_reload_signal(self, *_: object) -> None:
-        self._must_reload_certificates = True
+    def _handle_hangup_signal(self, *_: object) -> None:
+        self._must_reload = True
 
     # -- start: the wiring
 
@@ -11443,10 +11548,11 @@ class Daemon:
         closing.callback(server.stop)
         server.open()
         authenticator.start()
+        self._token_rule = authenticator.rule()
 
         self._start_task_parts(tasks, closing)
         server.start()
-        self._start_periodic_checks(tasks, server, root_watch)
+        self._start_periodic_checks(tasks, server, authenticator, root_watch)
         if warning := _capacity_warning(capacity, tasks.scheduler):
             log.warning("%s", warning)
         return f"{server.scheme}://{server.authority}"
@@ -11529,27 +11635,43 @@ class Daemon:
 
     # -- while it runs
 
-    def _start_periodic_checks(self, tasks: _TaskParts, server: Server, root_watch: RootWatch) -> None:
+    def _start_periodic_checks(
+        self,
+        tasks: _TaskParts,
+        server: Server,
+        authenticator: Authenticator,
+        root_watch: RootWatch,
+    ) -> None:
         is_healthy = functools.partial(_is_healthy, tasks, server)
         root_watch.look()
         self._periodic_checks = [
             self._reserve.fill,
-            self._reload_certificates,
+            functools.partial(self._reload, authenticator),
             root_watch.look,
             server.fill_reserve,
             functools.partial(self._check_threads, is_healthy),
             functools.partial(self._supervisor.ping_watchdog, is_healthy),
         ]
-        if self._log_file:
-            self._periodic_checks.append(self._log_file.restore)
 
-    def _reload_certificates(self) -> None:
-        """Read the certificates again after a signal asked for it."""
-        if not self._must_reload_certificates or not self._tls:
+    def _reload(self, authenticator: Authenticator) -> None:
+        """Open the log file and read tokens and certificates again after SIGHUP; end if it came of a lost terminal."""
+        if not self._must_reload:
             return
-        self._must_reload_certificates = False
+        self._must_reload = False
+        if self._ends_with_terminal and not has_terminal():
+            log.info("the terminal is gone")
+            self._shutdown_requests += 1
+            return
+        if self._log_file:
+            self._log_file.reopen()
+        authenticator.reload()
+        log.info("SIGHUP: the log file is opened again, the tokens are read again")
+        if self._tls:
+            self._reload_certificates(self._tls)
+
+    def _reload_certificates(self, tls: Tls) -> None:
         try:
-            self._tls.load()
+            tls.load()
             log.info("certificates reloaded")
         except StartupError as error:
             log.error("certificates not reloaded, the previous ones stay in use: %s", error)
@@ -12500,8 +12622,15 @@ def run_command(argv: Sequence[str]) -> int:
     return run_supervised(settings)
 
 
+def escape_unencodable_output() -> None:
+    """Have letters that the encoding of standard output lacks written as \\u and digits, as on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main() -> int:
     """Run the program; return its exit code: 0, 1 when it cannot do its work, 2 for a wrong command line."""
+    escape_unencodable_output()
     try:
         return run_command(sys.argv[1:])
     except UsageError as error:
@@ -12509,6 +12638,9 @@ def main() -> int:
         return 2
     except StartupError as error:
         print_error(str(error))
+        return 1
+    except BrokenPipeError:  # of `help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
         return 1
 
 

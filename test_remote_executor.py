@@ -1031,7 +1031,7 @@ def test_bodies_that_are_no_array_of_steps_are_refused(daemon: Daemon, body: byt
         ("[1].timeout", {"timeout": "soon"}),
         ("[1].timeout", {"timeout": "10"}),
         ("[1].timeout", {"timeout": "1h30"}),
-        ("[1].timeout", {"timeout": "1d"}),
+        ("[1].timeout", {"timeout": "1w"}),
         ("[1].timeout", {"timeout": "-1s"}),
         ("[1].timeout", {"timeout": "0s"}),
         ("[1].timeout", {"timeout": "9999999999h"}),
@@ -1928,6 +1928,31 @@ def test_handles_are_closed_after_500_steps(launch: Callable[..., Daemon]) -> No
 
 
 @windows_only
+def test_python_steps_write_at_once_unless_the_task_says_otherwise(daemon: Daemon, gate: Path) -> None:
+    says = f"import os, time\nprint('held')\n{until_open(gate)}"
+    task = daemon.submit(python(says), python(says, env_vars=["PYTHONUNBUFFERED="]), ansync="true")
+    daemon.until_printed(task, "held")
+    assert daemon.console(task, 1).data == []
+    gate.touch()
+    daemon.ended(task)
+    assert daemon.console(task, 1).data == ["held"]
+
+
+@posix_only
+@pytest.mark.parametrize("kind", ["sh", "bash", "dash", "ksh", "zsh", "csh"])
+def test_shell_script_whose_lines_end_with_crlf_runs(daemon: Daemon, kind: str) -> None:
+    if not shutil.which(kind):
+        pytest.skip(f"no {kind} on this host")
+    content = "if true\r\nthen echo one\r\nfi\r\necho two"
+    if kind == "csh":
+        content = "if ( 1 ) then\r\n  echo one\r\nendif\r\necho two\r\n"
+    assert daemon.output(step(content, kind)) == ["one", "two"]
+
+
+def test_shell_script_keeps_the_crlf_that_it_means() -> None:
+    assert module().encode_script("sh", "cat <<.\na\r\n.\n") == b"cat <<.\na\r\n.\n"
+
+
 def test_python_steps_take_the_launcher_where_there_is_no_python(launch: Callable[..., Daemon], tmp_path: Path) -> None:
     (tmp_path / "py.bat").write_text(f'@echo off\necho %1\n"{sys.executable}" %2\n')
     (tmp_path / "microsoft" / "windowsapps").mkdir(parents=True)
@@ -5433,6 +5458,10 @@ def test_access_by_insecure_is_open_and_says_so(launch: Callable[..., Daemon]) -
     assert daemon.request("GET", "/version", None, {"Origin": "https://evil.example"}).code == 403
 
 
+def test_token_file_has_one_line_that_ends_with_lf(daemon: Daemon) -> None:
+    assert re.fullmatch(rb"[0-9a-f]{64}\n", (daemon.root / "token").read_bytes())
+
+
 def test_token_is_secret_random_and_never_logged_nor_shown_to_steps(launch: Callable[..., Daemon]) -> None:
     daemon = launch("--debug")
     token = token_of(daemon)
@@ -7029,6 +7058,42 @@ def test_log_rotates_only_where_no_reader_holds_it(tmp_path: Path) -> None:
     handler.close()
 
 
+@pytest.mark.parametrize("flag", ["--addr=:0", "--require_token", "--insecure"])
+def test_log_begins_with_what_one_needs_to_go_on(launch: Callable[..., Daemon], flag: str) -> None:
+    daemon = launch(flag)
+    path = daemon.root / "token"
+    rules = {
+        "--addr=:0": f"clients need a token of {path}, but for this user's on this host",
+        "--require_token": f"every client needs a token of {path}",
+    }
+    told = wait_until(lambda: "to go on" in (log := daemon.log()) and log)
+    lines = [line.partition(" INFO ")[2] for line in told.splitlines() if " INFO " in line]
+    listens, host = ("on 127.0.0.1:", "127.0.0.1")
+    if flag == "--addr=:0":
+        listens, host = ("on every address of this host, port ", "localhost")
+    assert lines[0].endswith(f") listens {listens}{daemon.port}") and lines[1:] == [
+        f"its data is in {daemon.root}, a temporary directory: --root keeps it in another one",
+        *filter(None, [rules.get(flag)]),
+        f"to go on: open http://{host}:{daemon.port}/swagger/index.html in a browser",
+    ]
+
+
+def test_log_tells_how_each_task_has_ended(daemon: Daemon, gate: Path) -> None:
+    daemon.run(step(), id="log-good")
+    daemon.run(step(), step("exit 3", name="bad"), step(), id="log-bad")
+    daemon.run(held(gate, timeout="10ms"), id="log-late")
+    daemon.put(f"/api/v1/task/{daemon.submit(held(gate), id='log-stopped')}")
+    daemon.ended("log-stopped")
+    told = wait_until(lambda: "task log-stopped: " in (log := daemon.log()) and log)
+    lines = dict(re.findall(r"(\w+ task log-\w+): (.+)", re.sub(r"\d+\.\d{3} s\b", "N s", told)))
+    assert lines == {
+        "INFO task log-good": "succeeded in N s",
+        "WARNING task log-bad": "failed after N s: Step: 1, Name: bad, Exit Code: 3",
+        "WARNING task log-late": f"timed_out after N s: Step: 0, Name: log-late-0, Exit Code: 255: {TIMED_OUT}",
+        "WARNING task log-stopped": f"stopped after N s: Step: 0, Name: log-stopped-0, Exit Code: 255: {STOPPED}",
+    }
+
+
 def test_log_in_json_names_task_and_step(launch: Callable[..., Daemon], gate: Path) -> None:
     daemon = launch("--log_format=json", "--debug")
     task = daemon.submit(step(), held(gate), id="told")
@@ -7044,6 +7109,9 @@ def test_log_in_json_names_task_and_step(launch: Callable[..., Daemon], gate: Pa
     )
     assert all({"time", "level", "message", "thread"} <= set(one) for one in found)
     assert {(one["task"], one["step"]) for one in found if one["thread"] == "step"} == {(task, 0), (task, 1)}
+    end = wait_until(lambda: [one for one in events(daemon) if "result" in one])[0]
+    assert (end["level"], end["task"], end["result"], end["step"], end["code"]) == ("WARNING", task, "stopped", 1, 255)
+    assert 0 < end["seconds"] < 60
     audit = {(one["method"], one["task"]): one for one in found if "label" in one}
     assert audit["POST", task]["label"] == "local" and audit["PUT", task]["step"] == "1"
 
@@ -7119,7 +7187,7 @@ def test_log_that_is_read_again_tells_how_much_was_dropped(tmp_path: Path) -> No
 def test_changes_leave_an_audit_line_without_script_or_environment(
     launch: Callable[..., Daemon], tmp_path: Path, gate: Path
 ) -> None:
-    (tmp_path / "tokens").write_text("alpha # Ann's laptop\n")
+    (tmp_path / "tokens").write_bytes(b"alpha # Ann's laptop\r\n")
     daemon = launch(f"--token_file={tmp_path / 'tokens'}")
     held_step = held(gate)
     task = daemon.submit({**held_step, "env_vars": ["SECRET=sesame"]}, step("echo hush"), id="audited")
@@ -7282,6 +7350,53 @@ def test_log_file_that_is_deleted_begins_anew(launch: Callable[..., Daemon]) -> 
     shutil.rmtree(daemon.root / "logs")
     file = daemon.root / "logs" / "remote_executor.log"
     wait_until(lambda: daemon.run(step()) and file.exists() and "POST /api/v1/task" in file.read_text())
+
+
+@posix_only
+def test_log_file_that_is_renamed_is_opened_again(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    file = daemon.root / "logs" / "remote_executor.log"
+    file.rename(f"{file}.1")
+    daemon.run(step(), id="later")
+    wait_until(lambda: file.exists() and "task later" in file.read_text(), "the line in the new file")
+    assert "task later" not in Path(f"{file}.1").read_text()
+
+
+@posix_only
+def test_sighup_has_tokens_read_again_and_ends_no_daemon(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    before = token_of(daemon)
+    status = (daemon.root / "token").stat()
+    (daemon.root / "token").write_text("f" * len(before) + "\n")
+    os.utime(daemon.root / "token", ns=(status.st_atime_ns, status.st_mtime_ns))
+    daemon.ask_to_end(signal.SIGHUP)
+    wait_until(lambda: "SIGHUP: the log file is opened again" in daemon.log())
+    assert daemon.request("GET", "/version", None, {"Authorization": "Bearer " + "f" * len(before)}).status == 200
+    assert daemon.request("GET", "/version", None, {"Authorization": f"Bearer {before}"}).status == 401
+
+
+@posix_only
+def test_daemon_ends_with_the_terminal_that_it_was_started_in(launch: Callable[..., Daemon]) -> None:
+    master, terminal = os.openpty()
+    name = os.ttyname(terminal)
+    daemon = launch(
+        program=with_faults(
+            "import fcntl, os, termios\nos.setsid()\n"
+            f"fcntl.ioctl(os.open({name!r}, os.O_RDWR), termios.TIOCSCTTY, 0)"
+        )
+    )
+    os.close(terminal)
+    daemon.ask_to_end(signal.SIGHUP)
+    wait_until(lambda: "SIGHUP: " in daemon.log())
+    os.close(master)
+    assert daemon.await_end() == 0 and "the terminal is gone" in daemon.log()
+
+
+def test_daemon_leaves_nothing_open_at_its_end(launch: Callable[..., Daemon]) -> None:
+    arguments = ["-X", "dev", "-W", "error", *PYTHON[1:], str(PROGRAM)]
+    daemon = launch(program=[sys.executable, *arguments])
+    daemon.run(step())
+    assert daemon.end() == 0 and "Warning" not in daemon.log(), daemon.log()
 
 
 @linux_only
@@ -7451,7 +7566,7 @@ def test_flags_are_taken_in_every_form(tmp_path: Path, spell: str, form: str) ->
         ["run", "--pool_size=1.5"],
         ["run", "--key_expire=5"],
         ["run", "--key_expire=-1h"],
-        ["run", "--key_expire=1d"],
+        ["run", "--key_expire=1w"],
         ["run", "--exec_timeout=soon"],
         ["run", "--exec_timeout=0s"],
         ["run", "--timeout=0"],
@@ -7515,6 +7630,58 @@ def test_version_flag_prints_the_version() -> None:
     )
     assert told and told[1] == version() and re.fullmatch(LOCAL_TIME, told[3])
     assert (told[4], told[5]) == (sys.implementation.name, sys.version.split()[0])
+
+
+def test_version_of_an_exe_shows_the_time_of_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    exe = tmp_path / "remote_executor.exe"
+    exe.touch()
+    os.utime(exe, (1_600_000_000, 1_600_000_000))
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(sys, "executable", str(exe))
+    assert local_seconds(module()._modification_time()) == 1_600_000_000
+
+
+def old_python(version: str) -> str | None:
+    """A Python of this version, of the PATH or of pyenv."""
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    kept = next(versions.glob(f"{version}.*/bin/python"), None)
+    return str(kept) if kept else shutil.which(f"python{version}")
+
+
+@pytest.mark.parametrize("version", ["2.7", "3.6", "3.7", "3.8"])
+def test_python_that_is_too_old_is_told_what_is_needed(version: str) -> None:
+    python = old_python(version) or pytest.skip(f"no Python {version} on this host")
+    told = subprocess.run([python, str(PROGRAM), "run"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert told.returncode == 1 and "needs Python 3.9 or later" in told.stderr
+
+
+def test_python_that_is_too_old_finds_nothing_before_the_line_that_says_so() -> None:
+    above = source().partition("\n@(unique)  # needs Python 3.9 or later")[0]
+    kinds = (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)
+    assert above != source() and [at(node) for node in ast.parse(above).body if not isinstance(node, kinds)] == []
+
+
+def test_output_never_fails_for_a_letter(tmp_path: Path) -> None:
+    (tmp_path / "Данные").mkdir()
+    place = str(tmp_path / "Данные")
+    done = cli("help", env={"PYTHONIOENCODING": "cp1252", "TMPDIR": place, "TEMP": place, "TMP": place})
+    assert (done.returncode, done.stderr) == (0, "") and r"\u0414\u0430\u043d\u043d\u044b\u0435" in done.stdout
+
+
+@posix_only
+def test_output_that_nobody_reads_any_more_is_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-u", str(PROGRAM), "help"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@windows_only
+@pytest.mark.parametrize("root", [r"C:\con", r"C:\con\x", r"\\.\nul", r"C:\a<b"])
+def test_root_that_windows_refuses_is_told_in_a_line(root: str) -> None:
+    assert "--root: " in refused(cli("run", "--addr=127.0.0.1:0", f"--root={root}"), 1)
 
 
 def test_root_by_default_is_in_the_temporary_directory(tmp_path: Path) -> None:
@@ -8238,6 +8405,8 @@ def test_durations_print_as_go_prints_them(text: str, ns: int) -> None:
         ("1.5h", 5400 * 10**9),
         ("5us", 5_000),
         ("5μs", 5_000),
+        ("2d", 172_800 * 10**9),
+        ("1d12h", 129_600 * 10**9),
     ]
     + [
         ("3h30m", 12_600 * 10**9),
@@ -8254,7 +8423,7 @@ def test_durations_parse_as_go_parses_them(text: str, ns: int | None) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "3", "s", ".", "-.", ".s", "+.s", "1d", "1h 2m", "１s", "1e3s", "9223372036854775808ns", "--1s", "3000000h"],
+    ["", "3", "s", ".", "-.", ".s", "+.s", "1w", "1h 2m", "１s", "1e3s", "9223372036854775808ns", "--1s", "3000000h"],
 )
 def test_durations_that_go_refuses_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(text))):
