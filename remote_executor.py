@@ -15,7 +15,7 @@ The file reads from top to bottom, a section uses only what stands above it:
                            recovery, janitor
     IV   HTTP              messages, request parser, routing, authentication, connections
     V    API               web pages, schemas, task API, operator API, profiling, API document
-    VI   program           daemon, supervisors, service managers, command line
+    VI   program           daemon, supervisors, service managers, self test, command line
 
 Glossary: a *task* is a graph of *steps*, each one script; its steps share a *workspace*, the task's own directory. A
 *worker* is the thread of a running step, a *slot* its share of the pool. To *stop* a step is to kill its whole process
@@ -43,6 +43,7 @@ import functools
 import gc
 import graphlib
 import heapq
+import http.client
 import http.server
 import io
 import ipaddress
@@ -541,6 +542,40 @@ def check_argument(option: Option, text: str) -> str:
 def default_text(option: Option) -> str:
     """Return the default of an option as one would type it."""
     return option.default.replace("$TEMP", tempfile.gettempdir())
+
+
+ENV_PREFIX = "REMOTE_EXECUTOR_"  # of the environment variables that stand for flags; steps see none that begins so
+_SWITCHES = {"1": True, "true": True, "0": False, "false": False}
+
+
+def variable_name(option: Option) -> str:
+    """Return the name of the environment variable that gives an option."""
+    return ENV_PREFIX + option.field.upper()
+
+
+def _parse_variable(option: Option, text: str) -> Any:
+    """Return a variable's value as the command line's parser would. Raise argparse.ArgumentTypeError."""
+    if option.kind == "list":
+        return [check_argument(option, word) for word in text.split()]
+    if option.kind != "flag":
+        return check_argument(option, text)
+    if text.lower() not in _SWITCHES:
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected true or false")
+    return _SWITCHES[text.lower()]
+
+
+def environment_flags(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return the flags that an environment gives, as typed, by field; empty ones are as absent. Raise UsageError."""
+    flags = {}
+    for option in OPTIONS:
+        name = variable_name(option)
+        text = environ.get(name, "")
+        try:
+            if text:
+                flags[option.field] = _parse_variable(option, text)
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{name}: {error}") from None
+    return flags
 
 
 def _setting(option: Option, flags: Mapping[str, Any]) -> Any:
@@ -11900,6 +11935,13 @@ def print_error(text: str) -> None:
             DeregisterEventSource(source)
 
 
+def print_json(value: Any) -> None:
+    """Print a value as JSON, in UTF-8 whatever the encoding of standard output is."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # of a lone surrogate makes JSON's escape
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
 def own_command() -> list[str]:
     """Return the command that runs this program: a frozen one, a zipapp or a file."""
     if getattr(sys, "frozen", False):
@@ -12401,6 +12443,385 @@ def host_services() -> Services:
 
 
 # ======================================================================================================================
+# VI program / self test: a daemon of its own, tried on this host
+# ======================================================================================================================
+
+_SELF_TEST_WAIT_S = 20.0  # for what must come; on an idle host all takes one or two seconds
+_SLOW_INTERPRETERS_S = 4.0  # from the begin on; PowerShell's first start takes longer on some hosts
+_OK = "ok"
+_FAILED = "FAILED"
+_BROKEN = "broken"  # as _FAILED, of what the program itself does not need
+_MISSING = "missing"
+_SLOW = "slow"
+_NOTE = "note"
+_NEEDED = ("sh", "cmd", "python")
+_READY = "ready"
+_READY_SCRIPTS = {
+    ".sh": "echo ready",
+    ".py": 'print("ready")',
+    ".bat": "echo ready\nchcp",  # the code page of its output
+    ".ps1": "'ready'",
+}
+# A step with a process that it leaves behind in the background, which holds a file open (Windows) or tells its pid.
+_TREE_SCRIPT = "sleep 60 & echo $!; sleep 60"
+_TREE_BATCH = 'start /b ping -n 60 127.0.0.1 >"%SELF_TEST_FILE%"\necho begun\nping -n 60 127.0.0.1 >nul'
+# A step that ends when a file is there.
+_GATED_SCRIPT = (
+    "echo begun\n"
+    'while [ ! -e "$SELF_TEST_FILE" ]; do sleep 0.1 2>/dev/null || sleep 1; done\n'
+    "echo over"
+)
+_GATED_BATCH = (
+    "echo begun\n"
+    ":again\n"
+    'if exist "%SELF_TEST_FILE%" goto over\n'
+    "ping -n 2 127.0.0.1 >nul\n"
+    "goto again\n"
+    ":over\n"
+    "echo over"
+)
+
+
+class _Check(NamedTuple):
+    """What was tried or looked at, what came of it (a word), and a line about it."""
+
+    name: str
+    result: str
+    detail: str
+
+
+class _TestDaemon:
+    """A daemon of this program in a directory of its own, on a free port of the loopback. Raises OSError."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._root = os.path.join(directory, "root")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = 0
+        self._pid = 0  # not that of the launcher which an exe has
+
+    def start(self) -> None:
+        """Start it and wait for its ready line. Raise StartupError with what it said instead."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+        command = [*own_command(), "run", f"--root={self._root}", "--addr=127.0.0.1:0"]
+        with open(self._file("output"), "wb") as output, open(self._file("errors"), "wb") as errors:
+            null = subprocess.DEVNULL
+            self._process = subprocess.Popen(command, stdin=null, stdout=output, stderr=errors, env=environment)
+        ready = _until(lambda: self._read("output").endswith("\n") or self._has_ended())
+        match = re.search(":([0-9]+)$", self._read("output").strip())
+        if not ready or not match:
+            raise StartupError(f"the daemon did not start: {self._read('errors').strip() or 'it said nothing'}")
+        self._port = int(match[1])
+        self._pid = int(self.request("GET", "/api/v1/state")["data"]["process"]["pid"])
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        if not self._process:
+            return
+        if self._pid and not self._has_ended():
+            os.kill(self._pid, _KILL)
+        self._process.kill()
+        self._process.wait()
+        self._pid = 0
+
+    def request(self, method: str, path: str, body: Any = None, has_token: bool = True) -> Json:
+        """Return the envelope of an answer."""
+        headers = {}
+        if has_token:
+            with open(os.path.join(self._root, "token"), encoding="ascii") as file:
+                headers["Authorization"] = f"Bearer {file.read().strip()}"
+        data = None if body is None else json.dumps(body)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_SELF_TEST_WAIT_S)
+        with contextlib.closing(connection):
+            connection.request(method, path, data, headers)
+            envelope: Json = json.loads(connection.getresponse().read())
+        return envelope
+
+    def submit(self, task: str, steps: Sequence[Json]) -> None:
+        """Submit a task whose steps start at once. Raise StartupError."""
+        answer = self.request("POST", f"/api/v1/task?ansync=true&id={task}", steps)
+        if answer["code"]:
+            raise StartupError(f"a task was refused: {answer['message']}")
+
+    def steps(self, task: str) -> list[Json]:
+        """Return the steps of a task as its detail shows them."""
+        steps: list[Json] = self.request("GET", f"/api/v1/task/{task}")["data"]
+        return steps
+
+    def has_finished(self, task: str) -> bool:
+        return bool(self.request("GET", f"/api/v1/task/{task}")["code"] != Code.IN_PROGRESS)
+
+    def console(self, task: str, step: int = 0) -> list[str]:
+        """Return the lines that a step has written so far."""
+        lines: list[str] = self.request("GET", f"/api/v1/task/{task}/{step}/console").get("data", [])
+        return lines
+
+    def _has_ended(self) -> bool:
+        return self._process is None or self._process.poll() is not None
+
+    def _file(self, name: str) -> str:
+        return os.path.join(self._directory, name)
+
+    def _read(self, name: str) -> str:
+        with open(self._file(name), encoding="utf-8", errors="replace") as file:
+            return file.read()
+
+
+def _until(condition: Callable[[], Any], wait_s: float = _SELF_TEST_WAIT_S) -> Any:
+    """Return the first true value of a condition, or the last one when the time is over."""
+    end_s = time.monotonic() + wait_s
+    while not (value := condition()) and time.monotonic() < end_s:
+        time.sleep(_POLL_S)
+    return value
+
+
+class _SelfTest:
+    """Tries this program on this host; `run` returns what was seen."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._daemon = _TestDaemon(directory)
+        self._begin_s = time.monotonic()
+        interpreters = {interpreter: name for name, interpreter in reversed([*INTERPRETERS.items()])}
+        self._names = [name for name in INTERPRETERS if name in interpreters.values()]  # each interpreter once
+
+    def run(self) -> list[_Check]:
+        """Run all trials. The steps of the interpreters run beside the others, through the restart too."""
+        checks: list[_Check] = []
+        try:
+            for trial in (self._start, self._local_user, self._stop, self._restart):
+                checks.append(trial())
+            checks += self._interpreter_checks()
+        except (StartupError, OSError, ValueError, KeyError, http.client.HTTPException) as error:
+            checks.append(_Check("daemon", _FAILED, str(error) or repr(error)))
+        finally:
+            self._end()
+        return checks
+
+    def _start(self) -> _Check:
+        self._daemon.start()
+        started_s = time.monotonic() - self._begin_s
+        self._daemon.submit("interpreters", [self._step(name) for name in self._names])
+        return _Check("start", _OK, f"the daemon serves after {started_s:.2f} s")
+
+    def _step(self, name: str) -> Json:
+        return {"command_type": name, "command_content": _READY_SCRIPTS[INTERPRETERS[name].suffix]}
+
+    def _local_user(self) -> _Check:
+        answer = self._daemon.request("GET", "/api/v1/pool", has_token=False)
+        if answer["code"]:
+            return _Check("local user", _NOTE, f"clients on this host need a token too: {answer['message']}")
+        return _Check("local user", _OK, "a client of this user on this host needs no token")
+
+    def _stop(self) -> _Check:
+        """Stop a step that has left a process in the background."""
+        held = os.path.join(self._directory, "held")
+        self._submit_script("tree", held, _TREE_SCRIPT, _TREE_BATCH)
+        lines = self._first_lines("tree")
+        if not lines:
+            return _Check("stop", _FAILED, f"the step wrote nothing: {self._daemon.steps('tree')[0]['msg']}")
+        begin_s = time.monotonic()
+        self._daemon.request("PUT", "/api/v1/task/tree")
+        if not _until(lambda: self._daemon.has_finished("tree")):
+            return _Check("stop", _FAILED, "a stopped step runs on")
+        seconds = time.monotonic() - begin_s
+        if not _until(lambda: _has_gone(lines[0], held), 1.0):
+            return _Check("stop", _FAILED, "a process of the stopped step lives on")
+        return _Check("stop", _OK, f"a step and its background process ended within {seconds:.2f} s")
+
+    def _restart(self) -> _Check:
+        """Kill the daemon while a step runs; the next one must adopt that and see its end."""
+        gate = os.path.join(self._directory, "gate")
+        self._submit_script("adopted", gate, _GATED_SCRIPT, _GATED_BATCH)
+        self._first_lines("adopted")
+        self._daemon.kill()
+        self._daemon.start()
+        is_adopted = not self._daemon.has_finished("adopted")
+        with open(gate, "wb"):
+            _until(lambda: self._daemon.has_finished("adopted"))
+        step = self._daemon.steps("adopted")[0]
+        if not is_adopted or step["code"] or self._daemon.console("adopted") != ["begun", "over"]:
+            return _Check("restart", _FAILED, f"the step of a killed daemon was not adopted: {step['msg']}")
+        return _Check("restart", _OK, "a step outlived a killed daemon, and the next one saw its end")
+
+    def _first_lines(self, task: str) -> list[str]:
+        """Return what the step of a task has written, as soon as there is something; nothing if it ends without."""
+        _until(lambda: self._daemon.console(task) or self._daemon.has_finished(task))
+        return self._daemon.console(task)
+
+    def _submit_script(self, task: str, file: str, script: str, batch: str) -> None:
+        """Submit a task of one step, of this host's own shell, that knows a file's path."""
+        name = "cmd" if ON_WINDOWS else "sh"
+        content = batch if ON_WINDOWS else script
+        step = {"command_type": name, "command_content": content, "env_vars": [f"SELF_TEST_FILE={file}"]}
+        self._daemon.submit(task, [step])
+
+    def _interpreter_checks(self) -> list[_Check]:
+        left_s = self._begin_s + _SLOW_INTERPRETERS_S - time.monotonic()
+        _until(lambda: self._daemon.has_finished("interpreters"), left_s)
+        steps = self._daemon.steps("interpreters")
+        return [self._interpreter_check(name, step) for name, step in zip(self._names, steps)]
+
+    def _interpreter_check(self, name: str, step: Json) -> _Check:
+        try:
+            program = interpreter_command(name, "script", ".", "")[0]
+        except LaunchError as error:
+            return _Check(name, _MISSING, str(error))
+        if step["state"] != State.ENDED:
+            return _Check(name, _SLOW, f"{program}: has not ended within {_SLOW_INTERPRETERS_S:.0f} s")
+        lines = self._daemon.console("interpreters", step["step"])
+        if step["code"] or lines[:1] != [_READY]:
+            result = _FAILED if name in _NEEDED else _BROKEN
+            return _Check(name, result, f"{program}: code {step['code']}: {' '.join(lines)[:80]}")
+        return _Check(name, _OK, ", ".join([program, *lines[1:]]))
+
+    def _end(self) -> None:
+        """Stop what runs, and the daemon."""
+        with contextlib.suppress(OSError, ValueError, KeyError, http.client.HTTPException):  # it is not there
+            for task in ("interpreters", "tree", "adopted"):
+                self._daemon.request("PUT", f"/api/v1/task/{task}")
+            _until(lambda: not self._daemon.request("GET", "/api/v1/pool")["data"]["running"], 6.0)
+        self._daemon.kill()
+
+
+def _has_gone(line: str, file: str) -> bool:
+    """Return whether the process whose pid is in the line has ended; on Windows whether nobody holds the file."""
+    try:
+        if ON_WINDOWS:
+            os.unlink(file)
+        else:
+            os.kill(int(line), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return ON_WINDOWS
+
+
+def _mount_type(path: str) -> str:
+    """Return the type of the file system of a path, such as tmpfs; empty where the host does not show it."""
+    found = ("", "")
+    with contextlib.suppress(OSError), open("/proc/mounts", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            place, kind = line.split()[1:3]
+            if os.path.join(path, "").startswith(os.path.join(place, "")) and len(place) >= len(found[0]):
+                found = (place, kind)
+    return found[1]
+
+
+def _look_at_root(settings: Settings) -> str:
+    root = os.path.abspath(settings.root)
+    parent = root
+    while not os.path.isdir(parent):
+        parent = os.path.dirname(parent)
+    parent = os.path.realpath(parent)
+    notes = [root, f"{shutil.disk_usage(parent).free // 2**20} MiB free", _mount_type(parent)]
+    if is_temporary(parent):
+        notes.append("temporary: choose another --root to keep what is in it")
+    return ", ".join(filter(None, notes))
+
+
+def _look_at_port(settings: Settings) -> str:
+    host, port = parse_address(settings.addr)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        return f"{settings.addr} cannot be used: {error.strerror}"
+    return f"{settings.addr} is free"
+
+
+def _look_at_descriptors(settings: Settings) -> str:
+    raise_fd_limit()
+    limit = descriptor_limit()
+    capacity = step_capacity(limit, process_limits(), settings.max_connections)
+    count = min(capacity.steps, settings.pool_size)
+    files = limit.value if limit else "unlimited"
+    return f"{files} open files; {count} steps run at once of the {settings.pool_size} of --pool_size"
+
+
+def _look_at_processes(_: Settings) -> str:
+    """Return how the ends of steps are seen and, on a Mac, whether the kernel's structures are those known here."""
+    if ON_WINDOWS:
+        return "handles tell of the ends of steps"
+    text = "ends of steps are polled for, 50 times a second"
+    watch = _system().watch_exit(os.getpid())
+    if watch.descriptor >= 0:
+        text = "a descriptor tells of the end of a step (pidfd or kqueue)"
+    watch.close()
+    if ON_MAC:
+        text += f"; the process table is {MacKernel().find_difference() or 'as declared'}"
+    return text
+
+
+def _look_at_home(_: Settings) -> str:
+    home = os.environ.get("USERPROFILE" if ON_WINDOWS else "HOME")
+    return home or "not set: steps get that of the user database"
+
+
+def _look_at_clock(_: Settings) -> str:
+    sleep = "counts" if _SLEEP_CLOCKS is None else "does not count"
+    return f"{format_time(int(time.time()))}; time that the host sleeps {sleep}"
+
+
+def _look_at_encoding(_: Settings) -> str:
+    encoding = getattr(sys.stdout, "encoding", None)
+    return f"output that is not UTF-8 is taken for {fallback_encoding()}; standard output here is {encoding}"
+
+
+_LOOKS: Mapping[str, Callable[[Settings], str]] = {
+    "root": _look_at_root,
+    "port": _look_at_port,
+    "descriptors": _look_at_descriptors,
+    "processes": _look_at_processes,
+    "home": _look_at_home,
+    "clock": _look_at_clock,
+    "encoding": _look_at_encoding,
+}
+
+
+def _look_at_host(settings: Settings) -> list[_Check]:
+    """Return what this host has, as far as a daemon with these settings would meet it."""
+    notes = []
+    for name, look in _LOOKS.items():
+        try:
+            notes.append(_Check(name, _NOTE, look(settings)))
+        except (OSError, AttributeError) as error:  # the latter of a library that lacks a function
+            notes.append(_Check(name, _NOTE, f"cannot be told: {error}"))
+    return notes
+
+
+def _remove_tree(directory: str) -> bool:
+    """Remove a directory with all that is in it; return whether it is gone."""
+    shutil.rmtree(directory, ignore_errors=True)
+    return not os.path.exists(directory)
+
+
+def self_test(settings: Settings, is_json: bool) -> int:
+    """Try this program on this host and show what was seen; return 0, or 1 where something failed."""
+    begin_s = time.monotonic()
+    directory = os.path.realpath(tempfile.mkdtemp(prefix="remote_executor-selftest-"))
+    try:
+        checks = _SelfTest(directory).run()
+    finally:
+        _until(lambda: _remove_tree(directory), 2.0)  # Windows may still hold a file of an ended process
+    checks += _look_at_host(settings)
+    has_failed = any(check.result == _FAILED for check in checks)
+    seconds = round(time.monotonic() - begin_s, 3)
+    host = host_info()._replace(name="")  # a report is shown to others
+    if is_json:
+        rows = [check._asdict() for check in checks]
+        report = {"ok": not has_failed, "seconds": seconds, "program": version_line(), "host": host._asdict()}
+        print_json({**report, "checks": rows})
+        return int(has_failed)
+    verdict = "something FAILED" if has_failed else "what the program needs works here"
+    lines = [version_line(), " ".join(filter(None, host))]
+    lines += [f"{check.result:<9}{check.name:<13}{check.detail}" for check in checks]
+    print("\n".join([*lines, f"{verdict} ({seconds:.1f} s)"]))
+    return int(has_failed)
+
+
+# ======================================================================================================================
 # VI program / command line: flags, commands, main
 # ======================================================================================================================
 
@@ -12423,6 +12844,8 @@ class _Command(NamedTuple):
 _COMMANDS = (
     _Command("help", "[<command>...]", "Show help."),
     _Command("run", "", "Run server"),
+    _Command("config", "[--json]", "Show the value of each flag, and whether REMOTE_EXECUTOR_<FLAG> gave it."),
+    _Command("selftest", "[--json]", "Try this program on this host, and say what works; takes the flags of run."),
     _Command(
         "service",
         "install|uninstall|start|stop|status",
@@ -12451,7 +12874,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     parser = _Parser(prog=_PROGRAM, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("args", nargs="*", default=[])
     parser.add_argument("-h", "--help", dest="help", action="store_true")
-    switches = ["help_long", "help_man", "version"]
+    switches = ["help_long", "help_man", "version", "json"]
     negatable = ["help", "version"]
     for option in OPTIONS:
         if option.kind == "flag":
@@ -12595,6 +13018,49 @@ def service_command(args: Sequence[str], flags: Mapping[str, Any]) -> int:
     return 0
 
 
+def merge_environment(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags of the environment, and over them those of the command line. Raise UsageError.
+
+    A variable that stands for no flag may be misspelt: it is told.
+    """
+    known = {STEP_ENV_VAR, DAEMON_ENV_VAR, ENV_PREFIX + "FAILPOINT", *map(variable_name, OPTIONS)}
+    for name in sorted(os.environ):
+        if name.startswith(ENV_PREFIX) and name not in known:
+            print_error(f"{name} stands for no flag; see {_PROGRAM} config")
+    return {**environment_flags(os.environ), **flags}
+
+
+def _shown_value(option: Option, flags: Mapping[str, Any], settings: Settings) -> Any:
+    """Return a value for people: a duration and a size as typed, a file with the root that it is in."""
+    value = getattr(settings, option.field)
+    if option.kind in ("duration", "size"):
+        return flags.get(option.field, option.default)
+    if option.kind == "path":
+        return value.replace("$ROOT", settings.root)
+    return value
+
+
+def config_command(flags: Mapping[str, Any], is_json: bool) -> int:
+    """Show the value of each option and where it comes from; return the exit code. Raise UsageError."""
+    merged = merge_environment(flags)
+    settings = make_settings(merged)
+    rows = {}
+    for option in OPTIONS:
+        source = "default"
+        if option.field in flags:
+            source = "command line"
+        elif option.field in merged:
+            source = variable_name(option)
+        rows[option.name] = {"value": _shown_value(option, merged, settings), "source": source}
+    if is_json:
+        print_json(rows)
+        return 0
+    texts = {name: json.dumps(row["value"], ensure_ascii=False) for name, row in rows.items()}
+    width = max(map(len, texts.values()))
+    print("\n".join(f"{name:<16}{texts[name]:<{width}}  {row['source']}" for name, row in rows.items()))
+    return 0
+
+
 def run_command(argv: Sequence[str]) -> int:
     """Do what the command line says; return the exit code. Raise UsageError and StartupError."""
     args, flags = parse_command_line(argv)
@@ -12617,7 +13083,14 @@ def run_command(argv: Sequence[str]) -> int:
     _find_command(command)
     if rest:
         raise UsageError(f"{command}: unexpected argument {rest[0]!r}")
-    settings = make_settings(flags)
+    is_json = flags.pop("json", False)
+    if command == "config":
+        return config_command(flags, is_json)
+    if is_json and command != "selftest":
+        raise UsageError(f"{command}: unexpected flag --json")
+    settings = make_settings(merge_environment(flags))
+    if command == "selftest":
+        return self_test(settings, is_json)
     leave_step()
     return run_supervised(settings)
 

@@ -7617,6 +7617,77 @@ def test_help_man_is_a_manual_page() -> None:
     assert ".SH" in result.stdout and re.search(r"pool\\?_size", result.stdout)
 
 
+VARIABLES = {
+    "REMOTE_EXECUTOR_POOL_SIZE": "7",
+    "REMOTE_EXECUTOR_KEY_EXPIRE": "2d",
+    "REMOTE_EXECUTOR_DEBUG": "True",
+    "REMOTE_EXECUTOR_CORS_ORIGIN": "https://a https://b",
+    "REMOTE_EXECUTOR_TLS_CERT": "",
+    "REMOTE_EXECUTOR_MAX_REQUESTS": "5",
+}
+
+
+def test_flags_come_from_the_environment_which_no_step_sees(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--max-requests=9", "--no-debug", env=VARIABLES)
+    assert daemon.get("/api/v1/pool").data["size"] == 7
+    shown = daemon.output(python("import os\nfor name in os.environ: print(name)"))
+    assert [name for name in shown if name.startswith("REMOTE_EXECUTOR_")] == ["REMOTE_EXECUTOR_STEP"]
+    assert " DEBUG " not in daemon.log()
+
+
+def test_config_shows_each_value_and_where_it_comes_from(tmp_path: Path) -> None:
+    root = str(tmp_path / "шаг")
+    done = cli("config", "--json", f"--root={root}", "--no-debug", env={**VARIABLES, "PYTHONIOENCODING": "cp1252"})
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = {name: (row["value"], row["source"]) for name, row in json.loads(done.stdout).items()}
+    assert {option.name for option in module().OPTIONS} == set(shown)
+    assert shown["pool_size"] == (7, "REMOTE_EXECUTOR_POOL_SIZE") and shown["tls_cert"] == ("", "default")
+    assert shown["debug"] == (False, "command line") and shown["exec_timeout"] == ("24h", "default")
+    assert shown["root"] == (root, "command line") and shown["token_file"] == (root + "/token", "default")
+    assert shown["cors_origin"] == (["https://a", "https://b"], "REMOTE_EXECUTOR_CORS_ORIGIN")
+    lines = cli("config", env=VARIABLES).stdout.splitlines()
+    assert lines[0].split() == ["addr", '":2376"', "default"] and len(lines) == len(shown)
+
+
+@pytest.mark.parametrize(
+    "name, value, told",
+    [
+        ("POOL_SIZE", "0", "REMOTE_EXECUTOR_POOL_SIZE: '0' is out of range: expected 1 to 10000"),
+        ("DEBUG", "perhaps", "REMOTE_EXECUTOR_DEBUG: invalid value 'perhaps': expected true or false"),
+        ("CORS_ORIGIN", "https://a b", "REMOTE_EXECUTOR_CORS_ORIGIN: invalid origin 'b'"),
+        ("TLS_KEY", "x", "--tls_key needs --tls_cert"),
+    ],
+)
+def test_variable_out_of_rule_is_refused_in_a_line(name: str, value: str, told: str) -> None:
+    for command in ("run", "config"):
+        assert told in refused(cli(command, env={f"REMOTE_EXECUTOR_{name}": value}), 2)
+
+
+def test_variable_that_stands_for_no_flag_is_told() -> None:
+    done = cli("config", env={"REMOTE_EXECUTOR_ADR": ":1"})
+    assert done.returncode == 0 and "REMOTE_EXECUTOR_ADR stands for no flag" in done.stderr
+
+
+def test_selftest_tries_this_host_and_leaves_nothing(tmp_path: Path) -> None:
+    place = {"TMPDIR": str(tmp_path), "TEMP": str(tmp_path), "TMP": str(tmp_path)}
+    done = cli("selftest", "--json", "--addr=127.0.0.1:0", env={**place, "REMOTE_EXECUTOR_TLS_CERT": "none"})
+    report = json.loads(done.stdout)
+    assert (done.returncode, done.stderr, report["ok"], report["host"]["name"]) == (0, "", True, ""), report
+    results = {check["name"]: check["result"] for check in report["checks"]}
+    needed = ("start", "stop", "restart", "python", SHELL)
+    assert {name: results[name] for name in needed} == dict.fromkeys(needed, "ok"), report
+    assert {"root", "port", "descriptors", "processes", "home", "clock", "encoding"} < set(results)
+    assert list(tmp_path.iterdir()) == []
+
+
+@posix_only
+def test_selftest_says_what_does_not_work_and_ends_with_1(tmp_path: Path) -> None:
+    done = cli("selftest", env={"TMPDIR": str(tmp_path), "PATH": str(tmp_path)})
+    assert done.returncode == 1 and list(tmp_path.iterdir()) == []
+    assert re.search(r"^FAILED +stop +the step wrote nothing: .*sh is not on the PATH", done.stdout, re.MULTILINE)
+    assert done.stdout.splitlines()[-1].startswith("something FAILED (")
+
+
 def test_help_needs_no_root_and_leaves_no_file(tmp_path: Path) -> None:
     result = cli("--help", env={"TMPDIR": str(tmp_path), "TEMP": str(tmp_path), "TMP": str(tmp_path)})
     assert result.returncode == 0 and list(tmp_path.iterdir()) == []
