@@ -18,7 +18,8 @@ Every fenced block of README.md is tested too. Its info string says how, after t
     sh serve       its last line starts a daemon, which prints its ready line
     sh suite       the test commands; CI calls the first
     text help      equals what `remote_executor.py help` prints
-    sh, json, ini, xml, python, powershell: not run, but they parse, and the flags in them exist
+    powershell run   runs by pwsh, where there is one, against a daemon as above
+    sh, json, ini, xml, python, powershell, bat: not run, but they parse, and the flags in them exist
 
 The sections, in their order; a helper that two of them use stands in the harness:
 
@@ -8908,7 +8909,7 @@ def test_readme_blocks_run_and_answer_as_shown(launch: Callable[..., Daemon], tm
     shutil.copytree(HERE, place, ignore=shutil.ignore_patterns(".*", "__pycache__", "build"))
     assert any(block.how == "run" for block in pages)
     for block, then in zip(pages, [*pages[1:], Block(0, "", "", "")]):
-        if block.how == "run":
+        if block.how == "run" and block.language == "sh":
             printed = run_block(block, daemon, place)
             if then.how in ("answer", "shape", "output"):
                 end = time.monotonic() + (0 if re.search(r" (-d|-X ?P|--data)", block.text) else 30)
@@ -8935,6 +8936,17 @@ def run_block(block: Block, daemon: Daemon, place: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.skipif(not shutil.which("pwsh"), reason="no pwsh on this host")
+def test_readme_blocks_of_powershell_run(daemon: Daemon, tmp_path: Path) -> None:
+    text = "\n".join(block.text for block in blocks() if (block.language, block.how) == ("powershell", "run"))
+    file = tmp_path / "blocks.ps1"
+    file.write_text("$ErrorActionPreference = 'Stop'\n" + text.replace("localhost:2376", f"localhost:{daemon.port}"))
+    command = ["pwsh", "-NoProfile", "-NonInteractive", "-File", str(file)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "success" in done.stdout and "release-2-1" in done.stdout, done
+    assert daemon.ended("release-2").data[0]["code"] == 0
+
+
 @posix_only
 def test_readme_blocks_that_serve_print_the_ready_line(launch: Callable[..., Daemon], tmp_path: Path) -> None:
     pages = [block for block in blocks() if block.how == "serve"]
@@ -8951,7 +8963,7 @@ def test_readme_blocks_that_serve_print_the_ready_line(launch: Callable[..., Dae
 
 def test_readme_says_how_every_block_is_tested() -> None:
     told = {"run", "answer", "shape", "output", "serve", "suite", "help"}
-    parsed = {"sh", "json", "ini", "xml", "python", "powershell"}
+    parsed = {"sh", "json", "ini", "xml", "python", "powershell", "bat"}
     wrong = [
         f"README.md:{one.line}" for one in blocks() if one.how not in told and (one.how or one.language not in parsed)
     ]
