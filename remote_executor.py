@@ -12937,9 +12937,45 @@ def help_text(command_name: str | None = None, is_long: bool = False) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+_EXAMPLES = (
+    f"{_PROGRAM} run --addr=127.0.0.1:2376",
+    f"{_PROGRAM} selftest",
+    f"{_PROGRAM} service install --addr=:2376 && {_PROGRAM} service start",
+    "curl -XPOST http://localhost:2376/api/v1/task -d "
+    """'[{"command_type": "sh", "command_content": "echo hello"}]'""",
+)
+_EXIT_CODES = (
+    ("0", "All is well; of run: an orderly end."),
+    ("1", "It cannot start, or cannot do what was asked; of selftest: something does not work on this host."),
+    ("2", "The command line, or a variable of the environment, is wrong."),
+    ("3, 4", "Of service status: the service is not running, not installed."),
+)
+_FILES = (
+    ("$ROOT/token", "The token that clients send as `Authorization: Bearer`."),
+    ("$ROOT/remote_executor.db", "Tasks and steps."),
+    ("$ROOT/tasks/", "The workspace, scripts and outputs of each task."),
+    ("$ROOT/logs/remote_executor.log", "The log, and five older files of it."),
+)
+
+
+def _to_roff(text: str) -> str:
+    """Return a text as man(7) shows it unchanged."""
+    escaped = text.replace("\\", r"\e").replace("-", r"\-").replace("'", r"\(aq")
+    return re.sub("^[.]", r"\\&.", escaped)
+
+
+def _manual_list(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a section of the manual: terms, and a text about each."""
+    lines = [f".SH {title}"]
+    for term, text in rows:
+        lines += [".TP", f".B {_to_roff(term)}", _to_roff(text)]
+    return lines
+
+
 def manual_text() -> str:
     """Return the manual page, in the language of man(7)."""
     summary = _SUMMARY[0].lower() + _SUMMARY[1:].rstrip(".")
+    variable = (f"{ENV_PREFIX}<FLAG>", "The value of a flag that the command line does not give.")
     lines = [
         f'.TH {_PROGRAM} 1 "" "{__version__}"',
         ".SH NAME",
@@ -12947,14 +12983,16 @@ def manual_text() -> str:
         ".SH SYNOPSIS",
         f".B {_PROGRAM}",
         "[<flags>] <command> [<args> ...]",
-        ".SH OPTIONS",
+        *_manual_list("COMMANDS", ((command.usage, command.help) for command in _COMMANDS)),
+        *_manual_list("OPTIONS", ((flag.strip(), text) for flag, text in _flag_rows())),
+        *_manual_list("ENVIRONMENT", [variable]),
+        *_manual_list("FILES", _FILES),
+        *_manual_list("EXIT STATUS", _EXIT_CODES),
+        ".SH EXAMPLES",
+        ".nf",
+        *map(_to_roff, _EXAMPLES),
+        ".fi",
     ]
-    for flag, text in _flag_rows():
-        escaped = flag.strip().replace("-", r"\-")
-        lines += [".TP", f".B {escaped}", text]
-    lines.append(".SH COMMANDS")
-    for command in _COMMANDS:
-        lines += [".TP", f".B {command.usage}", command.help]
     return "\n".join(lines) + "\n"
 
 

@@ -7615,7 +7615,12 @@ def test_help_man_is_a_manual_page() -> None:
     result = cli("--help-man")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(".TH ")
-    assert ".SH" in result.stdout and re.search(r"pool\\?_size", result.stdout)
+    assert re.search(r"pool\\?_size", result.stdout)
+    heads = ["NAME", "SYNOPSIS", "COMMANDS", "OPTIONS", "ENVIRONMENT", "FILES", "EXIT STATUS", "EXAMPLES"]
+    assert re.findall(r"^\.SH (.+)$", result.stdout, re.MULTILINE) == heads
+    assert {f".B {name}" for name in ("run", "service", "config", "selftest")} <= {
+        " ".join(line.split()[:2]) for line in result.stdout.splitlines()
+    }
 
 
 VARIABLES = {
