@@ -12715,8 +12715,9 @@ def _look_at_root(settings: Settings) -> str:
     while not os.path.isdir(parent):
         parent = os.path.dirname(parent)
     parent = os.path.realpath(parent)
-    notes = [root, f"{shutil.disk_usage(parent).free // 2**20} MiB free", _mount_type(parent)]
-    if is_temporary(parent):
+    kind = _mount_type(parent)
+    notes = [root, f"{shutil.disk_usage(parent).free // 2**20} MiB free", kind]
+    if is_temporary(parent) or kind in ("tmpfs", "ramfs"):
         notes.append("temporary: choose another --root to keep what is in it")
     return ", ".join(filter(None, notes))
 

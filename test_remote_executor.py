@@ -7725,6 +7725,7 @@ def old_python(version: str) -> str | None:
     return str(kept) if kept else shutil.which(f"python{version}")
 
 
+@posix_only
 @pytest.mark.parametrize("version", ["2.7", "3.6", "3.7", "3.8"])
 def test_python_that_is_too_old_is_told_what_is_needed(version: str) -> None:
     python = old_python(version) or pytest.skip(f"no Python {version} on this host")
