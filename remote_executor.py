@@ -12712,7 +12712,7 @@ def _mount_type(path: str) -> str:
 def _look_at_root(settings: Settings) -> str:
     root = os.path.abspath(settings.root)
     parent = root
-    while not os.path.isdir(parent):
+    while not os.path.isdir(parent) and os.path.dirname(parent) != parent:  # as of a drive that is not there
         parent = os.path.dirname(parent)
     parent = os.path.realpath(parent)
     kind = _mount_type(parent)

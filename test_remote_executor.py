@@ -7686,6 +7686,12 @@ def test_selftest_tries_this_host_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_selftest_looks_at_a_root_on_a_drive_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code = module()
+    monkeypatch.setattr(os.path, "isdir", lambda path: False)
+    assert str(tmp_path / "root") in code._look_at_root(code.make_settings({"root": str(tmp_path / "root")}))
+
+
 @posix_only
 def test_selftest_says_what_does_not_work_and_ends_with_1(tmp_path: Path) -> None:
     done = cli("selftest", env={"TMPDIR": str(tmp_path), "PATH": str(tmp_path)})
