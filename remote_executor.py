@@ -15,7 +15,7 @@ The file reads from top to bottom, a section uses only what stands above it:
                            recovery, janitor
     IV   HTTP              messages, request parser, routing, authentication, connections
     V    API               web pages, schemas, task API, workspace API, operator API, profiling, API document
-    VI   program           daemon, supervisors, service managers, command line
+    VI   program           daemon, supervisors, service managers, self test, command line
 
 Glossary: a *task* is a graph of *steps*, each one script; its steps share a *workspace*, the task's own directory. A
 *worker* is the thread of a running step, a *slot* its share of the pool. To *stop* a step is to kill its whole process
@@ -44,6 +44,7 @@ import gc
 import graphlib
 import heapq
 import html
+import http.client
 import http.server
 import io
 import ipaddress
@@ -72,7 +73,7 @@ import types
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from enum import Enum, IntEnum
+from enum import Enum, IntEnum, unique
 from typing import Any, Callable, NamedTuple, Protocol, TextIO
 
 __version__ = "1.0.0"
@@ -84,6 +85,7 @@ log = logging.getLogger("remote_executor")
 # ======================================================================================================================
 
 
+@(unique)  # needs Python 3.9 or later: an older one stops at this line, for its parentheses are of 3.9 (PEP 614)
 class Code(IntEnum):
     """The `code` of a response that is not an error."""
 
@@ -338,12 +340,16 @@ UNIT_NS = {
     "s": _SECOND_NS,
     "m": 60 * _SECOND_NS,
     "h": 3600 * _SECOND_NS,
+    "d": 24 * 3600 * _SECOND_NS,  # which Go has not: a day is taken, but never shown
 }
-_DURATION_PART = re.compile(r"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?(ns|us|µs|μs|ms|s|m|h)")
+_DURATION_PART = re.compile(rf"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?({'|'.join(UNIT_NS)})")
 
 
 def parse_duration(text: str) -> int:
-    """Parse a duration that is not negative as Go's time.ParseDuration does; return nanoseconds. Raise ValueError."""
+    """Parse a duration that is not negative as Go's time.ParseDuration does, or with days; return nanoseconds.
+
+    Raise ValueError.
+    """
     unsigned = text[1:] if text.startswith("+") else text
     total_ns = 0
     end = 0
@@ -572,6 +578,40 @@ def check_argument(option: Option, text: str) -> str:
 def default_text(option: Option) -> str:
     """Return the default of an option as one would type it."""
     return option.default.replace("$TEMP", tempfile.gettempdir())
+
+
+ENV_PREFIX = "REMOTE_EXECUTOR_"  # of the environment variables that stand for flags; steps see none that begins so
+_SWITCHES = {"1": True, "true": True, "0": False, "false": False}
+
+
+def variable_name(option: Option) -> str:
+    """Return the name of the environment variable that gives an option."""
+    return ENV_PREFIX + option.field.upper()
+
+
+def _parse_variable(option: Option, text: str) -> Any:
+    """Return a variable's value as the command line's parser would. Raise argparse.ArgumentTypeError."""
+    if option.kind == "list":
+        return [check_argument(option, word) for word in text.split()]
+    if option.kind != "flag":
+        return check_argument(option, text)
+    if text.lower() not in _SWITCHES:
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected true or false")
+    return _SWITCHES[text.lower()]
+
+
+def environment_flags(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return the flags that an environment gives, as typed, by field; empty ones are as absent. Raise UsageError."""
+    flags = {}
+    for option in OPTIONS:
+        name = variable_name(option)
+        text = environ.get(name, "")
+        try:
+            if text:
+                flags[option.field] = _parse_variable(option, text)
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{name}: {error}") from None
+    return flags
 
 
 def _setting(option: Option, flags: Mapping[str, Any]) -> Any:
@@ -843,6 +883,16 @@ class LogFile(logging.handlers.RotatingFileHandler):
         self._rotate_after_s = 0.0  # of time.monotonic()
         self._has_warned = False
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, into a new file where the last one was deleted, or renamed as logrotate(8) does."""
+        self._close_if_moved()
+        super().emit(record)
+
+    def reopen(self) -> None:
+        """Have the next line open the file again."""
+        with self.lock or contextlib.nullcontext():
+            self._close_stream()
+
     def shouldRollover(self, record: logging.LogRecord) -> int:
         if time.monotonic() < self._rotate_after_s:
             return False
@@ -866,14 +916,16 @@ class LogFile(logging.handlers.RotatingFileHandler):
         with contextlib.suppress(MemoryError):  # of logging, from whichever thread logs
             log.warning("the log file %s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
 
-    def restore(self) -> None:
-        """Begin the file anew where it has been deleted."""
-        if os.path.exists(self.baseFilename):
+    def _close_if_moved(self) -> None:
+        """Close the file, and make its directory, where its name is another file's or no more."""
+        if not self.stream:
             return
-        with self.lock or contextlib.nullcontext():
-            self._close_stream()
-            with contextlib.suppress(OSError):  # it is there, or the root is gone too, which its watch tells
-                os.mkdir(os.path.dirname(self.baseFilename))
+        with contextlib.suppress(OSError):  # it is gone
+            if os.path.samestat(os.stat(self.baseFilename), os.fstat(self.stream.fileno())):
+                return
+        self._close_stream()
+        with contextlib.suppress(OSError):  # it is there, or the root is gone too, which its watch tells
+            os.mkdir(os.path.dirname(self.baseFilename))
 
     def _close_stream(self) -> None:
         """Close the file; the next record opens it again."""
@@ -1859,6 +1911,15 @@ def reset_inherited_signals() -> None:
     _reset_library_signals()
 
 
+def has_terminal() -> bool:
+    """Return whether this process has a controlling terminal (tty(4)): none any more once that has hung up."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY))
+    except OSError:
+        return False
+    return True
+
+
 def detach() -> None:
     """Leave the session and the process group of the parent."""
     if sys.platform != "win32":
@@ -1957,6 +2018,12 @@ def make_private_directory(path: str) -> None:
             _restrict_posix_directory(path)
     except OSError as error:
         raise StartupError(f"--root: {path} cannot be used: {error.strerror or error}") from None
+
+
+def is_temporary(path: str) -> bool:
+    """Return whether a path without links is in the host's temporary directory, which is cleaned at times."""
+    place = os.path.realpath(tempfile.gettempdir())
+    return os.path.join(path, "").startswith(os.path.join(place, ""))
 
 
 def _restrict_posix_directory(path: str) -> None:
@@ -3194,7 +3261,10 @@ def _checked_out_commit() -> str:
 
 def _modification_time() -> str:
     """Return when the file was written, or the archive or the program that it is a part of."""
-    for path in (__file__, os.path.dirname(__file__), sys.executable):
+    paths = [__file__, os.path.dirname(__file__), sys.executable]
+    if getattr(sys, "frozen", False):  # those of the file are of the copy that the launcher has just made
+        paths = [sys.executable]
+    for path in paths:
         with contextlib.suppress(OSError):  # in an archive the file has no path of its own
             return format_time(int(os.stat(path).st_mtime))
     return ""
@@ -3225,13 +3295,14 @@ class Interpreter(NamedTuple):
     env: tuple[str, ...] = ()  # KEY=value, unless the task sets another
 
 
+_PYTHON_ENV = ("PYTHONUNBUFFERED=1",)  # what it prints is seen at once, and a stop loses nothing of it
 # Python writes to a file in the ANSI code page by default; console programs do in the OEM code page.
 _PYTHON = (
-    Interpreter(("python", "py -3"), ".py", env=("PYTHONIOENCODING=utf-8",))
+    Interpreter(("python", "py -3"), ".py", env=(*_PYTHON_ENV, "PYTHONIOENCODING=utf-8"))
     if ON_WINDOWS
-    else Interpreter(("python3",), ".py")
+    else Interpreter(("python3",), ".py", env=_PYTHON_ENV)
 )
-_PYTHON2 = Interpreter(("python2",), ".py")
+_PYTHON2 = Interpreter(("python2",), ".py", env=_PYTHON_ENV)
 _SH = Interpreter(("sh",), ".sh")
 _CMD_ARGUMENTS = ("/D", "/E:ON", "/V:OFF", "/S", "/C", 'CALL "{file}"')
 _CMD = Interpreter(("cmd",), ".bat", _CMD_ARGUMENTS)
@@ -3369,6 +3440,8 @@ def encode_script(command_type: str, text: str) -> bytes:
         return text.encode("utf-8-sig")  # without a BOM Windows PowerShell takes it for the ANSI code page
     if suffix == ".bat":
         return _encode_batch(text, fallback_encoding())
+    if suffix == ".sh" and not re.search("(?<!\r)\n", text):  # as editors of Windows end lines; no shell takes the CR
+        text = text.replace("\r\n", "\n")
     return text.encode()
 
 
@@ -7594,6 +7667,7 @@ class Step:
         "name",
         "phase",
         "ready_s",
+        "reason",
         "result",
         "started_ns",
         "stop_count",
@@ -7612,6 +7686,7 @@ class Step:
         self.phase = Phase.BLOCKED
         self.code = 0
         self.result = ""  # of one that has ended
+        self.reason = ""  # of its end, where it has one
         self.ready_s = 0.0  # when it became ready, by time.monotonic()
         self.attempt = 0  # how often it was given a slot
         self.started_ns = 0  # 0: it never began
@@ -8210,6 +8285,7 @@ class Scheduler:
         self._move(step, Phase.ENDED)
         step.code = outcome.code
         step.result = outcome.result
+        step.reason = outcome.reason
         if outcome.code:
             self._skip_dependents(step)
         else:
@@ -8280,6 +8356,7 @@ class Scheduler:
         for task in deferred.cleanups:
             self._start_worker(task)
         for task in deferred.ended:
+            _log_end(task, self._clock.now_ns())
             try:
                 self._on_task_end(task.number)
             except Exception:
@@ -8336,6 +8413,21 @@ class Scheduler:
             if isinstance(work, Task):
                 return work.is_cleaning
             return work in self._active and work.attempt == attempt
+
+
+def _log_end(task: Task, now_ns: int) -> None:
+    """Log how a task has ended, and in how many seconds from the begin of its first step."""
+    begins = [step.started_ns for step in task.steps if step.started_ns]
+    seconds = round((now_ns - min(begins, default=now_ns)) / _SECOND_NS, 3)
+    fields: dict[str, Any] = {"task": task.id, "result": "succeeded", "seconds": seconds}
+    failed = next((step for step in task.steps if step.code), None)
+    if failed is None:
+        log.info("%s: succeeded in %.3f s", task, seconds, extra={"log_fields": fields})
+        return
+    result = task_result(task.stop_reason, [failed.result])
+    fields.update(result=result, step=failed.index, code=failed.code)
+    failure = format_failure(failed.index, failed.name, failed.code, failed.reason)
+    log.warning("%s: %s after %.3f s: %s", task, result, seconds, failure, extra={"log_fields": fields})
 
 
 def _wake(trees: Iterable[ProcessTree]) -> None:
@@ -9525,9 +9617,22 @@ class Authenticator:
         import secrets  # here, because OpenSSL takes half a megabyte that an idle daemon need not
 
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w", encoding="ascii") as file:
+        with open(descriptor, "w", encoding="ascii", newline="\n") as file:  # `$(cat token)` keeps a CR
             file.write(secrets.token_hex(32) + "\n")
-        log.info("clients on other hosts need the token in %s", self._path)
+
+    def rule(self) -> str:
+        """Return who needs a token, and where one is; empty under --insecure, of which `start` has warned."""
+        if self._settings.insecure:
+            return ""
+        if self._settings.require_token:
+            return f"every client needs a token of {self._path}"
+        return f"clients need a token of {self._path}, but for this user's on this host"
+
+    def reload(self) -> None:
+        """Load the tokens again, whatever the file's time says."""
+        with self._lock:
+            self._file_version = ()
+            self._reload()
 
     def authorize(self, request: Request, is_public: bool) -> str:
         """Return the client's label for the log, empty for a stranger on a public route.
@@ -13380,6 +13485,7 @@ class DocumentApi:
 _EXIT_SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last one is of Windows
 _EXIT_SIGNALS = [getattr(signal, name) for name in _EXIT_SIGNAL_NAMES if hasattr(signal, name)]
 _POLL_INTERVAL_S = 0.5
+_EVERY_ADDRESS = ("", "0.0.0.0", "::")
 
 
 class Supervisor:
@@ -13451,6 +13557,15 @@ def _ignore_signals(numbers: Iterable[int]) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _resolve_root(path: str) -> str:
+    """Return the root's absolute path; a link at its end, which the root must not be, stays. Raise StartupError."""
+    parent, name = os.path.split(os.path.abspath(path))
+    try:
+        return os.path.join(os.path.realpath(parent), name)
+    except OSError as error:  # such as a name of a device of Windows
+        raise StartupError(f"--root: {path} cannot be used: {error.strerror or error}; choose a directory") from None
+
+
 class Daemon:
     """The whole program: builds and starts its parts, checks on them, and stops them in reverse order.
 
@@ -13460,16 +13575,16 @@ class Daemon:
     def __init__(self, settings: Settings, supervisor: Supervisor) -> None:
         self._settings = settings
         self._supervisor = supervisor
-        parent, name = os.path.split(os.path.abspath(settings.root))
-        self._root = os.path.join(os.path.realpath(parent), name)  # the root itself must not be a link
+        self._root = _resolve_root(settings.root)
         self._shutdown_requests = 0
         self._exit_code = 0
         # A byte wakes `run`; a signal writes one too. No Event: set() would hang in a signal handler that interrupts
         # wait(), and on Windows no signal interrupts it.
         self._wakeup_sender: socket.socket | None = None
-        self._wakeup_receiver: socket.socket | None = None
         self._tls = Tls(settings) if settings.tls_cert else None
-        self._must_reload_certificates = False
+        self._must_reload = False
+        self._ends_with_terminal = False
+        self._token_rule = ""
         self._reserve = DescriptorReserve()
         self._periodic_checks: list[Callable[[], None]] = []
         self._error_stream: QueuedStreamHandler | None = None
@@ -13491,15 +13606,16 @@ class Daemon:
         """Shut down in order; a second request ends the wait for running steps."""
         self._shutdown_requests += 1
         if self._wakeup_sender:
-            with contextlib.suppress(BlockingIOError):  # the bytes in it are enough to wake `run`
+            with contextlib.suppress(OSError):  # the bytes in it are enough to wake `run`; or it has ended
                 self._wakeup_sender.send(b"\0")
 
     def _serve(self, closing: contextlib.ExitStack) -> None:
         receiver, sender = socket.socketpair()
         receiver.settimeout(_POLL_INTERVAL_S)
         sender.setblocking(False)
+        closing.callback(receiver.close)
+        closing.callback(sender.close)
         self._wakeup_sender = sender
-        self._wakeup_receiver = receiver  # kept open: a signal writes to the sender until `closing` is closed
         if threading.current_thread() is threading.main_thread():
             self._install_signal_handlers(closing, sender.fileno())
         try:
@@ -13507,7 +13623,7 @@ class Daemon:
         except (ApiError, OSError) as error:  # of the store and of the root's files
             raise StartupError(f"--root: {self._root} cannot be used: {error}") from error
         self._print_ready(url)
-        log.info("%s listens on %s", version_line(), url)
+        self._log_start(url)
         self._supervisor.ready(url)
         while not self._shutdown_requests:
             with contextlib.suppress(socket.timeout):  # the time of the next checks
@@ -13522,6 +13638,24 @@ class Daemon:
             except Exception:
                 with contextlib.suppress(MemoryError):  # of logging; the other checks have to be made
                     log.exception("a periodic check failed; the daemon goes on")
+
+    def _log_start(self, url: str) -> None:
+        """Log where the daemon listens, where its data lies, who needs a token, and how to go on."""
+        scheme, _, authority = url.partition("://")
+        host, _ = parse_address(self._settings.addr)
+        address = f"on {authority}"
+        if host in _EVERY_ADDRESS:
+            port = authority.rpartition(":")[2]
+            address = f"on every address of this host, port {port}"
+            url = f"{scheme}://localhost:{port}"  # 0.0.0.0 is no name that needs no token
+        log.info("%s listens %s", version_line(), address)
+        advice = ""
+        if is_temporary(self._root):
+            advice = ", a temporary directory: --root keeps it in another one"
+        log.info("its data is in %s%s", self._root, advice)
+        if self._token_rule:
+            log.info("%s", self._token_rule)
+        log.info("to go on: open %s/swagger/index.html in a browser", url)
 
     def _print_ready(self, url: str) -> None:
         """Print that the port is open, in a thread: whoever started the daemon need not read it."""
@@ -13539,10 +13673,13 @@ class Daemon:
 
     def _install_signal_handlers(self, closing: contextlib.ExitStack, wakeup_fd: int) -> None:
         """Handle signals until `closing` is closed; after that none disturbs the end of the process, which is near."""
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hangup:
+            self._ends_with_terminal = signal.getsignal(hangup) is not signal.SIG_IGN and has_terminal()  # not by nohup
         reset_inherited_signals()
         handlers: dict[int, Callable[..., None]] = dict.fromkeys(_EXIT_SIGNALS, self._handle_exit_signal)
-        if self._tls and hasattr(signal, "SIGHUP"):  # without certificates it keeps its default, to end the process
-            handlers[signal.SIGHUP] = self._handle_reload_signal
+        if hangup:
+            handlers[hangup] = self._handle_hangup_signal
         signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
         closing.callback(signal.set_wakeup_fd, -1, warn_on_full_buffer=False)
         closing.callback(_ignore_signals, handlers)
@@ -13552,8 +13689,8 @@ class Daemon:
     def _handle_exit_signal(self, *_: object) -> None:
         self._shutdown_requests += 1  # the byte that wakes `run` was written already
 
-    def _handle_reload_signal(self, *_: object) -> None:
-        self._must_reload_certificates = True
+    def _handle_hangup_signal(self, *_: object) -> None:
+        self._must_reload = True
 
     # -- start: the wiring
 
@@ -13582,10 +13719,11 @@ class Daemon:
         closing.callback(server.stop)
         server.open()
         authenticator.start()
+        self._token_rule = authenticator.rule()
 
         self._start_task_parts(tasks, closing)
         server.start()
-        self._start_periodic_checks(tasks, server, root_watch)
+        self._start_periodic_checks(tasks, server, authenticator, root_watch)
         if warning := _capacity_warning(capacity, tasks.scheduler):
             log.warning("%s", warning)
         return f"{server.scheme}://{server.authority}"
@@ -13678,27 +13816,43 @@ class Daemon:
 
     # -- while it runs
 
-    def _start_periodic_checks(self, tasks: _TaskParts, server: Server, root_watch: RootWatch) -> None:
+    def _start_periodic_checks(
+        self,
+        tasks: _TaskParts,
+        server: Server,
+        authenticator: Authenticator,
+        root_watch: RootWatch,
+    ) -> None:
         is_healthy = functools.partial(_is_healthy, tasks, server)
         root_watch.look()
         self._periodic_checks = [
             self._reserve.fill,
-            self._reload_certificates,
+            functools.partial(self._reload, authenticator),
             root_watch.look,
             server.fill_reserve,
             functools.partial(self._check_threads, is_healthy),
             functools.partial(self._supervisor.ping_watchdog, is_healthy),
         ]
-        if self._log_file:
-            self._periodic_checks.append(self._log_file.restore)
 
-    def _reload_certificates(self) -> None:
-        """Read the certificates again after a signal asked for it."""
-        if not self._must_reload_certificates or not self._tls:
+    def _reload(self, authenticator: Authenticator) -> None:
+        """Open the log file and read tokens and certificates again after SIGHUP; end if it came of a lost terminal."""
+        if not self._must_reload:
             return
-        self._must_reload_certificates = False
+        self._must_reload = False
+        if self._ends_with_terminal and not has_terminal():
+            log.info("the terminal is gone")
+            self._shutdown_requests += 1
+            return
+        if self._log_file:
+            self._log_file.reopen()
+        authenticator.reload()
+        log.info("SIGHUP: the log file is opened again, the tokens are read again")
+        if self._tls:
+            self._reload_certificates(self._tls)
+
+    def _reload_certificates(self, tls: Tls) -> None:
         try:
-            self._tls.load()
+            tls.load()
             log.info("certificates reloaded")
         except StartupError as error:
             log.error("certificates not reloaded, the previous ones stay in use: %s", error)
@@ -14000,6 +14154,13 @@ def print_error(text: str) -> None:
             source = RegisterEventSourceW(None, SERVICE)
             ReportEventW(source, EVENTLOG_ERROR_TYPE, 0, _EVENT_ID, None, 1, 0, strings, None)
             DeregisterEventSource(source)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, in UTF-8 whatever the encoding of standard output is."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # of a lone surrogate makes JSON's escape
+    print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def own_command() -> list[str]:
@@ -15289,6 +15450,386 @@ def host_services(options: ServiceOptions) -> Services:
 
 
 # ======================================================================================================================
+# VI program / self test: a daemon of its own, tried on this host
+# ======================================================================================================================
+
+_SELF_TEST_WAIT_S = 20.0  # for what must come; on an idle host all takes one or two seconds
+_SLOW_INTERPRETERS_S = 4.0  # from the begin on; PowerShell's first start takes longer on some hosts
+_OK = "ok"
+_FAILED = "FAILED"
+_BROKEN = "broken"  # as _FAILED, of what the program itself does not need
+_MISSING = "missing"
+_SLOW = "slow"
+_NOTE = "note"
+_NEEDED = ("sh", "cmd", "python")
+_READY = "ready"
+_READY_SCRIPTS = {
+    ".sh": "echo ready",
+    ".py": 'print("ready")',
+    ".bat": "echo ready\nchcp",  # the code page of its output
+    ".ps1": "'ready'",
+}
+# A step with a process that it leaves behind in the background, which holds a file open (Windows) or tells its pid.
+_TREE_SCRIPT = "sleep 60 & echo $!; sleep 60"
+_TREE_BATCH = 'start /b ping -n 60 127.0.0.1 >"%SELF_TEST_FILE%"\necho begun\nping -n 60 127.0.0.1 >nul'
+# A step that ends when a file is there.
+_GATED_SCRIPT = (
+    "echo begun\n"
+    'while [ ! -e "$SELF_TEST_FILE" ]; do sleep 0.1 2>/dev/null || sleep 1; done\n'
+    "echo over"
+)
+_GATED_BATCH = (
+    "echo begun\n"
+    ":again\n"
+    'if exist "%SELF_TEST_FILE%" goto over\n'
+    "ping -n 2 127.0.0.1 >nul\n"
+    "goto again\n"
+    ":over\n"
+    "echo over"
+)
+
+
+class _Check(NamedTuple):
+    """What was tried or looked at, what came of it (a word), and a line about it."""
+
+    name: str
+    result: str
+    detail: str
+
+
+class _TestDaemon:
+    """A daemon of this program in a directory of its own, on a free port of the loopback. Raises OSError."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._root = os.path.join(directory, "root")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = 0
+        self._pid = 0  # not that of the launcher which an exe has
+
+    def start(self) -> None:
+        """Start it and wait for its ready line. Raise StartupError with what it said instead."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+        command = [*own_command(), "run", f"--root={self._root}", "--addr=127.0.0.1:0"]
+        with open(self._file("output"), "wb") as output, open(self._file("errors"), "wb") as errors:
+            null = subprocess.DEVNULL
+            self._process = subprocess.Popen(command, stdin=null, stdout=output, stderr=errors, env=environment)
+        ready = _until(lambda: self._read("output").endswith("\n") or self._has_ended())
+        match = re.search(":([0-9]+)$", self._read("output").strip())
+        if not ready or not match:
+            raise StartupError(f"the daemon did not start: {self._read('errors').strip() or 'it said nothing'}")
+        self._port = int(match[1])
+        self._pid = int(self.request("GET", "/api/v1/state")["data"]["process"]["pid"])
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        if not self._process:
+            return
+        if self._pid and not self._has_ended():
+            os.kill(self._pid, _KILL)
+        self._process.kill()
+        self._process.wait()
+        self._pid = 0
+
+    def request(self, method: str, path: str, body: Any = None, has_token: bool = True) -> Json:
+        """Return the envelope of an answer."""
+        headers = {}
+        if has_token:
+            with open(os.path.join(self._root, "token"), encoding="ascii") as file:
+                headers["Authorization"] = f"Bearer {file.read().strip()}"
+        data = None if body is None else json.dumps(body)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_SELF_TEST_WAIT_S)
+        with contextlib.closing(connection):
+            connection.request(method, path, data, headers)
+            envelope: Json = json.loads(connection.getresponse().read())
+        return envelope
+
+    def submit(self, task: str, steps: Sequence[Json]) -> None:
+        """Submit a task whose steps start at once. Raise StartupError."""
+        answer = self.request("POST", f"/api/v1/task?ansync=true&id={task}", steps)
+        if answer["code"]:
+            raise StartupError(f"a task was refused: {answer['message']}")
+
+    def steps(self, task: str) -> list[Json]:
+        """Return the steps of a task as its detail shows them."""
+        steps: list[Json] = self.request("GET", f"/api/v1/task/{task}")["data"]
+        return steps
+
+    def has_finished(self, task: str) -> bool:
+        return bool(self.request("GET", f"/api/v1/task/{task}")["code"] != Code.IN_PROGRESS)
+
+    def console(self, task: str, step: int = 0) -> list[str]:
+        """Return the lines that a step has written so far."""
+        lines: list[str] = self.request("GET", f"/api/v1/task/{task}/{step}/console").get("data", [])
+        return lines
+
+    def _has_ended(self) -> bool:
+        return self._process is None or self._process.poll() is not None
+
+    def _file(self, name: str) -> str:
+        return os.path.join(self._directory, name)
+
+    def _read(self, name: str) -> str:
+        with open(self._file(name), encoding="utf-8", errors="replace") as file:
+            return file.read()
+
+
+def _until(condition: Callable[[], Any], wait_s: float = _SELF_TEST_WAIT_S) -> Any:
+    """Return the first true value of a condition, or the last one when the time is over."""
+    end_s = time.monotonic() + wait_s
+    while not (value := condition()) and time.monotonic() < end_s:
+        time.sleep(_POLL_S)
+    return value
+
+
+class _SelfTest:
+    """Tries this program on this host; `run` returns what was seen."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._daemon = _TestDaemon(directory)
+        self._begin_s = time.monotonic()
+        interpreters = {interpreter: name for name, interpreter in reversed([*INTERPRETERS.items()])}
+        self._names = [name for name in INTERPRETERS if name in interpreters.values()]  # each interpreter once
+
+    def run(self) -> list[_Check]:
+        """Run all trials. The steps of the interpreters run beside the others, through the restart too."""
+        checks: list[_Check] = []
+        try:
+            for trial in (self._start, self._local_user, self._stop, self._restart):
+                checks.append(trial())
+            checks += self._interpreter_checks()
+        except (StartupError, OSError, ValueError, KeyError, http.client.HTTPException) as error:
+            checks.append(_Check("daemon", _FAILED, str(error) or repr(error)))
+        finally:
+            self._end()
+        return checks
+
+    def _start(self) -> _Check:
+        self._daemon.start()
+        started_s = time.monotonic() - self._begin_s
+        self._daemon.submit("interpreters", [self._step(name) for name in self._names])
+        return _Check("start", _OK, f"the daemon serves after {started_s:.2f} s")
+
+    def _step(self, name: str) -> Json:
+        return {"command_type": name, "command_content": _READY_SCRIPTS[INTERPRETERS[name].suffix]}
+
+    def _local_user(self) -> _Check:
+        answer = self._daemon.request("GET", "/api/v1/pool", has_token=False)
+        if answer["code"]:
+            return _Check("local user", _NOTE, f"clients on this host need a token too: {answer['message']}")
+        return _Check("local user", _OK, "a client of this user on this host needs no token")
+
+    def _stop(self) -> _Check:
+        """Stop a step that has left a process in the background."""
+        held = os.path.join(self._directory, "held")
+        self._submit_script("tree", held, _TREE_SCRIPT, _TREE_BATCH)
+        lines = self._first_lines("tree")
+        if not lines:
+            return _Check("stop", _FAILED, f"the step wrote nothing: {self._daemon.steps('tree')[0]['msg']}")
+        begin_s = time.monotonic()
+        self._daemon.request("PUT", "/api/v1/task/tree")
+        if not _until(lambda: self._daemon.has_finished("tree")):
+            return _Check("stop", _FAILED, "a stopped step runs on")
+        seconds = time.monotonic() - begin_s
+        if not _until(lambda: _has_gone(lines[0], held), 1.0):
+            return _Check("stop", _FAILED, "a process of the stopped step lives on")
+        return _Check("stop", _OK, f"a step and its background process ended within {seconds:.2f} s")
+
+    def _restart(self) -> _Check:
+        """Kill the daemon while a step runs; the next one must adopt that and see its end."""
+        gate = os.path.join(self._directory, "gate")
+        self._submit_script("adopted", gate, _GATED_SCRIPT, _GATED_BATCH)
+        self._first_lines("adopted")
+        self._daemon.kill()
+        self._daemon.start()
+        is_adopted = not self._daemon.has_finished("adopted")
+        with open(gate, "wb"):
+            _until(lambda: self._daemon.has_finished("adopted"))
+        step = self._daemon.steps("adopted")[0]
+        if not is_adopted or step["code"] or self._daemon.console("adopted") != ["begun", "over"]:
+            return _Check("restart", _FAILED, f"the step of a killed daemon was not adopted: {step['msg']}")
+        return _Check("restart", _OK, "a step outlived a killed daemon, and the next one saw its end")
+
+    def _first_lines(self, task: str) -> list[str]:
+        """Return what the step of a task has written, as soon as there is something; nothing if it ends without."""
+        _until(lambda: self._daemon.console(task) or self._daemon.has_finished(task))
+        return self._daemon.console(task)
+
+    def _submit_script(self, task: str, file: str, script: str, batch: str) -> None:
+        """Submit a task of one step, of this host's own shell, that knows a file's path."""
+        name = "cmd" if ON_WINDOWS else "sh"
+        content = batch if ON_WINDOWS else script
+        step = {"command_type": name, "command_content": content, "env_vars": [f"SELF_TEST_FILE={file}"]}
+        self._daemon.submit(task, [step])
+
+    def _interpreter_checks(self) -> list[_Check]:
+        left_s = self._begin_s + _SLOW_INTERPRETERS_S - time.monotonic()
+        _until(lambda: self._daemon.has_finished("interpreters"), left_s)
+        steps = self._daemon.steps("interpreters")
+        return [self._interpreter_check(name, step) for name, step in zip(self._names, steps)]
+
+    def _interpreter_check(self, name: str, step: Json) -> _Check:
+        try:
+            program = interpreter_command(name, "script", ".", "")[0]
+        except LaunchError as error:
+            return _Check(name, _MISSING, str(error))
+        if step["state"] != State.ENDED:
+            return _Check(name, _SLOW, f"{program}: has not ended within {_SLOW_INTERPRETERS_S:.0f} s")
+        lines = self._daemon.console("interpreters", step["step"])
+        if step["code"] or lines[:1] != [_READY]:
+            result = _FAILED if name in _NEEDED else _BROKEN
+            return _Check(name, result, f"{program}: code {step['code']}: {' '.join(lines)[:80]}")
+        return _Check(name, _OK, ", ".join([program, *lines[1:]]))
+
+    def _end(self) -> None:
+        """Stop what runs, and the daemon."""
+        with contextlib.suppress(OSError, ValueError, KeyError, http.client.HTTPException):  # it is not there
+            for task in ("interpreters", "tree", "adopted"):
+                self._daemon.request("PUT", f"/api/v1/task/{task}")
+            _until(lambda: not self._daemon.request("GET", "/api/v1/pool")["data"]["running"], 6.0)
+        self._daemon.kill()
+
+
+def _has_gone(line: str, file: str) -> bool:
+    """Return whether the process whose pid is in the line has ended; on Windows whether nobody holds the file."""
+    try:
+        if ON_WINDOWS:
+            os.unlink(file)
+        else:
+            os.kill(int(line), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return ON_WINDOWS
+
+
+def _mount_type(path: str) -> str:
+    """Return the type of the file system of a path, such as tmpfs; empty where the host does not show it."""
+    found = ("", "")
+    with contextlib.suppress(OSError), open("/proc/mounts", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            place, kind = line.split()[1:3]
+            if os.path.join(path, "").startswith(os.path.join(place, "")) and len(place) >= len(found[0]):
+                found = (place, kind)
+    return found[1]
+
+
+def _look_at_root(settings: Settings) -> str:
+    root = os.path.abspath(settings.root)
+    parent = root
+    while not os.path.isdir(parent) and os.path.dirname(parent) != parent:  # as of a drive that is not there
+        parent = os.path.dirname(parent)
+    parent = os.path.realpath(parent)
+    kind = _mount_type(parent)
+    notes = [root, f"{shutil.disk_usage(parent).free // 2**20} MiB free", kind]
+    if is_temporary(parent) or kind in ("tmpfs", "ramfs"):
+        notes.append("temporary: choose another --root to keep what is in it")
+    return ", ".join(filter(None, notes))
+
+
+def _look_at_port(settings: Settings) -> str:
+    host, port = parse_address(settings.addr)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        return f"{settings.addr} cannot be used: {error.strerror}"
+    return f"{settings.addr} is free"
+
+
+def _look_at_descriptors(settings: Settings) -> str:
+    raise_fd_limit()
+    limit = descriptor_limit()
+    capacity = step_capacity(limit, process_limits(), settings.max_connections)
+    count = min(capacity.steps, settings.pool_size)
+    files = limit.value if limit else "unlimited"
+    return f"{files} open files; {count} steps run at once of the {settings.pool_size} of --pool_size"
+
+
+def _look_at_processes(_: Settings) -> str:
+    """Return how the ends of steps are seen and, on a Mac, whether the kernel's structures are those known here."""
+    if ON_WINDOWS:
+        return "handles tell of the ends of steps"
+    text = "ends of steps are polled for, 50 times a second"
+    watch = _system().watch_exit(os.getpid())
+    if watch.descriptor >= 0:
+        text = "a descriptor tells of the end of a step (pidfd or kqueue)"
+    watch.close()
+    if ON_MAC:
+        text += f"; the process table is {MacKernel().find_difference() or 'as declared'}"
+    return text
+
+
+def _look_at_home(_: Settings) -> str:
+    home = os.environ.get("USERPROFILE" if ON_WINDOWS else "HOME")
+    return home or "not set: steps get that of the user database"
+
+
+def _look_at_clock(_: Settings) -> str:
+    sleep = "counts" if _SLEEP_CLOCKS is None else "does not count"
+    return f"{format_time(int(time.time()))}; time that the host sleeps {sleep}"
+
+
+def _look_at_encoding(_: Settings) -> str:
+    encoding = getattr(sys.stdout, "encoding", None)
+    return f"output that is not UTF-8 is taken for {fallback_encoding()}; standard output here is {encoding}"
+
+
+_LOOKS: Mapping[str, Callable[[Settings], str]] = {
+    "root": _look_at_root,
+    "port": _look_at_port,
+    "descriptors": _look_at_descriptors,
+    "processes": _look_at_processes,
+    "home": _look_at_home,
+    "clock": _look_at_clock,
+    "encoding": _look_at_encoding,
+}
+
+
+def _look_at_host(settings: Settings) -> list[_Check]:
+    """Return what this host has, as far as a daemon with these settings would meet it."""
+    notes = []
+    for name, look in _LOOKS.items():
+        try:
+            notes.append(_Check(name, _NOTE, look(settings)))
+        except (OSError, AttributeError) as error:  # the latter of a library that lacks a function
+            notes.append(_Check(name, _NOTE, f"cannot be told: {error}"))
+    return notes
+
+
+def _remove_tree(directory: str) -> bool:
+    """Remove a directory with all that is in it; return whether it is gone."""
+    shutil.rmtree(directory, ignore_errors=True)
+    return not os.path.exists(directory)
+
+
+def self_test(settings: Settings, is_json: bool) -> int:
+    """Try this program on this host and show what was seen; return 0, or 1 where something failed."""
+    begin_s = time.monotonic()
+    directory = os.path.realpath(tempfile.mkdtemp(prefix="remote_executor-selftest-"))
+    try:
+        checks = _SelfTest(directory).run()
+    finally:
+        _until(lambda: _remove_tree(directory), 2.0)  # Windows may still hold a file of an ended process
+    checks += _look_at_host(settings)
+    has_failed = any(check.result == _FAILED for check in checks)
+    seconds = round(time.monotonic() - begin_s, 3)
+    host = host_info()._replace(name="")  # a report is shown to others
+    if is_json:
+        rows = [check._asdict() for check in checks]
+        report = {"ok": not has_failed, "seconds": seconds, "program": version_line(), "host": host._asdict()}
+        print_json({**report, "checks": rows})
+        return int(has_failed)
+    verdict = "something FAILED" if has_failed else "what the program needs works here"
+    lines = [version_line(), " ".join(filter(None, host))]
+    lines += [f"{check.result:<9}{check.name:<13}{check.detail}" for check in checks]
+    print("\n".join([*lines, f"{verdict} ({seconds:.1f} s)"]))
+    return int(has_failed)
+
+
+# ======================================================================================================================
 # VI program / command line: flags, commands, main
 # ======================================================================================================================
 
@@ -15325,6 +15866,8 @@ _SERVICE_FLAGS = (  # the flag, its placeholder, its help
 _COMMANDS = (
     _Command("help", "[<command>...]", "Show help."),
     _Command("run", "", "Run server"),
+    _Command("config", "[--json]", "Show the value of each flag, and whether REMOTE_EXECUTOR_<FLAG> gave it."),
+    _Command("selftest", "[--json]", "Try this program on this host, and say what works; takes the flags of run."),
     _Command(
         "service",
         "|".join(_SERVICE_ACTIONS),
@@ -15353,7 +15896,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     parser = _Parser(prog=_PROGRAM, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("args", nargs="*", default=[])
     parser.add_argument("-h", "--help", dest="help", action="store_true")
-    switches = ["help_long", "help_man", "version"]
+    switches = ["help_long", "help_man", "version", "json"]
     negatable = ["help", "version"]
     for option in OPTIONS:
         if option.kind == "flag":
@@ -15438,9 +15981,45 @@ def help_text(command_name: str | None = None, is_long: bool = False) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+_EXAMPLES = (
+    f"{_PROGRAM} run --addr=127.0.0.1:2376",
+    f"{_PROGRAM} selftest",
+    f"{_PROGRAM} service install --addr=:2376 && {_PROGRAM} service start",
+    "curl -XPOST http://localhost:2376/api/v1/task -d "
+    """'[{"command_type": "sh", "command_content": "echo hello"}]'""",
+)
+_EXIT_CODES = (
+    ("0", "All is well; of run: an orderly end."),
+    ("1", "It cannot start, or cannot do what was asked; of selftest: something does not work on this host."),
+    ("2", "The command line, or a variable of the environment, is wrong."),
+    ("3, 4", "Of service status: the service is not running, not installed."),
+)
+_FILES = (
+    ("$ROOT/token", "The token that clients send as `Authorization: Bearer`."),
+    ("$ROOT/remote_executor.db", "Tasks and steps."),
+    ("$ROOT/tasks/", "The workspace, scripts and outputs of each task."),
+    ("$ROOT/logs/remote_executor.log", "The log, and five older files of it."),
+)
+
+
+def _to_roff(text: str) -> str:
+    """Return a text as man(7) shows it unchanged."""
+    escaped = text.replace("\\", r"\e").replace("-", r"\-").replace("'", r"\(aq")
+    return re.sub("^[.]", r"\\&.", escaped)
+
+
+def _manual_list(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a section of the manual: terms, and a text about each."""
+    lines = [f".SH {title}"]
+    for term, text in rows:
+        lines += [".TP", f".B {_to_roff(term)}", _to_roff(text)]
+    return lines
+
+
 def manual_text() -> str:
     """Return the manual page, in the language of man(7)."""
     summary = _SUMMARY[0].lower() + _SUMMARY[1:].rstrip(".")
+    variable = (f"{ENV_PREFIX}<FLAG>", "The value of a flag that the command line does not give.")
     lines = [
         f'.TH {_PROGRAM} 1 "" "{__version__}"',
         ".SH NAME",
@@ -15448,14 +16027,16 @@ def manual_text() -> str:
         ".SH SYNOPSIS",
         f".B {_PROGRAM}",
         "[<flags>] <command> [<args> ...]",
-        ".SH OPTIONS",
+        *_manual_list("COMMANDS", ((command.usage, command.help) for command in _COMMANDS)),
+        *_manual_list("OPTIONS", ((flag.strip(), text) for flag, text in _flag_rows())),
+        *_manual_list("ENVIRONMENT", [variable]),
+        *_manual_list("FILES", _FILES),
+        *_manual_list("EXIT STATUS", _EXIT_CODES),
+        ".SH EXAMPLES",
+        ".nf",
+        *map(_to_roff, _EXAMPLES),
+        ".fi",
     ]
-    for flag, text in _flag_rows():
-        escaped = flag.strip().replace("-", r"\-")
-        lines += [".TP", f".B {escaped}", text]
-    lines.append(".SH COMMANDS")
-    for command in _COMMANDS:
-        lines += [".TP", f".B {command.usage}", command.help]
     return "\n".join(lines) + "\n"
 
 
@@ -15536,6 +16117,49 @@ def service_command(args: Sequence[str], flags: dict[str, Any]) -> int:
     return 0
 
 
+def merge_environment(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags of the environment, and over them those of the command line. Raise UsageError.
+
+    A variable that stands for no flag may be misspelt: it is told.
+    """
+    known = {STEP_ENV_VAR, DAEMON_ENV_VAR, ENV_PREFIX + "FAILPOINT", *map(variable_name, OPTIONS)}
+    for name in sorted(os.environ):
+        if name.startswith(ENV_PREFIX) and name not in known:
+            print_error(f"{name} stands for no flag; see {_PROGRAM} config")
+    return {**environment_flags(os.environ), **flags}
+
+
+def _shown_value(option: Option, flags: Mapping[str, Any], settings: Settings) -> Any:
+    """Return a value for people: a duration and a size as typed, a file with the root that it is in."""
+    value = getattr(settings, option.field)
+    if option.kind in ("duration", "size"):
+        return flags.get(option.field, option.default)
+    if option.kind == "path":
+        return value.replace("$ROOT", settings.root)
+    return value
+
+
+def config_command(flags: Mapping[str, Any], is_json: bool) -> int:
+    """Show the value of each option and where it comes from; return the exit code. Raise UsageError."""
+    merged = merge_environment(flags)
+    settings = make_settings(merged)
+    rows = {}
+    for option in OPTIONS:
+        source = "default"
+        if option.field in flags:
+            source = "command line"
+        elif option.field in merged:
+            source = variable_name(option)
+        rows[option.name] = {"value": _shown_value(option, merged, settings), "source": source}
+    if is_json:
+        print_json(rows)
+        return 0
+    texts = {name: json.dumps(row["value"], ensure_ascii=False) for name, row in rows.items()}
+    width = max(map(len, texts.values()))
+    print("\n".join(f"{name:<16}{texts[name]:<{width}}  {row['source']}" for name, row in rows.items()))
+    return 0
+
+
 def run_command(argv: Sequence[str]) -> int:
     """Do what the command line says; return the exit code. Raise UsageError and StartupError."""
     args, flags = parse_command_line(argv)
@@ -15560,13 +16184,27 @@ def run_command(argv: Sequence[str]) -> int:
         raise UsageError(f"{command}: unexpected argument {rest[0]!r}")
     if _take_service_options(flags) != _NO_OPTIONS:
         raise UsageError("--user, --run_as and --copy are flags of service install")
-    settings = make_settings(flags)
+    is_json = flags.pop("json", False)
+    if command == "config":
+        return config_command(flags, is_json)
+    if is_json and command != "selftest":
+        raise UsageError(f"{command}: unexpected flag --json")
+    settings = make_settings(merge_environment(flags))
+    if command == "selftest":
+        return self_test(settings, is_json)
     leave_step()
     return run_supervised(settings)
 
 
+def escape_unencodable_output() -> None:
+    """Have letters that the encoding of standard output lacks written as \\u and digits, as on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main() -> int:
     """Run the program; return its exit code: 0, 1 when it cannot do its work, 2 for a wrong command line."""
+    escape_unencodable_output()
     try:
         return run_command(sys.argv[1:])
     except UsageError as error:
@@ -15575,6 +16213,9 @@ def main() -> int:
         return 2
     except StartupError as error:
         print_error(str(error))
+        return 1
+    except BrokenPipeError:  # of `help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
         return 1
 
 

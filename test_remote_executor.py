@@ -18,7 +18,8 @@ Every fenced block of README.md is tested too. Its info string says how, after t
     sh serve       its last line starts a daemon, which prints its ready line
     sh suite       the test commands; CI calls the first
     text help      equals what `remote_executor.py help` prints
-    sh, json, ini, xml, python, powershell: not run, but they parse, and the flags in them exist
+    powershell run   runs by pwsh, where there is one, against a daemon as above
+    sh, json, ini, xml, python, powershell, bat: not run, but they parse, and the flags in them exist
 
 The sections, in their order; a helper that two of them use stands in the harness:
 
@@ -1085,7 +1086,7 @@ def test_bodies_that_are_no_array_of_steps_are_refused(daemon: Daemon, body: byt
         ("[1].timeout", {"timeout": "soon"}),
         ("[1].timeout", {"timeout": "10"}),
         ("[1].timeout", {"timeout": "1h30"}),
-        ("[1].timeout", {"timeout": "1d"}),
+        ("[1].timeout", {"timeout": "1w"}),
         ("[1].timeout", {"timeout": "-1s"}),
         ("[1].timeout", {"timeout": "0s"}),
         ("[1].timeout", {"timeout": "9999999999h"}),
@@ -2075,6 +2076,31 @@ def test_handles_are_closed_after_500_steps(launch: Callable[..., Daemon]) -> No
 
 
 @windows_only
+def test_python_steps_write_at_once_unless_the_task_says_otherwise(daemon: Daemon, gate: Path) -> None:
+    says = f"import os, time\nprint('held')\n{until_open(gate)}"
+    task = daemon.submit(python(says), python(says, env_vars=["PYTHONUNBUFFERED="]), ansync="true")
+    daemon.until_printed(task, "held")
+    assert daemon.console(task, 1).data == []
+    gate.touch()
+    daemon.ended(task)
+    assert daemon.console(task, 1).data == ["held"]
+
+
+@posix_only
+@pytest.mark.parametrize("kind", ["sh", "bash", "dash", "ksh", "zsh", "csh"])
+def test_shell_script_whose_lines_end_with_crlf_runs(daemon: Daemon, kind: str) -> None:
+    if not shutil.which(kind):
+        pytest.skip(f"no {kind} on this host")
+    content = "if true\r\nthen echo one\r\nfi\r\necho two"
+    if kind == "csh":
+        content = "if ( 1 ) then\r\n  echo one\r\nendif\r\necho two\r\n"
+    assert daemon.output(step(content, kind)) == ["one", "two"]
+
+
+def test_shell_script_keeps_the_crlf_that_it_means() -> None:
+    assert module().encode_script("sh", "cat <<.\na\r\n.\n") == b"cat <<.\na\r\n.\n"
+
+
 def test_python_steps_take_the_launcher_where_there_is_no_python(launch: Callable[..., Daemon], tmp_path: Path) -> None:
     (tmp_path / "py.bat").write_text(f'@echo off\necho %1\n"{sys.executable}" %2\n')
     (tmp_path / "microsoft" / "windowsapps").mkdir(parents=True)
@@ -5789,6 +5815,10 @@ def test_access_by_insecure_is_open_and_says_so(launch: Callable[..., Daemon]) -
     assert daemon.request("GET", "/version", None, {"Origin": "https://evil.example"}).code == 403
 
 
+def test_token_file_has_one_line_that_ends_with_lf(daemon: Daemon) -> None:
+    assert re.fullmatch(rb"[0-9a-f]{64}\n", (daemon.root / "token").read_bytes())
+
+
 def test_token_is_secret_random_and_never_logged_nor_shown_to_steps(launch: Callable[..., Daemon]) -> None:
     daemon = launch("--debug")
     token = token_of(daemon)
@@ -7887,6 +7917,42 @@ def test_log_rotates_only_where_no_reader_holds_it(tmp_path: Path) -> None:
     handler.close()
 
 
+@pytest.mark.parametrize("flag", ["--addr=:0", "--require_token", "--insecure"])
+def test_log_begins_with_what_one_needs_to_go_on(launch: Callable[..., Daemon], flag: str) -> None:
+    daemon = launch(flag)
+    path = daemon.root / "token"
+    rules = {
+        "--addr=:0": f"clients need a token of {path}, but for this user's on this host",
+        "--require_token": f"every client needs a token of {path}",
+    }
+    told = wait_until(lambda: "to go on" in (log := daemon.log()) and log)
+    lines = [line.partition(" INFO ")[2] for line in told.splitlines() if " INFO " in line]
+    listens, host = ("on 127.0.0.1:", "127.0.0.1")
+    if flag == "--addr=:0":
+        listens, host = ("on every address of this host, port ", "localhost")
+    assert lines[0].endswith(f") listens {listens}{daemon.port}") and lines[1:] == [
+        f"its data is in {daemon.root}, a temporary directory: --root keeps it in another one",
+        *filter(None, [rules.get(flag)]),
+        f"to go on: open http://{host}:{daemon.port}/swagger/index.html in a browser",
+    ]
+
+
+def test_log_tells_how_each_task_has_ended(daemon: Daemon, gate: Path) -> None:
+    daemon.run(step(), id="log-good")
+    daemon.run(step(), step("exit 3", name="bad"), step(), id="log-bad")
+    daemon.run(held(gate, timeout="10ms"), id="log-late")
+    daemon.put(f"/api/v1/task/{daemon.submit(held(gate), id='log-stopped')}")
+    daemon.ended("log-stopped")
+    told = wait_until(lambda: "task log-stopped: " in (log := daemon.log()) and log)
+    lines = dict(re.findall(r"(\w+ task log-\w+): (.+)", re.sub(r"\d+\.\d{3} s\b", "N s", told)))
+    assert lines == {
+        "INFO task log-good": "succeeded in N s",
+        "WARNING task log-bad": "failed after N s: Step: 1, Name: bad, Exit Code: 3",
+        "WARNING task log-late": f"timed_out after N s: Step: 0, Name: log-late-0, Exit Code: 255: {TIMED_OUT}",
+        "WARNING task log-stopped": f"stopped after N s: Step: 0, Name: log-stopped-0, Exit Code: 255: {STOPPED}",
+    }
+
+
 def test_log_in_json_names_task_and_step(launch: Callable[..., Daemon], gate: Path) -> None:
     daemon = launch("--log_format=json", "--debug")
     task = daemon.submit(step(), held(gate), id="told")
@@ -7902,6 +7968,9 @@ def test_log_in_json_names_task_and_step(launch: Callable[..., Daemon], gate: Pa
     )
     assert all({"time", "level", "message", "thread"} <= set(one) for one in found)
     assert {(one["task"], one["step"]) for one in found if one["thread"] == "step"} == {(task, 0), (task, 1)}
+    end = wait_until(lambda: [one for one in events(daemon) if "result" in one])[0]
+    assert (end["level"], end["task"], end["result"], end["step"], end["code"]) == ("WARNING", task, "stopped", 1, 255)
+    assert 0 < end["seconds"] < 60
     audit = {(one["method"], one["task"]): one for one in found if "label" in one}
     assert audit["POST", task]["label"] == "local" and audit["PUT", task]["step"] == "1"
 
@@ -7977,7 +8046,7 @@ def test_log_that_is_read_again_tells_how_much_was_dropped(tmp_path: Path) -> No
 def test_changes_leave_an_audit_line_without_script_or_environment(
     launch: Callable[..., Daemon], tmp_path: Path, gate: Path
 ) -> None:
-    (tmp_path / "tokens").write_text("alpha # Ann's laptop\n")
+    (tmp_path / "tokens").write_bytes(b"alpha # Ann's laptop\r\n")
     daemon = launch(f"--token_file={tmp_path / 'tokens'}")
     held_step = held(gate)
     task = daemon.submit({**held_step, "env_vars": ["SECRET=sesame"]}, step("echo hush"), id="audited")
@@ -8140,6 +8209,53 @@ def test_log_file_that_is_deleted_begins_anew(launch: Callable[..., Daemon]) -> 
     shutil.rmtree(daemon.root / "logs")
     file = daemon.root / "logs" / "remote_executor.log"
     wait_until(lambda: daemon.run(step()) and file.exists() and "POST /api/v1/task" in file.read_text())
+
+
+@posix_only
+def test_log_file_that_is_renamed_is_opened_again(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    file = daemon.root / "logs" / "remote_executor.log"
+    file.rename(f"{file}.1")
+    daemon.run(step(), id="later")
+    wait_until(lambda: file.exists() and "task later" in file.read_text(), "the line in the new file")
+    assert "task later" not in Path(f"{file}.1").read_text()
+
+
+@posix_only
+def test_sighup_has_tokens_read_again_and_ends_no_daemon(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    before = token_of(daemon)
+    status = (daemon.root / "token").stat()
+    (daemon.root / "token").write_text("f" * len(before) + "\n")
+    os.utime(daemon.root / "token", ns=(status.st_atime_ns, status.st_mtime_ns))
+    daemon.ask_to_end(signal.SIGHUP)
+    wait_until(lambda: "SIGHUP: the log file is opened again" in daemon.log())
+    assert daemon.request("GET", "/version", None, {"Authorization": "Bearer " + "f" * len(before)}).status == 200
+    assert daemon.request("GET", "/version", None, {"Authorization": f"Bearer {before}"}).status == 401
+
+
+@posix_only
+def test_daemon_ends_with_the_terminal_that_it_was_started_in(launch: Callable[..., Daemon]) -> None:
+    master, terminal = os.openpty()
+    name = os.ttyname(terminal)
+    daemon = launch(
+        program=with_faults(
+            "import fcntl, os, termios\nos.setsid()\n"
+            f"fcntl.ioctl(os.open({name!r}, os.O_RDWR), termios.TIOCSCTTY, 0)"
+        )
+    )
+    os.close(terminal)
+    daemon.ask_to_end(signal.SIGHUP)
+    wait_until(lambda: "SIGHUP: " in daemon.log())
+    os.close(master)
+    assert daemon.await_end() == 0 and "the terminal is gone" in daemon.log()
+
+
+def test_daemon_leaves_nothing_open_at_its_end(launch: Callable[..., Daemon]) -> None:
+    arguments = ["-X", "dev", "-W", "error", *PYTHON[1:], str(PROGRAM)]
+    daemon = launch(program=[sys.executable, *arguments])
+    daemon.run(step())
+    assert daemon.end() == 0 and "Warning" not in daemon.log(), daemon.log()
 
 
 @linux_only
@@ -8309,7 +8425,7 @@ def test_flags_are_taken_in_every_form(tmp_path: Path, spell: str, form: str) ->
         ["run", "--pool_size=1.5"],
         ["run", "--key_expire=5"],
         ["run", "--key_expire=-1h"],
-        ["run", "--key_expire=1d"],
+        ["run", "--key_expire=1w"],
         ["run", "--exec_timeout=soon"],
         ["run", "--exec_timeout=0s"],
         ["run", "--timeout=0"],
@@ -8357,7 +8473,89 @@ def test_help_man_is_a_manual_page() -> None:
     result = cli("--help-man")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(".TH ")
-    assert ".SH" in result.stdout and re.search(r"pool\\?_size", result.stdout)
+    assert re.search(r"pool\\?_size", result.stdout)
+    heads = ["NAME", "SYNOPSIS", "COMMANDS", "OPTIONS", "ENVIRONMENT", "FILES", "EXIT STATUS", "EXAMPLES"]
+    assert re.findall(r"^\.SH (.+)$", result.stdout, re.MULTILINE) == heads
+    assert {f".B {name}" for name in ("run", "service", "config", "selftest")} <= {
+        " ".join(line.split()[:2]) for line in result.stdout.splitlines()
+    }
+
+
+VARIABLES = {
+    "REMOTE_EXECUTOR_POOL_SIZE": "7",
+    "REMOTE_EXECUTOR_KEY_EXPIRE": "2d",
+    "REMOTE_EXECUTOR_DEBUG": "True",
+    "REMOTE_EXECUTOR_CORS_ORIGIN": "https://a https://b",
+    "REMOTE_EXECUTOR_TLS_CERT": "",
+    "REMOTE_EXECUTOR_MAX_REQUESTS": "5",
+}
+
+
+def test_flags_come_from_the_environment_which_no_step_sees(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--max-requests=9", "--no-debug", env=VARIABLES)
+    assert daemon.get("/api/v1/pool").data["size"] == 7
+    shown = daemon.output(python("import os\nfor name in os.environ: print(name)"))
+    assert [name for name in shown if name.startswith("REMOTE_EXECUTOR_")] == ["REMOTE_EXECUTOR_STEP"]
+    assert " DEBUG " not in daemon.log()
+
+
+def test_config_shows_each_value_and_where_it_comes_from(tmp_path: Path) -> None:
+    root = str(tmp_path / "шаг")
+    done = cli("config", "--json", f"--root={root}", "--no-debug", env={**VARIABLES, "PYTHONIOENCODING": "cp1252"})
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = {name: (row["value"], row["source"]) for name, row in json.loads(done.stdout).items()}
+    assert {option.name for option in module().OPTIONS} == set(shown)
+    assert shown["pool_size"] == (7, "REMOTE_EXECUTOR_POOL_SIZE") and shown["tls_cert"] == ("", "default")
+    assert shown["debug"] == (False, "command line") and shown["exec_timeout"] == ("24h", "default")
+    assert shown["root"] == (root, "command line") and shown["token_file"] == (root + "/token", "default")
+    assert shown["cors_origin"] == (["https://a", "https://b"], "REMOTE_EXECUTOR_CORS_ORIGIN")
+    lines = cli("config", env=VARIABLES).stdout.splitlines()
+    assert lines[0].split() == ["addr", '":2376"', "default"] and len(lines) == len(shown)
+
+
+@pytest.mark.parametrize(
+    "name, value, told",
+    [
+        ("POOL_SIZE", "0", "REMOTE_EXECUTOR_POOL_SIZE: '0' is out of range: expected 1 to 10000"),
+        ("DEBUG", "perhaps", "REMOTE_EXECUTOR_DEBUG: invalid value 'perhaps': expected true or false"),
+        ("CORS_ORIGIN", "https://a b", "REMOTE_EXECUTOR_CORS_ORIGIN: invalid origin 'b'"),
+        ("TLS_KEY", "x", "--tls_key needs --tls_cert"),
+    ],
+)
+def test_variable_out_of_rule_is_refused_in_a_line(name: str, value: str, told: str) -> None:
+    for command in ("run", "config"):
+        assert told in refused(cli(command, env={f"REMOTE_EXECUTOR_{name}": value}), 2)
+
+
+def test_variable_that_stands_for_no_flag_is_told() -> None:
+    done = cli("config", env={"REMOTE_EXECUTOR_ADR": ":1"})
+    assert done.returncode == 0 and "REMOTE_EXECUTOR_ADR stands for no flag" in done.stderr
+
+
+def test_selftest_tries_this_host_and_leaves_nothing(tmp_path: Path) -> None:
+    place = {"TMPDIR": str(tmp_path), "TEMP": str(tmp_path), "TMP": str(tmp_path)}
+    done = cli("selftest", "--json", "--addr=127.0.0.1:0", env={**place, "REMOTE_EXECUTOR_TLS_CERT": "none"})
+    report = json.loads(done.stdout)
+    assert (done.returncode, done.stderr, report["ok"], report["host"]["name"]) == (0, "", True, ""), report
+    results = {check["name"]: check["result"] for check in report["checks"]}
+    needed = ("start", "stop", "restart", "python", SHELL)
+    assert {name: results[name] for name in needed} == dict.fromkeys(needed, "ok"), report
+    assert {"root", "port", "descriptors", "processes", "home", "clock", "encoding"} < set(results)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_selftest_looks_at_a_root_on_a_drive_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code = module()
+    monkeypatch.setattr(os.path, "isdir", lambda path: False)
+    assert str(tmp_path / "root") in code._look_at_root(code.make_settings({"root": str(tmp_path / "root")}))
+
+
+@posix_only
+def test_selftest_says_what_does_not_work_and_ends_with_1(tmp_path: Path) -> None:
+    done = cli("selftest", env={"TMPDIR": str(tmp_path), "PATH": str(tmp_path)})
+    assert done.returncode == 1 and list(tmp_path.iterdir()) == []
+    assert re.search(r"^FAILED +stop +the step wrote nothing: .*sh is not on the PATH", done.stdout, re.MULTILINE)
+    assert done.stdout.splitlines()[-1].startswith("something FAILED (")
 
 
 def test_help_needs_no_root_and_leaves_no_file(tmp_path: Path) -> None:
@@ -8373,6 +8571,59 @@ def test_version_flag_prints_the_version() -> None:
     )
     assert told and told[1] == version() and re.fullmatch(LOCAL_TIME, told[3])
     assert (told[4], told[5]) == (sys.implementation.name, sys.version.split()[0])
+
+
+def test_version_of_an_exe_shows_the_time_of_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    exe = tmp_path / "remote_executor.exe"
+    exe.touch()
+    os.utime(exe, (1_600_000_000, 1_600_000_000))
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(sys, "executable", str(exe))
+    assert local_seconds(module()._modification_time()) == 1_600_000_000
+
+
+def old_python(version: str) -> str | None:
+    """A Python of this version, of the PATH or of pyenv."""
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    kept = next(versions.glob(f"{version}.*/bin/python"), None)
+    return str(kept) if kept else shutil.which(f"python{version}")
+
+
+@posix_only
+@pytest.mark.parametrize("version", ["2.7", "3.6", "3.7", "3.8"])
+def test_python_that_is_too_old_is_told_what_is_needed(version: str) -> None:
+    python = old_python(version) or pytest.skip(f"no Python {version} on this host")
+    told = subprocess.run([python, str(PROGRAM), "run"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert told.returncode == 1 and "needs Python 3.9 or later" in told.stderr
+
+
+def test_python_that_is_too_old_finds_nothing_before_the_line_that_says_so() -> None:
+    above = source().partition("\n@(unique)  # needs Python 3.9 or later")[0]
+    kinds = (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)
+    assert above != source() and [at(node) for node in ast.parse(above).body if not isinstance(node, kinds)] == []
+
+
+def test_output_never_fails_for_a_letter(tmp_path: Path) -> None:
+    (tmp_path / "Данные").mkdir()
+    place = str(tmp_path / "Данные")
+    done = cli("help", env={"PYTHONIOENCODING": "cp1252", "TMPDIR": place, "TEMP": place, "TMP": place})
+    assert (done.returncode, done.stderr) == (0, "") and r"\u0414\u0430\u043d\u043d\u044b\u0435" in done.stdout
+
+
+@posix_only
+def test_output_that_nobody_reads_any_more_is_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-u", str(PROGRAM), "help"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@windows_only
+@pytest.mark.parametrize("root", [r"C:\con", r"C:\con\x", r"\\.\nul", r"C:\a<b"])
+def test_root_that_windows_refuses_is_told_in_a_line(root: str) -> None:
+    assert "--root: " in refused(cli("run", "--addr=127.0.0.1:0", f"--root={root}"), 1)
 
 
 def test_root_by_default_is_in_the_temporary_directory(tmp_path: Path) -> None:
@@ -9475,6 +9726,8 @@ def test_durations_print_as_go_prints_them(text: str, ns: int) -> None:
         ("1.5h", 5400 * 10**9),
         ("5us", 5_000),
         ("5μs", 5_000),
+        ("2d", 172_800 * 10**9),
+        ("1d12h", 129_600 * 10**9),
     ]
     + [
         ("3h30m", 12_600 * 10**9),
@@ -9491,7 +9744,7 @@ def test_durations_parse_as_go_parses_them(text: str, ns: int | None) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "3", "s", ".", "-.", ".s", "+.s", "1d", "1h 2m", "１s", "1e3s", "9223372036854775808ns", "--1s", "3000000h"],
+    ["", "3", "s", ".", "-.", ".s", "+.s", "1w", "1h 2m", "１s", "1e3s", "9223372036854775808ns", "--1s", "3000000h"],
 )
 def test_durations_that_go_refuses_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(text))):
@@ -9915,7 +10168,7 @@ def test_readme_blocks_run_and_answer_as_shown(launch: Callable[..., Daemon], tm
     shutil.copytree(HERE, place, ignore=shutil.ignore_patterns(".*", "__pycache__", "build"))
     assert any(block.how == "run" for block in pages)
     for block, then in zip(pages, [*pages[1:], Block(0, "", "", "")]):
-        if block.how == "run":
+        if block.how == "run" and block.language == "sh":
             printed = run_block(block, daemon, place)
             if then.how in ("answer", "shape", "output"):
                 end = time.monotonic() + (0 if re.search(r" (-d|-X ?P|--data)", block.text) else 30)
@@ -9942,6 +10195,17 @@ def run_block(block: Block, daemon: Daemon, place: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.skipif(not shutil.which("pwsh"), reason="no pwsh on this host")
+def test_readme_blocks_of_powershell_run(daemon: Daemon, tmp_path: Path) -> None:
+    text = "\n".join(block.text for block in blocks() if (block.language, block.how) == ("powershell", "run"))
+    file = tmp_path / "blocks.ps1"
+    file.write_text("$ErrorActionPreference = 'Stop'\n" + text.replace("localhost:2376", f"localhost:{daemon.port}"))
+    command = ["pwsh", "-NoProfile", "-NonInteractive", "-File", str(file)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "success" in done.stdout and "release-2-1" in done.stdout, done
+    assert daemon.ended("release-2").data[0]["code"] == 0
+
+
 @posix_only
 def test_readme_blocks_that_serve_print_the_ready_line(launch: Callable[..., Daemon], tmp_path: Path) -> None:
     pages = [block for block in blocks() if block.how == "serve"]
@@ -9958,7 +10222,7 @@ def test_readme_blocks_that_serve_print_the_ready_line(launch: Callable[..., Dae
 
 def test_readme_says_how_every_block_is_tested() -> None:
     told = {"run", "answer", "shape", "output", "serve", "suite", "help"}
-    parsed = {"sh", "json", "ini", "xml", "python", "powershell"}
+    parsed = {"sh", "json", "ini", "xml", "python", "powershell", "bat"}
     wrong = [
         f"README.md:{one.line}" for one in blocks() if one.how not in told and (one.how or one.language not in parsed)
     ]
