@@ -8424,7 +8424,7 @@ def _log_end(task: Task, now_ns: int) -> None:
     if failed is None:
         log.info("%s: succeeded in %.3f s", task, seconds, extra={"log_fields": fields})
         return
-    result = task_result(task.stop_reason, [failed.result])
+    result = task_result(task.stop_reason, [failed.result]).value
     fields.update(result=result, step=failed.index, code=failed.code)
     failure = format_failure(failed.index, failed.name, failed.code, failed.reason)
     log.warning("%s: %s after %.3f s: %s", task, result, seconds, failure, extra={"log_fields": fields})
