@@ -5356,6 +5356,28 @@ def test_lists_are_read_by_an_index(house: House) -> None:
     connection.close()
 
 
+@pytest.mark.parametrize("how", ["delay", "at"])
+def test_start_that_is_due_follows_no_change_of_the_wall_clock(
+    house: House, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    real, now = time.time_ns, datetime.datetime.now(datetime.timezone.utc)
+    at = (now + datetime.timedelta(hours=1)).isoformat()
+    house.start()
+    number = house.submit(step(), **{how: "1h" if how == "delay" else at}).task_number
+    hour_ns = 3600 * 10**9
+    for hours in (48, -48):
+        monkeypatch.setattr(time, "time_ns", lambda hours=hours: real() + hours * hour_ns)
+        house.scheduler.start_delayed_tasks()
+        assert house.scheduler.pool().waiting == 0 and not house.processes.trees
+    due_ns = house.scheduler.next_deadline_ns() - house.clock.now_ns()
+    assert 0.99 * hour_ns < due_ns <= hour_ns
+    clock = house.clock.now_ns
+    monkeypatch.setattr(house.clock, "now_ns", lambda: clock() + hour_ns)
+    house.scheduler.start_delayed_tasks()
+    house.tree().end(0)
+    assert house.ended(number) == [(0, 0, "")]
+
+
 def test_begin_that_comes_after_a_pause_does_not_begin(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step has a slot and its files by then."""
     prepare = house.runner._prepare
