@@ -6653,7 +6653,8 @@ def test_files_of_any_size_pass_in_flat_memory(launch: Callable[..., Daemon], ga
 @windows_only
 def test_junctions_lead_nowhere(workspace: Workspace, outside: Path) -> None:
     place = workspace.place / "junction"
-    if subprocess.run(f'mklink /J "{place}" "{outside}"', shell=True, capture_output=True).returncode:
+    subprocess.run(f'mklink /J "{place}" "{outside}"', shell=True, capture_output=True)
+    if not os.path.lexists(place):
         pytest.skip("this system makes no junctions")
     for method, name in [("GET", ""), ("GET", "/output"), ("PUT", "/new"), ("DELETE", "/output")]:
         assert workspace.ask(method, f"/junction{name}", b"x").status == 409
