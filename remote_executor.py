@@ -12318,6 +12318,10 @@ def entry_json(name: str, status: os.stat_result, url: str) -> Json:
     return value
 
 
+def _next_entries(entries: Iterator[os.DirEntry[str]]) -> list[os.DirEntry[str]]:
+    return sorted(itertools.islice(entries, _LISTED_AT_ONCE), key=lambda entry: entry.name)
+
+
 def _entry_schema() -> Json:
     return object_schema(
         {
@@ -12498,18 +12502,21 @@ class WorkspaceApi:
         separator = b""
         with contextlib.ExitStack() as closing:
             entries: Iterator[os.DirEntry[str]] = iter(())
+            some: list[os.DirEntry[str]] = []
             try:
                 workspace = closing.enter_context(self._files.enter(*place.workspace))
                 entries = closing.enter_context(workspace.enter(*place.names)).entries()
+                some = _next_entries(entries)  # before the first byte is sent, for it may fail
             except FileNotFoundError:
                 if place.names:
                     raise
             yield b'{"code":0,"message":"success","data":['
-            while some := sorted(itertools.islice(entries, _LISTED_AT_ONCE), key=lambda entry: entry.name):
+            while some:
                 block = [*self._entries_json(some, url)]
                 if block:
                     yield separator + to_json(block)[1:-1].encode()
                     separator = b","
+                some = _next_entries(entries)
             yield b"]}"
 
     def _entries_json(self, entries: Iterable[os.DirEntry[str]], url: str) -> Iterator[Json]:
