@@ -2399,62 +2399,46 @@ _HELD_STATES = (1, 4, 5)
 _MAPPED_BYTES = bytes(10) + b"\xff\xff"
 
 
-class SocketDiagnosis:
-    """Asks Linux who holds single TCP sockets of this host, by a descriptor that is kept. Thread-safe."""
+def _user_of_socket(peer: _Address, ours: _Address) -> int | None:
+    """Return the uid that holds the peer's end of a connection, None where Linux does not say.
 
-    def __init__(self, descriptors: DescriptorReserve) -> None:
-        self._descriptors = descriptors
-        self._lock = threading.Lock()  # guards what is below, from a question to its answer
-        self._socket: socket.socket | None = None
-
-    def user(self, peer: _Address, ours: _Address) -> int | None:
-        """Return the uid that holds the peer's end, None where the kernel does not say. Raises OSError for want of any.
-
-        What it does not know by its ends, or cannot say at all, its table may still show.
-        """
-        peer_ip = ipaddress.ip_address(peer[0])
-        addresses = (peer_ip.packed, ipaddress.ip_address(ours[0]).packed)
-        padded = [address.ljust(16, b"\0") for address in addresses]
-        wanted = _DIAG_SOCKET.pack(peer[1], ours[1], *padded, _LOOPBACK_INDEX, _ANY_COOKIE)
-        family = socket.AF_INET if peer_ip.version == 4 else socket.AF_INET6
-        question = _DIAG_QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0) + wanted
-        try:
-            answer = self._ask(question)
-        except OSError as error:
-            if error.errno in RESOURCE_ERRNOS:
-                raise
-            return None
-        if len(answer) < _DIAG_ANSWER.size:
-            return None
-        _, state, found, user, inode = _DIAG_ANSWER.unpack_from(answer)
-        port, other_port, address, other_address, _, _ = _DIAG_SOCKET.unpack(found)
-        # It may be a listener on that port, or nobody's any more: then it has no inode, and its uid means nothing.
-        is_held = state in _HELD_STATES and inode != 0
-        ends = (port, other_port, _unmapped(address), _unmapped(other_address))
-        if is_held and ends == (peer[1], ours[1], *padded):
-            return int(user)
+    What it does not find by these ends, or cannot tell at all, its table may still show. Raises OSError for want of
+    descriptors or memory.
+    """
+    peer_ip = ipaddress.ip_address(peer[0])
+    addresses = (peer_ip.packed, ipaddress.ip_address(ours[0]).packed)
+    padded = [address.ljust(16, b"\0") for address in addresses]
+    wanted = _DIAG_SOCKET.pack(peer[1], ours[1], *padded, _LOOPBACK_INDEX, _ANY_COOKIE)
+    family = socket.AF_INET if peer_ip.version == 4 else socket.AF_INET6
+    try:
+        answer = _ask_kernel(_DIAG_QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0) + wanted)
+    except OSError as error:
+        if error.errno in RESOURCE_ERRNOS:
+            raise
         return None
+    if len(answer) < _DIAG_ANSWER.size:
+        return None
+    _, state, found, user, inode = _DIAG_ANSWER.unpack_from(answer)
+    port, other_port, address, other_address, _, _ = _DIAG_SOCKET.unpack(found)
+    # It may be a listener on that port, or nobody's any more: then it has no inode, and its uid means nothing.
+    is_held = state in _HELD_STATES and inode != 0
+    ends = (port, other_port, _unmapped(address), _unmapped(other_address))
+    if is_held and ends == (peer[1], ours[1], *padded):
+        return int(user)
+    return None
 
-    def _ask(self, question: bytes) -> bytes:
-        """Return the kernel's answer, empty if it has found none. Raises OSError."""
-        size = _NETLINK_HEADER.size
-        header = _NETLINK_HEADER.pack(size + len(question), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
-        with self._lock:
-            try:
-                if self._socket is None:
-                    with self._descriptors.lend_if_scarce(look_now=True):
-                        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
-                self._socket.sendto(header + question, (0, 0))
-                answer, sender = self._socket.recvfrom(4096, socket.MSG_DONTWAIT)  # it is there when sendto() returns
-            except OSError:
-                if self._socket is not None:
-                    self._socket.close()  # or a later question might get this one's answer
-                self._socket = None
-                raise
-        kind = _NETLINK_HEADER.unpack_from(answer)[1]
-        if kind != _SOCK_DIAG_BY_FAMILY or sender[0] != 0:
-            return b""
-        return answer[size:]
+
+def _ask_kernel(question: bytes) -> bytes:
+    """Return what the kernel says of a socket, empty if it has found none. Raises OSError."""
+    size = _NETLINK_HEADER.size
+    header = _NETLINK_HEADER.pack(size + len(question), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
+        kernel.sendto(header + question, (0, 0))
+        answer, sender = kernel.recvfrom(4096, socket.MSG_DONTWAIT)  # it is there when sendto() returns
+    kind = _NETLINK_HEADER.unpack_from(answer)[1]
+    if kind != _SOCK_DIAG_BY_FAMILY or sender[0] != 0:
+        return b""
+    return answer[size:]
 
 
 def _unmapped(address: bytes) -> bytes:
@@ -2472,7 +2456,6 @@ class LocalPeers:
 
     def __init__(self, descriptors: DescriptorReserve) -> None:
         self._descriptors = descriptors
-        self._diagnosis = SocketDiagnosis(descriptors)
         self._lock = threading.Lock()  # guards all below
         self._tables: dict[str, tuple[float, _Users]] = {}  # by name, when its reading began, and the content
 
@@ -2485,7 +2468,8 @@ class LocalPeers:
         if ON_WINDOWS:
             return None
         if ON_LINUX:
-            user = self._diagnosis.user(peer, ours)
+            with self._descriptors.lend_if_scarce(look_now=True):
+                user = _user_of_socket(peer, ours)
             if user is not None:
                 return user
         ends = (_kernel_address(*peer), _kernel_address(*ours))

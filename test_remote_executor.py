@@ -5162,12 +5162,13 @@ def hosts(port: int) -> dict[str, bool]:
     }
 
 
+LINK_MARKS = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
 MARKS: dict[str, dict[str, str]] = {
     "none": {},
     "own origin": {"Origin": "{scheme}://{host}"},
     "own origin by the other scheme": {"Origin": "{other}://{host}"},  # a proxy ends TLS
-    "link on another site": {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},
-    "frame of another site": {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"},
+    "link on another site": {**LINK_MARKS, "Sec-Fetch-Dest": "document"},
+    "frame of another site": {**LINK_MARKS, "Sec-Fetch-Dest": "iframe"},
     "foreign origin": {"Origin": "https://attacker.example"},
     "null origin": {"Origin": "null"},
     "cross-site": {"Sec-Fetch-Site": "cross-site"},
@@ -5500,7 +5501,9 @@ def half_closed(link: socket.socket) -> None:
 @linux_only
 @pytest.mark.parametrize("change", [None, half_closed, socket.socket.close])
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.9.8.7", "::1", "::ffff:127.0.0.1"])
-def test_users_of_connections_are_told_by_the_socket_and_by_the_table(address: str, change: Any) -> None:
+def test_users_of_connections_are_told_by_the_socket_and_by_the_table(
+    monkeypatch: pytest.MonkeyPatch, address: str, change: Any
+) -> None:
     if not has_ipv6():
         pytest.skip("no IPv6 on this host")
     code, client = module(), socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
@@ -5511,12 +5514,11 @@ def test_users_of_connections_are_told_by_the_socket_and_by_the_table(address: s
             ends = [(str(code._parse_ip(pair[0])), pair[1]) for pair in pairs]
             if change:
                 change(client)
-            by_table = code.LocalPeers(code.DescriptorReserve())
-            by_table._diagnosis.user = lambda *_: None
             expected = None if change is socket.socket.close else os.geteuid()
-            assert code.SocketDiagnosis(code.DescriptorReserve()).user(*ends) == expected
+            assert code._user_of_socket(*ends) == expected
+            monkeypatch.setattr(code, "_user_of_socket", lambda *_: None)
             with pytest.raises(LookupError) if expected is None else contextlib.nullcontext():
-                assert by_table.user(*ends) == expected
+                assert code.LocalPeers(code.DescriptorReserve()).user(*ends) == expected
 
 
 def test_access_of_a_client_that_half_closes(daemon: Daemon) -> None:
@@ -5609,7 +5611,7 @@ FORWARDS: list[tuple[dict[str, str], str, str]] = [  # what proxies say; whose r
     ({"X-Forwarded-Prefix": "//evil"}, "", ""),
     ({"X-Forwarded-Prefix": "/a/../b"}, "", ""),
     ({"X-Forwarded-Prefix": "/a?b"}, "", ""),
-    *(({"Forwarded": text}, "", "") for text in ("for", "for=", "for=1.1.1.1;for=1.1.1.1", "for=1.1.1.1,", 'for="a', ";")),
+    *(({"Forwarded": text}, "", "") for text in ("for", "for=", "for=1.1.1.1;for=1.1.1.1", "for=a,", 'for="a', ";")),
 ]
 
 
@@ -5655,7 +5657,7 @@ def test_short_tokens_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFix
     code = module()
     (tmp_path / "token").write_text("0123456789abcdef\nalpha # short\n# comment\n")
     code.Authenticator(code.make_settings({}), str(tmp_path), code.DescriptorReserve()).start()
-    assert [record.args for record in caplog.records if "short" in record.getMessage()] == [(2,)]
+    assert [record.args for record in caplog.records if "is short" in record.getMessage()] == [(2,)]
 
 
 def test_page_of_an_allowed_origin_may_ask_first(guarded: Daemon) -> None:
