@@ -18,6 +18,7 @@ Every fenced block of README.md is tested too. Its info string says how, after t
     sh serve       its last line starts a daemon, which prints its ready line
     sh suite       the test commands; CI calls the first
     text help      equals what `remote_executor.py help` prints
+    nginx          forwards requests to a daemon, where nginx is on this host
     sh, json, ini, xml, python, powershell: not run, but they parse, and the flags in them exist
 
 The sections, in their order; a helper that two of them use stands in the harness:
@@ -8990,7 +8991,7 @@ def test_readme_blocks_that_serve_print_the_ready_line(launch: Callable[..., Dae
 
 def test_readme_says_how_every_block_is_tested() -> None:
     told = {"run", "answer", "shape", "output", "serve", "suite", "help"}
-    parsed = {"sh", "json", "ini", "xml", "python", "powershell"}
+    parsed = {"sh", "json", "ini", "xml", "python", "powershell", "nginx"}
     wrong = [
         f"README.md:{one.line}" for one in blocks() if one.how not in told and (one.how or one.language not in parsed)
     ]
@@ -9011,6 +9012,39 @@ def test_readme_blocks_that_are_not_run_parse(block: Block) -> None:
         compile(block.text, "README.md", "exec")
     elif block.language == "sh" and not WINDOWS:
         assert subprocess.run(["sh", "-n", "-c", block.text]).returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="no nginx on this host")
+def test_readme_proxy_leads_to_a_daemon_and_its_urls_back(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon, port = launch("--trusted_proxy=127.0.0.1"), free_port()
+    (location,) = [block.text for block in blocks() if block.language == "nginx"]
+    server = f"listen 127.0.0.1:{port}; access_log off; {location.replace('2376', str(daemon.port))}"
+    paths = [f"{name}_temp_path {tmp_path / name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")]
+    conf = f"daemon off; pid {tmp_path / 'pid'}; events {{}} http {{ {' '.join(paths)} server {{ {server} }} }}"
+    (tmp_path / "nginx.conf").write_text(conf)
+    command = ["nginx", "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "errors"), "-g", "user root;"]
+    proxy = subprocess.Popen(command if os.geteuid() == 0 else command[:-2])
+    try:
+        wait_until(lambda: listens(port), "nginx")
+        base, token = f"http://127.0.0.1:{port}/executor", {"Authorization": f"Bearer {token_of(daemon)}"}
+        headers = {**token, "Origin": f"https://127.0.0.1:{port}", "X-Forwarded-Host": "evil", "Forwarded": "host=evil"}
+        answer = by_url("POST", f"{base}/api/v1/task", headers, json.dumps([step()]))
+        assert answer.data["url"].startswith(f"{base}/api/v1/task/")
+        assert by_url("HEAD", answer.data["url"], token).status == 200
+        redirect = by_url("GET", f"{base}/swagger", {})
+        assert urllib.parse.urljoin(f"{base}/swagger", redirect.headers["Location"]) == f"{base}/swagger/index.html"
+        assert by_url("GET", f"{base}/version", {"Host": "localhost"}).status == 401
+    finally:
+        proxy.terminate()
+        proxy.wait(30)
+
+
+def by_url(method: str, url: str, headers: dict[str, str], body: str | None = None) -> Answer:
+    parts = urllib.parse.urlsplit(url)
+    with contextlib.closing(http.client.HTTPConnection(parts.netloc, timeout=30)) as connection:
+        connection.request(method, parts.path, body, headers)
+        response = connection.getresponse()
+        return Answer(response.status, response.headers, response.read())
 
 
 def test_readme_blocks_use_flags_that_exist() -> None:
