@@ -11396,7 +11396,7 @@ def profile_components() -> Components:
     addresses = {"schema": {"type": "string"}, "example": "0x7f0000000000+0x7f0000000010"}
     return Components(
         parameters=parameter_objects("query", parameters),
-        request_bodies={"Addresses": {"content": {"text/plain": addresses}}},
+        request_bodies={"Addresses": {"content": {"text/plain": addresses, "application/octet-stream": addresses}}},
         responses={
             "Text": text_response_object("Text", "text/plain"),
             "Profile": text_response_object(description, _PROFILE_TYPE[1], "text/plain"),

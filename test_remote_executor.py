@@ -6936,6 +6936,80 @@ def test_document_fuzzed_finds_no_answer_outside_it(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout
 
 
+# What people write who have generated a client: it submits, follows, reads, stops, and sizes the pool.
+PYTHON_DRIVER = """
+import sys, time
+from generated import Client
+from generated.api.pool import post_api_v1_pool
+from generated.api.tasks import (get_api_v1_task_task, get_api_v1_task_task_step_console, post_api_v1_task,
+    put_api_v1_task_task)
+from generated.models import PoolSize, SubmittedStep, SubmittedStepCommandType
+client = Client(sys.argv[1])
+step = SubmittedStep(command_type=SubmittedStepCommandType.PYTHON, command_content="print('typed')")
+task = post_api_v1_task.sync(client=client, body=[step]).data.id
+while get_api_v1_task_task.sync(task, client=client).code == 1001:
+    time.sleep(0.05)
+lines = get_api_v1_task_task_step_console.sync(task, "0", client=client).data
+stopped = put_api_v1_task_task.sync(task, client=client).code
+print(*lines, stopped, post_api_v1_pool.sync(client=client, body=PoolSize(size=7)).data.size)
+"""
+TYPESCRIPT_DRIVER = """
+import { client } from "./generated/client.gen";
+import * as api from "./generated";
+declare const process: { argv: string[] };
+client.setConfig({ baseUrl: process.argv[2] });
+async function main() {
+  const body = [{ command_type: "python" as const, command_content: "print('typed')" }];
+  const path = { task: (await api.postApiV1Task({ body, throwOnError: true })).data.data.id };
+  while ((await api.getApiV1TaskTask({ path, throwOnError: true })).data.code === 1001)
+    await new Promise((done) => setTimeout(done, 50));
+  const shown = await api.getApiV1TaskTaskStepConsole({ path: { ...path, step: "0" }, throwOnError: true });
+  const lines = "data" in shown.data ? shown.data.data : [];
+  const stopped = await api.putApiV1TaskTask({ path, throwOnError: true });
+  const pool = await api.postApiV1Pool({ body: { size: 7 }, throwOnError: true });
+  console.log(...lines, stopped.data.code, pool.data.data.size);
+}
+main();
+"""
+
+
+def fetched(place: Path, *command: str) -> None:
+    """Runs a command that fetches; skips the test where what it asks cannot be reached."""
+    if not shutil.which(command[0]) or subprocess.run(command, cwd=place, capture_output=True).returncode:
+        pytest.skip(f"not to be had here: {command[-1]}")
+
+
+def printed(place: Path, *command: str) -> str:
+    result = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.build
+@posix_only
+def test_document_makes_a_python_client_that_drives_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "document.json").write_bytes(daemon.get("/openapi.json").body)
+    (tmp_path / "driver.py").write_text(PYTHON_DRIVER)
+    python = str(tmp_path / "venv/bin/python")
+    fetched(tmp_path, sys.executable, "-m", "venv", "venv")
+    fetched(tmp_path, python, "-m", "pip", "install", "--quiet", "openapi-python-client")
+    generator = ("-m", "openapi_python_client", "generate", "--meta=none", "--output-path=generated")
+    printed(tmp_path, python, *generator, "--path=document.json")
+    assert printed(tmp_path, python, "driver.py", f"http://127.0.0.1:{daemon.port}") == "typed 1003 7\n"
+
+
+@pytest.mark.build
+@posix_only
+def test_document_makes_a_typescript_client_that_drives_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "document.json").write_bytes(daemon.get("/openapi.json").body)
+    (tmp_path / "driver.ts").write_text(TYPESCRIPT_DRIVER)
+    fetched(tmp_path, "npm", "install", "--no-fund", "--no-audit", "typescript@5", "@hey-api/openapi-ts")
+    printed(tmp_path, "npx", "openapi-ts", "-i", "document.json", "-o", "generated")
+    options = ("--strict", "--target", "es2022", "--module", "commonjs", "--moduleResolution", "node10")
+    printed(tmp_path, "npx", "tsc", *options, "--lib", "es2022,dom,dom.iterable", "--outDir", "out", "driver.ts")
+    assert printed(tmp_path, "node", "out/driver.js", f"http://127.0.0.1:{daemon.port}") == "typed 1003 7\n"
+
+
 @pytest.mark.parametrize("path", ["/swagger", "/swagger/"])
 def test_page_is_where_the_short_paths_lead(daemon: Daemon, path: str) -> None:
     answer = daemon.get(path)
