@@ -7975,10 +7975,12 @@ def error_response(error: ApiError) -> Response:
 #
 #     request smuggling (CWE-444)   A proxy before us must never see the border between two requests elsewhere. So what
 #                                   RFC 9112 lets a server repair is refused: bare CR or LF, folded lines, a space
-#                                   before the colon, both body lengths or one twice, any coding but chunked.
+#                                   before the colon, both body lengths or one twice, any coding but chunked. Only an
+#                                   empty line before a request is ignored.
 #     an ambiguous Host             The access rules trust it: it comes once, without user, path or control character.
 #     leaving a path                The path is split into segments, then each is decoded, once: %2f separates nothing,
-#                                   %252e%252e is no parent directory.
+#                                   %252e%252e is no parent directory. Other bytes than UTF-8 are refused.
+#     forged forwarding             What a proxy says is read of a --trusted_proxy alone, and as strictly as Host.
 #     exhausting memory             Head, fields, lines of chunks and bodies are bounded, a body by its declared length
 #                                   before a byte of it is read.
 #     exhausting time (slowloris)   One deadline for the head and one for the body, not a timeout for each read: a byte
@@ -8489,7 +8491,8 @@ def _match_template(template: _Segments, segments: _Segments) -> dict[str, str] 
 #     a page by DNS rebinding       Its name has come to mean this host, so for the browser it calls its own origin; but
 #                                   Host still has that name. Without a token, Host must be a name of this host, with
 #                                   our port or none.
-#     a stranger through a proxy    The proxy connects from this host, but adds Forwarded, Via or the like.
+#     a stranger through a proxy    The proxy connects from this host, but adds Forwarded, Via or the like. Trusted or
+#                                   not, its clients need a token: what is trusted is only whom it says they are.
 #     another user of this host     The kernel knows the user at the other end of a local TCP connection (Linux; other
 #                                   systems do not say, there all users of the host are let in).
 #
@@ -11438,7 +11441,8 @@ _ERROR_HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
 _DESCRIPTION = (
     "Runs scripts on this host: tasks of steps, in order, in parallel or as a graph. The `code` of a response is "
     "0 for success, 1001 in progress, 1002 execution failed, 1003 not found, expired or destroyed, else the status of "
-    "an error: 404 for a path that does not exist, 405 for a method that is not allowed on a path, and those below."
+    "an error: 404 for a path that does not exist, 405 for a method that is not allowed on a path, and those below. "
+    "HEAD is answered wherever GET is."
 )
 _TAGS = {  # by how the paths begin; all others are "daemon"
     "/api/v1/task": "tasks",
