@@ -8486,7 +8486,7 @@ def _match_template(template: _Segments, segments: _Segments) -> dict[str, str] 
 #     a client that guesses tokens  A token that was sent decides: a wrong one is never anonymous access. Compared in
 #                                   constant time; after ten wrong ones a minute from an address, or an IPv6 /64, more
 #                                   get 429. A right one always gets in, for others may share the address (a proxy): so
-#                                   what protects a token is its length, and short ones are warned of.
+#                                   what protects a token is its length, and the log names short ones.
 #     a client on another host      It needs a token, or a certificate of --tls_client_ca.
 #     a page by DNS rebinding       Its name has come to mean this host, so for the browser it calls its own origin; but
 #                                   Host still has that name. Without a token, Host must be a name of this host, with
@@ -8688,7 +8688,7 @@ class Authenticator:
                 token, *comment = re.split(r"(?:^|\s)#", line, maxsplit=1)
                 label = "".join(comment).strip()
                 if 0 < len(token.strip()) < _MIN_TOKEN_BYTES:
-                    log.warning("--token_file: the token of line %d is short, so it can be guessed", number)
+                    log.info("--token_file: the token of line %d is short, so it can be guessed", number)
                 if token.strip():
                     tokens[token.strip().encode()] = label or f"token of line {number}"
         self._tokens = tokens

@@ -5656,8 +5656,9 @@ def test_trusted_proxy_that_is_no_network_is_refused(network: str) -> None:
     assert "trusted_proxy" in refused(cli("run", f"--trusted_proxy={network}"), 2)
 
 
-def test_short_tokens_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_short_tokens_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     code = module()
+    caplog.set_level(logging.INFO)
     (tmp_path / "token").write_text("0123456789abcdef\nalpha # short\n# comment\n")
     code.Authenticator(code.make_settings({}), str(tmp_path), code.DescriptorReserve()).start()
     assert [record.args for record in caplog.records if "is short" in record.getMessage()] == [(2,)]
