@@ -6010,6 +6010,18 @@ def test_reader_that_pauses_is_cut_and_the_log_says_after_how_many_bytes(launch:
     assert cut and 1000 < int(cut[1]) < 30_000_000
 
 
+def test_head_makes_no_block_of_a_streamed_body() -> None:
+    code, made, sent = module(), [], []
+    connection = object.__new__(code.Connection)
+    connection.server = code.Client()  # of which the scheme is asked
+    connection.request = type("Link", (), {"send": lambda _, data: sent.append(bytes(data)) or len(data)})()
+    request = request_of(code.Client(), "localhost", {}, "")
+    body = (made.append(block) or b"x" for block in range(2))
+    connection._timeout_s = 1.0
+    assert connection._send_response(request._replace(method="HEAD"), code.Response(body=body), True) == 0
+    assert made == [] and sent[0].endswith(b"Transfer-Encoding: chunked\r\n\r\n")
+
+
 def test_idle_connections_end_after_idle_timeout(launch: Callable[..., Daemon]) -> None:
     daemon = launch("--idle_timeout=200ms", "--timeout=1m")
     reply = daemon.raw(b"GET /heartbeat HTTP/1.1\r\nHost: localhost\r\n\r\n", 30)
