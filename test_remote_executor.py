@@ -19,6 +19,7 @@ Every fenced block of README.md is tested too. Its info string says how, after t
     sh suite       the test commands; CI calls the first
     text help      equals what `remote_executor.py help` prints
     powershell run   runs by pwsh, where there is one, against a daemon as above
+    nginx          forwards requests to a daemon, where nginx is on this host
     sh, json, ini, xml, python, powershell, bat: not run, but they parse, and the flags in them exist
 
 The sections, in their order; a helper that two of them use stands in the harness:
@@ -1200,15 +1201,34 @@ ROUTES = {
     **{f"/debug/pprof/{name}": "GET" for name in ("block", "mutex", "trace")},
     "/debug/pprof/symbol": "GET POST",
 }
+TIMED_PROFILES = {f"/debug/pprof/{name}" for name in ("profile", "heap", "allocs", "block", "mutex", "trace")}
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW"]
 
 
-@pytest.mark.parametrize("method, template", [(m, t) for t in ROUTES for m in METHODS if m not in ROUTES[t].split()])
+def methods_of(template: str) -> set[str]:
+    """The methods that a path answers: HEAD wherever GET."""
+    methods = set(ROUTES[template].split())
+    return methods | {"HEAD"} if "GET" in methods else methods
+
+
+@pytest.mark.parametrize("method, template", [(m, t) for t in ROUTES for m in METHODS if m not in methods_of(t)])
 def test_methods_no_route_has_are_405_with_allow(daemon: Daemon, method: str, template: str) -> None:
     answer = daemon.request(method, template.replace(":task", "some").replace(":step", "0"))
     assert answer.status == 405
-    assert set(answer.headers["Allow"].replace(" ", "").split(",")) - {"OPTIONS"} == set(ROUTES[template].split())
+    assert set(answer.headers["Allow"].replace(" ", "").split(",")) - {"OPTIONS"} == methods_of(template)
     assert answer.body == b"" if method == "HEAD" else answer.code == 405
+
+
+def test_head_has_the_headers_of_get_and_no_body(daemon: Daemon) -> None:
+    task = daemon.submit(step())
+    daemon.ended(task)
+    varying = {"Date", "Content-Length"}  # of figures, and of profiles, which are not taken for their length
+    for template in ROUTES:
+        path = template.replace(":task", task).replace(":step", "0") + ("?seconds=0.01" if "pprof" in template else "")
+        answer, expected = daemon.request("HEAD", path), daemon.get(path)
+        assert (answer.status, answer.body) == (expected.status, b""), template
+        differing = {name for name, _ in {*answer.headers.items()} ^ {*expected.headers.items()}} - varying
+        assert differing <= ({"Transfer-Encoding"} if template in TIMED_PROFILES else set()), template
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
@@ -5547,10 +5567,13 @@ def hosts(port: int) -> dict[str, bool]:
     }
 
 
+LINK_MARKS = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
 MARKS: dict[str, dict[str, str]] = {
     "none": {},
     "own origin": {"Origin": "{scheme}://{host}"},
-    "own origin by the other scheme": {"Origin": "{other}://{host}"},
+    "own origin by the other scheme": {"Origin": "{other}://{host}"},  # a proxy ends TLS
+    "link on another site": {**LINK_MARKS, "Sec-Fetch-Dest": "document"},
+    "frame of another site": {**LINK_MARKS, "Sec-Fetch-Dest": "iframe"},
     "foreign origin": {"Origin": "https://attacker.example"},
     "null origin": {"Origin": "null"},
     "cross-site": {"Sec-Fetch-Site": "cross-site"},
@@ -5565,11 +5588,17 @@ MARKS: dict[str, dict[str, str]] = {
     "real address": {"X-Real-IP": "127.0.0.1"},
     "proxy": {"Via": "1.1 proxy"},
 }
+LINK = "link on another site"  # may lead to pages alone
 FOREIGN = {
-    *("own origin by the other scheme", "foreign origin", "null origin"),
+    *("foreign origin", "null origin", LINK, "frame of another site"),
     *("cross-site", "own origin, cross-site", "same-site"),
 }
+OWN_ORIGINS = {"own origin", "own origin by the other scheme"}
 FORWARDED = {"forwarded for", "forwarded port", "forwarded", "real address", "proxy"}
+
+
+def is_foreign(marks_of: str, host: str) -> bool:
+    return marks_of in FOREIGN or (marks_of in OWN_ORIGINS and not host)
 
 
 def marks_on(name: str, host: str, scheme: str) -> dict[str, str]:
@@ -5607,7 +5636,11 @@ def test_access_over_peer_host_origin_token_and_tls(
         status, label = expected(peer, user, host, marks_of, token, tls == "certificate", require_token)
         case = f"{peer} {user} {host} {token} {tls}"
         assert admitted(access, request, False) == (status, label), case
-        assert admitted(access, request, True) == ((status, "") if marks_of in FOREIGN else (200, label)), case
+        if marks_of == LINK:
+            status, label = expected(peer, user, host, "none", token, tls == "certificate", require_token)
+            assert admitted(access, request, False, is_page=True) == (status, label), case
+        keeps_out = is_foreign(marks_of, host) and marks_of != LINK
+        assert admitted(access, request, True) == ((status, "") if keeps_out else (200, label)), case
 
 
 def user_of(_: Any, peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
@@ -5623,10 +5656,10 @@ def request_of(client: Any, host: str, headers: dict[str, str], authorization: s
     return module().read_head(stream_of(head.encode()), 30, client)
 
 
-def admitted(access: Any, request: Any, is_public: bool) -> tuple[int, str]:
+def admitted(access: Any, request: Any, is_public: bool, is_page: bool = False) -> tuple[int, str]:
     access._wrong_tokens.clear()
     try:
-        return 200, access.authorize(request, is_public)
+        return 200, access.authorize(request, is_public, is_page)
     except module().ApiError as error:
         return error.status, ""
 
@@ -5635,7 +5668,7 @@ def expected(
     peer: str, user: str, host: str, marks_of: str, token: str, has_certificate: bool, require_token: bool
 ) -> tuple[int, str]:
     """Status and label by the rules, in their order."""
-    if marks_of in FOREIGN:
+    if is_foreign(marks_of, host):
         return 403, ""
     if token != "none":
         labels = {"right": "token of line 1", "another": "the second"}
@@ -5692,7 +5725,7 @@ def test_access_over_host_browser_and_token(guarded: Daemon, marks_of: str, toke
             headers["Authorization"] = f"Bearer {token_of(guarded)}"
         answer = guarded.request("GET", "/api/v1/pool", None, headers)
         refused_as = 0
-        if marks_of in FOREIGN:
+        if is_foreign(marks_of, host):
             refused_as = 403
         elif token == "none":
             refused_as = 403 if not is_own else 401 if marks_of in FORWARDED else 0
@@ -5732,14 +5765,16 @@ def test_refusal_of_a_client_comes_before_that_of_its_body(daemon: Daemon, path:
     assert daemon.raw(head.encode() + body).startswith(b"HTTP/1.1 401 ")
 
 
-def test_access_after_ten_wrong_tokens_must_wait(launch: Callable[..., Daemon]) -> None:
+def test_access_after_ten_wrong_tokens_is_for_the_right_one_alone(launch: Callable[..., Daemon]) -> None:
     daemon = launch()
+    right = {"Authorization": f"Bearer {token_of(daemon)}"}
     codes = [daemon.request("GET", "/version", None, {"Authorization": f"Bearer {n}"}).code for n in range(12)]
     assert codes == [401] * 10 + [429] * 2
     again = daemon.request("GET", "/version", None, {"Authorization": "Bearer x"})
     assert again.headers["Retry-After"] == "60"
-    assert daemon.request("GET", "/version", None, {"Authorization": f"Bearer {token_of(daemon)}"}).code == 429
-    assert daemon.get("/version").code == 0
+    assert daemon.request("GET", "/version", None, right).code == daemon.get("/version").code == 0
+    assert daemon.request("PUT", "/api/v1/task/none", None, right).code == 1003
+    assert daemon.request("GET", "/version", None, {"Authorization": "Bearer x"}).code == 429
 
 
 def test_access_with_require_token_asks_this_host_too(launch: Callable[..., Daemon]) -> None:
@@ -5765,11 +5800,13 @@ def test_access_takes_the_tokens_of_a_file_as_it_changes(launch: Callable[..., D
     file.write_text("gamma is longer\ngamma\n")
     assert [code(token) for token in ("gamma", "alpha")] == [0, 401]
     file.unlink()
-    assert code("gamma") == 401 and "is gone" in daemon.log()
+    assert code("gamma") == 401
+    wait_until(lambda: "is gone" in daemon.log(), "a line of it")
     file.write_bytes(b"\xef\xbb\xbfdelta # Windows' Notepad\r\n")
     assert code("delta") == 0
     file.write_bytes("epsilon".encode("utf-16"))
-    assert [code(token) for token in ("delta", "epsilon")] == [0, 401] and "cannot be read" in daemon.log()
+    assert [code(token) for token in ("delta", "epsilon")] == [0, 401]
+    wait_until(lambda: "cannot be read" in daemon.log(), "a line of it")
     assert not (daemon.root / "token").exists()
 
 
@@ -5868,6 +5905,173 @@ def test_access_of_another_user_of_the_host_needs_a_token(launch: Callable[..., 
     assert (status(""), status(f"Authorization: Bearer {token_of(daemon)}\r\n")) == ("401", "200")
 
 
+def half_closed(link: socket.socket) -> None:
+    link.shutdown(socket.SHUT_WR)
+
+
+@linux_only
+@pytest.mark.parametrize("change", [None, half_closed, socket.socket.close])
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.9.8.7", "::1", "::ffff:127.0.0.1"])
+def test_users_of_connections_are_told_by_the_socket_and_by_the_table(
+    monkeypatch: pytest.MonkeyPatch, address: str, change: Any
+) -> None:
+    if not has_ipv6():
+        pytest.skip("no IPv6 on this host")
+    code, client = module(), socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    with client, socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
+        client.connect((address, listener.getsockname()[1]))
+        with listener.accept()[0] as accepted:
+            pairs = accepted.getpeername(), accepted.getsockname()
+            ends = [(str(code._parse_ip(pair[0])), pair[1]) for pair in pairs]
+            if change:
+                change(client)
+            expected = None if change is socket.socket.close else os.geteuid()
+            assert code._user_of_socket(*ends) == expected
+            monkeypatch.setattr(code, "_user_of_socket", lambda *_: None)
+            with pytest.raises(LookupError) if expected is None else contextlib.nullcontext():
+                assert code.LocalPeers(code.DescriptorReserve()).user(*ends) == expected
+
+
+def test_access_of_a_client_that_half_closes(daemon: Daemon) -> None:
+    with socket.create_connection(("127.0.0.1", daemon.port), 30) as link:
+        link.sendall(b"GET /api/v1/pool HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        half_closed(link)
+        assert link.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+@posix_only
+@pytest.mark.parametrize("error, status", [(OSError(errno.EMFILE, ""), 503), (LookupError(), 401)])
+def test_access_without_an_answer_of_the_kernel_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, status: int
+) -> None:
+    code = module()
+    access = code.Authenticator(code.make_settings({}), str(tmp_path), code.DescriptorReserve())
+    answers = iter([error, os.geteuid()])
+
+    def user(*_: Any) -> int:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(code.LocalPeers, "user", user)
+    request = request_of(code.Client((("127.0.0.1", 9), ("127.0.0.1", 2376))), "localhost", {}, "")
+    assert [admitted(access, request, False) for _ in range(3)] == [(status, ""), (200, "local"), (200, "local")]
+
+
+def test_links_on_other_sites_lead_to_pages_alone(guarded: Daemon) -> None:
+    open_to_links = {"/heartbeat", "/healthyz", "/swagger", "/swagger/", "/swagger/index.html", "/metrics"}
+    for path in ("/api/v1/task", "/debug/pprof/", "/openapi.json", "/nope", *open_to_links):
+        answer = guarded.request("GET", path, None, MARKS[LINK])
+        assert (answer.status != 403) is (path in open_to_links), path
+        assert guarded.request("POST", path, None, MARKS[LINK]).status == 403
+    assert guarded.request("GET", "/metrics", None, {**MARKS[LINK], "Via": "1.1 proxy"}).status == 401
+
+
+@pytest.mark.parametrize("origin", ["chrome-extension://abcdefgh", "tauri://localhost", "http://[::1]:8080"])
+def test_pages_of_any_scheme_may_be_let_in(tmp_path: Path, origin: str) -> None:
+    code = module()
+    access = code.Authenticator(code.make_settings({"cors_origin": [origin]}), str(tmp_path), code.DescriptorReserve())
+    request = request_of(code.Client((("192.0.2.7", 9), ("192.0.2.1", 2376))), "build-7", {"Origin": origin}, "")
+    assert admitted(access, request, True) == (200, "")
+    assert ("Access-Control-Allow-Origin", origin) in access.cors_headers(request)
+
+
+@pytest.mark.parametrize(
+    "origin, host, status",
+    [
+        ("https://host", "host", 200),
+        ("https://host", "host:443", 200),
+        ("https://host:8443", "host:8443", 200),
+        ("http://HOST", "host", 200),
+        ("https://host", "host:80", 403),
+        ("https://host:8443", "host", 403),
+        ("https://host", "other", 403),
+        ("ftp://host", "host", 403),
+        ("null", "null", 403),
+    ],
+)
+def test_origin_of_a_page_is_ours_by_whatever_scheme(tmp_path: Path, origin: str, host: str, status: int) -> None:
+    code = module()
+    access = code.Authenticator(code.make_settings({}), str(tmp_path), code.DescriptorReserve())
+    request = request_of(code.Client((("192.0.2.7", 9), ("192.0.2.1", 2376))), host, {"Origin": origin}, "")
+    assert admitted(access, request, True)[0] == status
+
+
+FORWARDS: list[tuple[dict[str, str], str, str]] = [  # what proxies say; whose request it is, and its URL
+    ({}, "10.0.0.1", "http://in:80"),
+    ({"X-Forwarded-For": "192.0.2.7", "X-Forwarded-Proto": "https"}, "192.0.2.7", "https://in:80"),
+    ({"X-Forwarded-For": "1.1.1.1, 192.0.2.7, 10.0.0.9"}, "192.0.2.7", "http://in:80"),
+    ({"X-Forwarded-For": "10.0.0.8, 10.0.0.9"}, "10.0.0.8", "http://in:80"),
+    ({"X-Forwarded-For": "rubbish, 192.0.2.7:4711"}, "192.0.2.7", "http://in:80"),
+    ({"X-Forwarded-For": "1.1.1.1, 192.0.2.7", "X-Forwarded-Proto": "http, https"}, "192.0.2.7", "https://in:80"),
+    ({"X-Forwarded-For": "192.0.2.7, 10.0.0.9", "X-Forwarded-Proto": "https"}, "192.0.2.7", "https://in:80"),
+    ({"X-Forwarded-Host": "out", "X-Forwarded-Prefix": "/a/b/"}, "10.0.0.1", "http://out/a/b"),
+    ({"X-Forwarded-Prefix": "/"}, "10.0.0.1", "http://in:80"),
+    ({"Forwarded": 'for="[2001:db8::7]:47";proto=HTTPS;Host="out:8443"'}, "2001:db8::7", "https://out:8443"),
+    ({"Forwarded": "for=1.1.1.1, for=192.0.2.7 ; proto=https , for=10.0.0.9"}, "192.0.2.7", "https://in:80"),
+    ({"Forwarded": "for=_hidden;proto=https"}, "10.0.0.1", "https://in:80"),
+    ({"Forwarded": "for=192.0.2.7", "X-Forwarded-For": "192.0.2.7"}, "192.0.2.7", "http://in:80"),
+    ({"Forwarded": "for=1.1.1.1;host=evil", "X-Forwarded-For": "192.0.2.7"}, "", ""),
+    ({"X-Forwarded-For": "rubbish"}, "", ""),
+    ({"X-Forwarded-For": "192.0.2.777"}, "", ""),
+    ({"X-Forwarded-Proto": "gopher"}, "", ""),
+    ({"X-Forwarded-Host": "a/b"}, "", ""),
+    ({"X-Forwarded-Host": "user@evil"}, "", ""),
+    ({"X-Forwarded-Prefix": "a"}, "", ""),
+    ({"X-Forwarded-Prefix": "//evil"}, "", ""),
+    ({"X-Forwarded-Prefix": "/a/../b"}, "", ""),
+    ({"X-Forwarded-Prefix": "/a?b"}, "", ""),
+    *(({"Forwarded": text}, "", "") for text in ("for", "for=", "for=1.1.1.1;for=1.1.1.1", "for=a,", 'for="a', ";")),
+]
+
+
+@pytest.mark.parametrize("headers, peer, url", FORWARDS)
+def test_forwarding_is_believed_of_trusted_proxies_alone(headers: dict[str, str], peer: str, url: str) -> None:
+    code = module()
+    trusted = code.make_settings({"trusted_proxy": ["10.0.0.0/8"]}).trusted_proxy
+    ends = ("10.0.0.1", 9), ("10.0.0.2", 2376)
+    stranger = request_of(code.Client(ends), "in:80", headers, "")
+    assert (stranger.peer, stranger.base_url) == ("10.0.0.1", "http://in:80")
+    client = code.Client(ends, trusted_proxies=trusted)
+    if peer:
+        request = request_of(client, "in:80", headers, "")
+        assert (request.peer, request.base_url) == (peer, url)
+    else:
+        with pytest.raises(code.BadRequest, match="orward"):
+            request_of(client, "in:80", headers, "")
+
+
+def test_trusted_proxy_tells_whose_requests_it_forwards_and_their_urls(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--trusted_proxy=127.0.0.1", "--trusted_proxy=2001:db8::/32")
+    told = {"X-Forwarded-For": "192.0.2.7", "X-Forwarded-Host": "ci.example", "X-Forwarded-Proto": "https"}
+    told.update({"X-Forwarded-Prefix": "/executor", "Authorization": f"Bearer {token_of(daemon)}"})
+    page = {"Origin": "https://ci.example", "Sec-Fetch-Site": "same-origin"}
+    answer = daemon.request("POST", "/api/v1/task", json.dumps([step()]), {**told, **page})
+    assert answer.data["url"].startswith("https://ci.example/executor/api/v1/task/")
+    assert daemon.request("GET", "/openapi.json", None, told).json["servers"] == [{"url": "/executor/"}]
+    wait_until(lambda: "192.0.2.7 (token of line 1): POST /api/v1/task" in daemon.log(), "a line of it")
+    for address, statuses in (("192.0.2.7", [401] * 10 + [429]), ("192.0.2.8", [401])):
+        wrong = {**told, "X-Forwarded-For": address, "Authorization": "Bearer x"}
+        assert [daemon.request("GET", "/version", None, wrong).status for _ in statuses] == statuses
+    assert daemon.request("GET", "/version", None, {**told, "X-Forwarded-Host": "a b"}).status == 400
+    local = {"X-Forwarded-For": "127.0.0.1", "X-Forwarded-Host": "localhost"}  # as the proxy's client says
+    assert daemon.request("GET", "/version", None, local).status == 401
+
+
+@pytest.mark.parametrize("network", ["localhost", "10.0.0.1/8", ""])
+def test_trusted_proxy_that_is_no_network_is_refused(network: str) -> None:
+    assert "trusted_proxy" in refused(cli("run", f"--trusted_proxy={network}"), 2)
+
+
+def test_short_tokens_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    code = module()
+    caplog.set_level(logging.INFO)
+    (tmp_path / "token").write_text("0123456789abcdef\nalpha # short\n# comment\n")
+    code.Authenticator(code.make_settings({}), str(tmp_path), code.DescriptorReserve()).start()
+    assert [record.args for record in caplog.records if "is short" in record.getMessage()] == [(2,)]
+
+
 def test_page_of_an_allowed_origin_may_ask_first(guarded: Daemon) -> None:
     ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     answer = guarded.request("OPTIONS", "/api/v1/task", None, {"Origin": "https://console.example", **ask})
@@ -5902,7 +6106,8 @@ SMUGGLES = {
     "NUL": b"GET /version HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n",
     "bad escape": b"GET /version%zz HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "two of three Hosts in HTTP/1.0": b"GET /version HTTP/1.0\r\nHost: a\r\nHost: a\r\n\r\n",
-    "no Host in HTTP/1.0": b"GET /version HTTP/1.0\r\n\r\n",
+    "target that is not UTF-8": b"GET /version?\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "escapes that are not UTF-8": b"GET /version?x=%c0%ae HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "Host that is a path": b"GET http://localhost/version HTTP/1.1\r\nHost: a/b\r\n\r\n",
     "user in the target": b"GET http://localhost@evil.example/version HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "authority as target": b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n",
@@ -5912,7 +6117,7 @@ SMUGGLES = {
     "field in the trailer": b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nbogus\r\n\r\n",
     "line end in a chunk's size": b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\n\r\n\r\n",
     "other expectation": b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 200-ok\r\nContent-Length: 5\r\n\r\n",
-    "line before the request": b"\r\nGET /version HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "two lines before the request": b"\r\n\r\nGET /version HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "head of 33 KB": b"GET /version HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 33_000 + b"\r\n\r\n",
     "101 fields": b"GET /version HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 100 + b"\r\n",
 }
@@ -5938,12 +6143,47 @@ def test_smuggled_requests_are_refused_and_what_follows_never_runs(daemon: Daemo
         ("/api%2fv1%2ftask", "localhost", 404),  # after the split
         ("//version", "localhost", 404),
         ("/./version", "localhost", 404),
+        ("/version/", "localhost", 200),
+        ("/version//", "localhost", 404),
+        ("/version/?x", "localhost", 200),
+        ("/api/v1/task/kö", "localhost", 200),  # 1003
+        ("/api/v1/task/%c3%b6?x=ö%c3%b6", "localhost", 200),
+        ("/api/v1/task/%c3", "localhost", 400),
+        ("/api/v1/task?x=%ff", "localhost", 400),
         ("/api/../version", "localhost", 404),
     ],
 )
 def test_targets_are_taken_by_authority_and_decoded_once(daemon: Daemon, target: str, host: str, status: int) -> None:
     reply = daemon.raw(f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
     assert reply.startswith(b"HTTP/1.1 %d " % status), reply
+
+
+def test_slash_at_the_end_of_a_path_means_nothing(daemon: Daemon) -> None:
+    assert [daemon.get(f"{path}/").code for path in ("/version", "/api/v1/pool", "/api/v1/task")] == [0, 0, 0]
+    assert daemon.get("/heartbeat/").status == 200
+    assert daemon.post("/api/v1/task/", [step()]).code == 0
+
+
+def test_stop_by_a_path_with_a_slash_at_its_end_stops(daemon: Daemon, gate: Path) -> None:
+    for ending in ("/", "/0/"):
+        task = daemon.submit(held(gate))
+        daemon.until_running(task)
+        assert daemon.put(f"/api/v1/task/{task}{ending}").code == 0
+        assert daemon.ended(task).data[0]["msg"].endswith(STOPPED)
+
+
+def test_empty_line_before_a_request_is_ignored(daemon: Daemon) -> None:
+    request = b"GET /heartbeat HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    reply = daemon.raw(b"\r\n" + request + b"\r\n" + request + request.replace(b"Host", b"Connection: close\r\nHost"))
+    assert reply.count(b"HTTP/1.1 200 ") == 3
+
+
+def test_host_may_be_left_out_of_http_10(daemon: Daemon) -> None:
+    assert daemon.raw(b"GET /healthyz HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert daemon.raw(b"GET /version HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 403 ")
+    body, token = json.dumps([step()]), token_of(daemon)
+    head = f"POST /api/v1/task HTTP/1.0\r\nAuthorization: Bearer {token}\r\nContent-Length: {len(body)}\r\n\r\n"
+    assert f'"url":"http://127.0.0.1:{daemon.port}/api'.encode() in daemon.raw((head + body).encode())
 
 
 TRAVERSALS = [
@@ -5962,7 +6202,7 @@ def test_ids_that_lead_out_of_the_root_lead_nowhere(daemon: Daemon, id: str) -> 
     for path in (f"/api/v1/task/{id}", f"/api/v1/task/{id}/0/console", f"/api/v1/task/x/{id}/console"):
         for method in ("GET", "PUT"):
             answer = daemon.request(method, path)
-            assert answer.code in (1003, 404, 405), (method, path, answer)
+            assert answer.code in (400, 1003, 404, 405), (method, path, answer)
     assert sorted(path.name for path in daemon.root.parent.iterdir()) == around
 
 
@@ -5980,7 +6220,7 @@ INSERTED = [
     *(b"\r", b"\n", b"\r\n", b"\n\n", b"\0", b" ", b"\t", b"\x0b", b"\x85", b"\xff", b":", b",", b";", b"%", b"#"),
     *(b"?", b"/", b"@", b"9" * 20, b"+5", b"0x5", b"5_0", b"chunked", b"HTTP/1.1", b"HTTP/0.9", b"0\r\n\r\n"),
     *(b"Content-Length: 5\r\n", b"Content-Length: 0", b"Content-Length : 5\r\n", b"Transfer-Encoding: chunked\r\n"),
-    *(b"Host: a\r\n", b"Expect: 100-continue\r\n", b"\r\n\r\n"),
+    *(b"Host: a\r\n", b"Expect: 100-continue\r\n", b"\r\n\r\n", b"%c3", b"%A4", b"\xc3\xa4"),
 ]
 
 
@@ -6004,7 +6244,7 @@ def mutate(data: bytes, random: Random) -> bytes:
 BODY_LIMIT = 1000
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 FIELDS = rb"((?:%b:[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n" % TOKEN
-HEAD = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/1\.([01])\r\n%b" % (TOKEN, FIELDS))
+HEAD = re.compile(rb"(%b) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\r\n%b" % (TOKEN, FIELDS))
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,12})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 AUTHORITY = rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(?::[0-9]{1,5})?"
 TARGET = re.compile(rb"(?:[Hh][Tt][Tt][Pp][Ss]?://(%b)(?=[/?]|$))?(?:/[^#]*|(?<!^)\?[^#]*|(?<!^)$)" % AUTHORITY)
@@ -6019,17 +6259,27 @@ def reference(data: bytes) -> list[tuple[bytes, bytes, bytes]]:
     found, at = [], 0
     with contextlib.suppress(Refused):
         while at < len(data):
-            head = HEAD.match(data, at)
+            head = HEAD.match(data, at + 2 * data.startswith(b"\r\n", at))  # an empty line is ignored
             if not head or head.end() - at > 32 * 1024:
                 raise Refused
             fields = fields_of(head[4])
-            if len(fields.get(b"host", ())) != 1 or not re.fullmatch(AUTHORITY, fields[b"host"][0] or b"a"):
+            hosts = fields.get(b"host", [b""] if head[3] == b"0" else [])
+            if len(hosts) != 1 or not re.fullmatch(AUTHORITY, hosts[0] or b"a"):
                 raise Refused
             if not TARGET.fullmatch(head[2]) or re.search(rb"%(?![0-9A-Fa-f]{2})", head[2]):
+                raise Refused
+            if not is_utf8(urllib.parse.unquote_to_bytes(head[2])):
                 raise Refused
             body, at = body_of(fields, data, head.end(), head[3] == b"0")
             found.append((head[1], head[2], body))
     return found
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        return data.decode() is not None
+    except UnicodeDecodeError:
+        return False
 
 
 def fields_of(block: bytes) -> dict[bytes, list[bytes]]:
@@ -6152,6 +6402,38 @@ def name(self):
     return None if self.fileno() in nameless and not nameless.clear() else getsockname(self)
 socket.socket.accept, socket.socket.getsockname = accept_or_fail, name
 """
+
+
+def test_reader_that_pauses_is_cut_and_the_log_says_after_how_many_bytes(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--timeout=500ms")
+    task = daemon.submit(python("print('y' * 30_000_000)"))
+    daemon.ended(task)
+    path = f"/api/v1/task/{task}/0/console"
+    with socket.socket() as link:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        link.connect(("127.0.0.1", daemon.port))
+        link.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        wait_until(lambda: "was cut off" in daemon.log(), "a line of it")
+    cut = re.search(rf'127.0.0.1: the response to "GET {path}" was cut off after (\d+) B', daemon.log())
+    assert cut and 1000 < int(cut[1]) < 30_000_000
+
+
+def test_head_makes_no_block_of_a_streamed_body() -> None:
+    code, made, sent = module(), [], []
+    connection = object.__new__(code.Connection)
+    connection.server = code.Client()  # of which the scheme is asked
+    connection.request = type("Link", (), {"send": lambda _, data: sent.append(bytes(data)) or len(data)})()
+    request = request_of(code.Client(), "localhost", {}, "")
+    body = (made.append(block) or b"x" for block in range(2))
+    connection._timeout_s = 1.0
+    assert connection._send_response(request._replace(method="HEAD"), code.Response(body=body), True) == 0
+    assert made == [] and sent[0].endswith(b"Transfer-Encoding: chunked\r\n\r\n")
+
+
+def test_idle_connections_end_after_idle_timeout(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--idle_timeout=200ms", "--timeout=1m")
+    reply = daemon.raw(b"GET /heartbeat HTTP/1.1\r\nHost: localhost\r\n\r\n", 30)
+    assert reply.startswith(b"HTTP/1.1 200 ") and b"onnection: close" not in reply
 
 
 def test_connections_that_are_reset_before_their_accept_leave_the_next_alone(launch: Callable[..., Daemon]) -> None:
@@ -7220,7 +7502,13 @@ def test_tls_serves_what_http_serves_and_says_https(launch_tls: Callable[..., Da
     assert daemon.request("PUT", f"{path}/up", bytes(999_000)).data["bytes"] == 999_000
     assert daemon.request("GET", f"{path}/f", None, {"Range": "bytes=5-"}).body == b"z" * 998_995
     assert daemon.request("GET", "/version", None, {"Origin": f"https://127.0.0.1:{daemon.port}"}).code == 0
-    assert not daemon.raw(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/")
+
+
+@pytest.mark.parametrize("method", ["GET", "OPTIONS"])
+def test_tls_answers_plain_http_that_it_is_https(launch_tls: Callable[..., Daemon], method: str) -> None:
+    head, body = f"{method} /version HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999\r\n\r\n", bytes(99999)
+    reply = launch_tls().raw(head.encode() + body)
+    assert reply.startswith(b"HTTP/1.1 400 ") and b"https://" in reply
 
 
 def test_tls_says_when_an_answer_is_whole(launch_tls: Callable[..., Daemon]) -> None:
@@ -7516,6 +7804,12 @@ def test_document_has_every_route_and_method(daemon: Daemon) -> None:
     assert daemon.get("/swagger/doc.json").body == daemon.get("/openapi.json").body
 
 
+def test_document_names_no_two_operations_alike_in_any_case(daemon: Daemon) -> None:
+    operations = [operation for path in document(daemon)["paths"].values() for operation in path.values()]
+    names = [operation["operationId"].replace("_", "").lower() for operation in operations]
+    assert len(set(names)) == len(names)
+
+
 def test_document_refers_to_what_there_is_and_uses_it_all(daemon: Daemon) -> None:
     whole = document(daemon)
     used = set(re.findall(r'"\$ref": "([^"]+)"', json.dumps(whole)))
@@ -7571,17 +7865,92 @@ def test_document_fuzzed_finds_no_answer_outside_it(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout
 
 
+# What people write who have generated a client: it submits, follows, reads, stops, and sizes the pool.
+PYTHON_DRIVER = """
+import sys, time
+from generated import Client
+from generated.api.pool import post_api_v1_pool
+from generated.api.tasks import (get_api_v1_task_task, get_api_v1_task_task_step_console, post_api_v1_task,
+    put_api_v1_task_task)
+from generated.models import PoolSize, SubmittedStep, SubmittedStepCommandType
+client = Client(sys.argv[1])
+step = SubmittedStep(command_type=SubmittedStepCommandType.PYTHON, command_content="print('typed')")
+task = post_api_v1_task.sync(client=client, body=[step]).data.id
+while get_api_v1_task_task.sync(task, client=client).code == 1001:
+    time.sleep(0.05)
+lines = get_api_v1_task_task_step_console.sync(task, "0", client=client).data
+stopped = put_api_v1_task_task.sync(task, client=client).code
+print(*lines, stopped, post_api_v1_pool.sync(client=client, body=PoolSize(size=7)).data.size)
+"""
+TYPESCRIPT_DRIVER = """
+import { client } from "./generated/client.gen";
+import * as api from "./generated";
+declare const process: { argv: string[] };
+client.setConfig({ baseUrl: process.argv[2] });
+async function main() {
+  const body = [{ command_type: "python" as const, command_content: "print('typed')" }];
+  const path = { task: (await api.postApiV1Task({ body, throwOnError: true })).data.data.id };
+  while ((await api.getApiV1TaskTask({ path, throwOnError: true })).data.code === 1001)
+    await new Promise((done) => setTimeout(done, 50));
+  const shown = await api.getApiV1TaskTaskStepConsole({ path: { ...path, step: "0" }, throwOnError: true });
+  const lines = "data" in shown.data ? shown.data.data : [];
+  const stopped = await api.putApiV1TaskTask({ path, throwOnError: true });
+  const pool = await api.postApiV1Pool({ body: { size: 7 }, throwOnError: true });
+  console.log(...lines, stopped.data.code, pool.data.data.size);
+}
+main();
+"""
+
+
+def fetched(place: Path, *command: str) -> None:
+    """Runs a command that fetches; skips the test where what it asks cannot be reached."""
+    if not shutil.which(command[0]) or subprocess.run(command, cwd=place, capture_output=True).returncode:
+        pytest.skip(f"not to be had here: {command[-1]}")
+
+
+def printed(place: Path, *command: str) -> str:
+    result = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.build
+@posix_only
+def test_document_makes_a_python_client_that_drives_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "document.json").write_bytes(daemon.get("/openapi.json").body)
+    (tmp_path / "driver.py").write_text(PYTHON_DRIVER)
+    python = str(tmp_path / "venv/bin/python")
+    fetched(tmp_path, sys.executable, "-m", "venv", "venv")
+    fetched(tmp_path, python, "-m", "pip", "install", "--quiet", "openapi-python-client")
+    generator = ("-m", "openapi_python_client", "generate", "--meta=none", "--output-path=generated")
+    printed(tmp_path, python, *generator, "--path=document.json")
+    assert printed(tmp_path, python, "driver.py", f"http://127.0.0.1:{daemon.port}") == "typed 1003 7\n"
+
+
+@pytest.mark.build
+@posix_only
+def test_document_makes_a_typescript_client_that_drives_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "document.json").write_bytes(daemon.get("/openapi.json").body)
+    (tmp_path / "driver.ts").write_text(TYPESCRIPT_DRIVER)
+    fetched(tmp_path, "npm", "install", "--no-fund", "--no-audit", "typescript@5", "@hey-api/openapi-ts")
+    printed(tmp_path, "npx", "openapi-ts", "-i", "document.json", "-o", "generated")
+    options = ("--strict", "--target", "es2022", "--module", "commonjs", "--moduleResolution", "node10")
+    printed(tmp_path, "npx", "tsc", *options, "--lib", "es2022,dom,dom.iterable", "--outDir", "out", "driver.ts")
+    assert printed(tmp_path, "node", "out/driver.js", f"http://127.0.0.1:{daemon.port}") == "typed 1003 7\n"
+
+
 @pytest.mark.parametrize("path", ["/swagger", "/swagger/"])
 def test_page_is_where_the_short_paths_lead(daemon: Daemon, path: str) -> None:
     answer = daemon.get(path)
-    assert (answer.status, answer.headers["Location"]) == (302, "/swagger/index.html")
+    assert (answer.status, urllib.parse.urljoin(path, answer.headers["Location"])) == (302, "/swagger/index.html")
+    assert not answer.headers["Location"].startswith("/")  # which would leave the prefix of a proxy
 
 
 def test_page_has_no_outside_resource(daemon: Daemon) -> None:
     answer = daemon.get("/swagger/index.html")
     page, policy = answer.body.decode(), answer.headers["Content-Security-Policy"]
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert re.findall(r"(?:src|href)=\"(?!/swagger/|data:,)|https?:|//[\w.-]+\.\w|@import|url\(", page) == []
+    assert re.findall(r"(?:src|href)=\"(?!doc\.json|data:,)|https?:|//[\w.-]+\.\w|@import|url\(", page) == []
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
     for tag, directive in (("style", "style-src"), ("script", "script-src")):
         text = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[0]
@@ -10250,7 +10619,7 @@ def test_readme_blocks_that_serve_print_the_ready_line(launch: Callable[..., Dae
 
 def test_readme_says_how_every_block_is_tested() -> None:
     told = {"run", "answer", "shape", "output", "serve", "suite", "help"}
-    parsed = {"sh", "json", "ini", "xml", "python", "powershell", "bat"}
+    parsed = {"sh", "json", "ini", "xml", "python", "powershell", "bat", "nginx"}
     wrong = [
         f"README.md:{one.line}" for one in blocks() if one.how not in told and (one.how or one.language not in parsed)
     ]
@@ -10271,6 +10640,39 @@ def test_readme_blocks_that_are_not_run_parse(block: Block) -> None:
         compile(block.text, "README.md", "exec")
     elif block.language == "sh" and not WINDOWS:
         assert subprocess.run(["sh", "-n", "-c", block.text]).returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="no nginx on this host")
+def test_readme_proxy_leads_to_a_daemon_and_its_urls_back(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon, port = launch("--trusted_proxy=127.0.0.1"), free_port()
+    (location,) = [block.text for block in blocks() if block.language == "nginx"]
+    server = f"listen 127.0.0.1:{port}; access_log off; {location.replace('2376', str(daemon.port))}"
+    paths = [f"{name}_temp_path {tmp_path / name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")]
+    conf = f"daemon off; pid {tmp_path / 'pid'}; events {{}} http {{ {' '.join(paths)} server {{ {server} }} }}"
+    (tmp_path / "nginx.conf").write_text(conf)
+    command = ["nginx", "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "errors"), "-g", "user root;"]
+    proxy = subprocess.Popen(command if os.geteuid() == 0 else command[:-2])
+    try:
+        wait_until(lambda: listens(port), "nginx")
+        base, token = f"http://127.0.0.1:{port}/executor", {"Authorization": f"Bearer {token_of(daemon)}"}
+        headers = {**token, "Origin": f"https://127.0.0.1:{port}", "X-Forwarded-Host": "evil", "Forwarded": "host=evil"}
+        answer = by_url("POST", f"{base}/api/v1/task", headers, json.dumps([step()]))
+        assert answer.data["url"].startswith(f"{base}/api/v1/task/")
+        assert by_url("HEAD", answer.data["url"], token).status == 200
+        redirect = by_url("GET", f"{base}/swagger", {})
+        assert urllib.parse.urljoin(f"{base}/swagger", redirect.headers["Location"]) == f"{base}/swagger/index.html"
+        assert by_url("GET", f"{base}/version", {"Host": "localhost"}).status == 401
+    finally:
+        proxy.terminate()
+        proxy.wait(30)
+
+
+def by_url(method: str, url: str, headers: dict[str, str], body: str | None = None) -> Answer:
+    parts = urllib.parse.urlsplit(url)
+    with contextlib.closing(http.client.HTTPConnection(parts.netloc, timeout=30)) as connection:
+        connection.request(method, parts.path, body, headers)
+        response = connection.getresponse()
+        return Answer(response.status, response.headers, response.read())
 
 
 def test_readme_blocks_use_flags_that_exist() -> None:
