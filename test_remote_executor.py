@@ -538,6 +538,12 @@ def refused(result: subprocess.CompletedProcess[str], code: int) -> str:
 
 
 @functools.cache
+def reserve_of_tests() -> Any:
+    """One for all tests in process, for nothing closes its descriptors."""
+    return module().DescriptorReserve()
+
+
+@functools.cache
 def source() -> str:
     return PROGRAM.read_text(encoding="utf-8")
 
@@ -3193,12 +3199,12 @@ def test_process_in_the_middle_of_an_exec_is_not_taken_for_a_stranger(
     pid = int((step_dir / "output").read_text())
     wait_until(lambda: pid in bearers(step_dir))
     read, stat_of, table = module()._read_proc, module()._stat_of, module()._ProcessTable()
-    marks = lambda: next((marks for one, marks in table.snapshot()[0] if one.pid == pid))  # noqa: E731
+    marks = lambda: next((marks for one, marks in table.snapshot().processes if one.pid == pid))  # noqa: E731
     with monkeypatch.context() as patch:
         hides = lambda one, name: str(one) == str(pid) and name == "environ"  # noqa: E731
         patch.setattr(module(), "_read_proc", lambda one, name: b"" if hides(one, name) else read(one, name))
         patch.setattr(module(), "_stat_of", lambda one: (fields := stat_of(one)) and [*fields[:48], b"0"])
-        assert marks().step_dir == b"" and pid in [one.pid for one in table.snapshot()[1]]
+        assert marks().step_dir == b"" and pid in [one.pid for one in table.snapshot().unclear]
     assert marks().step_dir == os.fsencode(step_dir)
     tree.stop(never)
     assert not is_running(pid)
@@ -5076,6 +5082,34 @@ def test_recovery_finishes_a_stop_that_is_stored(
     assert house.processes.remaining == ([["0"]] if left == "its code" else [])
 
 
+@pytest.mark.parametrize("failures", [2, 10_000], ids=["for a moment", "for good"])
+def test_recovery_asks_again_for_a_step_of_which_nothing_can_be_told(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failures: int
+) -> None:
+    now_ns, tree, asked = house.clock.now_ns(), FakeTree(), []
+
+    def adopt(step_dir: str) -> FakeTree:
+        asked.append(step_dir)
+        if len(asked) <= failures:
+            raise OSError(errno.EAGAIN, "odd")
+        return tree
+
+    house.store.accept(1, house.parse(step(), id="a"), now_ns).result(60)
+    house.store.begin(1, 0, now_ns).result(60)
+    monkeypatch.setattr(house.processes, "adopt", adopt)
+    monkeypatch.setattr(module(), "_RECOVERY_PAUSE_S", 0.001)
+    if failures > 2:
+        monkeypatch.setattr(module(), "_RECOVERY_PATIENCE_S", 0.05)
+        with pytest.raises(OSError, match="odd"):
+            house.recovery.run()
+        return
+    house.recovery.run()
+    house.start()
+    tree.end(0)
+    assert house.ended(1) == [(0, 0, "")] and len(asked) == 3 and not house.processes.trees
+    assert caplog.text.count("trying again: ") == 1
+
+
 @pytest.mark.parametrize("has_room", [True, False], ids=["room", "no room"])
 def test_writer_tries_again_once_at_the_end(house: House, tmp_path: Path, has_room: bool) -> None:
     def store_at_the_end(db: sqlite3.Connection) -> None:
@@ -5190,7 +5224,7 @@ def test_access_over_peer_host_origin_token_and_tls(
     file.write_text("alpha\nbeta # the second\n")
     file.chmod(0o600)
     given = {"token_file": str(file), "cors_origin": ["https://console.example"], "require_token": require_token}
-    access = code.Authenticator(code.make_settings(given), "", code.DescriptorReserve())
+    access = code.Authenticator(code.make_settings(given), "", reserve_of_tests())
     access.start()
     monkeypatch.setattr(code.log, "disabled", True)
     monkeypatch.setattr(code.LocalPeers, "user", user_of)
