@@ -4237,10 +4237,6 @@ def test_full_disk_loses_no_result_of_a_step_without_a_daemon(
 @posix_only
 @pytest.mark.parametrize("content", ["yes", "trap '' TERM; yes; yes"], ids=["heeds", "ignores"])
 def test_max_output_is_exceeded_by_a_small_multiple_at_most(launch: Callable[..., Daemon], content: str) -> None:
-    if ON_MAC_BED:
-        pytest.skip(
-            "the test bed takes 5 to 12 ms to list 137 processes, in which yes(1) writes too much for the bound"
-        )
     daemon = launch("--max_output=1MiB")
     task = daemon.submit(step(content))
     assert daemon.ended(task).data[0]["msg"].endswith("Exit Code: 255: output limit exceeded")
@@ -6817,7 +6813,10 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
         yield own
 
 
-chromium_only = pytest.mark.skipif(WINDOWS or not CHROMIUM, reason="no chromium on this host")
+chromium_only = pytest.mark.skipif(
+    WINDOWS or ON_MAC_BED or not CHROMIUM,
+    reason="no chromium on this host, or none that runs with a test bed's library",
+)
 
 
 @chromium_only
@@ -7318,6 +7317,7 @@ def test_log_file_that_is_deleted_begins_anew(launch: Callable[..., Daemon]) -> 
     wait_until(lambda: daemon.run(step()) and file.exists() and "POST /api/v1/task" in file.read_text())
 
 
+@linux_only
 @linux_only
 @pytest.mark.skipif(not shutil.which("systemd-tmpfiles"), reason="no systemd-tmpfiles on this host")
 def test_root_is_left_alone_by_systemd_tmpfiles(launch: Callable[..., Daemon], tmp_path: Path) -> None:
