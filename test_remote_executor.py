@@ -3147,6 +3147,45 @@ def test_stop_of_what_ends_at_once_takes_no_time_and_hurries_when_told(processes
     processes.release(tree)
 
 
+@posix_only
+def test_stop_that_comes_before_the_script_reaches_it(
+    processes: Any, step_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wrapper takes the signal before it has forked."""
+    go = step_dir / "go"
+    waits = '; : >"$0/trapped"; until [ -e "$0/go" ]; do :; done; (echo begun'
+    monkeypatch.setattr(module(), "_WRAPPER", module()._WRAPPER.replace("; (echo begun", waits))
+    tree = begin(processes, step_dir, "sleep 1000")
+    wait_until((step_dir / "trapped").exists)
+    began = time.monotonic()
+    tree.stop(lambda: go.touch() is not None)  # the signal was sent
+    assert time.monotonic() - began < module().GRACE_S and tree.wait(None)
+    processes.release(tree)
+
+
+@posix_only
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
+def test_scan_serves_all_who_asked_before_it_began(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    table, scans, may_end = module()._ProcessTable(), [], threading.Event()
+
+    def scan() -> Any:
+        scans.append(module()._Snapshot())
+        assert may_end.wait(60)
+        if fails and len(scans) == 1:
+            raise OSError("odd")
+        return scans[-1]
+
+    monkeypatch.setattr(table, "_scan", scan)
+    with concurrent.futures.ThreadPoolExecutor(21) as pool:
+        first = pool.submit(table.snapshot)
+        wait_until(lambda: scans, "the first scan")
+        others = [pool.submit(table.snapshot) for _ in range(20)]
+        wait_until(lambda: len(table._changed._waiters) == 20, "the others to wait")
+        may_end.set()
+        assert {other.result(60) for other in others} == {scans[1]} and len(scans) == 2
+        assert isinstance(first.exception(60), OSError) if fails else first.result(60) is scans[0]
+
+
 @linux_only
 def test_stop_needs_no_descriptor_that_is_not_held_for_it(step_dir: Path) -> None:
     driver = f"""
@@ -5391,7 +5430,8 @@ def test_access_takes_the_tokens_of_a_file_as_it_changes(launch: Callable[..., D
     file.write_text("gamma is longer\ngamma\n")
     assert [code(token) for token in ("gamma", "alpha")] == [0, 401]
     file.unlink()
-    assert code("gamma") == 401 and "is gone" in daemon.log()
+    assert code("gamma") == 401
+    wait_until(lambda: "is gone" in daemon.log(), "a word of it")
     file.write_bytes(b"\xef\xbb\xbfdelta # Windows' Notepad\r\n")
     assert code("delta") == 0
     file.write_bytes("epsilon".encode("utf-16"))
