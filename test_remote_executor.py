@@ -2692,7 +2692,7 @@ def test_timeout_of_a_task_counts_from_its_acceptance(launch: Callable[..., Daem
 
 def test_timeout_by_default_is_exec_timeout(launch: Callable[..., Daemon], gate: Path) -> None:
     daemon = launch("--exec_timeout=300ms")
-    answer = daemon.run(held(gate, name="short"), held(gate, name="long", timeout="1500ms"), ansync="1")
+    answer = daemon.run(held(gate, name="short"), held(gate, name="long", timeout="2500ms"), ansync="1")
     assert [one["msg"].rsplit(": ")[-1] for one in answer.data] == [TIMED_OUT] * 2
     assert go_seconds(answer.data[1]["times"]["rt"]) > go_seconds(answer.data[0]["times"]["rt"]) + 0.5
 
