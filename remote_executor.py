@@ -4055,10 +4055,9 @@ class _MacSystem(_System):
         Its end is told a moment before it is a zombie (bsd/kern/kern_exit.c, lines 2543 and 2612).
         """
         for _ in range(_EXEC_SCANS):
-            try:
+            status = None
+            with contextlib.suppress(OSError):  # it cannot be told now
                 status = self._kernel.exit_status(child.pid)
-            except OSError:
-                return None
             if status is not None:
                 return os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
             time.sleep(_POLL_S)

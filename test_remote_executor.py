@@ -2519,12 +2519,23 @@ print(adopted.wait(None), tree.wait(None), time.monotonic() - begin < 4, adopted
 for one in (tree, adopted):
     one.stop(lambda: False)
     processes.release(one)
+ended = processes.start(["/bin/sh", "-c", "exit 7"], step_dir + "/2", step_dir, {})
+ended.wait(None)
+exit_status, failures = m.mac_kernel().exit_status, [1, 2]
+def failing_twice(pid):
+    if failures:
+        raise OSError(errno.EAGAIN, failures.pop())
+    return exit_status(pid)
+m.mac_kernel().exit_status = failing_twice
+print(ended.exit_code())
+processes.release(ended)
 """
 
 
 def test_mac_end_of_an_adopted_step_is_told_and_not_looked_for(tmp_path: Path) -> None:
     """What cannot be looked at now has not ended."""
-    assert run_on_mac(WATCHED_ON_MAC, str(tmp_path)) == "False False 0\nTrue True True None\n"
+    (tmp_path / "2").mkdir()
+    assert run_on_mac(WATCHED_ON_MAC, str(tmp_path)) == "False False 0\nTrue True True None\n7\n"
 
 
 UNKNOWN_MAC = """
@@ -2548,7 +2559,7 @@ for tree in (tree, adopted, ended):
 """
 
 
-@pytest.mark.parametrize("name", ["KINFO_PROC", "PROC_BSDINFO", "PROC_TASKINFO", "VNODE_FDINFO"])
+@pytest.mark.parametrize("name", ["KINFO_PROC", "PROC_BSDINFO", "PROC_TASKINFO", "PROC_FDINFO", "VNODE_FDINFO"])
 def test_mac_with_another_structure_stops_a_session_and_tells(tmp_path: Path, name: str) -> None:
     step_dir = tmp_path / "0"
     (step_dir / "2").mkdir(parents=True)
