@@ -1407,9 +1407,58 @@ _PROC_PIDFDVNODEPATHINFO = 2
 _PROX_FDTYPE_VNODE = 1
 _FWRITE = 2  # bsd/sys/fcntl.h, fi_openflags
 _SLACK = 4096  # for what begins between the question for a size and the next call
-_TABLE_ATTEMPTS = 5
+_SYSCTL_ATTEMPTS = 10  # while a table grows faster than it is read
 _ARGUMENTS_ATTEMPTS = 3
 FileIdentity = tuple[int, int]  # device and inode
+SysctlName = Union[str, tuple[int, ...]]  # as sysctlbyname(3) has it, or sysctl(3)
+
+
+@functools.lru_cache(maxsize=1)
+def c_library() -> Any:
+    """Return the C library as ctypes has it, with errno."""
+    import ctypes  # here, for it takes memory that a daemon on Linux need not
+
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def read_sysctl(name: SysctlName, expected_bytes: int = 0) -> bytes:
+    """Return a value of the Mac's kernel, in one call where it has no more than the expected size. Raises OSError.
+
+    bsd/kern/kern_newsysctl.c of XNU: without a buffer a call returns the size, of a table with room to spare, and
+    ENOMEM where that is too small by now.
+    """
+    import ctypes
+
+    size = expected_bytes
+    for _ in range(_SYSCTL_ATTEMPTS):
+        size = size or call_sysctl(name, None, 0)
+        buffer = ctypes.create_string_buffer(size)
+        try:
+            length = call_sysctl(name, buffer, size)
+            return buffer.raw[:length]
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+        size = 0
+    raise OSError(errno.EAGAIN, f"sysctl {name}: it grows too fast")
+
+
+def call_sysctl(name: SysctlName, buffer: Any, size: int) -> int:
+    """Return the bytes of a value of the Mac's kernel, copied to the buffer where there is one. Raises OSError."""
+    import ctypes
+
+    library = c_library()
+    length = ctypes.c_size_t(size)
+    value = (buffer, ctypes.byref(length), None, ctypes.c_size_t())
+    if isinstance(name, str):
+        result = library.sysctlbyname(name.encode(), *value)
+    else:
+        numbers = (ctypes.c_int * len(name))(*name)
+        result = library.sysctl(numbers, ctypes.c_uint(len(name)), *value)
+    if result:
+        code = ctypes.get_errno()
+        raise OSError(code, f"sysctl {name}: {os.strerror(code)}")
+    return length.value
 
 
 def file_identity(status: os.stat_result) -> FileIdentity:
@@ -1448,25 +1497,25 @@ class MacKernel:
 
     def __init__(self) -> None:
         """Load the functions. Raises AttributeError where there are none, as on other systems of this family."""
-        import ctypes  # here, for it takes memory that no other system needs
+        import ctypes
 
-        library = ctypes.CDLL(None, use_errno=True)
+        library = c_library()
         pointer = ctypes.c_void_p
         number = ctypes.c_int
-        length = ctypes.POINTER(ctypes.c_size_t)
         self._ctypes = ctypes
-        self._sysctl = library.sysctl
-        self._sysctl.argtypes = [ctypes.POINTER(number), ctypes.c_uint, pointer, length, pointer, ctypes.c_size_t]
         self._list_pids = library.proc_listpids
         self._list_pids.argtypes = [ctypes.c_uint32, ctypes.c_uint32, pointer, number]
         self._pid_info = library.proc_pidinfo
         self._pid_info.argtypes = [number, number, ctypes.c_uint64, pointer, number]
         self._fd_info = library.proc_pidfdinfo
         self._fd_info.argtypes = [number, number, number, pointer, number]
+        self._table_bytes = 0  # of the process table when it was last read
 
     def list_processes(self) -> list[MacProcess]:
         """Return every live process but the kernel's: zombies are dead."""
-        table = self._read_sysctl((_CTL_KERN, _KERN_PROC, _KERN_PROC_ALL))
+        expected_bytes = self._table_bytes + self._table_bytes // 8
+        table = read_sysctl((_CTL_KERN, _KERN_PROC, _KERN_PROC_ALL), expected_bytes)
+        self._table_bytes = len(table)
         processes = []
         for start in range(0, len(table), KINFO_PROC.size):
             is_live = KINFO_PROC.read(table, "kp_proc.p_stat", start) != _SZOMB
@@ -1481,7 +1530,7 @@ class MacKernel:
         except ProcessLookupError:
             return 0
         except PermissionError:  # of another user's process the table alone tells
-            record = self._read_sysctl((_CTL_KERN, _KERN_PROC, _KERN_PROC_PID, pid))
+            record = read_sysctl((_CTL_KERN, _KERN_PROC, _KERN_PROC_PID, pid))
             is_live = record and KINFO_PROC.read(record, "kp_proc.p_stat") != _SZOMB
             return _mac_process(record, 0).start if is_live else 0
         seconds: int = PROC_BSDINFO.read(info, "pbi_start_tvsec")
@@ -1520,9 +1569,9 @@ class MacKernel:
     def _try_arguments(self, pid: int) -> MacArguments | None:
         names = (_CTL_KERN, _KERN_PROCARGS2, pid)
         try:
-            size = self._sysctl_into(names, None, 0) + _SLACK
+            size = call_sysctl(names, None, 0) + _SLACK
             area = self._ctypes.create_string_buffer(size)
-            length = self._sysctl_into(names, area, size)
+            length = call_sysctl(names, area, size)
         except OSError as error:
             if error.errno == errno.EIO:
                 return None
@@ -1564,7 +1613,7 @@ class MacKernel:
     def find_difference(self) -> str:
         """Return in which structure this kernel is another than declared here, by what it tells of us; else nothing."""
         pid = os.getpid()
-        record = self._read_sysctl((_CTL_KERN, _KERN_PROC, _KERN_PROC_PID, pid))
+        record = read_sysctl((_CTL_KERN, _KERN_PROC, _KERN_PROC_PID, pid))
         if len(record) != KINFO_PROC.size:
             return f"kinfo_proc has {len(record)} bytes, {KINFO_PROC.size} were expected"
         own = _mac_process(record, 0)
@@ -1603,29 +1652,6 @@ class MacKernel:
     def _error(self) -> OSError:
         number = self._ctypes.get_errno()
         return OSError(number, os.strerror(number))
-
-    def _sysctl_into(self, names: Sequence[int], buffer: Any, size: int) -> int:
-        """Return how many bytes there are, which are in the buffer where there is one. Raises OSError."""
-        mib = (self._ctypes.c_int * len(names))(*names)
-        length = self._ctypes.c_size_t(size)
-        if self._sysctl(mib, len(names), buffer, self._ctypes.byref(length), None, 0):
-            raise self._error()
-        return int(length.value)
-
-    def _read_sysctl(self, names: Sequence[int]) -> bytes:
-        """Return what has these names, which may grow meanwhile. Raises OSError."""
-        for _ in range(_TABLE_ATTEMPTS):
-            size = self._sysctl_into(names, None, 0)
-            size += size // 8 + _SLACK
-            buffer = self._ctypes.create_string_buffer(size)
-            try:
-                length = self._sysctl_into(names, buffer, size)
-            except OSError as error:
-                if error.errno != errno.ENOMEM:
-                    raise
-            else:
-                return bytes(buffer.raw[:length])
-        raise OSError(errno.EAGAIN, "the process table grows too fast")
 
     def _pid_structure(self, pid: int, flavor: int, layout: Layout, zombies: int = 0) -> bytes:
         """Return a structure that tells of a process. Raises OSError, where it has another size too."""
@@ -1853,31 +1879,6 @@ def set_inherited_fds_cloexec() -> None:
         if descriptor > 2:
             with contextlib.suppress(OSError):  # the listing's own is closed by now
                 os.set_inheritable(descriptor, False)
-
-
-def read_sysctl(name: str) -> bytes:
-    """Return a value of the Mac's kernel. Raises OSError.
-
-    sysctlbyname(3); bsd/kern/kern_newsysctl.c of XNU: without a buffer it returns the size, of a table with room to
-    spare, and ENOMEM where that is too small by now.
-    """
-    import ctypes
-
-    sysctlbyname = ctypes.CDLL(None, use_errno=True).sysctlbyname
-    size = ctypes.c_size_t()
-    for _ in range(_SYSCTL_ATTEMPTS):
-        if sysctlbyname(name.encode(), None, ctypes.byref(size), None, ctypes.c_size_t()):
-            break
-        buffer = ctypes.create_string_buffer(size.value)
-        if not sysctlbyname(name.encode(), buffer, ctypes.byref(size), None, ctypes.c_size_t()):
-            return buffer.raw[: size.value]
-        if ctypes.get_errno() != errno.ENOMEM:
-            break
-    code = ctypes.get_errno()
-    raise OSError(code, f"sysctl {name}: {os.strerror(code)}")
-
-
-_SYSCTL_ATTEMPTS = 10  # while a table grows faster than it is read
 
 
 def _max_files_on_mac(soft: int, hard: int) -> int:
@@ -3813,11 +3814,40 @@ class _Lifetimes:
         return self._may_own and bool(suspects) and suspects <= step_dirs
 
 
-class _Snapshot(NamedTuple):
-    """The live processes at one moment."""
+class _Snapshot:
+    """The live processes at one moment, by what a tree looks for. Nothing changes it.
 
-    processes: list[tuple[ProcessInfo, _Marks]]
-    unclear: list[ProcessInfo]  # those of them whose marks could not be read, and may be of a step
+    So the stop of one step of many costs what its own processes cost, not what all do.
+    """
+
+    def __init__(
+        self,
+        processes: Sequence[tuple[ProcessInfo, _Marks]] = (),
+        unclear: Sequence[ProcessInfo] = (),
+        writers: Mapping[FileIdentity, Sequence[ProcessInfo]] = types.MappingProxyType({}),
+    ) -> None:
+        self.processes = processes
+        self.unclear = unclear  # those of them whose marks could not be read, and may be of a step
+        self.writers = writers  # which unmarked ones may write a file
+        self.by_pid: dict[int, ProcessInfo] = {}  # these are without this process and daemons, which are never members
+        self.by_mark: dict[bytes, list[ProcessInfo]] = {}
+        self.by_session: dict[int, list[ProcessInfo]] = {}
+        self.by_parent: dict[int, list[ProcessInfo]] = {}
+        self.orphans: list[ProcessInfo] = []  # unmarked children of this process
+        own_pid = os.getpid()
+        marked: dict[int, bytes] = {}
+        for process, marks in processes:
+            marked[process.pid] = marks.step_dir
+            if process.pid == own_pid or marks.is_daemon:
+                continue
+            self.by_pid[process.pid] = process
+            self.by_session.setdefault(process.session, []).append(process)
+            self.by_parent.setdefault(process.parent, []).append(process)
+            if marks.step_dir:
+                self.by_mark.setdefault(marks.step_dir, []).append(process)
+            elif process.parent == own_pid and not marks.is_before_exec:
+                self.orphans.append(process)
+        self.unclear_marks = {marked.get(process.parent, b"") for process in unclear}  # of their parents
 
 
 class _ProcessTable:
@@ -3828,29 +3858,42 @@ class _ProcessTable:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards all below; who asks waits for another's scan
-        self._begin_s = 0.0  # of the last scan
-        self._snapshot = _Snapshot([], [])
+        self._changed = threading.Condition()  # guards the next five
+        self._is_scanning = False  # and whoever has set it owns the last two
+        self._scans_begun = 0
+        self._snapshot = _Snapshot()
+        self._snapshot_number = 0  # of the scan that found it
+        self._outputs_since_s = float("inf")
         self._files: dict[tuple[_Identity, bytes], frozenset[FileIdentity]] = {}  # that these processes may write
         self._unmarked: dict[tuple[_Identity, bytes], _Marks] = {}  # no exec gives such a process the mark of a step
 
+    def look_for_outputs(self, since_s: float) -> None:
+        """Have later scans tell of the files of processes started since then, in seconds since the epoch."""
+        with self._changed:
+            self._outputs_since_s = min(self._outputs_since_s, since_s)
+
     def snapshot(self) -> _Snapshot:
         """Return the processes, as found by a scan that began after the call. Raises OSError."""
-        asked_s = time.monotonic()
-        with self._lock:
-            if self._begin_s <= asked_s:
-                self._begin_s = time.monotonic()
-                self._snapshot = self._scan()
-            return self._snapshot
-
-    def written_files(self, process: ProcessInfo) -> frozenset[FileIdentity]:
-        """Return the files that a process of the snapshot may write. Raises OSError."""
-        key = (process.identity, process.program)
-        files = self._files.get(key)
-        if files is None:
-            files = _system().written_files(process)
-            self._files[key] = files
-        return files
+        with self._changed:
+            last_number = self._scans_begun
+            while self._is_scanning and self._snapshot_number <= last_number:
+                self._changed.wait()
+            if self._snapshot_number > last_number:
+                return self._snapshot
+            self._is_scanning = True
+            self._scans_begun += 1
+            number = self._scans_begun
+        snapshot = None
+        try:
+            snapshot = self._scan()
+            return snapshot
+        finally:
+            with self._changed:
+                self._is_scanning = False
+                if snapshot:
+                    self._snapshot = snapshot
+                    self._snapshot_number = number
+                self._changed.notify_all()
 
     def _scan(self) -> _Snapshot:
         """Read the process table; only marks that an exec cannot change are cached. Raises OSError."""
@@ -3869,11 +3912,41 @@ class _ProcessTable:
                 unclear.append(process)  # it execs, or ended before its marks were read, and may have forked
             processes.append((process, marks or _NO_MARKS))
         self._unmarked = unmarked
-        self._files = {key: files for key, files in self._files.items() if key in unmarked}
+        writers = self._find_writers(processes, unclear)
         parents = {process.pid: process.parent for process, _ in processes}
         without_steps = {identity[0] for (identity, _), marks in unmarked.items() if not marks.is_hidden}
         without_steps -= _possible_reapers(parents)  # their children are no step's
-        return _Snapshot(processes, [process for process in unclear if process.parent not in without_steps])
+        unclear = [process for process in unclear if process.parent not in without_steps]
+        return _Snapshot(processes, unclear, writers)
+
+    def _find_writers(
+        self,
+        processes: Sequence[tuple[ProcessInfo, _Marks]],
+        unclear: list[ProcessInfo],
+    ) -> dict[FileIdentity, list[ProcessInfo]]:
+        """Return which processes may write a file, of those that show no mark and are young: `look_for_outputs`.
+
+        What cannot be read now is added to the unclear ones.
+        """
+        system = _system()
+        known: dict[tuple[_Identity, bytes], frozenset[FileIdentity]] = {}
+        writers: dict[FileIdentity, list[ProcessInfo]] = {}
+        for process, marks in processes:
+            is_marked = marks.step_dir or marks.is_daemon or process.pid == os.getpid()
+            if is_marked or system.is_older(process, self._outputs_since_s):
+                continue
+            key = (process.identity, process.program)
+            try:
+                files = self._files[key] if key in self._files else system.written_files(process)
+            except OSError:
+                unclear.append(process)
+                continue
+            if not marks.is_before_exec:
+                known[key] = files
+            for file in files:
+                writers.setdefault(file, []).append(process)
+        self._files = known
+        return writers
 
 
 def _possible_reapers(parents: Mapping[int, int]) -> set[int]:
@@ -3918,6 +3991,7 @@ class PosixTree(ProcessTree):
         self._outputs: _Outputs | None = None  # looked up when it is stopped
         self._wake_out, self._wake_in = wake_pipe  # -1 where no descriptor was free
         self._is_woken = False
+        self._is_signalled = False  # the script, if it ran, had the signal to its group
         self._exit_watch = self._system.watch_exit(pid)
         self._pidfd = self._exit_watch.descriptor  # readable from the wrapper's end on
         self._members: set[_Identity] = set()  # processes that are or were of the tree
@@ -3947,12 +4021,13 @@ class PosixTree(ProcessTree):
         return self._system.exit_code(self._child)
 
     def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
-        if self._owns_session():  # and so the group; this needs no descriptor
-            _signal_group(self.pid, first_signal)
-            _signal_group(self.pid, signal.SIGCONT)
         with self._shared.reserve.lend():
+            self._signal_own_group(first_signal)
+            if is_hurried():  # a scan takes as long as it takes to write hundreds of megabytes
+                self._pause(_SIGTERM_LEAD_S)
+                self._kill_own_group()
             self._signal_other_groups(first_signal)
-            has_ended = self._await_end(is_hurried)
+            has_ended = self._await_end(is_hurried, first_signal)
             self._kill_all(empty_scans=int(has_ended))
 
     def close(self) -> None:
@@ -4023,6 +4098,20 @@ class PosixTree(ProcessTree):
 
     # -- the stages of a stop
 
+    def _signal_own_group(self, number: int) -> None:
+        """Send a signal to the wrapper's group; again at the next call, until the script had begun before the signal.
+
+        The wrapper itself ignores it: what it forks after the signal would know nothing of it.
+        """
+        if not self._is_signalled and self._owns_session():
+            self._is_signalled = all(map(_has_begun, self.step_dirs))
+            _signal_group(self.pid, number)
+            _signal_group(self.pid, signal.SIGCONT)
+
+    def _kill_own_group(self) -> None:
+        if self._owns_session():
+            _signal_group(self.pid, signal.SIGKILL)
+
     def _signal_other_groups(self, number: int) -> None:
         """Send a signal to the members that the signal to the wrapper's group did not reach, once to each."""
         own_group = self.pid if self._owns_session() else 0
@@ -4036,12 +4125,13 @@ class PosixTree(ProcessTree):
             if not self._scan_incomplete:
                 break
 
-    def _await_end(self, is_hurried: Callable[[], bool]) -> bool:
+    def _await_end(self, is_hurried: Callable[[], bool], first_signal: int) -> bool:
         """Return True when a complete scan has found nothing, False when the grace is over."""
         end_s = time.monotonic() + GRACE_S
         give_up_s = end_s
         pause_s = 0.001
         while time.monotonic() < end_s and not is_hurried():
+            self._signal_own_group(first_signal)
             if self._has_running_member() or self._scan():
                 give_up_s = end_s
             elif not self._scan_incomplete:
@@ -4068,8 +4158,7 @@ class PosixTree(ProcessTree):
             end_s = min(begin_s + _KILL_TIMEOUT_S, last_s + _INCOMPLETE_SCANS_S)
             if time.monotonic() >= end_s:
                 break
-            if self._owns_session():
-                _signal_group(self.pid, signal.SIGKILL)
+            self._kill_own_group()
             members = self._scan()
             for member in members:
                 self._signal(member, signal.SIGKILL)
@@ -4095,54 +4184,39 @@ class PosixTree(ProcessTree):
 
     def _scan(self) -> list[ProcessInfo]:
         """Return the live members that we may signal."""
+        if self._system.hides_environments and self._outputs is None:
+            self._outputs = _Outputs(self.step_dirs)
+            self._shared.table.look_for_outputs(self._outputs.begin_s)
         try:
-            processes, unclear = self._shared.table.snapshot()
+            snapshot = self._shared.table.snapshot()
         except OSError:  # no descriptor or memory for a scan
             self._scan_incomplete = True
             time.sleep(_POLL_S)
             return []
-        step_dirs = {process.pid: marks.step_dir for process, marks in processes}
-        parents = {step_dirs.get(process.parent, b"") for process in unclear}
-        self._scan_incomplete = b"" in parents or bool(parents & self.step_dirs)  # another step's child is not ours
-        own_pid = os.getpid()
-        candidates = []
-        members = set()
-        for process, marks in processes:
-            if process.pid != own_pid and not marks.is_daemon:
-                candidates.append(process)
-                if self._is_member(process, marks):
-                    members.add(process)
-        _add_descendants(members, candidates)
+        marks = snapshot.unclear_marks
+        self._scan_incomplete = b"" in marks or bool(marks & self.step_dirs)  # another step's child is not ours
+        members = self._find_evident(snapshot)
+        _add_descendants(members, snapshot)
         self._members.update(member.identity for member in members)
         return [member for member in members if member.identity not in self._denied]
 
-    def _is_member(self, process: ProcessInfo, marks: _Marks) -> bool:
-        """Return whether there is evidence of the process itself, whatever others are."""
-        if process.identity in self._members:
-            return True
-        if process.session == self.pid and self._owns_session():
-            return True
-        if marks.step_dir:
-            return marks.step_dir in self.step_dirs
-        if self._system.hides_environments and self._writes_output(process):
-            return True
-        if marks.is_before_exec:
-            return False
-        is_orphan = self._system.has_subreaper and process.parent == os.getpid()
-        return is_orphan and self._shared.lifetimes.can_only_be_of(self.step_dirs, int(process.start))
-
-    def _writes_output(self, process: ProcessInfo) -> bool:
-        """Return whether a process that was started since the steps began may write the output of one of them."""
-        if self._outputs is None:
-            self._outputs = _Outputs(self.step_dirs)
-        if self._system.is_older(process, self._outputs.begin_s):
-            return False
-        try:
-            files = self._shared.table.written_files(process)
-        except OSError:
-            self._scan_incomplete = True
-            return False
-        return not files.isdisjoint(self._outputs.files)
+    def _find_evident(self, snapshot: _Snapshot) -> set[ProcessInfo]:
+        """Return the processes of which there is evidence of themselves, whatever others are."""
+        evident: set[ProcessInfo] = set()
+        for pid, start in self._members:
+            process = snapshot.by_pid.get(pid)
+            if process and process.start == start:
+                evident.add(process)
+        if self._owns_session():
+            evident.update(snapshot.by_session.get(self.pid, ()))
+        for step_dir in self.step_dirs:
+            evident.update(snapshot.by_mark.get(step_dir, ()))
+        for file in self._outputs.files if self._outputs else ():
+            evident.update(snapshot.writers.get(file, ()))
+        for process in snapshot.orphans if self._system.has_subreaper else ():
+            if self._shared.lifetimes.can_only_be_of(self.step_dirs, int(process.start)):
+                evident.add(process)
+        return evident
 
 
 class _Outputs:
@@ -4166,18 +4240,19 @@ class _Outputs:
             return 0.0
 
 
-def _add_descendants(members: set[ProcessInfo], candidates: Sequence[ProcessInfo]) -> None:
+def _add_descendants(members: set[ProcessInfo], snapshot: _Snapshot) -> None:
     """Add to the members their children and what is in a session of theirs, until there are no more."""
     foreign_sessions = _own_sessions()
-    has_grown = True
-    while has_grown:
-        parents = {member.pid for member in members}
-        sessions = {member.session for member in members} - foreign_sessions
-        size = len(members)
-        for process in candidates:
-            if process.parent in parents or process.session in sessions:
+    unvisited = [*members]
+    while unvisited:
+        member = unvisited.pop()
+        related = [*snapshot.by_parent.get(member.pid, ())]
+        if member.session not in foreign_sessions:
+            related += snapshot.by_session[member.session]
+        for process in related:
+            if process not in members:
                 members.add(process)
-        has_grown = len(members) > size
+                unvisited.append(process)
 
 
 _PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT if ON_LINUX else 0  # for waitid: the zombie stays
@@ -4185,6 +4260,7 @@ _INCOMPLETE_SCANS_S = 1.0  # that scans may find nothing but be incomplete, on a
 _MAX_LIFETIMES = 10_000  # ended steps are kept for as long as there is an orphan, which may be for ever
 _EXEC_SCANS = 10
 _CLOCK_STEP_S = 60.0  # by which the clock may have been set while a step ran, as after a sleep of the host
+_SIGTERM_LEAD_S = 0.005  # of a SIGTERM before the SIGKILL of a stop in haste
 _SIGTERM_SCANS = 3  # more would send it to what members start to clean up
 _KERNEL_THREAD = 0x0020_0000  # PF_KTHREAD of include/linux/sched.h
 
@@ -4480,10 +4556,9 @@ class _MacSystem(_System):
         Its end is told a moment before it is a zombie (bsd/kern/kern_exit.c, lines 2543 and 2612).
         """
         for _ in range(_EXEC_SCANS):
-            try:
+            status = None
+            with contextlib.suppress(OSError):  # it cannot be told now
                 status = self._kernel.exit_status(child.pid)
-            except OSError:
-                return None
             if status is not None:
                 return os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
             time.sleep(_POLL_S)
@@ -4632,19 +4707,7 @@ class PosixProcesses(StepProcesses):
         return PosixTree(step_dirs, 0, None, _open_pipe(), self._shared)
 
     def may_have_started(self, step_dir: str) -> bool:
-        """Return by the file `pid` whether the script may have run: it was there, empty, before the wrapper.
-
-        The wrapper of version 1.0.0 made it itself, and wrote its pid alone into it before the script ran.
-        """
-        lines = _read_pid_file(step_dir)
-        result = os.path.join(step_dir, "rc")
-        if lines is None or os.path.lexists(result):
-            return True
-        if not lines:
-            return False
-        if len(lines) > 1:
-            return True
-        return not re.fullmatch(rb"[0-9]+ wrapper\s*", lines[0])
+        return _may_have_started(step_dir)
 
     def death_signal(self, code: int) -> int | None:
         """Return the signal that a shell tells as 128 more (POSIX.1-2017, Shell Command Language, 2.8.2).
@@ -4808,6 +4871,31 @@ def _read_pid(step_dir: str) -> int:
     lines = _read_pid_file(step_dir)
     words = lines[0].split() if lines else []
     return int(words[0]) if words and words[0].isdigit() else 0
+
+
+def _may_have_started(step_dir: str) -> bool:
+    """Return by the file `pid` whether the script may have run: it was there, empty, before the wrapper.
+
+    The wrapper of version 1.0.0 made it itself, and wrote its pid alone into it before the script ran. Raises OSError
+    where it cannot be read now.
+    """
+    lines = _read_pid_file(step_dir)
+    result = os.path.join(step_dir, "rc")
+    if lines is None or os.path.lexists(result):
+        return True
+    if not lines:
+        return False
+    if len(lines) > 1:
+        return True
+    return not re.fullmatch(rb"[0-9]+ wrapper\s*", lines[0])
+
+
+def _has_begun(step_dir: bytes) -> bool:
+    """Return whether the script of a step may have begun; True where that cannot be read."""
+    try:
+        return _may_have_started(os.fsdecode(step_dir))
+    except OSError:
+        return True
 
 
 def _read_pid_file(step_dir: str) -> list[bytes] | None:
@@ -8801,6 +8889,8 @@ class Runner:
 # ======================================================================================================================
 
 _TASK_NUMBER = re.compile("[1-9][0-9]{0,17}")
+_RECOVERY_PATIENCE_S = 30.0  # with a host that has no descriptor or memory for an answer; then the daemon ends
+_RECOVERY_PAUSE_S = 0.1
 
 
 class Recovery:
@@ -8863,7 +8953,23 @@ class Recovery:
 
     def _restore(self, stored: UnfinishedTask, rows: Sequence[UnfinishedStep]) -> None:
         for step in self._scheduler.restore(stored, rows):
-            self._restore_begun_step(step)
+            self._restore_patiently(step)
+
+    def _restore_patiently(self, step: Step) -> None:
+        """Restore a step that had begun; what cannot be found out now is asked again. Raises OSError in the end."""
+        give_up_s = time.monotonic() + _RECOVERY_PATIENCE_S
+        has_failed = False
+        while True:
+            try:
+                self._restore_begun_step(step)
+                return
+            except OSError as error:
+                if time.monotonic() >= give_up_s:
+                    raise
+                if not has_failed:
+                    log.warning("%s: cannot find out whether it still runs, trying again: %s", step, error)
+                has_failed = True
+            time.sleep(_RECOVERY_PAUSE_S)
 
     def _restore_begun_step(self, step: Step) -> None:
         """Find out by its files and processes what became of a step that had begun, and have it attended to."""
