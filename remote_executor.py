@@ -953,6 +953,7 @@ if ON_WINDOWS:
     JOB_OBJECT_BASIC_PROCESS_ID_LIST = 3
     JOB_OBJECT_EXTENDED_LIMIT_INFORMATION = 9
     JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION = 0x0400
+    JOB_OBJECT_LIMIT_SILENT_BREAKAWAY_OK = 0x1000
     JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE = 0x2000
 
     class JobAccounting(ctypes.Structure):
@@ -4590,6 +4591,23 @@ def _limit_job(job: int, flags: int) -> None:
     limits = JobLimits(LimitFlags=flags | JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION)
     size = ctypes.sizeof(limits)
     SetInformationJobObject(job, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits), size)
+
+
+def job_warning() -> str:
+    """Return that the job which this process was started in ends the steps with it; empty where none does.
+
+    sshd, WinRM and Task Scheduler have such jobs. JOBOBJECT_BASIC_LIMIT_INFORMATION (MSDN).
+    """
+    if not ON_WINDOWS:
+        return ""
+    limits = JobLimits()
+    size = ctypes.sizeof(limits)
+    with contextlib.suppress(OSError):  # this process is in no job
+        QueryInformationJobObject(None, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits), size, None)
+    flags = limits.LimitFlags & (JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE | JOB_OBJECT_LIMIT_SILENT_BREAKAWAY_OK)
+    if flags != JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE:
+        return ""
+    return "the session that started this daemon ends it with all its steps when it closes; install it as a service"
 
 
 def _count_active(job: int) -> int:
@@ -11686,7 +11704,7 @@ class Daemon:
         self._start_task_parts(tasks, closing)
         server.start()
         self._start_periodic_checks(tasks, server, root_watch)
-        if warning := _capacity_warning(capacity, tasks.scheduler):
+        for warning in filter(None, (_capacity_warning(capacity, tasks.scheduler), job_warning())):
             log.warning("%s", warning)
         return f"{server.scheme}://{server.authority}"
 
@@ -11741,6 +11759,7 @@ class Daemon:
         return [
             tasks.store.warning,
             lambda: insecure_warning,
+            functools.lru_cache(job_warning),
             functools.partial(_capacity_warning, capacity, tasks.scheduler),
             lambda: tasks.scheduler.scarcity,
             root_watch.warning,

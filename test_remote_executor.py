@@ -2159,6 +2159,17 @@ def test_job_of_a_step_nests_in_the_daemons_and_ends_with_it(daemon: Daemon) -> 
 
 
 @windows_only
+@pytest.mark.parametrize("flags, warns", [(0, False), (0x2000, True), (0x2400, True), (0x3000, False)])
+def test_job_that_would_end_the_steps_with_the_daemon_is_told(monkeypatch: Any, flags: int, warns: bool) -> None:
+    def query(job: Any, kind: int, limits: Any, *_: Any) -> None:
+        assert (job, kind) == (None, 9)  # of this process; JobObjectExtendedLimitInformation
+        limits._obj.LimitFlags = flags
+
+    monkeypatch.setattr(module(), "QueryInformationJobObject", query)
+    assert ("service" in module().job_warning()) == warns
+
+
+@windows_only
 def test_step_opens_no_window(daemon: Daemon) -> None:
     shows = "import ctypes\nprint(ctypes.windll.user32.IsWindowVisible(ctypes.windll.kernel32.GetConsoleWindow()))"
     assert daemon.output(python(shows)) == ["0"]
