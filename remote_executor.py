@@ -10308,11 +10308,13 @@ class OutputDecoder:
         Words in Latin letters are never UTF-8 by accident. Russian ones come out as signs of East Asia; two bytes of
         Chinese or Korean as a letter of Europe, which stands alone there.
         """
+        if len(line) > _MAX_ACCIDENT_BYTES or _is_latin_word(text) or max(text) > "\uffff":
+            return text
         try:
             in_page = line.decode(self._page)
         except UnicodeDecodeError:
             return text
-        if not _is_foreign_word(in_page) or _is_latin_word(text) or max(text) > "\uffff":
+        if not _is_foreign_word(in_page):
             return text
         if len(in_page) < len(line):  # two bytes a character
             if max(text) >= "\u0800":  # UTF-8 of three bytes a character
@@ -10326,13 +10328,15 @@ class OutputDecoder:
         return text
 
 
+_MAX_ACCIDENT_BYTES = 120  # of a line: in a longer one some character is no UTF-8
 _FIRST_NOT_LATIN = "\u0370"
+_ASCII = re.compile(r"[\x00-\x7f]+")
 
 
 def _is_foreign_word(text: str) -> bool:
     """Return whether what is not ASCII is all letters, none of them Latin, and none a capital after a small one."""
-    letters = [character for character in text if not character.isascii()]
-    if min(letters) < _FIRST_NOT_LATIN or not "".join(letters).isalpha():
+    letters = _ASCII.sub("", text)
+    if min(letters) < _FIRST_NOT_LATIN or not letters.isalpha():
         return False
     pairs = zip(letters, letters[1:])
     return not any(first.islower() and second.isupper() for first, second in pairs)
@@ -10343,8 +10347,7 @@ _TOUCHES_ASCII = re.compile(r"[A-Za-z][^\x00-\x7f]|[^\x00-\x7f][A-Za-z]")
 
 def _is_latin_word(text: str) -> bool:
     """Return whether what is not ASCII is all letters, some of them in a word with ASCII ones."""
-    letters = "".join(character for character in text if not character.isascii())
-    return letters.isalpha() and _TOUCHES_ASCII.search(text) is not None
+    return _TOUCHES_ASCII.search(text) is not None and _ASCII.sub("", text).isalpha()
 
 
 def is_utf_8(blocks: Iterable[bytes]) -> bool:
