@@ -3012,7 +3012,6 @@ INTERPRETERS: Mapping[str, Interpreter] = {
 }
 
 
-_NO_VARIABLES: Mapping[str, str] = types.MappingProxyType({})
 _BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -3101,15 +3100,14 @@ def script_environment(command_type: str) -> tuple[str, ...]:
     return (*_STEP_ENVIRONMENT, *INTERPRETERS[command_type].env)
 
 
-def encode_script(command_type: str, text: str, env: Mapping[str, str] = _NO_VARIABLES) -> bytes:
-    """Return the content of the script's file; `env` is what it finds in its environment beyond the daemon's."""
+def encode_script(command_type: str, text: str, variables: Sequence[str] = ()) -> bytes:
+    """Return the content of the script's file; `variables` are texts of its environment that it may show."""
     suffix = INTERPRETERS[command_type].suffix
     text = text[1:] if text.startswith(_BYTE_ORDER_MARK) else text
     if suffix == ".ps1":
         return text.encode("utf-8-sig")  # without a BOM Windows PowerShell takes it for the ANSI code page
     if suffix == ".bat":
-        variables = "".join(itertools.chain(*env.items()))
-        return _encode_batch(text, variables, fallback_encoding())
+        return _encode_batch(text, "".join(variables), fallback_encoding())
     return text.encode()
 
 
@@ -7546,12 +7544,11 @@ class Runner:
         """Make the files of a step; return what is to be started. Raises what `_launch` sorts, and LaunchError."""
         script = self._store.script(step.task.number, step.index)
         name = script_name(script.command_type)
-        workspace = self._workspace(step)
+        content = encode_script(script.command_type, script.content, (*script.env, step.name))
+        file = self.directory(step).prepare(name, content, self._processes.initial_files)
+        workspace = self._make_workspace(step)
         entries = (*script_environment(script.command_type), *script.env)
         env = self._environment(step, entries, workspace)
-        content = encode_script(script.command_type, script.content, env)
-        file = self.directory(step).prepare(name, content, self._processes.initial_files)
-        self._make_workspace(step)
         path = variable(env, "PATH", self._path)
         args = interpreter_command(
             script.command_type,
@@ -7562,17 +7559,16 @@ class Runner:
         )
         return _Launch(args, workspace, env)
 
-    def _workspace(self, step: Step) -> str:
-        return os.path.join(self._files.path, str(step.task.number), "workspace")
-
-    def _make_workspace(self, step: Step) -> None:
-        """Make the task's workspace where there is none. Raises LaunchError."""
-        workspace = self._workspace(step)
+    def _make_workspace(self, step: Step) -> str:
+        """Return the task's workspace, created where there is none. Raises LaunchError."""
+        names = (str(step.task.number), "workspace")
+        workspace = os.path.join(self._files.path, *names)
         if not is_real_directory(workspace):
             with contextlib.suppress(FileExistsError):  # a parallel step did
-                self._files.make(str(step.task.number), "workspace")
+                self._files.make(*names)
         if not is_real_directory(workspace):
             raise LaunchError("could not start: an earlier step has replaced the workspace by something else")
+        return workspace
 
     def _environment(
         self,
