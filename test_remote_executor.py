@@ -1979,6 +1979,14 @@ def test_script_that_changes_directory_knows_where_it_is(daemon: Daemon) -> None
 
 
 @windows_only
+@pytest.mark.parametrize("root, file", [("C:\\a röot (1)", "C:\\a röot (1)\\0\\script"), ("C:\\100%", "..\\0\\script")])
+def test_script_is_called_by_its_whole_path_unless_cmd_reads_it_otherwise(root: str, file: str) -> None:
+    for kind, suffix in (("cmd", ".bat"), ("python", ".py")):
+        command = module().interpreter_command(kind, rf"{root}\0\script{suffix}", rf"{root}\workspace", "")
+        assert file + suffix in command[-1]
+
+
+@windows_only
 def test_directories_inherit_the_rights_on_the_root(tmp_path: Path, monkeypatch: Any) -> None:
     modes, make = [], os.mkdir
     monkeypatch.setattr(os, "mkdir", lambda path, mode=0o777, **rest: modes.append(mode) or make(path, mode, **rest))
