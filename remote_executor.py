@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import codecs
 import collections
 import contextlib
 import datetime
@@ -1024,10 +1025,15 @@ if ON_WINDOWS:
     OpenProcess = _declare(_kernel32, "OpenProcess", _HANDLE, _DWORD, _BOOL, _DWORD)
     GetCurrentProcess = _declare(_kernel32, "GetCurrentProcess", _HANDLE)
     GetProcessTimes = _declare(_kernel32, "GetProcessTimes", _BOOL, _HANDLE, _TIME_OUT, _TIME_OUT, _TIME_OUT, _TIME_OUT)
-    GetExitCodeProcess = _declare(_kernel32, "GetExitCodeProcess", _BOOL, _HANDLE, ctypes.POINTER(ctypes.c_int32))
+    GetExitCodeProcess = _declare(_kernel32, "GetExitCodeProcess", _BOOL, _HANDLE, _DWORD_OUT)
     TerminateProcess = _declare(_kernel32, "TerminateProcess", _BOOL, _HANDLE, _UINT)
     NtResumeProcess = _WinDLL("ntdll").NtResumeProcess  # ResumeThread needs a handle that Popen has closed
     NtResumeProcess.argtypes = (_HANDLE,)
+    SEM_FAILCRITICALERRORS = 0x0001
+    SEM_NOGPFAULTERRORBOX = 0x0002
+    SetErrorMode = _kernel32.SetErrorMode
+    SetErrorMode.argtypes = (_UINT,)
+    SetErrorMode.restype = _UINT
     SetDllDirectoryW = _declare(_kernel32, "SetDllDirectoryW", _BOOL, _TEXT)
     GetProcessHandleCount = _declare(_kernel32, "GetProcessHandleCount", _BOOL, _HANDLE, _DWORD_OUT)
 
@@ -1082,6 +1088,7 @@ if ON_WINDOWS:
     JOB_OBJECT_BASIC_PROCESS_ID_LIST = 3
     JOB_OBJECT_EXTENDED_LIMIT_INFORMATION = 9
     JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION = 0x0400
+    JOB_OBJECT_LIMIT_SILENT_BREAKAWAY_OK = 0x1000
     JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE = 0x2000
 
     class JobAccounting(ctypes.Structure):
@@ -2072,6 +2079,8 @@ def _restrict_windows_directory(path: str) -> None:
     """Grant access to the system, administrators and ourselves alone, and so to all content. Raises StartupError."""
     if len(path) > _MAX_ROOT_LENGTH:
         raise StartupError(f"--root: {path} is too long for cmd.exe; use at most {_MAX_ROOT_LENGTH} characters")
+    if path.startswith("\\\\?\\"):
+        raise StartupError(f"--root: {path} has the prefix \\\\?\\, with which cmd.exe cannot work; give it without")
     if path.startswith("\\\\"):
         raise StartupError(f"--root: {path} is on a network share, where cmd.exe cannot work; choose a local directory")
     own_sid = _own_sid()
@@ -2277,19 +2286,27 @@ def lock_file(path: str) -> int:
     return descriptor
 
 
-_RENAME_RETRY_S = 5.0
+_HELD_RETRY_S = 5.0
 
 
-def rename(path: str, new: str) -> None:
-    """Rename a file or directory; on Windows retry for seconds, for a virus scanner may hold it. Raises OSError."""
-    end_s = time.monotonic() + _RENAME_RETRY_S
+def retry_while_held(action: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what an action on a file returns; on Windows retry for seconds while another process holds the file.
+
+    A virus scanner, a backup or an indexer may, at any time and with any share mode. Raises OSError.
+    """
+    end_s = time.monotonic() + _HELD_RETRY_S
     while True:
         try:
-            return os.rename(path, new)
-        except PermissionError:
+            return action(*arguments)
+        except PermissionError:  # the CRT tells a sharing violation as it tells missing rights (_dosmaperr)
             if not ON_WINDOWS or time.monotonic() > end_s:
                 raise
         time.sleep(0.05)
+
+
+def rename(path: str, new: str) -> None:
+    """Rename a file or directory; on Windows retry for seconds. Raises OSError."""
+    retry_while_held(os.rename, path, new)
 
 
 _JUNCTION = 0xA000_0003  # IO_REPARSE_TAG_MOUNT_POINT
@@ -2331,6 +2348,9 @@ _FILE_FLAGS = _O_NOFOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY
 _NEW_FILE_FLAGS = _FILE_FLAGS | os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _NO_FILES: Mapping[str, bytes] = types.MappingProxyType({})
 _REMOVAL_S = 10.0  # for one directory, before others have their turn
+# On Windows a directory inherits the rights on the root, which the daemon's user has elevated and not: CPython of 2024
+# and later takes 0o700 for a list of its own (os.mkdir), on which that user stands as the owner alone.
+_DIRECTORY_MODE = 0o777 if ON_WINDOWS else 0o700
 # What Windows would take for another drive, a stream of a file (`a:b`), a pattern, or a device (Naming Files, MSDN).
 _NO_WINDOWS_NAME = re.compile(
     r'.*[<>:"|?*\\\x00-\x1f].*|.*[. ]|(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\..*)?',
@@ -2433,7 +2453,8 @@ class SafeDirectory:
                 raise OSError(errno.ELOOP, "is a link", name)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "is not a regular file", name)
-            descriptor = os.open(name, os.O_RDONLY | _FILE_FLAGS, dir_fd=parent)
+            open_file = functools.partial(os.open, dir_fd=parent)
+            descriptor = retry_while_held(open_file, name, os.O_RDONLY | _FILE_FLAGS)
         try:
             self._check_mount(descriptor)
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -2476,7 +2497,7 @@ class SafeDirectory:
         """Make a directory, which must not exist yet, with these files in it, which never may. Raises OSError."""
         with self._parent(names) as (name, parent):
             try:
-                os.mkdir(name, 0o700, dir_fd=parent)
+                os.mkdir(name, _DIRECTORY_MODE, dir_fd=parent)
             except FileExistsError:
                 if not may_exist:
                     raise
@@ -3067,7 +3088,7 @@ def find_program(program: str, path: str) -> str | None:
         return system_program("cmd.exe")
     # Not `shutil.which`, which begins in the current directory, and before Python 3.12 adds no suffix to a path. The
     # directory that is left out for it is where Windows keeps a `python` that opens its store.
-    suffixes = os.environ.get("PATHEXT", ".COM;.EXE;.BAT;.CMD").split(";")
+    suffixes = list(filter(None, os.environ.get("PATHEXT", "").split(";"))) or [".COM", ".EXE", ".BAT", ".CMD"]
     for part in path.split(os.pathsep):
         directory = part.strip('"')
         is_store = program == "python" and directory.rstrip("\\").lower().endswith("\\microsoft\\windowsapps")
@@ -3085,9 +3106,43 @@ def fallback_encoding() -> str:
     return "oem" if ON_WINDOWS else "utf-8"
 
 
-def environment_name(name: str) -> str:
-    """Return the name of a variable as this host's environment has it: on Windows case does not matter."""
-    return name.upper() if ON_WINDOWS else name
+def merge_variables(*environments: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the names and values of several environments; the last one counts of those that are the same name.
+
+    Names keep their case; on Windows, where it does not matter, those that differ in it alone are the same.
+    """
+    merged = {}
+    for name, value in itertools.chain(*environments):
+        key = name.upper() if ON_WINDOWS else name
+        merged[key] = (name, value)
+    return dict(merged.values())
+
+
+def variable(environment: Mapping[str, str], name: str, default: str) -> str:
+    """Return the value of a variable, whose name is in capitals; on Windows it may have been given in any case."""
+    for other, value in environment.items():
+        if name == (other.upper() if ON_WINDOWS else other):
+            return value
+    return default
+
+
+MAX_VARIABLE_UNITS = 32767  # of Windows (SetEnvironmentVariableW)
+
+
+def fits_environment(value: str) -> bool:
+    """Return whether a variable of this host can have the value."""
+    return not ON_WINDOWS or len(value.encode("utf-16-le")) <= 2 * MAX_VARIABLE_UNITS
+
+
+def own_environment() -> dict[str, str]:
+    """Return the environment of this process, with the names as it got them: os.environ of Windows has capitals."""
+    own = dict(os.environ)
+    if sys.platform == "win32":
+        import nt
+
+        names = {name.upper(): name for name in nt.environ}
+        own = {names.get(name, name): value for name, value in own.items()}
+    return own
 
 
 @functools.lru_cache(maxsize=1)
@@ -3392,13 +3447,11 @@ class Interpreter(NamedTuple):
     env: tuple[str, ...] = ()  # KEY=value, unless the task sets another
 
 
+# Python writes to a file in the ANSI code page by default, whoever calls it; console programs do in the OEM code page.
+_STEP_ENVIRONMENT = ("PYTHONIOENCODING=utf-8",) if ON_WINDOWS else ()
+_PYTHON_PROGRAMS = ("python", "py -3") if ON_WINDOWS else ("python3",)
 _PYTHON_ENV = ("PYTHONUNBUFFERED=1",)  # what it prints is seen at once, and a stop loses nothing of it
-# Python writes to a file in the ANSI code page by default; console programs do in the OEM code page.
-_PYTHON = (
-    Interpreter(("python", "py -3"), ".py", env=(*_PYTHON_ENV, "PYTHONIOENCODING=utf-8"))
-    if ON_WINDOWS
-    else Interpreter(("python3",), ".py", env=_PYTHON_ENV)
-)
+_PYTHON = Interpreter(_PYTHON_PROGRAMS, ".py", env=_PYTHON_ENV)
 _PYTHON2 = Interpreter(("python2",), ".py", env=_PYTHON_ENV)
 _SH = Interpreter(("sh",), ".sh")
 _CMD_ARGUMENTS = ("/D", "/E:ON", "/V:OFF", "/S", "/C", 'CALL "{file}"')
@@ -3446,6 +3499,9 @@ INTERPRETERS: Mapping[str, Interpreter] = {
 }
 
 
+_BYTE_ORDER_MARK = "\ufeff"
+
+
 class ProgramCache:
     """Where programs were found, for some seconds: a search costs a step 20 to 80 µs, on Windows more. Thread-safe."""
 
@@ -3482,10 +3538,10 @@ def interpreter_command(
     Raises LaunchError for a missing program.
     """
     interpreter = INTERPRETERS[command_type]
-    if ON_WINDOWS:  # relative, for cmd reads the line, to which a letter of the root's, such as %, may mean something
+    if ON_WINDOWS and interpreter.suffix == ".sh":  # the bash of Windows is a Linux's
+        file = os.path.relpath(file, workspace).replace("\\", "/")
+    elif ON_WINDOWS and _SPECIAL_TO_CMD.search(file):  # else not, for a script may change directory and ask where it is
         file = os.path.relpath(file, workspace)
-        if interpreter.suffix == ".sh":  # the bash of Windows is a Linux's
-            file = file.replace("\\", "/")
     arguments = [_substitute_file(argument, file) for argument in interpreter.arguments]
     own_path = os.environ.get("PATH", os.defpath)  # for a step that looks for its own programs elsewhere
     if interpreter is not _CMD or ON_WINDOWS:
@@ -3499,6 +3555,7 @@ def interpreter_command(
     raise LaunchError(f"{' or '.join(interpreter.programs)} is not on the PATH of this host")
 
 
+_SPECIAL_TO_CMD = re.compile("[%!^&]")  # also within quotes, in a line that CALL reads a second time
 _FILE_PLACEHOLDER = re.compile(r"\{(?:file|quoted)\}")
 
 
@@ -3526,30 +3583,69 @@ def script_name(command_type: str) -> str:
 
 
 def script_environment(command_type: str) -> tuple[str, ...]:
-    """Return what the interpreter needs in its environment, as KEY=value."""
-    return INTERPRETERS[command_type].env
+    """Return what the interpreter, and what a script may call, needs in its environment, as KEY=value."""
+    return (*_STEP_ENVIRONMENT, *INTERPRETERS[command_type].env)
 
 
-def encode_script(command_type: str, text: str) -> bytes:
-    """Return the content of the script's file."""
+def encode_script(command_type: str, text: str, variables: Sequence[str] = ()) -> bytes:
+    """Return the content of the script's file; `variables` are texts of its environment that it may show."""
     suffix = INTERPRETERS[command_type].suffix
+    text = text[1:] if text.startswith(_BYTE_ORDER_MARK) else text
     if suffix == ".ps1":
         return text.encode("utf-8-sig")  # without a BOM Windows PowerShell takes it for the ANSI code page
     if suffix == ".bat":
-        return _encode_batch(text, fallback_encoding())
+        return _encode_batch(text, "".join(variables), fallback_encoding())
     if suffix == ".sh" and not re.search("(?<!\r)\n", text):  # as editors of Windows end lines; no shell takes the CR
         text = text.replace("\r\n", "\n")
     return text.encode()
 
 
-def _encode_batch(text: str, encoding: str) -> bytes:
-    """Return a batch file, which cmd reads in the code page of its console; in UTF-8 where that lacks a character."""
-    lines = ["@echo off", *re.split("\r?\n", text), ""]
-    content = "\r\n".join(lines)
+# A command of its own, not a word of `echo` or `rem`: at the begin of a line or of what follows another command.
+_CHANGES_PAGE = re.compile(
+    r'(?:^|[&|(@]|>\s*nul\b)\s*(?:"?[^\s"&|]*\\)?chcp(?:\.com)?"?\s+(\d+)',
+    re.IGNORECASE,
+)
+_UTF_8_PAGE = "65001"
+
+
+def _encode_batch(text: str, variables: str, encoding: str) -> bytes:
+    """Return a batch file. cmd reads each line in the code page that its console has then, which the script may change.
+
+    In UTF-8 from the begin where the page of the host lacks a character of the script or of its variables.
+    """
+    lines = ["@echo off", *re.split("\r?\n", text)]
     try:
-        return content.encode(encoding)
+        variables.encode(encoding)
+        return b"".join(_encode_lines_of_batch(lines, encoding))
     except UnicodeEncodeError:
-        return b"@chcp 65001 >nul\r\n" + content.encode()
+        chcp = system_program("chcp.com")
+        first = f'@"{chcp}" {_UTF_8_PAGE} >nul\r\n'.encode()
+        return first + b"".join(_encode_lines_of_batch(lines, "utf-8"))
+
+
+def _encode_lines_of_batch(lines: Iterable[str], encoding: str) -> Iterator[bytes]:
+    """Yield each line in the page that holds there. Raises UnicodeEncodeError, but for a page that the script chose."""
+    errors = "strict"
+    for line in lines:
+        yield line.encode(encoding, errors) + b"\r\n"
+        for page in _CHANGES_PAGE.findall(line):
+            encoding = _page_encoding(page)
+            errors = "replace"
+
+
+def changes_to_utf_8(batch: bytes) -> bool:
+    """Return whether a batch file has its console's output in UTF-8, at least from some line on."""
+    return any(_UTF_8_PAGE in _CHANGES_PAGE.findall(line) for line in batch.decode("latin-1").splitlines())
+
+
+def _page_encoding(page: str) -> str:
+    """Return the encoding of a console's code page, UTF-8 for one that is not known."""
+    if page == _UTF_8_PAGE:
+        return "utf-8"
+    try:
+        return codecs.lookup(f"cp{page}").name
+    except LookupError:
+        return "utf-8"
 
 
 # ======================================================================================================================
@@ -5010,16 +5106,17 @@ if %tries%==0 exit %code%\r
 "{ping}" -n 2 127.0.0.1 >nul\r
 goto again\r
 """
-# The exit code of what a stop ends, as a signed number; no script ends with it by itself. Bit 29 is reserved for
+# The exit code of what a stop ends; no script ends with it by itself. Bit 29 is reserved for
 # applications (MSDN, "GetLastError"); the codes of the system and its runtimes begin with 0xC0, 0x80 or 0xE0 (C++,
 # .NET).
-_ENDED_BY_STOP = -0x1FAD_ADAE  # 0xE0525252
+_ENDED_BY_STOP = 0xE052_5252
 _SPAWN_ATTEMPTS = 3
 # Files that are read again while the step runs: cmd opens a batch file for each of its lines, a later daemon reads the
 # pid. The wrapper keeps them open with these share modes, so that nobody else can open them exclusively. A script may
 # change or delete itself.
 _HELD_FILES = {"pid": 0x01, "run.bat": 0x01, "script.bat": 0x07}  # FILE_SHARE_READ, and with WRITE and DELETE
 _FIND_OWN_PROCESS_S = 0.5  # until the first search for a step's own process; most steps are over by then
+_MODULE_PATH = "PSMODULEPATH"  # of PowerShell 7, where the daemon was started in it: 5.1 fails on its modules
 _UNQUOTED_WORD = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
 
@@ -5039,7 +5136,7 @@ class _WrapperRecord(NamedTuple):
     def read(cls, step_dir: str) -> _WrapperRecord | None:
         """Read the file; return None without it or without a complete first line. Raises OSError."""
         try:
-            with open(os.path.join(step_dir, "pid"), encoding="ascii") as file:
+            with retry_while_held(open, os.path.join(step_dir, "pid")) as file:
                 first, end, second = file.read(200).partition("\n")
             pid, created, job_name = first.split(" ")
             record = cls(int(pid), int(created), job_name)
@@ -5089,8 +5186,8 @@ def _hand_job(job: int, process: int) -> None:
 
 def _hold_file(path: str, process: int, share: int) -> None:
     """Have a process keep a file open with this share mode, so that until its end others must open it compatibly."""
-    with contextlib.suppress(OSError):  # another process has it open already, or there is none
-        file = CreateFileW(path, GENERIC_READ, share, None, OPEN_EXISTING, 0, None)
+    with contextlib.suppress(OSError):  # another process keeps it open, or there is none
+        file = retry_while_held(CreateFileW, path, GENERIC_READ, share, None, OPEN_EXISTING, 0, None)
         try:
             _duplicate(file, process)
         finally:
@@ -5102,6 +5199,23 @@ def _limit_job(job: int, flags: int) -> None:
     limits = JobLimits(LimitFlags=flags | JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION)
     size = ctypes.sizeof(limits)
     SetInformationJobObject(job, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits), size)
+
+
+def job_warning() -> str:
+    """Return that the job which this process was started in ends the steps with it; empty where none does.
+
+    sshd, WinRM and Task Scheduler have such jobs. JOBOBJECT_BASIC_LIMIT_INFORMATION (MSDN).
+    """
+    if not ON_WINDOWS:
+        return ""
+    limits = JobLimits()
+    size = ctypes.sizeof(limits)
+    with contextlib.suppress(OSError):  # this process is in no job
+        QueryInformationJobObject(None, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits), size, None)
+    flags = limits.LimitFlags & (JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE | JOB_OBJECT_LIMIT_SILENT_BREAKAWAY_OK)
+    if flags != JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE:
+        return ""
+    return "the session that started this daemon ends it with all its steps when it closes; install it as a service"
 
 
 def _count_active(job: int) -> int:
@@ -5135,7 +5249,7 @@ def _end_job(job: int) -> None:
     end_s = time.monotonic() + _KILL_TIMEOUT_S
     while _count_active(job) and time.monotonic() < end_s:
         with contextlib.suppress(OSError):  # some are ending already: try again
-            TerminateJobObject(job, _ENDED_BY_STOP & 0xFFFF_FFFF)
+            TerminateJobObject(job, _ENDED_BY_STOP)
         time.sleep(_POLL_S)
 
 
@@ -5209,7 +5323,7 @@ def _may_be_alive(record: _WrapperRecord) -> bool:
 def _end_process(process: int) -> None:
     """Terminate a process and close the handle; return when it has ended, or after _KILL_TIMEOUT_S."""
     try:
-        TerminateProcess(process, _ENDED_BY_STOP & 0xFFFF_FFFF)
+        TerminateProcess(process, _ENDED_BY_STOP)
         _wait_for((process,), _KILL_TIMEOUT_S)
     except OSError:  # it is ending already
         pass
@@ -5272,7 +5386,7 @@ class WindowsTree:
                 SetEvent(self._woken)
 
     def exit_code(self) -> int | None:
-        """Return the code of an ended step, signed, as cmd and PowerShell show it.
+        """Return the code of an ended step, unsigned, as the system keeps it.
 
         The wrapper's is that of the step's process. Where the wrapper was killed, that process itself has the code;
         None when it was not found, or when a stop ended it.
@@ -5280,9 +5394,9 @@ class WindowsTree:
         process = self._wrapper if self._has_result() else self._own_process
         if not process or not _is_signalled(process):
             return None
-        code = ctypes.c_int32()
+        code = _DWORD()
         GetExitCodeProcess(process, ctypes.byref(code))
-        return None if code.value == _ENDED_BY_STOP else code.value
+        return None if code.value == _ENDED_BY_STOP else int(code.value)
 
     def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
         """Terminate all processes of the job, also those that outlived the wrapper.
@@ -5424,9 +5538,11 @@ class WindowsProcesses:
 
     def __init__(self, umask: int, descriptors: str, reserve: object) -> None:
         self._environment = {}
-        for name, value in os.environ.items():
-            if not name.startswith("REMOTE_EXECUTOR_"):
+        for name, value in own_environment().items():
+            if not name.upper().startswith("REMOTE_EXECUTOR_"):
                 self._environment[name] = value
+        # What a step starts inherits it: else a crash, a missing DLL or disk opens a box that nobody sees, and waits.
+        SetErrorMode(SetErrorMode(0) | SEM_FAILCRITICALERRORS | SEM_NOGPFAULTERRORBOX)
         self._null = os.open(os.devnull, os.O_RDWR)
         self.initial_files: Mapping[str, bytes] = {}  # of a step's directory; its wrapper needs none
         self._left_jobs: collections.deque[int] = collections.deque()  # of ended steps, with processes in them
@@ -5446,14 +5562,13 @@ class WindowsProcesses:
         result = os.path.join(directory, "rc")
         wrapper = _BATCH_WRAPPER.format(result=result, ping=system_program("ping.exe"))
         wrapper_file = os.path.join(step_dir, "run.bat")
-        with open(wrapper_file, "w", encoding="ascii", newline="") as file:
-            file.write(wrapper)
-        environment = {**self._environment, **env, STEP_ENV_VAR: step_dir}
-        environment.pop("ERRORLEVEL", None)  # it would hide cmd's own, which the wrapper writes
+        with retry_while_held(open, wrapper_file, "wb") as file:
+            file.write(wrapper.encode("ascii"))
+        environment = self._step_environment(command[0], env, step_dir)
         words = [os.path.join(directory, "run.bat"), *command]
         line = " ".join(map(_quote_word, words))
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT  # opened to read too: nobody can open it and deny reading
-        output = os.open(os.path.join(step_dir, "output"), flags, 0o600)
+        output = retry_while_held(os.open, os.path.join(step_dir, "output"), flags, 0o600)
         try:
             child = self._spawn(line, output, cwd, environment)
         except ValueError as error:  # such as a NUL
@@ -5465,6 +5580,18 @@ class WindowsProcesses:
         except OSError:
             child.kill()
             raise
+
+    def _step_environment(self, program: str, env: _Environment, step_dir: str) -> dict[str, str]:
+        """Return the whole environment of a step, without what would mislead its programs.
+
+        Windows PowerShell makes a path of modules of its own where there is none (about_PSModulePath).
+        """
+        merged = merge_variables(self._environment.items(), env.items(), [(STEP_ENV_VAR, step_dir)])
+        given = {name.upper() for name in env}
+        misleading = {"ERRORLEVEL"}  # it would hide cmd's own, which the wrapper writes
+        if os.path.basename(program).lower() == "powershell.exe" and _MODULE_PATH not in given:
+            misleading.add(_MODULE_PATH)
+        return {name: value for name, value in merged.items() if name.upper() not in misleading}
 
     def _spawn(self, line: str, output: int, cwd: str, environment: _Environment) -> _Child:
         """Start a suspended cmd; retry, for a virus scanner or a busy host may refuse it at first. Raises OSError."""
@@ -5503,7 +5630,7 @@ class WindowsProcesses:
         try:
             _limit_job(job, JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE)
             AssignProcessToJobObject(job, process)
-            with open(os.path.join(step_dir, "pid"), "w", encoding="ascii") as file:
+            with retry_while_held(open, os.path.join(step_dir, "pid"), "w") as file:
                 file.write(f"{record.pid} {record.created} {name}\n")
                 file.flush()
                 _hand_job(job, process)
@@ -5978,6 +6105,10 @@ def _parse_environment(where: str, value: Any) -> tuple[str, ...]:
         text = _require_str(f"{where}[{index}]", entry)
         if not ENV_ENTRY_PATTERN.fullmatch(text):
             raise BadRequest(f"{where}[{index}]: invalid entry {text!r}: expected KEY=value")
+        name, _, variable = text.partition("=")
+        if not fits_environment(variable):
+            limit = f"this host allows at most {MAX_VARIABLE_UNITS} UTF-16 units"
+            raise BadRequest(f"{where}[{index}]: the value of {name} is too long: {limit}")
     return tuple(value)
 
 
@@ -6005,6 +6136,8 @@ def _parse_step(
     if len(name) > MAX_NAME_LENGTH or _CONTROL_CHARACTER.search(name):
         raise BadRequest(f"{where}.name: must have at most {MAX_NAME_LENGTH} characters and no control characters")
     content = _require_str(f"{where}.command_content", item["command_content"])
+    if "\0" in content:
+        raise BadRequest(f"{where}.command_content: contains a NUL character, which no script may have")
     env = _parse_environment(f"{where}.env_vars", item.get("env_vars"))
     timeout_ns = _parse_timeout(f"{where}.timeout", item.get("timeout"))
     return StepSpec(name, command_type, content, env, (), timeout_ns)
@@ -6417,8 +6550,12 @@ def process_families(stats: ProcessStats) -> list[MetricFamily]:
 # ======================================================================================================================
 
 _BLOCK_BYTES = 1 << 17
+_MAX_SCRIPT_LOOK_BYTES = 1 << 20
+# It has not begun, or has removed it, or replaced it or a directory above it; of a socket it is ENXIO.
+_NO_OUTPUT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO}
 _HEAD_BYTES = 256  # more than a pid file or a result has
 _RESULT = re.compile(rb"(-?[0-9]{1,10})\s*\n")  # bounded, for a step may write there too
+_EXIT_CODES = 1 << 32  # on Windows, where cmd writes those above 2**31 as negative numbers
 _LATE_RESULT = re.compile(rb"^ended (-?[0-9]{1,10})\n", re.MULTILINE)
 
 
@@ -6464,7 +6601,7 @@ class StepDirectory:
         match = _RESULT.fullmatch(self._head("rc"))
         if match is None:
             match = _LATE_RESULT.search(self._head("pid"))
-        return int(match[1]) if match else None
+        return int(match[1]) % _EXIT_CODES if match else None
 
     def _head(self, name: str) -> bytes:
         """Return the first bytes of a file, none where there is no such regular file."""
@@ -6482,22 +6619,33 @@ class StepDirectory:
             return os.lstat(os.path.join(self.path, "output")).st_size
         return 0
 
-    def read_output(self) -> Iterator[bytes]:
-        """Yield what the step has written so far, in blocks; nothing where its output is not a regular file any more.
+    def writes_in_host_page(self) -> bool:
+        """Return whether the script is one of cmd that leaves the console in the code page of the host."""
+        with contextlib.suppress(OSError), self._tasks.read(*self._names, script_name("cmd")) as file:
+            return not changes_to_utf_8(file.read(_MAX_SCRIPT_LOOK_BYTES))
+        return False
 
-        Raises OSError where no descriptor is free.
+    def read_output(self) -> Iterator[bytes]:
+        """Return what the step has written so far, in blocks; nothing where its output is no regular file any more.
+
+        Raises OSError where it cannot be read.
         """
         try:
             file = self._tasks.read(*self._names, "output")
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise
-            return
-        with file:
-            remaining = os.fstat(file.fileno()).st_size
-            while remaining > 0 and (block := file.read(min(remaining, _BLOCK_BYTES))):
-                remaining -= len(block)
-                yield block
+            if error.errno in _NO_OUTPUT:
+                return iter(())
+            raise
+        return _read_blocks(file)
+
+
+def _read_blocks(file: io.FileIO) -> Iterator[bytes]:
+    """Yield what a file has now, and close it."""
+    with file:
+        remaining = os.fstat(file.fileno()).st_size
+        while remaining > 0 and (block := file.read(min(remaining, _BLOCK_BYTES))):
+            remaining -= len(block)
+            yield block
 
 
 # ======================================================================================================================
@@ -6576,6 +6724,18 @@ def _repair_ended_tasks(db: sqlite3.Connection) -> None:
         "AND task IN (SELECT seq FROM task WHERE ended_ns IS NOT NULL)",
         (FORCED_CODE, LOST),
     )
+    _repair_sums(db)
+    db.execute("DELETE FROM script WHERE task NOT IN (SELECT seq FROM task WHERE ended_ns IS NULL)")
+
+
+def _make_codes_unsigned(db: sqlite3.Connection) -> None:
+    """Show the codes of Windows as a client of the original sees them: earlier versions stored signed ones."""
+    db.execute("UPDATE step SET code = code + 4294967296 WHERE code < 0")
+    _repair_sums(db)
+
+
+def _repair_sums(db: sqlite3.Connection) -> None:
+    """Summarize anew each ended task whose code is not the sum of its steps'."""
     wrong = db.execute(
         "SELECT seq FROM task WHERE ended_ns IS NOT NULL AND state = 0 "
         "AND code != (SELECT total(code) FROM step WHERE task = seq)"
@@ -6584,7 +6744,6 @@ def _repair_ended_tasks(db: sqlite3.Connection) -> None:
         steps = db.execute("SELECT idx, name, code FROM step WHERE task = ? ORDER BY idx", (task_number,))
         code, message = summarize(steps)
         db.execute("UPDATE task SET code = ?, message = ? WHERE seq = ?", (code, message, task_number))
-    db.execute("DELETE FROM script WHERE task NOT IN (SELECT seq FROM task WHERE ended_ns IS NULL)")
 
 
 _RESULT_COLUMNS = """
@@ -6659,6 +6818,7 @@ def _add_results(db: sqlite3.Connection) -> None:
 _MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (
     _create_tables,
     _repair_ended_tasks,
+    _make_codes_unsigned,
     _add_results,
 )
 _BATCH = 500  # tasks in a query or a transaction
@@ -8757,12 +8917,12 @@ class Runner:
         """Make the files of a step; return what is to be started. Raises what `_launch` sorts, and LaunchError."""
         script = self._store.script(step.task.number, step.index)
         name = script_name(script.command_type)
-        content = encode_script(script.command_type, script.content)
+        content = encode_script(script.command_type, script.content, (*script.env, step.name))
         file = self.directory(step).prepare(name, content, self._processes.initial_files)
         workspace = self._make_workspace(step)
         entries = (*script_environment(script.command_type), *script.env)
         env = self._environment(step, entries, workspace)
-        path = env.get("PATH", self._path)
+        path = variable(env, "PATH", self._path)
         args = interpreter_command(
             script.command_type,
             file,
@@ -8790,15 +8950,17 @@ class Runner:
         workspace: str,
     ) -> dict[str, str]:
         """Return what the step's environment has beyond the daemon's; `entries` are KEY=value, the last one counts."""
-        env = {}
+        given = []
         for entry in entries:
             name, _, value = entry.partition("=")
-            env[environment_name(name)] = value
-        env["TASK_ID"] = step.task.id
-        env["TASK_STEP_ID"] = str(step.index)
-        env["TASK_STEP_NAME"] = step.name
-        env["TASK_WORKSPACE"] = workspace
-        return env
+            given.append((name, value))
+        own = {
+            "TASK_ID": step.task.id,
+            "TASK_STEP_ID": str(step.index),
+            "TASK_STEP_NAME": step.name,
+            "TASK_WORKSPACE": workspace,
+        }
+        return merge_variables(given, own.items())
 
     # -- watch
 
@@ -12315,19 +12477,96 @@ def _task_parameters() -> Json:
 # The console: bytes to the lines of a JSON array, decoded on the way.
 
 
-def _decode(line: bytes, fallback: str) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError:
-        return line.decode(fallback, "replace")
+class OutputDecoder:
+    """Decodes the lines of a step's output: UTF-8, else the code page of the host's consoles, with replacement marks.
+
+    The programs of a step may write either. Of a cmd step, which writes in the page of the host unless it has changed
+    it, a line that is UTF-8 may be so by accident: `is_of_page`, and `is_mixed` where other lines are no UTF-8.
+    """
+
+    def __init__(self, page: str, is_of_page: bool = False, is_mixed: bool = False) -> None:
+        self._page = page
+        self._is_of_page = is_of_page
+        self._is_mixed = is_mixed
+
+    def lines(self, data: bytes) -> list[str]:
+        """Decode whole lines, without the end of the last one."""
+        if self._is_of_page and not data.isascii():
+            lines = [self.line(line) for line in data.split(b"\n")]
+        else:
+            try:
+                lines = data.decode().split("\n")
+            except UnicodeDecodeError:
+                lines = [self.line(line) for line in data.split(b"\n")]
+        return [line[:-1] if line.endswith("\r") else line for line in lines]
+
+    def line(self, line: bytes) -> str:
+        """Decode a line, or a piece of one."""
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            return line.decode(self._page, "replace")
+        if self._is_of_page and not line.isascii():
+            return self._likelier(line, text)
+        return text
+
+    def _likelier(self, line: bytes, text: str) -> str:
+        """Return the line in the page of the host where that is a word and `text`, the same as UTF-8, is none.
+
+        Words in Latin letters are never UTF-8 by accident. Russian ones come out as signs of East Asia; two bytes of
+        Chinese or Korean as a letter of Europe, which stands alone there.
+        """
+        if len(line) > _MAX_ACCIDENT_BYTES or _is_latin_word(text) or max(text) > "\uffff":
+            return text
+        try:
+            in_page = line.decode(self._page)
+        except UnicodeDecodeError:
+            return text
+        if not _is_foreign_word(in_page):
+            return text
+        if len(in_page) < len(line):  # two bytes a character
+            if max(text) >= "\u0800":  # UTF-8 of three bytes a character
+                return text
+            if self._is_mixed:
+                return in_page
+        try:
+            text.encode(self._page)
+        except UnicodeEncodeError:  # so nothing of this host is likely to write that
+            return in_page
+        return text
 
 
-def _decode_lines(data: bytes, fallback: str) -> list[str]:
+_MAX_ACCIDENT_BYTES = 120  # of a line: in a longer one some character is no UTF-8
+_FIRST_NOT_LATIN = "\u0370"
+_ASCII = re.compile(r"[\x00-\x7f]+")
+
+
+def _is_foreign_word(text: str) -> bool:
+    """Return whether what is not ASCII is all letters, none of them Latin, and none a capital after a small one."""
+    letters = _ASCII.sub("", text)
+    if min(letters) < _FIRST_NOT_LATIN or not letters.isalpha():
+        return False
+    pairs = zip(letters, letters[1:])
+    return not any(first.islower() and second.isupper() for first, second in pairs)
+
+
+_TOUCHES_ASCII = re.compile(r"[A-Za-z][^\x00-\x7f]|[^\x00-\x7f][A-Za-z]")
+
+
+def _is_latin_word(text: str) -> bool:
+    """Return whether what is not ASCII is all letters, some of them in a word with ASCII ones."""
+    return _TOUCHES_ASCII.search(text) is not None and _ASCII.sub("", text).isalpha()
+
+
+def is_utf_8(blocks: Iterable[bytes]) -> bool:
+    """Return whether these bytes are UTF-8 so far."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        lines = data.decode().split("\n")
+        for block in blocks:
+            decoder.decode(block)
     except UnicodeDecodeError:
-        lines = [_decode(line, fallback) for line in data.split(b"\n")]
-    return [line[:-1] if line.endswith("\r") else line for line in lines]
+        return False
+    return True
 
 
 def _utf8_length(first_byte: int) -> int:
@@ -12352,10 +12591,10 @@ def _utf8_split_point(line: bytes) -> int:
     return end
 
 
-def encode_lines(blocks: Iterable[bytes], fallback: str) -> Iterator[bytes]:
+def encode_lines(blocks: Iterable[bytes], decoder: OutputDecoder) -> Iterator[bytes]:
     """Yield the lines of an output as elements of a JSON array, in pieces, so that memory stays flat for any output.
 
-    A line ends in LF or CRLF. It is decoded as UTF-8, else by the fallback encoding with replacement marks.
+    A line ends in LF or CRLF.
     """
     rest = b""
     comma = b""  # empty before the first line
@@ -12363,7 +12602,7 @@ def encode_lines(blocks: Iterable[bytes], fallback: str) -> Iterator[bytes]:
     for block in blocks:
         whole, newline, rest = (rest + block).rpartition(b"\n")
         if newline:
-            lines = _decode_lines(whole, fallback)
+            lines = decoder.lines(whole)
             if is_inside_line:
                 yield to_json(lines.pop(0))[1:].encode()
                 is_inside_line = False
@@ -12373,15 +12612,23 @@ def encode_lines(blocks: Iterable[bytes], fallback: str) -> Iterator[bytes]:
         if len(rest) > _MAX_LINE_BYTES:
             cut = _utf8_split_point(rest)
             opening = b"" if is_inside_line else comma + b'"'
-            piece = to_json(_decode(rest[:cut], fallback))[1:-1]
+            piece = to_json(decoder.line(rest[:cut]))[1:-1]
             yield opening + piece.encode()
             rest = rest[cut:]
             comma = b","
             is_inside_line = True
     if is_inside_line:
-        yield to_json(_decode(rest, fallback))[1:].encode()
+        yield to_json(decoder.line(rest))[1:].encode()
     elif rest:
-        yield comma + to_json(_decode(rest, fallback)).encode()
+        yield comma + to_json(decoder.line(rest)).encode()
+
+
+def _output_decoder(directory: StepDirectory) -> OutputDecoder:
+    """Return what decodes the output of a step as a whole. Raises OSError."""
+    if not directory.writes_in_host_page():
+        return OutputDecoder(fallback_encoding())
+    is_mixed = not is_utf_8(directory.read_output())
+    return OutputDecoder(fallback_encoding(), True, is_mixed)
 
 
 class TaskApi:
@@ -12625,8 +12872,14 @@ class TaskApi:
                 raise NotFound(NO_TASK)
             return json_response([], Code.IN_PROGRESS, "pending")
         code, message = _console_outcome(step)
-        output = StepDirectory(self._files, task.task_number, step.step_index).read_output()
-        lines = encode_lines(output, fallback_encoding())
+        directory = StepDirectory(self._files, task.task_number, step.step_index)
+        try:
+            output = directory.read_output()
+            lines = encode_lines(output, _output_decoder(directory))
+        except OSError as error:
+            if is_scarcity(error):
+                raise Unavailable(f"the output cannot be read now: {error.strerror}; try again") from None
+            raise ApiError(f"the output cannot be read: {error.strerror}: {directory.path}") from None
         head = f'{{"code":{int(code)},"message":{to_json(message)},"data":['.encode()
         body = itertools.chain([head], lines, [b"]}"])
         return Response(headers=(JSON_TYPE,), body=body)
@@ -14202,7 +14455,7 @@ class Daemon:
         self._start_task_parts(tasks, closing)
         server.start()
         self._start_periodic_checks(tasks, server, authenticator, root_watch)
-        if warning := _capacity_warning(capacity, tasks.scheduler):
+        for warning in filter(None, (_capacity_warning(capacity, tasks.scheduler), job_warning())):
             log.warning("%s", warning)
         return f"{server.scheme}://{server.authority}"
 
@@ -14258,6 +14511,7 @@ class Daemon:
         return [
             tasks.store.warning,
             lambda: insecure_warning,
+            functools.lru_cache(job_warning),
             functools.partial(_capacity_warning, capacity, tasks.scheduler),
             lambda: tasks.scheduler.scarcity,
             tasks.scheduler.pause_warning,

@@ -110,6 +110,7 @@ import tarfile
 import threading
 import time
 import tokenize
+import types
 import urllib.parse
 import uuid
 from collections.abc import Iterable, Iterator
@@ -1979,12 +1980,12 @@ no_wine = pytest.mark.skipif(WINE, reason="Wine's CALL makes 1 of any code but t
         ("exit 1", 1),
         ("exit 3", 3),
         ("exit 255", 255),
-        ("exit -1", -1),
+        ("exit -1", 2**32 - 1),
         ("exit 1234567", 1234567),
         ("exit /b 0", 0),
         ("exit /b 1", 1),
         pytest.param("exit /b 3", 3, marks=no_wine),
-        pytest.param("exit /b -1", -1, marks=no_wine),
+        pytest.param("exit /b -1", 2**32 - 1, marks=no_wine),
         ("echo fine", 0),
         ("rem nothing", 0),
         pytest.param("cmd /c exit 5", 5, marks=no_wine),
@@ -2002,10 +2003,72 @@ def test_cmd_ends_with_the_code_of_its_script(daemon: Daemon, content: str, code
 
 
 @windows_only
+def test_codes_of_a_failed_task_never_sum_to_0(daemon: Daemon) -> None:
+    task = daemon.submit(step("exit -1"), step("exit 1"), ansync="1")
+    assert [one["code"] for one in daemon.ended(task).data] == [2**32 - 1, 1]
+    assert daemon.row(task)["code"] == 2**32
+
+
+def test_result_of_a_wrapper_is_unsigned(tmp_path: Path) -> None:
+    program = module()
+    directory = program.StepDirectory(program.SafeDirectory(str(tmp_path)), 1, 0)
+    directory.prepare("script", b"", {"rc": b"-1073741819\r\n"})
+    assert directory.exit_code() == 0xC000_0005
+
+
+@windows_only
 def test_cmd_expands_variables_of_the_environment(daemon: Daemon) -> None:
     env = ["envhost=www.q1.com", "Path_Like=a;b", "Odd=1=2"]
     lines = daemon.output(step("echo https://%envhost% %ENVHOST% %path_like% %odd% 100%%", env_vars=env))
     assert lines == ["https://www.q1.com www.q1.com a;b 1=2 100%"]
+
+
+@windows_only
+def test_environment_keeps_the_case_of_names_and_takes_the_last_of_each(daemon: Daemon) -> None:
+    env = ["target=linux", "Odd=1", "ODD=2", f"Path={os.environ['PATH']}", "task_id=x"]
+    shows = "import nt\nfor name in sorted(nt.environ): print(name)\nprint(nt.environ['ODD'], nt.environ['TASK_ID'])"
+    task = daemon.submit(python(shows, env_vars=env))
+    daemon.ended(task)
+    *names, values = daemon.console(task).data
+    assert {"target", "ODD", "Path", "TASK_ID"} <= set(names) and not {"PATH", "Odd", "task_id"} & set(names)
+    assert values == f"2 {task}" and "ProgramFiles" in module().own_environment()
+
+
+@windows_only
+def test_environment_of_windows_powershell_has_no_modules_of_another(monkeypatch: Any) -> None:
+    monkeypatch.setenv("PSModulePath", r"C:\Program Files\PowerShell\7\Modules")
+    processes = module().Processes(0, "64", None)
+    old, new = r"C:\Windows\powershell.exe", r"C:\Program Files\PowerShell\7\pwsh.exe"
+    assert "PSMODULEPATH" not in map(str.upper, processes._step_environment(old, {}, ""))
+    assert processes._step_environment(old, {"psModulePath": "x"}, "")["psModulePath"] == "x"
+    assert "PSMODULEPATH" in map(str.upper, processes._step_environment(new, {}, ""))
+
+
+@windows_only
+def test_environment_takes_values_as_long_as_windows_does(daemon: Daemon) -> None:
+    longest = "x" * 32765 + "\U0001f680"
+    shows = "import os\nprint(len(os.environ['V']))"
+    assert daemon.output(python(shows, env_vars=[f"V={longest}"])) == ["32766"]
+    answer = daemon.try_submit([step(env_vars=["A=1", f"V={longest}x"])])
+    assert answer.head[:2] == (400, 400) and "[0].env_vars[1]" in answer.message and "32767" in answer.message
+
+
+@windows_only
+@pytest.mark.parametrize("suffixes", [None, "", ";.EXE;;", ".EXE;"])
+def test_program_is_no_file_without_suffix(tmp_path: Path, monkeypatch: Any, suffixes: str | None) -> None:
+    monkeypatch.delenv("PATHEXT", raising=False)
+    if suffixes is not None:
+        monkeypatch.setenv("PATHEXT", suffixes)
+    (tmp_path / "python").touch()
+    assert module().find_program("python", str(tmp_path)) is None
+    (tmp_path / "python.exe").touch()
+    assert module().find_program("python", str(tmp_path)).lower() == str(tmp_path / "python.exe").lower()
+
+
+@windows_only
+def test_crash_of_a_step_opens_no_box() -> None:
+    module().Processes(0, "64", None)
+    assert ctypes.windll.kernel32.GetErrorMode() & 3 == 3  # which a step inherits, but under Wine (SetErrorMode)
 
 
 @windows_only
@@ -2032,7 +2095,143 @@ def test_code_page_of_utf_8_carries_what_the_hosts_lacks(daemon: Daemon) -> None
     assert daemon.console(task).data == [text]
     seq = max(int(path.name) for path in (daemon.root / "tasks").iterdir())
     written = (daemon.root / "tasks" / str(seq) / "0" / "script.bat").read_bytes()
-    assert written == f"@chcp 65001 >nul\r\n@echo off\r\nrem {text}\r\necho %v%\r\n".encode()
+    assert re.match(rb'@"[^"]+\\System32\\chcp.com" 65001 >nul\r\n', written, re.IGNORECASE)
+    assert written.endswith(f"\r\n@echo off\r\nrem {text}\r\necho %v%\r\n".encode())
+
+
+@windows_only
+def test_code_page_suits_script_and_environment_and_name(daemon: Daemon) -> None:
+    text = "żółć Привет 世界"  # no page of a host has all
+    nowhere = "PATH=C:\\nowhere"
+    assert daemon.output(step("echo %v%", env_vars=[f"v={text}", nowhere])) == [text]
+    assert daemon.output(step("echo %TASK_STEP_NAME%", name=text)) == [text]
+    if not WINE:  # it reads a batch file in the page of the host whatever chcp says
+        assert daemon.output(step(f"echo {text}", env_vars=[nowhere])) == [text]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "chcp 65001",
+        "@CHCP 65001>nul",
+        "chcp.com 65001 >nul 2>&1",
+        r'"%SystemRoot%\System32\chcp.com" 65001 >nul',
+        "if 1==1 (chcp 65001 >nul)",
+        "ver >nul & chcp 65001",
+        ">nul chcp 65001",
+    ],
+)
+def test_script_is_written_in_the_page_that_it_changes_to(changes: str) -> None:
+    lines = ["echo ü", changes, "echo ü", "rem chcp 437", "chcp 850", "echo ü"]
+    written = module()._encode_batch("\n".join(lines), "", "cp437")
+    before, between, after = (written.split(b"\r\n")[number] for number in (1, 3, 6))
+    assert (before, between, after) == ("echo ü".encode("cp437"), "echo ü".encode(), "echo ü".encode("cp850"))
+    assert module().changes_to_utf_8(written)
+
+
+@pytest.mark.parametrize("says", ["echo chcp 65001", "rem chcp 65001", "chcp", "set chcp=65001"])
+def test_script_that_changes_no_page_is_written_in_the_hosts(says: str) -> None:
+    written = module()._encode_batch(f"{says}\necho ü", "", "cp437")
+    assert written.endswith("echo ü\r\n".encode("cp437")) and not module().changes_to_utf_8(written)
+
+
+@pytest.mark.parametrize("kind", ["cmd", "powershell", "sh", "python"])
+def test_script_loses_a_byte_order_mark(kind: str) -> None:
+    encode = module().encode_script
+    assert encode(kind, "\ufeffecho 1") == encode(kind, "echo 1")
+
+
+def test_script_with_a_nul_is_refused(daemon: Daemon) -> None:
+    answer = daemon.try_submit([step(), step("echo\0")])
+    assert answer.head[:2] == (400, 400) and "[1].command_content: contains a NUL" in answer.message
+
+
+@windows_only
+def test_script_that_changes_directory_knows_where_it_is(daemon: Daemon) -> None:
+    content = 'cd /d C:\\\nif exist "%~dp0script.bat" echo there'
+    assert daemon.output(step(content)) == ["there"]
+
+
+@windows_only
+@pytest.mark.parametrize("root, file", [("C:\\a röot (1)", "C:\\a röot (1)\\0\\script"), ("C:\\100%", "..\\0\\script")])
+def test_script_is_called_by_its_whole_path_unless_cmd_reads_it_otherwise(root: str, file: str) -> None:
+    for kind, suffix in (("cmd", ".bat"), ("python", ".py")):
+        command = module().interpreter_command(kind, rf"{root}\0\script{suffix}", rf"{root}\workspace", "")
+        assert file + suffix in command[-1]
+
+
+@windows_only
+def test_directories_inherit_the_rights_on_the_root(tmp_path: Path, monkeypatch: Any) -> None:
+    modes, make = [], os.mkdir
+    monkeypatch.setattr(os, "mkdir", lambda path, mode=0o777, **rest: modes.append(mode) or make(path, mode, **rest))
+    files = module().SafeDirectory(str(tmp_path))
+    files.make("1")
+    files.make("1", "0", content={"file": b""})
+    assert modes == [0o777] * 2  # 0o700 is a list of its own since CPython 3.12.4; Wine knows no inheritance
+
+
+@windows_only
+def test_python_called_by_a_step_of_any_kind_writes_utf_8(daemon: Daemon) -> None:
+    run = f'"{sys.executable}" -c "print(chr(0xfc), chr(0x17c))"'
+    assert daemon.output(step(run)) == ["ü ż"]
+    assert daemon.output(step(run, env_vars=["pythonIoEncoding=ascii:replace"])) == ["? ?"]
+
+
+COMMON = {  # words that are UTF-8 by accident are among them
+    "cp936": "目录 系统 状态 停止 文件 错误 小 位 校 下 项目 失败 完成 用户 时间 统计信息",
+    "cp932": "表 目録 ファイル 見つかりません エラー 終了 日本語 ﾃｽﾄ ﾃｽ",
+    "cp949": "파일 오류 디렉터리 캐 완료 시간 캡처 사용자",
+    "cp950": "目錄 檔案 錯誤 瞿 完成 時間 使用者",
+    "cp866": "шаг ошибка файл Каталог ТОМ не найден",
+    "cp850": "größe Datei Größe déjà über Año ß é ÄÖÜ",
+    "cp1252": "größe fichier introuvable déjà ß é ÄÖÜ año",
+    "cp437": "größe Datei déjà ½ é",
+}
+AS_UTF_8 = ["größe", "März", "世界", "Привет", "正在", "ошибка", "日本語", "ü 1", "żółć", "\U0001f680"]
+ALONE_IN_CHINA = {
+    "Привет",
+    "ошибка",
+    "ü 1",
+    "żółć",
+}  # two bytes a letter, without ASCII: beside OEM lines they are those
+
+
+@pytest.mark.parametrize("page", COMMON)
+def test_decoder_reads_words_of_the_page_in_it(page: str) -> None:
+    words = COMMON[page].split()
+    decoder = module().OutputDecoder(page, is_of_page=True, is_mixed=True)
+    assert decoder.lines("\n".join(words).encode(page)) == words
+    assert decoder.lines("\n".join(f"{word} 1\r" for word in words).encode(page)) == [f"{word} 1" for word in words]
+
+
+@pytest.mark.parametrize("page", ["cp437", "cp850", "cp866", "cp936", "cp1252"])
+def test_decoder_reads_lines_of_utf_8_between_them(page: str) -> None:
+    own = COMMON[page].split()[0]
+    texts = [text for text in AS_UTF_8 if page != "cp936" or text not in ALONE_IN_CHINA]
+    decoder = module().OutputDecoder(page, is_of_page=True, is_mixed=True)
+    for text in texts:
+        assert decoder.lines(own.encode(page) + b"\n" + text.encode()) == [own, text]
+    assert module().OutputDecoder("cp936", is_of_page=True).lines("ошибка\nü 1".encode()) == ["ошибка", "ü 1"]
+
+
+@pytest.mark.parametrize("page, text", [("cp936", "目录"), ("cp866", "шаг 1")])
+def test_decoder_takes_what_is_no_word_of_utf_8_for_the_page(page: str, text: str) -> None:
+    assert module().OutputDecoder(page, is_of_page=True).lines(text.encode(page)) == [text]
+    assert module().OutputDecoder(page).lines(text.encode(page)) == [text.encode(page).decode()]
+
+
+@windows_only
+def test_code_page_of_the_host_and_utf_8_mix_in_a_step(daemon: Daemon) -> None:
+    own = PAGES[oem_page()]
+    lines = [f"echo {own}", f'"{sys.executable}" -c "print(chr(0x4e16) + chr(0x754c))"', f"echo {own}"]
+    assert daemon.output(step("\n".join(lines))) == [own, "世界", own]
+
+
+@windows_only
+def test_code_page_of_the_host_explains_each_word(daemon: Daemon) -> None:
+    words = COMMON.get(f"cp{oem_page()}", "größe").split()
+    own = [word for word in words if b"\\" not in word.encode("oem")]
+    assert daemon.output(step("\n".join(f"echo {word}" for word in own))) == own
 
 
 @windows_only
@@ -2167,6 +2366,17 @@ def test_job_of_a_step_nests_in_the_daemons_and_ends_with_it(daemon: Daemon) -> 
 
 
 @windows_only
+@pytest.mark.parametrize("flags, warns", [(0, False), (0x2000, True), (0x2400, True), (0x3000, False)])
+def test_job_that_would_end_the_steps_with_the_daemon_is_told(monkeypatch: Any, flags: int, warns: bool) -> None:
+    def query(job: Any, kind: int, limits: Any, *_: Any) -> None:
+        assert (job, kind) == (None, 9)  # of this process; JobObjectExtendedLimitInformation
+        limits._obj.LimitFlags = flags
+
+    monkeypatch.setattr(module(), "QueryInformationJobObject", query)
+    assert ("service" in module().job_warning()) == warns
+
+
+@windows_only
 def test_step_opens_no_window(daemon: Daemon) -> None:
     shows = "import ctypes\nprint(ctypes.windll.user32.IsWindowVisible(ctypes.windll.kernel32.GetConsoleWindow()))"
     assert daemon.output(python(shows)) == ["0"]
@@ -2202,6 +2412,12 @@ for _ in range(12):
 def test_root_too_long_for_cmd_is_refused(tmp_path: Path) -> None:
     root = tmp_path / ("x" * 100) / ("y" * 100)
     assert "too long" in refused(cli("run", "--addr=127.0.0.1:0", f"--root={root}"), 1)
+
+
+@windows_only
+def test_root_with_the_prefix_of_long_paths_is_refused_for_it(tmp_path: Path) -> None:
+    told = refused(cli("run", "--addr=127.0.0.1:0", rf"--root=\\?\{tmp_path}\root"), 1)
+    assert "has the prefix" in told
 
 
 @windows_only
@@ -2252,7 +2468,9 @@ def test_file_that_a_process_holds_is_removed_later(launch: Callable[..., Daemon
     wait_until(lambda: not (daemon.root / "tasks" / "1").exists(), "the sweep of the rest")
 
 
-def start_on_windows(place: Path, content: str, kind: str = "cmd") -> tuple[Any, Any, str]:
+def start_on_windows(
+    place: Path, content: str, kind: str = "cmd", before_start: Callable[[], Any] = list
+) -> tuple[Any, Any, str]:
     """Starts a step without a daemon; the processes, its tree, its directory."""
     program = module()
     step_dir, workspace = place / "0", place / "workspace"
@@ -2262,6 +2480,7 @@ def start_on_windows(place: Path, content: str, kind: str = "cmd") -> tuple[Any,
     file.write_bytes(program.encode_script(kind, content))
     command = program.interpreter_command(kind, str(file), str(workspace), os.environ["PATH"])
     processes = program.Processes(0, "64", None)
+    before_start()
     return processes, processes.start(command, str(step_dir), str(workspace), {}), str(step_dir)
 
 
@@ -2291,8 +2510,9 @@ def test_pid_that_a_crash_cut_short_means_that_nothing_ran(tmp_path: Path, conte
 
 
 @windows_only
-def test_pid_that_another_process_holds_tells_nothing(tmp_path: Path) -> None:
+def test_pid_that_another_process_holds_tells_nothing(tmp_path: Path, monkeypatch: Any) -> None:
     program, processes = module(), module().Processes(0, "64", None)
+    monkeypatch.setattr(program, "_HELD_RETRY_S", 0.1)
     (tmp_path / "pid").touch()
     held = program.CreateFileW(str(tmp_path / "pid"), program.GENERIC_READ, 0, None, program.OPEN_EXISTING, 0, None)
     assert processes.adopt(str(tmp_path)) is None and processes.may_have_started(str(tmp_path))
@@ -2533,6 +2753,60 @@ def test_files_of_a_step_that_others_hold_change_nothing(daemon: Daemon, access:
     task = daemon.submit(step(f'"{sys.executable}" -c "{run}"\nexit 3'))  # cmd reads its script on
     assert daemon.ended(task).data[0]["code"] == 3
     assert len(daemon.console(task).data) == len(names)
+
+
+@contextlib.contextmanager
+def held_alone(*files: Path, duration_s: float = 0.5) -> Iterator[None]:
+    """Has files open that nobody else can open, and lets go of them after a while."""
+    program, handles = module(), []
+    for file in files:
+        file.touch()
+        handles.append(program.CreateFileW(str(file), program.GENERIC_READ, 0, None, program.OPEN_EXISTING, 0, None))
+    timer = threading.Timer(duration_s, lambda: [program.CloseHandle(handle) for handle in handles])
+    timer.start()
+    yield
+    timer.join()
+
+
+@windows_only
+@pytest.mark.parametrize("names", ["run.bat", "output", "pid", "script.bat run.bat output pid"])
+def test_files_of_a_step_that_others_hold_when_it_starts_are_waited_for(tmp_path: Path, names: str) -> None:
+    files = [tmp_path / "0" / name for name in names.split()]
+    with contextlib.ExitStack() as stack:
+        hold = functools.partial(stack.enter_context, held_alone(*files))
+        processes, tree, _ = start_on_windows(tmp_path, "echo 1\nexit 7", before_start=hold)
+        assert tree.wait(None) and tree.exit_code() == 7
+        processes.release(tree)
+    assert (tmp_path / "0" / "output").read_bytes() == b"1\r\n"
+
+
+@windows_only
+def test_files_of_a_step_that_others_hold_are_read_after_it(tmp_path: Path) -> None:
+    program = module()
+    directory = program.StepDirectory(program.SafeDirectory(str(tmp_path)), 1, 0)
+    directory.prepare("script", b"", {"rc": b"3\r\n", "output": b"x", "pid": b"1 2 Global\\x\nstarted\n"})
+    place = Path(directory.path)
+    with held_alone(place / "rc", place / "output"):
+        assert directory.exit_code() == 3 and b"".join(directory.read_output()) == b"x"
+    with held_alone(place / "pid"):
+        assert program._WrapperRecord.read(str(place)).pid == 1
+
+
+def raises(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("number, status", [(errno.EACCES, 500), (errno.EMFILE, 503), (errno.ENOENT, 0)])
+def test_console_that_cannot_be_read_says_so(tmp_path: Path, number: int, status: int) -> None:
+    program, task = module(), types.SimpleNamespace(task_number=1, ended_ns=1)
+    store = types.SimpleNamespace(task=lambda _: task, step=lambda *_: program.StepRow(0, "n", "[]", 0, 0, "", 1, 1))
+    files = types.SimpleNamespace(path=str(tmp_path), read=lambda *_: raises(OSError(number, "the reason")))
+    request = types.SimpleNamespace(params={"task": "t", "step": "0"})
+    try:
+        response = program.TaskApi(store, None, None, files, 0).show_console(request)
+        assert not status and json.loads(b"".join(response.body))["data"] == []
+    except program.ApiError as error:
+        assert error.status == status and "the reason" in error.message
 
 
 @windows_only
@@ -4702,7 +4976,8 @@ INSERT INTO task VALUES
     (6, 'over', 'd6', 2, 0, {now} - 9000, NULL, 1, 0, '', ''),
     (7, 'runs', 'd7', 2, 0, {now} - 9000, NULL, 1, 0, '', ''),
     (8, 'waits', 'd8', 2, 0, {now} - 9000, NULL, 2, 0, '', ''),
-    (9, 'killed', 'd9', 1, 0, {now} - 9000, NULL, 1, 0, '', '');
+    (9, 'killed', 'd9', 1, 0, {now} - 9000, NULL, 1, 0, '', ''),
+    (10, 'signed', 'd10', 2, 0, {now} - 9000, {now} - 8000, 0, 0, 'all steps executed successfully', '');
 INSERT INTO step VALUES
     (1, 0, 'good-0', '[]', 0, 0, 0, '', '', {now} - 8500, {now} - 8000),
     (2, 0, 'bad-0', '[]', 0, 0, 3, '', '', {now} - 8500, {now} - 8000),
@@ -4718,7 +4993,9 @@ INSERT INTO step VALUES
     (7, 1, 'runs-1', '[0]', 0, 2, 0, '', '', NULL, NULL),
     (8, 0, 'waits-0', '[]', 0, 0, 0, '', '', {now} - 8500, {now} - 8000),
     (8, 1, 'waits-1', '[0]', 0, 2, 0, '', '', NULL, NULL),
-    (9, 0, 'killed-0', '[]', 0, 1, 0, '', '', {now} - 8500, NULL);
+    (9, 0, 'killed-0', '[]', 0, 1, 0, '', '', {now} - 8500, NULL),
+    (10, 0, 'signed-0', '[]', 0, 0, -1, '', '', {now} - 8500, {now} - 8000),
+    (10, 1, 'signed-1', '[]', 0, 0, 1, '', '', {now} - 8500, {now} - 8000);
 INSERT INTO script VALUES
     (3, 0, 'sh', '[]', '# a secret'), (5, 0, 'sh', '[]', 'x'), (5, 1, 'sh', '[]', 'x'), (6, 0, 'sh', '[]', 'x'),
     (6, 1, '{shell}', '["a=b"]', '{echo}'), (7, 0, 'sh', '[]', 'x'), (7, 1, '{shell}', '["a=b"]', '{echo}'),
@@ -4772,7 +5049,7 @@ def test_root_of_1_0_is_taken_up_with_all_that_is_in_it(
     for child in children:
         threading.Thread(target=child.wait).start()  # or it stays a zombie of ours
     assert [row["id"] for row in daemon.get("/api/v1/task").data["tasks"]] == (
-        ["good", "bad", "wrong", "torn", "stopped", "over", "runs", "waits", "killed"]
+        ["good", "bad", "wrong", "torn", "stopped", "over", "runs", "waits", "killed", "signed"]
     )
     assert daemon.detail("good").head == (200, 0, "success") and daemon.console("good").data == ["eins"]
     assert daemon.steps("good")[0]["output_bytes"] == 5 and daemon.row("good")["started_at"]
@@ -4783,6 +5060,7 @@ def test_root_of_1_0_is_taken_up_with_all_that_is_in_it(
     assert daemon.detail("bad").message == "execution failed: [Step: 0, Name: bad-0, Exit Code: 3]"
     wrong = daemon.row("wrong")
     assert (wrong["code"], wrong["msg"]) == (4, "execution failed: [Step: 0, Name: wrong-0]")
+    assert (daemon.steps("signed")[0]["code"], daemon.row("signed")["code"]) == (2**32 - 1, 2**32)
     assert (daemon.row("torn")["code"], daemon.steps("torn")[0]["state"]) == (255, 0)
     assert "lost: " in daemon.detail("torn").message
     assert daemon.ended("stopped").data[0]["msg"].endswith(STOPPED) and daemon.steps("stopped")[1]["state"] == 2
@@ -4794,7 +5072,7 @@ def test_root_of_1_0_is_taken_up_with_all_that_is_in_it(
         gate.touch()
         assert daemon.ended("runs").code == 0
         assert (daemon.console("runs").data, daemon.console("runs", 1).data) == (["held"], ["b"])
-    assert daemon.run(step()).code == 0 and (root / "tasks" / "10").is_dir()
+    assert daemon.run(step()).code == 0 and (root / "tasks" / "11").is_dir()
     daemon.end()
     with contextlib.closing(sqlite3.connect(root / "remote_executor.db")) as db:
         assert db.execute("SELECT count(*) FROM script").fetchone() == (0,)
