@@ -2904,6 +2904,7 @@ class Interpreter(NamedTuple):
     suffix: str = ""
     arguments: tuple[str, ...] = ("{file}",)
     env: tuple[str, ...] = ()  # KEY=value, unless the task sets another
+    has_utf_8_console: bool = False  # on Windows its console has code page 65001 before it starts
 
 
 # Python writes to a file in the ANSI code page by default; console programs do in the OEM code page.
@@ -2916,12 +2917,27 @@ _PYTHON2 = Interpreter(("python2",), ".py")
 _SH = Interpreter(("sh",), ".sh")
 _CMD_ARGUMENTS = ("/D", "/E:ON", "/V:OFF", "/S", "/C", 'CALL "{file}"')
 _CMD = Interpreter(("cmd",), ".bat", _CMD_ARGUMENTS)
-# Not -File: its exit code ignores $LASTEXITCODE, which in turn ignores a script that could not begin, for a syntax
-# error or by a policy: `$?` does not. An encoding without BOM, which Windows PowerShell would write to the output
-# otherwise; there is none to set where there is no console.
-_POWERSHELL_SCRIPT = (
-    "try { [Console]::OutputEncoding = New-Object System.Text.UTF8Encoding $false } catch { }; "
-    "& {quoted}; if (-not ($? -or $LASTEXITCODE)) { exit 1 }; exit $LASTEXITCODE"
+# What PowerShell runs: the script, with the meaning of any step. Errors do not end it; its code is that of
+# its `exit`, else of the last program that it ran, else 1 where it could not begin or was ended by an error.
+#
+# - Not -File, whose code ignores $LASTEXITCODE, which in turn ignores a script that could not begin: `$?` does not.
+# - Not `exit`, which drops what PowerShell still holds back: up to 300 ms of a table, and all text after it (PowerShell
+#   issue 13985). A constrained language mode (about_Language_Modes) allows no method, so there it must be `exit`.
+# - Encodings without BOM, which Windows PowerShell would write to the output, to programs and to its jobs otherwise.
+#   They cannot be set where there is no console, or in a constrained language mode.
+# - No colours: PowerShell 7.2 to 7.6 drops them only for redirections of its own. Earlier ones have no $PSStyle.
+# - $LASTEXITCODE of all scopes is one variable: a script that sets it means the code of its step.
+# - A loop of one round: a `break` or `continue` outside of loops unwinds to the next one, past whatever follows.
+_POWERSHELL_LINES = (
+    "try { $OutputEncoding = New-Object System.Text.UTF8Encoding $false } catch { }",
+    "try { [Console]::InputEncoding = [Console]::OutputEncoding = $OutputEncoding } catch { }",
+    "try { $PSStyle.OutputRendering = 'PlainText' } catch { }",
+    "try { New-Variable LASTEXITCODE -Scope Global -Option AllScope -Force -ErrorAction Stop } catch { }",
+    "$RemoteExecutorOk = $true",
+    "do { & {quoted}; $RemoteExecutorOk = $? } while ($false)",
+    "$RemoteExecutorCode = if ($LASTEXITCODE) { $LASTEXITCODE } else { [int](-not $RemoteExecutorOk) }",
+    "if ($RemoteExecutorCode) { "
+    "try { $host.SetShouldExit($RemoteExecutorCode) } catch { exit $RemoteExecutorCode } }",
 )
 _POWERSHELL_ARGUMENTS = (
     "-NoLogo",
@@ -2930,9 +2946,10 @@ _POWERSHELL_ARGUMENTS = (
     "-ExecutionPolicy",
     "Bypass",
     "-Command",
-    _POWERSHELL_SCRIPT,
+    "; ".join(_POWERSHELL_LINES),
 )
-_PWSH = Interpreter(("pwsh",), ".ps1", _POWERSHELL_ARGUMENTS)
+_NO_COLORS = ("NO_COLOR=1",)  # where $PSStyle cannot be set, and for programs of a script (no-color.org)
+_PWSH = Interpreter(("pwsh",), ".ps1", _POWERSHELL_ARGUMENTS, _NO_COLORS, has_utf_8_console=True)
 _POWERSHELL = _PWSH._replace(programs=("powershell",)) if ON_WINDOWS else _PWSH
 INTERPRETERS: Mapping[str, Interpreter] = {
     "sh": _SH,
@@ -3005,20 +3022,56 @@ def interpreter_command(
         for search_path in dict.fromkeys((path, own_path)):
             for program in interpreter.programs:
                 command = _program_command(program, search_path, find)
-                if command:
+                if command and (len(interpreter.programs) == 1 or _starts(command)):
                     return [*command, *arguments]
     if interpreter is _PYTHON and not getattr(sys, "frozen", False) and sys.executable:
         return [sys.executable, *arguments]
     raise LaunchError(f"{' or '.join(interpreter.programs)} is not on the PATH of this host")
 
 
+def _starts(command: Sequence[str]) -> bool:
+    """Return whether a candidate for Python starts: the launcher `py` may be there, but know no Python that we may run.
+
+    It is tried once, then the answer holds as long as its file is the same.
+    """
+    words = command[1:] if command[0] == "call" else command
+    try:
+        status = os.stat(words[0])
+        return _try_python(tuple(words), status.st_mtime_ns, status.st_size)
+    except subprocess.TimeoutExpired:  # on a busy host: it is believed, and tried again
+        return True
+    except OSError:
+        return False
+
+
+@functools.lru_cache(maxsize=64)
+def _try_python(command: tuple[str, ...], _modified_ns: int, _size: int) -> bool:
+    """Return whether Python runs an empty script by this command. Raises OSError and TimeoutExpired."""
+    environment = {}
+    for name, value in os.environ.items():
+        if not name.startswith("REMOTE_EXECUTOR_"):  # the PATH that led to the file may be a step's
+            environment[name] = value
+    process = subprocess.run(
+        [*command, "-c", ""],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        timeout=_TRIAL_TIMEOUT_S,
+        creationflags=CREATE_NO_WINDOW,
+    )
+    return process.returncode == 0
+
+
+_TRIAL_TIMEOUT_S = 10.0
 _FILE_PLACEHOLDER = re.compile(r"\{(?:file|quoted)\}")
+_POWERSHELL_QUOTE = re.compile("['\u2018\u2019\u201a\u201b]")  # the typographic ones too (about_Quoting_Rules)
 
 
 def _substitute_file(argument: str, file: str) -> str:
     """Return an interpreter's argument with the placeholders replaced."""
-    quoted = "'" + file.replace("'", "''") + "'"
-    values = {"{file}": file, "{quoted}": quoted}
+    quoted = _POWERSHELL_QUOTE.sub(r"\g<0>\g<0>", file)
+    values = {"{file}": file, "{quoted}": f"'{quoted}'"}
     return _FILE_PLACEHOLDER.sub(lambda match: values[match[0]], argument)
 
 
@@ -3043,8 +3096,14 @@ def script_environment(command_type: str) -> tuple[str, ...]:
     return INTERPRETERS[command_type].env
 
 
+def needs_utf_8_console(command_type: str) -> bool:
+    """Return whether the console of the script must have code page 65001 before it starts."""
+    return INTERPRETERS[command_type].has_utf_8_console
+
+
 def encode_script(command_type: str, text: str) -> bytes:
-    """Return the content of the script's file."""
+    """Return the content of the script's file, without the U+FEFF that some editors and shells put before a text."""
+    text = text.removeprefix("\ufeff")
     suffix = INTERPRETERS[command_type].suffix
     if suffix == ".ps1":
         return text.encode("utf-8-sig")  # without a BOM Windows PowerShell takes it for the ANSI code page
@@ -3139,6 +3198,7 @@ class StepProcesses(Protocol):
         step_dir: str,
         cwd: str,
         env: _Environment,
+        has_utf_8_console: bool = False,
     ) -> ProcessTree:
         """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
 
@@ -4105,6 +4165,7 @@ class PosixProcesses(StepProcesses):
         step_dir: str,
         cwd: str,
         env: _Environment,
+        has_utf_8_console: bool = False,
     ) -> PosixTree:
         self._become_reaper()
         wake_pipe = os.pipe()  # first, for nothing may fail once the step runs
@@ -4381,9 +4442,10 @@ def _has_orphan() -> bool:
 # result is no output of the step. A result that exists already is not the wrapper's: another process made it and may
 # have it open, so writing is retried for seconds. The redirection stands before `echo`, or the last digit would be a
 # handle's number. Paths are relative to the workspace, the wrapper's directory: so no letter of the root's, such as %,
-# means anything to cmd. No process of the step sees the variables that are set below `held`.
+# means anything to cmd. No process of the step sees the variables that are set below `held`. A code page is set before
+# the step's process starts, which may keep the one that it began with.
 _BATCH_WRAPPER = """\
-@%* 2>&1\r
+{before}@%* 2>&1\r
 @if exist "{result}" goto held\r
 @>"{result}" echo %errorlevel%& exit %errorlevel%\r
 :held\r
@@ -4410,6 +4472,7 @@ _SPAWN_ATTEMPTS = 3
 # change or delete itself.
 _HELD_FILES = {"pid": 0x01, "run.bat": 0x01, "script.bat": 0x07}  # FILE_SHARE_READ, and with WRITE and DELETE
 _FIND_OWN_PROCESS_S = 0.5  # until the first search for a step's own process; most steps are over by then
+_OTHER_CHILDREN = ("conhost.exe", "chcp.com")  # of a wrapper: its console's host, and what sets the code page
 _UNQUOTED_WORD = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
 
@@ -4543,12 +4606,12 @@ def list_processes() -> Iterator[tuple[int, int, str]]:
 
 
 def _open_child(parent: int, job: int) -> int:
-    """Open the process that a member of a job has started, other than their console's host; return 0 without one."""
+    """Open the step's process, which the wrapper, a member of the job, has started; return 0 without one."""
     members = set(_list_members(job)) - {parent}
     if not members:
         return 0
     for pid, parent_pid, name in list_processes():
-        if parent_pid == parent and pid in members and name != "conhost.exe":
+        if parent_pid == parent and pid in members and name not in _OTHER_CHILDREN:
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION, False, pid)
                 return handle
@@ -4765,6 +4828,7 @@ class WindowsProcesses:
         step_dir: str,
         cwd: str,
         env: _Environment,
+        has_utf_8_console: bool = False,
     ) -> WindowsTree:
         """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
 
@@ -4772,7 +4836,10 @@ class WindowsProcesses:
         """
         directory = os.path.relpath(step_dir, cwd)
         result = os.path.join(directory, "rc")
-        wrapper = _BATCH_WRAPPER.format(result=result, ping=system_program("ping.exe"))
+        before = ""
+        if has_utf_8_console:
+            before = f'@"{system_program("chcp.com")}" 65001 >nul\r\n'
+        wrapper = _BATCH_WRAPPER.format(before=before, result=result, ping=system_program("ping.exe"))
         wrapper_file = os.path.join(step_dir, "run.bat")
         with open(wrapper_file, "w", encoding="ascii", newline="") as file:
             file.write(wrapper)
@@ -7279,6 +7346,7 @@ class _Launch(NamedTuple):
     args: list[str]
     workspace: str
     env: dict[str, str]
+    has_utf_8_console: bool
 
 
 class Runner:
@@ -7361,6 +7429,7 @@ class Runner:
                 self.directory(step).path,
                 command.workspace,
                 command.env,
+                command.has_utf_8_console,
             )
             failpoint("spawned")
         except (StorageFull, Unavailable, MemoryError) as error:
@@ -7394,7 +7463,7 @@ class Runner:
             path,
             self._programs.find,
         )
-        return _Launch(args, workspace, env)
+        return _Launch(args, workspace, env, needs_utf_8_console(script.command_type))
 
     def _make_workspace(self, step: Step) -> str:
         """Return the task's workspace, created where there is none. Raises LaunchError."""
