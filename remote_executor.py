@@ -5072,13 +5072,17 @@ class StepSpec(NamedTuple):
 
 
 class TaskSpec(NamedTuple):
-    """A task as submitted; `timeout_ns` is 0 for none, `fingerprint` is a hash of all else but the id."""
+    """A task as submitted; `timeout_ns` is 0 for none, `fingerprint` is a hash of what stands above it but the id.
+
+    `warnings` say what the submission had beside it, to no effect.
+    """
 
     id: str
     steps: tuple[StepSpec, ...]
     env: tuple[str, ...]
     timeout_ns: int
     fingerprint: str
+    warnings: tuple[str, ...] = ()
 
 
 # ======================================================================================================================
@@ -5098,20 +5102,53 @@ BOOLEANS = {
 _WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MAX_NAME_LENGTH = 128
-# The parameters of a submission and their aliases.
-_PARAMETERS = {"id": "id", "timeout": "timeout", "time_out": "timeout", "ansync": "ansync", "async": "ansync"}
+# What a submission may have: what is not here is told to be unknown. The parameters by each name that they may have.
+_PARAMETERS = {
+    "id": "id",
+    "timeout": "timeout",
+    "time_out": "timeout",
+    "ansync": "ansync",
+    "async": "ansync",
+    "env_vars": "env_vars",
+    "strict": "strict",
+}
+_REPEATABLE_PARAMETER = "env_vars"
+STEP_FIELDS = ("command_type", "command_content", "name", "env_vars", "depets_on", "depends_on", "timeout")
+_MAX_WARNINGS = 20  # of a submission; each names up to so many steps
+_MAX_SHOWN_LENGTH = 64  # of an unknown name
 _REQUIRED_FIELDS = {"command_type": "CommandType", "command_content": "CommandContent"}
 Pairs = Sequence[tuple[str, str]]
 
 
 def parse_json(body: bytes) -> Any:
-    """Return the value of a body. Raises BadRequest."""
+    """Return the value of a body in UTF-8, or in UTF-16 behind a byte order mark. Raises BadRequest."""
+    text = _decode_body(body)
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_reject_constant)
+        return json.loads(text, parse_constant=_reject_constant)
     except RecursionError:
         raise BadRequest("the body is not JSON: nested too deeply") from None
     except ValueError as error:
+        if _FORM_START.match(text):
+            raise BadRequest("the body is a form: expected JSON, which PowerShell makes by ConvertTo-Json") from None
         raise BadRequest(f"the body is not JSON: {error}") from None
+
+
+def _decode_body(body: bytes) -> str:
+    """Return the text of a body, without a byte order mark: files of Windows PowerShell have one. Raises BadRequest."""
+    encoding = "UTF-8"
+    if body.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "UTF-16"  # whose codec takes the mark off
+    try:
+        return body.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise BadRequest(
+            f"the body is not {encoding} at byte {error.start}: send JSON in UTF-8, "
+            "from Windows PowerShell with -ContentType 'application/json; charset=utf-8'"
+        ) from None
+
+
+# The begin of application/x-www-form-urlencoded, of which no field has a quote or a brace, or of multipart/form-data.
+_FORM_START = re.compile(r"[^\s\"'{}\[\]=&]+=|--\S+\r?\nContent-", re.IGNORECASE)
 
 
 def _reject_constant(word: str) -> None:
@@ -5121,14 +5158,19 @@ def _reject_constant(word: str) -> None:
 
 def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) -> TaskSpec:
     """Return the task that a POST asks for. Raises BadRequest, which names the field at fault, such as [2].timeout."""
-    parameters = _parse_query(query)
+    unknown = _UnknownNames()
+    parameters = _parse_query(query, unknown)
     task_id = _parse_task_id(parameters["id"][1])
     parallel = _parse_bool(*parameters["ansync"])
     timeout_ns = _parse_timeout(*parameters["timeout"])
     task_env = _parse_environment("env_vars", [value for name, value in query if name == "env_vars"])
-    items = parse_json(body)
-    if not isinstance(items, list) or not items:
+    body_value = parse_json(body)
+    values = [body_value] if isinstance(body_value, dict) else body_value
+    if not isinstance(values, list) or not values:
         raise BadRequest("the body must be a JSON array of one step or more")
+    items = [_step_fields(index, value, unknown) for index, value in enumerate(values)]
+    if _parse_bool(*parameters["strict"]):
+        unknown.refuse()
     allowed_types = tuple(command_types)
     steps = []
     for index, item in enumerate(items):
@@ -5137,7 +5179,66 @@ def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) ->
     names = [item.get("name") or None for item in items]  # as sent: a default name holds the id, which may be random
     identities = [_identify_step(step) for step in steps]
     fingerprint = _fingerprint([parallel, timeout_ns, task_env, names, identities])
-    return TaskSpec(task_id, tuple(steps), task_env, timeout_ns, fingerprint)
+    return TaskSpec(task_id, tuple(steps), task_env, timeout_ns, fingerprint, unknown.warnings())
+
+
+class _UnknownNames:
+    """Names in a submission that mean nothing: each with where it stands, in the order of its first appearance."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[str, str], list[str]] = {}  # by kind (parameter or field) and name
+
+    def add(self, kind: str, name: str, where: str) -> None:
+        """Note a name."""
+        self._places.setdefault((kind, name), []).append(where)
+
+    def refuse(self) -> None:
+        """Raise BadRequest for the first name, if there is any."""
+        for (kind, name), places in self._places.items():
+            known = STEP_FIELDS if kind == "field" else _PARAMETERS
+            raise BadRequest(f"{places[0]}: unknown {kind} {_shorten(name)}: expected one of {', '.join(known)}")
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return a line for each name; of many, a line that counts the rest."""
+        lines = []
+        for (kind, name), places in itertools.islice(self._places.items(), _MAX_WARNINGS):
+            shown = ", ".join(places[:_MAX_WARNINGS])
+            if len(places) > _MAX_WARNINGS:
+                shown += f" and {len(places) - _MAX_WARNINGS} more"
+            lines.append(f"{shown}: unknown {kind} {_shorten(name)}: ignored")
+        if len(self._places) > _MAX_WARNINGS:
+            lines.append(f"{len(self._places) - _MAX_WARNINGS} more unknown names: ignored")
+        return tuple(lines)
+
+
+def _shorten(name: str) -> str:
+    """Return a name that a client has chosen as texts show it: quoted, on one line, and not long."""
+    if len(name) > _MAX_SHOWN_LENGTH:
+        name = name[:_MAX_SHOWN_LENGTH] + "..."
+    return repr(name)
+
+
+def _step_fields(index: int, value: Any, unknown: _UnknownNames) -> dict[str, Any]:
+    """Return the fields of a step, by their names in lower case, as Go's parser of JSON takes them in any."""
+    where = f"[{index}]"
+    if not isinstance(value, dict):
+        raise BadRequest(f"{where}: a step must be a JSON object")
+    fields = lower_keys(where, value)
+    for name in fields:
+        if name not in STEP_FIELDS:
+            unknown.add("field", name, where)
+    return fields
+
+
+def lower_keys(where: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with its keys in lower case. Raises BadRequest for keys that differ in case alone."""
+    fields: dict[str, Any] = {}
+    for key, item in value.items():
+        name = key.lower()
+        if name in fields:
+            raise BadRequest(f"{where}: {_shorten(key)} stands twice in different case: give one of them")
+        fields[name] = item
+    return fields
 
 
 def _fingerprint(submission: Any) -> str:
@@ -5170,12 +5271,14 @@ def _identify_step(step: StepSpec) -> list[Any]:
     return identity
 
 
-def _parse_query(query: Pairs) -> dict[str, tuple[str, str]]:
+def _parse_query(query: Pairs, unknown: _UnknownNames) -> dict[str, tuple[str, str]]:
     """Return the parameters that may be given once: of each the alias that was used, and its text, empty by default."""
     parameters = {name: (name, "") for name in _PARAMETERS.values()}
     for alias, text in query:
         name = _PARAMETERS.get(alias)
         if name is None:
+            unknown.add("parameter", alias, "query")
+        if name in (None, _REPEATABLE_PARAMETER):
             continue
         earlier = parameters[name][1]
         if earlier not in ("", text):
@@ -5248,14 +5351,12 @@ def _parse_environment(where: str, value: Any) -> tuple[str, ...]:
 
 def _parse_step(
     index: int,
-    item: Any,
+    item: Mapping[str, Any],
     default_name: str,
     allowed_types: tuple[str, ...],
 ) -> StepSpec:
     """Return the step of one element, without its dependencies."""
     where = f"[{index}]"
-    if not isinstance(item, dict):
-        raise BadRequest(f"{where}: a step must be a JSON object")
     for key, field in _REQUIRED_FIELDS.items():
         if item.get(key) in (None, ""):
             tag = f"Error:Field validation for '{field}' failed on the 'required' tag"
@@ -10026,9 +10127,18 @@ def _stopped_response() -> Json:
     return response_object("The stop is recorded", schema, examples)
 
 
-def accepted_json(step_count: int, task_id: str, base_url: str, timestamp_ns: int) -> Json:
+def accepted_json(
+    step_count: int,
+    task_id: str,
+    base_url: str,
+    timestamp_ns: int,
+    warnings: Sequence[str] = (),
+) -> Json:
     """Return what answers a submission; the timestamp is of the wall clock."""
-    return {"count": step_count, "id": task_id, "url": _task_url(base_url, task_id), "timestamp": timestamp_ns}
+    data = {"count": step_count, "id": task_id, "url": _task_url(base_url, task_id), "timestamp": timestamp_ns}
+    if warnings:
+        data["warnings"] = list(warnings)
+    return data
 
 
 def _accepted_response() -> Json:
@@ -10038,7 +10148,9 @@ def _accepted_response() -> Json:
             "url": {"type": "string"},
             "count": integer_schema("Steps", 1),
             "timestamp": integer_schema("Nanoseconds since the epoch"),
-        }
+            "warnings": array_schema(string_schema("A name that was ignored, and where"), minItems=1),
+        },
+        optional=["warnings"],
     )
     example = accepted_json(4, "release-1", _EXAMPLE_BASE_URL, 1668649373430555500)
     schema = envelope_schema([Code.SUCCESS], data)
@@ -10162,6 +10274,7 @@ def _task_parameters() -> Json:
         "id": ("Id of the task; sent again, the same submission runs once", task_id, "release-1"),
         "timeout": ("Timeout of the whole task, from its acceptance", schema_reference("Duration"), "1h30m"),
         "env_vars": ("KEY=value for all steps; may be repeated", variables, ["target=linux"]),
+        "strict": ("true: an unknown field or parameter is refused, else told in `warnings`", boolean, "true"),
     }
     return {**parameter_objects("path", path), **parameter_objects("query", query)}
 
@@ -10259,7 +10372,7 @@ class TaskApi:
                 self.submit_task,
                 "Submits a task",
                 "Accepted",
-                ("ansync", "async", "id", "timeout", "env_vars"),
+                ("ansync", "async", "id", "timeout", "env_vars", "strict"),
                 "Submission",
                 errors=(409, 507),
                 is_limited=True,
@@ -10318,11 +10431,15 @@ class TaskApi:
         audit = f"task {accepted.id}, steps: {accepted.step_count}"
         if not accepted.is_new:
             audit += ", submitted before"
+        if submission.warnings:
+            fields = {"task": accepted.id}
+            log.warning("task %s: %s", accepted.id, "; ".join(submission.warnings), extra={"log_fields": fields})
         data = accepted_json(
             accepted.step_count,
             accepted.id,
             request.base_url,
             self._clock.wall_times().at(accepted.accepted_ns),
+            submission.warnings,
         )
         return json_response(data, headers=(("X-Task-ID", accepted.id),), audit=audit)
 
@@ -10375,7 +10492,7 @@ class TaskApi:
 
     def resize_pool(self, request: Request) -> Response:
         body = parse_json(request.body)
-        size = body.get("size") if isinstance(body, dict) else None
+        size = lower_keys("the body", body).get("size") if isinstance(body, dict) else None
         if type(size) is not int or not 1 <= size <= MAX_POOL_SIZE:
             raise BadRequest(f'invalid body: expected {{"size": n}} with n from 1 to {MAX_POOL_SIZE}')
         return json_response(pool_json(self._scheduler.resize(size)), audit=f"size {size}")
@@ -10386,6 +10503,7 @@ class TaskApi:
 
 def task_components() -> Components:
     """Return what the API document says of the routes of tasks and of the pool."""
+    step = schema_reference("SubmittedStep")
     return Components(
         parameters=_task_parameters(),
         request_bodies={"Submission": _submission_body(), "PoolSize": _pool_size_body()},
@@ -10401,7 +10519,7 @@ def task_components() -> Components:
             "Duration": _duration_schema(),
             "Variable": string_schema("KEY=value", pattern=f"^{ENV_ENTRY_PATTERN.pattern}$"),
             "SubmittedStep": _submitted_step_schema(),
-            "Submission": array_schema(schema_reference("SubmittedStep"), minItems=1),
+            "Submission": {"anyOf": [array_schema(step, minItems=1), step]},
             "PoolSize": _pool_size_schema(),
             "Times": _times_schema(),
             "Task": _task_schema(),
