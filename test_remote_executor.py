@@ -2547,6 +2547,27 @@ def test_powershell_leaves_no_process_after_a_stop(powershell: tuple[Daemon, str
     wait_until(lambda: not daemon.processes(), "the end of its processes", 15)
 
 
+@pytest.fixture
+def constrained() -> Iterator[None]:
+    """A host whose policy (AppLocker, WDAC) allows no method; only on Wine, for it binds all who work on it."""
+    if not WINE:
+        pytest.skip("no policy of a host is changed but Wine's")
+    key = r"HKLM\SYSTEM\CurrentControlSet\Control\Session Manager\Environment"
+    runs("reg", "add", key, "/v", "__PSLockdownPolicy", "/t", "REG_SZ", "/d", "4", "/f")
+    yield
+    runs("reg", "delete", key, "/v", "__PSLockdownPolicy", "/f")
+
+
+def test_powershell_keeps_its_code_where_no_method_is_allowed(
+    powershell: tuple[Daemon, str], constrained: None
+) -> None:
+    daemon, _ = powershell
+    task = daemon.submit(step("[string]$ExecutionContext.SessionState.LanguageMode\nWrite-Error red\nexit 3", "ps1"))
+    assert daemon.ended(task).data[0]["code"] == 3
+    lines = daemon.console(task).data
+    assert lines[0] == "ConstrainedLanguage" and not re.search("\x1b|invoke method", "".join(lines))
+
+
 # What a client in PowerShell makes: of one table piped ConvertTo-Json makes no array; a table as -Body is a form.
 CLIENT = """
 $step = @{ Command_Type = 'ps1'; Command_Content = "'größe'"; env_vars = @('a=b', 'c=d') }
