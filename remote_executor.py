@@ -2588,22 +2588,18 @@ def _check_path(path: str, names: Sequence[str], may_make: bool) -> None:
             path = os.path.join(path, name)
             if may_make:
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(path, 0o700)
+                    os.mkdir(path, _DIRECTORY_MODE)
         status = os.lstat(path)
         if _is_link(status) or not stat.S_ISDIR(status.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "is not a directory", path)
 
 
 def _replace(source: str, target: str, source_parent: int | None, target_parent: int | None) -> None:
-    """Rename a file over what has the other name; on Windows retry for seconds, for a scanner may hold it."""
-    end_s = time.monotonic() + _RENAME_RETRY_S
-    while True:
-        try:
-            return os.replace(source, target, src_dir_fd=source_parent, dst_dir_fd=target_parent)
-        except PermissionError:
-            if not ON_WINDOWS or os.path.isdir(target) or time.monotonic() > end_s:
-                raise
-        time.sleep(0.05)
+    """Rename a file over what has the other name; on Windows retry for seconds. Raises OSError."""
+    if ON_WINDOWS and os.path.isdir(target):  # for which it has the same error as for a file that is held
+        raise IsADirectoryError(errno.EISDIR, "is a directory", target)
+    replace = functools.partial(os.replace, src_dir_fd=source_parent, dst_dir_fd=target_parent)
+    retry_while_held(replace, source, target)
 
 
 def _remove(name: str, parent: int, mount: str) -> bool:
@@ -3445,6 +3441,7 @@ class Interpreter(NamedTuple):
     suffix: str = ""
     arguments: tuple[str, ...] = ("{file}",)
     env: tuple[str, ...] = ()  # KEY=value, unless the task sets another
+    has_utf_8_console: bool = False  # on Windows its console has code page 65001 before it starts
 
 
 # Python writes to a file in the ANSI code page by default, whoever calls it; console programs do in the OEM code page.
@@ -3456,12 +3453,27 @@ _PYTHON2 = Interpreter(("python2",), ".py", env=_PYTHON_ENV)
 _SH = Interpreter(("sh",), ".sh")
 _CMD_ARGUMENTS = ("/D", "/E:ON", "/V:OFF", "/S", "/C", 'CALL "{file}"')
 _CMD = Interpreter(("cmd",), ".bat", _CMD_ARGUMENTS)
-# Not -File: its exit code ignores $LASTEXITCODE, which in turn ignores a script that could not begin, for a syntax
-# error or by a policy: `$?` does not. An encoding without BOM, which Windows PowerShell would write to the output
-# otherwise; there is none to set where there is no console.
-_POWERSHELL_SCRIPT = (
-    "try { [Console]::OutputEncoding = New-Object System.Text.UTF8Encoding $false } catch { }; "
-    "& {quoted}; if (-not ($? -or $LASTEXITCODE)) { exit 1 }; exit $LASTEXITCODE"
+# What PowerShell runs: the script, with the meaning of any step. Errors do not end it; its code is that of
+# its `exit`, else of the last program that it ran, else 1 where it could not begin or was ended by an error.
+#
+# - Not -File, whose code ignores $LASTEXITCODE, which in turn ignores a script that could not begin: `$?` does not.
+# - Not `exit`, which drops what PowerShell still holds back: up to 300 ms of a table, and all text after it (PowerShell
+#   issue 13985). A constrained language mode (about_Language_Modes) allows no method, so there it must be `exit`.
+# - Encodings without BOM, which Windows PowerShell would write to the output, to programs and to its jobs otherwise.
+#   They cannot be set where there is no console, or in a constrained language mode.
+# - No colours: PowerShell 7.2 to 7.6 drops them only for redirections of its own. Earlier ones have no $PSStyle.
+# - $LASTEXITCODE of all scopes is one variable: a script that sets it means the code of its step.
+# - A loop of one round: a `break` or `continue` outside of loops unwinds to the next one, past whatever follows.
+_POWERSHELL_LINES = (
+    "try { $OutputEncoding = New-Object System.Text.UTF8Encoding $false } catch { }",
+    "try { [Console]::InputEncoding = [Console]::OutputEncoding = $OutputEncoding } catch { }",
+    "try { $PSStyle.OutputRendering = 'PlainText' } catch { }",
+    "try { New-Variable LASTEXITCODE -Scope Global -Option AllScope -Force -ErrorAction Stop } catch { }",
+    "$RemoteExecutorOk = $true",
+    "do { & {quoted}; $RemoteExecutorOk = $? } while ($false)",
+    "$RemoteExecutorCode = if ($LASTEXITCODE) { $LASTEXITCODE } else { [int](-not $RemoteExecutorOk) }",
+    "if ($RemoteExecutorCode) { "
+    "try { $host.SetShouldExit($RemoteExecutorCode) } catch { exit $RemoteExecutorCode } }",
 )
 _POWERSHELL_ARGUMENTS = (
     "-NoLogo",
@@ -3470,9 +3482,10 @@ _POWERSHELL_ARGUMENTS = (
     "-ExecutionPolicy",
     "Bypass",
     "-Command",
-    _POWERSHELL_SCRIPT,
+    "; ".join(_POWERSHELL_LINES),
 )
-_PWSH = Interpreter(("pwsh",), ".ps1", _POWERSHELL_ARGUMENTS)
+_NO_COLORS = ("NO_COLOR=1",)  # where $PSStyle cannot be set, and for programs of a script (no-color.org)
+_PWSH = Interpreter(("pwsh",), ".ps1", _POWERSHELL_ARGUMENTS, _NO_COLORS, has_utf_8_console=True)
 _POWERSHELL = _PWSH._replace(programs=("powershell",)) if ON_WINDOWS else _PWSH
 INTERPRETERS: Mapping[str, Interpreter] = {
     "sh": _SH,
@@ -3499,7 +3512,6 @@ INTERPRETERS: Mapping[str, Interpreter] = {
 }
 
 
-_BYTE_ORDER_MARK = "\ufeff"
 
 
 class ProgramCache:
@@ -3548,7 +3560,7 @@ def interpreter_command(
         for search_path in dict.fromkeys((path, own_path)):
             for program in interpreter.programs:
                 command = _program_command(program, search_path, find)
-                if command:
+                if command and (len(interpreter.programs) == 1 or _starts(command)):
                     return [*command, *arguments]
     if interpreter is _PYTHON and not getattr(sys, "frozen", False) and sys.executable:
         return [sys.executable, *arguments]
@@ -3556,13 +3568,49 @@ def interpreter_command(
 
 
 _SPECIAL_TO_CMD = re.compile("[%!^&]")  # also within quotes, in a line that CALL reads a second time
+def _starts(command: Sequence[str]) -> bool:
+    """Return whether a candidate for Python starts: the launcher `py` may be there, but know no Python that we may run.
+
+    It is tried once, then the answer holds as long as its file is the same.
+    """
+    words = command[1:] if command[0] == "call" else command
+    try:
+        status = os.stat(words[0])
+        return _try_python(tuple(words), status.st_mtime_ns, status.st_size)
+    except subprocess.TimeoutExpired:  # on a busy host: it is believed, and tried again
+        return True
+    except OSError:
+        return False
+
+
+@functools.lru_cache(maxsize=64)
+def _try_python(command: tuple[str, ...], _modified_ns: int, _size: int) -> bool:
+    """Return whether Python runs an empty script by this command. Raises OSError and TimeoutExpired."""
+    environment = {}
+    for name, value in os.environ.items():
+        if not name.startswith("REMOTE_EXECUTOR_"):  # the PATH that led to the file may be a step's
+            environment[name] = value
+    process = subprocess.run(
+        [*command, "-c", ""],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        timeout=_TRIAL_TIMEOUT_S,
+        creationflags=CREATE_NO_WINDOW,
+    )
+    return process.returncode == 0
+
+
+_TRIAL_TIMEOUT_S = 10.0
 _FILE_PLACEHOLDER = re.compile(r"\{(?:file|quoted)\}")
+_POWERSHELL_QUOTE = re.compile("['\u2018\u2019\u201a\u201b]")  # the typographic ones too (about_Quoting_Rules)
 
 
 def _substitute_file(argument: str, file: str) -> str:
     """Return an interpreter's argument with the placeholders replaced."""
-    quoted = "'" + file.replace("'", "''") + "'"
-    values = {"{file}": file, "{quoted}": quoted}
+    quoted = _POWERSHELL_QUOTE.sub(r"\g<0>\g<0>", file)
+    values = {"{file}": file, "{quoted}": f"'{quoted}'"}
     return _FILE_PLACEHOLDER.sub(lambda match: values[match[0]], argument)
 
 
@@ -3587,10 +3635,18 @@ def script_environment(command_type: str) -> tuple[str, ...]:
     return (*_STEP_ENVIRONMENT, *INTERPRETERS[command_type].env)
 
 
+def needs_utf_8_console(command_type: str) -> bool:
+    """Return whether the console of the script must have code page 65001 before it starts."""
+    return INTERPRETERS[command_type].has_utf_8_console
+
+
 def encode_script(command_type: str, text: str, variables: Sequence[str] = ()) -> bytes:
-    """Return the content of the script's file; `variables` are texts of its environment that it may show."""
+    """Return the content of the script's file, without the U+FEFF that some editors and shells put before a text.
+
+    `variables` are texts of its environment that it may show.
+    """
+    text = text.removeprefix("\ufeff")
     suffix = INTERPRETERS[command_type].suffix
-    text = text[1:] if text.startswith(_BYTE_ORDER_MARK) else text
     if suffix == ".ps1":
         return text.encode("utf-8-sig")  # without a BOM Windows PowerShell takes it for the ANSI code page
     if suffix == ".bat":
@@ -3725,6 +3781,7 @@ class StepProcesses(Protocol):
         step_dir: str,
         cwd: str,
         env: _Environment,
+        has_utf_8_console: bool = False,
     ) -> ProcessTree:
         """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
 
@@ -4778,6 +4835,7 @@ class PosixProcesses(StepProcesses):
         step_dir: str,
         cwd: str,
         env: _Environment,
+        has_utf_8_console: bool = False,
     ) -> PosixTree:
         self._become_reaper()
         wake_pipe = os.pipe()  # first, for nothing may fail once the step runs
@@ -5087,9 +5145,10 @@ def _has_orphan() -> bool:
 # result is no output of the step. A result that exists already is not the wrapper's: another process made it and may
 # have it open, so writing is retried for seconds. The redirection stands before `echo`, or the last digit would be a
 # handle's number. Paths are relative to the workspace, the wrapper's directory: so no letter of the root's, such as %,
-# means anything to cmd. No process of the step sees the variables that are set below `held`.
+# means anything to cmd. No process of the step sees the variables that are set below `held`. A code page is set before
+# the step's process starts, which may keep the one that it began with.
 _BATCH_WRAPPER = """\
-@%* 2>&1\r
+{before}@%* 2>&1\r
 @if exist "{result}" goto held\r
 @>"{result}" echo %errorlevel%& exit %errorlevel%\r
 :held\r
@@ -5117,6 +5176,7 @@ _SPAWN_ATTEMPTS = 3
 _HELD_FILES = {"pid": 0x01, "run.bat": 0x01, "script.bat": 0x07}  # FILE_SHARE_READ, and with WRITE and DELETE
 _FIND_OWN_PROCESS_S = 0.5  # until the first search for a step's own process; most steps are over by then
 _MODULE_PATH = "PSMODULEPATH"  # of PowerShell 7, where the daemon was started in it: 5.1 fails on its modules
+_OTHER_CHILDREN = ("conhost.exe", "chcp.com")  # of a wrapper: its console's host, and what sets the code page
 _UNQUOTED_WORD = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
 
@@ -5267,12 +5327,12 @@ def list_processes() -> Iterator[tuple[int, int, str]]:
 
 
 def _open_child(parent: int, job: int) -> int:
-    """Open the process that a member of a job has started, other than their console's host; return 0 without one."""
+    """Open the step's process, which the wrapper, a member of the job, has started; return 0 without one."""
     members = set(_list_members(job)) - {parent}
     if not members:
         return 0
     for pid, parent_pid, name in list_processes():
-        if parent_pid == parent and pid in members and name != "conhost.exe":
+        if parent_pid == parent and pid in members and name not in _OTHER_CHILDREN:
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION, False, pid)
                 return handle
@@ -5553,6 +5613,7 @@ class WindowsProcesses:
         step_dir: str,
         cwd: str,
         env: _Environment,
+        has_utf_8_console: bool = False,
     ) -> WindowsTree:
         """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
 
@@ -5560,7 +5621,10 @@ class WindowsProcesses:
         """
         directory = os.path.relpath(step_dir, cwd)
         result = os.path.join(directory, "rc")
-        wrapper = _BATCH_WRAPPER.format(result=result, ping=system_program("ping.exe"))
+        before = ""
+        if has_utf_8_console:
+            before = f'@"{system_program("chcp.com")}" 65001 >nul\r\n'
+        wrapper = _BATCH_WRAPPER.format(before=before, result=result, ping=system_program("ping.exe"))
         wrapper_file = os.path.join(step_dir, "run.bat")
         with retry_while_held(open, wrapper_file, "wb") as file:
             file.write(wrapper.encode("ascii"))
@@ -5883,10 +5947,10 @@ class StepSpec(NamedTuple):
 
 
 class TaskSpec(NamedTuple):
-    """A task as submitted; `timeout_ns` is 0 for none, `fingerprint` is a hash of all else but the id.
+    """A task as submitted; `timeout_ns` is 0 for none, `fingerprint` is a hash of all that makes it this task.
 
     `delay_ns` is how long it waits at least before its first step, `start_at_ns` the moment of the wall clock until
-    which it does. `query` and `steps_json` are the submission as it was given.
+    which it does. `query` and `steps_json` are the submission as it was given; `warnings` say what it had to no effect.
     """
 
     id: str
@@ -5899,6 +5963,7 @@ class TaskSpec(NamedTuple):
     is_paused: bool
     query: str
     steps_json: str
+    warnings: tuple[str, ...] = ()
 
 
 # ======================================================================================================================
@@ -5918,7 +5983,7 @@ BOOLEANS = {
 _WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MAX_NAME_LENGTH = 128
-# The parameters of a submission and their aliases.
+# What a submission may have: what is not here is told to be unknown. The parameters by each name that they may have.
 _PARAMETERS = {
     "id": "id",
     "timeout": "timeout",
@@ -5928,19 +5993,46 @@ _PARAMETERS = {
     "delay": "delay",
     "at": "at",
     "paused": "paused",
+    "env_vars": "env_vars",
+    "strict": "strict",
 }
+_REPEATABLE_PARAMETER = "env_vars"
+STEP_FIELDS = ("command_type", "command_content", "name", "env_vars", "depets_on", "depends_on", "timeout")
+_MAX_WARNINGS = 20  # of a submission; each names up to so many steps
+_MAX_SHOWN_LENGTH = 64  # of an unknown name
 _REQUIRED_FIELDS = {"command_type": "CommandType", "command_content": "CommandContent"}
 Pairs = Sequence[tuple[str, str]]
 
 
 def parse_json(body: bytes) -> Any:
-    """Return the value of a body. Raises BadRequest."""
+    """Return the value of a body in UTF-8, or in UTF-16 behind a byte order mark. Raises BadRequest."""
+    text = _decode_body(body)
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_reject_constant)
+        return json.loads(text, parse_constant=_reject_constant)
     except RecursionError:
         raise BadRequest("the body is not JSON: nested too deeply") from None
     except ValueError as error:
+        if _FORM_START.match(text):
+            raise BadRequest("the body is a form: expected JSON, which PowerShell makes by ConvertTo-Json") from None
         raise BadRequest(f"the body is not JSON: {error}") from None
+
+
+def _decode_body(body: bytes) -> str:
+    """Return the text of a body, without a byte order mark: files of Windows PowerShell have one. Raises BadRequest."""
+    encoding = "UTF-8"
+    if body.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "UTF-16"  # whose codec takes the mark off
+    try:
+        return body.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise BadRequest(
+            f"the body is not {encoding} at byte {error.start}: send JSON in UTF-8, "
+            "from Windows PowerShell with -ContentType 'application/json; charset=utf-8'"
+        ) from None
+
+
+# The begin of application/x-www-form-urlencoded, of which no field has a quote or a brace, or of multipart/form-data.
+_FORM_START = re.compile(r"[^\s\"'{}\[\]=&]+=|--\S+\r?\nContent-", re.IGNORECASE)
 
 
 def _reject_constant(word: str) -> None:
@@ -5950,15 +6042,20 @@ def _reject_constant(word: str) -> None:
 
 def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) -> TaskSpec:
     """Return the task that a POST asks for. Raises BadRequest, which names the field at fault, such as [2].timeout."""
-    parameters = _parse_query(query)
+    unknown = _UnknownNames()
+    parameters = _parse_query(query, unknown)
     task_id = _parse_task_id(parameters["id"][1])
     parallel = _parse_bool(*parameters["ansync"])
     timeout_ns = _parse_timeout(*parameters["timeout"])
     start = _parse_start(parameters, timeout_ns)
     task_env = _parse_environment("env_vars", [value for name, value in query if name == "env_vars"])
-    items = parse_json(body)
-    if not isinstance(items, list) or not items:
+    body_value = parse_json(body)
+    values = [body_value] if isinstance(body_value, dict) else body_value
+    if not isinstance(values, list) or not values:
         raise BadRequest("the body must be a JSON array of one step or more")
+    items = [_step_fields(index, value, unknown) for index, value in enumerate(values)]
+    if _parse_bool(*parameters["strict"]):
+        unknown.refuse()
     allowed_types = tuple(command_types)
     steps = []
     for index, item in enumerate(items):
@@ -5977,8 +6074,68 @@ def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) ->
         _fingerprint(identity),
         *start,
         urllib.parse.urlencode(query),
-        json.dumps(items),
+        json.dumps(values),
+        unknown.warnings(),
     )
+
+
+class _UnknownNames:
+    """Names in a submission that mean nothing: each with where it stands, in the order of its first appearance."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[str, str], list[str]] = {}  # by kind (parameter or field) and name
+
+    def add(self, kind: str, name: str, where: str) -> None:
+        """Note a name."""
+        self._places.setdefault((kind, name), []).append(where)
+
+    def refuse(self) -> None:
+        """Raise BadRequest for the first name, if there is any."""
+        for (kind, name), places in self._places.items():
+            known = STEP_FIELDS if kind == "field" else _PARAMETERS
+            raise BadRequest(f"{places[0]}: unknown {kind} {_shorten(name)}: expected one of {', '.join(known)}")
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return a line for each name; of many, a line that counts the rest."""
+        lines = []
+        for (kind, name), places in itertools.islice(self._places.items(), _MAX_WARNINGS):
+            shown = ", ".join(places[:_MAX_WARNINGS])
+            if len(places) > _MAX_WARNINGS:
+                shown += f" and {len(places) - _MAX_WARNINGS} more"
+            lines.append(f"{shown}: unknown {kind} {_shorten(name)}: ignored")
+        if len(self._places) > _MAX_WARNINGS:
+            lines.append(f"{len(self._places) - _MAX_WARNINGS} more unknown names: ignored")
+        return tuple(lines)
+
+
+def _shorten(name: str) -> str:
+    """Return a name that a client has chosen as texts show it: quoted, on one line, and not long."""
+    if len(name) > _MAX_SHOWN_LENGTH:
+        name = name[:_MAX_SHOWN_LENGTH] + "..."
+    return repr(name)
+
+
+def _step_fields(index: int, value: Any, unknown: _UnknownNames) -> dict[str, Any]:
+    """Return the fields of a step, by their names in lower case, as Go's parser of JSON takes them in any."""
+    where = f"[{index}]"
+    if not isinstance(value, dict):
+        raise BadRequest(f"{where}: a step must be a JSON object")
+    fields = lower_keys(where, value)
+    for name in fields:
+        if name not in STEP_FIELDS:
+            unknown.add("field", name, where)
+    return fields
+
+
+def lower_keys(where: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with its keys in lower case. Raises BadRequest for keys that differ in case alone."""
+    fields: dict[str, Any] = {}
+    for key, item in value.items():
+        name = key.lower()
+        if name in fields:
+            raise BadRequest(f"{where}: {_shorten(key)} stands twice in different case: give one of them")
+        fields[name] = item
+    return fields
 
 
 def _fingerprint(submission: Any) -> str:
@@ -6011,12 +6168,14 @@ def _identify_step(step: StepSpec) -> list[Any]:
     return identity
 
 
-def _parse_query(query: Pairs) -> dict[str, tuple[str, str]]:
+def _parse_query(query: Pairs, unknown: _UnknownNames) -> dict[str, tuple[str, str]]:
     """Return the parameters that may be given once: of each the alias that was used, and its text, empty by default."""
     parameters = {name: (name, "") for name in _PARAMETERS.values()}
     for alias, text in query:
         name = _PARAMETERS.get(alias)
         if name is None:
+            unknown.add("parameter", alias, "query")
+        if name in (None, _REPEATABLE_PARAMETER):
             continue
         earlier = parameters[name][1]
         if earlier not in ("", text):
@@ -6114,14 +6273,12 @@ def _parse_environment(where: str, value: Any) -> tuple[str, ...]:
 
 def _parse_step(
     index: int,
-    item: Any,
+    item: Mapping[str, Any],
     default_name: str,
     allowed_types: tuple[str, ...],
 ) -> StepSpec:
     """Return the step of one element, without its dependencies."""
     where = f"[{index}]"
-    if not isinstance(item, dict):
-        raise BadRequest(f"{where}: a step must be a JSON object")
     for key, field in _REQUIRED_FIELDS.items():
         if item.get(key) in (None, ""):
             tag = f"Error:Field validation for '{field}' failed on the 'required' tag"
@@ -6555,7 +6712,7 @@ _MAX_SCRIPT_LOOK_BYTES = 1 << 20
 _NO_OUTPUT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO}
 _HEAD_BYTES = 256  # more than a pid file or a result has
 _RESULT = re.compile(rb"(-?[0-9]{1,10})\s*\n")  # bounded, for a step may write there too
-_EXIT_CODES = 1 << 32  # on Windows, where cmd writes those above 2**31 as negative numbers
+_CODE_MODULUS = 1 << 32  # on Windows, where cmd writes those above 2**31 as negative numbers
 _LATE_RESULT = re.compile(rb"^ended (-?[0-9]{1,10})\n", re.MULTILINE)
 
 
@@ -6601,7 +6758,7 @@ class StepDirectory:
         match = _RESULT.fullmatch(self._head("rc"))
         if match is None:
             match = _LATE_RESULT.search(self._head("pid"))
-        return int(match[1]) % _EXIT_CODES if match else None
+        return int(match[1]) % _CODE_MODULUS if match else None
 
     def _head(self, name: str) -> bytes:
         """Return the first bytes of a file, none where there is no such regular file."""
@@ -8812,6 +8969,7 @@ class _Launch(NamedTuple):
     args: list[str]
     workspace: str
     env: dict[str, str]
+    has_utf_8_console: bool
 
 
 class Runner:
@@ -8897,6 +9055,7 @@ class Runner:
                 self.directory(step).path,
                 command.workspace,
                 command.env,
+                command.has_utf_8_console,
             )
             failpoint("spawned")
         except (StorageFull, Unavailable, MemoryError) as error:
@@ -8930,7 +9089,7 @@ class Runner:
             path,
             self._programs.find,
         )
-        return _Launch(args, workspace, env)
+        return _Launch(args, workspace, env, needs_utf_8_console(script.command_type))
 
     def _make_workspace(self, step: Step) -> str:
         """Return the task's workspace, created where there is none. Raises LaunchError."""
@@ -12275,9 +12434,18 @@ def _stopped_response() -> Json:
     return response_object("The action is recorded", schema, examples)
 
 
-def accepted_json(step_count: int, task_id: str, base_url: str, timestamp_ns: int) -> Json:
+def accepted_json(
+    step_count: int,
+    task_id: str,
+    base_url: str,
+    timestamp_ns: int,
+    warnings: Sequence[str] = (),
+) -> Json:
     """Return what answers a submission; the timestamp is of the wall clock."""
-    return {"count": step_count, "id": task_id, "url": _task_url(base_url, task_id), "timestamp": timestamp_ns}
+    data = {"count": step_count, "id": task_id, "url": _task_url(base_url, task_id), "timestamp": timestamp_ns}
+    if warnings:
+        data["warnings"] = list(warnings)
+    return data
 
 
 def _accepted_response() -> Json:
@@ -12287,7 +12455,9 @@ def _accepted_response() -> Json:
             "url": {"type": "string"},
             "count": integer_schema("Steps", 1),
             "timestamp": integer_schema("Nanoseconds since the epoch"),
-        }
+            "warnings": array_schema(string_schema("A name that was ignored, and where"), minItems=1),
+        },
+        optional=["warnings"],
     )
     example = accepted_json(4, "release-1", _EXAMPLE_BASE_URL, 1668649373430555500)
     schema = envelope_schema([Code.SUCCESS], data)
@@ -12357,7 +12527,8 @@ def _parse_pool_settings(body: Any) -> Json:
     expected = f'expected {{"size": n}} with n from 1 to {MAX_POOL_SIZE}, "paused": true or false, "reason": a text'
     settings = {}
     if isinstance(body, dict):
-        settings = {name: body[name] for name in ("size", "paused", "reason") if name in body}
+        fields = lower_keys("the body", body)
+        settings = {name: fields[name] for name in ("size", "paused", "reason") if name in fields}
     size = settings.get("size", 1)
     if not settings or type(size) is not int or not 1 <= size <= MAX_POOL_SIZE:
         raise BadRequest(f"invalid body: {expected}")
@@ -12452,6 +12623,7 @@ def _task_parameters() -> Json:
         "delay": ("How long it waits at least before its first step", schema_reference("Duration"), "10m"),
         "at": ("Before which moment no step starts", time_schema("RFC 3339"), "2022-11-18T16:14:23+08:00"),
         "paused": ("true: held until it is resumed", boolean, "true"),
+        "strict": ("true: an unknown field or parameter is refused, else told in `warnings`", boolean, "true"),
         "action": ("What to do", {"type": "string", "enum": ["stop", "pause", "resume"], "default": "stop"}, "pause"),
         "reason": ("Why, for those who read it later", reason, "maintenance"),
         "signal": (
@@ -12670,7 +12842,7 @@ class TaskApi:
                 self.submit_task,
                 "Submits a task",
                 "Accepted",
-                ("ansync", "async", "id", "timeout", "env_vars", "delay", "at", "paused"),
+                ("ansync", "async", "id", "timeout", "env_vars", "delay", "at", "paused", "strict"),
                 "Submission",
                 errors=(409, 507),
                 is_limited=True,
@@ -12779,11 +12951,15 @@ class TaskApi:
         audit = f"task {accepted.id}, steps: {accepted.step_count}"
         if not accepted.is_new:
             audit += ", submitted before"
+        if submission.warnings:
+            fields = {"task": accepted.id}
+            log.warning("task %s: %s", accepted.id, "; ".join(submission.warnings), extra={"log_fields": fields})
         data = accepted_json(
             accepted.step_count,
             accepted.id,
             request.base_url,
             self._clock.wall_times().at(accepted.accepted_ns),
+            submission.warnings,
         )
         return json_response(data, headers=(("X-Task-ID", accepted.id),), audit=audit)
 
@@ -12900,6 +13076,7 @@ class TaskApi:
 
 def task_components() -> Components:
     """Return what the API document says of the routes of tasks and of the pool."""
+    step = schema_reference("SubmittedStep")
     return Components(
         parameters=_task_parameters(),
         request_bodies={"Submission": _submission_body(), "PoolSize": _pool_size_body()},
@@ -12918,7 +13095,7 @@ def task_components() -> Components:
             "Duration": _duration_schema(),
             "Variable": string_schema("KEY=value", pattern=f"^{ENV_ENTRY_PATTERN.pattern}$"),
             "SubmittedStep": _submitted_step_schema(),
-            "Submission": array_schema(schema_reference("SubmittedStep"), minItems=1),
+            "Submission": {"anyOf": [array_schema(step, minItems=1), step]},
             "PoolSize": _pool_size_schema(),
             "Times": _times_schema(),
             "Task": _task_schema(),

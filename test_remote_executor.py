@@ -25,7 +25,7 @@ Every fenced block of README.md is tested too. Its info string says how, after t
 The sections, in their order; a helper that two of them use stands in the harness:
 
     tools       harness
-    tasks       submission, refused requests, reading, steps, Windows, Mac, pool, ends by force
+    tasks       submission, refused requests, reading, steps, Windows, PowerShell, Mac, pool, ends by force
     failures    restarts, crashes, storage, races and a model, limits, versions, scheduler and store in process
     attacks     authentication, request parser, connections, files of steps, TLS
     operation   other routes, API document, profiles, log, command line, services, Mac host
@@ -68,8 +68,8 @@ if __name__ == "__main__":  # stands above the import of pytest, which this Pyth
     if not sys.argv[1:]:
         print(
             "The whole suite takes 6 to 9 minutes on two idle processors, beside others up to twice as long. It needs\n"
-            "ports of the loopback and 1 GB for temporary files. What needs root, go, promtool, systemd or Chromium\n"
-            "is skipped where that is not there.",
+            "ports of the loopback and 1 GB for temporary files. What needs root, go, promtool, systemd, Chromium\n"
+            "or PowerShell (pwsh) is skipped where that is not there.",
             flush=True,
         )
     sys.exit(subprocess.run([interpreter, "-m", "pytest", *sys.argv[1:]], cwd=here).returncode)
@@ -1065,6 +1065,60 @@ def test_bodies_that_are_no_array_of_steps_are_refused(daemon: Daemon, body: byt
     assert answer.message
 
 
+BODY = [{"command_type": SHELL, "command_content": "echo größe"}]
+BODY_OF_5_1 = json.dumps(BODY, ensure_ascii=False).encode("latin-1")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("body", [BODY, BODY[0], [{"Command_Type": SHELL, "COMMAND_CONTENT": "echo größe"}]])
+def test_bodies_of_powershell_are_taken(daemon: Daemon, encoding: str, body: Any) -> None:
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    answer = daemon.request("POST", "/api/v1/task", (mark + json.dumps(body)).encode(encoding))
+    assert answer.head == (200, 0, "success") and set(answer.data) == {"count", "id", "url", "timestamp"}
+    assert daemon.ended(answer.data["id"]).code == 0
+
+
+@pytest.mark.parametrize(
+    "path, body, text",
+    [
+        ("pool", b"size=9", "the body is a form: expected JSON, which PowerShell makes by ConvertTo-Json"),
+        ("task", b"command_type=sh&command_content=x", "is a form"),
+        ("task", b'--1f\r\nContent-Disposition: form-data; name="size"\r\n\r\n9\r\n--1f--', "is a form"),
+        ("task", BODY_OF_5_1, "is not UTF-8 at byte "),
+        ("task", BODY_OF_5_1, "-ContentType 'application/json; charset=utf-8'"),
+        ("task", b"\xff\xfe[", "is not UTF-16 at byte"),
+        ("pool", b'{"size": 8, "Size": 9}', "the body: 'Size' stands twice in different case: give one of them"),
+        ("task", b'[{"name": "a", "command_type": "sh", "NAME": "b"}]', "[0]: 'NAME' stands twice in different case"),
+    ],
+)
+def test_bodies_that_powershell_gets_wrong_are_told_why(daemon: Daemon, path: str, body: bytes, text: str) -> None:
+    answer = daemon.request("POST", f"/api/v1/{path}", body)
+    assert answer.status == 400 and text in answer.message, answer
+
+
+def test_pool_takes_its_size_in_any_case(daemon: Daemon) -> None:
+    assert daemon.post("/api/v1/pool", {"Size": 30}).data["size"] == 30
+
+
+def test_names_that_mean_nothing_are_told_and_refused_when_strict(daemon: Daemon) -> None:
+    steps = [step(depend_on=["x"]), step(depend_on=[], Shell=1)]
+    answer = daemon.try_submit(steps, ansinc="true", id="told")
+    told = ["query: unknown parameter 'ansinc': ignored", "[0], [1]: unknown field 'depend_on': ignored"]
+    told.append("[1]: unknown field 'shell': ignored")
+    assert answer.code == 0 and answer.data["warnings"] == told
+    assert "WARNING task told: " + "; ".join(told) in daemon.log()
+    for where, query in ("query: unknown parameter 'ansinc'", {"ansinc": "1"}), ("[0]: unknown field 'depend_on'", {}):
+        answer = daemon.try_submit(steps, strict="true", **query)
+        assert answer.status == 400 and answer.message.startswith(f"{where}: expected one of ")
+    assert "warnings" not in daemon.try_submit([step()], strict="true").data
+
+
+def test_names_that_mean_nothing_are_told_of_in_a_few_lines() -> None:
+    steps = [{**step(), "x" * 999 + str(n % 100): 1} for n in range(5000)]
+    warnings = module().parse_submission(json.dumps(steps).encode(), [], [SHELL]).warnings
+    assert len(warnings) == 21 and max(map(len, warnings)) < 300 and warnings[-1] == "80 more unknown names: ignored"
+
+
 @pytest.mark.parametrize(
     "where, fields",
     [
@@ -1885,6 +1939,8 @@ def recorders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 RECORDER = """
 import re, sys
 name, *arguments = sys.argv[1:]
+if arguments == ["-c", ""]:
+    sys.exit()  # whether it starts is all that was asked
 script = re.search(r"(?<=& ').*(?=';)", arguments[-1])
 sys.stdout.reconfigure(encoding="utf-8", newline="\\n")
 print(name, *arguments, sep="\\n")
@@ -1907,8 +1963,7 @@ def test_powershell_is_given_its_script_as_its_manual_says(recorders: Daemon, ki
     _, *options, command, content = recorders.console(task).data
     assert content == repr(b"\xef\xbb\xbf" + "throw 'größe'".encode())
     assert options == ["-NoLogo", "-NoProfile", "-NonInteractive", "-ExecutionPolicy", "Bypass", "-Command"]
-    encoding = r"try \{ \[Console\]::OutputEncoding = New-Object System.Text.UTF8Encoding \$false \} catch \{ \}"
-    assert re.fullmatch(rf"{encoding}; & '.*script\.ps1'; if .*; exit \$LASTEXITCODE", command)
+    assert re.fullmatch(r"try .*; do \{ & '.*script\.ps1'; .*", command)
 
 
 @posix_only
@@ -1969,7 +2024,19 @@ def oem_page() -> int:
 
 
 WINE = WINDOWS and hasattr(ctypes.windll.ntdll, "wine_get_version")
-no_wine = pytest.mark.skipif(WINE, reason="Wine's CALL makes 1 of any code but that of a plain `exit N`")
+
+
+def wine_release() -> int:
+    """The first number of Wine's version, 0 where this is not Wine."""
+    if not WINE:
+        return 0
+    ctypes.windll.ntdll.wine_get_version.restype = ctypes.c_char_p
+    return int(ctypes.windll.ntdll.wine_get_version().split(b".")[0])
+
+
+OLD_WINE = WINE and wine_release() < 10
+no_wine = pytest.mark.skipif(WINE, reason="Wine's `exit` without a code is 0")
+no_old_wine = pytest.mark.skipif(OLD_WINE, reason="its CALL makes 1 of any code but that of a plain `exit N`")
 
 
 @windows_only
@@ -1984,14 +2051,14 @@ no_wine = pytest.mark.skipif(WINE, reason="Wine's CALL makes 1 of any code but t
         ("exit 1234567", 1234567),
         ("exit /b 0", 0),
         ("exit /b 1", 1),
-        pytest.param("exit /b 3", 3, marks=no_wine),
-        pytest.param("exit /b -1", 2**32 - 1, marks=no_wine),
+        pytest.param("exit /b 3", 3, marks=no_old_wine),
+        pytest.param("exit /b -1", 2**32 - 1, marks=no_old_wine),
         ("echo fine", 0),
         ("rem nothing", 0),
-        pytest.param("cmd /c exit 5", 5, marks=no_wine),
+        pytest.param("cmd /c exit 5", 5, marks=no_old_wine),
         pytest.param("cmd /c exit 5\nexit", 5, marks=no_wine),
         pytest.param("cmd /c exit 5\nexit /b", 5, marks=no_wine),
-        pytest.param("cmd /c exit 5\necho last", 5, marks=no_wine),
+        pytest.param("cmd /c exit 5\necho last", 5, marks=no_old_wine),
         ("type there-is-no-such-file", 1),
         ("set ERRORLEVEL=9\nexit 4", 4),
     ],
@@ -2327,13 +2394,15 @@ def test_shell_script_keeps_the_crlf_that_it_means() -> None:
 
 
 def test_python_steps_take_the_launcher_where_there_is_no_python(launch: Callable[..., Daemon], tmp_path: Path) -> None:
-    (tmp_path / "py.bat").write_text(f'@echo off\necho %1\n"{sys.executable}" %2\n')
+    (tmp_path / "py.bat").write_text(f'@echo off\necho %1\n"{sys.executable}" %2 %3\n')
     (tmp_path / "microsoft" / "windowsapps").mkdir(parents=True)
     (tmp_path / "microsoft" / "windowsapps" / "python.bat").write_text("@echo the shop\n")
     (tmp_path / "microsoft" / "windowsapps" / "pwsh.bat").write_text("@echo not of the shop alone\n")
     path = os.pathsep.join([str(tmp_path / "microsoft" / "windowsapps"), str(tmp_path)])
     daemon = launch(env={"PATH": path})
     assert daemon.output(python("print('größe')")) == ["-3", "größe"]
+    (tmp_path / "py.bat").write_text("@echo No suitable Python runtime found & exit 103\n")
+    assert daemon.output(python("print('größe')")) == ["größe"]  # by the daemon's own
     assert daemon.output(step("x", "pwsh")) == ["not of the shop alone"]
 
 
@@ -2824,6 +2893,180 @@ def test_console_that_cannot_be_read_says_so(tmp_path: Path, number: int, status
 def test_code_of_a_step_is_its_processes(daemon: Daemon, content: str, code: int | None) -> None:
     ended = daemon.run(python(f"import os, shutil, sys\n{content}")).data[0]["code"]
     assert ended == code if code is not None else ended not in (0, 255)
+
+
+# ======================================================================================================================
+# PowerShell: a real one, where there is one on the PATH
+# ======================================================================================================================
+
+QUOTES = "O’Brien's ‘x’ ‚y‛ [1] $HOME ` ; & %PATH% ! ^ 世界" + script('"*"\n', "")  # a root's name
+
+
+def ends(code: int) -> str:
+    """PowerShell that runs a program which ends with this code."""
+    return script(f"sh -c 'exit {code}'", f"cmd /c 'exit {code}'")
+
+
+def tells(text: str, to: str = "") -> str:
+    """PowerShell that runs a program which prints this."""
+    return f'{script("sh -c", "cmd /c")} "echo {text}{to}"'
+
+
+class Row(NamedTuple):
+    """A script, what its step ends with, and the output: its lines, or a pattern in it."""
+
+    content: str
+    code: int
+    output: list[str] | str
+    env: tuple[str, ...] = ()
+
+
+COPIES = f"& '{sys.executable}' -c 'import sys; sys.stdout.buffer.write(sys.stdin.buffer.read())'"
+EXIT_4 = script("sh '-c \"exit 4\"'", "cmd '/c exit 4'")
+STOP = "$ErrorActionPreference = 'Stop'"
+OF_PROGRAMS = "$PSNativeCommandUseErrorActionPreference = $true"
+TABLE = "[pscustomobject]@{ a = 1; bb = 'x' }"
+SHOWN = r"\n?a bb\n- --\n1 x\n\n?after"
+POWERSHELL = {
+    "exit 3": Row("exit 3", 3, []),
+    "exit -1": Row("exit -1", script(255, 4294967295), []),
+    "exit 300": Row("exit 300", script(44, 300), []),
+    "throw": Row("throw 'x'", 1, "x"),
+    "throw after a program": Row(f"{ends(5)}; throw 'x'; echo no", 1, r"\A((?!^no$)[^\0])*\Z"),
+    "no parse": Row("echo first\nif (", 1, r"\A((?!^first)[^\0])+\Z"),
+    "requires": Row("#requires -Version 99\necho first", 1, r"\A((?!^first)[^\0])+\Z"),
+    "program": Row(f"{ends(3)}\necho hi", 3, ["hi"]),
+    "last program": Row(f"{ends(3)}\n{ends(0)}", 0, []),
+    "bare exit": Row(f"{ends(3)}\nexit", 0, []),
+    "exit 0": Row(f"{ends(3)}\nexit 0", 0, []),
+    "called script": Row("[IO.File]::WriteAllText('a.ps1', 'exit 14')\n& ./a.ps1\necho after", 14, ["after"]),
+    "dotted script": Row("[IO.File]::WriteAllText('b.ps1', 'exit 14')\n. ./b.ps1\necho after", 14, ["after"]),
+    "errors": Row("Write-Error e1\nno-such-command\n1/0\necho after", 0, r"(?s)e1.*no-such.*divide.*\nafter\Z"),
+    "last error": Row("1/0", 0, "divide by zero"),
+    "stop": Row(f"{STOP}\necho before\nGet-Item /nope\necho after", 1, r"\Abefore\n((?!^after$)[^\0])+\Z"),
+    "stop and a program": Row(f"{STOP}\n{ends(4)}\necho after", 4, ["after"]),
+    "stop at a program": Row(f"{STOP}\n{OF_PROGRAMS}\n{ends(4)}\necho after", 1, r"\A((?!^after$)[^\0])+\Z"),
+    "exit of .NET": Row("[Environment]::Exit(6)", 6, []),
+    "exit in a function": Row("function f { try { exit 7 } finally { echo finally } }\nf\necho no", 7, ["finally"]),
+    "code set": Row("$global:LASTEXITCODE = 9", 9, []),
+    "code of the host": Row("$host.SetShouldExit(8)", 8, []),
+    "code reset": Row(f"{ends(3)}\nif ($LASTEXITCODE -lt 8) {{ $LASTEXITCODE = 0 }}", 0, []),
+    "break": Row(f"{ends(5)}\nbreak\necho no", 5, []),
+    "continue": Row(f"{ends(5)}\n1..3 | % {{ continue }}\necho no", 5, []),
+    "break alone": Row("break\necho no", 0, []),
+    "table": Row(f"{TABLE}\n'after'", 0, SHOWN),
+    "table and exit": Row(f"{TABLE}\n'after'\nexit 3", 3, SHOWN),
+    "plain": Row(f"Write-Error e1\nWrite-Warning w1\n{TABLE}\n$env:NO_COLOR", 0, r"\A[^\x1b]*e1[^\x1b]*\n1\n?\Z"),
+    "text": Row(
+        f"\ufeff'żółć 世界 🚀'\n{tells('żółć 世界')}\n"
+        "$env:NO_COLOR\n$env:env1\nsleep 0\n$MyInvocation.InvocationName -ne '.'",
+        0,
+        ["żółć 世界 🚀", "żółć 世界", "0", "a b", "True"],
+        ("NO_COLOR=0", "env1=a b"),
+    ),
+    "pipe": Row(f"'żółć' | {COPIES}", 0, ["żółć"]),
+    "stdin": Row(f"$input\n{COPIES}\nRead-Host\necho after", 0, r"(?s)\ARead-Host.*NonInteractive.*\nafter\Z"),
+    "streams": Row(
+        "echo s1\n[Console]::Error.WriteLine('s2')\nWrite-Host s3\nWrite-Warning s4\nWrite-Verbose s5 -Verbose\n"
+        + f"Write-Debug s6 -Debug\n{tells('s7', '>&2')}",
+        0,
+        r"(?s)s1.*s2.*s3.*s4.*s5.*s6.*s7",
+    ),
+    "blocks": Row("begin { 'begun' }\nprocess { 'processed' }\nend { 'over' }", 0, ["begun", "processed", "over"]),
+    "children": Row(
+        "Start-Job { 'job' } | Receive-Job -Wait\nStart-ThreadJob { 'thread' } | Receive-Job -Wait\n"
+        f"(Start-Process {EXIT_4} -Wait -PassThru).ExitCode\n"
+        "[IO.File]::WriteAllText('c.ps1', 'exit 11')\npwsh -NoProfile -File c.ps1\n$LASTEXITCODE",
+        11,
+        ["job", "thread", "4", "11"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def powershell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, str]]:
+    """A daemon whose root is full of quotes, and a task with all rows of POWERSHELL, at its end."""
+    if not shutil.which("pwsh"):
+        pytest.skip("no PowerShell (pwsh) on the PATH")
+    root = tmp_path_factory.mktemp("powershell") / QUOTES
+    daemon = Daemon(root, "--pool_size=3", env={"POWERSHELL_TELEMETRY_OPTOUT": "1"}).start()
+    steps = [step(row.content, "ps1", name=name, env_vars=[*row.env]) for name, row in POWERSHELL.items()]
+    task = daemon.submit(*steps, ansync="true")
+    daemon.ended(task, 600)
+    yield daemon, task
+    daemon.retire()
+
+
+@pytest.mark.parametrize("name", POWERSHELL)
+def test_powershell_does_what_a_script_says(powershell: tuple[Daemon, str], name: str) -> None:
+    daemon, task = powershell
+    row = POWERSHELL[name]
+    shown = daemon.steps(task)[[*POWERSHELL].index(name)]
+    lines = daemon.console(task, name).data
+    assert shown["code"] % 2**32 == row.code, (shown, lines)
+    if isinstance(row.output, str):
+        assert re.search(row.output, "\n".join(lines), re.MULTILINE), lines
+    else:
+        assert lines == row.output
+
+
+def test_powershell_leaves_no_process_after_a_stop(powershell: tuple[Daemon, str]) -> None:
+    daemon, _ = powershell
+    background = "Start-Job { Start-Sleep 1000 } | Out-Null\nStart-Process pwsh '-NoProfile -Command sleep 1000'\n"
+    task = daemon.submit(step(background + "'ready'\nStart-Sleep 1000", "pwsh"))
+    daemon.until_printed(task, "ready")
+    assert daemon.put(f"/api/v1/task/{task}").code == 0
+    assert daemon.ended(task).data[0]["msg"].endswith(STOPPED)
+    wait_until(lambda: not daemon.processes(), "the end of its processes", 15)
+
+
+@pytest.fixture
+def constrained() -> Iterator[None]:
+    """A host whose policy (AppLocker, WDAC) allows no method; only on Wine, for it binds all who work on it."""
+    if not WINE:
+        pytest.skip("no policy of a host is changed but Wine's")
+    key = r"HKLM\SYSTEM\CurrentControlSet\Control\Session Manager\Environment"
+    runs("reg", "add", key, "/v", "__PSLockdownPolicy", "/t", "REG_SZ", "/d", "4", "/f")
+    yield
+    runs("reg", "delete", key, "/v", "__PSLockdownPolicy", "/f")
+
+
+def test_powershell_keeps_its_code_where_no_method_is_allowed(
+    powershell: tuple[Daemon, str], constrained: None
+) -> None:
+    daemon, _ = powershell
+    task = daemon.submit(step("[string]$ExecutionContext.SessionState.LanguageMode\nWrite-Error red\nexit 3", "ps1"))
+    assert daemon.ended(task).data[0]["code"] == 3
+    lines = daemon.console(task).data
+    assert lines[0] == "ConstrainedLanguage" and not re.search("\x1b|invoke method", "".join(lines))
+
+
+# What a client in PowerShell makes: of one table piped ConvertTo-Json makes no array; a table as -Body is a form.
+CLIENT = """
+$step = @{ Command_Type = 'ps1'; Command_Content = "'größe'"; env_vars = @('a=b', 'c=d') }
+$url = "$api/task?id=by-powershell"
+(@($step) | ConvertTo-Json | Invoke-RestMethod -Method Post $url -ContentType application/json).data.count
+try { Invoke-RestMethod -Method Post "$api/pool" -Body @{ size = 9 } }
+catch { ($_.ErrorDetails.Message | ConvertFrom-Json).message }
+(@{ Size = 3 } | ConvertTo-Json | Invoke-RestMethod -Method Post "$api/pool").data.size
+"""
+
+
+def run_powershell(content: str) -> list[str]:
+    """The lines that a script prints in a PowerShell that is no step."""
+    command = ["pwsh", "-NoProfile", "-NonInteractive", "-Command", content]
+    flags = 0x0800_0000 if WINDOWS else 0  # CREATE_NO_WINDOW: a console that nobody sees, without which it says nothing
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=120, creationflags=flags)
+    return done.stdout.decode().splitlines()
+
+
+def test_powershell_is_a_client(powershell: tuple[Daemon, str]) -> None:
+    daemon, _ = powershell
+    said = run_powershell(f"$api = 'http://127.0.0.1:{daemon.port}/api/v1'{CLIENT}")
+    told = "the body is a form: expected JSON, which PowerShell makes by ConvertTo-Json"
+    assert said == ["1", told, "3"]
+    assert daemon.ended("by-powershell").code == 0
+    assert daemon.console("by-powershell").data == ["größe"]
 
 
 # ======================================================================================================================
@@ -5162,7 +5405,7 @@ class FakeProcesses:
         self.remaining: list[list[str]] = []
         self.has_started = True
 
-    def start(self, command: Any, step_dir: str, cwd: str, env: Any) -> FakeTree:
+    def start(self, command: Any, step_dir: str, cwd: str, env: Any, *_: Any) -> FakeTree:
         if self.errors:
             raise self.errors.pop()
         self.trees.append(FakeTree())
@@ -9954,6 +10197,21 @@ def test_service_as_the_readme_installs_it(bare_host: None, tmp_path: Path) -> N
     drive_service(root, port)
     runs("net", "stop", "remote_executor")
     assert cli("service", "status").stdout == "not running\n"
+
+
+@windows_only
+@pytest.mark.skipif(not shutil.which("pwsh"), reason="no PowerShell (pwsh) on the PATH")
+def test_service_as_the_readme_installs_it_by_powershell(bare_host: None, tmp_path: Path) -> None:
+    port, root = free_port(), tmp_path / "root"
+    line = f'`"{sys.executable}`" `"{PROGRAM}`" run --addr=127.0.0.1:{port} `"--root={root}`"'
+    recipe = next(block.text for block in blocks() if "New-Service" in block.text)
+    run_powershell(recipe.replace(r"C:\remote_executor.exe run --addr=:2376", line))
+    drive_service(root, port)
+    status = "(Get-Service remote_executor).Status"
+    rest = f"Restart-Service remote_executor; {status}; Stop-Service remote_executor; {status}"
+    assert run_powershell(f"{status}; {rest}") == ["Running", "Running", "Stopped"]
+    run_powershell("Remove-Service remote_executor")
+    assert cli("service", "status").returncode == 4
 
 
 @windows_only
