@@ -12525,7 +12525,7 @@ def _pool_size_schema() -> Json:
 def _parse_pool_settings(body: Any) -> Json:
     """Return what a body asks for of size, paused and reason. Raise BadRequest."""
     expected = f'expected {{"size": n}} with n from 1 to {MAX_POOL_SIZE}, "paused": true or false, "reason": a text'
-    settings = {}
+    settings: Json = {}
     if isinstance(body, dict):
         fields = lower_keys("the body", body)
         settings = {name: fields[name] for name in ("size", "paused", "reason") if name in fields}
