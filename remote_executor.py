@@ -9968,14 +9968,10 @@ class PendingConnections:
 class HeldConnection:
     """A connection whose answer waits for something; see Hold. `end` is for any thread too."""
 
-    def __init__(self, sock: socket.socket, reader: RequestReader) -> None:
+    def __init__(self, reader: RequestReader) -> None:
         self.is_ending = False
         self._reader = reader
         self._news = threading.Event()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _KEEP_ALIVE_OPTIONS.items():
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def wake(self) -> None:
         self._news.set()
@@ -9994,6 +9990,15 @@ class HeldConnection:
             if self._reader.has_ended():
                 raise ConnectionEnded("the client has gone")
         self._news.clear()
+
+
+def _probe_client(sock: socket.socket) -> None:
+    """Have the kernel find out that a client has vanished, which has not said so."""
+    with contextlib.suppress(OSError):  # it has reset the connection
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEP_ALIVE_OPTIONS.items():
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -10320,7 +10325,8 @@ class Server(http.server.ThreadingHTTPServer):
     def hold(self, sock: socket.socket, reader: RequestReader) -> Hold:
         """Let the answer on a connection wait, until `release`. Raise Unavailable."""
         limit = self._settings.max_connections // 2
-        held = HeldConnection(sock, reader)
+        held = HeldConnection(reader)
+        _probe_client(sock)
         with self._lock:
             if self.is_stopping:
                 raise Unavailable("the daemon is shutting down; send the request again to the next one")
