@@ -7636,6 +7636,16 @@ def test_tls_serves_what_http_serves_and_says_https(launch_tls: Callable[..., Da
     assert not daemon.raw(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/")
 
 
+def test_tls_follows_and_waits(launch_tls: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch_tls()
+    task = daemon.submit(gated(gate, "y" * 300_000, "after"))
+    with opened(daemon, output_path(task)) as follower, concurrent.futures.ThreadPoolExecutor() as pool:
+        assert len(follower.read(300_000)) == 300_000
+        wait = pool.submit(daemon.get, f"/api/v1/task/{task}?wait=60s")
+        gate.touch()
+        assert follower.read() == b"after" and wait.result().code == 0
+
+
 def test_tls_says_when_an_answer_is_whole(launch_tls: Callable[..., Daemon]) -> None:
     daemon, data = launch_tls(), b""
     assert daemon.tls
@@ -8145,6 +8155,17 @@ def test_page_keeps_the_token_in_its_tab(browser: Browser, launch: Callable[...,
         browser.find("Object.values(sessionStorage).length === 1 && localStorage.length === 0 && !document.cookie")
     finally:
         assert daemon.end() == 0
+
+
+@chromium_only
+def test_page_of_the_daemon_may_hear_events(browser: Browser, daemon: Daemon) -> None:
+    browser("Page.navigate", url=f"http://localhost:{daemon.port}/swagger/index.html")
+    browser.find("!!document.querySelector('main summary')")
+    kinds = "['task', 'step'].forEach(kind => source.addEventListener(kind, event => heard.push(event)))"
+    browser.find(f"(heard = [], source = new EventSource('/api/v1/event'), {kinds}, true)")
+    browser.find("source.readyState === 1")
+    task = daemon.submit(step())
+    browser.find(f"heard.some(one => one.data.includes('{task}') && one.data.includes('ended_at') && one.lastEventId)")
 
 
 @chromium_only
@@ -10785,6 +10806,101 @@ def test_bench_output_of_a_gigabyte(table: list[Row], launch: Callable[..., Daem
         here.append(ended(lambda: daemon.submit(step(f"{command}; echo >{pipe}"))))
         until_idle(daemon)
     record_ratio(table, "output, one step that writes 1 GB", here, beside, "MB/s", 0.95)
+
+
+def cpu_s(daemon: Daemon) -> float:
+    """The CPU time of the daemon's threads so far."""
+    assert daemon.process
+    spent = [file.read_text().split()[0] for file in Path(f"/proc/{daemon.process.pid}/task").glob("*/schedstat")]
+    return sum(map(int, spent)) / 1e9
+
+
+@bench
+@linux_only
+def test_bench_waiters_and_followers_of_quiet_steps(
+    table: list[Row], launch: Callable[..., Daemon], gate: Path
+) -> None:
+    daemon, period_s = launch("--pool_size=50"), 20
+    task = daemon.submit(*[held(gate)] * 50, ansync="1")
+    daemon.until_running(task, *range(50))
+
+    def percent() -> float:
+        begin = cpu_s(daemon)
+        time.sleep(period_s)
+        return 100 * (cpu_s(daemon) - begin) / period_s
+
+    alone = percent()
+    paths = [f"/api/v1/task/{task}?wait=1h"] * 200
+    paths += [f"/api/v1/task/{task}/{index}/output?follow=true" for index in range(50)]
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            link = stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port), 60))
+            link.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        time.sleep(3)
+        assert try_events(daemon).status == 200
+        record_more(table, "200 waiters, 50 followers of quiet steps", percent(), alone, "% of a CPU", 1)
+
+
+@bench
+@linux_only
+def test_bench_line_to_follower(table: list[Row], launch: Callable[..., Daemon]) -> None:
+    daemon, late_ms = launch(), list[float]()
+    pause = "time.sleep(random.uniform(0.05, 0.15))"
+    writer = f"import random, time\nfor _ in range(150):\n {pause}\n print(time.time(), flush=True)"
+    task = daemon.submit(*[python(writer)] * 4, ansync="1")
+
+    def follow(index: int) -> None:
+        with opened(daemon, f"/api/v1/task/{task}/{index}/output?follow=true") as answer:
+            while line := answer.readline():
+                late_ms.append(1000 * (time.time() - float(line)))
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(follow, range(4)))
+    p99 = sorted(late_ms)[len(late_ms) * 99 // 100]
+    assert len(late_ms) == 600
+    record_more(table, "line to its follower, p99", p99, 0, "ms", 150)
+
+
+@bench
+@linux_only
+def test_bench_gigabyte_followed(table: list[Row], launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon, count, here, bare = launch(), 1_000_000_000, list[float](), list[float]()
+    command = f"yes 0123456789abcdef0123456789abcdef | head -c {count}"
+    buffer = bytearray(1 << 20)
+
+    def drain(descriptor: int) -> float:
+        """Megabytes a second that are read until there are as many as were written."""
+        begin, got = time.perf_counter(), 0
+        while got < count:
+            read = os.readv(descriptor, [buffer])
+            assert read
+            got += read
+        return count / 1e6 / (time.perf_counter() - begin)
+
+    assert daemon.process
+    base = 0
+    for turn in range(4):
+        file = tmp_path / f"file{turn}"
+        file.touch()
+        with subprocess.Popen(["sh", "-c", f"{command} >{file}"]) as writer:
+            with subprocess.Popen(["tail", "-c", "+1", "-f", str(file)], stdout=subprocess.PIPE) as tail:
+                assert tail.stdout
+                bare.append(drain(tail.stdout.fileno()))
+                tail.kill()
+            writer.wait()
+        file.unlink()
+        task = daemon.submit(step(command))
+        daemon.until_running(task)
+        with socket.create_connection(("127.0.0.1", daemon.port), 60) as link:
+            link.settimeout(None)
+            link.sendall(f"GET {output_path(task)} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+            here.append(drain(link.fileno()))
+        daemon.ended(task)
+        daemon.request("DELETE", f"/api/v1/task/{task}")
+        base = base or memory_bytes(daemon.process.pid, "VmHWM")
+    record_ratio(table, "1 GB followed while it is written", here, bare, "MB/s", 0.80)
+    grown = memory_bytes(daemon.process.pid, "VmHWM") / 2**20
+    record_more(table, "memory after 4 GB were followed", grown, base / 2**20, "MB", 4)
 
 
 @bench
