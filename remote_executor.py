@@ -7804,6 +7804,7 @@ class Scheduler:
             starts_ns = now_ns + spec.delay_ns
             if spec.start_at_ns:
                 starts_ns += spec.start_at_ns - time.time_ns()
+            starts_ns = min(max(starts_ns, now_ns), _INT64_MAX)  # `at` may be of any year
             task.is_delayed = starts_ns > now_ns
             future = self._store.accept(task.number, spec, now_ns, starts_ns, submitted_by)
             self._tasks[task.number] = task
@@ -11712,10 +11713,7 @@ def _has_wait(request: Request) -> bool:
 def _parse_wait(query: Pairs) -> float:
     """Return for how many seconds the end of a task is waited for, 0 if it is not. Raise BadRequest."""
     text = _parameter(query, "wait")
-    try:
-        wait_ns = parse_duration(text or "0")
-    except ValueError as error:
-        raise BadRequest(f"wait: {error}") from None
+    wait_ns = _parse_timeout("wait", text)
     if wait_ns > parse_duration(_MAX_WAIT):
         raise BadRequest(f"wait: {text} is too long: expected at most {_MAX_WAIT}")
     return wait_ns / _SECOND_NS
@@ -12553,6 +12551,8 @@ def _parse_output_query(request: Request) -> _OutputQuery:
         raise BadRequest("Range: does not go with offset, tail or follow")
     stream = _choice(query, "stream", ("stdout", "stderr"))
     attempt = _parse_number(query, "attempt")
+    if attempt == 0:
+        raise BadRequest("attempt: they are counted from 1")
     return _OutputQuery(stream, attempt, offset, tail)
 
 
