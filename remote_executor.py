@@ -6701,9 +6701,12 @@ class Feed:
             yield
         finally:
             with self._lock:
-                others = [other for other in self._listeners.pop(task_number) if other is not listener]
+                listeners = self._listeners[task_number]
+                others = [other for other in listeners if other is not listener]
                 if others:
-                    self._listeners[task_number] = tuple(others)
+                    self._listeners[task_number] = tuple(others)  # at once, for `tell` takes no lock
+                else:
+                    del self._listeners[task_number]
 
     def tell(self, notice: Notice) -> None:
         of_every_task = self._listeners.get(_EVERY_TASK, ())
@@ -12359,8 +12362,6 @@ _EVENTS_AT_ONCE = 200
 _MAX_CACHED_NAMES = 10_000  # of steps, by each client of events
 _UNSTORED = ("Cache-Control", "no-cache")
 _UNBUFFERED = ("X-Accel-Buffering", "no")  # a proxy is to pass on each part at once (nginx, ngx_http_proxy_module)
-
-
 _Wake = Callable[[], None]
 
 
@@ -12743,7 +12744,10 @@ class FollowApi:
         directory = StepDirectory(self._files, task.task_number, step.step_index)
         open_file = functools.partial(directory.open_output, name)
         with contextlib.ExitStack() as closing:
-            file = open_file()
+            try:
+                file = open_file()
+            except OSError as error:
+                raise Unavailable(f"the output cannot be opened ({error.strerror}); try again") from None
             size = 0
             if file:
                 closing.callback(file.close)

@@ -5775,6 +5775,27 @@ def test_feed_tells_each_commit_in_its_order_and_nothing_without_a_listener(hous
     assert heard == [(number, (), ""), *steps, (0, (), ""), (number, (), "a")]
 
 
+@pytest.mark.usefixtures("threads_switch_often")
+def test_listener_of_a_task_hears_all_while_others_come_and_go() -> None:
+    feed, heard, stopping = module().Feed(), list[int](), threading.Event()
+
+    def come_and_go() -> None:
+        while not stopping.is_set():
+            with feed.listen(lambda notice: None, 7):
+                pass
+
+    others = [threading.Thread(target=come_and_go) for _ in range(2)]
+    with feed.listen(lambda notice: heard.append(notice.task_number), 7):
+        for other in others:
+            other.start()
+        for number in range(20_000):
+            feed.tell(module().Notice(7 + number % 2))
+        stopping.set()
+        for other in others:
+            other.join()
+    assert heard == [7] * 10_000 and not feed.has_listeners()
+
+
 def test_listener_that_fails_costs_no_change(house: House, caplog: pytest.LogCaptureFixture) -> None:
     house.start()
     with house.store.feed.listen(lambda notice: 1 / 0):
