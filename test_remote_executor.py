@@ -1853,17 +1853,21 @@ def test_follower_of_a_step_that_waits_gets_it_from_its_begin(daemon: Daemon, ga
         assert answer.read() == b"second"
 
 
-@pytest.mark.parametrize("end", ["stop", "stop of the step", "failure of the first step"])
-def test_follower_sees_the_end_whatever_it_is(daemon: Daemon, gate: Path, end: str) -> None:
-    first = gated(gate, "", "")
+@pytest.mark.parametrize("end", ["stop", "stop of the step"])
+def test_follower_sees_a_stop(daemon: Daemon, gate: Path, end: str) -> None:
+    task = daemon.submit(gated(gate, "before"))
+    with opened(daemon, output_path(task)) as answer:
+        assert answer.read(6) == b"before"
+        assert daemon.put(f"/api/v1/task/{task}" + "/0" * (end != "stop")).code == 0
+        assert answer.read() == b""
+
+
+def test_follower_of_a_step_that_never_runs_sees_that(daemon: Daemon, gate: Path) -> None:
+    first = gated(gate, "")
     first["command_content"] += "\nsys.exit(1)"
     task = daemon.submit(first, step())
-    with opened(daemon, f"/api/v1/task/{task}/{int(end[0] == 'f')}/output?follow=true") as answer:
-        daemon.until_running(task)
-        if end[0] == "f":
-            gate.touch()
-        else:
-            assert daemon.put(f"/api/v1/task/{task}" + "/0" * (end != "stop")).code == 0
+    with opened(daemon, f"/api/v1/task/{task}/1/output?follow=true") as answer:
+        gate.touch()
         assert answer.read() == b""
 
 
