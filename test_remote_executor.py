@@ -1287,7 +1287,7 @@ def test_head_has_the_headers_of_get_and_no_body(daemon: Daemon) -> None:
     task = daemon.submit(step())
     daemon.ended(task)
     varying = {"Date", "Content-Length"}  # of figures, and of profiles, which are not taken for their length
-    for template in ROUTES:
+    for template in ROUTES.keys() - {"/api/v1/event"}:  # which never ends
         path = template.replace(":task", task).replace(":step", "0") + ("?seconds=0.01" if "pprof" in template else "")
         answer, expected = daemon.request("HEAD", path), daemon.get(path)
         assert (answer.status, answer.body) == (expected.status, b""), template
