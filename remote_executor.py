@@ -17571,6 +17571,7 @@ def _run_jobs(jobs: Sequence[Job], parallel: int, is_fail_fast: bool) -> dict[Jo
                     future.cancel()
             if must_stop:
                 stops = interrupts.count
+                print_error("stopping what runs; Ctrl-C again kills it at once")
                 for future in filter(Future.running, pending):
                     threading.Thread(target=futures[future].stop, name="stop", daemon=True).start()
     return outcomes
@@ -17650,7 +17651,9 @@ class _ExecJob(Job):
                 copy.result()
             end = _await_task(api, self.task_id).data[0]
         message = ""
-        if end["result"] not in ("succeeded", "failed"):
+        if end["result"] == "timed_out":
+            message = f"{self.endpoint.name}: timed out after {format_seconds(end['seconds'])}; --timeout allows more"
+        elif end["result"] not in ("succeeded", "failed"):
             message = f"{self.endpoint.name}: {end['msg']}"
         return JobOutcome(end["result"], _exit_code(end["result"], end["code"]), end["seconds"], message)
 
@@ -17660,7 +17663,7 @@ class _ExecJob(Job):
         if self._stdin:
             features.append("stdin")
         version = api.require(features)
-        is_windows = version["os"] == "windows"
+        is_windows = version["python"]["os"] == "windows"
         script = self._options.script
         if not script:
             script = to_cmd_line(self._options.words) if is_windows else shlex.join(self._options.words)
@@ -17937,7 +17940,9 @@ def run_wait(options: argparse.Namespace) -> int:
             code = code or task_code
             if options.json:
                 print_json_line({"id": task_id, "result": reply.task["result"], "code": task_code})
-            elif task_code or options.any:
+            elif options.any:
+                print(task_id)
+            elif task_code:
                 print_error(f"{task_id}: {printable(reply.task['msg'])}")
         if not pending or (options.any and len(pending) < len(options.ids)):
             return code
@@ -18456,6 +18461,119 @@ def _define_ls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", nargs="?", default="", help="directory in the workspace")
 
 
+def _define_completion(parser: argparse.ArgumentParser) -> None:
+    shells = ("bash", "zsh", "fish", "powershell")
+    parser.add_argument("shell", choices=(*shells, "ids"), metavar="SHELL", help=", ".join(shells))
+
+
+# -- completion
+
+
+_COMPLETED_NAMES = ("remote_executor.py", "remote_executor", "remote-executor")
+_ID_WAIT_S = 0.3  # of somebody who has pressed Tab
+_BASH_COMPLETION = """\
+_remote_executor() {
+    local words= current=${COMP_WORDS[COMP_CWORD]}
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        words="@NAMES@"
+    else
+        case "${COMP_WORDS[1]}" in
+@FLAGS@
+        esac
+        case "$current/${COMP_WORDS[1]}" in
+            -*) ;;
+            @WITH_IDS@) words=$("${COMP_WORDS[0]}" completion ids 2>/dev/null) ;;
+        esac
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$current"))
+}
+complete -o default -F _remote_executor @PROGRAMS@
+"""
+_POWERSHELL_COMPLETION = """\
+Register-ArgumentCompleter -Native -CommandName @PROGRAMS@ -ScriptBlock {
+    param($word, $ast, $position)
+    $flags = @{
+@FLAGS@
+    }
+    $typed = @($ast.CommandElements | ForEach-Object { "$_" })
+    $candidates = @()
+    if ($typed.Count -lt 2 -or ($typed.Count -eq 2 -and $word)) {
+        $candidates = -split '@NAMES@'
+    } elseif ($word -like '-*') {
+        $candidates = -split $flags[$typed[1]]
+    } elseif ('@WITH_IDS@' -split ' ' -contains $typed[1]) {
+        $candidates = & $typed[0] completion ids
+    }
+    $candidates | Where-Object { $_ -like "$word*" }
+}
+"""
+
+
+def _flags_of(command: ClientCommand) -> list[str]:
+    """Return the flags of a command, without a second spelling."""
+    actions = client_parser(command, "")._actions
+    return [action.option_strings[-1].replace("-file", "_file") for action in actions if action.option_strings]
+
+
+def _fill_in(template: str, values: Mapping[str, str]) -> str:
+    return re.sub("@([A-Z_]+)@", lambda match: values[match[1]], template)
+
+
+def _completion_script(shell: str) -> str:
+    """Return the script that has a shell complete commands, flags and ids of tasks."""
+    flags = {command.name: " ".join(_flags_of(command)) for command in CLIENT_COMMANDS}
+    with_ids = [command.name for command in CLIENT_COMMANDS if command.arguments.startswith("ID")]
+    names = " ".join([*_DAEMON_COMMANDS, *flags])
+    if shell == "fish":
+        return "".join(_fish_lines(with_ids))
+    if shell == "powershell":
+        rows = [f"        '{name}' = '{text}'" for name, text in flags.items()]
+        values = {"PROGRAMS": ", ".join(_COMPLETED_NAMES), "WITH_IDS": " ".join(with_ids)}
+        return _fill_in(_POWERSHELL_COMPLETION, {**values, "NAMES": names, "FLAGS": "\n".join(rows)})
+    rows = [f'            {name}) words="{text}" ;;' for name, text in flags.items()]
+    values = {"PROGRAMS": " ".join(_COMPLETED_NAMES), "WITH_IDS": "|".join(f"*/{name}" for name in with_ids)}
+    script = _fill_in(_BASH_COMPLETION, {**values, "NAMES": names, "FLAGS": "\n".join(rows)})
+    if shell == "zsh":
+        return f"autoload -U +X compinit bashcompinit && compinit && bashcompinit\n{script}"
+    return script
+
+
+def _fish_lines(with_ids: Sequence[str]) -> Iterator[str]:
+    for program in _COMPLETED_NAMES:
+        for command in CLIENT_COMMANDS:
+            yield f"complete -c {program} -n __fish_use_subcommand -a {command.name} -d {shlex.quote(command.help)}\n"
+            seen = f"complete -c {program} -n '__fish_seen_subcommand_from {command.name}'"
+            for flag in _flags_of(command):
+                yield f"{seen} -l {flag.lstrip('-')}\n"
+            if command.name in with_ids:
+                yield f"{seen} -f -a '({program} completion ids 2>/dev/null)'\n"
+
+
+def _print_ids(options: argparse.Namespace) -> None:
+    """Print the ids of the newest tasks, if the daemon tells them in time."""
+    ids: list[str] = []
+
+    def ask() -> None:
+        with contextlib.suppress(ClientError, UsageError), single_api(options) as api:
+            page = api.call("GET", "/api/v1/task", {"order": "desc", "limit": 50}).data
+            ids.extend(task["id"] for task in page["tasks"])
+
+    thread = threading.Thread(target=ask, name="ids", daemon=True)
+    thread.start()
+    thread.join(_ID_WAIT_S)
+    print("\n".join(ids))
+
+
+def run_completion(options: argparse.Namespace) -> int:
+    """Print a shell's script for completion, or what that asks for: ids of tasks."""
+    if options.shell == "ids":
+        _print_ids(options)
+    else:
+        print(_completion_script(options.shell), end="")
+    return 0
+
+
+_DAEMON_COMMANDS = ("help", "run", "config", "selftest", "service")
 CLIENT_COMMANDS = (
     ClientCommand(
         "exec",
@@ -18494,6 +18612,14 @@ CLIENT_COMMANDS = (
     ClientCommand("get", "ID PATH [LOCAL]", "Copy a file of a workspace here.", "get web-1 a.gz", run_get, _define_get),
     ClientCommand("put", "ID LOCAL [PATH]", "Copy a file into a workspace.", "put web-1 a.tar", run_put, _define_put),
     ClientCommand("ls", "ID [PATH]", "List a directory of a workspace.", "ls web-1", run_ls, _define_ls),
+    ClientCommand(
+        "completion",
+        "SHELL",
+        "Print the completion for bash, zsh, fish or powershell.",
+        "completion bash >>~/.bashrc",
+        run_completion,
+        _define_completion,
+    ),
 )
 
 
