@@ -10101,14 +10101,10 @@ class PendingConnections:
 class HeldConnection:
     """A connection whose answer waits for something; see Hold. `end` is for any thread too."""
 
-    def __init__(self, sock: socket.socket, reader: RequestReader) -> None:
+    def __init__(self, reader: RequestReader) -> None:
         self.is_ending = False
         self._reader = reader
         self._news = threading.Event()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _KEEP_ALIVE_OPTIONS.items():
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def wake(self) -> None:
         self._news.set()
@@ -10127,6 +10123,15 @@ class HeldConnection:
             if self._reader.has_ended():
                 raise ConnectionEnded("the client has gone")
         self._news.clear()
+
+
+def _probe_client(sock: socket.socket) -> None:
+    """Have the kernel find out that a client has vanished, which has not said so."""
+    with contextlib.suppress(OSError):  # it has reset the connection
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEP_ALIVE_OPTIONS.items():
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -10453,7 +10458,8 @@ class Server(http.server.ThreadingHTTPServer):
     def hold(self, sock: socket.socket, reader: RequestReader) -> Hold:
         """Let the answer on a connection wait, until `release`. Raise Unavailable."""
         limit = self._settings.max_connections // 2
-        held = HeldConnection(sock, reader)
+        held = HeldConnection(reader)
+        _probe_client(sock)
         with self._lock:
             if self.is_stopping:
                 raise Unavailable("the daemon is shutting down; send the request again to the next one")
@@ -12321,7 +12327,12 @@ class TaskApi:
         state_header = ("X-Task-STATE", STATE_NAMES[State(task.state)])
         return Response(headers=(JSON_TYPE, state_header), body=to_json(envelope).encode())
 
-    def _await_end(self, task: TaskRow, hold: Hold, timeout_s: float) -> None:
+    def _await_end(
+        self,
+        task: TaskRow,
+        hold: Hold,
+        timeout_s: float,
+    ) -> None:
         """Wait for the end of a task, told by what is committed, or until this time is over. Raise ConnectionEnded."""
 
         def hear(notice: Notice) -> None:
@@ -12485,16 +12496,19 @@ _UNSTORED = ("Cache-Control", "no-cache")
 _UNBUFFERED = ("X-Accel-Buffering", "no")  # a proxy is to pass on each part at once (nginx, ngx_http_proxy_module)
 
 
+_Wake = Callable[[], None]
+
+
 class FileWatch:
     """Calls for looks at files that are followed, from one thread, which lives while there are any. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards all below
-        self._looks: dict[object, Callable[[], None]] = {}
+        self._looks: dict[object, _Wake] = {}
         self._is_running = False
 
     @contextlib.contextmanager
-    def watch(self, look: Callable[[], None]) -> Iterator[None]:
+    def watch(self, look: _Wake) -> Iterator[None]:
         """Call `look`, which must not wait, again and again within the context. Raise RuntimeError without a thread."""
         key = object()
         with self._lock:
@@ -12587,11 +12601,16 @@ class OutputFollower:
     def _look(self) -> None:
         if self._step.state != State.RUNNING:
             return
-        try:
-            if self._file is None or os.fstat(self._file.fileno()).st_size > self._offset:
+        with contextlib.suppress(OSError, ValueError):  # it was closed just now
+            if self._file is None or self._left_bytes():
                 self._hold.wake()
-        except (OSError, ValueError):  # it was closed just now
-            self._hold.wake()
+
+    def _left_bytes(self) -> int:
+        """Return how many bytes there are that were not sent; the step may have shortened its file."""
+        if self._file is None:
+            return 0
+        size = os.fstat(self._file.fileno()).st_size
+        return max(0, size - self._offset)
 
     def _is_over(self) -> bool:
         if self._is_changed:
@@ -12607,7 +12626,7 @@ class OutputFollower:
             self._file = self._open_file()
         if self._file is None:
             return
-        while (left_bytes := os.fstat(self._file.fileno()).st_size - self._offset) > 0:
+        while left_bytes := self._left_bytes():
             offset = self._offset
             if left_bytes > _READ_BYTES:
                 count = min(left_bytes, _MAX_SLICE_BYTES)
@@ -12620,7 +12639,11 @@ class OutputFollower:
                 yield block
 
 
-def tail_offset(file: io.FileIO, size: int, lines: int) -> int:
+def tail_offset(
+    file: io.FileIO,
+    size: int,
+    lines: int,
+) -> int:
     """Return where the last lines of a file of this size begin; what has no end of a line is one too."""
     if not lines or not size:
         return size
@@ -12661,7 +12684,9 @@ def _parse_output_query(request: Request) -> _OutputQuery:
         raise BadRequest("offset, tail: give one of them")
     if _has_range(request) and (offset is not None or tail is not None or request.hold):
         raise BadRequest("Range: does not go with offset, tail or follow")
-    return _OutputQuery(_choice(query, "stream", ("stdout", "stderr")), _parse_number(query, "attempt"), offset, tail)
+    stream = _choice(query, "stream", ("stdout", "stderr"))
+    attempt = _parse_number(query, "attempt")
+    return _OutputQuery(stream, attempt, offset, tail)
 
 
 def _parse_number(query: Pairs, name: str) -> int | None:
@@ -12681,7 +12706,9 @@ def _is_followed(request: Request) -> bool:
 
 
 def _output_response() -> Json:
-    headers = {name: {"schema": {"type": "string"}} for name in ("X-Output-Offset", "X-Step-Result", "X-Step-Attempt")}
+    headers = {}
+    for name in ("X-Output-Offset", "X-Step-Result", "X-Step-Attempt"):
+        headers[name] = {"schema": {"type": "string"}}
     content = {"text/plain": {"schema": {"type": "string"}}}
     content.update(json_content(schema_reference("NotFound"), {"gone": _NOT_FOUND_EXAMPLE}))
     return {"description": "What the step has written, as it is", "headers": headers, "content": content}
@@ -12718,10 +12745,10 @@ class EventLog:
         self._task_numbers = array.array("q")
         self._step_indexes = array.array("i")
         self._deleted_ids: dict[int, str] = {}  # of tasks in the ring
-        self._subscribers: dict[object, tuple[int | None, Callable[[], None]]] = {}
+        self._subscribers: dict[object, tuple[int | None, _Wake]] = {}
 
     @contextlib.contextmanager
-    def subscribe(self, wake: Callable[[], None], task_number: int | None) -> Iterator[None]:
+    def subscribe(self, wake: _Wake, task_number: int | None) -> Iterator[None]:
         """Call `wake` for each event within the context, or for each of this task."""
         key = object()
         with self._lock:
@@ -12791,6 +12818,9 @@ class EventLog:
 def format_event(kind: str, data: Json, number: int) -> bytes:
     """Return an event as it is sent (HTML Standard, 9.2, Server-sent events)."""
     return f"event: {kind}\nid: {number}\ndata: {to_json(data)}\n\n".encode()
+
+
+_NamesByTask = dict[int, list[str]]  # of steps, by the number of their task
 
 
 class FollowApi:
@@ -12879,11 +12909,17 @@ class FollowApi:
         )
         return Response(status, own_headers + headers, body)
 
-    def _output_name(self, task: TaskRow, step: StepRow, query: _OutputQuery) -> str:
+    def _output_name(
+        self,
+        task: TaskRow,
+        step: StepRow,
+        query: _OutputQuery,
+    ) -> str:
         """Return the name of the file that a request asks for. Raise BadRequest."""
         if query.stream == "stderr":
             submission = self._store.submission(task.task_number)
-            if not submission or json.loads(submission.steps)[step.step_index].get("stderr") != "apart":
+            steps = json.loads(submission.steps) if submission else []
+            if not steps or steps[step.step_index].get("stderr") != "apart":
                 raise BadRequest("stream: the stderr of this step is in its stdout; submit it with `stderr` as `apart`")
         if query.attempt is None or query.attempt == step.attempt:
             return output_name(query.stream)
@@ -12927,9 +12963,15 @@ class FollowApi:
             raise Unavailable("this connection cannot wait; try again")
         return Response(200, headers, self._events(hold, last_id, task_number, request.base_url))
 
-    def _events(self, hold: Hold, last_id: str, task_number: int | None, base_url: str) -> Iterator[bytes]:
+    def _events(
+        self,
+        hold: Hold,
+        last_id: str,
+        task_number: int | None,
+        base_url: str,
+    ) -> Iterator[bytes]:
         """Yield the events after this id, or from now on. Raise ConnectionEnded."""
-        names: dict[int, list[str]] = {}
+        names: _NamesByTask = {}
         with self._log.subscribe(hold.wake, task_number):
             position = int(last_id or self._log.last_number())
             if self._log.has_all_after(position):
@@ -12960,9 +13002,15 @@ class FollowApi:
         except LookupError:
             raise ConnectionEnded("the client reads too slowly") from None
 
-    def _render(self, events: Iterable[Event], base_url: str, names: dict[int, list[str]]) -> bytes:
+    def _render(
+        self,
+        events: Iterable[Event],
+        base_url: str,
+        names: _NamesByTask,
+    ) -> bytes:
         """Return events as they are sent. `names` caches those of a task's steps. Raise ConnectionEnded."""
-        time_format = TimeFormat(self._clock.now_ns(), self._clock.wall_times(), self._key_expire_ns)
+        now_ns = self._clock.now_ns()
+        time_format = TimeFormat(now_ns, self._clock.wall_times(), self._key_expire_ns)
         rendered = []
         try:
             running = self._store.running_steps()
@@ -12982,7 +13030,7 @@ class FollowApi:
         running: Mapping[int, Sequence[tuple[int, str]]],
         base_url: str,
         time_format: TimeFormat,
-        names: dict[int, list[str]],
+        names: _NamesByTask,
     ) -> tuple[str, Json]:
         """Return the kind of an event and the JSON of its subject as it is now; no kind where that is unknown."""
         number = event.task_number
