@@ -16953,7 +16953,7 @@ class Api:
         self._connection = connection
         target = self._target_prefix + path
         if query:
-            target += "?" + urllib.parse.urlencode(query, doseq=True)
+            target += "?" + urllib.parse.urlencode(query, doseq=True).replace("=True", "=true")
         all_headers = {"Accept": "application/json", **headers}
         if self.endpoint.token:
             all_headers["Authorization"] = f"Bearer {self.endpoint.token}"
@@ -17246,7 +17246,7 @@ _FAILED_MARK = ""
 _MARKS = {"succeeded": "✓", "running": "▶", "waiting": "·", "paused": "‖", "not_run": "–", _FAILED_MARK: "✗"}
 _ASCII_MARKS = {"succeeded": "+", "running": ">", "waiting": ".", "paused": "=", "not_run": "-", _FAILED_MARK: "x"}
 _REDRAW_INTERVAL_S = 0.25
-_MAX_LINE_BYTES = 1 << 16  # a longer one is written in parts, for it is kept in memory
+_MAX_KEPT_LINE_BYTES = 1 << 16  # a longer one is written in parts, for it is kept in memory
 _ANSI_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -17410,7 +17410,7 @@ class LineWriter:
         *lines, self._rest = (self._rest + content).split(b"\n")
         for line in lines:
             self._pass_on(line)
-        if len(self._rest) > _MAX_LINE_BYTES:
+        if len(self._rest) > _MAX_KEPT_LINE_BYTES:
             self.close()
 
     def close(self) -> None:
@@ -17603,22 +17603,26 @@ def _run_jobs(jobs: Sequence[Job], parallel: int, is_fail_fast: bool) -> dict[Jo
     Return the outcomes of those that began.
     """
     outcomes: dict[Job, JobOutcome] = {}
+    is_over = threading.Event()  # no further one begins
+
+    def run(job: Job) -> None:
+        if is_over.is_set():
+            return
+        outcomes[job] = job.run()
+        if is_fail_fast and outcomes[job].code:
+            is_over.set()
+
     stops = 0
-    with Interrupts() as interrupts, concurrent.futures.ThreadPoolExecutor(parallel, "job") as pool:
-        futures = {pool.submit(job.run): job for job in jobs}
+    with Interrupts() as interrupts, concurrent.futures.ThreadPoolExecutor(max(1, parallel), "job") as pool:
+        futures = {pool.submit(run, job): job for job in jobs}
         pending = set(futures)
         while pending:
             done, pending = concurrent.futures.wait(pending, _INTERRUPT_CHECK_S)
             for future in done:
-                if not future.cancelled():
-                    outcomes[futures[future]] = future.result()
-            must_stop = interrupts.count > stops
-            has_failed = any(outcome.code for outcome in outcomes.values())
-            if must_stop or (is_fail_fast and has_failed):
-                for future in pending:
-                    future.cancel()
-            if must_stop:
+                future.result()
+            if interrupts.count > stops:
                 stops = interrupts.count
+                is_over.set()
                 print_error("stopping what runs; Ctrl-C again kills it at once")
                 for future in filter(Future.running, pending):
                     threading.Thread(target=futures[future].stop, name="stop", daemon=True).start()
@@ -17634,7 +17638,7 @@ def _run_on_hosts(jobs: Sequence[Job], options: argparse.Namespace) -> int:
         outcomes.update(_run_jobs(jobs[options.canary :], options.parallel, options.fail_fast))
     rows = []
     for job in jobs:
-        outcome = outcomes.get(job, JobOutcome("not_begun", 0))
+        outcome = outcomes.get(job) or JobOutcome("not_begun", 0)
         if options.json:
             print_json_line({"host": job.endpoint.name, "id": job.task_id, **outcome._asdict()})
         took = format_seconds(outcome.seconds)
@@ -17712,7 +17716,7 @@ class _ExecJob(Job):
             features.append("stdin")
         version = api.require(features)
         is_windows = version["python"]["os"] == "windows"
-        script = self._options.script
+        script = self._options.c
         if not script:
             script = to_cmd_line(self._options.words) if is_windows else shlex.join(self._options.words)
         step = {
@@ -17746,7 +17750,7 @@ def run_exec(options: argparse.Namespace) -> int:
     """Run one step, its output live, and return its exit code."""
     if options.words[:1] == ["--"]:
         del options.words[0]
-    if bool(options.words) == bool(options.script):
+    if bool(options.words) == bool(options.c):
         raise UsageError("exec: give a command behind --, or a script with -c")
     if options.type and options.words:
         raise UsageError("exec: --type is of a script, given with -c")
@@ -17959,8 +17963,11 @@ def run_log(options: argparse.Namespace) -> int:
     """Print what the steps of a task, or one of them, have written so far."""
     api = single_api(options)
     api.require(["output"])
-    query = {"tail": options.tail, "stream": options.stream}
-    query = {name: value for name, value in query.items() if value is not None}
+    query = {}
+    if options.tail is not None:
+        query["tail"] = options.tail
+    if options.stream:
+        query["stream"] = options.stream
     names = {options.step: options.step}
     if not options.step:
         names = {str(step["step"]): step["name"] for step in _call_task(api, "GET", options.id).data}
@@ -18067,13 +18074,11 @@ class _SubmitJob(Job):
             if not os.path.isfile(local):
                 raise ClientError(f"--file: {local} is not a file here")
         query: dict[str, Any] = {"env_vars": options.env}
-        for name in ("timeout", "delay"):
+        if files:
+            query["paused"] = True
+        for name in ("timeout", "delay", "async"):
             if getattr(options, name):
                 query[name] = getattr(options, name)
-        if options.is_async:
-            query["async"] = "true"
-        if files:
-            query["paused"] = "true"
         with Api(self.endpoint) as api:
             data = self.post(api, query, self._steps)
             for local, remote in files:
@@ -18257,8 +18262,11 @@ def run_rerun(options: argparse.Namespace) -> int:
 def run_pool(options: argparse.Namespace) -> int:
     """Show the pool, resize, pause or resume it."""
     api = single_api(options)
-    change = {"size": options.size, "paused": options.paused}
-    change = {name: value for name, value in change.items() if value is not None}
+    change = {}
+    if options.size is not None:
+        change["size"] = options.size
+    if options.pause or options.resume:
+        change["paused"] = options.pause
     method = "POST" if change else "GET"
     pool = api.call(method, "/api/v1/pool", body=change or None).data
     if options.json:
@@ -18393,15 +18401,14 @@ class UsageParser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-class ClientCommand(NamedTuple):
-    """A command that asks a daemon: what it takes, does, and an example of it."""
+class _Argument(NamedTuple):
+    """An argument or a flag of a command, of one of the kinds below."""
 
     name: str
-    arguments: str
+    placeholder: str
     help: str
-    example: str
-    run: Callable[[argparse.Namespace], int]
-    define: Callable[[argparse.ArgumentParser], Any]
+    kind: str = "text"
+    default: Any = ""
 
 
 def _count(text: str) -> int:
@@ -18411,112 +18418,64 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _positive_count(text: str) -> int:
-    count = _count(text)
-    if not count:
-        raise argparse.ArgumentTypeError("expected 1 at least")
-    return count
+_ARGUMENT_KINDS: Mapping[str, Mapping[str, Any]] = {
+    "text": {},
+    "required": {},  # an argument, as the next three
+    "optional": {"nargs": "?"},
+    "several": {"nargs": "+"},
+    "rest": {"nargs": argparse.REMAINDER},
+    "list": {"action": "append", "default": []},
+    "count": {"type": _count},
+}
+_ID_ARGUMENT = _Argument("id", "ID", "id of a task", "required")
+_STEP_ARGUMENT = _Argument("step", "STEP", "index or name of a step", "optional")
+_PATH_ARGUMENT = _Argument("path", "PATH", "in the workspace", "optional")
+_TYPE_ARGUMENT = _Argument("--type", "TYPE", "command_type of the script")
+_ENV_ARGUMENT = _Argument("--env", "K=V", "environment; repeatable", "list")
+_TIMEOUT_ARGUMENT = _Argument("--timeout", "TIME", "such as 90s; what takes longer is stopped, its code is 124")
+_FOLLOW_ARGUMENT = _Argument("--follow", "", "show its output; end with its exit code", "switch")
+_HOSTS = (
+    _Argument("--parallel", "N", "hosts at a time (20)", "count", 20),
+    _Argument("--fail_fast", "", "begin on no other host after a failure", "switch"),
+    _Argument("--canary", "N", "N hosts first; the others if all is well there", "count", 0),
+)
+_WHERE = (
+    _Argument("--json", "", "print JSON, one object a line", "switch"),
+    _Argument("--host", "HOST", "HOST[:PORT] or a URL; with exec and submit also a,b,c or @FILE"),
+    _Argument("--token_file", "FILE", "its first line is the token"),
+    _Argument("--cacert", "FILE", "PEM file of the CA of the daemon"),
+    _Argument("--cert", "FILE", "PEM file of a certificate of this client"),
+    _Argument("--key", "FILE", "PEM file of its private key"),
+)
 
 
-def _define_id(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("id", metavar="ID", help="id of a task")
+class ClientCommand(NamedTuple):
+    """A command that asks a daemon: what it does, an example of it, and what it takes beside `_WHERE`."""
 
+    name: str
+    help: str
+    example: str
+    run: Callable[[argparse.Namespace], int]
+    arguments: Sequence[_Argument]
 
-def _define_step(parser: argparse.ArgumentParser) -> None:
-    _define_id(parser)
-    parser.add_argument("step", metavar="STEP", nargs="?", default="", help="index or name of a step")
-
-
-def _define_script(parser: argparse.ArgumentParser) -> None:
-    """Define what exec and submit share."""
-    parser.add_argument("--type", default="", help="command_type of the script")
-    parser.add_argument("--env", action="append", default=[], metavar="K=V", help="environment; repeatable")
-    parser.add_argument("--timeout", default="", help="such as 90s; what takes longer is stopped, its code is 124")
-    hosts = parser.add_argument_group("on several hosts")
-    hosts.add_argument("--parallel", type=_positive_count, default=20, metavar="N", help="hosts at a time (20)")
-    hosts.add_argument("--fail_fast", "--fail-fast", action="store_true", help="begin on no host after a failure")
-    hosts.add_argument("--canary", type=_count, default=0, metavar="N", help="N hosts first; the others if all is well")
-
-
-def _define_exec(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-c", dest="script", default="", metavar="SCRIPT", help="a script in place of a command")
-    parser.add_argument("--stdin", action="store_true", help="send standard input")
-    _define_script(parser)
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="-- CMD ARG...", help="the command")
-
-
-def _define_submit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="scripts, or a task in JSON; - is standard input")
-    parser.add_argument("--id", default="", help="id of the task; default a random one")
-    parser.add_argument("--async", dest="is_async", action="store_true", help="depends_on alone orders the steps")
-    parser.add_argument("--delay", default="", help="start no earlier than after this, such as 10m")
-    parser.add_argument("--file", action="append", default=[], metavar="LOCAL[:REMOTE]", help="into its workspace")
-    parser.add_argument("--follow", action="store_true", help="show its output; end with its exit code")
-    parser.add_argument("--wait", action="store_true", help="wait for its end; end with its exit code")
-    _define_script(parser)
-
-
-def _define_log(parser: argparse.ArgumentParser) -> None:
-    _define_step(parser)
-    parser.add_argument("--tail", type=_count, metavar="N", help="the last N lines alone")
-    parser.add_argument("--stream", choices=("stdout", "stderr"), help="where they are apart")
-
-
-def _define_wait(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ids", nargs="+", metavar="ID", help="ids of tasks")
-    parser.add_argument("--any", action="store_true", help="until one of them has ended")
-
-
-def _define_list(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--result", action="append", default=[], help="such as failed; repeatable")
-    parser.add_argument("--id", default="", metavar="GLOB", help="such as 'web-*'")
-    parser.add_argument("--limit", type=_positive_count, default=20, metavar="N", help="how many (20)")
-    parser.add_argument("--watch", action="store_true", help="again at each change, until Ctrl-C")
-
-
-def _define_stop(parser: argparse.ArgumentParser) -> None:
-    _define_step(parser)
-    parser.add_argument("--reason", default="", help="shown with the task")
-
-
-def _define_rerun(parser: argparse.ArgumentParser) -> None:
-    _define_id(parser)
-    parser.add_argument("--failed", action="store_true", help="what succeeded counts as done")
-    parser.add_argument("--env", action="append", default=[], metavar="K=V", help="over that of before; repeatable")
-    parser.add_argument("--follow", action="store_true", help="show its output; end with its exit code")
-
-
-def _define_pool(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", type=_positive_count, metavar="N", help="how many steps run at a time")
-    parser.add_argument("--pause", dest="paused", action="store_true", default=None, help="start no step")
-    parser.add_argument("--resume", dest="paused", action="store_false", help="start steps again")
-
-
-def _define_get(parser: argparse.ArgumentParser) -> None:
-    _define_id(parser)
-    parser.add_argument("path", metavar="PATH", help="of a file in the workspace")
-    parser.add_argument("local", metavar="LOCAL", nargs="?", default="", help="file here; - is standard output")
-
-
-def _define_put(parser: argparse.ArgumentParser) -> None:
-    _define_id(parser)
-    parser.add_argument("local", metavar="LOCAL", help="file here")
-    parser.add_argument("path", metavar="PATH", nargs="?", default="", help="in the workspace; default its name")
-
-
-def _define_ls(parser: argparse.ArgumentParser) -> None:
-    _define_id(parser)
-    parser.add_argument("path", metavar="PATH", nargs="?", default="", help="directory in the workspace")
-
-
-def _define_completion(parser: argparse.ArgumentParser) -> None:
-    shells = ("bash", "zsh", "fish", "powershell")
-    parser.add_argument("shell", choices=(*shells, "ids"), metavar="SHELL", help=", ".join(shells))
+    @property
+    def usage(self) -> str:
+        """The command with its arguments, without flags."""
+        usage = [self.name]
+        for argument in self.arguments:
+            if argument.kind == "optional":
+                usage.append(f"[{argument.placeholder}]")
+            elif argument.kind == "several":
+                usage.append(f"{argument.placeholder}...")
+            elif not argument.name.startswith("-"):
+                usage.append(argument.placeholder)
+        return " ".join(usage)
 
 
 # -- completion
 
 
+_SHELLS = ("bash", "zsh", "fish", "powershell")
 _COMPLETED_NAMES = ("remote_executor.py", "remote_executor", "remote-executor")
 _ID_WAIT_S = 0.3  # of somebody who has pressed Tab
 _BASH_COMPLETION = """\
@@ -18558,9 +18517,7 @@ Register-ArgumentCompleter -Native -CommandName @PROGRAMS@ -ScriptBlock {
 
 
 def _flags_of(command: ClientCommand) -> list[str]:
-    """Return the flags of a command, without a second spelling."""
-    actions = client_parser(command, "")._actions
-    return [action.option_strings[-1].replace("-file", "_file") for action in actions if action.option_strings]
+    return [argument.name for argument in (*command.arguments, *_WHERE) if argument.name.startswith("--")]
 
 
 def _fill_in(template: str, values: Mapping[str, str]) -> str:
@@ -18570,7 +18527,7 @@ def _fill_in(template: str, values: Mapping[str, str]) -> str:
 def _completion_script(shell: str) -> str:
     """Return the script that has a shell complete commands, flags and ids of tasks."""
     flags = {command.name: " ".join(_flags_of(command)) for command in CLIENT_COMMANDS}
-    with_ids = [command.name for command in CLIENT_COMMANDS if command.arguments.startswith("ID")]
+    with_ids = [command.name for command in CLIENT_COMMANDS if command.arguments[0].placeholder == "ID"]
     names = " ".join([*_DAEMON_COMMANDS, *flags])
     if shell == "fish":
         return "".join(_fish_lines(with_ids))
@@ -18616,6 +18573,8 @@ def run_completion(options: argparse.Namespace) -> int:
     """Print a shell's script for completion, or what that asks for: ids of tasks."""
     if options.shell == "ids":
         _print_ids(options)
+    elif options.shell not in _SHELLS:
+        raise UsageError(f"completion: unknown shell {options.shell!r}: expected one of {', '.join(_SHELLS)}")
     else:
         print(_completion_script(options.shell), end="")
     return 0
@@ -18625,48 +18584,132 @@ _DAEMON_COMMANDS = ("help", "run", "config", "selftest", "service")
 CLIENT_COMMANDS = (
     ClientCommand(
         "exec",
-        "-- CMD ARG...",
         "Run a command, its output live; end with its exit code.",
         "exec -H build-7 -- make -j4",
         run_exec,
-        _define_exec,
+        (
+            _Argument("-c", "SCRIPT", "a script in place of a command"),
+            _Argument("--stdin", "", "send standard input", "switch"),
+            _TYPE_ARGUMENT,
+            _ENV_ARGUMENT,
+            _TIMEOUT_ARGUMENT,
+            *_HOSTS,
+            _Argument("words", "-- CMD ARG...", "the command", "rest"),
+        ),
     ),
     ClientCommand(
         "submit",
-        "FILE...",
         "Submit scripts or a task in JSON; print its id.",
         "submit build.sh test.py --follow",
         run_submit,
-        _define_submit,
+        (
+            _Argument("files", "FILE", "scripts, or a task in JSON; - is standard input", "several"),
+            _Argument("--id", "ID", "id of the task; default a random one"),
+            _Argument("--async", "", "depends_on alone orders the steps", "switch"),
+            _Argument("--delay", "TIME", "start no earlier than after this, such as 10m"),
+            _Argument("--file", "LOCAL[:REMOTE]", "into its workspace; repeatable", "list"),
+            _FOLLOW_ARGUMENT,
+            _Argument("--wait", "", "wait for its end; end with its exit code", "switch"),
+            _TYPE_ARGUMENT,
+            _ENV_ARGUMENT,
+            _TIMEOUT_ARGUMENT,
+            *_HOSTS,
+        ),
     ),
-    ClientCommand("follow", "ID [STEP]", "Show output as it comes.", "follow web-1", run_follow, _define_step),
-    ClientCommand("log", "ID [STEP]", "Print what steps wrote.", "log web-1 0 --tail 20", run_log, _define_log),
-    ClientCommand("wait", "ID...", "Wait for the end of tasks.", "wait web-1 web-2 --any", run_wait, _define_wait),
-    ClientCommand("list", "", "List the tasks, newest first.", "list --result failed --watch", run_list, _define_list),
-    ClientCommand("show", "ID [STEP]", "Show a task and its steps.", "show web-1", run_show, _define_step),
+    ClientCommand("follow", "Show output as it comes.", "follow web-1", run_follow, (_ID_ARGUMENT, _STEP_ARGUMENT)),
+    ClientCommand(
+        "log",
+        "Print what steps wrote.",
+        "log web-1 0 --tail 20",
+        run_log,
+        (
+            _ID_ARGUMENT,
+            _STEP_ARGUMENT,
+            _Argument("--tail", "N", "the last N lines alone", "count", None),
+            _Argument("--stream", "NAME", "stdout or stderr, where they are apart"),
+        ),
+    ),
+    ClientCommand(
+        "wait",
+        "Wait for the end of tasks.",
+        "wait web-1 web-2 --any",
+        run_wait,
+        (
+            _Argument("ids", "ID", "ids of tasks", "several"),
+            _Argument("--any", "", "until one of them has ended", "switch"),
+        ),
+    ),
+    ClientCommand(
+        "list",
+        "List the tasks, newest first.",
+        "list --result failed --watch",
+        run_list,
+        (
+            _Argument("--result", "RESULT", "such as failed; repeatable", "list"),
+            _Argument("--id", "GLOB", "such as 'web-*'"),
+            _Argument("--limit", "N", "how many (20)", "count", 20),
+            _Argument("--watch", "", "again at each change, until Ctrl-C", "switch"),
+        ),
+    ),
+    ClientCommand("show", "Show a task and its steps.", "show web-1", run_show, (_ID_ARGUMENT, _STEP_ARGUMENT)),
     ClientCommand(
         "stop",
-        "ID [STEP]",
         "Stop a task or a step with its process tree.",
         "stop web-1 --reason 'wrong branch'",
         run_stop,
-        _define_stop,
+        (_ID_ARGUMENT, _STEP_ARGUMENT, _Argument("--reason", "TEXT", "shown with the task")),
     ),
-    ClientCommand("pause", "ID", "Let no further step of a task start.", "pause web-1", run_pause, _define_id),
-    ClientCommand("resume", "ID", "Let the steps of a paused task start.", "resume web-1", run_resume, _define_id),
-    ClientCommand("rerun", "ID", "Run a task again.", "rerun web-1 --failed --follow", run_rerun, _define_rerun),
-    ClientCommand("delete", "ID", "Delete an ended task with its files.", "delete web-1", run_delete, _define_id),
-    ClientCommand("pool", "", "Show the pool, resize, pause or resume it.", "pool --size 8", run_pool, _define_pool),
-    ClientCommand("get", "ID PATH [LOCAL]", "Copy a file of a workspace here.", "get web-1 a.gz", run_get, _define_get),
-    ClientCommand("put", "ID LOCAL [PATH]", "Copy a file into a workspace.", "put web-1 a.tar", run_put, _define_put),
-    ClientCommand("ls", "ID [PATH]", "List a directory of a workspace.", "ls web-1", run_ls, _define_ls),
+    ClientCommand("pause", "Let no further step of a task start.", "pause web-1", run_pause, (_ID_ARGUMENT,)),
+    ClientCommand("resume", "Let the steps of a paused task start.", "resume web-1", run_resume, (_ID_ARGUMENT,)),
+    ClientCommand(
+        "rerun",
+        "Run a task again as a new one.",
+        "rerun web-1 --failed --follow",
+        run_rerun,
+        (
+            _ID_ARGUMENT,
+            _Argument("--failed", "", "what succeeded counts as done", "switch"),
+            _ENV_ARGUMENT,
+            _FOLLOW_ARGUMENT,
+        ),
+    ),
+    ClientCommand("delete", "Delete an ended task with its files.", "delete web-1", run_delete, (_ID_ARGUMENT,)),
+    ClientCommand(
+        "pool",
+        "Show the pool, resize, pause or resume it.",
+        "pool --size 8",
+        run_pool,
+        (
+            _Argument("--size", "N", "how many steps run at a time", "count", None),
+            _Argument("--pause", "", "start no step", "switch"),
+            _Argument("--resume", "", "start steps again", "switch"),
+        ),
+    ),
+    ClientCommand(
+        "get",
+        "Copy a file of a workspace here.",
+        "get web-1 out/a.tar",
+        run_get,
+        (
+            _ID_ARGUMENT,
+            _PATH_ARGUMENT._replace(kind="required"),
+            _Argument("local", "LOCAL", "file here; - is standard output", "optional"),
+        ),
+    ),
+    ClientCommand(
+        "put",
+        "Copy a file into a workspace.",
+        "put web-1 a.tar in/a.tar",
+        run_put,
+        (_ID_ARGUMENT, _Argument("local", "LOCAL", "file here", "required"), _PATH_ARGUMENT),
+    ),
+    ClientCommand("ls", "List a directory of a workspace.", "ls web-1 out", run_ls, (_ID_ARGUMENT, _PATH_ARGUMENT)),
     ClientCommand(
         "completion",
-        "SHELL",
         "Print the completion for bash, zsh, fish or powershell.",
         "completion bash >>~/.bashrc",
         run_completion,
-        _define_completion,
+        (_Argument("shell", "SHELL", "bash, zsh, fish or powershell", "required"),),
     ),
 )
 
@@ -18679,14 +18722,17 @@ def client_parser(command: ClientCommand, program: str) -> argparse.ArgumentPars
         epilog=f"example: {program} {command.example}",
         allow_abbrev=False,
     )
-    command.define(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
-    where = parser.add_argument_group("where")
-    where.add_argument("-H", "--host", default="", help="HOST[:PORT] or URL; with exec and submit also a,b,c or @FILE")
-    where.add_argument("--token_file", "--token-file", default="", metavar="FILE", help="its first line is the token")
-    where.add_argument("--cacert", default="", metavar="FILE", help="PEM file of the CA of the daemon")
-    where.add_argument("--cert", default="", metavar="FILE", help="PEM file of a certificate of this client")
-    where.add_argument("--key", default="", metavar="FILE", help="PEM file of its private key")
+    for argument in (*command.arguments, *_WHERE):
+        names = [argument.name]
+        if argument.name == "--host":
+            names.insert(0, "-H")
+        if "_" in argument.name:
+            names.append(argument.name.replace("_", "-"))
+        if argument.kind == "switch":
+            parser.add_argument(*names, help=argument.help, action="store_true")
+            continue
+        keywords = {"default": argument.default, **_ARGUMENT_KINDS[argument.kind]}
+        parser.add_argument(*names, help=argument.help, metavar=argument.placeholder, **keywords)
     return parser
 
 
@@ -18853,8 +18899,7 @@ def help_text(command_name: str | None = None, is_long: bool = False) -> str:
             lines += [command.usage, f"    {command.help}", ""]
         lines.append("Commands of a client, of which `help <command>` tells more:")
         for row in CLIENT_COMMANDS:
-            usage = f"{row.name} {row.arguments}"
-            lines.append(f"  {usage:<24}{row.help}")
+            lines.append(f"  {row.usage:<24}{row.help}")
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -18905,7 +18950,7 @@ def manual_text() -> str:
         f".B {_PROGRAM}",
         "[<flags>] <command> [<args> ...]",
         *_manual_list("COMMANDS", ((command.usage, command.help) for command in _COMMANDS)),
-        *_manual_list("COMMANDS OF A CLIENT", ((f"{row.name} {row.arguments}", row.help) for row in CLIENT_COMMANDS)),
+        *_manual_list("COMMANDS OF A CLIENT", ((row.usage, row.help) for row in CLIENT_COMMANDS)),
         *_manual_list("OPTIONS", ((flag.strip(), text) for flag, text in _flag_rows())),
         *_manual_list("ENVIRONMENT", [variable]),
         *_manual_list("FILES", _FILES),
