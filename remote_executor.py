@@ -16811,10 +16811,10 @@ def parse_endpoint_url(text: str) -> str:
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
-        is_valid = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.username)
     except ValueError:
-        is_valid = False
-    if not is_valid or re.search(r"[\s\x00-\x1f]", text):
+        parts = urllib.parse.urlsplit("")
+    is_valid = parts.scheme in ("http", "https") and parts.hostname
+    if not is_valid or parts.query or parts.username or re.search(r"[\s\x00-\x1f]", text):
         raise UsageError(f"invalid host {text!r}: expected for example build-7, build-7:2376 or https://build-7:2376")
     authority = parts.netloc
     if port is None and not is_url:
@@ -16853,7 +16853,13 @@ class Api:
             self._connection.close()
         self._connection = None
 
-    def call(self, method: str, path: str, query: Mapping[str, Any] | None = None, body: Any = None) -> Reply:
+    def call(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, Any] | None = None,
+        body: Any = None,
+    ) -> Reply:
         """Make a request until it is answered. Raise ClientError when it is refused, or never answered."""
         content = None
         if body is not None:
@@ -16869,7 +16875,15 @@ class Api:
     def require(self, features: Iterable[str]) -> Any:
         """Return what /version shows. Raise ClientError for a daemon that cannot do what is needed."""
         version = self.call("GET", "/version").data
-        missing = [feature for feature in features if feature not in version.get("features", ())]
+        missing = [
+            feature
+            for feature in features
+            if feature
+            not in version.get(
+                "features",
+                (),
+            )
+        ]
         if missing:
             what = ", ".join(missing)
             raise ClientError(f"{self.endpoint.name}: its remote_executor is too old for this: no {what}; upgrade it")
@@ -16878,7 +16892,11 @@ class Api:
     def _parse(self, text: bytes) -> Reply:
         try:
             envelope = json.loads(text)
-            return Reply(envelope["code"], envelope.get("data"), envelope.get("task"))
+            return Reply(
+                envelope["code"],
+                envelope.get("data"),
+                envelope.get("task"),
+            )
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ClientError(f"{self.endpoint.url} is not a remote_executor: it answered {text[:60]!r}") from None
 
@@ -16922,7 +16940,9 @@ class Api:
             raise self._unreachable(error) from error
         if failing_s > _FIRST_PATIENCE_S:
             _tell_once(f"{self._unreachable(error)}; trying again for {_LATER_PATIENCE_S:.0f} s")
-        time.sleep(min(_MAX_RETRY_DELAY_S, 0.05 * 2 ** min(self._failures, 10)))
+        time.sleep(
+            min(_MAX_RETRY_DELAY_S, 0.05 * 2 ** min(self._failures, 10)),
+        )
 
     def _unreachable(self, error: Exception) -> ClientError:
         if isinstance(error, ClientError):
@@ -16953,7 +16973,10 @@ class Api:
         self._connection = connection
         target = self._target_prefix + path
         if query:
-            target += "?" + urllib.parse.urlencode(query, doseq=True).replace("=True", "=true")
+            target += "?" + urllib.parse.urlencode(query, doseq=True).replace(
+                "=True",
+                "=true",
+            )
         all_headers = {"Accept": "application/json", **headers}
         if self.endpoint.token:
             all_headers["Authorization"] = f"Bearer {self.endpoint.token}"
@@ -16980,7 +17003,11 @@ class Api:
             if proxy:
                 self._target_prefix = self.endpoint.url  # RFC 9112, 3.2.2
             return http.client.HTTPConnection(*address, **options)
-        secure = http.client.HTTPSConnection(*address, **options, context=self._tls_context())
+        secure = http.client.HTTPSConnection(
+            *address,
+            **options,
+            context=self._tls_context(),
+        )
         if proxy:
             secure.set_tunnel(host, port)
         return secure
@@ -17076,7 +17103,9 @@ def local_endpoint() -> Endpoint:
     """Return the daemon of this host by the URL that it left in its root, else the default address."""
     for root in filter(None, _local_roots()):
         try:
-            url = parse_endpoint_url(_read_lines("", os.path.join(root, URL_FILE))[0])
+            url = parse_endpoint_url(
+                _read_lines("", os.path.join(root, URL_FILE))[0],
+            )
         except (ClientError, UsageError, IndexError):  # no daemon has it, or another user's
             continue
         if _accepts_connections(url):
@@ -17153,18 +17182,19 @@ def _read_parts(response: http.client.HTTPResponse) -> Iterator[bytes]:
         raise ConnectionResetError("the answer broke off")
 
 
-def copy_output(api: Api, path: str, query: Mapping[str, Any], write: Callable[[bytes], Any]) -> None:
-    """Write what a step has put out, each byte once, however often the connection breaks.
+def _copy_body(
+    api: Api,
+    open_at: Callable[[int | None], http.client.HTTPResponse],
+    write: Callable[[bytes], Any],
+) -> None:
+    """Write a body, each byte once, however often the connection breaks.
 
-    Raise ClientError, and whatever `write` raises.
+    `open_at` begins an answer at a byte, at first at None. Raise ClientError, and whatever the two raise.
     """
     offset: int | None = None
     while True:
-        with api.open("GET", path, query, headers={"Accept": "*/*"}) as response:
-            begin = response.getheader("X-Output-Offset")
-            if begin is None:
-                raise ClientError(f"{api.endpoint.name}: no such task or step: never there, expired or deleted")
-            offset = offset or int(begin)
+        with open_at(offset) as response:
+            offset = offset or int(response.getheader("X-Output-Offset", "0"))
             parts = _read_parts(response)
             while True:
                 try:
@@ -17177,8 +17207,54 @@ def copy_output(api: Api, path: str, query: Mapping[str, Any], write: Callable[[
                 write(part)  # its errors are not the connection's
                 offset += len(part)
         api.wait_to_retry(broken)
-        query = {**query, "offset": offset}
-        query.pop("tail", None)
+
+
+def copy_output(
+    api: Api,
+    path: str,
+    query: Mapping[str, Any],
+    write: Callable[[bytes], Any],
+) -> None:
+    """Write what a step has put out, to its end where `follow` is asked for. Raise ClientError, and as `write` does."""
+
+    def open_at(offset: int | None) -> http.client.HTTPResponse:
+        wanted = dict(query)
+        if offset is not None:
+            wanted.pop("tail", None)
+            wanted["offset"] = offset
+        response = api.open(
+            "GET",
+            path,
+            wanted,
+            headers={"Accept": "*/*"},
+        )
+        if response.getheader("X-Output-Offset") is None:
+            raise ClientError(f"{api.endpoint.name}: no such task or step: never there, expired or deleted")
+        return response
+
+    _copy_body(api, open_at, write)
+
+
+def copy_file(
+    api: Api,
+    path: str,
+    begin: Callable[[int], Any],
+    write: Callable[[bytes], Any],
+) -> None:
+    """Write a file; `begin` is told its size. Raise ClientError, and as `write` does."""
+
+    def open_at(offset: int | None) -> http.client.HTTPResponse:
+        headers = {"Accept": "*/*"}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+        response = api.open("GET", path, headers=headers)
+        if response.getheader("Content-Disposition") is None:
+            raise ClientError(f"{api.endpoint.name}: {path} is not a file there; see `ls`")
+        if offset is None:
+            begin(response.length or 0)
+        return response
+
+    _copy_body(api, open_at, write)
 
 
 class ClientEvent(NamedTuple):
@@ -17206,7 +17282,10 @@ def read_events(api: Api, task_id: str = "") -> Iterator[ClientEvent]:
                     if "id" in fields:
                         headers["Last-Event-ID"] = fields["id"]
                     if "event" in fields:
-                        yield ClientEvent(fields["event"], json.loads(fields.get("data", "null")))
+                        yield ClientEvent(
+                            fields["event"],
+                            json.loads(fields.get("data", "null")),
+                        )
                     fields = {}
             except (OSError, http.client.HTTPException, ValueError) as error:
                 broken = error
@@ -17316,7 +17395,8 @@ class Screen:
 
     def mark(self, result: str) -> str:
         """Return the sign of a result, in its colour."""
-        return self.paint(self._marks.get(result, self._marks[_FAILED_MARK]), result)
+        mark = self._marks.get(result, self._marks[_FAILED_MARK])
+        return self.paint(mark, result)
 
     def print(self, *lines: str) -> None:
         text = "".join(f"{line}\n" for line in lines)
@@ -17334,7 +17414,12 @@ class Screen:
             self._stream.write(back + "".join(f"{line}\n" for line in shown))
             self._stream.flush()
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], results: Sequence[str] = ()) -> list[str]:
+    def table(
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        results: Sequence[str] = (),
+    ) -> list[str]:
         """Return the lines of a table, its columns aligned; a row is in the colour of its result."""
         widths = column_widths([header, *rows])
         lines = [self.paint(align(header, widths), "bold")]
@@ -17426,14 +17511,17 @@ class LineWriter:
 class Progress:
     """A bar on standard error for what takes longer than a second, on a terminal alone."""
 
-    def __init__(self, what: str, total_bytes: int) -> None:
+    def __init__(self, what: str) -> None:
         self._what = printable(what)
-        self._total_bytes = max(total_bytes, 1)
+        self._total_bytes = 1
         self._done_bytes = 0
         self._begin_s = time.monotonic()
         self._shown_s = self._begin_s
         self._is_shown = False
         self._is_terminal = is_ansi_terminal(sys.stderr)
+
+    def begin(self, total_bytes: int) -> None:
+        self._total_bytes = max(total_bytes, 1)
 
     def add(self, count: int) -> None:
         self._done_bytes += count
@@ -17484,7 +17572,11 @@ _UNBEGUN_RESULTS = ("waiting", "paused", "not_run", "not_started")
 _QUIET_RESULTS = ("waiting", "running", "paused", "succeeded", "not_run")  # of which nothing has to be explained
 
 
-def _task_path(task_id: str, step: str = "", leaf: str = "") -> str:
+def _task_path(
+    task_id: str,
+    step: str = "",
+    leaf: str = "",
+) -> str:
     parts = ["/api/v1/task", urllib.parse.quote(task_id, safe="")]
     if step:
         parts.append(urllib.parse.quote(step, safe=""))
@@ -17493,7 +17585,14 @@ def _task_path(task_id: str, step: str = "", leaf: str = "") -> str:
     return "/".join(parts)
 
 
-def _call_task(api: Api, method: str, task_id: str, step: str = "", leaf: str = "", **query: Any) -> Reply:
+def _call_task(
+    api: Api,
+    method: str,
+    task_id: str,
+    step: str = "",
+    leaf: str = "",
+    **query: Any,
+) -> Reply:
     """Make a request about a task or a step. Raise ClientError where there is none."""
     reply = api.call(method, _task_path(task_id, step, leaf), query)
     if reply.code == Code.NOT_FOUND:
@@ -17587,9 +17686,19 @@ class Job:
         with contextlib.suppress(ClientError), Api(self.endpoint) as api:  # who follows the task tells of it
             api.call("PUT", _task_path(self.task_id), query)
 
-    def post(self, api: Api, query: Mapping[str, Any], steps: Sequence[Any]) -> Any:
+    def post(
+        self,
+        api: Api,
+        query: Mapping[str, Any],
+        steps: Sequence[Any],
+    ) -> Any:
         """Submit the task under its id and return what the daemon says. Raise ClientError."""
-        data = api.call("POST", "/api/v1/task", {"id": self.task_id, **query}, list(steps)).data
+        data = api.call(
+            "POST",
+            "/api/v1/task",
+            {"id": self.task_id, **query},
+            list(steps),
+        ).data
         for warning in data.get("warnings", ()):
             print_error(f"{self.endpoint.name}: {warning}")
         if self._was_stopped:
@@ -17597,7 +17706,11 @@ class Job:
         return data
 
 
-def _run_jobs(jobs: Sequence[Job], parallel: int, is_fail_fast: bool) -> dict[Job, JobOutcome]:
+def _run_jobs(
+    jobs: Sequence[Job],
+    parallel: int,
+    is_fail_fast: bool,
+) -> dict[Job, JobOutcome]:
     """Run the jobs, `parallel` at a time; Ctrl-C stops all, and after a failure no other begins if so asked.
 
     Return the outcomes of those that began.
@@ -17633,22 +17746,39 @@ def _run_on_hosts(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     """Run a job a host, canaries first, and tell what came of each; return the worst code."""
     outcomes = {}
     if options.canary:
-        outcomes = _run_jobs(jobs[: options.canary], options.parallel, options.fail_fast)
+        outcomes = _run_jobs(
+            jobs[: options.canary],
+            options.parallel,
+            options.fail_fast,
+        )
     if not any(outcome.code for outcome in outcomes.values()):
-        outcomes.update(_run_jobs(jobs[options.canary :], options.parallel, options.fail_fast))
+        others = jobs[options.canary :]
+        outcomes.update(_run_jobs(others, options.parallel, options.fail_fast))
     rows = []
     for job in jobs:
         outcome = outcomes.get(job) or JobOutcome("not_begun", 0)
         if options.json:
-            print_json_line({"host": job.endpoint.name, "id": job.task_id, **outcome._asdict()})
+            print_json_line(
+                {"host": job.endpoint.name, "id": job.task_id, **outcome._asdict()},
+            )
         took = format_seconds(outcome.seconds)
         message = printable(outcome.message)
-        rows.append((job.endpoint.name, outcome.result, str(outcome.code), took, job.task_id, message))
+        rows.append(
+            (
+                job.endpoint.name,
+                outcome.result,
+                str(outcome.code),
+                took,
+                job.task_id,
+                message,
+            ),
+        )
     if not options.json:
         screen = Screen(sys.stderr)
         header = ("HOST", "RESULT", "CODE", "TOOK", "TASK", "MESSAGE")
-        screen.print(*screen.table(header, rows, [row[1] for row in rows]))
-    return max((outcome.code for outcome in outcomes.values()), default=0)
+        results = [row[1] for row in rows]
+        screen.print(*screen.table(header, rows, results))
+    return max([outcome.code for outcome in outcomes.values()], default=0)
 
 
 # -- exec
@@ -17669,21 +17799,33 @@ def to_cmd_line(words: Sequence[str]) -> str:
 class _ExecJob(Job):
     """Runs one step, its output to the writers as it comes."""
 
-    def __init__(self, endpoint: Endpoint, options: argparse.Namespace, stdin: bytes, is_single: bool) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        options: argparse.Namespace,
+        stdin: bytes,
+        is_single: bool,
+    ) -> None:
         super().__init__(endpoint, f"exec-{os.urandom(16).hex()}")
         self._options = options
         self._stdin = stdin
         self._writers: dict[str, OutputWriter | LineWriter] = {}
         for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
             if options.json:
-                self._writers[name] = LineWriter(functools.partial(self._print_json, name))
+                self._writers[name] = LineWriter(
+                    functools.partial(self._print_json, name),
+                )
             elif is_single:
                 self._writers[name] = OutputWriter(stream)
             else:
-                self._writers[name] = LineWriter(functools.partial(self._print, Screen(stream)))
+                self._writers[name] = LineWriter(
+                    functools.partial(self._print, Screen(stream)),
+                )
 
     def _print_json(self, stream: str, line: str) -> None:
-        print_json_line({"host": self.endpoint.name, "stream": stream, "line": line})
+        print_json_line(
+            {"host": self.endpoint.name, "stream": stream, "line": line},
+        )
 
     def _print(self, screen: Screen, line: str) -> None:
         screen.print(f"{self.endpoint.name} | {line}")
@@ -17707,7 +17849,12 @@ class _ExecJob(Job):
             message = f"{self.endpoint.name}: timed out after {format_seconds(end['seconds'])}; --timeout allows more"
         elif end["result"] not in ("succeeded", "failed"):
             message = f"{self.endpoint.name}: {end['msg']}"
-        return JobOutcome(end["result"], _exit_code(end["result"], end["code"]), end["seconds"], message)
+        return JobOutcome(
+            end["result"],
+            _exit_code(end["result"], end["code"]),
+            end["seconds"],
+            message,
+        )
 
     def _step(self, api: Api) -> dict[str, Any]:
         """Return the step: a script as it is, or a command as its host's shell takes it."""
@@ -17761,7 +17908,9 @@ def run_exec(options: argparse.Namespace) -> int:
         return _run_on_hosts(jobs, options)
     outcome = _run_jobs(jobs, 1, is_fail_fast=False)[jobs[0]]
     if options.json:
-        print_json_line({"host": jobs[0].endpoint.name, "id": jobs[0].task_id, **outcome._asdict()})
+        print_json_line(
+            {"host": jobs[0].endpoint.name, "id": jobs[0].task_id, **outcome._asdict()},
+        )
     elif outcome.message:
         print_error(outcome.message)
     return outcome.code
@@ -17795,7 +17944,8 @@ class _Changes:
     def wait(self, max_s: float = _EVENTS_TRUST_S) -> None:
         """Wait for the next change; many in a short time count as one."""
         self._changed.wait(min(max_s, self._poll_s))
-        time.sleep(max(0.0, self._last_s + _REDRAW_INTERVAL_S - time.monotonic()))
+        rest_s = self._last_s + _REDRAW_INTERVAL_S - time.monotonic()
+        time.sleep(max(0.0, rest_s))
         self._last_s = time.monotonic()
         self._changed.clear()
 
@@ -17810,7 +17960,13 @@ class _Changes:
 class TaskFollower:
     """Shows a task until its end: each line of its output with its step's name, or on a terminal a line a step."""
 
-    def __init__(self, endpoint: Endpoint, task_id: str, prefix: str = "", is_json: bool = False) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        task_id: str,
+        prefix: str = "",
+        is_json: bool = False,
+    ) -> None:
         self._endpoint = endpoint
         self._api = Api(endpoint)
         self._task_id = task_id
@@ -17847,7 +18003,12 @@ class TaskFollower:
             key = (step["step"], step["attempt"])
             if step["result"] not in _UNBEGUN_RESULTS and key not in self._copies:
                 name = f"output {key[0]}"
-                self._copies[key] = threading.Thread(target=self._copy, args=(step,), name=name, daemon=True)
+                self._copies[key] = threading.Thread(
+                    target=self._copy,
+                    args=(step,),
+                    name=name,
+                    daemon=True,
+                )
                 self._copies[key].start()
 
     def _copy(self, step: Mapping[str, Any]) -> None:
@@ -17870,7 +18031,9 @@ class TaskFollower:
 
     def _explain(self, step: Mapping[str, Any]) -> None:
         if self._is_json:
-            print_json_line({"step": step["name"], "result": step["result"], "msg": step["msg"]})
+            print_json_line(
+                {"step": step["name"], "result": step["result"], "msg": step["msg"]},
+            )
         elif self._is_drawn:
             _print_failure(self._api, self._task_id, step, self._screen)
         else:
@@ -17880,18 +18043,23 @@ class TaskFollower:
     def _draw(self, steps: Sequence[Any]) -> None:
         """Draw a line a step, of as many as there is room for, what runs or has failed first."""
         room = shutil.get_terminal_size().lines - 3
-        chosen = sorted(sorted(steps, key=_display_rank)[:room], key=lambda step: int(step["step"]))
+        chosen = sorted(
+            sorted(steps, key=_display_rank)[:room],
+            key=lambda step: int(step["step"]),
+        )
         rows = [(printable(step["name"]), step["result"], _seconds_text(step)) for step in chosen]
         widths = column_widths(rows)
         lines = []
         for step, row in zip(chosen, rows):
             line = f"{self._screen.mark(step['result'])} {align(row, widths)}"
             if step["result"] == "running":
-                line += "  " + "".join(_tail(self._api, self._task_id, step, 1))
+                last = _tail(self._api, self._task_id, step, 1)
+                line += "  " + "".join(last)
             lines.append(line)
         if len(chosen) < len(steps):
             counts = collections.Counter(step["result"] for step in steps)
-            lines.append(", ".join(f"{count} {result}" for result, count in counts.items()))
+            texts = [f"{count} {result}" for result, count in counts.items()]
+            lines.append(", ".join(texts))
         self._screen.draw(lines)
 
 
@@ -17900,21 +18068,42 @@ def _display_rank(step: Mapping[str, Any]) -> int:
     return order.index(step["result"]) if step["result"] in order else 0
 
 
-def _tail(api: Api, task_id: str, step: Mapping[str, Any], count: int) -> list[str]:
+def _tail(
+    api: Api,
+    task_id: str,
+    step: Mapping[str, Any],
+    count: int,
+) -> list[str]:
     """Return the last lines of a step's output, printable."""
     content: list[bytes] = []
-    copy_output(api, _task_path(task_id, str(step["step"]), "output"), {"tail": count}, content.append)
+    copy_output(
+        api,
+        _task_path(task_id, str(step["step"]), "output"),
+        {"tail": count},
+        content.append,
+    )
     return [printable(line) for line in b"".join(content).decode("utf-8", "replace").splitlines()]
 
 
-def _print_failure(api: Api, task_id: str, step: Mapping[str, Any], screen: Screen) -> None:
+def _print_failure(
+    api: Api,
+    task_id: str,
+    step: Mapping[str, Any],
+    screen: Screen,
+) -> None:
     """Print why a step failed, and the last lines that it wrote."""
-    screen.print("", screen.paint(printable(step["msg"]), step["result"]))
+    message = printable(step["msg"])
+    screen.print("", screen.paint(message, step["result"]))
     if step["result"] not in _UNBEGUN_RESULTS:
-        screen.print(*(f"    {line}" for line in _tail(api, task_id, step, _TAIL_OF_FAILED_STEP)))
+        for line in _tail(api, task_id, step, _TAIL_OF_FAILED_STEP):
+            screen.print(f"    {line}")
 
 
-def _follow_to_end(endpoint: Endpoint, task_id: str, options: argparse.Namespace) -> int:
+def _follow_to_end(
+    endpoint: Endpoint,
+    task_id: str,
+    options: argparse.Namespace,
+) -> int:
     """Follow a task, or only wait for it; Ctrl-C leaves it running and says how to come back."""
     try:
         if options.follow:
@@ -17926,7 +18115,9 @@ def _follow_to_end(endpoint: Endpoint, task_id: str, options: argparse.Namespace
         raise
     code = _task_exit_code(reply)
     if options.json:
-        print_json_line({"id": task_id, "result": reply.task["result"], "code": code})
+        print_json_line(
+            {"id": task_id, "result": reply.task["result"], "code": code},
+        )
     elif code and not options.follow:
         print_error(f"{task_id}: {printable(reply.task['msg'])}")
     return code
@@ -17945,7 +18136,14 @@ def run_follow(options: argparse.Namespace) -> int:
     api.require(["output", "follow"])
     path = _task_path(options.id, options.step, "output")
     try:
-        _await_in_thread(lambda: copy_output(api, path, {"follow": "true"}, _step_writer(options).write))
+        _await_in_thread(
+            lambda: copy_output(
+                api,
+                path,
+                {"follow": "true"},
+                _step_writer(options).write,
+            ),
+        )
     except KeyboardInterrupt:
         _say_how_to_return("step", shlex.join([options.id, options.step]))
         raise
@@ -17975,7 +18173,12 @@ def run_log(options: argparse.Namespace) -> int:
         if len(names) > 1 and not options.json:
             print(f"==> {printable(name)} <==", flush=True)
         with contextlib.closing(_step_writer(options)) as writer:
-            copy_output(api, _task_path(options.id, step, "output"), query, writer.write)
+            copy_output(
+                api,
+                _task_path(options.id, step, "output"),
+                query,
+                writer.write,
+            )
     return 0
 
 
@@ -17994,7 +18197,9 @@ def run_wait(options: argparse.Namespace) -> int:
             task_code = _task_exit_code(reply)
             code = code or task_code
             if options.json:
-                print_json_line({"id": task_id, "result": reply.task["result"], "code": task_code})
+                print_json_line(
+                    {"id": task_id, "result": reply.task["result"], "code": task_code},
+                )
             elif options.any:
                 print(task_id)
             elif task_code:
@@ -18061,8 +18266,14 @@ def _split_file(text: str) -> tuple[str, str]:
 class _SubmitJob(Job):
     """Submits a task, and follows or awaits it where that is asked for."""
 
-    def __init__(self, endpoint: Endpoint, options: argparse.Namespace, steps: Sequence[Any]) -> None:
-        super().__init__(endpoint, options.id or os.urandom(16).hex())
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        options: argparse.Namespace,
+        steps: Sequence[Any],
+    ) -> None:
+        task_id = options.id or os.urandom(16).hex()
+        super().__init__(endpoint, task_id)
         self._options = options
         self._steps = steps
 
@@ -18097,7 +18308,12 @@ class _SubmitJob(Job):
             return JobOutcome("submitted", 0)
         task = reply.task
         message = "" if task["result"] in _QUIET_RESULTS else task["msg"]
-        return JobOutcome(task["result"], _task_exit_code(reply), task["seconds"], message)
+        return JobOutcome(
+            task["result"],
+            _task_exit_code(reply),
+            task["seconds"],
+            message,
+        )
 
 
 def run_submit(options: argparse.Namespace) -> int:
@@ -18132,9 +18348,22 @@ def _task_table(tasks: Sequence[Any], screen: Screen) -> list[str]:
     for task in tasks:
         message = "" if task["result"] in _QUIET_RESULTS else printable(task["msg"])
         accepted = format_ago(task.get("accepted_at", ""))
-        rows.append((task["id"], task["result"], str(task["count"]), accepted, _seconds_text(task), message))
+        rows.append(
+            (
+                task["id"],
+                task["result"],
+                str(task["count"]),
+                accepted,
+                _seconds_text(task),
+                message,
+            ),
+        )
     header = ("ID", "RESULT", "STEPS", "ACCEPTED", "TOOK", "MESSAGE")
-    return screen.table(header, rows, [task["result"] for task in tasks])
+    return screen.table(
+        header,
+        rows,
+        [task["result"] for task in tasks],
+    )
 
 
 def run_list(options: argparse.Namespace) -> int:
@@ -18178,7 +18407,9 @@ def run_show(options: argparse.Namespace) -> int:
 def _print_step(step: Mapping[str, Any]) -> None:
     """Print the fields of a step; the lines of its script as they are, but for what would steer a terminal."""
     for name, value in step.items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = value
+        if not isinstance(value, str):
+            text = json.dumps(value, ensure_ascii=False)
         first, *others = map(printable, text.splitlines() or [""])
         print(f"{name:<16} {first}")
         for line in others:
@@ -18191,12 +18422,22 @@ def _print_task(api: Api, reply: Reply) -> None:
     task = reply.task
     result = task["result"]
     head = [f"{screen.mark(result)} {task['id']}", screen.paint(result, result), _seconds_text(task)]
-    screen.print("  ".join(filter(None, [*head, f"accepted {format_ago(task.get('accepted_at', ''))}"])))
+    screen.print(
+        "  ".join(filter(None, [*head, f"accepted {format_ago(task.get('accepted_at', ''))}"])),
+    )
     rows = []
     for step in reply.data:
         before = ", ".join(step.get("depets_on", ()))
         after = f"after {printable(before)}" if before else ""
-        rows.append((str(step["step"]), printable(step["name"]), step["result"], _seconds_text(step), after))
+        rows.append(
+            (
+                str(step["step"]),
+                printable(step["name"]),
+                step["result"],
+                _seconds_text(step),
+                after,
+            ),
+        )
     widths = column_widths(rows)
     for step, row in zip(reply.data, rows):
         screen.print(f"  {screen.mark(step['result'])} {align(row, widths)}")
@@ -18218,21 +18459,33 @@ def _tell(options: argparse.Namespace, text: str) -> int:
 
 def run_stop(options: argparse.Namespace) -> int:
     """Stop a task or a step with its whole process tree."""
-    query = {"reason": options.reason} if options.reason else {}
-    _call_task(single_api(options), "PUT", options.id, options.step, action="stop", **query)
+    query = {}
+    if options.reason:
+        query["reason"] = options.reason
+    _change(options, "stop", options.step, **query)
     what = f"{options.id} {options.step}".rstrip()
     return _tell(options, f"{what}: stopped")
 
 
+def _change(
+    options: argparse.Namespace,
+    action: str,
+    step: str = "",
+    **query: Any,
+) -> None:
+    api = single_api(options)
+    _call_task(api, "PUT", options.id, step, action=action, **query)
+
+
 def run_pause(options: argparse.Namespace) -> int:
     """Let no further step of a task start; what runs goes on."""
-    _call_task(single_api(options), "PUT", options.id, action="pause")
+    _change(options, "pause")
     return _tell(options, f"{options.id}: paused")
 
 
 def run_resume(options: argparse.Namespace) -> int:
     """Let the steps of a paused task start."""
-    _call_task(single_api(options), "PUT", options.id, action="resume")
+    _change(options, "resume")
     return _tell(options, f"{options.id}: resumed")
 
 
@@ -18307,10 +18560,16 @@ def _open_local(path: str) -> io.BufferedReader:
         raise ClientError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def upload(api: Api, task_id: str, local: str, remote: str) -> None:
+def upload(
+    api: Api,
+    task_id: str,
+    local: str,
+    remote: str,
+) -> None:
     """Copy a file of this host into the workspace of a task. Raise ClientError."""
     with _open_local(local) as file:
-        progress = Progress(f"put {remote}", os.fstat(file.fileno()).st_size)
+        progress = Progress(f"put {remote}")
+        progress.begin(os.fstat(file.fileno()).st_size)
         path = _workspace_path(task_id, remote)
         with contextlib.closing(progress), api.open("PUT", path, body=_CountedFile(file, progress)) as response:
             envelope = json.loads(response.read())
@@ -18318,31 +18577,21 @@ def upload(api: Api, task_id: str, local: str, remote: str) -> None:
         raise ClientError(f"{api.endpoint.name}: {envelope['message']}")
 
 
-def _download(api: Api, task_id: str, path: str, write: Callable[[bytes], Any]) -> None:
-    """Write a file of a workspace, taken up where the connection broke off. Raise ClientError, and as `write` does."""
-    offset = 0
-    headers = {"Accept": "*/*"}
-    progress: Progress | None = None
-    while True:
-        with api.open("GET", _workspace_path(task_id, path), headers=headers) as response:
-            if response.getheader("Content-Disposition") is None:
-                raise ClientError(f"{api.endpoint.name}: {path} is not a file there; see `ls {task_id}`")
-            progress = progress or Progress(f"get {path}", response.length or 0)
-            parts = _read_parts(response)
-            while True:
-                try:
-                    part = next(parts, b"")
-                except (OSError, http.client.HTTPException) as error:
-                    broken = error
-                    break
-                if not part:
-                    progress.close()
-                    return
-                write(part)
-                offset += len(part)
-                progress.add(len(part))
-        api.wait_to_retry(broken)
-        headers["Range"] = f"bytes={offset}-"
+def _download(
+    api: Api,
+    task_id: str,
+    path: str,
+    write: Callable[[bytes], Any],
+) -> None:
+    """Write a file of a workspace. Raise ClientError, and as `write` does."""
+    progress = Progress(f"get {path}")
+
+    def write_and_count(part: bytes) -> None:
+        write(part)
+        progress.add(len(part))
+
+    with contextlib.closing(progress):
+        copy_file(api, _workspace_path(task_id, path), progress.begin, write_and_count)
 
 
 def run_put(options: argparse.Namespace) -> int:
@@ -18357,7 +18606,12 @@ def run_get(options: argparse.Namespace) -> int:
     api = single_api(options)
     local = options.local or os.path.basename(options.path)
     if local == "-":
-        _download(api, options.id, options.path, OutputWriter(sys.stdout).write)
+        _download(
+            api,
+            options.id,
+            options.path,
+            OutputWriter(sys.stdout).write,
+        )
         return 0
     if os.path.isdir(local):
         local = os.path.join(local, os.path.basename(options.path))
@@ -18376,7 +18630,8 @@ def run_get(options: argparse.Namespace) -> int:
 
 def run_ls(options: argparse.Namespace) -> int:
     """List a directory of the workspace of a task."""
-    entries = single_api(options).call("GET", _workspace_path(options.id, options.path)).data
+    path = _workspace_path(options.id, options.path)
+    entries = single_api(options).call("GET", path).data
     if options.json:
         for entry in entries:
             print_json_line(entry)
@@ -18386,8 +18641,16 @@ def run_ls(options: argparse.Namespace) -> int:
     for entry in entries:
         slash = "/" if entry["type"] == "directory" else ""
         size = format_bytes(entry["bytes"]) if "bytes" in entry else ""
-        rows.append((printable(entry["name"]) + slash, size, format_ago(entry.get("modified_at", ""))))
-    screen.print(*screen.table(("NAME", "SIZE", "MODIFIED"), rows))
+        rows.append(
+            (
+                printable(entry["name"]) + slash,
+                size,
+                format_ago(entry.get("modified_at", "")),
+            ),
+        )
+    screen.print(
+        *screen.table(("NAME", "SIZE", "MODIFIED"), rows),
+    )
     return 0
 
 
@@ -18496,6 +18759,10 @@ _remote_executor() {
 }
 complete -o default -F _remote_executor @PROGRAMS@
 """
+_ZSH_BEGIN = """\
+whence compdef >/dev/null || { autoload -U compinit && compinit; }
+autoload -U bashcompinit && bashcompinit
+"""
 _POWERSHELL_COMPLETION = """\
 Register-ArgumentCompleter -Native -CommandName @PROGRAMS@ -ScriptBlock {
     param($word, $ast, $position)
@@ -18521,7 +18788,11 @@ def _flags_of(command: ClientCommand) -> list[str]:
 
 
 def _fill_in(template: str, values: Mapping[str, str]) -> str:
-    return re.sub("@([A-Z_]+)@", lambda match: values[match[1]], template)
+    return re.sub(
+        "@([A-Z_]+)@",
+        lambda match: values[match[1]],
+        template,
+    )
 
 
 def _completion_script(shell: str) -> str:
@@ -18534,12 +18805,18 @@ def _completion_script(shell: str) -> str:
     if shell == "powershell":
         rows = [f"        '{name}' = '{text}'" for name, text in flags.items()]
         values = {"PROGRAMS": ", ".join(_COMPLETED_NAMES), "WITH_IDS": " ".join(with_ids)}
-        return _fill_in(_POWERSHELL_COMPLETION, {**values, "NAMES": names, "FLAGS": "\n".join(rows)})
+        return _fill_in(
+            _POWERSHELL_COMPLETION,
+            {**values, "NAMES": names, "FLAGS": "\n".join(rows)},
+        )
     rows = [f'            {name}) words="{text}" ;;' for name, text in flags.items()]
     values = {"PROGRAMS": " ".join(_COMPLETED_NAMES), "WITH_IDS": "|".join(f"*/{name}" for name in with_ids)}
-    script = _fill_in(_BASH_COMPLETION, {**values, "NAMES": names, "FLAGS": "\n".join(rows)})
+    script = _fill_in(
+        _BASH_COMPLETION,
+        {**values, "NAMES": names, "FLAGS": "\n".join(rows)},
+    )
     if shell == "zsh":
-        return f"autoload -U +X compinit bashcompinit && compinit && bashcompinit\n{script}"
+        return _ZSH_BEGIN + script
     return script
 
 
@@ -18560,7 +18837,11 @@ def _print_ids(options: argparse.Namespace) -> None:
 
     def ask() -> None:
         with contextlib.suppress(ClientError, UsageError), single_api(options) as api:
-            page = api.call("GET", "/api/v1/task", {"order": "desc", "limit": 50}).data
+            page = api.call(
+                "GET",
+                "/api/v1/task",
+                {"order": "desc", "limit": 50},
+            ).data
             ids.extend(task["id"] for task in page["tasks"])
 
     thread = threading.Thread(target=ask, name="ids", daemon=True)
@@ -18732,11 +19013,20 @@ def client_parser(command: ClientCommand, program: str) -> argparse.ArgumentPars
             parser.add_argument(*names, help=argument.help, action="store_true")
             continue
         keywords = {"default": argument.default, **_ARGUMENT_KINDS[argument.kind]}
-        parser.add_argument(*names, help=argument.help, metavar=argument.placeholder, **keywords)
+        parser.add_argument(
+            *names,
+            help=argument.help,
+            metavar=argument.placeholder,
+            **keywords,
+        )
     return parser
 
 
-def client_command(command: ClientCommand, argv: Sequence[str], program: str) -> int:
+def client_command(
+    command: ClientCommand,
+    argv: Sequence[str],
+    program: str,
+) -> int:
     """Run a client's command; return its exit code. Raise UsageError."""
     options = client_parser(command, program).parse_args(argv)
     try:
@@ -18949,8 +19239,7 @@ def manual_text() -> str:
         ".SH SYNOPSIS",
         f".B {_PROGRAM}",
         "[<flags>] <command> [<args> ...]",
-        *_manual_list("COMMANDS", ((command.usage, command.help) for command in _COMMANDS)),
-        *_manual_list("COMMANDS OF A CLIENT", ((row.usage, row.help) for row in CLIENT_COMMANDS)),
+        *_manual_list("COMMANDS", ((command.usage, command.help) for command in (*_COMMANDS, *CLIENT_COMMANDS))),
         *_manual_list("OPTIONS", ((flag.strip(), text) for flag, text in _flag_rows())),
         *_manual_list("ENVIRONMENT", [variable]),
         *_manual_list("FILES", _FILES),

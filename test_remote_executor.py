@@ -9187,7 +9187,7 @@ NASTY_WORDS += [
     "#",
     "-n",
     "--",
-    "ü€",
+    script("ü€", "ü"),
     "@echo",
     "a,b;c=d",
 ]
@@ -9197,7 +9197,9 @@ SHOW_WORDS = "import json, sys; print(json.dumps(sys.argv[1:]))"
 
 def client_env(daemon: Daemon, **more: str) -> dict[str, str]:
     host = f"127.0.0.1:{daemon.port}"
-    return {**os.environ, "PYTHONPATH": str(HERE), "PYTHONUTF8": "1", "REMOTE_EXECUTOR_HOST": host, **more}
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(daemon.root.parent / "compiled")}
+    python = {"PYTHONPATH": str(HERE), "PYTHONUTF8": "1", **compiled}
+    return {**os.environ, **python, "REMOTE_EXECUTOR_HOST": host, **more}
 
 
 def ask(daemon: Daemon, *arguments: str, stdin: bytes | None = None, **env: str) -> subprocess.CompletedProcess[str]:
@@ -9345,6 +9347,18 @@ def test_submit_follow_draws_a_line_a_step_on_a_terminal(daemon: Daemon, tmp_pat
     assert re.search("▶.* build.sh +running.*red   line", shown), shown
     assert re.search("✗.* test.py +failed", shown) and "    to be seen" in shown
     assert "\x1b[J" in shown and ("\x1b[31m" in shown) == (not no_color)
+
+
+@posix_only
+def test_list_watch_shows_a_task_as_soon_as_it_is_there(daemon: Daemon) -> None:
+    task = f"watched-{uuid.uuid4()}"
+    with on_terminal(daemon, "list", "--id", "watched-*", "--watch") as (terminal, process):
+        assert "RESULT" in shown_on(terminal, "RESULT")
+        daemon.submit(step("exit 3"), id=task)
+        assert task in shown_on(terminal, "failed")
+        os.write(terminal, b"\x03")
+        shown_on(terminal)
+        assert process.wait(30) == 130
 
 
 def test_submit_runs_scripts_in_order_and_prefixes_their_lines(daemon: Daemon, tmp_path: Path) -> None:
@@ -9514,6 +9528,22 @@ class Faulty:
 def answer_of(body: bytes, length: int | None = None, status: str = "200 OK", *headers: str) -> bytes:
     lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}", *headers]
     return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_exec_sends_stdin_and_keeps_stderr_apart_where_the_daemon_can(can: bool) -> None:
+    features = ["wait", "output", "follow", *(["stdin", "stderr"] if can else [])]
+    version = {"code": 0, "message": "", "data": {"python": {"os": "linux"}, "features": features}}
+    faulty = Faulty(answer_of(json.dumps(version).encode()))
+    options = module().client_parser(module().CLIENT_COMMANDS[0], "").parse_args(["--", "sort"])
+    with module().Api(faulty.endpoint) as api:
+        job = module()._ExecJob(faulty.endpoint, options, b"b\na\n", True)
+        if can:
+            made = job._step(api)
+            assert (made["stderr"], base64.b64decode(made["stdin_base64"])) == ("apart", b"b\na\n")
+        else:
+            with pytest.raises(module().ClientError, match="too old for this: no stdin; upgrade it"):
+                job._step(api)
 
 
 def test_requests_are_made_again_over_faults() -> None:
