@@ -6802,9 +6802,12 @@ class Feed:
             yield
         finally:
             with self._lock:
-                others = [other for other in self._listeners.pop(task_number) if other is not listener]
+                listeners = self._listeners[task_number]
+                others = [other for other in listeners if other is not listener]
                 if others:
-                    self._listeners[task_number] = tuple(others)
+                    self._listeners[task_number] = tuple(others)  # at once, for `tell` takes no lock
+                else:
+                    del self._listeners[task_number]
 
     def tell(self, notice: Notice) -> None:
         of_every_task = self._listeners.get(_EVERY_TASK, ())
@@ -7907,6 +7910,7 @@ class Scheduler:
             starts_ns = now_ns + spec.delay_ns
             if spec.start_at_ns:
                 starts_ns += spec.start_at_ns - time.time_ns()
+            starts_ns = min(max(starts_ns, now_ns), _INT64_MAX)  # `at` may be of any year
             task.is_delayed = starts_ns > now_ns
             future = self._store.accept(task.number, spec, now_ns, starts_ns, submitted_by)
             self._tasks[task.number] = task
@@ -9984,6 +9988,7 @@ _MAX_PER_ADDRESS = 64
 _RESERVED_CONNECTIONS = 8
 _RESERVED_TIMEOUT_S = 3.0
 _CLIENT_CHECK_S = 5.0
+_LAST_ANSWERS_S = 1.0  # that an exit waits for those who waited
 _KEEP_ALIVE_OPTIONS = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3}  # tcp(7): a client that vanishes
 _RESERVE_THREADS = 2
 _MAX_PENDING_CONNECTIONS = 8
@@ -10275,6 +10280,9 @@ class Server(http.server.ThreadingHTTPServer):
             with contextlib.suppress(OSError):  # the client has closed it
                 socket.socket.shutdown(sock, socket.SHUT_RD)  # SSLSocket.shutdown would go on in clear text
         self._pending.close()
+        deadline_s = time.monotonic() + _LAST_ANSWERS_S
+        while self._held and time.monotonic() < deadline_s:
+            time.sleep(_ACCEPT_RETRY_S / 10)
 
     def get_request(self) -> tuple[Any, Any]:
         """Return the next connection and its address. Raise OSError if there is none, after a pause for resources."""
@@ -11845,10 +11853,7 @@ def _has_wait(request: Request) -> bool:
 def _parse_wait(query: Pairs) -> float:
     """Return for how many seconds the end of a task is waited for, 0 if it is not. Raise BadRequest."""
     text = _parameter(query, "wait")
-    try:
-        wait_ns = parse_duration(text or "0")
-    except ValueError as error:
-        raise BadRequest(f"wait: {error}") from None
+    wait_ns = _parse_timeout("wait", text)
     if wait_ns > parse_duration(_MAX_WAIT):
         raise BadRequest(f"wait: {text} is too long: expected at most {_MAX_WAIT}")
     return wait_ns / _SECOND_NS
@@ -12494,8 +12499,6 @@ _EVENTS_AT_ONCE = 200
 _MAX_CACHED_NAMES = 10_000  # of steps, by each client of events
 _UNSTORED = ("Cache-Control", "no-cache")
 _UNBUFFERED = ("X-Accel-Buffering", "no")  # a proxy is to pass on each part at once (nginx, ngx_http_proxy_module)
-
-
 _Wake = Callable[[], None]
 
 
@@ -12686,6 +12689,8 @@ def _parse_output_query(request: Request) -> _OutputQuery:
         raise BadRequest("Range: does not go with offset, tail or follow")
     stream = _choice(query, "stream", ("stdout", "stderr"))
     attempt = _parse_number(query, "attempt")
+    if attempt == 0:
+        raise BadRequest("attempt: they are counted from 1")
     return _OutputQuery(stream, attempt, offset, tail)
 
 
@@ -12876,7 +12881,10 @@ class FollowApi:
         directory = StepDirectory(self._files, task.task_number, step.step_index)
         open_file = functools.partial(directory.open_output, name)
         with contextlib.ExitStack() as closing:
-            file = open_file()
+            try:
+                file = open_file()
+            except OSError as error:
+                raise Unavailable(f"the output cannot be opened ({error.strerror}); try again") from None
             size = 0
             if file:
                 closing.callback(file.close)
