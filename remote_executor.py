@@ -16945,18 +16945,18 @@ class Api:
         failing_s = now_s - self._failing_since_s
         patience_s = _LATER_PATIENCE_S if self._was_reached else _FIRST_PATIENCE_S
         if failing_s > patience_s or not _is_temporary(error):
-            raise self._unreachable(error) from error
+            raise ClientError(f"{self._fault(error)}; does the daemon run there, is -H right?") from error
         if failing_s > _FIRST_PATIENCE_S:
-            _tell_once(f"{self._unreachable(error)}; trying again for {_LATER_PATIENCE_S:.0f} s")
+            _tell_once(f"{self._fault(error)}; trying again for {_LATER_PATIENCE_S:.0f} s")
         time.sleep(
             min(_MAX_RETRY_DELAY_S, 0.05 * 2 ** min(self._failures, 10)),
         )
 
-    def _unreachable(self, error: Exception) -> ClientError:
+    def _fault(self, error: Exception) -> str:
         if isinstance(error, ClientError):
-            return error
+            return str(error)
         reason = getattr(error, "strerror", "") or str(error) or type(error).__name__
-        return ClientError(f"{self.endpoint.url} cannot be reached: {reason}; does the daemon run there, is -H right?")
+        return f"{self.endpoint.url} cannot be reached: {reason}"
 
     def _refusal(self, response: http.client.HTTPResponse) -> ClientError:
         """Return what to tell of an answer that is an error, and end its connection."""
@@ -17309,7 +17309,8 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) and shells have it
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, *_: object) -> None:
@@ -18220,11 +18221,14 @@ def run_wait(options: argparse.Namespace) -> int:
 # -- submit
 
 
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
 def _script_type(path: str, script: str) -> str:
     """Return the command_type of a script by its suffix or its first line. Raise UsageError."""
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix in _TYPE_BY_SUFFIX:
-        return _TYPE_BY_SUFFIX[suffix]
+    if _suffix(path) in _TYPE_BY_SUFFIX:
+        return _TYPE_BY_SUFFIX[_suffix(path)]
     if script.startswith("#!"):
         for word in script[2:].partition("\n")[0].split():
             program = re.sub("[0-9.]*$", "", os.path.basename(word))
@@ -18247,20 +18251,23 @@ def _read_text(path: str) -> str:
 
 def _steps_of(options: argparse.Namespace) -> list[Any]:
     """Return the steps of a task in JSON, or one for each script. Raise ClientError and UsageError."""
-    texts = {path: _read_text(path) for path in options.files}
+    texts = [_read_text(path) for path in options.files]
     first = options.files[0]
-    if len(texts) == 1 and not options.type and re.match(r"\s*[\[{]", texts[first]):
+    has_type = options.type or _suffix(first) in _TYPE_BY_SUFFIX
+    if len(texts) == 1 and not has_type and re.match(r"\s*[\[{]", texts[0]):
         try:
-            task = json.loads(texts[first])
+            task = json.loads(texts[0])
         except ValueError as error:
             raise ClientError(f"{first} is not JSON: {error}; for a script give --type") from None
         return task if isinstance(task, list) else [task]
     steps = []
-    for path, text in texts.items():
-        step = {"command_type": options.type or _script_type(path, text), "command_content": text}
-        if len(texts) > 1:
-            step["name"] = os.path.basename(path)
-        steps.append(step)
+    for path, text in zip(options.files, texts):
+        command_type = options.type or _script_type(path, text)
+        steps.append({"command_type": command_type, "command_content": text})
+    names = [os.path.basename(path) for path in options.files]
+    if len(set(names)) == len(names):
+        for step, name in zip(steps, names):
+            step["name"] = name
     return steps
 
 
