@@ -17952,7 +17952,9 @@ class _Changes:
 
     def wait(self, max_s: float = _EVENTS_TRUST_S) -> None:
         """Wait for the next change; many in a short time count as one."""
-        self._changed.wait(min(max_s, self._poll_s))
+        end_s = time.monotonic() + min(max_s, self._poll_s)
+        while not self._changed.wait(_INTERRUPT_CHECK_S) and time.monotonic() < end_s:
+            pass  # on Windows no signal ends a wait
         rest_s = self._last_s + _REDRAW_INTERVAL_S - time.monotonic()
         time.sleep(max(0.0, rest_s))
         self._last_s = time.monotonic()

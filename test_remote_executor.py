@@ -9485,6 +9485,18 @@ def test_local_daemon_is_found_by_the_url_in_its_root(launch: Callable[..., Daem
     assert not (daemon.root / "url").exists()
 
 
+def test_client_speaks_tls_and_believes_no_other_certificate(launch_tls: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon = launch_tls("--require_token")
+    host = ["-H", f"https://127.0.0.1:{daemon.port}"]
+    trust = ["--cacert", str(tmp_path / "ca.pem")]
+    known = ["--cert", str(tmp_path / "client.pem"), "--key", str(tmp_path / "client.key.pem")]
+    begin = time.monotonic()
+    assert "certificate verify failed" in ask(daemon, "pool", *host).stderr and time.monotonic() - begin < 3
+    assert "REMOTE_EXECUTOR_TOKEN" in ask(daemon, "pool", *host, *trust).stderr
+    assert ask(daemon, "exec", *host, *trust, *known, "-c", "exit 3").returncode == 3
+    assert "--cacert, --cert or --key cannot be used" in ask(daemon, "pool", *host, "--cacert", os.devnull).stderr
+
+
 @pytest.mark.parametrize(
     ("text", "url"),
     [
