@@ -16792,6 +16792,16 @@ _CLIENT_FAILED = 125  # as of env(1), timeout(1) and docker: the command itself,
 _TIMED_OUT = 124  # as of timeout(1)
 _INTERRUPTED = 130  # as a shell shows a death by SIGINT
 _BROKEN_PIPE = 141  # as a shell shows a death by SIGPIPE
+_MAX_EXIT_CODE = 0x7FFF_FFFF  # of Windows, as a C long
+
+
+_ANSI_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Return a text of others, such as a step's output, that cannot steer the terminal of who reads it."""
+    return _CONTROL.sub(" ", _ANSI_SEQUENCE.sub("", text))
 
 
 class ClientError(Exception):
@@ -16962,7 +16972,7 @@ class Api:
         """Return what to tell of an answer that is an error, and end its connection."""
         message = f"HTTP status {response.status}"
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError, KeyError, TypeError):  # a proxy's page
-            message = str(json.loads(response.read())["message"])
+            message = printable(json.loads(response.read())["message"])
         self.close()
         hint = ""
         if response.status == 401:
@@ -17335,13 +17345,6 @@ _MARKS = {"succeeded": "✓", "running": "▶", "waiting": "·", "paused": "‖"
 _ASCII_MARKS = {"succeeded": "+", "running": ">", "waiting": ".", "paused": "=", "not_run": "-", _FAILED_MARK: "x"}
 _REDRAW_INTERVAL_S = 0.25
 _MAX_KEPT_LINE_BYTES = 1 << 16  # a longer one is written in parts, for it is kept in memory
-_ANSI_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-
-
-def printable(text: str) -> str:
-    """Return a text of others, such as a step's output, that cannot steer the terminal of who reads it."""
-    return _CONTROL.sub(" ", _ANSI_SEQUENCE.sub("", text))
 
 
 def format_seconds(seconds: float) -> str:
@@ -17621,6 +17624,8 @@ def _exit_code(result: str, code: int) -> int:
         return _TIMED_OUT
     if code > 255 and not ON_WINDOWS:
         return 255  # exit(3) keeps 8 bits, which may be 0
+    if code > _MAX_EXIT_CODE:
+        return code - 2 * (_MAX_EXIT_CODE + 1)  # the same 32 bits as sys.exit takes them
     return code or 1
 
 
@@ -17709,7 +17714,7 @@ class Job:
             list(steps),
         ).data
         for warning in data.get("warnings", ()):
-            print_error(f"{self.endpoint.name}: {warning}")
+            print_error(f"{self.endpoint.name}: {printable(warning)}")
         if self._was_stopped:
             self.stop()  # the first one came too early
         return data
@@ -17857,7 +17862,7 @@ class _ExecJob(Job):
         if end["result"] == "timed_out":
             message = f"{self.endpoint.name}: timed out after {format_seconds(end['seconds'])}; --timeout allows more"
         elif end["result"] not in ("succeeded", "failed"):
-            message = f"{self.endpoint.name}: {end['msg']}"
+            message = f"{self.endpoint.name}: {printable(end['msg'])}"
         return JobOutcome(
             end["result"],
             _exit_code(end["result"], end["code"]),
@@ -18848,6 +18853,11 @@ def _fish_lines(with_ids: Sequence[str]) -> Iterator[str]:
                 yield f"{seen} -f -a '({program} completion ids 2>/dev/null)'\n"
 
 
+def _is_plain_id(task_id: str) -> bool:
+    """Return whether an id may be given to a shell, which expands what it completes (compgen -W)."""
+    return bool(re.fullmatch("[A-Za-z0-9._-]+", task_id))
+
+
 def _print_ids(options: argparse.Namespace) -> None:
     """Print the ids of the newest tasks, if the daemon tells them in time."""
     ids: list[str] = []
@@ -18859,7 +18869,7 @@ def _print_ids(options: argparse.Namespace) -> None:
                 "/api/v1/task",
                 {"order": "desc", "limit": 50},
             ).data
-            ids.extend(task["id"] for task in page["tasks"])
+            ids.extend(filter(_is_plain_id, [task["id"] for task in page["tasks"]]))
 
     thread = threading.Thread(target=ask, name="ids", daemon=True)
     thread.start()
