@@ -18372,8 +18372,8 @@ def _task_table(tasks: Sequence[Any], screen: Screen) -> list[str]:
         accepted = format_ago(task.get("accepted_at", ""))
         rows.append(
             (
-                task["id"],
-                task["result"],
+                printable(task["id"]),
+                printable(task["result"]),
                 str(task["count"]),
                 accepted,
                 _seconds_text(task),
@@ -18443,7 +18443,7 @@ def _print_task(api: Api, reply: Reply) -> None:
     screen = Screen(sys.stdout)
     task = reply.task
     result = task["result"]
-    head = [f"{screen.mark(result)} {task['id']}", screen.paint(result, result), _seconds_text(task)]
+    head = [f"{screen.mark(result)} {printable(task['id'])}", screen.paint(result, result), _seconds_text(task)]
     screen.print(
         "  ".join(filter(None, [*head, f"accepted {format_ago(task.get('accepted_at', ''))}"])),
     )
@@ -18596,7 +18596,7 @@ def upload(
         with contextlib.closing(progress), api.open("PUT", path, body=_CountedFile(file, progress)) as response:
             envelope = json.loads(response.read())
     if envelope["code"]:
-        raise ClientError(f"{api.endpoint.name}: {envelope['message']}")
+        raise ClientError(f"{api.endpoint.name}: {printable(envelope['message'])}")
 
 
 def _download(
