@@ -1960,7 +1960,7 @@ def test_waits_hold_half_of_the_connections_and_no_request(launch: Callable[...,
         assert events.code == 503 and events.headers["Retry-After"] == "5"
         assert daemon.get(output_path(task)).status == 503
         assert daemon.get(output_path(task, "")).body.split() == [b"held"]
-        assert daemon.detail(task).code == 1001
+        wait_until(lambda: daemon.detail(task).code == 1001, "the request before to be over")
         gate.touch()
         assert [wait.result().code for wait in waits] == [0] * 8
     wait_until(lambda: try_events(daemon).status == 200, "a place for events")
