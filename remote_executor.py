@@ -19223,6 +19223,7 @@ def help_text(command_name: str | None = None, is_long: bool = False) -> str:
 _EXAMPLES = (
     f"{_PROGRAM} run --addr=127.0.0.1:2376",
     f"{_PROGRAM} selftest",
+    f"{_PROGRAM} exec -H build-7 -- make -j4",
     f"{_PROGRAM} service install --addr=:2376 && {_PROGRAM} service start",
     "curl -XPOST http://localhost:2376/api/v1/task -d "
     """'[{"command_type": "sh", "command_content": "echo hello"}]'""",
@@ -19232,9 +19233,12 @@ _EXIT_CODES = (
     ("1", "It cannot start, or cannot do what was asked; of selftest: something does not work on this host."),
     ("2", "The command line, or a variable of the environment, is wrong."),
     ("3, 4", "Of service status: the service is not running, not installed."),
+    ("124, 125", "Of a client's command: what it ran timed out; it could not run it. Else it ends as that has ended."),
+    ("130, 141", "Of a client's command: it was interrupted; nobody read its output."),
 )
 _FILES = (
     ("$ROOT/token", "The token that clients send as `Authorization: Bearer`."),
+    ("$ROOT/url", "Where the daemon listens, while it does: clients on this host find it by that."),
     ("$ROOT/remote_executor.db", "Tasks and steps."),
     ("$ROOT/tasks/", "The workspace, scripts and outputs of each task."),
     ("$ROOT/logs/remote_executor.log", "The log, and five older files of it."),

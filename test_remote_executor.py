@@ -9364,12 +9364,17 @@ def test_follow_leaves_the_task_running_on_ctrl_c_and_says_how_to_return(daemon:
 
 @posix_only
 @pytest.mark.parametrize("no_color", ["", "1"])
-def test_submit_follow_draws_a_line_a_step_on_a_terminal(daemon: Daemon, tmp_path: Path, no_color: str) -> None:
-    (tmp_path / "build.sh").write_text("printf '\\033[31mred\\033[0m \\007 line\\n'; sleep 0.5")
+def test_submit_follow_draws_a_line_a_step_on_a_terminal(
+    daemon: Daemon, tmp_path: Path, gate: Path, no_color: str
+) -> None:
+    wait = f"while [ ! -e '{gate}' ]; do sleep 0.05; done"
+    (tmp_path / "build.sh").write_text(f"printf '\\033[31mred\\033[0m \\007 line\\n'; {wait}")
     (tmp_path / "test.py").write_text("print('to be seen')\nraise SystemExit(4)")
     files = [str(tmp_path / name) for name in ("build.sh", "test.py")]
     with on_terminal(daemon, "submit", *files, "--follow", NO_COLOR=no_color) as (terminal, process):
-        shown = shown_on(terminal)
+        shown = shown_on(terminal, "red   line")
+        gate.touch()
+        shown += shown_on(terminal)
         assert process.wait(30) == 4
     assert re.search("▶.* build.sh +running.*red   line", shown), shown
     assert re.search("✗.* test.py +failed", shown) and "    to be seen" in shown
