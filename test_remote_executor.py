@@ -28,7 +28,7 @@ The sections, in their order; a helper that two of them use stands in the harnes
     tasks       submission, refused requests, reading, follow, steps, Windows, PowerShell, Mac, pool, ends by force
     failures    restarts, crashes, storage, races and a model, limits, versions, scheduler and store in process
     attacks     authentication, request parser, connections, files of steps, TLS
-    operation   other routes, API document, profiles, log, command line, services, Mac host
+    operation   other routes, API document, profiles, log, command line, client, services, Mac host
     rules       plan, durations, source, readme, bench
 """
 
@@ -10184,6 +10184,437 @@ def test_limit_of_open_files_of_a_step_is_that_of_the_daemons_start(launch: Call
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert daemon.output(step("ulimit -Sn")) == ["300"]
+
+
+# ======================================================================================================================
+# client: commands beside a real daemon, through restarts, on pipes and on a terminal
+# ======================================================================================================================
+
+CLIENT = [sys.executable, "-c", "import sys, remote_executor; sys.exit(remote_executor.main())"]  # is compiled once
+NASTY_WORDS = ["", " ", "a b", "it's", '"', 'say "hi"', "$HOME", "`id`", "*", "?", "\\", "a\\", 'a\\"', "%PATH%"]
+NASTY_WORDS += [
+    "100%",
+    "!x!",
+    "a&b",
+    "a|b",
+    "<in",
+    ">out",
+    "^",
+    "(x)",
+    ";",
+    "~",
+    "#",
+    "-n",
+    "--",
+    script("ü€", "ü"),
+    "@echo",
+    "a,b;c=d",
+]
+NASTY_WORDS += [] if WINDOWS else ["a\nb", "\t", "\r"]
+SHOW_WORDS = "import json, sys; print(json.dumps(sys.argv[1:]))"
+
+
+def client_env(daemon: Daemon, **more: str) -> dict[str, str]:
+    host = f"127.0.0.1:{daemon.port}"
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(daemon.root.parent / "compiled")}
+    python = {"PYTHONPATH": str(HERE), "PYTHONUTF8": "1", **compiled}
+    return {**os.environ, **python, "REMOTE_EXECUTOR_HOST": host, **more}
+
+
+def ask(daemon: Daemon, *arguments: str, stdin: bytes | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """What a command of the client prints, and its exit code."""
+    done = subprocess.run(
+        [*CLIENT, *arguments], input=stdin or b"", capture_output=True, timeout=60, env=client_env(daemon, **env)
+    )
+    out, err = (text.decode().replace("\r\n", "\n") for text in (done.stdout, done.stderr))
+    assert "Traceback" not in err, err
+    return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+
+
+def ask_json(daemon: Daemon, *arguments: str) -> list[Any]:
+    return [json.loads(line) for line in ask(daemon, *arguments, "--json").stdout.splitlines()]
+
+
+def test_exec_passes_each_word_as_it_is(daemon: Daemon) -> None:
+    done = ask(daemon, "exec", "--", sys.executable, "-c", SHOW_WORDS, *NASTY_WORDS)
+    assert (json.loads(done.stdout), done.returncode) == (NASTY_WORDS, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["-c", "exit 7"], 7, ""),
+        (["-c", script("echo $word", "echo %word%"), "--env", "word=green"], 0, ""),
+        (
+            ["--timeout", "300ms", "--", sys.executable, "-c", "import time; time.sleep(60)"],
+            124,
+            "--timeout allows more",
+        ),
+        (["-c", "exit 1", "--type", "nonsense"], 125, "nonsense"),
+        (["-H", "127.0.0.1:1", "--", "true"], 125, "cannot be reached"),
+        (["-H", "no.such.host.invalid", "--", "true"], 125, "cannot be reached"),
+        (["-H", "bad host", "--", "true"], 2, "invalid host 'bad host': expected for example"),
+        (["-H", "a://b", "--", "true"], 2, "invalid host"),
+        (["-H", ",", "--", "true"], 2, "names no host"),
+        (["--token_file", "/no/such/file", "--", "true"], 125, "/no/such/file cannot be read"),
+        ([], 2, "give a command behind --"),
+        (["--parallel", "many", "--", "true"], 2, "invalid number 'many'"),
+    ],
+    ids=lambda value: " ".join(value)[:20] if isinstance(value, list) else "",
+)
+def test_exec_ends_with_the_code_of_its_step_or_says_why_not(
+    daemon: Daemon, arguments: list[str], code: int, line: str
+) -> None:
+    done = ask(daemon, "exec", *arguments)
+    told = done.stderr.strip().splitlines()[-1:] or [""]
+    assert (done.returncode, line in told[0]) == (code, True), done
+
+
+@posix_only
+def test_exec_loses_no_byte_when_the_daemon_is_killed_and_started_again(launch: Callable[..., Daemon]) -> None:
+    port = free_port()
+    daemon = launch(f"--addr=127.0.0.1:{port}")
+    lines = "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i + 1)); sleep 0.01; done; exit 3"
+    with subprocess.Popen([*CLIENT, "exec", "-c", lines], stdout=subprocess.PIPE, env=client_env(daemon)) as process:
+        assert process.stdout
+        begin = process.stdout.read(40)
+        for _ in range(2):
+            daemon.restart(kill=True)
+        rest = process.stdout.read()
+    assert (begin + rest).decode() == "".join(f"line {number}\n" for number in range(300))
+    assert process.returncode == 3
+
+
+def test_exec_stops_its_step_when_nobody_reads(daemon: Daemon) -> None:
+    endless = "while True: print('y' * 1000)"
+    with subprocess.Popen(
+        [*CLIENT, "exec", "--", sys.executable, "-c", endless], stdout=subprocess.PIPE, env=client_env(daemon)
+    ) as process:
+        assert process.stdout
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.wait(30) == 141
+    until_idle(daemon)
+
+
+@contextlib.contextmanager
+def on_terminal(daemon: Daemon, *arguments: str, **env: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """A command of the client on a terminal of its own: the other end of that, and the process."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    become = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    command = [*CLIENT[:2], become + CLIENT[2], *arguments]
+    environment = client_env(daemon, TERM="xterm", COLUMNS="80", LINES="24", **env)
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        try:
+            yield ours, process
+        finally:
+            process.kill()
+            os.close(ours)
+
+
+def shown_on(terminal: int, until: str = "") -> str:
+    """What a terminal has shown when it shows `until`, else at the end of who writes there."""
+    shown = b""
+    with contextlib.suppress(OSError):
+        while (part := os.read(terminal, 65536)) and (not until or until not in shown.decode(errors="replace")):
+            shown += part
+            if until and until in shown.decode(errors="replace"):
+                break
+    return shown.decode(errors="replace")
+
+
+@posix_only
+@pytest.mark.parametrize("presses", [1, 2], ids=["ends", "killed"])
+def test_exec_stops_its_step_on_ctrl_c(daemon: Daemon, presses: int) -> None:
+    trap = "trap '' TERM; " if presses == 2 else ""
+    with on_terminal(daemon, "exec", "-c", f"{trap}echo begun; while :; do sleep 0.1; done") as (terminal, process):
+        assert "begun" in shown_on(terminal, "begun\r\n")
+        begin = time.monotonic()
+        for _ in range(presses):
+            os.write(terminal, b"\x03")
+            shown_on(terminal, "stopping")
+        shown_on(terminal)
+        assert process.wait(30) == 130 and time.monotonic() - begin < 4
+    until_idle(daemon)
+
+
+@posix_only
+def test_follow_leaves_the_task_running_on_ctrl_c_and_says_how_to_return(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(held(gate))
+    with on_terminal(daemon, "follow", task) as (terminal, process):
+        shown_on(terminal, "held")
+        os.write(terminal, b"\x03")
+        assert f"`follow {task}`" in shown_on(terminal)
+        assert process.wait(30) == 130
+    assert daemon.steps(task)[0]["state"] == 1
+    gate.touch()
+    assert ask(daemon, "wait", task).returncode == 0
+
+
+@posix_only
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_submit_follow_draws_a_line_a_step_on_a_terminal(
+    daemon: Daemon, tmp_path: Path, gate: Path, no_color: str
+) -> None:
+    wait = f"while [ ! -e '{gate}' ]; do sleep 0.05; done"
+    (tmp_path / "build.sh").write_text(f"printf '\\033[31mred\\033[0m \\007 line\\n'; {wait}")
+    (tmp_path / "test.py").write_text("print('to be seen')\nraise SystemExit(4)")
+    files = [str(tmp_path / name) for name in ("build.sh", "test.py")]
+    with on_terminal(daemon, "submit", *files, "--follow", NO_COLOR=no_color) as (terminal, process):
+        shown = shown_on(terminal, "red   line")
+        gate.touch()
+        shown += shown_on(terminal)
+        assert process.wait(30) == 4
+    assert re.search("▶.* build.sh +running.*red   line", shown), shown
+    assert re.search("✗.* test.py +failed", shown) and "    to be seen" in shown
+    assert "\x1b[J" in shown and ("\x1b[31m" in shown) == (not no_color)
+
+
+@posix_only
+def test_list_watch_shows_a_task_as_soon_as_it_is_there(daemon: Daemon) -> None:
+    task = f"watched-{uuid.uuid4()}"
+    with on_terminal(daemon, "list", "--id", "watched-*", "--watch") as (terminal, process):
+        assert "RESULT" in shown_on(terminal, "RESULT")
+        daemon.submit(step("exit 3"), id=task)
+        assert task in shown_on(terminal, "failed")
+        os.write(terminal, b"\x03")
+        shown_on(terminal)
+        assert process.wait(30) == 130
+
+
+def test_submit_runs_scripts_in_order_and_prefixes_their_lines(daemon: Daemon, tmp_path: Path) -> None:
+    first = tmp_path / script("one.sh", "one.cmd")
+    first.write_text("echo one")
+    (tmp_path / "two").write_text("#!/usr/bin/env python3\nprint('two')\nraise SystemExit(3)")
+    done = ask(daemon, "submit", str(first), str(tmp_path / "two"), "--follow")
+    task, *lines = done.stdout.splitlines()
+    assert lines == [f"{first.name} | one", "two | two", "two | Step: 1, Name: two, Exit Code: 3"], done
+    assert (done.returncode, ask(daemon, "wait", task).returncode) == (3, 3)
+    assert ask(daemon, "log", task).stdout == f"==> {first.name} <==\none\n==> two <==\ntwo\n"
+    assert ask(daemon, "follow", task, "0").stdout == "one\n"
+
+
+def test_submit_takes_a_task_in_json_from_standard_input(daemon: Daemon) -> None:
+    task = json.dumps([step("echo one"), step("exit 5")]).encode()
+    done = ask(daemon, "submit", "-", "--wait", "--id", f"json-{uuid.uuid4()}", stdin=task)
+    assert done.returncode == 5 and done.stdout.startswith("json-") and "execution failed" in done.stderr
+
+
+def test_commands_show_and_change_tasks(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(held(gate, name="a step"), step("echo never"), id=f"shown-{uuid.uuid4()}")
+    daemon.until_running(task)
+    table = ask(daemon, "list", "--id", "shown-*", "--result", "running").stdout.splitlines()
+    assert table[0].split() == ["ID", "RESULT", "STEPS", "ACCEPTED", "TOOK"] or "MESSAGE" in table[0]
+    assert table[1].split()[:3] == [task, "running", "2"]
+    assert [row["id"] for row in ask_json(daemon, "list", "--id", "shown-*")] == [task]
+    shown = ask(daemon, "show", task).stdout
+    assert "\x1b" not in shown and "a step" in shown and "after a step" in shown
+    assert [one["state"] for one in ask_json(daemon, "show", task)[0]["steps"]] == [1, 2]
+    assert ask(daemon, "pause", task).stdout == f"{task}: paused\n" and daemon.row(task)["result"] == "paused"
+    assert ask(daemon, "resume", task, "--json").stdout == f'{{"id": "{task}"}}\n'
+    assert ask(daemon, "stop", task, "--reason", "enough").returncode == 0
+    assert ask(daemon, "wait", "--any", task).stdout == f"{task}\n"
+    assert daemon.detail(task).json["task"]["stop_reason"] == "enough"
+    assert ask(daemon, "stop", task).returncode == 125
+    assert [ask(daemon, "delete", task).returncode for _ in range(2)] == [0, 125]
+
+
+def test_pool_is_shown_and_changed(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    assert ask(daemon, "pool").stdout == "0 running of 30, 0 waiting\n"
+    assert ask_json(daemon, "pool", "--size", "3", "--pause")[0]["size"] == 3
+    assert ask(daemon, "pool", "--resume").stdout == "0 running of 3, 0 waiting\n"
+
+
+def test_files_go_to_a_task_and_come_back(daemon: Daemon, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000
+    source_file = tmp_path / "in.bin"
+    source_file.write_bytes(content)
+    copy = python("import shutil; shutil.copy('data/in', 'out')")
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(copy))
+    done = ask(daemon, "submit", str(job), "--file", f"{source_file}:data/in", "--wait")
+    task = done.stdout.strip()
+    assert done.returncode == 0, done
+    back = tmp_path / "back"
+    assert ask(daemon, "get", task, "out", str(back)).returncode == 0 and back.read_bytes() == content
+    assert ask(daemon, "put", task, str(job)).returncode == 0
+    assert [row["name"] for row in ask_json(daemon, "ls", task)] == ["data", "job.json", "out"]
+    assert "1.2 MiB" in ask(daemon, "ls", task).stdout
+    failed = ask(daemon, "get", task, "missing", str(tmp_path / "missing"))
+    assert failed.returncode == 125 and sorted(os.listdir(tmp_path)) == ["back", "in.bin", "job.json"]
+
+
+def test_many_hosts_are_worked_on_side_by_side_and_summed_up(daemon: Daemon, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text(
+        f"# a comment\none 127.0.0.1:{daemon.port}\ntwo http://127.0.0.1:{daemon.port}/\nthree 127.0.0.1:1\n"
+    )
+    done = ask(daemon, "exec", "-H", f"@{hosts}", "-c", "echo hello")
+    assert sorted(done.stdout.splitlines()) == ["one | hello", "two | hello"] and done.returncode == 125
+    rows = [line.split()[:3] for line in done.stderr.splitlines()[-4:]]
+    assert rows == [
+        ["HOST", "RESULT", "CODE"],
+        ["one", "succeeded", "0"],
+        ["two", "succeeded", "0"],
+        ["three", "error", "125"],
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--canary=1", "--fail_fast"])
+def test_many_hosts_are_spared_after_a_failure(daemon: Daemon, flag: str) -> None:
+    hosts = f"127.0.0.1:{daemon.port},127.0.0.1:{daemon.port}"
+    rows = ask_json(daemon, "exec", "-H", hosts, "--parallel=1", flag, "-c", "exit 9")
+    assert [(row["result"], row["code"]) for row in rows] == [("failed", 9), ("not_begun", 0)]
+
+
+def test_local_daemon_is_found_by_the_url_in_its_root(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--require_token")
+    found = {"REMOTE_EXECUTOR_HOST": "", "REMOTE_EXECUTOR_ROOT": str(daemon.root)}
+    assert ask(daemon, "pool", **found).returncode == 0
+    assert "REMOTE_EXECUTOR_TOKEN" in ask(daemon, "pool").stderr
+    assert ask(daemon, "pool", REMOTE_EXECUTOR_TOKEN=token_of(daemon)).returncode == 0
+    assert ask(daemon, "pool", "--token_file", str(daemon.root / "token")).returncode == 0
+    daemon.end()
+    assert not (daemon.root / "url").exists()
+
+
+def test_client_speaks_tls_and_believes_no_other_certificate(launch_tls: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon = launch_tls("--require_token")
+    host = ["-H", f"https://127.0.0.1:{daemon.port}"]
+    trust = ["--cacert", str(tmp_path / "ca.pem")]
+    known = ["--cert", str(tmp_path / "client.pem"), "--key", str(tmp_path / "client.key.pem")]
+    begin = time.monotonic()
+    assert "certificate verify failed" in ask(daemon, "pool", *host).stderr and time.monotonic() - begin < 3
+    assert "REMOTE_EXECUTOR_TOKEN" in ask(daemon, "pool", *host, *trust).stderr
+    assert ask(daemon, "exec", *host, *trust, *known, "-c", "exit 3").returncode == 3
+    assert "--cacert, --cert or --key cannot be used" in ask(daemon, "pool", *host, "--cacert", os.devnull).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("build-7", "http://build-7:2376"),
+        ("build-7:80", "http://build-7:80"),
+        ("::1", "http://[::1]:2376"),
+        ("[::1]:80", "http://[::1]:80"),
+        ("https://build-7/prefix/", "https://build-7/prefix"),
+    ],
+)
+def test_hosts_are_named_in_these_forms(text: str, url: str) -> None:
+    assert module().parse_endpoint_url(text) == url
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
+def test_completion_is_a_script_of_the_shell(daemon: Daemon, tmp_path: Path, shell: str) -> None:
+    done = ask(daemon, "completion", shell)
+    assert (
+        done.returncode == 0
+        and "--fail_fast" in done.stdout.replace("-l ", "--")
+        and not re.search("@[A-Z_]+@", done.stdout)
+    )
+    if shell in ("bash", "zsh") and shutil.which(shell):
+        assert subprocess.run([shell, "-n"], input=done.stdout.encode()).returncode == 0
+
+
+@posix_only
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash on this host")
+def test_completion_of_bash_knows_commands_flags_and_ids(daemon: Daemon, tmp_path: Path) -> None:
+    task = daemon.submit(step(), id=f"tab-{uuid.uuid4()}")
+    program = tmp_path / "remote_executor.py"
+    program.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{PROGRAM}' \"$@\"\n")
+    program.chmod(0o755)
+    complete = (
+        'eval "$(./remote_executor.py completion bash)"; '
+        'for typed in "re" "list --wat" "show tab-"; do set -- ./remote_executor.py $typed; '
+        'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _remote_executor; echo "${COMPREPLY[@]}"; done'
+    )
+    done = subprocess.run(
+        ["bash", "-c", complete], cwd=tmp_path, env=client_env(daemon), capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["resume rerun", "--watch", task], done
+
+
+def test_completion_knows_every_command() -> None:
+    assert set(module()._DAEMON_COMMANDS) == {command.name for command in module()._COMMANDS}
+
+
+class Faulty:
+    """A server that answers each request by the next of these bytes, then cuts the connection; what it was sent."""
+
+    def __init__(self, *answers: bytes) -> None:
+        self.requests: list[str] = []
+        self._answers = answers
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = module().Endpoint("faulty", f"http://127.0.0.1:{self._server.getsockname()[1]}")
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        for answer in self._answers:
+            link, _ = self._server.accept()
+            with link:
+                self.requests.append(link.recv(65536).decode().splitlines()[0].split()[1])
+                link.sendall(answer)
+        self._server.close()
+
+
+def answer_of(body: bytes, length: int | None = None, status: str = "200 OK", *headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_exec_sends_stdin_and_keeps_stderr_apart_where_the_daemon_can(can: bool) -> None:
+    features = ["wait", "output", "follow", *(["stdin", "stderr"] if can else [])]
+    version = {"code": 0, "message": "", "data": {"python": {"os": "linux"}, "features": features}}
+    faulty = Faulty(answer_of(json.dumps(version).encode()))
+    options = module().client_parser(module().CLIENT_COMMANDS[0], "").parse_args(["--", "sort"])
+    with module().Api(faulty.endpoint) as api:
+        job = module()._ExecJob(faulty.endpoint, options, b"b\na\n", True)
+        if can:
+            made = job._step(api)
+            assert (made["stderr"], base64.b64decode(made["stdin_base64"])) == ("apart", b"b\na\n")
+        else:
+            with pytest.raises(module().ClientError, match="too old for this: no stdin; upgrade it"):
+                job._step(api)
+
+
+def test_requests_are_made_again_over_faults() -> None:
+    told = b'{"code": 0, "message": "success", "data": 7}'
+    faulty = Faulty(b"", answer_of(b"busy", None, "503 Busy"), answer_of(told[:9], len(told)), answer_of(told))
+    with module().Api(faulty.endpoint) as api:
+        assert api.call("GET", "/x").data == 7
+    assert faulty.requests == ["/x"] * 4
+
+
+def test_output_is_taken_up_at_the_byte_where_it_broke_off() -> None:
+    begin, rest, end = "X-Output-Offset: 5", "X-Output-Offset: 9", "X-Output-Offset: 12"
+    faulty = Faulty(
+        answer_of(b"abcd", 8, "200 OK", begin),
+        answer_of(b"efg", 4, "200 OK", rest),
+        answer_of(b"h", None, "200 OK", end),
+    )
+    parts: list[bytes] = []
+    with module().Api(faulty.endpoint) as api:
+        module().copy_output(api, "/o", {"tail": 1}, parts.append)
+    assert b"".join(parts) == b"abcdefgh" and faulty.requests == ["/o?tail=1", "/o?offset=9", "/o?offset=12"]
+
+
+def test_answers_of_others_are_told_as_such() -> None:
+    faulty = Faulty(answer_of(b"<html>"), answer_of(b"[]"), answer_of(b"gone", None, "404 Not Found"))
+    for words in ("not a remote_executor", "not a remote_executor", "faulty: HTTP status 404"):
+        with pytest.raises(module().ClientError, match=words), module().Api(faulty.endpoint) as api:
+            api.call("GET", "/x")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.25, "0.2s"), (59.9, "59s"), (185, "3m05s"), (7800, "2h10m"), (352800, "4d02h")]
+)
+def test_client_shows_seconds_for_people(seconds: float, text: str) -> None:
+    assert module().format_seconds(seconds) == text
 
 
 # ======================================================================================================================
