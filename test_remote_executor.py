@@ -4812,7 +4812,7 @@ class FakeProcesses:
         self.remaining: list[list[str]] = []
         self.has_started = True
 
-    def start(self, command: Any, step_dir: str, cwd: str, env: Any) -> FakeTree:
+    def start(self, command: Any, step_dir: str, cwd: str, env: Any, *_: Any) -> FakeTree:
         if self.errors:
             raise self.errors.pop()
         self.trees.append(FakeTree())
@@ -5367,13 +5367,13 @@ def test_start_that_is_due_follows_no_change_of_the_wall_clock(
     hour_ns = 3600 * 10**9
     for hours in (48, -48):
         monkeypatch.setattr(time, "time_ns", lambda hours=hours: real() + hours * hour_ns)
-        house.scheduler.start_delayed_tasks()
+        house.scheduler.start_delayed()
         assert house.scheduler.pool().waiting == 0 and not house.processes.trees
     due_ns = house.scheduler.next_deadline_ns() - house.clock.now_ns()
     assert 0.99 * hour_ns < due_ns <= hour_ns
     clock = house.clock.now_ns
     monkeypatch.setattr(house.clock, "now_ns", lambda: clock() + hour_ns)
-    house.scheduler.start_delayed_tasks()
+    house.scheduler.start_delayed()
     house.tree().end(0)
     assert house.ended(number) == [(0, 0, "")]
 
@@ -9693,28 +9693,35 @@ def test_mac_has_no_python_where_that_is_a_stub(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_plan_hands_out_each_step_once_when_all_that_it_depends_on_has_succeeded(seed: int) -> None:
+def test_plan_hands_out_each_step_once_when_all_that_it_depends_on_is_over(seed: int) -> None:
     random = Random(seed)
     depends_on = [[other for other in range(index) if random.random() < 0.3] for index in range(12)]
     plan = module().Plan(depends_on)
-    succeeded: set[int] = set()
+    over: set[int] = set()
+    failures: set[int] = set()  # and what depends on them
+    when = module().When
     ready = plan.ready()
     handed_out = [*ready]
     while ready:
         index = ready.pop(random.randrange(len(ready)))
-        if random.random() < 0.8:
-            plan.succeed(index)
-            succeeded.add(index)
+        has_failure = not failures.isdisjoint(depends_on[index])
+        assert [plan.is_met(index, one) for one in when] == [not has_failure, has_failure, True]
+        if random.random() < 0.9:
+            has_failed = random.random() < 0.2
+            plan.finish(index, has_failed)
+            over.add(index)
+            if has_failed or has_failure:
+                failures.add(index)
         more = plan.ready()
         assert more == sorted(more)
         ready += more
         handed_out += more
-    assert sorted(handed_out) == [index for index in range(12) if succeeded.issuperset(depends_on[index])]
+    assert sorted(handed_out) == [index for index in range(12) if over.issuperset(depends_on[index])]
     for index in range(12):
         assert [*plan.dependents(index)] == [other for other in range(12) if index in depends_on[other]]
-    for index in succeeded:
+    for index in over:
         with pytest.raises(ValueError):
-            plan.succeed(index)
+            plan.finish(index)
 
 
 # ======================================================================================================================
