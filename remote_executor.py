@@ -2445,6 +2445,64 @@ class SafeDirectory:
         with other._parent([name]) as (source, source_parent), self._parent(names, may_make=True) as (target, parent):
             _replace(source, target, source_parent, parent)
 
+    def copy_from(self, other: SafeDirectory, is_wanted: Callable[[], bool]) -> None:
+        """Copy all that is in `other`, as long as it is wanted: holes as holes, links as links; no pipe and no device.
+
+        Nothing that is mounted there is copied. Raises OSError.
+        """
+        for directory, names, name, status in other.walk():
+            if not is_wanted():
+                return
+            if _is_link(status):
+                self._copy_link(directory, name, *names, name)
+            elif stat.S_ISDIR(status.st_mode):
+                self.make(*names, name)
+            elif stat.S_ISREG(status.st_mode):
+                self.copy_file(directory, name, *names, name)
+
+    def walk(self) -> Iterator[tuple[SafeDirectory, tuple[str, ...], str, os.stat_result]]:
+        """Yield directory, its names in this one, name and status of each entry at any depth, each above its content.
+
+        Raises OSError.
+        """
+        pending: list[tuple[str, ...]] = [()]
+        while pending:
+            names = pending.pop()
+            with contextlib.ExitStack() as closing:
+                try:
+                    directory = closing.enter_context(self.enter(*names))
+                except OSError as error:
+                    if error.errno != errno.EXDEV:
+                        raise
+                    continue  # it is mounted
+                for entry in [*directory.entries()]:
+                    status = directory.status(entry.name)
+                    if stat.S_ISDIR(status.st_mode) and not _is_link(status):
+                        pending.append((*names, entry.name))
+                    yield directory, names, entry.name, status
+
+    def copy_file(self, other: SafeDirectory, name: str, *names: str) -> None:
+        """Copy a regular file of `other`, with its times and rights, to where nothing is yet. Raises OSError."""
+        with other.read(name) as source, self._parent(names) as (path, parent):
+            status = os.fstat(source.fileno())
+            descriptor = os.open(path, _NEW_FILE_FLAGS, 0o600, dir_fd=parent)
+            with io.FileIO(descriptor, "w") as target:
+                for begin, end in _data_ranges(source.fileno(), status.st_size):
+                    _copy_range(source, target, begin, end)
+                target.truncate(status.st_size)
+                if not ON_WINDOWS:
+                    os.chmod(descriptor, status.st_mode & 0o777)
+                    os.utime(descriptor, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def _copy_link(self, other: SafeDirectory, name: str, *names: str) -> None:
+        with other._parent([name]) as (source, source_parent), self._parent(names) as (path, parent):
+            try:
+                os.symlink(os.readlink(source, dir_fd=source_parent), path, dir_fd=parent)
+            except OSError as error:
+                if not ON_WINDOWS:
+                    raise
+                log.warning("the link %s cannot be copied: %s", source, error)  # that needs a right of its own there
+
     def unlink(self, *names: str) -> None:
         """Remove what is no directory, a link itself. Raises OSError."""
         with self._parent(names) as (name, parent):
@@ -2534,6 +2592,38 @@ class SafeDirectory:
         """Raise OSError where what is open is on another mount than all that may be reached."""
         if self._mount and _mount_id(descriptor) != self._mount:
             raise OSError(errno.EXDEV, "is mounted")
+
+
+_COPY_BLOCK_BYTES = 1 << 20
+
+
+def _data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of what a file holds between its holes (lseek(2)); all of it where none are told."""
+    if not hasattr(os, "SEEK_DATA"):
+        yield 0, size
+        return
+    end = 0
+    while end < size:
+        try:
+            begin = os.lseek(descriptor, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nothing but a hole follows
+                raise
+            return
+        end = os.lseek(descriptor, begin, os.SEEK_HOLE)
+        yield begin, end
+
+
+def _copy_range(source: io.FileIO, target: io.FileIO, begin: int, end: int) -> None:
+    source.seek(begin)
+    target.seek(begin)
+    while begin < end:
+        block = source.read(min(end - begin, _COPY_BLOCK_BYTES))
+        if not block:
+            return  # it has become shorter
+        begin += len(block)
+        while block:
+            block = block[target.write(block) :]
 
 
 def _check_path(path: str, names: Sequence[str], may_make: bool) -> None:
@@ -3576,6 +3666,10 @@ _SCARCE_ON_WINDOWS = {8, 112, 1450, 1455, 1816}
 def signal_number(name: str) -> int:
     """Return the number of a signal of STOP_SIGNALS; that of SIGTERM where this system, Windows, has none."""
     return int(getattr(signal, f"SIG{name}", signal.SIGTERM))
+
+
+def is_disk_full(error: OSError) -> bool:
+    return error.errno in _DISK_FULL or getattr(error, "winerror", None) == 112  # ERROR_DISK_FULL
 
 
 def is_scarcity(error: OSError) -> bool:
@@ -5661,11 +5755,23 @@ class StepSpec(NamedTuple):
     when: When = When.SUCCESS
 
 
+class DoneStep(NamedTuple):
+    """A step that a task takes over from its parent, since it succeeded there."""
+
+    step_index: int
+    started_ns: int | None
+    ended_ns: int | None
+    attempt: int
+    output_bytes: int | None
+
+
 class TaskSpec(NamedTuple):
     """A task as submitted; `timeout_ns` is 0 for none, `fingerprint` is a hash of all else but the id.
 
     `delay_ns` is how long it waits at least before its first step, `start_at_ns` the moment of the wall clock until
     which it does. `query` and `steps_json` are the submission as it was given; `warnings` say what of it has no effect.
+    `parent` is the id of the task whose submission this repeats. Where it goes on with what that one has left, its
+    number is `copy_of`, and `done` are the steps that it takes over.
     """
 
     id: str
@@ -5679,6 +5785,9 @@ class TaskSpec(NamedTuple):
     query: str
     steps_json: str
     warnings: tuple[str, ...] = ()
+    parent: str = ""
+    copy_of: int = 0
+    done: tuple[DoneStep, ...] = ()
 
 
 # ======================================================================================================================
@@ -5759,6 +5868,36 @@ def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) ->
         urllib.parse.urlencode(query),
         json.dumps(items),
         tuple(_condition_warnings(steps)),
+    )
+
+
+def parse_rerun(
+    query: str,
+    steps: Any,
+    parent: str,
+    changes: Pairs,
+    command_types: Iterable[str],
+) -> TaskSpec:
+    """Return the task that repeats a submission, with the id and `env_vars` of these changes. Raises BadRequest."""
+    parameters = [pair for pair in urllib.parse.parse_qsl(query, keep_blank_values=True) if pair[0] != "id"]
+    parameters += [pair for pair in changes if pair[0] == "env_vars"]
+    task_id = _parse_task_id(_parse_query(changes)["id"][1])
+    names = {f"{parent}-{index}": f"{task_id}-{index}" for index, item in enumerate(steps) if not item.get("name")}
+    for item in steps:
+        for key in ("depets_on", "depends_on"):
+            if item.get(key):
+                item[key] = [names.get(name, name) for name in item[key]]
+    body = json.dumps(steps).encode()
+    spec = parse_submission(body, [*parameters, ("id", task_id)], command_types)
+    return spec._replace(parent=parent, fingerprint=_fingerprint([spec.fingerprint, parent]))
+
+
+def continue_task(spec: TaskSpec, parent_number: int, done: Sequence[DoneStep]) -> TaskSpec:
+    """Return the same task, which takes over these steps of its parent, and its workspace."""
+    return spec._replace(
+        copy_of=parent_number,
+        done=tuple(done),
+        fingerprint=_fingerprint([spec.fingerprint, parent_number, [step.step_index for step in done]]),
     )
 
 
@@ -6423,6 +6562,11 @@ _EARLIER_OUTPUT = re.compile(r"(output|stderr)\.[0-9]+")
 OUTPUT_STREAMS = {"stdout": "output", "stderr": "stderr"}
 
 
+def is_output_name(name: str) -> bool:
+    """Return whether a file of a step's directory has its output, of the last attempt or an earlier one."""
+    return name in OUTPUT_STREAMS.values() or _EARLIER_OUTPUT.fullmatch(name) is not None
+
+
 def output_name(stream: str, earlier_attempt: int | None = None) -> str:
     """Return the name of the file to which a step writes a stream, or wrote it in an earlier attempt."""
     name = OUTPUT_STREAMS[stream]
@@ -6711,6 +6855,8 @@ ALTER TABLE step ADD COLUMN condition TEXT NOT NULL DEFAULT 'success';  -- a Whe
 ALTER TABLE step ADD COLUMN retry TEXT NOT NULL DEFAULT 'null';         -- JSON, a Retry
 ALTER TABLE step ADD COLUMN retry_at_ns INTEGER;                        -- of one that failed: when it is tried again
 ALTER TABLE task ADD COLUMN stop_count INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE task ADD COLUMN parent TEXT NOT NULL DEFAULT '';            -- id of the task that it repeats
+ALTER TABLE task ADD COLUMN copy_of INTEGER NOT NULL DEFAULT 0;         -- number of the task whose files it needs yet
 ALTER TABLE script ADD COLUMN stdin TEXT NOT NULL DEFAULT '';           -- Base64
 ALTER TABLE script ADD COLUMN stderr TEXT NOT NULL DEFAULT 'joined';
 """
@@ -6776,6 +6922,8 @@ class TaskRow(NamedTuple):
     submitted_by: str = ""
     stopped_by: str = ""
     stop_reason: str = ""
+    parent: str = ""
+    copy_of: int = 0
 
 
 class StepRow(NamedTuple):
@@ -6833,6 +6981,7 @@ class UnfinishedTask(NamedTuple):
     starts_ns: int
     step_count: int
     stop_count: int
+    copy_of: int
 
 
 class Script(NamedTuple):
@@ -7216,6 +7365,8 @@ class Store:
             "starts_ns": starts_ns,
             "result": Result.PAUSED if spec.is_paused else Result.WAITING,
             "submitted_by": submitted_by,
+            "parent": spec.parent,
+            "copy_of": spec.copy_of,
         }
 
         def apply(db: sqlite3.Connection) -> Accepted:
@@ -7298,6 +7449,14 @@ class Store:
         if step_index is not None:
             notice = Notice(task_number, (step_index,))
         return self._submit(apply, task_number, is_durable=True, notices=lambda _: [notice])
+
+    def record_copy(self, task_number: int) -> None:
+        """Store that a task has all the files that it takes over."""
+
+        def apply(db: sqlite3.Connection) -> None:
+            db.execute("UPDATE task SET copy_of = 0 WHERE seq = ?", (task_number,))
+
+        self._record(apply, task_number, is_durable=True)
 
     def record_pause(self, task_number: int, is_paused: bool) -> Future[None]:
         """Store that a task is paused, or goes on."""
@@ -7521,6 +7680,10 @@ class Store:
         """Return what was submitted; None for a task that an earlier version accepted."""
         rows = self._read("SELECT query, steps FROM submission WHERE task = ?", (task_number,))
         return Submission._make(rows[0]) if rows else None
+
+    def has_task(self, task_number: int) -> bool:
+        """Return whether the record of a task is kept, and with it its files."""
+        return bool(self._read("SELECT 1 FROM task WHERE seq = ?", (task_number,)))
 
     def counts(self) -> dict[int, int]:
         """Return the number of tasks by state."""
@@ -7873,6 +8036,12 @@ def _insert_task(db: sqlite3.Connection, task: Mapping[str, Any], spec: TaskSpec
     )
     db.executemany("INSERT INTO script VALUES (?, ?, ?, ?, ?, ?, ?)", scripts)
     db.execute("INSERT INTO submission VALUES (?, ?, ?)", (task_number, spec.query, spec.steps_json))
+    done = [(*step[1:], task_number, step.step_index) for step in spec.done]
+    db.executemany(
+        "UPDATE step SET state = 0, result = 'succeeded', started_ns = ?, ended_ns = ?, attempt = ?, output_bytes = ? "
+        "WHERE task = ? AND idx = ?",
+        done,
+    )
 
 
 def _delete_tasks(db: sqlite3.Connection, numbers: Sequence[tuple[int]]) -> None:
@@ -7924,6 +8093,9 @@ def _end_task(
 #
 # The stop of a task spares the steps that run ALWAYS, which clean up; a second stop does not. Nothing is tried again in
 # a stopped task.
+#
+# A task that goes on with what another has left is held until it has a copy of that: `copy_of` says so, in the database
+# too, so that a later daemon begins the copy anew. One that cannot be had ends the task, and nothing of it runs.
 #
 # `_move` is the one site that changes a phase, and raises for a move that is not in `_MOVES`. Its record is queued for
 # the store in the same critical section, so the database has all moves in the order of memory, a task's end after its
@@ -8061,13 +8233,14 @@ class Task:
         self.stop_count = 0  # how often that was asked for
         self.stopped_ns = 0  # when it was first, or was restored
         self.is_cleaning = False  # what its ended steps left running is being stopped
+        self.copy_of = 0  # the task whose files it needs before it can start; 0 for none, or when it has them
         self.is_paused = False
         self.is_delayed = False  # its time to start has not come
 
     @property
     def is_held(self) -> bool:
         """Whether none of its steps may start now."""
-        return not self.stop_reason and (self.is_paused or self.is_delayed)
+        return self.copy_of != 0 or (not self.stop_reason and (self.is_paused or self.is_delayed))
 
     def ends_by_stop(self, step: Step) -> bool:
         """Return whether the stop of the task has ended this step: one that cleans up needs two."""
@@ -8090,7 +8263,7 @@ class _Deferred(NamedTuple):
     """What a critical section leaves to be done without the lock."""
 
     assigned: list[Step]  # given a slot: each needs a worker
-    cleanups: list[Task]  # each needs a thread
+    cleanups: list[Task]  # or copies: each needs a thread
     ended: list[Task]
 
 
@@ -8115,6 +8288,7 @@ class Scheduler:
         self._on_task_end = on_task_end  # called with the task's number, without the lock
         self._run_step: Callable[[Step], None]  # from `start` on
         self._clean_up: Callable[[Task], None]
+        self._copy: Callable[[Task], None]
         self.timekeeper_wakeup = threading.Event()  # set where a deadline or limit may come before its next look
         self._lock = threading.Lock()  # guards all below, and what tasks and steps hold
         self._size = size
@@ -8139,10 +8313,16 @@ class Scheduler:
 
     # -- the daemon's
 
-    def start(self, run_step: Callable[[Step], None], clean_up: Callable[[Task], None]) -> None:
+    def start(
+        self,
+        run_step: Callable[[Step], None],
+        clean_up: Callable[[Task], None],
+        copy: Callable[[Task], None],
+    ) -> None:
         """Start what is ready, and attend to what was restored."""
         self._run_step = run_step
         self._clean_up = clean_up
+        self._copy = copy
         with self._lock:
             self._is_closed = False
             adopted = [step for step in self._active if step.phase is Phase.RUNNING]
@@ -8191,7 +8371,12 @@ class Scheduler:
         self._store.check_in_place()
         task = Task(spec.id, spec.steps, spec.timeout_ns)
         task.is_paused = spec.is_paused
+        task.copy_of = spec.copy_of
         with self._lock:
+            for done in spec.done:
+                step = task.steps[done.step_index]
+                self._move(step, Phase.ENDED)
+                step.result = Result.SUCCEEDED
             now_ns = self._clock.now_ns()  # so that tasks are accepted in the order of their numbers
             if self._is_closed:
                 raise Unavailable("the daemon is shutting down; send the task again to the next one")
@@ -8222,6 +8407,7 @@ class Scheduler:
             self._set_deadlines(task, accepted_ns, starts_ns)
             if task.number in self._tasks:  # not stopped already
                 self._end_steps(task, [])
+                self._queue_copy(task)
             deferred = self._dispatch()
         self._run_deferred(deferred)
 
@@ -8242,6 +8428,7 @@ class Scheduler:
             begun = [step for step in ready if rows[step.index].state == State.RUNNING]
             if len(begun) != sum(row.state == State.RUNNING for row in rows):
                 raise ValueError("a step runs before what it depends on has succeeded")
+            task.copy_of = stored.copy_of
             task.is_paused = stored.result == Result.PAUSED
             task.is_delayed = stored.starts_ns > self._clock.now_ns()
             self._set_deadlines(task, stored.accepted_ns, stored.starts_ns)
@@ -8254,6 +8441,7 @@ class Scheduler:
                     self._await_retry(step, retry_at_ns)
             for step in begun:
                 self._move(step, Phase.STARTING)
+            self._queue_copy(task)
             deferred = self._end_restored(task)
             self._without_thread.extend(deferred.cleanups)
         self._run_deferred(deferred._replace(cleanups=[]))
@@ -8305,6 +8493,8 @@ class Scheduler:
             cause = stop.cause
             if cause == STOPPED or not task.stop_reason:  # a deadline does not cut the grace of a stop
                 task.stop_count += 1
+            if task.copy_of:  # nothing has run that could be cleaned up
+                task.stop_count = 2
             task.stop_reason = task.stop_reason or cause
             task.stopped_ns = task.stopped_ns or self._clock.now_ns()
             if task.stop_reason != cause:
@@ -8373,9 +8563,32 @@ class Scheduler:
 
     def _queue_cleanup(self, task: Task) -> None:
         """Have what the task's ended steps left running stopped; the lock is held."""
-        if not task.is_cleaning and task.ended_steps():
+        if not task.copy_of and not task.is_cleaning and task.ended_steps():
             task.is_cleaning = True
             self._cleanups.append(task)
+
+    def _queue_copy(self, task: Task) -> None:
+        """Have the files copied that a task needs; the lock is held."""
+        if task.copy_of:
+            self._cleanups.append(task)
+
+    def finish_copy(self, task: Task, error: str = "") -> None:
+        """Let a task start that has all files it needs, or end it, where these cannot be had."""
+        with self._lock:
+            task.copy_of = 0
+            if task.number not in self._tasks:
+                return  # it was stopped
+            if error:
+                blocked = [step for step in task.steps if step.phase is Phase.BLOCKED]
+                for step in blocked:
+                    self._move(step, Phase.SKIPPED)
+                ready = [step for step in task.steps if step.phase is Phase.READY]
+                self._end_steps(task, [(step, not_started(error)) for step in ready])
+            else:
+                self._store.record_copy(task.number)
+                self._hold_or_queue(task)
+            deferred = self._dispatch()
+        self._run_deferred(deferred)
 
     def finish_cleanup(self, task: Task) -> None:
         """End the clean-up of a task: nothing is left of what its ended steps had started."""
@@ -8798,7 +9011,7 @@ class Scheduler:
                 if not self._owns(work, slot):
                     return
                 if isinstance(work, Task):
-                    return self._clean_up(work)
+                    return self._copy(work) if work.copy_of else self._clean_up(work)
                 return self._run_step(work)
             except Exception as error:
                 if isinstance(error, OSError) and is_scarcity(error):
@@ -8811,7 +9024,7 @@ class Scheduler:
         """Return whether a piece of work is still that of the worker that got it, for a step with this slot."""
         with self._lock:
             if isinstance(work, Task):
-                return work.is_cleaning
+                return work.is_cleaning or (work.copy_of != 0 and work.number in self._tasks)
             return work in self._active and work.slot_count == slot
 
 
@@ -8922,6 +9135,50 @@ class Runner:
         finally:
             self._processes.release(tree)
         self._scheduler.finish_cleanup(task)
+
+    def copy_files(self, task: Task) -> None:
+        """Copy what a task takes over from another: its workspace, and the outputs of steps that succeeded there."""
+        error = ""
+        try:
+            self._copy_files(task)
+        except OSError as problem:
+            if is_scarcity(problem) and not is_disk_full(problem):
+                raise  # later
+            error = f"could not copy the files of the task that it repeats: {problem}"
+        if not self._scheduler.is_shutting_down:  # else the next daemon copies them
+            self._scheduler.finish_copy(task, error)
+
+    def _copy_files(self, task: Task) -> None:
+        def is_wanted() -> bool:
+            return not task.stop_reason and not self._scheduler.is_shutting_down
+
+        number = str(task.number)
+        parent = str(task.copy_of)
+        self._files.remove(number)  # what an earlier daemon may have left of it
+        self._files.make(number)
+        self._files.make(number, "workspace")
+        if self._has_files(parent, "workspace"):
+            with self._files.enter(parent, "workspace") as source, self._files.enter(number, "workspace") as target:
+                target.copy_from(source, is_wanted)
+        for step in task.steps:
+            if step.phase is Phase.ENDED and is_wanted() and self._has_files(parent, str(step.index)):
+                self._copy_outputs(parent, number, str(step.index))
+        if not self._store.has_task(task.copy_of):  # files go after their record: what was copied may be a part
+            raise FileNotFoundError(errno.ENOENT, "it has expired meanwhile")
+
+    def _has_files(self, *names: str) -> bool:
+        try:
+            self._files.status(*names)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _copy_outputs(self, parent: str, number: str, index: str) -> None:
+        self._files.make(number, index)
+        with self._files.enter(parent, index) as source:
+            for entry in [*source.entries()]:
+                if is_output_name(entry.name) and stat.S_ISREG(source.status(entry.name).st_mode):
+                    self._files.copy_file(source, entry.name, number, index, entry.name)
 
     def remove_empty_workspace(self, task_number: int) -> None:
         """Remove the workspace of an ended task if it is empty."""
@@ -11554,6 +11811,7 @@ FEATURES = (
     "stderr",
     "retry",
     "when",
+    "rerun",
 )
 _TASKS_PATH = "/api/v1/task"
 _TASK_PATH = _TASKS_PATH + "/{task}"
@@ -11673,6 +11931,7 @@ _CLIENT_WORDS = {
     "submitted_by": "The client that submitted it, as in the log",
     "stopped_by": "The client that stopped it",
     "stop_reason": "The reason that this client gave",
+    "parent": "The id of the task that it repeats",
 }
 
 
@@ -12083,6 +12342,26 @@ def _parse_reason(reason: Any) -> str:
     return reason
 
 
+_RERUN_CHOICES = ("all", "failed")
+
+
+def steps_done(steps: Sequence[StepRow]) -> list[DoneStep]:
+    """Return the steps of an ended task that succeeded, and depend on nothing that has to run again."""
+    graph = {step.step_index: json.loads(step.depends_on) for step in steps}
+    settled: set[int] = set()
+    done = []
+    for index in graphlib.TopologicalSorter(graph).static_order():
+        step = steps[index]
+        if not settled.issuperset(graph[index]) or step.result not in (Result.SUCCEEDED, Result.NOT_RUN):
+            continue
+        settled.add(index)
+        if step.result == Result.SUCCEEDED:
+            done.append(DoneStep(index, step.started_ns, step.ended_ns, step.attempt, step.output_bytes))
+    if len(settled) == len(steps):
+        raise Conflict("none of its steps has failed")
+    return sorted(done)
+
+
 def _action_audit(action: str, reason: str) -> str:
     return f"{action}, reason: {reason}" if reason else action
 
@@ -12310,6 +12589,11 @@ def _task_parameters() -> Json:
         "delay": ("How long it waits at least before its first step", schema_reference("Duration"), "10m"),
         "at": ("Before which moment no step starts", time_schema("RFC 3339"), "2022-11-18T16:14:23+08:00"),
         "paused": ("true: held until it is resumed", boolean, "true"),
+        "only": (
+            "failed: what succeeded counts as done, and the workspace begins as a copy",
+            {"type": "string", "enum": [*_RERUN_CHOICES], "default": _RERUN_CHOICES[0]},
+            "failed",
+        ),
         "action": ("What to do", {"type": "string", "enum": ["stop", "pause", "resume"], "default": "stop"}, "pause"),
         "reason": ("Why, for those who read it later", reason, "maintenance"),
         "signal": (
@@ -12467,6 +12751,16 @@ class TaskApi:
                 is_limited=True,
             ),
             Route(
+                "POST",
+                _TASK_PATH + "/rerun",
+                self.rerun_task,
+                "Submits a task again",
+                "Accepted",
+                ("only", "id", "env_vars"),
+                errors=(409, 507),
+                is_limited=True,
+            ),
+            Route(
                 "GET",
                 _TASK_PATH + "/submission",
                 self.show_submission,
@@ -12547,7 +12841,9 @@ class TaskApi:
         yield b"]," + to_json(end)[1:].encode() + b"}"
 
     def submit_task(self, request: Request) -> Response:
-        submission = parse_submission(request.body, request.query, INTERPRETERS)
+        return self._submit(parse_submission(request.body, request.query, INTERPRETERS), request)
+
+    def _submit(self, submission: TaskSpec, request: Request) -> Response:
         accepted = self._scheduler.submit(submission, request.label)
         audit = f"task {accepted.id}, steps: {accepted.step_count}"
         if not accepted.is_new:
@@ -12607,11 +12903,42 @@ class TaskApi:
         return json_response(data, code, message)
 
     def show_submission(self, request: Request) -> Response:
-        task = self._store.task(request.params["task"])
+        submission = self._submission(self._store.task(request.params["task"]))
+        return json_response({"query": submission.query, "steps": json.loads(submission.steps)})
+
+    def _submission(self, task: TaskRow) -> Submission:
         submission = self._store.submission(task.task_number)
         if submission is None:
             raise NotFound("the task was accepted by an earlier version, which did not keep its submission")
-        return json_response({"query": submission.query, "steps": json.loads(submission.steps)})
+        return submission
+
+    def rerun_task(self, request: Request) -> Response:
+        only = _choice(request.query, "only", _RERUN_CHOICES)
+        task = self._store.task(request.params["task"])
+        submission = self._submission(task)
+        spec = parse_rerun(submission.query, json.loads(submission.steps), task.id, request.query, INTERPRETERS)
+        if only == "failed":
+            if task.ended_ns is None:
+                raise Conflict(f"task {task.id!r} has not ended")
+            if task.copy_of:
+                raise Conflict(f"task {task.id!r} has not got all files of its parent: rerun {task.parent!r}")
+            done = steps_done(self._store.steps(task.task_number))
+            self._check_room(task.task_number)
+            spec = continue_task(spec, task.task_number, done)
+        return self._submit(spec, request)
+
+    def _check_room(self, task_number: int) -> None:
+        """Raise StorageFull unless there is room for a copy of a task's files."""
+        needed = 0
+        try:
+            with self._files.enter(str(task_number)) as directory:
+                for _, _, _, status in directory.walk():
+                    needed += getattr(status, "st_blocks", 0) * 512 or status.st_size  # stat(2): blocks of 512 bytes
+        except OSError as error:
+            log.warning("task number %d: its files cannot be measured: %s", task_number, error)
+        free = shutil.disk_usage(self._files.path).free
+        if needed > free:
+            raise StorageFull(f"a copy of its files takes {needed} bytes, and {free} are free on the disk of --root")
 
     def act_on_task(self, request: Request) -> Response:
         action = _choice(request.query, "action", ("stop", "pause", "resume"))
@@ -14297,7 +14624,7 @@ class Daemon:
         closing.callback(tasks.janitor.stop)
         closing.callback(self._end_steps, tasks.scheduler)
         strays = tasks.recovery.run()
-        tasks.scheduler.start(tasks.runner.run, tasks.runner.clean_up)
+        tasks.scheduler.start(tasks.runner.run, tasks.runner.clean_up, tasks.runner.copy_files)
         tasks.janitor.start(strays)
 
     # -- while it runs

@@ -1200,6 +1200,7 @@ ROUTES = {
     "/api/v1/task": "GET POST",
     "/api/v1/task/:task": "GET PUT DELETE",
     "/api/v1/task/:task/submission": "GET",
+    "/api/v1/task/:task/rerun": "POST",
     "/api/v1/task/:task/:step": "GET PUT",
     "/api/v1/task/:task/:step/console": "GET",
     "/api/v1/task/:task/workspace": "GET HEAD POST DELETE",
@@ -2114,6 +2115,85 @@ def test_second_stop_of_a_task_ends_its_cleaning_up_too(launch: Callable[..., Da
     assert [one["result"] for one in daemon.steps(task)] == ["stopped", "running", "waiting"]
     assert daemon.put(f"/api/v1/task/{task}").code == 0
     assert [one["result"] for one in daemon.ended(task).data] == ["stopped", "stopped", "stopped"]
+
+
+def rerun(daemon: Daemon, task: str, query: str = "only=failed") -> Answer:
+    return daemon.post(f"/api/v1/task/{task}/rerun?{query}", "")
+
+
+def flaky(gate: Path, **fields: Any) -> dict[str, Any]:
+    """A step that fails until the gate is open."""
+    content = f"import os, sys\nprint(os.environ.get('kind'))\nsys.exit(not os.path.exists({str(gate)!r}))"
+    return python(content, **fields)
+
+
+def test_rerun_of_what_failed_takes_over_the_rest_and_outlives_its_parent(daemon: Daemon, gate: Path) -> None:
+    first = python("print('built')\nopen('product', 'w').write('x' * 9)", stderr="apart")
+    task = daemon.submit(first, flaky(gate), python("print(open('product').read())"), id="build")
+    assert daemon.ended(task).code == 1002
+    gate.touch()
+    answer = rerun(daemon, task, "only=failed&id=build-again&env_vars=kind=second")
+    assert (answer.code, answer.data["id"]) == (0, "build-again")
+    assert daemon.ended("build-again").json["task"]["parent"] == "build"
+    assert rerun(daemon, task, "only=failed&id=build-again&env_vars=kind=second").data == answer.data
+    assert rerun(daemon, task, "id=build-again").status == 409
+    assert daemon.request("DELETE", f"/api/v1/task/{task}").code == 0
+    again = daemon.detail("build-again")
+    assert [one["result"] for one in again.data] == ["succeeded"] * 3
+    assert [daemon.console("build-again", n).data for n in range(3)] == [["built"], ["second"], ["x" * 9]]
+    assert rerun(daemon, "build-again").head == (409, 409, "none of its steps has failed")
+
+
+def test_rerun_repeats_the_whole_submission_under_another_id(daemon: Daemon, gate: Path) -> None:
+    steps = [step(name="a"), flaky(gate, depends_on=["a"]), step(depends_on=["whole-1"], when="always")]
+    task = daemon.submit(*steps, id="whole", async_="", ansync="1", env_vars="kind=x")
+    assert daemon.ended(task).code == 1002
+    gate.touch()
+    again = rerun(daemon, task, "").data["id"]
+    assert [one["name"] for one in daemon.ended(again).data] == ["a", f"{again}-1", f"{again}-2"]
+    assert daemon.detail(again).code == 0 and daemon.console(again, 1).data == ["x"]
+
+
+def test_rerun_refuses_what_cannot_be(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(held(gate))
+    assert rerun(daemon, "nobody").code == 1003
+    assert rerun(daemon, task, "only=some").status == 400
+    assert rerun(daemon, task, "id=a/b").status == 400
+    assert rerun(daemon, task).status == 409
+    assert daemon.detail(f"{task}/rerun").status == 405
+    gate.touch()
+
+
+@posix_only
+def test_rerun_copies_holes_and_links_as_they_are_and_no_device(daemon: Daemon, gate: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret\n")
+    content = (
+        f"mkdir -p deep/er; echo x >deep/er/file; chmod 750 deep/er/file; ln -s '{tmp_path}' out; "
+        "ln -s nothing dangling; mkfifo pipe; truncate -s 100G sparse; echo end >>sparse; ln deep/er/file hard"
+    )
+    task = daemon.submit(step(content), flaky(gate), step("ls -lR"))
+    assert daemon.ended(task).data[0]["code"] == 0
+    gate.touch()
+    again = rerun(daemon, task).data["id"]
+    assert daemon.ended(again).code == 0
+    place = daemon.root / "tasks" / number_of(daemon, again) / "workspace"
+    assert sorted(os.listdir(place)) == ["dangling", "deep", "hard", "out", "sparse"]
+    assert [os.readlink(place / name) for name in ("dangling", "out")] == ["nothing", str(tmp_path)]
+    assert (place / "deep" / "er" / "file").stat().st_mode & 0o777 == 0o750
+    sparse = (place / "sparse").stat()
+    assert sparse.st_size == 100 * 2**30 + 4 and sparse.st_blocks * 512 < 2**20
+
+
+@linux_only
+def test_rerun_that_the_disk_has_no_room_for_is_507_before_it_begins(
+    small_disk: Path, launch: Callable[..., Daemon]
+) -> None:
+    daemon = launch(root=small_disk / "root")
+    free = shutil.disk_usage(small_disk).free
+    task = daemon.submit(step(f"head -c {free * 2 // 3} /dev/urandom >big"), step("exit 1"))
+    assert daemon.ended(task).data[0]["code"] == 0
+    answer = rerun(daemon, task, "only=failed&id=too-big")
+    assert answer.status == 507 and "free" in answer.message and daemon.detail("too-big").code == 1003
 
 
 # ======================================================================================================================
@@ -4141,8 +4221,8 @@ def test_crash_at_any_point_of_any_attempt_runs_none_twice(launch: Callable[...,
     daemon, file = launch(), tmp_path / "attempts"
     content = f"open({str(file)!r}, 'a').write(os.environ['TASK_STEP_ATTEMPT'] + '\\n')\n"
     steps = [python(f"import os\n{content}{fails_until(6)}", retry={"limit": 9, "delay": "1ms"})]
+    daemon.end()
     for point in ("begun", "ended", "stored", "begun", "spawned", "stored", "spawned", "ended"):
-        daemon.end()
         daemon.env["REMOTE_EXECUTOR_FAILPOINT"] = point
         with contextlib.suppress(OSError, http.client.HTTPException, AssertionError):
             daemon.start()
@@ -4153,6 +4233,38 @@ def test_crash_at_any_point_of_any_attempt_runs_none_twice(launch: Callable[...,
     (first,) = daemon.ended("again").data
     assert (first["result"], first["attempt"], marks(file)) == ("succeeded", 6, [*"123456"])
     assert daemon.try_submit(steps, id="again").code == 0
+
+
+@pytest.mark.parametrize("has_parent", [True, False])
+def test_crash_before_the_end_of_a_copy_begins_it_anew_or_runs_nothing(
+    launch: Callable[..., Daemon], gate: Path, tmp_path: Path, has_parent: bool
+) -> None:
+    daemon = launch()
+    cleaner = mark(tmp_path / "cleaned", "x", when="always")
+    task = daemon.submit(python("open('product', 'w').write('x' * 9)"), flaky(gate), cleaner)
+    assert daemon.ended(task).code == 1002
+    daemon.end()
+    daemon.env["REMOTE_EXECUTOR_FAILPOINT"] = "accepted"
+    daemon.start()
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        rerun(daemon, task, "only=failed&id=again")
+    daemon.await_end()
+    del daemon.env["REMOTE_EXECUTOR_FAILPOINT"]
+    place = daemon.root / "tasks" / "2" / "workspace"
+    place.mkdir(parents=True)
+    (place / "half").touch()
+    if not has_parent:
+        with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as database, database:
+            database.execute("DELETE FROM task WHERE seq = 1")
+    gate.touch()
+    daemon.start()
+    words = ["succeeded", "succeeded", "succeeded"] if has_parent else ["succeeded", "not_started", "not_run"]
+    assert [one["result"] for one in daemon.ended("again").data] == words
+    assert marks(tmp_path / "cleaned") == ["x"] * (1 + has_parent)
+    if has_parent:
+        assert os.listdir(place) == ["product"]
+    else:
+        assert "copy" in daemon.steps("again")[1]["msg"] and rerun(daemon, "again").status == 409
 
 
 @repeated(4 if WINDOWS else 10, 200)
@@ -5105,7 +5217,7 @@ class House:
         self.recovery = code.Recovery(*rooms, self.runner)
 
     def start(self, run: Callable[[Any], None] | None = None) -> None:
-        self.scheduler.start(run or self.runner.run, self.runner.clean_up)
+        self.scheduler.start(run or self.runner.run, self.runner.clean_up, self.runner.copy_files)
 
     def submit(self, *steps: dict[str, Any], **query: str) -> Any:
         """What the scheduler answers for a submission."""
