@@ -2450,21 +2450,18 @@ class SafeDirectory:
 
         Nothing that is mounted there is copied. Raises OSError.
         """
-        for directory, names, name, status in other.walk():
+        for entry in other.walk():
             if not is_wanted():
                 return
-            if _is_link(status):
-                self._copy_link(directory, name, *names, name)
-            elif stat.S_ISDIR(status.st_mode):
-                self.make(*names, name)
-            elif stat.S_ISREG(status.st_mode):
-                self.copy_file(directory, name, *names, name)
+            if _is_link(entry.status):
+                self._copy_link(entry.directory, *entry.names)
+            elif stat.S_ISDIR(entry.status.st_mode):
+                self.make(*entry.names)
+            elif stat.S_ISREG(entry.status.st_mode):
+                self.copy_file(entry.directory, *entry.names)
 
-    def walk(self) -> Iterator[tuple[SafeDirectory, tuple[str, ...], str, os.stat_result]]:
-        """Yield directory, its names in this one, name and status of each entry at any depth, each above its content.
-
-        Raises OSError.
-        """
+    def walk(self) -> Iterator[WalkedEntry]:
+        """Yield the entries at any depth, a directory before what is in it. Raises OSError."""
         pending: list[tuple[str, ...]] = [()]
         while pending:
             names = pending.pop()
@@ -2479,11 +2476,14 @@ class SafeDirectory:
                     status = directory.status(entry.name)
                     if stat.S_ISDIR(status.st_mode) and not _is_link(status):
                         pending.append((*names, entry.name))
-                    yield directory, names, entry.name, status
+                    yield WalkedEntry(directory, (*names, entry.name), status)
 
-    def copy_file(self, other: SafeDirectory, name: str, *names: str) -> None:
-        """Copy a regular file of `other`, with its times and rights, to where nothing is yet. Raises OSError."""
-        with other.read(name) as source, self._parent(names) as (path, parent):
+    def copy_file(self, other: SafeDirectory, *names: str) -> None:
+        """Copy a regular file of `other`, with its times and rights, to where nothing is yet. Raises OSError.
+
+        The last of the names is that of the file in `other` too.
+        """
+        with other.read(names[-1]) as source, self._parent(names) as (path, parent):
             status = os.fstat(source.fileno())
             descriptor = os.open(path, _NEW_FILE_FLAGS, 0o600, dir_fd=parent)
             with io.FileIO(descriptor, "w") as target:
@@ -2494,14 +2494,16 @@ class SafeDirectory:
                     os.chmod(descriptor, status.st_mode & 0o777)
                     os.utime(descriptor, ns=(status.st_atime_ns, status.st_mtime_ns))
 
-    def _copy_link(self, other: SafeDirectory, name: str, *names: str) -> None:
-        with other._parent([name]) as (source, source_parent), self._parent(names) as (path, parent):
+    def _copy_link(self, other: SafeDirectory, *names: str) -> None:
+        with other._parent(names[-1:]) as (source, source_parent):
+            destination = os.readlink(source, dir_fd=source_parent)
+        with self._parent(names) as (path, parent):
             try:
-                os.symlink(os.readlink(source, dir_fd=source_parent), path, dir_fd=parent)
+                os.symlink(destination, path, dir_fd=parent)
             except OSError as error:
                 if not ON_WINDOWS:
                     raise
-                log.warning("the link %s cannot be copied: %s", source, error)  # that needs a right of its own there
+                log.warning("the link %s cannot be copied: %s", path, error)  # that needs a right of its own there
 
     def unlink(self, *names: str) -> None:
         """Remove what is no directory, a link itself. Raises OSError."""
@@ -2594,6 +2596,14 @@ class SafeDirectory:
             raise OSError(errno.EXDEV, "is mounted")
 
 
+class WalkedEntry(NamedTuple):
+    """An entry of a tree: the directory that it is in, its names from the top, its own status."""
+
+    directory: SafeDirectory
+    names: tuple[str, ...]
+    status: os.stat_result
+
+
 _COPY_BLOCK_BYTES = 1 << 20
 
 
@@ -2614,7 +2624,12 @@ def _data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
         yield begin, end
 
 
-def _copy_range(source: io.FileIO, target: io.FileIO, begin: int, end: int) -> None:
+def _copy_range(
+    source: io.FileIO,
+    target: io.FileIO,
+    begin: int,
+    end: int,
+) -> None:
     source.seek(begin)
     target.seek(begin)
     while begin < end:
@@ -4158,7 +4173,7 @@ class _Outputs:
         self.files: set[FileIdentity] = set()
         self.begin_s = float("inf")
         for step_dir in step_dirs:
-            for name in _OUTPUT_NAMES:
+            for name in _STEP_OUTPUTS:
                 with contextlib.suppress(OSError):  # it is gone, or there is none
                     output = os.lstat(os.path.join(step_dir, name))
                     if stat.S_ISREG(output.st_mode):  # a script may have put something else there
@@ -4297,7 +4312,7 @@ def _environment_marks(entries: Iterable[bytes]) -> _Marks:
     return _Marks(step_dir, is_daemon=_DAEMON_KEY in variables)
 
 
-_OUTPUT_NAMES = (b"output", b"stderr")  # in a step's directory; those of an earlier attempt N have .N behind
+_STEP_OUTPUTS = (b"output", b"stderr")  # in a step's directory; those of an earlier attempt N have .N behind
 
 
 def _step_of_output(pid: int) -> bytes:
@@ -4307,7 +4322,7 @@ def _step_of_output(pid: int) -> bytes:
         with contextlib.suppress(OSError):  # the process is gone, or we may not read that
             target = os.readlink(f"/proc/{pid}/fd/{number}".encode())
             directory, _, name = target.rpartition(b"/")
-            if name.partition(b".")[0] in _OUTPUT_NAMES:
+            if name.partition(b".")[0] in _STEP_OUTPUTS:
                 step_dir = directory
     return step_dir
 
@@ -4623,7 +4638,13 @@ class PosixProcesses(StepProcesses):
         self._become_reaper()
         wake_pipe = os.pipe()  # first, for nothing may fail once the step runs
         try:
-            with _open_streams(step_dir, has_stdin, stderr_is_apart) as streams:
+            with contextlib.ExitStack() as closing:
+                stdin = self._null
+                if has_stdin:
+                    file = closing.enter_context(SafeDirectory(step_dir).read("stdin"))
+                    stdin = file.fileno()
+                outputs = closing.enter_context(_open_outputs(step_dir, stderr_is_apart))
+                streams = _Streams(stdin, outputs[0], outputs[-1])
                 child = self._spawn(command, step_dir, cwd, env, streams)
         except OSError:
             for descriptor in wake_pipe:
@@ -4727,7 +4748,7 @@ class PosixProcesses(StepProcesses):
             environment, arguments = self._environment_for(command, step_dir, marked_env)
             return subprocess.Popen(
                 ["/bin/sh", "-c", self._wrapper, step_dir, *self._limits, *arguments],
-                stdin=self._null if streams.stdin is None else streams.stdin,
+                stdin=streams.stdin,
                 stdout=streams.stdout,
                 stderr=streams.stderr,
                 cwd=cwd,
@@ -4786,26 +4807,26 @@ def _discard(path: str) -> None:
 
 
 class _Streams(NamedTuple):
-    """The descriptors of a step's standard streams; `stdin` is None where it is empty."""
+    """The descriptors of a step's standard streams."""
 
-    stdin: int | None
+    stdin: int
     stdout: int
     stderr: int
 
 
 @contextlib.contextmanager
-def _open_streams(step_dir: str, has_stdin: bool, stderr_is_apart: bool) -> Iterator[_Streams]:
-    """Yield the streams of a step that starts; on an error remove the files of its output. Raises OSError."""
+def _open_outputs(step_dir: str, stderr_is_apart: bool) -> Iterator[list[int]]:
+    """Yield the descriptors of a new step's outputs; on an error remove their files. Raises OSError."""
+    names = ["output"]
+    if stderr_is_apart:
+        names.append("stderr")
+    outputs = []
     with contextlib.ExitStack() as closing, contextlib.ExitStack() as undo:
-        stdin = None
-        if has_stdin:
-            stdin = closing.enter_context(SafeDirectory(step_dir).read("stdin")).fileno()
-        outputs = []
-        for name in ("output", "stderr")[: 1 + stderr_is_apart]:
+        for name in names:
             outputs.append(_create(step_dir, name, os.O_APPEND))
             closing.callback(os.close, outputs[-1])
             undo.callback(_discard, os.path.join(step_dir, name))
-        yield _Streams(stdin, outputs[0], outputs[-1])
+        yield outputs
         undo.pop_all()
 
 
@@ -5411,8 +5432,12 @@ class WindowsProcesses:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT  # opened to read too: nobody can open it and deny reading
         output = os.open(os.path.join(step_dir, "output"), flags, 0o600)
         try:
-            with SafeDirectory(step_dir).read("stdin") if has_stdin else open(os.devnull, "rb") as stdin:
-                child = self._spawn(line, stdin.fileno(), output, cwd, environment)
+            with contextlib.ExitStack() as closing:
+                stdin = self._null
+                if has_stdin:
+                    stdin_file = closing.enter_context(SafeDirectory(step_dir).read("stdin"))
+                    stdin = stdin_file.fileno()
+                child = self._spawn(line, stdin, output, cwd, environment)
         except ValueError as error:  # such as a NUL
             raise OSError(errno.EINVAL, str(error)) from error
         finally:
@@ -5879,25 +5904,42 @@ def parse_rerun(
     command_types: Iterable[str],
 ) -> TaskSpec:
     """Return the task that repeats a submission, with the id and `env_vars` of these changes. Raises BadRequest."""
-    parameters = [pair for pair in urllib.parse.parse_qsl(query, keep_blank_values=True) if pair[0] != "id"]
-    parameters += [pair for pair in changes if pair[0] == "env_vars"]
+    parameters = []
+    for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
+        if name != "id":
+            parameters.append((name, value))
+    for name, value in changes:
+        if name == "env_vars":
+            parameters.append((name, value))
     task_id = _parse_task_id(_parse_query(changes)["id"][1])
-    names = {f"{parent}-{index}": f"{task_id}-{index}" for index, item in enumerate(steps) if not item.get("name")}
+    parameters.append(("id", task_id))
+    _rename_defaults(steps, parent, task_id)
+    body = json.dumps(steps).encode()
+    spec = parse_submission(body, parameters, command_types)
+    fingerprint = _fingerprint([spec.fingerprint, parent])
+    return spec._replace(parent=parent, fingerprint=fingerprint)
+
+
+def _rename_defaults(steps: Sequence[dict[str, Any]], task_id: str, new_id: str) -> None:
+    """Change what steps depend on, where that are default names, which have the id of their task."""
+    names = {}
+    for index, item in enumerate(steps):
+        if not item.get("name"):
+            names[f"{task_id}-{index}"] = f"{new_id}-{index}"
     for item in steps:
         for key in ("depets_on", "depends_on"):
             if item.get(key):
                 item[key] = [names.get(name, name) for name in item[key]]
-    body = json.dumps(steps).encode()
-    spec = parse_submission(body, [*parameters, ("id", task_id)], command_types)
-    return spec._replace(parent=parent, fingerprint=_fingerprint([spec.fingerprint, parent]))
 
 
 def continue_task(spec: TaskSpec, parent_number: int, done: Sequence[DoneStep]) -> TaskSpec:
     """Return the same task, which takes over these steps of its parent, and its workspace."""
+    indexes = [step.step_index for step in done]
+    fingerprint = _fingerprint([spec.fingerprint, parent_number, indexes])
     return spec._replace(
         copy_of=parent_number,
         done=tuple(done),
-        fingerprint=_fingerprint([spec.fingerprint, parent_number, [step.step_index for step in done]]),
+        fingerprint=fingerprint,
     )
 
 
@@ -6109,6 +6151,10 @@ def _parse_stdin(where: str, item: Mapping[str, Any]) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
+def _is_failure_code(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MAX_EXIT_CODE
+
+
 def _parse_retry(where: str, value: Any) -> Retry | None:
     """Return how often a step is tried again, None where it is not."""
     if value is None:
@@ -6121,7 +6167,7 @@ def _parse_retry(where: str, value: Any) -> Retry | None:
         raise BadRequest(f"{where}.limit: must be a number from 1 to {MAX_RETRIES}")
     if type(backoff) not in (int, float) or not 1 <= backoff <= MAX_BACKOFF:
         raise BadRequest(f"{where}.backoff: must be a number from 1 to {MAX_BACKOFF}")
-    if not isinstance(codes, list) or not all(type(code) is int and 0 < code <= MAX_EXIT_CODE for code in codes):
+    if not isinstance(codes, list) or not all(map(_is_failure_code, codes)):
         raise BadRequest(f"{where}.codes: must be a list of exit codes from 1 to {MAX_EXIT_CODE}")
     try:
         delay_ns = parse_duration(_require_str(f"{where}.delay", delay))
@@ -6630,7 +6676,8 @@ class StepDirectory:
                 for stream in OUTPUT_STREAMS:
                     _rename_once(directory, output_name(stream), output_name(stream, attempt))
                 names = [entry.name for entry in directory.entries()]
-                return all([directory.remove(name) for name in names if not _EARLIER_OUTPUT.fullmatch(name)])
+                others = [name for name in names if not _EARLIER_OUTPUT.fullmatch(name)]
+                return all([directory.remove(name) for name in others])
         except OSError as error:
             if is_scarcity(error):
                 raise
@@ -6662,7 +6709,8 @@ class StepDirectory:
         total = 0
         for stream in OUTPUT_STREAMS:
             with contextlib.suppress(OSError):  # there is none, or the step has removed it
-                total += os.lstat(os.path.join(self.path, output_name(stream))).st_size
+                path = os.path.join(self.path, output_name(stream))
+                total += os.lstat(path).st_size
         return total
 
     def read_output(self) -> Iterator[bytes]:
@@ -8027,8 +8075,26 @@ def _insert_task(db: sqlite3.Connection, task: Mapping[str, Any], spec: TaskSpec
         env = json.dumps(spec.env + step.env)
         key = (task_number, index)
         options = (step.when.value, json.dumps(step.retry))
-        steps.append((*key, step.name, depends_on, step.timeout_ns, step.command_type, *options))
-        scripts.append((*key, step.command_type, env, step.content, step.stdin, step.stderr))
+        steps.append(
+            (
+                *key,
+                step.name,
+                depends_on,
+                step.timeout_ns,
+                step.command_type,
+                *options,
+            )
+        )
+        scripts.append(
+            (
+                *key,
+                step.command_type,
+                env,
+                step.content,
+                step.stdin,
+                step.stderr,
+            )
+        )
     db.executemany(
         "INSERT INTO step (task, idx, name, needs, timeout_ns, command_type, condition, retry) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -8251,8 +8317,12 @@ class Task:
 
     def waiting_steps(self) -> list[Step]:
         """Return the steps that wait for a slot or for their next attempt, and that its stop ends."""
-        waiting = [step for step in self.steps if step.phase is Phase.READY and self.ends_by_stop(step)]
-        return waiting + [step for step in self.steps if step.phase is Phase.RETRYING]
+        waiting = []
+        for step in self.steps:
+            is_ended = step.phase is Phase.READY and self.ends_by_stop(step)
+            if is_ended or step.phase is Phase.RETRYING:
+                waiting.append(step)
+        return waiting
 
     def ended_steps(self) -> list[Step]:
         """Return the steps that have run and may have left processes behind."""
@@ -8505,7 +8575,8 @@ class Scheduler:
             trees += [step.tree for step in active if step.tree]  # the deadline of those that clean up is another now
             self._queue_cleanup(task)
             self._hold_or_queue(task)
-            self._end_steps(task, [(step, forced(task.stop_reason)) for step in task.waiting_steps()])
+            outcome = forced(task.stop_reason)
+            self._end_steps(task, [(step, outcome) for step in task.waiting_steps()])
             deferred = self._dispatch()
         _wake(trees)
         self._run_deferred(deferred)
@@ -8697,7 +8768,12 @@ class Scheduler:
         if step.stop_reason:
             self._end_steps(task, [(step, forced(step.stop_reason))])
 
-    def finish(self, step: Step, outcome: Outcome, tree_has_ended: bool = False) -> Outcome | None:
+    def finish(
+        self,
+        step: Step,
+        outcome: Outcome,
+        tree_has_ended: bool = False,
+    ) -> Outcome | None:
         """End a step or its attempt, and return how, with its tree taken from it where it is tried again.
 
         Return None, having done nothing, where its tree must be stopped first.
@@ -9158,11 +9234,15 @@ class Runner:
         self._files.make(number)
         self._files.make(number, "workspace")
         if self._has_files(parent, "workspace"):
-            with self._files.enter(parent, "workspace") as source, self._files.enter(number, "workspace") as target:
+            with contextlib.ExitStack() as closing:
+                source = closing.enter_context(self._files.enter(parent, "workspace"))
+                target = closing.enter_context(self._files.enter(number, "workspace"))
                 target.copy_from(source, is_wanted)
         for step in task.steps:
-            if step.phase is Phase.ENDED and is_wanted() and self._has_files(parent, str(step.index)):
-                self._copy_outputs(parent, number, str(step.index))
+            index = str(step.index)
+            has_output = step.phase is Phase.ENDED and self._has_files(parent, index)
+            if has_output and is_wanted():
+                self._copy_outputs(parent, number, index)
         if not self._store.has_task(task.copy_of):  # files go after their record: what was copied may be a part
             raise FileNotFoundError(errno.ENOENT, "it has expired meanwhile")
 
@@ -9177,8 +9257,9 @@ class Runner:
         self._files.make(number, index)
         with self._files.enter(parent, index) as source:
             for entry in [*source.entries()]:
-                if is_output_name(entry.name) and stat.S_ISREG(source.status(entry.name).st_mode):
-                    self._files.copy_file(source, entry.name, number, index, entry.name)
+                is_file = stat.S_ISREG(source.status(entry.name).st_mode)
+                if is_file and is_output_name(entry.name):
+                    self._files.copy_file(source, number, index, entry.name)
 
     def remove_empty_workspace(self, task_number: int) -> None:
         """Remove the workspace of an ended task if it is empty."""
@@ -12352,11 +12433,21 @@ def steps_done(steps: Sequence[StepRow]) -> list[DoneStep]:
     done = []
     for index in graphlib.TopologicalSorter(graph).static_order():
         step = steps[index]
-        if not settled.issuperset(graph[index]) or step.result not in (Result.SUCCEEDED, Result.NOT_RUN):
+        if step.result not in (Result.SUCCEEDED, Result.NOT_RUN):
+            continue
+        if not settled.issuperset(graph[index]):
             continue
         settled.add(index)
         if step.result == Result.SUCCEEDED:
-            done.append(DoneStep(index, step.started_ns, step.ended_ns, step.attempt, step.output_bytes))
+            done.append(
+                DoneStep(
+                    index,
+                    step.started_ns,
+                    step.ended_ns,
+                    step.attempt,
+                    step.output_bytes,
+                )
+            )
     if len(settled) == len(steps):
         raise Conflict("none of its steps has failed")
     return sorted(done)
@@ -12916,7 +13007,14 @@ class TaskApi:
         only = _choice(request.query, "only", _RERUN_CHOICES)
         task = self._store.task(request.params["task"])
         submission = self._submission(task)
-        spec = parse_rerun(submission.query, json.loads(submission.steps), task.id, request.query, INTERPRETERS)
+        steps = json.loads(submission.steps)
+        spec = parse_rerun(
+            submission.query,
+            steps,
+            task.id,
+            request.query,
+            INTERPRETERS,
+        )
         if only == "failed":
             if task.ended_ns is None:
                 raise Conflict(f"task {task.id!r} has not ended")
@@ -12932,8 +13030,9 @@ class TaskApi:
         needed = 0
         try:
             with self._files.enter(str(task_number)) as directory:
-                for _, _, _, status in directory.walk():
-                    needed += getattr(status, "st_blocks", 0) * 512 or status.st_size  # stat(2): blocks of 512 bytes
+                for entry in directory.walk():
+                    blocks = getattr(entry.status, "st_blocks", 0)  # of 512 bytes (stat(2)); not on Windows
+                    needed += blocks * 512 or entry.status.st_size
         except OSError as error:
             log.warning("task number %d: its files cannot be measured: %s", task_number, error)
         free = shutil.disk_usage(self._files.path).free
@@ -14624,7 +14723,8 @@ class Daemon:
         closing.callback(tasks.janitor.stop)
         closing.callback(self._end_steps, tasks.scheduler)
         strays = tasks.recovery.run()
-        tasks.scheduler.start(tasks.runner.run, tasks.runner.clean_up, tasks.runner.copy_files)
+        runner = tasks.runner
+        tasks.scheduler.start(runner.run, runner.clean_up, runner.copy_files)
         tasks.janitor.start(strays)
 
     # -- while it runs
