@@ -5886,6 +5886,27 @@ def test_fingerprint_of_a_submission_is_that_of_1_0(house: House) -> None:
     assert fingerprinted(house) == FINGERPRINT
 
 
+def test_what_cleans_up_after_a_stop_has_a_minute_or_its_own_timeout(house: House) -> None:
+    house.start()
+    steps = [step(), step(when="always"), step(when="always", timeout="2h")]
+    task = house.scheduler._tasks[house.submit(*steps, ansync="1").task_number]
+    wait_until(lambda: all(one.tree for one in task.steps), "three starts")
+    before = [house.runner._deadline_ns(one) - one.started_ns for one in task.steps]
+    assert before[0] == before[1] == house.runner._settings.exec_timeout and before[2] == 7200 * 10**9
+    house.scheduler.stop_task(task.number)
+    assert house.runner._deadline_ns(task.steps[1]) == task.stopped_ns + 60 * 10**9
+    assert house.runner._deadline_ns(task.steps[2]) == task.steps[2].started_ns + 7200 * 10**9
+    for tree in house.processes.trees:
+        tree.end(0)
+    assert [code for _, code, _ in house.ended(task.number)] == [255, 0, 0]
+
+
+def test_retry_waits_ever_longer_up_to_an_hour() -> None:
+    retry = module().Retry(100, 10 * 10**9, 2.0, ())
+    delays = [retry.delay_after(attempt) // 10**9 for attempt in (1, 2, 3, 9, 10, 100)]
+    assert delays == [10, 20, 40, 2560, 3600, 3600]
+
+
 def test_fingerprint_changes_by_each_field_that_is_given_and_by_no_other(house: House) -> None:
     assert fingerprinted(house) == FINGERPRINT
     fields = ({}, {"stdin": "x"}, {"stderr": "apart"}, {"when": "always"}, {"retry": {}}, {"retry": {"limit": 2}})
