@@ -2445,7 +2445,11 @@ class SafeDirectory:
         with other._parent([name]) as (source, source_parent), self._parent(names, may_make=True) as (target, parent):
             _replace(source, target, source_parent, parent)
 
-    def copy_from(self, other: SafeDirectory, is_wanted: Callable[[], bool]) -> None:
+    def copy_from(
+        self,
+        other: SafeDirectory,
+        is_wanted: Callable[[], bool],
+    ) -> None:
         """Copy all that is in `other`, as long as it is wanted: holes as holes, links as links; no pipe and no device.
 
         Nothing that is mounted there is copied. Raises OSError.
@@ -2607,7 +2611,10 @@ class WalkedEntry(NamedTuple):
 _COPY_BLOCK_BYTES = 1 << 20
 
 
-def _data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+def _data_ranges(
+    descriptor: int,
+    size: int,
+) -> Iterator[tuple[int, int]]:
     """Yield begin and end of what a file holds between its holes (lseek(2)); all of it where none are told."""
     if not hasattr(os, "SEEK_DATA"):
         yield 0, size
@@ -3719,7 +3726,7 @@ def _trapped_signals() -> list[int]:
 # `set -C`: what is there already, a link perhaps, is not written to. Where the disk is full the result goes into `pid`,
 # which has a block already, by the descriptor that was opened before the script could put another file there.
 _WRAPPER = (
-    'exec 8>&2 2>/dev/null; '
+    "exec 8>&2 2>/dev/null; "
     'exec 9>>"$0/pid"; echo "$$ wrapper" >&9 || exit 125; umask $1; ulimit -Sn $2; shift 2; '
     f"trap : {' '.join(map(str, _trapped_signals()))}; "
     '(echo begun >&9 || { kill -9 $$; exit; }; exec "$@" 2>&8 8>&- 9>&-); set -- $?; '
@@ -4815,7 +4822,10 @@ class _Streams(NamedTuple):
 
 
 @contextlib.contextmanager
-def _open_outputs(step_dir: str, stderr_is_apart: bool) -> Iterator[list[int]]:
+def _open_outputs(
+    step_dir: str,
+    stderr_is_apart: bool,
+) -> Iterator[list[int]]:
     """Yield the descriptors of a new step's outputs; on an error remove their files. Raises OSError."""
     names = ["output"]
     if stderr_is_apart:
@@ -5421,7 +5431,11 @@ class WindowsProcesses:
         stderr = "2>&1"
         if stderr_is_apart:
             stderr = f'2>>"{os.path.join(directory, "stderr")}"'
-        wrapper = _BATCH_WRAPPER.format(result=result, stderr=stderr, ping=system_program("ping.exe"))
+        wrapper = _BATCH_WRAPPER.format(
+            result=result,
+            stderr=stderr,
+            ping=system_program("ping.exe"),
+        )
         wrapper_file = os.path.join(step_dir, "run.bat")
         with open(wrapper_file, "w", encoding="ascii", newline="") as file:
             file.write(wrapper)
@@ -5920,7 +5934,11 @@ def parse_rerun(
     return spec._replace(parent=parent, fingerprint=fingerprint)
 
 
-def _rename_defaults(steps: Sequence[dict[str, Any]], task_id: str, new_id: str) -> None:
+def _rename_defaults(
+    steps: Sequence[dict[str, Any]],
+    task_id: str,
+    new_id: str,
+) -> None:
     """Change what steps depend on, where that are default names, which have the id of their task."""
     names = {}
     for index, item in enumerate(steps):
@@ -5932,7 +5950,11 @@ def _rename_defaults(steps: Sequence[dict[str, Any]], task_id: str, new_id: str)
                 item[key] = [names.get(name, name) for name in item[key]]
 
 
-def continue_task(spec: TaskSpec, parent_number: int, done: Sequence[DoneStep]) -> TaskSpec:
+def continue_task(
+    spec: TaskSpec,
+    parent_number: int,
+    done: Sequence[DoneStep],
+) -> TaskSpec:
     """Return the same task, which takes over these steps of its parent, and its workspace."""
     indexes = [step.step_index for step in done]
     fingerprint = _fingerprint([spec.fingerprint, parent_number, indexes])
@@ -6123,7 +6145,11 @@ MAX_BACKOFF = 100
 MAX_EXIT_CODE = 0xFFFF_FFFF  # of Windows
 
 
-def _parse_word(where: str, value: Any, words: Sequence[str]) -> str:
+def _parse_word(
+    where: str,
+    value: Any,
+    words: Sequence[str],
+) -> str:
     """Return one of these words, the first by default."""
     if value in (None, ""):
         return words[0]
@@ -7460,7 +7486,12 @@ class Store:
         notice = Notice(task_number, (step_index,))
         self._record(apply, task_number, notices=lambda _: [notice])
 
-    def retry(self, task_number: int, step_index: int, retry_at_ns: int) -> None:
+    def retry(
+        self,
+        task_number: int,
+        step_index: int,
+        retry_at_ns: int,
+    ) -> None:
         """Store that a step which failed is tried again, at this time at the earliest."""
 
         def apply(db: sqlite3.Connection) -> None:
@@ -7470,7 +7501,12 @@ class Store:
             )
 
         notice = Notice(task_number, (step_index,))
-        self._record(apply, task_number, is_durable=True, notices=lambda _: [notice])
+        self._record(
+            apply,
+            task_number,
+            is_durable=True,
+            notices=lambda _: [notice],
+        )
 
     def record_stop(
         self,
@@ -9253,7 +9289,12 @@ class Runner:
             return False
         return True
 
-    def _copy_outputs(self, parent: str, number: str, index: str) -> None:
+    def _copy_outputs(
+        self,
+        parent: str,
+        number: str,
+        index: str,
+    ) -> None:
         self._files.make(number, index)
         with self._files.enter(parent, index) as source:
             for entry in [*source.entries()]:
@@ -9315,7 +9356,12 @@ class Runner:
         others = dict(self._processes.initial_files)
         if script.stdin:
             others["stdin"] = binascii.a2b_base64(script.stdin)
-        file = self.directory(step).prepare(name, content, others, step.attempt)
+        file = self.directory(step).prepare(
+            name,
+            content,
+            others,
+            step.attempt,
+        )
         workspace = self._make_workspace(step)
         entries = (*script_environment(script.command_type), *script.env)
         env = self._environment(step, entries, workspace)
@@ -9443,7 +9489,11 @@ class Runner:
         tree = step.tree
         attempt = step.attempt
         tree_has_ended = tree_has_ended or tree is None
-        end = self._scheduler.finish(step, outcome._replace(output_bytes=output_bytes), tree_has_ended)
+        end = self._scheduler.finish(
+            step,
+            outcome._replace(output_bytes=output_bytes),
+            tree_has_ended,
+        )
         if end is None:
             return False
         if tree and step.tree is not tree:  # it is tried again, perhaps by another worker already
@@ -12471,7 +12521,12 @@ def accepted_json(
     warnings: Sequence[str] = (),
 ) -> Json:
     """Return what answers a submission; the timestamp is of the wall clock."""
-    data = {"count": step_count, "id": task_id, "url": _task_url(base_url, task_id), "timestamp": timestamp_ns}
+    data: Json = {
+        "count": step_count,
+        "id": task_id,
+        "url": _task_url(base_url, task_id),
+        "timestamp": timestamp_ns,
+    }
     if warnings:
         data["warnings"] = list(warnings)
     return data
