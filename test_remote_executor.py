@@ -1153,6 +1153,22 @@ def test_names_that_mean_nothing_are_told_of_in_a_few_lines() -> None:
         ("[1].timeout", {"timeout": "0s"}),
         ("[1].timeout", {"timeout": "9999999999h"}),
         ("[1].timeout", {"timeout": 5}),
+        ("[1].stdin", {"stdin": 5}),
+        ("[1].stdin_base64", {"stdin_base64": "?"}),
+        ("[1].stdin_base64", {"stdin": "a", "stdin_base64": "YQ=="}),
+        ("[1].stderr", {"stderr": "none"}),
+        ("[1].stderr", {"stderr": []}),
+        ("[1].when", {"when": "never"}),
+        ("[1].when", {"when": {}}),
+        ("[1].retry", {"retry": 3}),
+        ("[1].retry", {"retry": {"limits": 3}}),
+        ("[1].retry.limit", {"retry": {"limit": 0}}),
+        ("[1].retry.limit", {"retry": {"limit": True}}),
+        ("[1].retry.delay", {"retry": {"delay": "2h"}}),
+        ("[1].retry.delay", {"retry": {"delay": 5}}),
+        ("[1].retry.backoff", {"retry": {"backoff": 0.5}}),
+        ("[1].retry.codes", {"retry": {"codes": [0]}}),
+        ("[1].retry.codes", {"retry": {"codes": "1"}}),
     ],
 )
 def test_fields_out_of_rule_are_refused_and_located(daemon: Daemon, where: str, fields: dict[str, Any]) -> None:
@@ -1247,6 +1263,7 @@ ROUTES = {  # HEAD is where GET is
     "/api/v1/task": "GET POST",
     "/api/v1/task/:task": "GET PUT DELETE",
     "/api/v1/task/:task/submission": "GET",
+    "/api/v1/task/:task/rerun": "POST",
     "/api/v1/task/:task/:step": "GET PUT",
     "/api/v1/task/:task/:step/console": "GET",
     "/api/v1/task/:task/:step/output": "GET",
@@ -2470,6 +2487,265 @@ def test_interpreter_missing_lets_independent_branches_go_on(without_interpreter
         step(kind="zsh", name="a"), step(name="b", depets_on=["a"]), step(name="c"), ansync="1"
     )
     assert [(one["state"], one["code"]) for one in answer.data] == [(0, 255), (2, 0), (0, 0)]
+
+
+# What a step reads and writes apart, and when it runs once more or at all.
+
+
+COPY = "import shutil, sys\nshutil.copyfileobj(sys.stdin.buffer, sys.stdout.buffer)\n"
+
+
+@pytest.mark.parametrize("data", [b"one\ntwo", bytes(range(256)), b"x" * 2_000_000])
+def test_stdin_reaches_the_step_byte_by_byte(daemon: Daemon, data: bytes) -> None:
+    task = daemon.submit(python(COPY, stdin_base64=base64.b64encode(data).decode()))
+    assert daemon.ended(task).code == 0
+    (output,) = daemon.root.glob(f"tasks/{number_of(daemon, task)}/0/output")
+    assert output.read_bytes() == data
+
+
+def test_stdin_is_text_too_and_belongs_to_the_submission(daemon: Daemon) -> None:
+    steps = [python(COPY, stdin="za\u017c\u00f3\u0142\u0107\n"), step(script("cat", "@more"))]
+    task = daemon.submit(*steps, id="reads")
+    assert daemon.ended(task).code == 0
+    assert daemon.console(task).data == ["za\u017c\u00f3\u0142\u0107"]
+    assert [line for line in daemon.console(task, 1).data if line] == []
+    assert daemon.try_submit(steps, id="reads").code == 0
+    assert daemon.try_submit([{**steps[0], "stdin": "other"}, steps[1]], id="reads").code == 409
+
+
+BOTH = "import sys\nprint('out', flush=True)\nprint('err', file=sys.stderr, flush=True)\nsys.stdout.write('end')"
+
+
+def test_stderr_apart_is_a_file_of_its_own_and_the_console_shows_both(daemon: Daemon) -> None:
+    task = daemon.submit(python(BOTH, stderr="apart"), python(BOTH))
+    assert daemon.ended(task).code == 0
+    assert [daemon.console(task, n).data for n in (0, 1)] == [["out", "end", "err"], ["out", "err", "end"]]
+    place = daemon.root / "tasks" / number_of(daemon, task)
+    assert ((place / "0" / "stderr").read_text(), (place / "1" / "stderr").exists()) == ("err\n", False)
+    assert daemon.steps(task)[0]["output_bytes"] == sum((place / "0" / name).stat().st_size for name in OUTPUTS)
+
+
+OUTPUTS = ("output", "stderr")
+
+
+def number_of(daemon: Daemon, task: str) -> str:
+    """The name of a task's directory."""
+    with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as database:
+        return str(database.execute("SELECT seq FROM task WHERE id = ?", (task,)).fetchone()[0])
+
+
+def test_output_limit_counts_both_streams(launch: Callable[..., Daemon]) -> None:
+    content = "import sys, time\nsys.stdout.write('x' * 600)\nsys.stdout.flush()\nsys.stderr.write('y' * 600)\n"
+    daemon = launch("--max_output=1000")
+    answer = daemon.run(python(f"{content}sys.stderr.flush()\ntime.sleep(1000)", stderr="apart"))
+    assert answer.data[0]["result"] == "output_limit" and answer.data[0]["output_bytes"] == 1200
+
+
+def fails_until(attempt: int, code: int = 3) -> str:
+    """Python that prints which attempt it is, and ends with 0 at this one."""
+    begin = "import os, sys\nn = int(os.environ['TASK_STEP_ATTEMPT'])\nprint(n)\n"
+    return f"{begin}sys.exit({code} if n < {attempt} else 0)"
+
+
+@pytest.mark.parametrize(
+    "until, retry, attempt, code",
+    [
+        (3, {"limit": 5, "delay": "10ms"}, 3, 0),
+        (9, {"limit": 1, "delay": "0s"}, 2, 3),
+        (2, {"codes": [75, 3], "delay": "1ms"}, 2, 0),
+        (2, {"codes": [75]}, 1, 3),
+    ],
+)
+def test_retry_runs_a_failed_step_again_and_keeps_each_output(
+    daemon: Daemon, until: int, retry: dict[str, Any], attempt: int, code: int
+) -> None:
+    task = daemon.submit(python(fails_until(until), retry=retry), step())
+    (first, second) = daemon.ended(task).data
+    assert (first["code"], first["attempt"], second["result"]) == (code, attempt, "not_run" if code else "succeeded")
+    assert daemon.console(task).data == [str(attempt)]
+    place = daemon.root / "tasks" / number_of(daemon, task) / "0"
+    kept = sorted(file.name for file in place.glob("output.*"))
+    assert kept == [f"output.{n}" for n in range(1, attempt)]
+    assert [int((place / name).read_text()) for name in kept] == [*range(1, attempt)]
+
+
+def test_retry_waits_without_a_slot_and_a_stop_ends_that(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--pool_size=1")
+    task = daemon.submit(python(fails_until(2), retry={"delay": "1h"}), step())
+    wait_until(lambda: daemon.console(task).data == ["1"] and daemon.steps(task)[0]["state"] == 2, "the first attempt")
+    assert daemon.console(task).head == (200, 1001, "pending")
+    assert daemon.run(step()).code == 0
+    daemon.restart(kill=True)
+    assert daemon.steps(task)[0]["result"] == "waiting" and daemon.get("/api/v1/pool").data["waiting"] == 0
+    assert daemon.put(f"/api/v1/task/{task}/0").code == 0
+    first, second = daemon.ended(task).data
+    assert (first["code"], first["result"], first["attempt"], second["result"]) == (255, "stopped", 1, "not_run")
+
+
+@posix_only
+def test_retry_leaves_nothing_of_the_attempt_before(daemon: Daemon, tmp_path: Path) -> None:
+    content = f"echo $$ >>'{tmp_path}/pids'; sleep 1000 & echo $! >>'{tmp_path}/pids'; exit $((2 - TASK_STEP_ATTEMPT))"
+    task = daemon.submit(step(content, retry={"delay": "1ms"}), step())
+    assert daemon.ended(task).code == 0
+    _, left_by_first, _, left_by_second = map(int, marks(tmp_path / "pids"))
+    wait_until(lambda: not is_alive(left_by_first), "the end of what the first attempt left")
+    assert is_alive(left_by_second)
+    os.kill(left_by_second, signal.SIGKILL)
+
+
+def test_retry_follows_a_timeout_of_the_step_but_not_of_the_task(daemon: Daemon) -> None:
+    sleeper = python("import time\ntime.sleep(1000)", timeout="100ms", retry={"delay": "1ms"})
+    (first,) = daemon.run(sleeper).data
+    assert (first["attempt"], first["result"], first["code"]) == (2, "timed_out", 255)
+    (first,) = daemon.run({**sleeper, "timeout": "90s"}, timeout="300ms").data
+    assert (first["attempt"], first["result"]) == (1, "timed_out")
+
+
+def graph(*steps: tuple[str, int, str, str]) -> list[dict[str, Any]]:
+    """Steps by name, code, `when` and what they depend on."""
+    return [step(f"exit {code}", name=name, when=when, depends_on=[*needs]) for name, code, when, needs in steps]
+
+
+@pytest.mark.parametrize(
+    "steps, results",
+    [
+        ([("a", 0, "", ""), ("b", 0, "failure", "a"), ("c", 0, "", "b"), ("d", 0, "always", "c")], "SNSS"),
+        ([("a", 1, "", ""), ("b", 0, "", "a"), ("c", 0, "failure", "b"), ("d", 0, "", "c")], "FNSN"),
+        ([("a", 1, "", ""), ("b", 0, "always", "a"), ("c", 0, "success", "b"), ("d", 2, "failure", "c")], "FSNF"),
+        ([("a", 1, "", ""), ("b", 0, "", ""), ("c", 0, "failure", "b"), ("d", 0, "failure", "ab")], "FSNS"),
+        ([("a", 0, "failure", ""), ("b", 0, "always", "a")], "NS"),
+    ],
+)
+def test_when_decides_by_all_that_a_step_depends_on(
+    daemon: Daemon, steps: list[tuple[str, int, str, str]], results: str
+) -> None:
+    answer = daemon.run(*graph(*steps), ansync="1")
+    words = {"S": "succeeded", "F": "failed", "N": "not_run"}
+    assert [one["result"] for one in answer.data] == [words[letter] for letter in results]
+    assert answer.code == (1002 if "F" in results else 0) and answer.json["task"]["code"] == sum(
+        one["code"] for one in answer.data
+    )
+
+
+def test_when_waits_for_the_end_of_all_that_it_depends_on(daemon: Daemon, gate: Path) -> None:
+    steps = graph(("a", 1, "", ""), ("b", 0, "", "as"), ("c", 0, "always", "b"))
+    task = daemon.submit(held(gate, name="s"), *steps, ansync="1")
+    wait_until(lambda: daemon.steps(task)[2]["result"] == "not_run", "a skipped step")
+    assert [one["result"] for one in daemon.steps(task)] == ["running", "failed", "not_run", "waiting"]
+    gate.touch()
+    assert [one["result"] for one in daemon.ended(task).data] == ["succeeded", "failed", "not_run", "succeeded"]
+
+
+def test_when_that_never_comes_true_is_told(daemon: Daemon) -> None:
+    answer = daemon.try_submit([step(when="failure"), step()])
+    assert "[0].when" in answer.data["warnings"][0] and "warnings" not in daemon.try_submit([step(), step()]).data
+    assert [one["result"] for one in daemon.ended(answer.data["id"]).data] == ["not_run", "succeeded"]
+
+
+@pytest.mark.parametrize("how", ["stop", "timeout"])
+def test_stop_of_a_task_lets_it_clean_up(daemon: Daemon, gate: Path, tmp_path: Path, how: str) -> None:
+    steps = [held(gate), step(when="failure"), mark(tmp_path / "cleaned", "x", when="always"), step()]
+    task = daemon.submit(*steps, **({"timeout": "500ms"} if how == "timeout" else {}))
+    if how == "stop":
+        daemon.until_running(task)
+        assert daemon.put(f"/api/v1/task/{task}").code == 0
+    answer = daemon.ended(task)
+    word = {"stop": "stopped", "timeout": "timed_out"}[how]
+    assert [one["result"] for one in answer.data] == [word, word, "succeeded", "not_run"]
+    assert answer.json["task"]["result"] == word and marks(tmp_path / "cleaned") == ["x"]
+
+
+def test_second_stop_of_a_task_ends_its_cleaning_up_too(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch()
+    task = daemon.submit(held(gate), held(gate, when="always"), step(when="always"))
+    daemon.until_running(task)
+    assert daemon.put(f"/api/v1/task/{task}?action=pause").code == 0
+    assert daemon.put(f"/api/v1/task/{task}").code == 0
+    daemon.until_running(task, 1)
+    daemon.restart(kill=True)
+    assert daemon.put(f"/api/v1/task/{task}?action=pause").code == 1003
+    assert [one["result"] for one in daemon.steps(task)] == ["stopped", "running", "waiting"]
+    assert daemon.put(f"/api/v1/task/{task}").code == 0
+    assert [one["result"] for one in daemon.ended(task).data] == ["stopped", "stopped", "stopped"]
+
+
+def rerun(daemon: Daemon, task: str, query: str = "only=failed") -> Answer:
+    return daemon.post(f"/api/v1/task/{task}/rerun?{query}", "")
+
+
+def flaky(gate: Path, **fields: Any) -> dict[str, Any]:
+    """A step that fails until the gate is open."""
+    content = f"import os, sys\nprint(os.environ.get('kind'))\nsys.exit(not os.path.exists({str(gate)!r}))"
+    return python(content, **fields)
+
+
+def test_rerun_of_what_failed_takes_over_the_rest_and_outlives_its_parent(daemon: Daemon, gate: Path) -> None:
+    first = python("print('built')\nopen('product', 'w').write('x' * 9)", stderr="apart")
+    task = daemon.submit(first, flaky(gate), python("print(open('product').read())"), id="build")
+    assert daemon.ended(task).code == 1002
+    gate.touch()
+    answer = rerun(daemon, task, "only=failed&id=build-again&env_vars=kind=second")
+    assert (answer.code, answer.data["id"]) == (0, "build-again")
+    assert daemon.ended("build-again").json["task"]["parent"] == "build"
+    assert rerun(daemon, task, "only=failed&id=build-again&env_vars=kind=second").data == answer.data
+    assert rerun(daemon, task, "id=build-again").status == 409
+    assert daemon.request("DELETE", f"/api/v1/task/{task}").code == 0
+    again = daemon.detail("build-again")
+    assert [one["result"] for one in again.data] == ["succeeded"] * 3
+    assert [daemon.console("build-again", n).data for n in range(3)] == [["built"], ["second"], ["x" * 9]]
+    assert rerun(daemon, "build-again").head == (409, 409, "none of its steps has failed")
+
+
+def test_rerun_repeats_the_whole_submission_under_another_id(daemon: Daemon, gate: Path) -> None:
+    steps = [step(name="a"), flaky(gate, depends_on=["a"]), step(depends_on=["whole-1"], when="always")]
+    task = daemon.submit(*steps, id="whole", async_="", ansync="1", env_vars="kind=x")
+    assert daemon.ended(task).code == 1002
+    gate.touch()
+    again = rerun(daemon, task, "").data["id"]
+    assert [one["name"] for one in daemon.ended(again).data] == ["a", f"{again}-1", f"{again}-2"]
+    assert daemon.detail(again).code == 0 and daemon.console(again, 1).data == ["x"]
+
+
+def test_rerun_refuses_what_cannot_be(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(held(gate))
+    assert rerun(daemon, "nobody").code == 1003
+    assert rerun(daemon, task, "only=some").status == 400
+    assert rerun(daemon, task, "id=a/b").status == 400
+    assert rerun(daemon, task).status == 409
+    assert daemon.detail(f"{task}/rerun").status == 405
+    gate.touch()
+
+
+@posix_only
+def test_rerun_copies_holes_and_links_as_they_are_and_no_device(daemon: Daemon, gate: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret\n")
+    content = (
+        f"mkdir -p deep/er; echo x >deep/er/file; chmod 750 deep/er/file; ln -s '{tmp_path}' out; "
+        "ln -s nothing dangling; mkfifo pipe; truncate -s 100G sparse; echo end >>sparse; ln deep/er/file hard"
+    )
+    task = daemon.submit(step(content), flaky(gate), step("ls -lR"))
+    assert daemon.ended(task).data[0]["code"] == 0
+    gate.touch()
+    again = rerun(daemon, task).data["id"]
+    assert daemon.ended(again).code == 0
+    place = daemon.root / "tasks" / number_of(daemon, again) / "workspace"
+    assert sorted(os.listdir(place)) == ["dangling", "deep", "hard", "out", "sparse"]
+    assert [os.readlink(place / name) for name in ("dangling", "out")] == ["nothing", str(tmp_path)]
+    assert (place / "deep" / "er" / "file").stat().st_mode & 0o777 == 0o750
+    sparse = (place / "sparse").stat()
+    assert sparse.st_size == 100 * 2**30 + 4 and sparse.st_blocks * 512 < 2**20
+
+
+@linux_only
+def test_rerun_that_the_disk_has_no_room_for_is_507_before_it_begins(
+    small_disk: Path, launch: Callable[..., Daemon]
+) -> None:
+    daemon = launch(root=small_disk / "root")
+    free = shutil.disk_usage(small_disk).free
+    task = daemon.submit(step(f"head -c {free * 2 // 3} /dev/urandom >big"), step("exit 1"))
+    assert daemon.ended(task).data[0]["code"] == 0
+    answer = rerun(daemon, task, "only=failed&id=too-big")
+    assert answer.status == 507 and "free" in answer.message and daemon.detail("too-big").code == 1003
 
 
 # ======================================================================================================================
@@ -5004,6 +5280,56 @@ def test_crash_at_any_point_loses_nothing_and_runs_nothing_twice(
         assert marks(file)[2 * run :] == [f"{run}a", f"{run}b"]
 
 
+def test_crash_at_any_point_of_any_attempt_runs_none_twice(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon, file = launch(), tmp_path / "attempts"
+    content = f"open({str(file)!r}, 'a').write(os.environ['TASK_STEP_ATTEMPT'] + '\\n')\n"
+    steps = [python(f"import os\n{content}{fails_until(3)}", retry={"limit": 9, "delay": "1ms"})]
+    daemon.end()
+    for point in ("ended", "stored", "begun", "spawned"):
+        daemon.env["REMOTE_EXECUTOR_FAILPOINT"] = point
+        with contextlib.suppress(OSError, http.client.HTTPException, AssertionError):
+            daemon.start()
+            daemon.try_submit(steps, id="again")
+        daemon.await_end()
+    del daemon.env["REMOTE_EXECUTOR_FAILPOINT"]
+    daemon.start()
+    (first,) = daemon.ended("again").data
+    assert (first["result"], first["attempt"], marks(file)) == ("succeeded", 3, [*"123"])
+    assert daemon.try_submit(steps, id="again").code == 0
+
+
+@pytest.mark.parametrize("has_parent", [True, False])
+def test_crash_before_the_end_of_a_copy_begins_it_anew_or_runs_nothing(
+    launch: Callable[..., Daemon], gate: Path, tmp_path: Path, has_parent: bool
+) -> None:
+    daemon = launch()
+    cleaner = mark(tmp_path / "cleaned", "x", when="always")
+    task = daemon.submit(python("open('product', 'w').write('x' * 9)"), flaky(gate), cleaner)
+    assert daemon.ended(task).code == 1002
+    daemon.end()
+    daemon.env["REMOTE_EXECUTOR_FAILPOINT"] = "accepted"
+    daemon.start()
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        rerun(daemon, task, "only=failed&id=again")
+    daemon.await_end()
+    del daemon.env["REMOTE_EXECUTOR_FAILPOINT"]
+    place = daemon.root / "tasks" / "2" / "workspace"
+    place.mkdir(parents=True)
+    (place / "half").touch()
+    if not has_parent:
+        with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as database, database:
+            database.execute("DELETE FROM task WHERE seq = 1")
+    gate.touch()
+    daemon.start()
+    words = ["succeeded", "succeeded", "succeeded"] if has_parent else ["succeeded", "not_started", "not_run"]
+    assert [one["result"] for one in daemon.ended("again").data] == words
+    assert marks(tmp_path / "cleaned") == ["x"] * (1 + has_parent)
+    if has_parent:
+        assert os.listdir(place) == ["product"]
+    else:
+        assert "copy" in daemon.steps("again")[1]["msg"] and rerun(daemon, "again").status == 409
+
+
 @repeated(4 if WINDOWS else 10, 200)
 def test_crashes_under_load_lose_nothing_and_run_nothing_twice(
     launch: Callable[..., Daemon], tmp_path: Path, runs: int
@@ -5288,7 +5614,8 @@ class Model:
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        self.tasks: dict[str, list[tuple[int, list[int]]]] = {}  # id -> code and needs of each step
+        self.tasks: dict[str, list[tuple[int, list[int], str]]] = {}  # id -> code, needs and `when` of each step
+        self.stops: collections.Counter[str] = collections.Counter()  # of whole tasks
         self.ended: dict[str, list[int | None]] = {}  # id -> how each step ended; None: it has not
         self.opened: set[tuple[str, int]] = set()
         self.paused: set[str] = set()
@@ -5297,7 +5624,7 @@ class Model:
     def can_run(self, id: str, n: int) -> bool:
         return id not in self.paused or (id, n) in self.begun
 
-    def add(self, id: str, steps: list[tuple[int, list[int]]]) -> list[dict[str, Any]]:
+    def add(self, id: str, steps: list[tuple[int, list[int], str]]) -> list[dict[str, Any]]:
         self.tasks[id], self.ended[id] = steps, [None] * len(steps)
         return [
             python(
@@ -5305,16 +5632,31 @@ class Model:
                 f"open({str(self.place / f'{id}.{n}.ran')!r}, 'a').write('x')\nsys.exit({code})",
                 name=f"s{n}",
                 depets_on=[f"s{need}" for need in needs],
+                when=when,
+                timeout="1h",
             )
-            for n, (code, needs) in enumerate(steps)
+            for n, (code, needs, when) in enumerate(steps)
         ]
+
+    def has_failure(self, id: str, n: int) -> bool:
+        """Whether anything that the step depends on has failed."""
+        return any(self.ended[id][m] or self.has_failure(id, m) for m in self.tasks[id][n][1])
+
+    def may_run(self, id: str, n: int) -> bool:
+        """Whether the step has not ended, waits for none and fulfils its condition."""
+        _, needs, when = self.tasks[id][n]
+        if self.ended[id][n] is not None or any(self.ended[id][m] is None and not self.never(id, m) for m in needs):
+            return False
+        return when == "always" or self.has_failure(id, n) == (when == "failure")
+
+    def never(self, id: str, n: int) -> bool:
+        needs = self.tasks[id][n][1]
+        is_over = all(self.ended[id][m] is not None or self.never(id, m) for m in needs)
+        return self.ended[id][n] is None and is_over and not self.may_run(id, n)
 
     def ready(self, id: str) -> list[int]:
         """The steps that have not ended and wait for none."""
-        ends = self.ended[id]
-        return [
-            n for n, (_, needs) in enumerate(self.tasks[id]) if ends[n] is None and all(ends[m] == 0 for m in needs)
-        ]
+        return [n for n in range(len(self.tasks[id])) if self.may_run(id, n)]
 
     def live(self) -> list[str]:
         return [id for id in self.tasks if self.ready(id)]
@@ -5324,10 +5666,21 @@ class Model:
         self.opened.add((id, n))
         (self.place / f"{id}.{n}").touch()
         self.ended[id][n] = self.tasks[id][n][0]
+        self.settle(id)
 
     def stop(self, id: str, n: int | None) -> None:
-        for index in self.ready(id) if n is None else [n]:
-            self.ended[id][index] = 255
+        if n is None:
+            self.stops[id] += 1
+            self.paused.discard(id)
+        else:
+            self.ended[id][n] = 255
+        self.settle(id)
+
+    def settle(self, id: str) -> None:
+        """A stop of the task ends what may run but for what cleans up, which a second one ends."""
+        while stopped := [n for n in self.ready(id) if self.stops[id] > (self.tasks[id][n][2] == "always")]:
+            for n in stopped:
+                self.ended[id][n] = 255
 
     def expected(self, id: str) -> list[tuple[bool, int]]:
         """Of each step whether it has ended, and its code."""
@@ -5352,7 +5705,12 @@ def test_model_and_daemon_agree(launch: Callable[..., Daemon], tmp_path: Path, r
         if action == "submit" and len(live) < 8:
             count = random.randint(1, 4)
             shape = [
-                (random.choice([0, 0, 0, 3]), [m for m in range(n) if random.random() < 0.4]) for n in range(count)
+                (
+                    random.choice([0, 0, 0, 3]),
+                    [m for m in range(n) if random.random() < 0.4],
+                    random.choice(["success", "success", "failure", "always"]),
+                )
+                for n in range(count)
             ]
             daemon.submit(*model.add(f"m{number}", shape), id=f"m{number}", ansync="1")
         elif action in ("kill", "restart"):
@@ -5367,12 +5725,12 @@ def test_model_and_daemon_agree(launch: Callable[..., Daemon], tmp_path: Path, r
         elif live:
             id = random.choice(live)
             n = random.choice(model.ready(id))
-            if action == "pause" and id not in model.paused:
+            if action == "pause" and id not in model.paused and not model.stops[id]:
                 daemon.until_running(id, *model.ready(id))
                 assert daemon.put(f"/api/v1/task/{id}?action=pause").code == 0
                 model.begun |= {(id, m) for m in model.ready(id)}
                 model.paused.add(id)
-            elif action == "resume":
+            elif action == "resume" and not model.stops[id]:
                 assert daemon.put(f"/api/v1/task/{id}?action=resume").code == 0
                 model.paused.discard(id)
             elif action == "open" and model.can_run(id, n):
@@ -5385,7 +5743,7 @@ def test_model_and_daemon_agree(launch: Callable[..., Daemon], tmp_path: Path, r
                 assert daemon.put(f"/api/v1/task/{id}").code == 0
                 model.stop(id, None)
             agree(daemon, model, id)
-    for id in model.live():
+    for id in model.live() * 2:
         daemon.put(f"/api/v1/task/{id}")
         model.stop(id, None)
     for id in model.tasks:
@@ -5922,7 +6280,7 @@ class House:
         self.recovery = code.Recovery(*rooms, self.runner)
 
     def start(self, run: Callable[[Any], None] | None = None) -> None:
-        self.scheduler.start(run or self.runner.run, self.runner.clean_up)
+        self.scheduler.start(run or self.runner.run, self.runner.clean_up, self.runner.copy_files)
 
     def submit(self, *steps: dict[str, Any], **query: str) -> Any:
         """What the scheduler answers for a submission."""
@@ -5966,7 +6324,8 @@ def threads_switch_often() -> Iterator[None]:
 @repeated(400 if WINDOWS else 2000, 20_000)
 def test_list_detail_metrics_and_database_agree_whatever_races(house: House, tmp_path: Path, runs: int) -> None:
     """A model that knows nothing of order: whatever happened to a step, everybody tells the same of it."""
-    random, told = Random(runs), collections.Counter[str]()
+    random = Random(runs)
+    told: dict[tuple[int, int], str] = {}  # how the last attempt of a step has ended
     lock = threading.Lock()
 
     def run(step: Any) -> None:
@@ -5979,10 +6338,12 @@ def test_list_detail_metrics_and_database_agree_whatever_races(house: House, tmp
         house.scheduler.attach(step, FakeTree())
         code = 0 if chance < 0.6 else 1
         outcome = module().exited(code)
-        if not house.scheduler.finish(step, outcome):
+        key = (step.task.number, step.index)
+        told[key] = "failed" if code else "succeeded"
+        end = house.scheduler.finish(step, outcome)
+        if not end:
+            told[key] = "forced"  # or as above, where it is tried again
             assert house.scheduler.finish(step, outcome, tree_has_ended=True)
-        with lock:
-            told["forced" if step.stop_reason else "failed" if code else "succeeded"] += 1
         return None
 
     def client(count: int) -> None:
@@ -5991,7 +6352,13 @@ def test_list_detail_metrics_and_database_agree_whatever_races(house: House, tmp
             width = own.randint(1, 6)
             names = [f"s{n}" for n in range(width)]
             steps = [
-                step("exit 0", name=name, depets_on=[other for other in names[:n] if own.random() < 0.3])
+                step(
+                    "exit 0",
+                    name=name,
+                    depets_on=[other for other in names[:n] if own.random() < 0.3],
+                    when=own.choice(["", "", "failure", "always"]),
+                    retry=own.choice([None, None, {"delay": "1ms", "backoff": 1}]),
+                )
                 for n, name in enumerate(names)
             ]
             accepted = house.submit(*steps, ansync="1", id=f"c{threading.get_ident()}-{number}")
@@ -6006,6 +6373,7 @@ def test_list_detail_metrics_and_database_agree_whatever_races(house: House, tmp
 
     def retry() -> None:
         while not stopping.wait(0.01):
+            house.scheduler.start_delayed()
             house.scheduler.retry()
 
     timekeeper = threading.Thread(target=retry)
@@ -6016,29 +6384,36 @@ def test_list_detail_metrics_and_database_agree_whatever_races(house: House, tmp
     stopping.set()
     timekeeper.join()
     wait_until(lambda: house.scheduler.pool()[1:3] == (0, 0), "an empty pool")
-    ends = collections.Counter[str]()
     for block in house.store.tasks(house.store.task_numbers()):
         for task in block:
             rows = house.store.steps(task.task_number)
             assert (task.state, task.code) == (0, sum(row.code for row in rows)), (task, rows)
             failed = "; ".join(f"Step: {row.step_index}, Name: {row.name}" for row in rows if row.code)
             assert task.message == (f"execution failed: [{failed}]" if failed else "all steps executed successfully")
+            whens = [one["when"] for one in json.loads(house.store.submission(task.task_number).steps)]
             for row in rows:
-                check_end(row, rows)
+                check_end(row, rows, whens)
                 if row.started_ns:
-                    ends["forced" if row.reason else "failed" if row.code else "succeeded"] += 1
-    assert ends == told
+                    word = "forced" if row.reason else "failed" if row.code else "succeeded"
+                    assert told[task.task_number, row.step_index] in (word, "forced"), row
 
 
-def check_end(row: Any, rows: list[Any]) -> None:
-    """A step of an ended task has ended, or never ran since one that it depends on did not succeed."""
+def check_end(row: Any, rows: list[Any], whens: list[str]) -> None:
+    """A step of an ended task has ended, or never ran since its condition was not met."""
     needed = [rows[index] for index in json.loads(row.depends_on)]
+    is_met = {"": not follows_failure(row, rows), "failure": follows_failure(row, rows), "always": True}
     if row.state == 2:
         assert (row.code, row.started_ns, row.ended_ns) == (0, None, None), row
-        assert any(one.state == 2 or one.code for one in needed), (row, needed)
+        assert not is_met[whens[row.step_index]], (row, needed)
     else:
         assert row.state == 0 and row.ended_ns is not None, row
-        assert row.started_ns is None or all((one.state, one.code) == (0, 0) for one in needed), (row, needed)
+        assert row.started_ns is None or is_met[whens[row.step_index]], (row, needed)
+        assert row.started_ns is None or all(one.state == 2 or one.ended_ns for one in needed), (row, needed)
+
+
+def follows_failure(row: Any, rows: list[Any]) -> bool:
+    needed = [rows[index] for index in json.loads(row.depends_on)]
+    return any(one.code or follows_failure(one, rows) for one in needed)
 
 
 def test_stop_finds_a_task_as_soon_as_it_can_be_seen(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -6451,13 +6826,13 @@ def test_start_that_is_due_follows_no_change_of_the_wall_clock(
     hour_ns = 3600 * 10**9
     for hours in (48, -48):
         monkeypatch.setattr(time, "time_ns", lambda hours=hours: real() + hours * hour_ns)
-        house.scheduler.start_delayed_tasks()
+        house.scheduler.start_delayed()
         assert house.scheduler.pool().waiting == 0 and not house.processes.trees
     due_ns = house.scheduler.next_deadline_ns() - house.clock.now_ns()
     assert 0.99 * hour_ns < due_ns <= hour_ns
     clock = house.clock.now_ns
     monkeypatch.setattr(house.clock, "now_ns", lambda: clock() + hour_ns)
-    house.scheduler.start_delayed_tasks()
+    house.scheduler.start_delayed()
     house.tree().end(0)
     assert house.ended(number) == [(0, 0, "")]
 
@@ -6623,18 +6998,33 @@ def test_fingerprint_of_a_submission_is_that_of_1_0(house: House) -> None:
     assert fingerprinted(house) == FINGERPRINT
 
 
-def test_fingerprint_does_not_change_by_a_field_that_is_not_given(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code = module()
-    fields = [(name, Any) for name in code.StepSpec._fields]
-    later: Any = NamedTuple("StepSpec", [*fields, ("stdin", str)])  # type: ignore[misc]
-    later.__new__.__defaults__ = ("",)
-    later._field_defaults = {"stdin": ""}
-    monkeypatch.setattr(code, "StepSpec", later)
+def test_what_cleans_up_after_a_stop_has_a_minute_or_its_own_timeout(house: House) -> None:
+    house.start()
+    steps = [step(), step(when="always"), step(when="always", timeout="2h")]
+    task = house.scheduler._tasks[house.submit(*steps, ansync="1").task_number]
+    wait_until(lambda: all(one.tree for one in task.steps), "three starts")
+    before = [house.runner._deadline_ns(one) - one.started_ns for one in task.steps]
+    assert before[0] == before[1] == house.runner._settings.exec_timeout and before[2] == 7200 * 10**9
+    house.scheduler.stop_task(task.number)
+    assert house.runner._deadline_ns(task.steps[1]) == task.stopped_ns + 60 * 10**9
+    assert house.runner._deadline_ns(task.steps[2]) == task.steps[2].started_ns + 7200 * 10**9
+    for tree in house.processes.trees:
+        tree.end(0)
+    assert [code for _, code, _ in house.ended(task.number)] == [255, 0, 0]
+
+
+def test_retry_waits_ever_longer_up_to_an_hour() -> None:
+    retry = module().Retry(100, 10 * 10**9, 2.0, ())
+    delays = [retry.delay_after(attempt) // 10**9 for attempt in (1, 2, 3, 9, 10, 100)]
+    assert delays == [10, 20, 40, 2560, 3600, 3600]
+
+
+def test_fingerprint_changes_by_each_field_that_is_given_and_by_no_other(house: House) -> None:
     assert fingerprinted(house) == FINGERPRINT
-    plain = code._identify_step(later("n", "sh", "exit", (), (), 0))
-    assert code._identify_step(later("n", "sh", "exit", (), (), 0, stdin="x")) != plain
+    fields = ({}, {"stdin": "x"}, {"stderr": "apart"}, {"when": "always"}, {"retry": {}}, {"retry": {"limit": 2}})
+    assert len({house.parse(step(**given)).fingerprint for given in fields}) == len(fields)
+    defaults = {"stdin": "", "stderr": "joined", "when": "success", "retry": None}
+    assert house.parse(step(**defaults)).fingerprint == house.parse(step()).fingerprint
 
 
 # ======================================================================================================================
@@ -11623,28 +12013,35 @@ def test_mac_has_no_python_where_that_is_a_stub(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_plan_hands_out_each_step_once_when_all_that_it_depends_on_has_succeeded(seed: int) -> None:
+def test_plan_hands_out_each_step_once_when_all_that_it_depends_on_is_over(seed: int) -> None:
     random = Random(seed)
     depends_on = [[other for other in range(index) if random.random() < 0.3] for index in range(12)]
     plan = module().Plan(depends_on)
-    succeeded: set[int] = set()
+    over: set[int] = set()
+    failures: set[int] = set()  # and what depends on them
+    when = module().When
     ready = plan.ready()
     handed_out = [*ready]
     while ready:
         index = ready.pop(random.randrange(len(ready)))
-        if random.random() < 0.8:
-            plan.succeed(index)
-            succeeded.add(index)
+        has_failure = not failures.isdisjoint(depends_on[index])
+        assert [plan.is_met(index, one) for one in when] == [not has_failure, has_failure, True]
+        if random.random() < 0.9:
+            has_failed = random.random() < 0.2
+            plan.finish(index, has_failed)
+            over.add(index)
+            if has_failed or has_failure:
+                failures.add(index)
         more = plan.ready()
         assert more == sorted(more)
         ready += more
         handed_out += more
-    assert sorted(handed_out) == [index for index in range(12) if succeeded.issuperset(depends_on[index])]
+    assert sorted(handed_out) == [index for index in range(12) if over.issuperset(depends_on[index])]
     for index in range(12):
         assert [*plan.dependents(index)] == [other for other in range(12) if index in depends_on[other]]
-    for index in succeeded:
+    for index in over:
         with pytest.raises(ValueError):
-            plan.succeed(index)
+            plan.finish(index)
 
 
 # ======================================================================================================================
