@@ -75,7 +75,7 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from enum import Enum, IntEnum, unique
-from typing import Any, Callable, NamedTuple, Protocol, TextIO, Union
+from typing import Any, Callable, NamedTuple, Protocol, TextIO, Union, cast
 
 __version__ = "1.0.0"
 
@@ -10601,6 +10601,7 @@ _RESERVED_TIMEOUT_S = 3.0
 _RESERVE_THREADS = 2
 _MAX_PENDING_CONNECTIONS = 8
 _RESERVE_DESCRIPTORS = 4  # of 8, for connections: the others are for what their responses open
+_STOP_POLL_S = 0.1
 _ACCEPT_RETRY_S = 0.05
 _MAX_RESTART_PAUSE_S = 5.0
 _REFILL_INTERVAL_S = 10.0
@@ -10713,11 +10714,17 @@ class PendingConnections:
 
 def _readable(socks: Iterable[socket.socket]) -> set[Any]:
     """Return those from which data, or an end, can be read now."""
-    selector_class = getattr(selectors, "PollSelector", selectors.SelectSelector)  # neither takes a descriptor
-    with selector_class() as selector:
-        for sock in socks:
-            selector.register(sock, selectors.EVENT_READ)
+    with _selector_of(socks) as selector:
         return {key.fileobj for key, _ in selector.select(0)}
+
+
+def _selector_of(socks: Iterable[socket.socket]) -> selectors.BaseSelector:
+    """Return a selector of what can be read, or accepted; it takes no descriptor."""
+    selector_class: Any = getattr(selectors, "PollSelector", selectors.SelectSelector)
+    selector: selectors.BaseSelector = selector_class()
+    for sock in socks:
+        selector.register(sock, selectors.EVENT_READ)
+    return selector
 
 
 def _last_response(error: ApiError) -> bytes:
@@ -10731,6 +10738,36 @@ def _last_response(error: ApiError) -> bytes:
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
+
+
+def listen_addresses(host: str) -> list[str]:
+    """Return the addresses of --addr's host: of localhost both loopbacks, the second where there is IPv6.
+
+    Clients try them in either order, and those of Windows lose 2 seconds on one that nobody listens on.
+    """
+    if host.lower() != "localhost":
+        return [host]
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:  # the kernel has no IPv6, or it is switched off
+        return ["127.0.0.1"]
+    return ["127.0.0.1", "::1"]
+
+
+def _listen_on_ipv6(address: str, port: int) -> socket.socket:
+    """Listen on a port, alone on Windows too. Raise OSError."""
+    listener = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+    option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, option, 1)
+        listener.bind((address, port))
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -10776,7 +10813,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET
         if ":" in self._host or (not self._host and socket.has_ipv6):
             self.address_family = socket.AF_INET6
-        super().__init__((self._host, port), Connection, bind_and_activate=False)
+        first = listen_addresses(self._host)[0]
+        super().__init__((first, port), Connection, bind_and_activate=False)
+        self._listeners = [self.socket]  # two for `localhost`; `socket` is the one of them to accept from
 
     def open(self) -> None:
         """Bind the port. Raise StartupError."""
@@ -10805,6 +10844,10 @@ class Server(http.server.ThreadingHTTPServer):
             self.socket = socket.socket(self.address_family, self.socket_type)
             self.server_bind()
         self.server_activate()
+        self._listeners = [self.socket]
+        for address in listen_addresses(self._host)[1:]:
+            listener = _listen_on_ipv6(address, int(self.server_address[1]))
+            self._listeners.append(listener)
 
     def server_bind(self) -> None:
         """Bind the socket, alone on Windows too; of every address, to IPv4 and IPv6. Raise OSError.
@@ -10821,6 +10864,11 @@ class Server(http.server.ThreadingHTTPServer):
         """Listen. An accept never waits: a client may be gone by then, which BSD does not report."""
         super().server_activate()
         self.socket.setblocking(False)
+
+    def server_close(self) -> None:
+        """Close the listening sockets."""
+        for listener in {self.socket, *self._listeners}:
+            listener.close()
 
     def start(self) -> None:
         """Start to accept connections."""
@@ -10845,7 +10893,7 @@ class Server(http.server.ThreadingHTTPServer):
         while not self.is_stopping:
             begin_s = time.monotonic()
             try:
-                self.serve_forever(0.1)
+                self._accept_connections()
             except Exception:
                 with contextlib.suppress(MemoryError):  # then there is no line, but a listener
                     log.exception("the listener failed; it starts again")
@@ -10855,6 +10903,14 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(pause_s)
             pause_s = min(2 * pause_s, _MAX_RESTART_PAUSE_S)
 
+    def _accept_connections(self) -> None:
+        """Accept connections of each listening socket until `stop`."""
+        with _selector_of(self._listeners) as selector:
+            while not self.is_stopping:
+                for key, _ in selector.select(_STOP_POLL_S):
+                    self.socket = cast("socket.socket", key.fileobj)
+                    self.handle_request()
+
     def is_alive(self) -> bool:
         """Return whether connections are accepted."""
         return self._thread.is_alive()
@@ -10863,7 +10919,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept no more; let the responses in flight end within a moment, close the other connections."""
         self.is_stopping = True
         if self._thread.is_alive():
-            self.shutdown()
+            self._thread.join(10 * _STOP_POLL_S)
         self.server_close()
         with self._lock:
             connections = [*self._connections]
@@ -16640,9 +16696,10 @@ def _look_at_root(settings: Settings) -> str:
 
 def _look_at_port(settings: Settings) -> str:
     host, port = parse_address(settings.addr)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, port), family=family).close()
+        for address in listen_addresses(host):
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            socket.create_server((address, port), family=family).close()
     except OSError as error:
         return f"{settings.addr} cannot be used: {error.strerror}"
     return f"{settings.addr} is free"

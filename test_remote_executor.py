@@ -9325,7 +9325,7 @@ def test_pool_that_the_limits_cannot_carry_is_told(launch: Callable[..., Daemon]
     "addr, hosts",
     [
         ("127.0.0.1:0", ["127.0.0.1"]),
-        ("localhost:0", ["127.0.0.1"]),
+        ("localhost:0", ["127.0.0.1", "::1"]),
         ("tcp://127.0.0.1:0", ["127.0.0.1"]),
         (":0", ["127.0.0.1", "::1"]),
         ("[::1]:0", ["::1"]),
@@ -9343,6 +9343,23 @@ def test_daemon_listens_where_addr_says(tmp_path: Path, addr: str, hosts: list[s
             link = stack.enter_context(contextlib.closing(http.client.HTTPConnection(host, daemon.port, timeout=30)))
             link.request("GET", "/heartbeat")
             assert link.getresponse().status == 200
+
+
+def test_localhost_taken_on_one_loopback_is_a_failed_start(tmp_path: Path) -> None:
+    """Whoever listens there would get what clients send to `localhost`."""
+    if not has_ipv6():
+        pytest.skip("this host has no IPv6")
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
+        done = cli("run", f"--root={tmp_path / 'root'}", f"--addr=localhost:{other.getsockname()[1]}")
+    assert "--addr: localhost:" in refused(done, 1)
+
+
+def test_localhost_is_ipv4_alone_where_there_is_no_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(family: int = 0, *_: object) -> None:
+        raise OSError(errno.EAFNOSUPPORT, f"family {family}")
+
+    monkeypatch.setattr(socket, "socket", fail)
+    assert module().listen_addresses("LOCALHOST") == ["127.0.0.1"]
 
 
 FLAGS = {
