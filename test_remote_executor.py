@@ -2774,6 +2774,52 @@ def test_ctrl_c_to_a_console_ends_no_step_before_its_own_process(daemon: Daemon)
     assert daemon.console(task).data == ["sent 1", "end"] and daemon.console(task, 1).data == ["next"]
 
 
+NOTICES_CTRL_C = """
+import signal, time
+signal.signal(signal.SIGINT, lambda *_: print("noticed", flush=True))
+print("up", flush=True)
+while True:
+    time.sleep(0.05)
+"""
+sends_console_events = pytest.mark.skipif(OLD_WINE, reason="this Wine sends no event to another console")
+
+
+@windows_only
+@sends_console_events
+def test_stop_asks_a_step_of_windows_to_end_and_a_second_one_does_not(daemon: Daemon) -> None:
+    task = daemon.submit(python(NOTICES_CTRL_C))
+    daemon.until_printed(task, "up")
+    assert daemon.put(f"/api/v1/task/{task}/0?signal=INT").code == 0
+    daemon.until_printed(task, "noticed")
+    assert daemon.row(task)["state"] == 1
+    assert daemon.put(f"/api/v1/task/{task}").code == 0
+    assert seconds(lambda: daemon.ended(task)) < module().GRACE_S / 2
+    assert daemon.steps(task)[0]["result"] == "stopped"
+
+
+@windows_only
+@sends_console_events
+@pytest.mark.parametrize("is_hurried", [False, True])
+def test_step_of_windows_ends_by_ctrl_break_unless_it_is_hurried(tmp_path: Path, is_hurried: bool) -> None:
+    code = module()
+    processes, tree, _ = start_on_windows(tmp_path, "ping -n 60 localhost >nul")
+    wait_until(lambda: code._count_active(tree._job) > 1, "the step's process")
+    assert seconds(lambda: tree.stop(lambda: is_hurried)) < code.GRACE_S
+    ended_by = code._DWORD()
+    code.GetExitCodeProcess(tree._wrapper, ctypes.byref(ended_by))
+    assert (ended_by.value == code._ENDED_BY_STOP) == is_hurried and code._count_active(tree._job) == 0
+    processes.release(tree)
+
+
+@windows_only
+def test_helper_that_cannot_ask_says_so() -> None:
+    code = module()
+    with code._start_helper(code._CTRL_BREAK_EVENT, 0, []) as helper:
+        assert helper.wait(60) == code._NOT_ASKED
+    asked = subprocess.run([sys.executable, str(PROGRAM), code._HELPER_MARK, "1", "0"], stdin=subprocess.DEVNULL)
+    assert asked.returncode == code._NOT_ASKED
+
+
 # Opens files of the step's directory, sharing them as is said, and has a child hold them for a while.
 HOLDS = """
 import ctypes, subprocess, sys
