@@ -1136,10 +1136,18 @@ if ON_WINDOWS:
     _advapi32 = _WinDLL("advapi32", use_last_error=True)
     TOKEN_QUERY = 0x0008
     TOKEN_USER = 1
+    TOKEN_GROUPS = 2
+    SE_GROUP_ENABLED = 0x0000_0004
     SDDL_REVISION_1 = 1
     OWNER_SECURITY_INFORMATION = 0x0000_0001
     DACL_SECURITY_INFORMATION = 0x0000_0004
     PROTECTED_DACL_SECURITY_INFORMATION = 0x8000_0000  # nothing is inherited from the parent directory
+
+    class SidAndAttributes(ctypes.Structure):
+        """SID_AND_ATTRIBUTES."""
+
+        _fields_ = (("Sid", _VOID), ("Attributes", _DWORD))
+
     LocalFree = _kernel32.LocalFree
     LocalFree.argtypes = (_VOID,)
     OpenProcessToken = _declare(_advapi32, "OpenProcessToken", _BOOL, _HANDLE, _DWORD, _HANDLE_OUT)
@@ -1166,6 +1174,13 @@ if ON_WINDOWS:
     GetSecurityDescriptorOwner = _declare(_advapi32, "GetSecurityDescriptorOwner", _BOOL, _VOID, _VOID_OUT, _BOOL_OUT)
     GetFileSecurityW = _declare(_advapi32, "GetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID, _DWORD, _DWORD_OUT)
     SetFileSecurityW = _declare(_advapi32, "SetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID)
+
+    # Connections of the host (IP Helper)
+    TCP_TABLE_OWNER_MODULE_CONNECTIONS = 7
+    ERROR_INSUFFICIENT_BUFFER = 122
+    GetExtendedTcpTable = _WinDLL("iphlpapi").GetExtendedTcpTable
+    GetExtendedTcpTable.argtypes = (_VOID, _DWORD_OUT, _BOOL, _DWORD, _INT, _DWORD)
+    GetExtendedTcpTable.restype = _DWORD
 
     # The host's processes (Tool Help Functions)
     TH32CS_SNAPPROCESS = 2
@@ -2185,15 +2200,38 @@ def _granted_sids(descriptor: Any) -> set[str]:
 
 def _own_sid() -> str:
     """Return the user of this process, as a SID string."""
+    user = _token_information(GetCurrentProcess(), TOKEN_USER)
+    return _sid_text(ctypes.c_void_p.from_buffer(user))  # TOKEN_USER begins with a pointer to the SID
+
+
+def _sid_of_rights(process: int) -> str:
+    """Return the administrators' SID for an elevated process of theirs, else that of its user. Raises OSError.
+
+    Without elevation the group is in the token too, but for denials alone, and not enabled.
+    """
+    groups = _token_information(process, TOKEN_GROUPS)  # TOKEN_GROUPS: how many there are, and at the next pointer's
+    count = _DWORD.from_buffer(groups).value  # alignment each of them
+    array_type: Any = SidAndAttributes * count
+    for group in array_type.from_buffer(groups, ctypes.sizeof(_VOID)):
+        if group.Attributes & SE_GROUP_ENABLED and _sid_text(group.Sid) == _ADMINISTRATORS_SID:
+            return _ADMINISTRATORS_SID
+    user = _token_information(process, TOKEN_USER)
+    return _sid_text(ctypes.c_void_p.from_buffer(user))
+
+
+def _token_information(process: int, kind: int) -> Any:
+    """Return a buffer with what a process's token says (TOKEN_INFORMATION_CLASS). Raises OSError."""
     token = _HANDLE()
-    user = ctypes.create_string_buffer(256)
-    size = _DWORD()
-    OpenProcessToken(GetCurrentProcess(), TOKEN_QUERY, ctypes.byref(token))
+    buffer = ctypes.create_string_buffer(_MAX_TOKEN_BYTES)
+    OpenProcessToken(process, TOKEN_QUERY, ctypes.byref(token))
     try:
-        GetTokenInformation(token, TOKEN_USER, user, len(user), ctypes.byref(size))
+        GetTokenInformation(token, kind, buffer, len(buffer), ctypes.byref(_DWORD()))
     finally:
         CloseHandle(token)
-    return _sid_text(ctypes.c_void_p.from_buffer(user))  # TOKEN_USER begins with a pointer to the SID
+    return buffer
+
+
+_MAX_TOKEN_BYTES = 1 << 17  # of 1,024 groups, the most that a token has, with SIDs of 68 bytes
 
 
 def _owner_sid(path: str) -> str:
@@ -2787,7 +2825,7 @@ def socket_timeout(seconds: float) -> bytes:
 
 _Address = tuple[str, int]  # the host, numeric, and the port
 _Ends = tuple[str, str]  # the addresses of a connection, the client's and ours, as the kernel shows them
-_Users = dict[_Ends, int]  # the uid of each connection
+_Users = dict[_Ends, Any]  # of each connection the uid; on Windows the pid, and when it was opened
 
 
 # Linux says of one socket who has it (sock_diag(7)): 0.1 ms, where its table, of 30,000 sockets, takes 660. The layouts
@@ -2867,14 +2905,12 @@ class LocalPeers:
         self._lock = threading.Lock()  # guards all below
         self._tables: dict[str, tuple[float, _Users]] = {}  # by name, when its reading began, and the content
 
-    def user(self, peer: _Address, ours: _Address) -> int | None:
-        """Return the uid that holds the peer's end; None on Windows, which does not show it.
+    def user(self, peer: _Address, ours: _Address) -> int | str:
+        """Return the uid that holds the peer's end; on Windows the SID, that of the administrators if it is elevated.
 
         Raises LookupError where the host has no such connection: there is no end to trust then; and OSError, of which
         PeersUnknown is the kind where the system has no table that we can read.
         """
-        if ON_WINDOWS:
-            return None
         if ON_LINUX:
             with self._descriptors.lend_if_scarce(look_now=True):
                 user = _user_of_socket(peer, ours)
@@ -2888,13 +2924,17 @@ class LocalPeers:
             tables = ("tcp6",)
         for table in tables * 2:  # twice, for one that changes while it is read may lack a line
             users = self._users(table, ours[1])
+            if ends in users and ON_WINDOWS:
+                return _sid_of_holder(*users[ends])
             if ends in users:
-                return users[ends]
+                return int(users[ends])
         raise LookupError("this host has no such connection")
 
     def check(self) -> None:
         """Raise PeersUnknown where no user can be told, and OSError."""
-        if not (ON_WINDOWS or ON_LINUX):
+        if ON_WINDOWS:
+            self._users("tcp", 0)
+        elif not ON_LINUX:
             self._users(_MAC_TABLE, 0)
 
     def _users(self, table: str, port: int) -> _Users:
@@ -2914,8 +2954,8 @@ class PeersUnknown(OSError):
     """This system does not show who holds the other end of a connection, or not in a form that we know."""
 
 
-def _read_table(table: str, port: int) -> Iterable[tuple[_Ends, int]]:
-    """Return the ends and the uid of each connection to a port that a process holds. Raises OSError."""
+def _read_table(table: str, port: int) -> Iterable[tuple[_Ends, Any]]:
+    """Return the ends and the holder of each connection to a port that a process holds. Raises OSError."""
     if ON_MAC:
         try:
             content = read_sysctl(table)
@@ -2924,6 +2964,8 @@ def _read_table(table: str, port: int) -> Iterable[tuple[_Ends, int]]:
         return _connections_on_mac(content, port)
     if ON_LINUX:
         return _connections(table, port)
+    if ON_WINDOWS:
+        return _connections_on_windows(table, _read_windows_table(table), port)
     raise PeersUnknown(f"{sys.platform} has no table of connections that is known")
 
 
@@ -3034,9 +3076,83 @@ def _addresses_on_mac(inpcb: bytes) -> tuple[bytes, bytes]:
     raise PeersUnknown(f"{_MAC_TABLE} has a connection of version {version}")
 
 
-def is_trusted_uid(user: int | None) -> bool:
-    """Return whether this uid may do what the daemon's own may; None is Windows, which does not show it."""
-    return sys.platform == "win32" or user in (0, os.geteuid())
+# What Windows shows of its TCP connections: their number, padded to 8 bytes, and of each a MIB_TCPROW_OWNER_MODULE or
+# MIB_TCP6ROW_OWNER_MODULE (MSDN): state, local and remote address and port, pid and the time when it was opened; what
+# of its module is not needed. The states are those of _HELD_STATES: MIB_TCP_STATE_ESTAB, _FIN_WAIT1 and _FIN_WAIT2.
+_WINDOWS_TABLE_HEAD = 8
+_WINDOWS_ROWS = {
+    "tcp": struct.Struct("=I4s2s2x4s2s2xIQ128x"),
+    "tcp6": struct.Struct("=16s4x2s2x16s4x2s2xIIQ128x"),  # the state is behind the addresses
+}
+_HELD_STATES_OF_WINDOWS = (5, 6, 7)
+
+
+def _read_windows_table(table: str) -> bytes:
+    """Return the connections of IPv4 (tcp) or IPv6 (tcp6). Raises PeersUnknown."""
+    family = socket.AF_INET6 if table == "tcp6" else socket.AF_INET
+    size = _DWORD(1 << 16)
+    while True:
+        buffer = ctypes.create_string_buffer(size.value)
+        arguments = (buffer, ctypes.byref(size), False, family, TCP_TABLE_OWNER_MODULE_CONNECTIONS, 0)
+        error = GetExtendedTcpTable(*arguments)
+        if error == 0:
+            return buffer.raw
+        if error != ERROR_INSUFFICIENT_BUFFER:
+            raise PeersUnknown(f"GetExtendedTcpTable: error {error}")
+
+
+def _connections_on_windows(table: str, content: bytes, port: int) -> Iterator[tuple[_Ends, tuple[int, int]]]:
+    """Yield the ends of each connection to a port that a process holds, its pid, and when it was opened.
+
+    The time is in units of 100 ns since 1601, 0 where the system does not tell.
+    """
+    layout = _WINDOWS_ROWS[table]
+    (count,) = struct.unpack_from("=I", content)
+    packed_port = port.to_bytes(2, "big")
+    rows = content[_WINDOWS_TABLE_HEAD : _WINDOWS_TABLE_HEAD + count * layout.size]
+    for row in layout.iter_unpack(rows):
+        *fields, pid, opened = row
+        state = fields.pop(4 if table == "tcp6" else 0)
+        address, client_port, peer_address, peer_port = fields
+        if peer_port != packed_port or state not in _HELD_STATES_OF_WINDOWS or pid == 0:
+            continue
+        client = _show_address(address, int.from_bytes(client_port, "big"))
+        peer = _show_address(peer_address, port)
+        yield (_unmap(client), _unmap(peer)), (pid, opened)
+
+
+def _sid_of_holder(pid: int, opened: int) -> str:
+    """Return the SID of the process that has opened a connection, empty where that is not known.
+
+    Its pid may be another's by now, which has begun later: the connection may have been inherited from it.
+    """
+    try:
+        process = OpenProcess(PROCESS_QUERY_LIMITED_INFORMATION, False, pid)
+    except OSError:  # it has ended, or has more rights than we
+        return ""
+    try:
+        if opened and _creation_time(process) > opened:
+            return ""
+        return _sid_of_rights(process)
+    except OSError:  # its token is not for us to read
+        return ""
+    finally:
+        CloseHandle(process)
+
+
+def _creation_time(process: int) -> int:
+    """Return when the process was created, in units of 100 ns since 1601."""
+    created = wintypes.FILETIME()
+    others = [wintypes.FILETIME() for _ in range(3)]  # exit, kernel and user time
+    GetProcessTimes(process, ctypes.byref(created), *map(ctypes.byref, others))
+    return int(created.dwHighDateTime) << 32 | int(created.dwLowDateTime)
+
+
+def is_trusted_user(user: int | str) -> bool:
+    """Return whether a user, as LocalPeers has it, may do what the daemon's own may."""
+    if sys.platform == "win32":
+        return user in (_own_sid(), _SYSTEM_SID, _ADMINISTRATORS_SID)
+    return user in (0, os.geteuid())
 
 
 # ======================================================================================================================
@@ -3154,14 +3270,6 @@ def boot_time_s() -> float:
             if line.startswith("btime "):
                 return float(line.split()[1])
     return time.time() - time.monotonic()
-
-
-def _creation_time(process: int) -> int:
-    """Return when the process was created, in units of 100 ns since 1601."""
-    created = wintypes.FILETIME()
-    others = [wintypes.FILETIME() for _ in range(3)]  # exit, kernel and user time
-    GetProcessTimes(process, ctypes.byref(created), *map(ctypes.byref, others))
-    return int(created.dwHighDateTime) << 32 | int(created.dwLowDateTime)
 
 
 _LOADED_S = time.time()
@@ -10355,8 +10463,8 @@ def _match_template(template: _Segments, segments: _Segments) -> dict[str, str] 
 #                                   our port or none.
 #     a stranger through a proxy    The proxy connects from this host, but adds Forwarded, Via or the like. Trusted or
 #                                   not, its clients need a token: what is trusted is only whom it says they are.
-#     another user of this host     The kernel knows the user at the other end of a local TCP connection (Linux; other
-#                                   systems do not say, there all users of the host are let in).
+#     another user of this host     The system knows the user at the other end of a local TCP connection, on Windows by
+#                                   its process. Where it does not tell, a token is needed.
 #
 # A client that no check lets in may call public routes alone, and does not learn which others exist: it is refused
 # before a 404 or 405 could tell them apart.
@@ -10589,7 +10697,7 @@ class Authenticator:
             return self._trusted[endpoints]
         is_trusted = False
         try:
-            is_trusted = is_trusted_uid(self._peers.user(*endpoints))
+            is_trusted = is_trusted_user(self._peers.user(*endpoints))
         except LookupError:  # the client has closed its end already, or a table changed while it was read
             return False
         except PeersUnknown:  # told at the start

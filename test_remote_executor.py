@@ -89,6 +89,7 @@ import gzip
 import hashlib
 import http.client
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -6261,6 +6262,54 @@ TOKENS = {
 }
 
 
+TCP_ROWS = {  # as MSDN has MIB_TCPROW_OWNER_MODULE and MIB_TCP6ROW_OWNER_MODULE
+    "tcp": lambda state, own, peer, pid: struct.pack("=I4sI4sIIQ128x", state, *own, *peer, pid, 700),
+    "tcp6": lambda state, own, peer, pid: struct.pack(
+        "=16sII16sIIIIQ128x", own[0], 0, own[1], peer[0], 0, peer[1], state, pid, 700
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "table, client, peer",
+    [("tcp", "127.0.0.2", "127.0.0.1"), ("tcp6", "::2", "::1"), ("tcp6", "::ffff:127.0.0.2", "::ffff:127.0.0.1")],
+)
+def test_windows_table_of_connections_tells_who_holds_the_ends_of_our_clients(
+    table: str, client: str, peer: str
+) -> None:
+    code = module()
+
+    def row(state: int, port: int, peer_port: int, pid: int) -> bytes:
+        hosts = ((client, port), (peer, peer_port))
+        ends = [(ipaddress.ip_address(host).packed, socket.htons(number)) for host, number in hosts]
+        return TCP_ROWS[table](state, *ends, pid)
+
+    states = [row(state, 100 + state, 7, 40 + state) for state in range(1, 13)]
+    rows = [*states, row(5, 9, 8, 50), row(5, 10, 7, 0)]  # of another port, and of a process that has ended
+    content = struct.pack("=Q", len(rows)) + b"".join(rows) + bytes(500)
+    told = dict(code._connections_on_windows(table, content, 7))
+    host, own = client.replace("::ffff:", ""), peer.replace("::ffff:", "")
+    ends = {(code._kernel_address(host, 100 + state), code._kernel_address(own, 7)): state for state in (5, 6, 7)}
+    assert told == {pair: (40 + state, 700) for pair, state in ends.items()}
+
+
+@windows_only
+def test_windows_holder_of_a_connection_is_known_while_its_process_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, pid = module(), os.getpid()
+    now = code._creation_time(code.GetCurrentProcess())
+    assert code._sid_of_holder(pid, 0) == code._sid_of_holder(pid, now) in (code._own_sid(), "S-1-5-32-544")
+    assert code._sid_of_holder(pid, now - 1) == ""  # the process has begun later: it has the pid of one that has ended
+    assert code._sid_of_holder(3, 0) == ""
+    assert not code.is_trusted_user("") and not code.is_trusted_user("S-1-5-32-545")
+    assert all(map(code.is_trusted_user, ("S-1-5-18", "S-1-5-32-544", code._own_sid())))
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        peers = code.LocalPeers(code.DescriptorReserve())
+        if not OLD_WINE:
+            assert code.is_trusted_user(peers.user(client.getsockname(), server.getsockname()))
+        with pytest.raises(LookupError):
+            peers.user(("127.0.0.1", 1), server.getsockname())
+
+
 @pytest.mark.parametrize("require_token", [False, True], ids=["", "require_token"])
 @pytest.mark.parametrize("marks_of", MARKS)
 def test_access_over_peer_host_origin_token_and_tls(
@@ -6274,8 +6323,7 @@ def test_access_over_peer_host_origin_token_and_tls(
     access.start()
     monkeypatch.setattr(code.log, "disabled", True)
     monkeypatch.setattr(code.LocalPeers, "user", user_of)
-    users = ["own"] if WINDOWS else USERS  # which it does not tell apart
-    axes = PEERS, users, hosts(2376), TOKENS, ("http", "https", "certificate")
+    axes = PEERS, USERS, hosts(2376), TOKENS, ("http", "https", "certificate")
     for peer, user, host, token, tls in itertools.product(*axes):
         scheme, certificate = ("https", "deploy") if tls == "certificate" else (tls, "")
         client = code.Client(((peer, USERS[user]), ("127.0.0.1", 2376)), scheme, certificate)
@@ -6290,10 +6338,12 @@ def test_access_over_peer_host_origin_token_and_tls(
         assert admitted(access, request, True) == ((status, "") if keeps_out else (200, label)), case
 
 
-def user_of(_: Any, peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
+def user_of(_: Any, peer: tuple[str, int], ours: tuple[str, int]) -> int | str:
     if peer[1] == USERS["nobody knows"]:
         raise LookupError
-    return os.geteuid() + (peer[1] == USERS["other"]) if not WINDOWS else None
+    if WINDOWS:
+        return "S-1-5-32-545" if peer[1] == USERS["other"] else module()._own_sid()
+    return os.geteuid() + (peer[1] == USERS["other"])
 
 
 def request_of(client: Any, host: str, headers: dict[str, str], authorization: str) -> Any:
@@ -6324,8 +6374,7 @@ def expected(
         return 200, "certificate deploy"
     if PEERS[peer] and not hosts(2376)[host]:
         return 403, ""
-    is_own = user == "own" or (user == "other" and WINDOWS)
-    is_in = PEERS[peer] and is_own and marks_of not in FORWARDED and not require_token
+    is_in = PEERS[peer] and user == "own" and marks_of not in FORWARDED and not require_token
     return (200, "local") if is_in else (401, "")
 
 
