@@ -2198,6 +2198,7 @@ def _granted_sids(descriptor: Any) -> set[str]:
     return granted or {"everyone"}  # without a list there is no limit
 
 
+@functools.lru_cache(maxsize=1)
 def _own_sid() -> str:
     """Return the user of this process, as a SID string."""
     user = _token_information(GetCurrentProcess(), TOKEN_USER)
