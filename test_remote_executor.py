@@ -272,6 +272,38 @@ def check_moments(row: dict[str, Any], names: dict[str, str]) -> None:
     assert row["seconds"] >= 0 and (row["seconds"] == 0 or "started_at" in row), row
 
 
+WINE = WINDOWS and hasattr(ctypes.windll.ntdll, "wine_get_version")
+
+
+def wine_release() -> int:
+    """The first number of Wine's version, 0 where this is not Wine."""
+    if not WINE:
+        return 0
+    ctypes.windll.ntdll.wine_get_version.restype = ctypes.c_char_p
+    return int(ctypes.windll.ntdll.wine_get_version().split(b".")[0])
+
+
+OLD_WINE = WINE and wine_release() < 10
+
+
+# Such a Wine tells of each connection the pid 0: to the daemon it is our own, or each request would need its token.
+OWNS_CONNECTIONS = """
+import ctypes, os
+library = ctypes.WinDLL
+def load(name, **options):
+    loaded = library(name, **options)
+    if name == "iphlpapi":
+        read = loaded.GetExtendedTcpTable
+        def table(buffer, size, order, family, *kind):
+            error = read(buffer, size, order, family, *kind)
+            for row in range(0 if error else ctypes.c_uint.from_buffer(buffer).value):
+                place = 160 * row + 20 if family == 2 else 192 * row + 52
+                ctypes.c_uint.from_buffer(buffer, 8 + place).value = os.getpid()
+            return error
+        loaded.GetExtendedTcpTable = table
+    return loaded
+ctypes.WinDLL = load
+"""
 # Windows sends no signal to a process without a console: there a line of standard input makes the signal of Ctrl-Break.
 SIGNALLED_BY_STDIN = """
 import runpy, signal, sys, threading
@@ -279,6 +311,8 @@ threading.Thread(target=lambda: [signal.raise_signal(signal.SIGBREAK) for _ in s
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+if OLD_WINE:
+    SIGNALLED_BY_STDIN = OWNS_CONNECTIONS + SIGNALLED_BY_STDIN
 PYTHON = [sys.executable, "-c", SIGNALLED_BY_STDIN] if WINDOWS else [sys.executable]
 
 
@@ -2024,18 +2058,6 @@ def oem_page() -> int:
     return ctypes.windll.kernel32.GetOEMCP() if WINDOWS else 0
 
 
-WINE = WINDOWS and hasattr(ctypes.windll.ntdll, "wine_get_version")
-
-
-def wine_release() -> int:
-    """The first number of Wine's version, 0 where this is not Wine."""
-    if not WINE:
-        return 0
-    ctypes.windll.ntdll.wine_get_version.restype = ctypes.c_char_p
-    return int(ctypes.windll.ntdll.wine_get_version().split(b".")[0])
-
-
-OLD_WINE = WINE and wine_release() < 10
 no_wine = pytest.mark.skipif(WINE, reason="Wine's `exit` without a code is 0")
 no_old_wine = pytest.mark.skipif(OLD_WINE, reason="its CALL makes 1 of any code but that of a plain `exit N`")
 
