@@ -5492,7 +5492,7 @@ def _start_helper(event: int, wrapper: int, members: Sequence[int]) -> _Child:
 
 def run_helper() -> None:
     """Do what `_start_helper` has started this process for, if it has: an exe has no Python to be given a program."""
-    if sys.argv[1:2] == [_HELPER_MARK]:
+    if ON_WINDOWS and sys.argv[1:2] == [_HELPER_MARK]:
         exec(_ASK_TO_END, {})
         sys.exit()
 

@@ -2834,6 +2834,35 @@ def test_step_of_windows_ends_by_ctrl_break_unless_it_is_hurried(tmp_path: Path,
     processes.release(tree)
 
 
+WINDOW = """
+import ctypes, sys
+from ctypes import wintypes
+user32 = ctypes.windll.user32
+user32.CreateWindowExW.restype = ctypes.c_void_p
+print(user32.CreateWindowExW(0, "STATIC", "", 0x10CF0000, 0, 0, 9, 9, None, None, None, None) or 0, flush=True)
+message = wintypes.MSG()
+while user32.GetMessageW(ctypes.byref(message), None, 0, 0) > 0:
+    if message.message == 0x0010:
+        sys.exit(7)
+    user32.DispatchMessageW(ctypes.byref(message))
+"""
+
+
+@windows_only
+def test_helper_closes_the_windows_of_a_step() -> None:
+    code, null = module(), subprocess.DEVNULL
+    program = [sys.executable, "-c", WINDOW]
+    with subprocess.Popen(program, stdin=null, stdout=subprocess.PIPE, creationflags=code.DETACHED_PROCESS) as step:
+        try:
+            if not int(step.stdout.readline() if step.stdout else 0):
+                pytest.skip("this Wine shows no windows")  # but with `Graphics=null` of HKCU\\Software\\Wine\\Drivers
+            with code._start_helper(code._CTRL_BREAK_EVENT, 0, [step.pid]) as helper:
+                assert helper.wait(60) == 0
+            assert step.wait(60) == 7
+        finally:
+            step.kill()
+
+
 @windows_only
 def test_helper_that_cannot_ask_says_so() -> None:
     code = module()
