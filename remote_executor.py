@@ -17315,6 +17315,7 @@ def config_command(flags: Mapping[str, Any], is_json: bool) -> int:
 
 def run_command(argv: Sequence[str]) -> int:
     """Do what the command line says; return the exit code. Raise UsageError and StartupError."""
+    run_helper()
     args, flags = parse_command_line(argv)
     if flags.get("version"):
         print(version_line())
@@ -17358,7 +17359,6 @@ def escape_unencodable_output() -> None:
 def main() -> int:
     """Run the program; return its exit code: 0, 1 when it cannot do its work, 2 for a wrong command line."""
     escape_unencodable_output()
-    run_helper()
     try:
         return run_command(sys.argv[1:])
     except UsageError as error:
