@@ -75,7 +75,7 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from enum import Enum, IntEnum, unique
-from typing import Any, Callable, NamedTuple, Protocol, TextIO, Union, cast
+from typing import Any, Callable, NamedTuple, Protocol, TextIO, Union
 
 __version__ = "1.0.0"
 
@@ -2226,7 +2226,8 @@ def _token_information(process: int, kind: int) -> Any:
     buffer = ctypes.create_string_buffer(_MAX_TOKEN_BYTES)
     OpenProcessToken(process, TOKEN_QUERY, ctypes.byref(token))
     try:
-        GetTokenInformation(token, kind, buffer, len(buffer), ctypes.byref(_DWORD()))
+        size = _DWORD()
+        GetTokenInformation(token, kind, buffer, _MAX_TOKEN_BYTES, ctypes.byref(size))
     finally:
         CloseHandle(token)
     return buffer
@@ -3083,8 +3084,9 @@ def _addresses_on_mac(inpcb: bytes) -> tuple[bytes, bytes]:
 _WINDOWS_TABLE_HEAD = 8
 _WINDOWS_ROWS = {
     "tcp": struct.Struct("=I4s2s2x4s2s2xIQ128x"),
-    "tcp6": struct.Struct("=16s4x2s2x16s4x2s2xIIQ128x"),  # the state is behind the addresses
+    "tcp6": struct.Struct("=16s4x2s2x16s4x2s2xIIQ128x"),
 }
+_WINDOWS_STATE = {"tcp": 0, "tcp6": 4}  # its place in a row
 _HELD_STATES_OF_WINDOWS = (5, 6, 7)
 
 
@@ -3094,15 +3096,19 @@ def _read_windows_table(table: str) -> bytes:
     size = _DWORD(1 << 16)
     while True:
         buffer = ctypes.create_string_buffer(size.value)
-        arguments = (buffer, ctypes.byref(size), False, family, TCP_TABLE_OWNER_MODULE_CONNECTIONS, 0)
-        error = GetExtendedTcpTable(*arguments)
+        kind = TCP_TABLE_OWNER_MODULE_CONNECTIONS
+        error = GetExtendedTcpTable(buffer, ctypes.byref(size), False, family, kind, 0)
         if error == 0:
             return buffer.raw
         if error != ERROR_INSUFFICIENT_BUFFER:
             raise PeersUnknown(f"GetExtendedTcpTable: error {error}")
 
 
-def _connections_on_windows(table: str, content: bytes, port: int) -> Iterator[tuple[_Ends, tuple[int, int]]]:
+def _connections_on_windows(
+    table: str,
+    content: bytes,
+    port: int,
+) -> Iterator[tuple[_Ends, tuple[int, int]]]:
     """Yield the ends of each connection to a port that a process holds, its pid, and when it was opened.
 
     The time is in units of 100 ns since 1601, 0 where the system does not tell.
@@ -3113,13 +3119,14 @@ def _connections_on_windows(table: str, content: bytes, port: int) -> Iterator[t
     rows = content[_WINDOWS_TABLE_HEAD : _WINDOWS_TABLE_HEAD + count * layout.size]
     for row in layout.iter_unpack(rows):
         *fields, pid, opened = row
-        state = fields.pop(4 if table == "tcp6" else 0)
+        state = fields.pop(_WINDOWS_STATE[table])
         address, client_port, peer_address, peer_port = fields
         if peer_port != packed_port or state not in _HELD_STATES_OF_WINDOWS or pid == 0:
             continue
-        client = _show_address(address, int.from_bytes(client_port, "big"))
-        peer = _show_address(peer_address, port)
-        yield (_unmap(client), _unmap(peer)), (pid, opened)
+        number = int.from_bytes(client_port, "big")
+        client = _unmap(_show_address(address, number))
+        peer = _unmap(_show_address(peer_address, port))
+        yield (client, peer), (pid, opened)
 
 
 def _sid_of_holder(pid: int, opened: int) -> str:
@@ -5481,13 +5488,20 @@ def _open_members(job: int) -> Iterator[list[int]]:
 
 def _start_helper(event: int, wrapper: int, members: Sequence[int]) -> _Child:
     """Start what asks these processes to end, and what shares the wrapper's console. Raises OSError."""
-    command = [sys.executable]
+    program = sys.executable
+    options: tuple[str, ...] = ()
     if not getattr(sys, "frozen", False):
         # Without this file, which takes a while to compile; and in a virtual environment without its launcher.
-        command = [getattr(sys, "_base_executable", sys.executable), "-I", "-S", "-c", _ASK_TO_END]
-    null = subprocess.DEVNULL
-    words = [*command, _HELPER_MARK, *map(str, (event, wrapper, *members))]
-    return subprocess.Popen(words, stdin=null, stdout=null, stderr=null, creationflags=DETACHED_PROCESS)
+        program = getattr(sys, "_base_executable", program)
+        options = ("-I", "-S", "-c", _ASK_TO_END)
+    numbers = map(str, (event, wrapper, *members))
+    return subprocess.Popen(
+        [program, *options, _HELPER_MARK, *numbers],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        creationflags=DETACHED_PROCESS,
+    )
 
 
 def run_helper() -> None:
@@ -11033,8 +11047,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_activate()
         self._listeners = [self.socket]
         for address in listen_addresses(self._host)[1:]:
-            listener = _listen_on_ipv6(address, int(self.server_address[1]))
-            self._listeners.append(listener)
+            port = int(self.server_address[1])
+            self._listeners.append(_listen_on_ipv6(address, port))
 
     def server_bind(self) -> None:
         """Bind the socket, alone on Windows too; of every address, to IPv4 and IPv6. Raise OSError.
@@ -11095,7 +11109,8 @@ class Server(http.server.ThreadingHTTPServer):
         with _selector_of(self._listeners) as selector:
             while not self.is_stopping:
                 for key, _ in selector.select(_STOP_POLL_S):
-                    self.socket = cast("socket.socket", key.fileobj)
+                    listener: Any = key.fileobj
+                    self.socket = listener
                     self.handle_request()
 
     def is_alive(self) -> bool:
