@@ -2828,6 +2828,7 @@ def test_step_of_windows_ends_by_ctrl_break_unless_it_is_hurried(tmp_path: Path,
     processes, tree, _ = start_on_windows(tmp_path, "ping -n 60 localhost >nul")
     wait_until(lambda: code._count_active(tree._job) > 1, "the step's process")
     assert seconds(lambda: tree.stop(lambda: is_hurried)) < code.GRACE_S
+    assert tree.wait(None)
     ended_by = code._DWORD()
     code.GetExitCodeProcess(tree._wrapper, ctypes.byref(ended_by))
     assert (ended_by.value == code._ENDED_BY_STOP) == is_hurried and code._count_active(tree._job) == 0
