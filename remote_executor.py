@@ -1035,6 +1035,7 @@ if ON_WINDOWS:
     PROCESS_SUSPEND_RESUME = 0x0800
     PROCESS_QUERY_LIMITED_INFORMATION = 0x1000
     CREATE_SUSPENDED = 0x0000_0004
+    DETACHED_PROCESS = 0x0000_0008
     CREATE_NO_WINDOW = 0x0800_0000
     OpenProcess = _declare(_kernel32, "OpenProcess", _HANDLE, _DWORD, _BOOL, _DWORD)
     GetCurrentProcess = _declare(_kernel32, "GetCurrentProcess", _HANDLE)
@@ -1152,10 +1153,18 @@ if ON_WINDOWS:
     _advapi32 = _WinDLL("advapi32", use_last_error=True)
     TOKEN_QUERY = 0x0008
     TOKEN_USER = 1
+    TOKEN_GROUPS = 2
+    SE_GROUP_ENABLED = 0x0000_0004
     SDDL_REVISION_1 = 1
     OWNER_SECURITY_INFORMATION = 0x0000_0001
     DACL_SECURITY_INFORMATION = 0x0000_0004
     PROTECTED_DACL_SECURITY_INFORMATION = 0x8000_0000  # nothing is inherited from the parent directory
+
+    class SidAndAttributes(ctypes.Structure):
+        """SID_AND_ATTRIBUTES."""
+
+        _fields_ = (("Sid", _VOID), ("Attributes", _DWORD))
+
     LocalFree = _kernel32.LocalFree
     LocalFree.argtypes = (_VOID,)
     OpenProcessToken = _declare(_advapi32, "OpenProcessToken", _BOOL, _HANDLE, _DWORD, _HANDLE_OUT)
@@ -1182,6 +1191,13 @@ if ON_WINDOWS:
     GetSecurityDescriptorOwner = _declare(_advapi32, "GetSecurityDescriptorOwner", _BOOL, _VOID, _VOID_OUT, _BOOL_OUT)
     GetFileSecurityW = _declare(_advapi32, "GetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID, _DWORD, _DWORD_OUT)
     SetFileSecurityW = _declare(_advapi32, "SetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID)
+
+    # Connections of the host (IP Helper)
+    TCP_TABLE_OWNER_MODULE_CONNECTIONS = 7
+    ERROR_INSUFFICIENT_BUFFER = 122
+    GetExtendedTcpTable = _WinDLL("iphlpapi").GetExtendedTcpTable
+    GetExtendedTcpTable.argtypes = (_VOID, _DWORD_OUT, _BOOL, _DWORD, _INT, _DWORD)
+    GetExtendedTcpTable.restype = _DWORD
 
     # The host's processes (Tool Help Functions)
     TH32CS_SNAPPROCESS = 2
@@ -2217,17 +2233,42 @@ def _granted_sids(descriptor: Any) -> set[str]:
     return granted or {"everyone"}  # without a list there is no limit
 
 
+@functools.lru_cache(maxsize=1)
 def _own_sid() -> str:
     """Return the user of this process, as a SID string."""
+    user = _token_information(GetCurrentProcess(), TOKEN_USER)
+    return _sid_text(ctypes.c_void_p.from_buffer(user))  # TOKEN_USER begins with a pointer to the SID
+
+
+def _sid_of_rights(process: int) -> str:
+    """Return the administrators' SID for an elevated process of theirs, else that of its user. Raises OSError.
+
+    Without elevation the group is in the token too, but for denials alone, and not enabled.
+    """
+    groups = _token_information(process, TOKEN_GROUPS)  # TOKEN_GROUPS: how many there are, and at the next pointer's
+    count = _DWORD.from_buffer(groups).value  # alignment each of them
+    array_type: Any = SidAndAttributes * count
+    for group in array_type.from_buffer(groups, ctypes.sizeof(_VOID)):
+        if group.Attributes & SE_GROUP_ENABLED and _sid_text(group.Sid) == _ADMINISTRATORS_SID:
+            return _ADMINISTRATORS_SID
+    user = _token_information(process, TOKEN_USER)
+    return _sid_text(ctypes.c_void_p.from_buffer(user))
+
+
+def _token_information(process: int, kind: int) -> Any:
+    """Return a buffer with what a process's token says (TOKEN_INFORMATION_CLASS). Raises OSError."""
     token = _HANDLE()
-    user = ctypes.create_string_buffer(256)
-    size = _DWORD()
-    OpenProcessToken(GetCurrentProcess(), TOKEN_QUERY, ctypes.byref(token))
+    buffer = ctypes.create_string_buffer(_MAX_TOKEN_BYTES)
+    OpenProcessToken(process, TOKEN_QUERY, ctypes.byref(token))
     try:
-        GetTokenInformation(token, TOKEN_USER, user, len(user), ctypes.byref(size))
+        size = _DWORD()
+        GetTokenInformation(token, kind, buffer, _MAX_TOKEN_BYTES, ctypes.byref(size))
     finally:
         CloseHandle(token)
-    return _sid_text(ctypes.c_void_p.from_buffer(user))  # TOKEN_USER begins with a pointer to the SID
+    return buffer
+
+
+_MAX_TOKEN_BYTES = 1 << 17  # of 1,024 groups, the most that a token has, with SIDs of 68 bytes
 
 
 def _owner_sid(path: str) -> str:
@@ -2933,7 +2974,7 @@ def socket_timeout(seconds: float) -> bytes:
 
 _Address = tuple[str, int]  # the host, numeric, and the port
 _Ends = tuple[str, str]  # the addresses of a connection, the client's and ours, as the kernel shows them
-_Users = dict[_Ends, int]  # the uid of each connection
+_Users = dict[_Ends, Any]  # of each connection the uid; on Windows the pid, and when it was opened
 
 
 # Linux says of one socket who has it (sock_diag(7)): 0.1 ms, where its table, of 30,000 sockets, takes 660. The layouts
@@ -3013,14 +3054,12 @@ class LocalPeers:
         self._lock = threading.Lock()  # guards all below
         self._tables: dict[str, tuple[float, _Users]] = {}  # by name, when its reading began, and the content
 
-    def user(self, peer: _Address, ours: _Address) -> int | None:
-        """Return the uid that holds the peer's end; None on Windows, which does not show it.
+    def user(self, peer: _Address, ours: _Address) -> int | str:
+        """Return the uid that holds the peer's end; on Windows the SID, that of the administrators if it is elevated.
 
         Raises LookupError where the host has no such connection: there is no end to trust then; and OSError, of which
         PeersUnknown is the kind where the system has no table that we can read.
         """
-        if ON_WINDOWS:
-            return None
         if ON_LINUX:
             with self._descriptors.lend_if_scarce(look_now=True):
                 user = _user_of_socket(peer, ours)
@@ -3034,13 +3073,17 @@ class LocalPeers:
             tables = ("tcp6",)
         for table in tables * 2:  # twice, for one that changes while it is read may lack a line
             users = self._users(table, ours[1])
+            if ends in users and ON_WINDOWS:
+                return _sid_of_holder(*users[ends])
             if ends in users:
-                return users[ends]
+                return int(users[ends])
         raise LookupError("this host has no such connection")
 
     def check(self) -> None:
         """Raise PeersUnknown where no user can be told, and OSError."""
-        if not (ON_WINDOWS or ON_LINUX):
+        if ON_WINDOWS:
+            self._users("tcp", 0)
+        elif not ON_LINUX:
             self._users(_MAC_TABLE, 0)
 
     def _users(self, table: str, port: int) -> _Users:
@@ -3060,8 +3103,8 @@ class PeersUnknown(OSError):
     """This system does not show who holds the other end of a connection, or not in a form that we know."""
 
 
-def _read_table(table: str, port: int) -> Iterable[tuple[_Ends, int]]:
-    """Return the ends and the uid of each connection to a port that a process holds. Raises OSError."""
+def _read_table(table: str, port: int) -> Iterable[tuple[_Ends, Any]]:
+    """Return the ends and the holder of each connection to a port that a process holds. Raises OSError."""
     if ON_MAC:
         try:
             content = read_sysctl(table)
@@ -3070,6 +3113,8 @@ def _read_table(table: str, port: int) -> Iterable[tuple[_Ends, int]]:
         return _connections_on_mac(content, port)
     if ON_LINUX:
         return _connections(table, port)
+    if ON_WINDOWS:
+        return _connections_on_windows(table, _read_windows_table(table), port)
     raise PeersUnknown(f"{sys.platform} has no table of connections that is known")
 
 
@@ -3180,9 +3225,89 @@ def _addresses_on_mac(inpcb: bytes) -> tuple[bytes, bytes]:
     raise PeersUnknown(f"{_MAC_TABLE} has a connection of version {version}")
 
 
-def is_trusted_uid(user: int | None) -> bool:
-    """Return whether this uid may do what the daemon's own may; None is Windows, which does not show it."""
-    return sys.platform == "win32" or user in (0, os.geteuid())
+# What Windows shows of its TCP connections: their number, padded to 8 bytes, and of each a MIB_TCPROW_OWNER_MODULE or
+# MIB_TCP6ROW_OWNER_MODULE (MSDN): state, local and remote address and port, pid and the time when it was opened; what
+# of its module is not needed. The states are those of _HELD_STATES: MIB_TCP_STATE_ESTAB, _FIN_WAIT1 and _FIN_WAIT2.
+_WINDOWS_TABLE_HEAD = 8
+_WINDOWS_ROWS = {
+    "tcp": struct.Struct("=I4s2s2x4s2s2xIQ128x"),
+    "tcp6": struct.Struct("=16s4x2s2x16s4x2s2xIIQ128x"),
+}
+_WINDOWS_STATE = {"tcp": 0, "tcp6": 4}  # its place in a row
+_HELD_STATES_OF_WINDOWS = (5, 6, 7)
+
+
+def _read_windows_table(table: str) -> bytes:
+    """Return the connections of IPv4 (tcp) or IPv6 (tcp6). Raises PeersUnknown."""
+    family = socket.AF_INET6 if table == "tcp6" else socket.AF_INET
+    size = _DWORD(1 << 16)
+    while True:
+        buffer = ctypes.create_string_buffer(size.value)
+        kind = TCP_TABLE_OWNER_MODULE_CONNECTIONS
+        error = GetExtendedTcpTable(buffer, ctypes.byref(size), False, family, kind, 0)
+        if error == 0:
+            return buffer.raw
+        if error != ERROR_INSUFFICIENT_BUFFER:
+            raise PeersUnknown(f"GetExtendedTcpTable: error {error}")
+
+
+def _connections_on_windows(
+    table: str,
+    content: bytes,
+    port: int,
+) -> Iterator[tuple[_Ends, tuple[int, int]]]:
+    """Yield the ends of each connection to a port that a process holds, its pid, and when it was opened.
+
+    The time is in units of 100 ns since 1601, 0 where the system does not tell.
+    """
+    layout = _WINDOWS_ROWS[table]
+    (count,) = struct.unpack_from("=I", content)
+    packed_port = port.to_bytes(2, "big")
+    rows = content[_WINDOWS_TABLE_HEAD : _WINDOWS_TABLE_HEAD + count * layout.size]
+    for row in layout.iter_unpack(rows):
+        *fields, pid, opened = row
+        state = fields.pop(_WINDOWS_STATE[table])
+        address, client_port, peer_address, peer_port = fields
+        if peer_port != packed_port or state not in _HELD_STATES_OF_WINDOWS or pid == 0:
+            continue
+        number = int.from_bytes(client_port, "big")
+        client = _unmap(_show_address(address, number))
+        peer = _unmap(_show_address(peer_address, port))
+        yield (client, peer), (pid, opened)
+
+
+def _sid_of_holder(pid: int, opened: int) -> str:
+    """Return the SID of the process that has opened a connection, empty where that is not known.
+
+    Its pid may be another's by now, which has begun later: the connection may have been inherited from it.
+    """
+    try:
+        process = OpenProcess(PROCESS_QUERY_LIMITED_INFORMATION, False, pid)
+    except OSError:  # it has ended, or has more rights than we
+        return ""
+    try:
+        if opened and _creation_time(process) > opened:
+            return ""
+        return _sid_of_rights(process)
+    except OSError:  # its token is not for us to read
+        return ""
+    finally:
+        CloseHandle(process)
+
+
+def _creation_time(process: int) -> int:
+    """Return when the process was created, in units of 100 ns since 1601."""
+    created = wintypes.FILETIME()
+    others = [wintypes.FILETIME() for _ in range(3)]  # exit, kernel and user time
+    GetProcessTimes(process, ctypes.byref(created), *map(ctypes.byref, others))
+    return int(created.dwHighDateTime) << 32 | int(created.dwLowDateTime)
+
+
+def is_trusted_user(user: int | str) -> bool:
+    """Return whether a user, as LocalPeers has it, may do what the daemon's own may."""
+    if sys.platform == "win32":
+        return user in (_own_sid(), _SYSTEM_SID, _ADMINISTRATORS_SID)
+    return user in (0, os.geteuid())
 
 
 # ======================================================================================================================
@@ -3300,14 +3425,6 @@ def boot_time_s() -> float:
             if line.startswith("btime "):
                 return float(line.split()[1])
     return time.time() - time.monotonic()
-
-
-def _creation_time(process: int) -> int:
-    """Return when the process was created, in units of 100 ns since 1601."""
-    created = wintypes.FILETIME()
-    others = [wintypes.FILETIME() for _ in range(3)]  # exit, kernel and user time
-    GetProcessTimes(process, ctypes.byref(created), *map(ctypes.byref, others))
-    return int(created.dwHighDateTime) << 32 | int(created.dwLowDateTime)
 
 
 _LOADED_S = time.time()
@@ -5366,6 +5483,35 @@ goto again\r
 # applications (MSDN, "GetLastError"); the codes of the system and its runtimes begin with 0xC0, 0x80 or 0xE0 (C++,
 # .NET).
 _ENDED_BY_STOP = 0xE052_5252
+_CTRL_C_EVENT = 0
+_CTRL_BREAK_EVENT = 1
+_NOT_ASKED = 3
+# What asks a step to end runs in a process of its own, for a process has one console at most. It closes what windows of
+# these processes can be seen, then sends Ctrl-C or Ctrl-Break to all that share the wrapper's console, itself included
+# (MSDN, "GenerateConsoleCtrlEvent"). It ends with _NOT_ASKED when there was nothing to ask.
+_HELPER_MARK = "ask-step-to-end"
+_ASK_TO_END = f"""
+import ctypes, sys
+
+kernel32 = ctypes.WinDLL("kernel32")
+user32 = ctypes.WinDLL("user32")
+event, wrapper, *members = map(int, sys.argv[2:])
+windows = []
+
+@ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+def close(number, _):
+    window = ctypes.c_void_p(number)
+    owner = ctypes.c_ulong()
+    user32.GetWindowThreadProcessId(window, ctypes.byref(owner))
+    if owner.value in members and user32.IsWindowVisible(window):
+        windows.append(window)
+        user32.PostMessageW(window, 0x0010, None, None)  # WM_CLOSE
+    return True
+
+user32.EnumWindows(close, None)
+if not (kernel32.AttachConsole(wrapper) and kernel32.GenerateConsoleCtrlEvent(event, 0)) and not windows:
+    sys.exit({_NOT_ASKED})
+"""
 _SPAWN_ATTEMPTS = 3
 # Files that are read again while the step runs: cmd opens a batch file for each of its lines, a later daemon reads the
 # pid. The wrapper keeps them open with these share modes, so that nobody else can open them exclusively. A script may
@@ -5523,6 +5669,45 @@ def list_processes() -> Iterator[tuple[int, int, str]]:
         CloseHandle(snapshot)
 
 
+@contextlib.contextmanager
+def _open_members(job: int) -> Iterator[list[int]]:
+    """Open the live processes of a job and return their pids, which are nobody else's within the context."""
+    handles = {}
+    try:
+        for pid in _list_members(job):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                handles[pid] = OpenProcess(SYNCHRONIZE, False, pid)
+        yield [pid for pid in _list_members(job) if pid in handles]
+    finally:
+        for handle in handles.values():
+            CloseHandle(handle)
+
+
+def _start_helper(event: int, wrapper: int, members: Sequence[int]) -> _Child:
+    """Start what asks these processes to end, and what shares the wrapper's console. Raises OSError."""
+    program = sys.executable
+    options: tuple[str, ...] = ()
+    if not getattr(sys, "frozen", False):
+        # Without this file, which takes a while to compile; and in a virtual environment without its launcher.
+        program = getattr(sys, "_base_executable", program)
+        options = ("-I", "-S", "-c", _ASK_TO_END)
+    numbers = map(str, (event, wrapper, *members))
+    return subprocess.Popen(
+        [program, *options, _HELPER_MARK, *numbers],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        creationflags=DETACHED_PROCESS,
+    )
+
+
+def run_helper() -> None:
+    """Do what `_start_helper` has started this process for, if it has: an exe has no Python to be given a program."""
+    if ON_WINDOWS and sys.argv[1:2] == [_HELPER_MARK]:
+        exec(_ASK_TO_END, {})
+        sys.exit()
+
+
 def _open_child(parent: int, job: int) -> int:
     """Open the step's process, which the wrapper, a member of the job, has started; return 0 without one."""
     members = set(_list_members(job)) - {parent}
@@ -5570,7 +5755,7 @@ def _may_be_alive(record: _WrapperRecord) -> bool:
     except OSError:
         return False
     try:
-        code = ctypes.c_int32()
+        code = _DWORD()
         GetExitCodeProcess(process, ctypes.byref(code))
         return code.value == STILL_ACTIVE and _creation_time(process) == record.created
     finally:
@@ -5656,10 +5841,14 @@ class WindowsTree:
         return None if code.value == _ENDED_BY_STOP else int(code.value)
 
     def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
-        """Terminate all processes of the job, also those that outlived the wrapper.
+        """Ask the step to end, Ctrl-C for SIGINT and else Ctrl-Break; terminate what is left of its job after GRACE_S.
 
-        At once: no signal is sent to them first, so there is no grace that `is_hurried` could end.
+        At once where it cannot be asked: its wrapper has ended, or has no console.
         """
+        event = _CTRL_C_EVENT if first_signal == signal.SIGINT else _CTRL_BREAK_EVENT
+        with contextlib.suppress(OSError):  # no helper can be started
+            if not is_hurried() and not _is_signalled(self._wrapper):
+                self._ask_to_end(event, is_hurried)
         _end_job(self._job)
 
     def close(self) -> None:
@@ -5699,6 +5888,18 @@ class WindowsTree:
                 finally:
                     CloseHandle(process)
         return _duplicate(self._job, GetCurrentProcess())
+
+    def _ask_to_end(self, event: int, is_hurried: Callable[[], bool]) -> None:
+        """Ask the job's processes to end; return when they have, after GRACE_S or when hurried. Raises OSError."""
+        end_s = time.monotonic() + GRACE_S
+        with _open_members(self._job) as members, _start_helper(event, self.pid, members) as helper:
+            try:
+                while _count_active(self._job) and helper.poll() != _NOT_ASKED:
+                    if is_hurried() or time.monotonic() >= end_s:
+                        return
+                    time.sleep(_POLL_S)
+            finally:
+                helper.kill()
 
     def _has_result(self) -> bool:
         """Return whether the wrapper reached its last line, even if it could not write the result."""
@@ -5740,7 +5941,7 @@ class WatchedTree:
         """Return None: the result file may have the code."""
         return None
 
-    def stop(self, is_hurried: Callable[[], bool]) -> None:
+    def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
         """Warn that this daemon may not end the step, if it has not ended by itself."""
         if _may_be_alive(self._record):
             log.warning("process %d of a step cannot be stopped: it was started with more rights", self.pid)
@@ -10604,12 +10805,18 @@ def _parse_ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return ip
 
 
+def _selector_of(socks: Iterable[socket.socket]) -> selectors.BaseSelector:
+    """Return a selector of what can be read, or accepted; it takes no descriptor."""
+    selector_class: Any = getattr(selectors, "PollSelector", selectors.SelectSelector)
+    selector: selectors.BaseSelector = selector_class()
+    for sock in socks:
+        selector.register(sock, selectors.EVENT_READ)
+    return selector
+
+
 def _readable(socks: Iterable[socket.socket]) -> set[Any]:
     """Return those from which data, or an end, can be read now."""
-    selector_class = getattr(selectors, "PollSelector", selectors.SelectSelector)  # neither takes a descriptor
-    with selector_class() as selector:
-        for sock in socks:
-            selector.register(sock, selectors.EVENT_READ)
+    with _selector_of(socks) as selector:
         return {key.fileobj for key, _ in selector.select(0)}
 
 
@@ -11205,8 +11412,8 @@ def _match_template(template: _Segments, segments: _Segments) -> dict[str, str] 
 #                                   our port or none.
 #     a stranger through a proxy    The proxy connects from this host, but adds Forwarded, Via or the like. Trusted or
 #                                   not, its clients need a token: what is trusted is only whom it says they are.
-#     another user of this host     The kernel knows the user at the other end of a local TCP connection (Linux; other
-#                                   systems do not say, there all users of the host are let in).
+#     another user of this host     The system knows the user at the other end of a local TCP connection, on Windows by
+#                                   its process. Where it does not tell, a token is needed.
 #
 # A client that no check lets in may call public routes alone, and does not learn which others exist: it is refused
 # before a 404 or 405 could tell them apart.
@@ -11452,7 +11659,7 @@ class Authenticator:
             return self._trusted[endpoints]
         is_trusted = False
         try:
-            is_trusted = is_trusted_uid(self._peers.user(*endpoints))
+            is_trusted = is_trusted_user(self._peers.user(*endpoints))
         except LookupError:  # the client has closed its end already, or a table changed while it was read
             return False
         except PeersUnknown:  # told at the start
@@ -11548,6 +11755,7 @@ _KEEP_ALIVE_OPTIONS = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3
 _RESERVE_THREADS = 2
 _MAX_PENDING_CONNECTIONS = 8
 _RESERVE_DESCRIPTORS = 4  # of 8, for connections: the others are for what their responses open
+_STOP_POLL_S = 0.1
 _ACCEPT_RETRY_S = 0.05
 _MAX_RESTART_PAUSE_S = 5.0
 _REFILL_INTERVAL_S = 10.0
@@ -11707,6 +11915,36 @@ def _last_response(error: ApiError) -> bytes:
     return head.encode() + body
 
 
+def listen_addresses(host: str) -> list[str]:
+    """Return the addresses of --addr's host: of localhost both loopbacks, the second where there is IPv6.
+
+    Clients try them in either order, and those of Windows lose 2 seconds on one that nobody listens on.
+    """
+    if host.lower() != "localhost":
+        return [host]
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:  # the kernel has no IPv6, or it is switched off
+        return ["127.0.0.1"]
+    return ["127.0.0.1", "::1"]
+
+
+def _listen_on_ipv6(address: str, port: int) -> socket.socket:
+    """Listen on a port, alone on Windows too. Raise OSError."""
+    listener = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+    option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, option, 1)
+        listener.bind((address, port))
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
 class Server(http.server.ThreadingHTTPServer):
     """The listening socket and its connections; `open`, `start` and `stop` are for the daemon's thread."""
 
@@ -11751,7 +11989,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET
         if ":" in self._host or (not self._host and socket.has_ipv6):
             self.address_family = socket.AF_INET6
-        super().__init__((self._host, port), Connection, bind_and_activate=False)
+        first = listen_addresses(self._host)[0]
+        super().__init__((first, port), Connection, bind_and_activate=False)
+        self._listeners = [self.socket]  # two for `localhost`; `socket` is the one of them to accept from
 
     def open(self) -> None:
         """Bind the port. Raise StartupError."""
@@ -11780,6 +12020,10 @@ class Server(http.server.ThreadingHTTPServer):
             self.socket = socket.socket(self.address_family, self.socket_type)
             self.server_bind()
         self.server_activate()
+        self._listeners = [self.socket]
+        for address in listen_addresses(self._host)[1:]:
+            port = int(self.server_address[1])
+            self._listeners.append(_listen_on_ipv6(address, port))
 
     def server_bind(self) -> None:
         """Bind the socket, alone on Windows too; of every address, to IPv4 and IPv6. Raise OSError.
@@ -11796,6 +12040,11 @@ class Server(http.server.ThreadingHTTPServer):
         """Listen. An accept never waits: a client may be gone by then, which BSD does not report."""
         super().server_activate()
         self.socket.setblocking(False)
+
+    def server_close(self) -> None:
+        """Close the listening sockets."""
+        for listener in {self.socket, *self._listeners}:
+            listener.close()
 
     def start(self) -> None:
         """Start to accept connections."""
@@ -11820,7 +12069,7 @@ class Server(http.server.ThreadingHTTPServer):
         while not self.is_stopping:
             begin_s = time.monotonic()
             try:
-                self.serve_forever(0.1)
+                self._accept_connections()
             except Exception:
                 with contextlib.suppress(MemoryError):  # then there is no line, but a listener
                     log.exception("the listener failed; it starts again")
@@ -11830,6 +12079,15 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(pause_s)
             pause_s = min(2 * pause_s, _MAX_RESTART_PAUSE_S)
 
+    def _accept_connections(self) -> None:
+        """Accept connections of each listening socket until `stop`."""
+        with _selector_of(self._listeners) as selector:
+            while not self.is_stopping:
+                for key, _ in selector.select(_STOP_POLL_S):
+                    listener: Any = key.fileobj
+                    self.socket = listener
+                    self.handle_request()
+
     def is_alive(self) -> bool:
         """Return whether connections are accepted."""
         return self._thread.is_alive()
@@ -11838,7 +12096,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept no more; let the responses in flight end within a moment, close the other connections."""
         self.is_stopping = True
         if self._thread.is_alive():
-            self.shutdown()
+            self._thread.join(10 * _STOP_POLL_S)
         self.server_close()
         with self._lock:
             connections = [*self._connections]
@@ -18531,9 +18789,10 @@ def _look_at_root(settings: Settings) -> str:
 
 def _look_at_port(settings: Settings) -> str:
     host, port = parse_address(settings.addr)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, port), family=family).close()
+        for address in listen_addresses(host):
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            socket.create_server((address, port), family=family).close()
     except OSError as error:
         return f"{settings.addr} cannot be used: {error.strerror}"
     return f"{settings.addr} is free"

@@ -89,6 +89,7 @@ import gzip
 import hashlib
 import http.client
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -271,6 +272,38 @@ def check_moments(row: dict[str, Any], names: dict[str, str]) -> None:
     assert row["seconds"] >= 0 and (row["seconds"] == 0 or "started_at" in row), row
 
 
+WINE = WINDOWS and hasattr(ctypes.windll.ntdll, "wine_get_version")
+
+
+def wine_release() -> int:
+    """The first number of Wine's version, 0 where this is not Wine."""
+    if not WINE:
+        return 0
+    ctypes.windll.ntdll.wine_get_version.restype = ctypes.c_char_p
+    return int(ctypes.windll.ntdll.wine_get_version().split(b".")[0])
+
+
+OLD_WINE = WINE and wine_release() < 10
+
+
+# Such a Wine tells of each connection the pid 0: to the daemon it is our own, or each request would need its token.
+OWNS_CONNECTIONS = """
+import ctypes, os
+library = ctypes.WinDLL
+def load(name, **options):
+    loaded = library(name, **options)
+    if name == "iphlpapi":
+        read = loaded.GetExtendedTcpTable
+        def table(buffer, size, order, family, *kind):
+            error = read(buffer, size, order, family, *kind)
+            for row in range(0 if error else ctypes.c_uint.from_buffer(buffer).value):
+                place = 160 * row + 20 if family == 2 else 192 * row + 52
+                ctypes.c_uint.from_buffer(buffer, 8 + place).value = os.getpid()
+            return error
+        loaded.GetExtendedTcpTable = table
+    return loaded
+ctypes.WinDLL = load
+"""
 # Windows sends no signal to a process without a console: there a line of standard input makes the signal of Ctrl-Break.
 SIGNALLED_BY_STDIN = """
 import runpy, signal, sys, threading
@@ -278,6 +311,8 @@ threading.Thread(target=lambda: [signal.raise_signal(signal.SIGBREAK) for _ in s
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+if OLD_WINE:
+    SIGNALLED_BY_STDIN = OWNS_CONNECTIONS + SIGNALLED_BY_STDIN
 PYTHON = [sys.executable, "-c", SIGNALLED_BY_STDIN] if WINDOWS else [sys.executable]
 
 
@@ -2769,18 +2804,6 @@ def oem_page() -> int:
     return ctypes.windll.kernel32.GetOEMCP() if WINDOWS else 0
 
 
-WINE = WINDOWS and hasattr(ctypes.windll.ntdll, "wine_get_version")
-
-
-def wine_release() -> int:
-    """The first number of Wine's version, 0 where this is not Wine."""
-    if not WINE:
-        return 0
-    ctypes.windll.ntdll.wine_get_version.restype = ctypes.c_char_p
-    return int(ctypes.windll.ntdll.wine_get_version().split(b".")[0])
-
-
-OLD_WINE = WINE and wine_release() < 10
 no_wine = pytest.mark.skipif(WINE, reason="Wine's `exit` without a code is 0")
 no_old_wine = pytest.mark.skipif(OLD_WINE, reason="its CALL makes 1 of any code but that of a plain `exit N`")
 
@@ -3518,6 +3541,82 @@ def test_ctrl_c_to_a_console_ends_no_step_before_its_own_process(daemon: Daemon)
     task = daemon.submit(python(CTRL_C), step("echo next"))
     assert daemon.ended(task).code == 0
     assert daemon.console(task).data == ["sent 1", "end"] and daemon.console(task, 1).data == ["next"]
+
+
+NOTICES_CTRL_C = """
+import signal, time
+signal.signal(signal.SIGINT, lambda *_: print("noticed", flush=True))
+print("up", flush=True)
+while True:
+    time.sleep(0.05)
+"""
+sends_console_events = pytest.mark.skipif(OLD_WINE, reason="this Wine sends no event to another console")
+
+
+@windows_only
+@sends_console_events
+def test_stop_asks_a_step_of_windows_to_end_and_a_second_one_does_not(daemon: Daemon) -> None:
+    task = daemon.submit(python(NOTICES_CTRL_C))
+    daemon.until_printed(task, "up")
+    assert daemon.put(f"/api/v1/task/{task}/0?signal=INT").code == 0
+    daemon.until_printed(task, "noticed")
+    assert daemon.row(task)["state"] == 1
+    assert daemon.put(f"/api/v1/task/{task}").code == 0
+    assert seconds(lambda: daemon.ended(task)) < module().GRACE_S / 2
+    assert daemon.steps(task)[0]["result"] == "stopped"
+
+
+@windows_only
+@sends_console_events
+@pytest.mark.parametrize("is_hurried", [False, True])
+def test_step_of_windows_ends_by_ctrl_break_unless_it_is_hurried(tmp_path: Path, is_hurried: bool) -> None:
+    code = module()
+    processes, tree, _ = start_on_windows(tmp_path, "ping -n 60 localhost >nul")
+    wait_until(lambda: code._count_active(tree._job) > 1, "the step's process")
+    assert seconds(lambda: tree.stop(lambda: is_hurried)) < code.GRACE_S
+    assert tree.wait(None)
+    ended_by = code._DWORD()
+    code.GetExitCodeProcess(tree._wrapper, ctypes.byref(ended_by))
+    assert (ended_by.value == code._ENDED_BY_STOP) == is_hurried and code._count_active(tree._job) == 0
+    processes.release(tree)
+
+
+WINDOW = """
+import ctypes, sys
+from ctypes import wintypes
+user32 = ctypes.windll.user32
+user32.CreateWindowExW.restype = ctypes.c_void_p
+print(user32.CreateWindowExW(0, "STATIC", "", 0x10CF0000, 0, 0, 9, 9, None, None, None, None) or 0, flush=True)
+message = wintypes.MSG()
+while user32.GetMessageW(ctypes.byref(message), None, 0, 0) > 0:
+    if message.message == 0x0010:
+        sys.exit(7)
+    user32.DispatchMessageW(ctypes.byref(message))
+"""
+
+
+@windows_only
+def test_helper_closes_the_windows_of_a_step() -> None:
+    code, null = module(), subprocess.DEVNULL
+    program = [sys.executable, "-c", WINDOW]
+    with subprocess.Popen(program, stdin=null, stdout=subprocess.PIPE, creationflags=code.DETACHED_PROCESS) as step:
+        try:
+            if not int(step.stdout.readline() if step.stdout else 0):
+                pytest.skip("this Wine shows no windows")  # but with `Graphics=null` of HKCU\\Software\\Wine\\Drivers
+            with code._start_helper(code._CTRL_BREAK_EVENT, 0, [step.pid]) as helper:
+                assert helper.wait(60) == 0
+            assert step.wait(60) == 7
+        finally:
+            step.kill()
+
+
+@windows_only
+def test_helper_that_cannot_ask_says_so() -> None:
+    code = module()
+    with code._start_helper(code._CTRL_BREAK_EVENT, 0, []) as helper:
+        assert helper.wait(60) == code._NOT_ASKED
+    asked = subprocess.run([sys.executable, str(PROGRAM), code._HELPER_MARK, "1", "0"], stdin=subprocess.DEVNULL)
+    assert asked.returncode == code._NOT_ASKED
 
 
 # Opens files of the step's directory, sharing them as is said, and has a child hold them for a while.
@@ -7096,6 +7195,54 @@ TOKENS = {
 }
 
 
+TCP_ROWS = {  # as MSDN has MIB_TCPROW_OWNER_MODULE and MIB_TCP6ROW_OWNER_MODULE
+    "tcp": lambda state, own, peer, pid: struct.pack("=I4sI4sIIQ128x", state, *own, *peer, pid, 700),
+    "tcp6": lambda state, own, peer, pid: struct.pack(
+        "=16sII16sIIIIQ128x", own[0], 0, own[1], peer[0], 0, peer[1], state, pid, 700
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "table, client, peer",
+    [("tcp", "127.0.0.2", "127.0.0.1"), ("tcp6", "::2", "::1"), ("tcp6", "::ffff:127.0.0.2", "::ffff:127.0.0.1")],
+)
+def test_windows_table_of_connections_tells_who_holds_the_ends_of_our_clients(
+    table: str, client: str, peer: str
+) -> None:
+    code = module()
+
+    def row(state: int, port: int, peer_port: int, pid: int) -> bytes:
+        hosts = ((client, port), (peer, peer_port))
+        ends = [(ipaddress.ip_address(host).packed, socket.htons(number)) for host, number in hosts]
+        return TCP_ROWS[table](state, *ends, pid)
+
+    states = [row(state, 100 + state, 7, 40 + state) for state in range(1, 13)]
+    rows = [*states, row(5, 9, 8, 50), row(5, 10, 7, 0)]  # of another port, and of a process that has ended
+    content = struct.pack("=Q", len(rows)) + b"".join(rows) + bytes(500)
+    told = dict(code._connections_on_windows(table, content, 7))
+    host, own = client.replace("::ffff:", ""), peer.replace("::ffff:", "")
+    ends = {(code._kernel_address(host, 100 + state), code._kernel_address(own, 7)): state for state in (5, 6, 7)}
+    assert told == {pair: (40 + state, 700) for pair, state in ends.items()}
+
+
+@windows_only
+def test_windows_holder_of_a_connection_is_known_while_its_process_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, pid = module(), os.getpid()
+    now = code._creation_time(code.GetCurrentProcess())
+    assert code._sid_of_holder(pid, 0) == code._sid_of_holder(pid, now) in (code._own_sid(), "S-1-5-32-544")
+    assert code._sid_of_holder(pid, now - 1) == ""  # the process has begun later: it has the pid of one that has ended
+    assert code._sid_of_holder(3, 0) == ""
+    assert not code.is_trusted_user("") and not code.is_trusted_user("S-1-5-32-545")
+    assert all(map(code.is_trusted_user, ("S-1-5-18", "S-1-5-32-544", code._own_sid())))
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        peers = code.LocalPeers(code.DescriptorReserve())
+        if not OLD_WINE:
+            assert code.is_trusted_user(peers.user(client.getsockname(), server.getsockname()))
+        with pytest.raises(LookupError):
+            peers.user(("127.0.0.1", 1), server.getsockname())
+
+
 @pytest.mark.parametrize("require_token", [False, True], ids=["", "require_token"])
 @pytest.mark.parametrize("marks_of", MARKS)
 def test_access_over_peer_host_origin_token_and_tls(
@@ -7109,8 +7256,7 @@ def test_access_over_peer_host_origin_token_and_tls(
     access.start()
     monkeypatch.setattr(code.log, "disabled", True)
     monkeypatch.setattr(code.LocalPeers, "user", user_of)
-    users = ["own"] if WINDOWS else USERS  # which it does not tell apart
-    axes = PEERS, users, hosts(2376), TOKENS, ("http", "https", "certificate")
+    axes = PEERS, USERS, hosts(2376), TOKENS, ("http", "https", "certificate")
     for peer, user, host, token, tls in itertools.product(*axes):
         scheme, certificate = ("https", "deploy") if tls == "certificate" else (tls, "")
         client = code.Client(((peer, USERS[user]), ("127.0.0.1", 2376)), scheme, certificate)
@@ -7125,10 +7271,12 @@ def test_access_over_peer_host_origin_token_and_tls(
         assert admitted(access, request, True) == ((status, "") if keeps_out else (200, label)), case
 
 
-def user_of(_: Any, peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
+def user_of(_: Any, peer: tuple[str, int], ours: tuple[str, int]) -> int | str:
     if peer[1] == USERS["nobody knows"]:
         raise LookupError
-    return os.geteuid() + (peer[1] == USERS["other"]) if not WINDOWS else None
+    if WINDOWS:
+        return "S-1-5-32-545" if peer[1] == USERS["other"] else module()._own_sid()
+    return os.geteuid() + (peer[1] == USERS["other"])
 
 
 def request_of(client: Any, host: str, headers: dict[str, str], authorization: str) -> Any:
@@ -7159,8 +7307,7 @@ def expected(
         return 200, "certificate deploy"
     if PEERS[peer] and not hosts(2376)[host]:
         return 403, ""
-    is_own = user == "own" or (user == "other" and WINDOWS)
-    is_in = PEERS[peer] and is_own and marks_of not in FORWARDED and not require_token
+    is_in = PEERS[peer] and user == "own" and marks_of not in FORWARDED and not require_token
     return (200, "local") if is_in else (401, "")
 
 
@@ -10228,7 +10375,7 @@ def test_pool_that_the_limits_cannot_carry_is_told(launch: Callable[..., Daemon]
     "addr, hosts",
     [
         ("127.0.0.1:0", ["127.0.0.1"]),
-        ("localhost:0", ["127.0.0.1"]),
+        ("localhost:0", ["127.0.0.1", "::1"]),
         ("tcp://127.0.0.1:0", ["127.0.0.1"]),
         (":0", ["127.0.0.1", "::1"]),
         ("[::1]:0", ["::1"]),
@@ -10246,6 +10393,23 @@ def test_daemon_listens_where_addr_says(tmp_path: Path, addr: str, hosts: list[s
             link = stack.enter_context(contextlib.closing(http.client.HTTPConnection(host, daemon.port, timeout=30)))
             link.request("GET", "/heartbeat")
             assert link.getresponse().status == 200
+
+
+def test_localhost_taken_on_one_loopback_is_a_failed_start(tmp_path: Path) -> None:
+    """Whoever listens there would get what clients send to `localhost`."""
+    if not has_ipv6():
+        pytest.skip("this host has no IPv6")
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
+        done = cli("run", f"--root={tmp_path / 'root'}", f"--addr=localhost:{other.getsockname()[1]}")
+    assert "--addr: localhost:" in refused(done, 1)
+
+
+def test_localhost_is_ipv4_alone_where_there_is_no_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(family: int = 0, *_: object) -> None:
+        raise OSError(errno.EAFNOSUPPORT, f"family {family}")
+
+    monkeypatch.setattr(socket, "socket", fail)
+    assert module().listen_addresses("LOCALHOST") == ["127.0.0.1"]
 
 
 FLAGS = {
