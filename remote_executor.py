@@ -10608,6 +10608,15 @@ def _show_endpoint(endpoint: tuple[str, int]) -> str:
     return f"{host}:{port}"
 
 
+class Role(IntEnum):
+    """What a client may do; a role may do all that those before it may."""
+
+    METRICS = 1  # read /metrics
+    READ = 2  # read everything: scripts, environments and outputs too
+    SUBMIT = 3  # submit tasks; stop, pause and send files to those of its own label
+    ADMIN = 4
+
+
 class BodyStream(Protocol):
     """A body that is read block by block as its handler asks for it; each block is valid until the next."""
 
@@ -10642,6 +10651,7 @@ class Request(NamedTuple):
     client: Client = Client()
     body: bytes = b""
     label: str = ""  # the client's name in the log; empty for a stranger on a public route
+    role: Role = Role.METRICS
     params: Mapping[str, str] = types.MappingProxyType({})
     raw_path: str = ""  # as sent, for names of files, which need not be UTF-8
     raw_query: str = ""
@@ -11302,12 +11312,24 @@ class Route(NamedTuple):
     errors: tuple[int, ...] = ()
     is_limited: bool = False  # by --max-requests
     is_public: bool = False  # open to clients without credentials
+    role: Role | None = None  # that a client needs, where it is not that of the method
     streams_body: bool = False  # it is in the request's `stream`, of any size
     names_file: bool = False  # by what need not be UTF-8
     is_page: bool = False  # for people, who may come by a link on another site; public ones are too
     is_held: Callable[[Request], bool] = lambda _: False  # the answer may have to wait, by the request's `hold`
 
+    @property
+    def required_role(self) -> Role:
+        return self.role or _ROLES_OF_METHODS[self.method]
 
+
+_ROLES_OF_METHODS = {
+    "GET": Role.READ,
+    "HEAD": Role.READ,
+    "POST": Role.SUBMIT,
+    "PUT": Role.SUBMIT,
+    "DELETE": Role.ADMIN,
+}
 _SEE_DOCUMENT = "/openapi.json lists all routes"
 _Segments = tuple[str, ...]
 _Methods = dict[str, Route]  # the routes of a path
@@ -11417,6 +11439,10 @@ def _match_template(template: _Segments, segments: _Segments) -> dict[str, str] 
 #
 # A client that no check lets in may call public routes alone, and does not learn which others exist: it is refused
 # before a 404 or 405 could tell them apart.
+#
+# A token may be of less right than its file: the comment of its line says role=metrics, read or submit. Each Route says
+# which role it needs. `submit` acts on the tasks of its own label alone; two tokens of one label are one client. That
+# guards against mistakes, not against malice: its scripts run as the daemon's user, who can read the token file.
 
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
 # Names, not addresses: ipaddress would take spellings such as [0:0::1], which no browser sends.
@@ -11427,6 +11453,42 @@ _WRONG_TOKENS_WINDOW_S = 60.0
 _MAX_WRONG_TOKENS = 10  # of a client in that time: a typing error is no attack, 2**256 tokens are out of reach
 _MIN_TOKEN_BYTES = 16  # of 64 random bits at least: at 10,000 guesses a second 58 million years
 _MAX_REMEMBERED_CLIENTS = 10_000  # that sent wrong tokens: a few megabytes
+_ROLE_WORDS = re.compile(r"(?<!\S)role\s*=\s*(\S*)", re.IGNORECASE)
+
+
+class Identity(NamedTuple):
+    """Who a client is: its name in the log, empty for a stranger, and what it may do."""
+
+    label: str
+    role: Role
+
+
+_STRANGER = Identity("", Role.METRICS)
+
+
+def _parse_comment(comment: str) -> Identity:
+    """Return what the comment of a token says; of several roles the least counts. Raise ValueError."""
+    role = Role.ADMIN
+    for name in _ROLE_WORDS.findall(comment):
+        if name.upper() not in Role.__members__:
+            names = ", ".join(known.lower() for known in Role.__members__)
+            raise ValueError(f"unknown role {name!r}: expected one of {names}")
+        role = min(role, Role[name.upper()])
+    return Identity(_ROLE_WORDS.sub("", comment).strip(), role)
+
+
+def check_role(request: Request, identity: Identity, needed: Role) -> None:
+    """Raise Forbidden unless a client has a role."""
+    if identity.role < needed:
+        problem = f"{request.method} here needs role={needed.name.lower()}"
+        own = f"{identity.label!r} has role={identity.role.name.lower()}"
+        raise Forbidden(f"{problem}, and {own}; the comment of a token in --token_file says its role")
+
+
+def check_owner(request: Request, submitted_by: str) -> None:
+    """Raise Forbidden for a change of a task that the client has not submitted, unless it may change all."""
+    if request.label != submitted_by:
+        check_role(request, Identity(request.label, request.role), Role.ADMIN)
 
 
 _EXPOSED_HEADERS = (
@@ -11453,7 +11515,7 @@ class Authenticator:
         self._trusted: dict[Endpoints, bool] = {}
         self._lock = threading.Lock()  # guards all below
         self._file_version: tuple[int, ...] = ()  # of the token file, when it was read
-        self._tokens: dict[bytes, str] = {}  # the label of each
+        self._tokens: dict[bytes, Identity] = {}
         self._wrong_tokens: dict[str, list[float]] = {}  # when a client sent them, by rate_limit_key
         self._has_warned = False  # that a token was sent in clear text
 
@@ -11506,20 +11568,28 @@ class Authenticator:
             self._file_version = ()
             self._reload()
 
-    def authorize(self, request: Request, is_public: bool, is_page: bool = False) -> str:
-        """Return the client's label for the log, empty for a stranger on a public route.
+    def authorize(
+        self,
+        request: Request,
+        is_public: bool,
+        is_page: bool = False,
+        role: Role = Role.READ,
+    ) -> Identity:
+        """Return who the client is; a public route takes one without the role as a stranger.
 
         Raise Forbidden, Unauthorized, TooManyRequests or Unavailable.
         """
         self._check_browser(request, is_public or is_page)
         if self._settings.insecure:
-            return "anybody"
+            return Identity("anybody", Role.ADMIN)
         try:
-            return self._identify(request)
+            identity = self._identify(request)
+            check_role(request, identity, role)
         except ApiError:
             if is_public:
-                return ""
+                return _STRANGER
             raise
+        return identity
 
     def cors_headers(self, request: Request) -> Headers:
         """Return the headers that let a page of an allowed origin read the response (Fetch standard, CORS protocol)."""
@@ -11553,18 +11623,18 @@ class Authenticator:
         if not is_for_people or not _is_followed_link(request):
             raise Forbidden("pages of other sites may not call this; --cors_origin allows one")
 
-    def _identify(self, request: Request) -> str:
-        """Return the client's label. Raise Unauthorized, Forbidden, TooManyRequests or Unavailable for a stranger."""
+    def _identify(self, request: Request) -> Identity:
+        """Return who the client is. Raise Unauthorized, Forbidden, TooManyRequests or Unavailable for a stranger."""
         authorization = request.headers.get("authorization")
         if authorization is not None:
             return self._check_token(request, authorization)
         if request.client.certificate:
-            return f"certificate {request.client.certificate}"
+            return Identity(f"certificate {request.client.certificate}", Role.ADMIN)
         self._check_local(request)
-        return "local"
+        return Identity("local", Role.ADMIN)
 
-    def _check_token(self, request: Request, authorization: str) -> str:
-        """Return the label of the token in an Authorization header. Raise Unauthorized or TooManyRequests."""
+    def _check_token(self, request: Request, authorization: str) -> Identity:
+        """Return whose the token in an Authorization header is. Raise Unauthorized or TooManyRequests."""
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer":
             token = ""
@@ -11572,10 +11642,10 @@ class Authenticator:
         now_s = time.monotonic()
         with self._lock:
             self._reload()
-            label = self._find_label(token.strip(" ").encode("latin-1"))
-            if label:
+            identity = self._find_token(token.strip(" ").encode("latin-1"))
+            if identity:
                 self._warn_if_plaintext(request)
-                return label
+                return identity
             earlier = self._wrong_tokens.get(client, ())
             recent = [at_s for at_s in earlier if now_s - at_s < _WRONG_TOKENS_WINDOW_S]
             if len(recent) >= _MAX_WRONG_TOKENS:
@@ -11587,14 +11657,14 @@ class Authenticator:
         log.warning("%s: sent a wrong token", request.peer, extra={"log_fields": fields})
         raise Unauthorized(f"wrong token; {self._token_hint(request)}")
 
-    def _find_label(self, token: bytes) -> str:
-        """Return the label of a token, empty if it is wrong; the lock is held. Compares with all, in constant time."""
+    def _find_token(self, token: bytes) -> Identity | None:
+        """Return whose a token is, None if it is wrong; the lock is held. Compares with all, in constant time."""
         import secrets  # here, because OpenSSL takes half a megabyte that an idle daemon need not
 
-        match = ""
-        for valid, label in self._tokens.items():
+        match = None
+        for valid, identity in self._tokens.items():
             if secrets.compare_digest(valid, token):
-                match = match or label
+                match = identity
         return match
 
     def _warn_if_plaintext(self, request: Request) -> None:
@@ -11622,20 +11692,29 @@ class Authenticator:
             log.warning("--token_file: %s cannot be read, the tokens read last stay valid: %s", self._path, error)
 
     def _load(self) -> None:
-        """Load the tokens if the file has changed: one a line, its label as a comment. Raise OSError, UnicodeError."""
+        """Load the tokens if the file has changed: one a line, its label and role as a comment.
+
+        A token whose role is misspelt is none, for it was to have less than all rights. Raise OSError, UnicodeError.
+        """
         status = os.stat(self._path)
         file_version = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
         if self._file_version == file_version:
             return
-        tokens: dict[bytes, str] = {}
+        tokens: dict[bytes, Identity] = {}
         with open(self._path, encoding="utf-8-sig") as file:  # Windows' editors begin it with a byte order mark
             for number, line in enumerate(file, 1):
                 token, *comment = re.split(r"(?:^|\s)#", line, maxsplit=1)
-                label = "".join(comment).strip()
-                if 0 < len(token.strip()) < _MIN_TOKEN_BYTES:
+                token = token.strip()
+                if not token:
+                    continue
+                if len(token) < _MIN_TOKEN_BYTES:
                     log.info("--token_file: the token of line %d is short, so it can be guessed", number)
-                if token.strip():
-                    tokens[token.strip().encode()] = label or f"token of line {number}"
+                try:
+                    label, role = _parse_comment("".join(comment))
+                except ValueError as error:
+                    log.warning("--token_file: the token of line %d is not valid: %s", number, error)
+                    continue
+                tokens[token.encode()] = Identity(label or f"token of line {number}", role)
         self._tokens = tokens
         self._file_version = file_version
 
@@ -12248,8 +12327,9 @@ class Server(http.server.ThreadingHTTPServer):
                 self.authenticator.authorize(request, is_public=False)
                 raise
         else:
-            label = self.authenticator.authorize(request, route.is_public, route.is_page)
-            request = request._replace(params=params, label=label)
+            role = route.required_role
+            client = self.authenticator.authorize(request, route.is_public, route.is_page, role)
+            request = request._replace(params=params, label=client.label, role=client.role)
         if is_reserved and request.method != "PUT":
             raise Unavailable("too many connections; the last ones are reserved for stops (PUT)")
         return route, request
@@ -14306,6 +14386,7 @@ class TaskApi:
                 "Pool",
                 body="PoolSize",
                 is_limited=True,
+                role=Role.ADMIN,
             ),
         ]
 
@@ -14478,6 +14559,7 @@ class TaskApi:
         action = _choice(request.query, "action", ("stop", "pause", "resume"))
         reason = _parse_reason(_parameter(request.query, "reason"))
         task = self._store.task(request.params["task"])
+        check_owner(request, task.submitted_by)
         if action == "stop":
             self._scheduler.stop_task(task.task_number, Stop(STOPPED, request.label, reason))
         else:
@@ -14489,6 +14571,7 @@ class TaskApi:
         signal_name = _choice(request.query, "signal", STOP_SIGNALS)
         reason = _parse_reason(_parameter(request.query, "reason"))
         task = self._store.task(request.params["task"])
+        check_owner(request, task.submitted_by)
         step = self._store.step(task.task_number, request.params["step"])
         stop = Stop(STOPPED, request.label, reason)
         self._scheduler.stop_step(task.task_number, step.step_index, stop, signal_name)
@@ -15411,6 +15494,7 @@ class WorkspaceApi:
 
     def upload(self, request: Request) -> Response:
         place = self._place(request)
+        check_owner(request, place.task.submitted_by)
         self._check_upload(request, place)
         with _answer_os_errors(place), self._files.temporary_file() as (name, file):
             byte_count = 0
@@ -15741,7 +15825,15 @@ class OperatorApi:
             Route("GET", "/healthyz", self.show_health, "Shows that the daemon is alive", "Health", is_public=True),
             Route("GET", "/heartbeat", self.heartbeat, "Responds with an empty body", "Empty", is_public=True),
             Route("HEAD", "/heartbeat", self.heartbeat, "Responds with an empty body", "Empty", is_public=True),
-            Route("GET", "/metrics", self.show_metrics, "Shows metrics for Prometheus", "Metrics", is_page=True),
+            Route(
+                "GET",
+                "/metrics",
+                self.show_metrics,
+                "Shows metrics for Prometheus",
+                "Metrics",
+                is_page=True,
+                role=Role.METRICS,
+            ),
             Route("GET", "/api/v1/state", self.show_state, "Shows host, process and work", "State", is_limited=True),
         ]
 
@@ -15757,13 +15849,15 @@ class OperatorApi:
         """Return the envelope with the members of `data` beside it too, where clients of the original look."""
         health = health_json(request.host, request.peer, time.time_ns())
         data = health
-        if request.label:
-            warnings = [warn() for warn in self._warnings]
-            warning = "; ".join(filter(None, warnings))
-            if warning:
-                data = {**health, "warning": warning}
+        warnings = self._current_warnings()
+        if request.label and warnings:
+            data = {**health, "warning": "; ".join(warnings)}
         envelope = {"code": 0, "message": "success", "data": data, **health}
         return Response(headers=(JSON_TYPE,), body=to_json(envelope).encode())
+
+    def _current_warnings(self) -> list[str]:
+        warnings = [warn() for warn in self._warnings]
+        return [warning for warning in warnings if warning]
 
     def heartbeat(self, _: Request) -> Response:
         return Response()
@@ -15786,9 +15880,16 @@ class OperatorApi:
         pool = self._scheduler.pool()._asdict()
         for name, description in POOL_FIELDS.items():
             families.append(metric(f"{METRIC_PREFIX}pool_{name}", "gauge", f"{description}.", pool[name]))
-        size_bytes = self._store.size_bytes()
-        store_size = metric(METRIC_PREFIX + "store_size_bytes", "gauge", "What the database takes on disk.", size_bytes)
-        return [*families, store_size]
+        disk = shutil.disk_usage(self._root)
+        gauges = {
+            "store_size_bytes": ("What the database takes on disk.", self._store.size_bytes()),
+            "disk_free_bytes": ("Free space on the file system of the root.", disk.free),
+            "disk_size_bytes": ("Size of the file system of the root.", disk.total),
+            "warnings": ("What is wrong now, as /healthyz says.", len(self._current_warnings())),
+        }
+        for name, (description, value) in gauges.items():
+            families.append(metric(METRIC_PREFIX + name, "gauge", description, value))
+        return families
 
     def show_state(self, _: Request) -> Response:
         counts = self._store.counts()
@@ -16194,7 +16295,7 @@ class ProfileApi:
                 errors=(409,),
             ),
             Route("GET", symbol, self.show_symbols, _PROFILES["symbol"], "Text"),
-            Route("POST", symbol, self.show_symbols, _PROFILES["symbol"], "Text", body="Addresses"),
+            Route("POST", symbol, self.show_symbols, _PROFILES["symbol"], "Text", body="Addresses", role=Role.READ),
         ]
 
     def _timed_route(
@@ -16321,7 +16422,7 @@ _ERRORS = {  # by status: when it is answered, and an example of its message
     ),
     401: ("A token is missing or wrong.", "send `Authorization: Bearer ...` with a token of the daemon"),
     403: (
-        "The request comes from a page of another origin.",
+        "The request comes from a page of another origin, or its token has too little a role.",
         "pages of other sites may not call this; --cors_origin allows one",
     ),
     404: ("The workspace has no such entry.", "not found in the workspace: dist/app.tar"),

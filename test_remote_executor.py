@@ -28,7 +28,7 @@ The sections, in their order; a helper that two of them use stands in the harnes
     tasks       submission, refused requests, reading, follow, steps, Windows, PowerShell, Mac, pool, ends by force
     failures    restarts, crashes, storage, races and a model, limits, versions, scheduler and store in process
     attacks     authentication, request parser, connections, files of steps, TLS
-    operation   other routes, API document, profiles, log, command line, client, services, Mac host
+    operation   other routes, API document, profiles, log, command line, client, services, Mac host, fleets
     rules       plan, durations, source, readme, bench
 """
 
@@ -7289,7 +7289,7 @@ def request_of(client: Any, host: str, headers: dict[str, str], authorization: s
 def admitted(access: Any, request: Any, is_public: bool, is_page: bool = False) -> tuple[int, str]:
     access._wrong_tokens.clear()
     try:
-        return 200, access.authorize(request, is_public, is_page)
+        return 200, access.authorize(request, is_public, is_page).label
     except module().ApiError as error:
         return error.status, ""
 
@@ -7464,7 +7464,7 @@ def test_token_over_plain_http_from_another_host_is_warned_of_once(
     for peer, scheme in (("127.0.0.1", "http"), ("192.0.2.7", "https"), ("192.0.2.7", "http"), ("192.0.2.8", "http")):
         client = code.Client(((peer, 1), ("192.0.2.1", 2376)), scheme)
         request = request_of(client, "build-7", {}, "Bearer alpha")
-        assert access.authorize(request, False) == "token of line 1"
+        assert access.authorize(request, False).label == "token of line 1"
     assert [record.getMessage().split()[0] for record in caplog.records] == ["192.0.2.7"]
 
 
@@ -11994,7 +11994,7 @@ def test_mac_that_shows_no_users_has_all_clients_asked_for_the_token_and_says_so
         client = code.Client((("127.0.0.2", port), ("127.0.0.1", 7)), "http", "")
         with pytest.raises(code.Unauthorized):
             access.authorize(request_of(client, "localhost:7", {}, ""), False)
-        assert access.authorize(request_of(client, "localhost:7", {}, "Bearer alpha"), False) == "token of line 1"
+        assert access.authorize(request_of(client, "localhost:7", {}, "Bearer alpha"), False).label == "token of line 1"
     assert [record.levelname for record in caplog.records] == ["WARNING"], caplog.text
     assert "need a token too" in caplog.text
 
@@ -12169,6 +12169,93 @@ def test_mac_has_no_python_where_that_is_a_stub(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("PATH", str(stub.parent))
     assert code.find_program("python3", str(stub.parent)) is None
     assert code.interpreter_command("python3", "x.py", "/", str(stub.parent)) == [sys.executable, "x.py"]
+
+
+# ======================================================================================================================
+# fleets: roles of tokens, alerts, Prometheus, Ansible, recipes
+# ======================================================================================================================
+
+ROLE_NAMES = ("metrics", "read", "submit", "admin")
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+@pytest.fixture(scope="module")
+def roles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon with a token of each role: `metrics-token` and so on, and two more of role=submit."""
+    place = tmp_path_factory.mktemp("roles")
+    lines = [f"{role}-token-of-tests # {role} role={role}\n" for role in ROLE_NAMES]
+    lines += ["other-token-of-tests # other role=submit\n", "second-token-of-tests # Role=Submit submit\n"]
+    (place / "tokens").write_text("".join(lines))
+    own = Daemon(place / "root", f"--token_file={place / 'tokens'}").start()
+    yield own
+    own.retire()
+
+
+def status_of(daemon: Daemon, role: str, method: str, path: str, body: Any = None) -> int:
+    return daemon.request(method, path, body, bearer(f"{role}-token-of-tests")).status
+
+
+def role_needed(method: str, path: str) -> str:
+    """By the rules as README.md has them."""
+    if path == "/metrics":
+        return "metrics"
+    if method == "GET" or path == "/debug/pprof/symbol":
+        return "read"
+    return "admin" if method == "DELETE" or path == "/api/v1/pool" else "submit"
+
+
+def test_roles_of_every_route(roles: Daemon) -> None:
+    routes = [(method.upper(), path) for path, methods in document(roles)["paths"].items() for method in methods]
+    slow = {"/debug/pprof/" + name for name in ("profile", "heap", "allocs", "block", "mutex", "trace")}
+    for (method, path), role in itertools.product(routes, ROLE_NAMES):
+        is_public = path.startswith("/swagger") and not path.endswith(".json") or path in ("/healthyz", "/heartbeat")
+        needed = role_needed(method, path)
+        is_in = is_public or ROLE_NAMES.index(role) >= ROLE_NAMES.index(needed)
+        if path in slow and is_in:
+            continue
+        answer = roles.request(method, re.sub("{.*?}", "x", path), None, bearer(f"{role}-token-of-tests"))
+        assert (answer.status == 403) is not is_in, (method, path, role, answer)
+        assert is_in or f"needs role={needed}, and '{role}' has role={role};" in answer.message
+
+
+def test_role_metrics_learns_of_no_path_and_no_warning(roles: Daemon) -> None:
+    for method, path in (("GET", "/nope"), ("PUT", "/version"), ("GET", "/api/v1/task/x"), ("OPTIONS", "/version")):
+        assert status_of(roles, "metrics", method, path) == 403, path
+    assert status_of(roles, "read", "GET", "/nope") == 404 and status_of(roles, "read", "PUT", "/version") == 405
+    answer = roles.request("GET", "/healthyz", None, bearer("metrics-token-of-tests"))
+    assert set(answer.data) == set(HEALTH)
+
+
+def test_role_submit_changes_the_tasks_of_its_label_alone(roles: Daemon, gate: Path) -> None:
+    body = json.dumps([step(), held(gate)])
+    answer = roles.request("POST", "/api/v1/task", body, bearer("submit-token-of-tests"))
+    task = f"/api/v1/task/{answer.data['id']}"
+    changes = {
+        "PUT " + task: "?action=pause",
+        "PUT " + task + "/1": "",
+        "PUT " + task + "/workspace/a": "",
+        "POST " + task + "/workspace": "?path=a",
+    }
+    for change, query in changes.items():
+        method, path = change.split()
+        refusal = roles.request(method, path + query, b"x", bearer("other-token-of-tests"))
+        assert (refusal.status, "role=admin" in refusal.message) == (403, True), refusal
+        assert status_of(roles, "second", method, path + query, b"x") == 200, change
+    assert status_of(roles, "admin", "PUT", task) == 200
+    roles.ended(answer.data["id"])
+
+
+def test_token_whose_role_is_unknown_is_not_valid(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    lines = ("alpha # ci role=reed", "beta # role = read, ops", "gamma # role=admin role=read", "delta # roles of ops")
+    (tmp_path / "tokens").write_text("\n".join(lines))
+    daemon, body = launch(f"--token_file={tmp_path / 'tokens'}"), json.dumps([step()])
+    statuses = [daemon.request("POST", "/api/v1/task", body, bearer(line.split()[0])).status for line in lines]
+    assert statuses == [401, 401, 403, 200]
+    expected = "the token of line 1 is not valid: unknown role 'reed': expected one of metrics, read, submit, admin"
+    assert expected in daemon.log() and "line 2 is not valid: unknown role 'read,'" in daemon.log()
 
 
 # ======================================================================================================================
