@@ -14,7 +14,8 @@ The file reads from top to bottom, a section uses only what stands above it:
     III  tasks             task model, submission, dependency plan, metrics, step directory, store, scheduler, runner,
                            recovery, janitor
     IV   HTTP              messages, request parser, routing, authentication, connections
-    V    API               web pages, schemas, task API, workspace API, operator API, profiling, API document
+    V    API               web pages, schemas, task API, follow API, workspace API, operator API, profiling,
+                           API document
     VI   program           daemon, supervisors, service managers, self test, command line
 
 Glossary: a *task* is a graph of *steps*, each one script; its steps share a *workspace*, the task's own directory. A
@@ -25,14 +26,15 @@ log. The *wrapper* is the small shell that runs a step's script and leaves its p
 
 Threads: `main` waits for signals and makes periodic checks; `listener` accepts connections; one `connection` per
 client, and two `reserve connection` for when no more can be started; one `step` per running step; `store` commits, many
-changes at a time; `timekeeper` enforces deadlines and output limits; `sweeper` removes what has expired; `log` writes
-to standard error. Under the service control manager of Windows `main` belongs to the manager, and another thread runs
-the daemon.
+changes at a time; `timekeeper` enforces deadlines and output limits; `sweeper` removes what has expired; `output watch`
+looks at files that are followed; `log` writes to standard error. Under the service control manager of Windows `main`
+belongs to the manager, and another thread runs the daemon.
 """
 
 from __future__ import annotations
 
 import argparse
+import array
 import bisect
 import collections
 import contextlib
@@ -169,6 +171,10 @@ class AuthRateLimited(TooManyRequests):
 
 class Unavailable(ApiError):
     status = code = 503
+
+
+class TooManyHeld(Unavailable):
+    headers = (("Retry-After", "5"),)
 
 
 class StorageFull(ApiError):
@@ -6239,6 +6245,13 @@ _BLOCK_BYTES = 1 << 17
 _HEAD_BYTES = 256  # more than a pid file or a result has
 _RESULT = re.compile(rb"(-?[0-9]{1,10})\s*\n")  # bounded, for a step may write there too
 _LATE_RESULT = re.compile(rb"^ended (-?[0-9]{1,10})\n", re.MULTILINE)
+_OUTPUT_NAMES = {"stdout": "output", "stderr": "stderr"}
+
+
+def output_name(stream: str, earlier_attempt: int | None = None) -> str:
+    """Return the name of the file to which a step writes a stream, or wrote it in an earlier attempt."""
+    name = _OUTPUT_NAMES[stream]
+    return name if earlier_attempt is None else f"{name}.{earlier_attempt}"
 
 
 class StepDirectory:
@@ -6301,16 +6314,22 @@ class StepDirectory:
             return os.lstat(os.path.join(self.path, "output")).st_size
         return 0
 
-    def read_output(self) -> Iterator[bytes]:
-        """Yield what the step has written so far, in blocks; nothing where its output is not a regular file any more.
+    def open_output(self, name: str = "output") -> io.FileIO | None:
+        """Open what the step has written so far; None where that is not there, or not a regular file any more.
 
         Raises OSError where no descriptor is free.
         """
         try:
-            file = self._tasks.read(*self._names, "output")
+            return self._tasks.read(*self._names, name)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise
+            return None
+
+    def read_output(self) -> Iterator[bytes]:
+        """Yield what the step has written so far, in blocks. Raises OSError where no descriptor is free."""
+        file = self.open_output()
+        if file is None:
             return
         with file:
             remaining = os.fstat(file.fileno()).st_size
@@ -6721,15 +6740,19 @@ def _id_glob_values(glob: str) -> tuple[str, str, str]:
 class Notice(NamedTuple):
     """What a commit has changed: a task, or the pool where its number is 0, and these steps of the task.
 
-    `deleted_id` is the id of a task whose record is gone.
+    `deleted_id` is the id of a task whose record is gone, `has_ended` says that the task has ended with this commit.
     """
 
     task_number: int
     step_indexes: tuple[int, ...] = ()
     deleted_id: str = ""
+    has_ended: bool = False
 
 
 _Listener = Callable[[Notice], None]
+
+
+_EVERY_TASK = -1  # which is the number of none
 
 
 class Feed:
@@ -6739,26 +6762,29 @@ class Feed:
     """
 
     def __init__(self) -> None:
-        self._listeners: tuple[_Listener, ...] = ()
+        self._listeners: dict[int, tuple[_Listener, ...]] = {}  # by the number of the task
         self._lock = threading.Lock()  # guards changes of _listeners
 
     def has_listeners(self) -> bool:
         return bool(self._listeners)
 
     @contextlib.contextmanager
-    def listen(self, listener: _Listener) -> Iterator[None]:
-        """Call the listener with all that is committed within the context."""
+    def listen(self, listener: _Listener, task_number: int = _EVERY_TASK) -> Iterator[None]:
+        """Call the listener with all that is committed within the context, or with what concerns this task."""
         with self._lock:
-            self._listeners = (*self._listeners, listener)
+            self._listeners[task_number] = (*self._listeners.get(task_number, ()), listener)
         try:
             yield
         finally:
             with self._lock:
-                others = [other for other in self._listeners if other is not listener]
-                self._listeners = tuple(others)
+                others = [other for other in self._listeners.pop(task_number) if other is not listener]
+                if others:
+                    self._listeners[task_number] = tuple(others)
 
     def tell(self, notice: Notice) -> None:
-        for listener in self._listeners:
+        of_every_task = self._listeners.get(_EVERY_TASK, ())
+        of_this_task = self._listeners.get(notice.task_number, ())
+        for listener in of_every_task + of_this_task:
             try:
                 listener(notice)
             except Exception:
@@ -7068,7 +7094,7 @@ class Store:
 
         def notices(_: Any) -> list[Notice]:
             indexes = [index for index, _ in ends]
-            return [Notice(task_number, (*indexes, *skipped))]
+            return [Notice(task_number, (*indexes, *skipped), has_ended=task_end is not None)]
 
         self._record(apply, task_number, is_durable=True, notices=notices)
 
@@ -7090,7 +7116,7 @@ class Store:
             apply,
             task_number,
             is_durable=True,
-            notices=lambda indexes: [Notice(task_number, indexes)],
+            notices=lambda indexes: [Notice(task_number, indexes, has_ended=True)],
         )
 
     def expire(self, ended_before_ns: int) -> list[int]:
@@ -8988,6 +9014,18 @@ class BodyStream(Protocol):
         """Yield the blocks. Raise BadRequest or ConnectionEnded."""
 
 
+class Hold(Protocol):
+    """A connection whose answer waits for something. `wake` is for any thread, all else for the connection's."""
+
+    is_ending: bool  # the daemon ends, so nothing more is worth waiting for
+
+    def wake(self) -> None:
+        """End `wait`, or the next one."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for `wake` or the end of the daemon, at most so long. Raise ConnectionEnded if the client has gone."""
+
+
 class Request(NamedTuple):
     """A parsed request: `segments` and `query` are decoded, header names are in lower case."""
 
@@ -9005,6 +9043,7 @@ class Request(NamedTuple):
     raw_path: str = ""  # as sent, for what need not be UTF-8
     raw_query: str = ""
     stream: BodyStream | None = None  # the body, where the route reads it itself
+    hold: Hold | None = None  # where the answer may have to wait
 
     @property
     def peer(self) -> str:
@@ -9030,11 +9069,14 @@ class FileSlice(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A response. A body of several blocks is streamed; `audit` describes a change in the log, beside its path."""
+    """A response. A body of several blocks is streamed; `audit` describes a change in the log, beside its path.
+
+    Who sends a body closes it, but not the file of a block.
+    """
 
     status: int = 200
     headers: Headers = ()
-    body: bytes | FileSlice | Iterable[bytes] = b""
+    body: bytes | FileSlice | Iterable[bytes | FileSlice] = b""
     audit: str = ""
 
 
@@ -9119,6 +9161,7 @@ _MAX_FIELDS = 100  # as Apache, gunicorn and CPython's http.client have it
 # as a client that waits holds a thread here.
 _MIN_BODY_BYTES_PER_S = 64 * 1024
 _MAX_CHUNK_LINE_BYTES = 256  # a size of 12 digits; extensions are used by nobody
+_GLANCE_S = 0.001
 _STREAM_BLOCK_BYTES = 1 << 18  # one for each upload: larger ones are no faster
 _MIN_STREAM_BYTES = 1 << 16
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -9133,6 +9176,15 @@ _SINGLE_FIELDS = {"host", "content-length", "transfer-encoding", "authorization"
 
 class ConnectionEnded(Exception):
     """The client has closed or reset the connection, or is too slow."""
+
+
+def _readable(socks: Iterable[socket.socket]) -> set[Any]:
+    """Return those from which data, or an end, can be read now."""
+    selector_class = getattr(selectors, "PollSelector", selectors.SelectSelector)  # neither takes a descriptor
+    with selector_class() as selector:
+        for sock in socks:
+            selector.register(sock, selectors.EVENT_READ)
+        return {key.fileobj for key, _ in selector.select(0)}
 
 
 class RequestReader:
@@ -9205,6 +9257,19 @@ class RequestReader:
     def has_buffered(self, count: int) -> bool:
         """Return whether `count` bytes were received that nobody has read."""
         return len(self._buffer) >= count
+
+    def has_ended(self) -> bool:
+        """Return whether the client has closed its end; what it has sent meanwhile is kept for the next request."""
+        if len(self._buffer) > _MAX_HEAD_BYTES or not _readable([self._sock]):
+            return False
+        self._timeout_s = _GLANCE_S
+        self._set_timeout(_GLANCE_S)  # TLS may have received what holds no data
+        try:
+            received = self._sock.recv(1 << 16)
+        except OSError as error:
+            return not isinstance(error, (TimeoutError, socket.timeout, BlockingIOError))
+        self._buffer += received
+        return not received
 
     def drain(self, timeout_s: float) -> None:
         """Read and drop what comes, until the client closes or `timeout_s` is over."""
@@ -9480,8 +9545,10 @@ class Route(NamedTuple):
     is_limited: bool = False  # by --max-requests
     is_public: bool = False  # open to clients without credentials
     streams_body: bool = False  # it is in the request's `stream`, of any size
+    is_held: Callable[[Request], bool] = lambda _: False  # the answer may have to wait, by the request's `hold`
 
 
+_SEE_DOCUMENT = "/openapi.json lists all routes"
 _Segments = tuple[str, ...]
 _Methods = dict[str, Route]  # the routes of a path
 
@@ -9501,17 +9568,23 @@ class Router:
 
     def match(self, request: Request) -> tuple[Route, dict[str, str]]:
         """Return the route of a request and its parameters. Raise PathNotFound or MethodNotAllowed."""
-        methods, params = self._match_path(request.segments)
-        route = methods.get(request.method)
+        routes, params = self._match_path(request.segments)
+        route = routes.get(request.method)
+        if request.method == "HEAD":  # whose answer is that of GET without its body (RFC 9110, 9.3.2)
+            route = route or routes.get("GET")
         if route is None:
+            methods = self.methods(request)
             allowed = ", ".join(methods)
-            raise MethodNotAllowed(f"method {request.method} not allowed here; allowed: {allowed}", [*methods])
+            raise MethodNotAllowed(
+                f"method {request.method} not allowed here; allowed: {allowed}; {_SEE_DOCUMENT}", methods
+            )
         return route, params
 
     def methods(self, request: Request) -> list[str]:
         """Return the methods of the request's path. Raise PathNotFound."""
-        methods, _ = self._match_path(request.segments)
-        return [*methods]
+        routes, _ = self._match_path(request.segments)
+        implied = ["HEAD"] if "GET" in routes and "HEAD" not in routes else []
+        return [*routes, *implied]
 
     def _match_path(self, segments: _Segments) -> tuple[_Methods, dict[str, str]]:
         """Return the routes of a path by method, and its parameters. Raise PathNotFound."""
@@ -9522,7 +9595,7 @@ class Router:
             if params is not None:
                 return methods, params
         path = "/".join(segments)
-        raise PathNotFound(f"not found: /{path}")
+        raise PathNotFound(f"not found: /{path}; {_SEE_DOCUMENT}")
 
 
 _REST = "{path}"
@@ -9577,6 +9650,19 @@ _PROXY_FIELDS = ("forwarded", "x-forwarded", "x-real-ip", "via")  # beginnings o
 _WRONG_TOKENS_WINDOW_S = 60.0
 _MAX_WRONG_TOKENS = 10  # of a client in that time: a typing error is no attack, 2**256 tokens are out of reach
 _MAX_REMEMBERED_CLIENTS = 10_000  # that sent wrong tokens: a few megabytes
+
+
+_EXPOSED_HEADERS = (
+    "X-Task-ID",
+    "X-Task-STATE",
+    "Content-Disposition",
+    "Content-Range",
+    "ETag",
+    "Retry-After",
+    "X-Output-Offset",
+    "X-Step-Result",
+    "X-Step-Attempt",
+)
 
 
 class Authenticator:
@@ -9665,7 +9751,7 @@ class Authenticator:
             return ()
         return (
             ("Access-Control-Allow-Origin", origin),
-            ("Access-Control-Expose-Headers", "X-Task-ID, X-Task-STATE, Content-Disposition, Content-Range, ETag"),
+            ("Access-Control-Expose-Headers", ", ".join(_EXPOSED_HEADERS)),
             ("Vary", "Origin"),
         )
 
@@ -9853,8 +9939,10 @@ def rate_limit_key(address: str) -> str:
 #     TLS handshake, first byte, head     --timeout each
 #     body                                --timeout, and a second for each 64 KB
 #     upload                              --timeout for each 64 KB, whatever its size
-#     handler                             as long as it takes: only profiles take long
+#     handler                             as long as it takes: only profiles and `wait` take long
 #     response                            --timeout, and a second for each 64 KB; a streamed one earns it as it goes
+#     answer that waits for something     hours, by a Hold: --timeout for each block, and a second for each 64 KB; each
+#                                         5 s it is looked whether its client is still there
 #     idle between requests               60 s: nginx 75 s, Apache and node.js 5 s; an idle thread costs little, and a
 #                                         poll each minute should find its connection again
 #     lingering close                     5 s, as nginx: a close with unread input is a reset, which may destroy a
@@ -9864,6 +9952,7 @@ def rate_limit_key(address: str) -> str:
 #
 #     many from one address    at most 64 each, an IPv6 /64 counting as one; but on this host all clients share one
 #     many from many           the last 8 of --max_connections serve stops (PUT) alone, with 3 s and one response each
+#     answers that wait        at most half of --max_connections
 #     no thread can start      two threads stand ready; up to 8 connections wait for them, silent ones give way
 #     no descriptor is left    a reserve is lent to `accept`, 4 of it, and to responses
 #     memory fails anywhere    the listener starts again; nothing that it calls may end it
@@ -9874,6 +9963,8 @@ _LINGER_S = 5.0
 _MAX_PER_ADDRESS = 64
 _RESERVED_CONNECTIONS = 8
 _RESERVED_TIMEOUT_S = 3.0
+_CLIENT_CHECK_S = 5.0
+_KEEP_ALIVE_OPTIONS = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3}  # tcp(7): a client that vanishes
 _RESERVE_THREADS = 2
 _MAX_PENDING_CONNECTIONS = 8
 _RESERVE_DESCRIPTORS = 4  # of 8, for connections: the others are for what their responses open
@@ -9987,13 +10078,35 @@ class PendingConnections:
             self._changed.notify_all()
 
 
-def _readable(socks: Iterable[socket.socket]) -> set[Any]:
-    """Return those from which data, or an end, can be read now."""
-    selector_class = getattr(selectors, "PollSelector", selectors.SelectSelector)  # neither takes a descriptor
-    with selector_class() as selector:
-        for sock in socks:
-            selector.register(sock, selectors.EVENT_READ)
-        return {key.fileobj for key, _ in selector.select(0)}
+class HeldConnection:
+    """A connection whose answer waits for something; see Hold. `end` is for any thread too."""
+
+    def __init__(self, sock: socket.socket, reader: RequestReader) -> None:
+        self.is_ending = False
+        self._reader = reader
+        self._news = threading.Event()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEP_ALIVE_OPTIONS.items():
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def wake(self) -> None:
+        self._news.set()
+
+    def end(self) -> None:
+        """End this wait and all later ones."""
+        self.is_ending = True
+        self._news.set()
+
+    def wait(self, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not self.is_ending:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            if self._news.wait(min(left_s, _CLIENT_CHECK_S)) or left_s <= _CLIENT_CHECK_S:
+                break
+            if self._reader.has_ended():
+                raise ConnectionEnded("the client has gone")
+        self._news.clear()
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -10024,11 +10137,12 @@ class Server(http.server.ThreadingHTTPServer):
         self._router = router
         self._metrics = metrics
         self._tls = tls
-        self._lock = threading.Lock()  # guards the four below
+        self._lock = threading.Lock()  # guards the five below
         self._connections: dict[socket.socket, str] = {}  # the client of each, as rate_limit_key has it
         self._reserved: set[socket.socket] = set()  # those of them that are among the last, which are for stops
         self._on_reserve: set[socket.socket] = set()  # those of them that hold a thread or descriptor of the reserve
         self._in_flight: set[socket.socket] = set()  # those of them with a request that --max-requests counts
+        self._held: dict[socket.socket, HeldConnection] = {}  # those of them whose answers wait
         self._thread = DaemonThread(self._listen, "listener")
         self._pending = PendingConnections(_MAX_PENDING_CONNECTIONS)
         self._reserve_threads: list[threading.Thread] = []  # never shrinks
@@ -10129,6 +10243,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()
         with self._lock:
             connections = [*self._connections]
+            held = [*self._held.values()]
+        for connection in held:
+            connection.end()
         for sock in connections:
             with contextlib.suppress(OSError):  # the client has closed it
                 socket.socket.shutdown(sock, socket.SHUT_RD)  # SSLSocket.shutdown would go on in clear text
@@ -10254,7 +10371,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._connections.pop(sock, None)
             self._reserved.discard(sock)
             self._on_reserve.discard(sock)
-            self._in_flight.discard(sock)
+        self.release(sock)
 
     def authorize(self, request: Request, is_reserved: bool) -> tuple[Route | None, Request]:
         """Return the route, None for a CORS preflight, and the request with its parameters and the client's label.
@@ -10281,7 +10398,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             if route is None:
                 return self._preflight_response(request)
-            if route.is_limited:
+            if route.is_limited and not request.hold:
                 self._add_in_flight(sock)
             response = route.handle(request)
             if request.method not in ("GET", "HEAD"):
@@ -10289,7 +10406,7 @@ class Server(http.server.ThreadingHTTPServer):
             return response
         except ApiError as error:
             return error_response(error)
-        except ConnectionEnded:  # in the middle of an upload
+        except ConnectionEnded:  # in the middle of an upload, or while it was waited for something
             raise
         except Exception:
             log.exception("%s %s failed", request.method, _path(request))
@@ -10301,7 +10418,7 @@ class Server(http.server.ThreadingHTTPServer):
             204,
             (
                 ("Access-Control-Allow-Methods", methods),
-                ("Access-Control-Allow-Headers", "Authorization, Content-Type"),
+                ("Access-Control-Allow-Headers", "Authorization, Content-Type, Last-Event-ID, Range"),
             ),
         )
 
@@ -10313,10 +10430,23 @@ class Server(http.server.ThreadingHTTPServer):
                 raise TooManyRequests(f"{limit} requests are in flight, the most that --max-requests allows; try again")
             self._in_flight.add(sock)
 
+    def hold(self, sock: socket.socket, reader: RequestReader) -> Hold:
+        """Let the answer on a connection wait, until `release`. Raise Unavailable."""
+        limit = self._settings.max_connections // 2
+        held = HeldConnection(sock, reader)
+        with self._lock:
+            if self.is_stopping:
+                raise Unavailable("the daemon is shutting down; send the request again to the next one")
+            if sock in self._reserved or sock in self._on_reserve or len(self._held) >= limit:
+                raise TooManyHeld(f"{limit} connections may wait at once, half of --max_connections; try again")
+            self._held[sock] = held
+        return held
+
     def release(self, sock: socket.socket) -> None:
         """Count the request of a connection out, if it was counted in."""
         with self._lock:
             self._in_flight.discard(sock)
+            self._held.pop(sock, None)
 
     def _log_change(self, request: Request, response: Response) -> None:
         """Log what was changed, and by whom; for a submission the new task too."""
@@ -10475,6 +10605,8 @@ class Connection(socketserver.BaseRequestHandler):
         try:
             request = self._read_body(reader, request, route, refusal)
             is_body_read = True
+            if route and route.is_held(request):
+                request = request._replace(hold=server.hold(self.request, reader))
         except ApiError as error:
             refusal = error
 
@@ -10496,8 +10628,8 @@ class Connection(socketserver.BaseRequestHandler):
         return is_kept
 
     def _lend_descriptors(self, request: Request) -> contextlib.AbstractContextManager[None]:
-        """Return what lends a response the reserve's descriptors if there are no others; an upload takes too long."""
-        if request.stream:
+        """Return what lends a response the reserve's descriptors if there are no others, unless it takes too long."""
+        if request.stream or request.hold:
             return contextlib.nullcontext()
         return self.server.descriptors.lend_if_scarce(look_now=self._is_scarce)
 
@@ -10576,45 +10708,72 @@ class Connection(socketserver.BaseRequestHandler):
             lines.append("Connection: keep-alive")
         head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
         is_head = request is not None and request.method == "HEAD"
-        if isinstance(response.body, FileSlice):
-            return self._send_file(head, response.body, is_head)
-        if is_head:
-            self._send_bytes(head)
-            return 0
-        if not isinstance(response.body, bytes):
-            return self._send_blocks(head, response.body, is_chunked)
-        self._send_bytes(head + response.body)
-        return len(response.body)
+        is_held = request is not None and request.hold is not None
+        if isinstance(response.body, bytes):
+            body = b"" if is_head else response.body
+            self._send_bytes(head + body)
+            return len(body)
+        with contextlib.ExitStack() as closing:
+            if isinstance(response.body, FileSlice):
+                closing.callback(response.body.file.close)
+            elif hasattr(response.body, "close"):
+                closing.callback(response.body.close)
+            if is_head:
+                self._send_bytes(head)
+                return 0
+            if isinstance(response.body, FileSlice):
+                self._send_bytes(head)
+                self._send_file(response.body)
+                return response.body.byte_count
+            return self._send_blocks(head, response.body, is_chunked, is_held)
 
-    def _send_blocks(self, head: bytes, blocks: Iterable[bytes], is_chunked: bool) -> int:
-        """Send the head with the first block, then the others as they come. Return the bytes of the body."""
+    def _send_blocks(
+        self,
+        head: bytes,
+        blocks: Iterable[bytes | FileSlice],
+        is_chunked: bool,
+        is_held: bool,
+    ) -> int:
+        """Send the head with the first block, then the others as they come. Return the bytes of the body.
+
+        Where the answer waits for something the head goes at once, and the time for each block begins with it.
+        """
         sent = 0
-        for block in blocks:
-            if not block:  # as a chunk it would be the last
-                continue
-            data = b"%x\r\n%b\r\n" % (len(block), block) if is_chunked else block
-            self._send_bytes(head + data)
+        if is_held:
+            self._send_bytes(head)
             head = b""
-            sent += len(block)
+        for block in blocks:
+            if is_held:
+                self._send_deadline_s = time.monotonic() + self._timeout_s
+            count = block.byte_count if isinstance(block, FileSlice) else len(block)
+            if not count:  # as a chunk it would be the last
+                continue
+            before = b"%b%x\r\n" % (head, count) if is_chunked else head
+            after = b"\r\n" if is_chunked else b""
+            if isinstance(block, FileSlice):
+                self._send_bytes(before)
+                self._send_file(block)
+                self._send_bytes(after)
+            else:
+                self._send_bytes(before + block + after)
+            head = b""
+            sent += count
+        if is_held:
+            self._send_deadline_s = time.monotonic() + self._timeout_s
         end = b"0\r\n\r\n" if is_chunked else b""
         self._send_bytes(head + end)
         return sent
 
-    def _send_file(self, head: bytes, body: FileSlice, is_head: bool) -> int:
-        """Send the head and, unless it is all, the bytes of a file; close that. Return the bytes of the body."""
-        file, offset, left_bytes = body
-        with file:
-            self._send_bytes(head)
-            if is_head:
-                return 0
-            file.seek(offset)
-            while left_bytes:
-                count = self._send_file_block(file, offset, min(left_bytes, _FILE_BLOCK_BYTES))
-                if not count:
-                    raise ConnectionEnded("the file was shortened while it was sent")
-                offset += count
-                left_bytes -= count
-        return body.byte_count
+    def _send_file(self, part: FileSlice) -> None:
+        """Send bytes of a file. Raise ConnectionEnded or OSError."""
+        file, offset, left_bytes = part
+        file.seek(offset)
+        while left_bytes:
+            count = self._send_file_block(file, offset, min(left_bytes, _FILE_BLOCK_BYTES))
+            if not count:
+                raise ConnectionEnded("the file was shortened while it was sent")
+            offset += count
+            left_bytes -= count
 
     def _send_file_block(self, file: io.FileIO, offset: int, max_bytes: int) -> int:
         """Send what comes next in a file, at `offset`; return how many bytes. Raise ConnectionEnded or OSError."""
@@ -11121,6 +11280,11 @@ FEATURES = (
     "pool_paused",
     "delete",
     "paging",
+    "wait",
+    "output",
+    "follow",
+    "events",
+    "head",
 )
 _TASKS_PATH = "/api/v1/task"
 _TASK_PATH = _TASKS_PATH + "/{task}"
@@ -11641,6 +11805,25 @@ def _parse_limit(text: str) -> int:
     return int(text)
 
 
+_MAX_WAIT = "1h"
+
+
+def _has_wait(request: Request) -> bool:
+    return any(name == "wait" for name, _ in request.query)
+
+
+def _parse_wait(query: Pairs) -> float:
+    """Return for how many seconds the end of a task is waited for, 0 if it is not. Raise BadRequest."""
+    text = _parameter(query, "wait")
+    try:
+        wait_ns = parse_duration(text or "0")
+    except ValueError as error:
+        raise BadRequest(f"wait: {error}") from None
+    if wait_ns > parse_duration(_MAX_WAIT):
+        raise BadRequest(f"wait: {text} is too long: expected at most {_MAX_WAIT}")
+    return wait_ns / _SECOND_NS
+
+
 _MAX_REASON_LENGTH = 1000
 
 
@@ -11834,6 +12017,7 @@ def _task_parameters() -> Json:
         "id": ("Id of the task; sent again, the same submission runs once", task_id, "release-1"),
         "timeout": ("Timeout of the whole task, from its acceptance", schema_reference("Duration"), "1h30m"),
         "env_vars": ("KEY=value for all steps; may be repeated", variables, ["target=linux"]),
+        "wait": ("How long its end is waited for, at most", schema_reference("Duration"), "30s"),
         "delay": ("How long it waits at least before its first step", schema_reference("Duration"), "10m"),
         "at": ("Before which moment no step starts", time_schema("RFC 3339"), "2022-11-18T16:14:23+08:00"),
         "paused": ("true: held until it is resumed", boolean, "true"),
@@ -11975,7 +12159,16 @@ class TaskApi:
                 errors=(409, 507),
                 is_limited=True,
             ),
-            Route("GET", _TASK_PATH, self.show_task, "Shows a task, step by step", "TaskDetail", is_limited=True),
+            Route(
+                "GET",
+                _TASK_PATH,
+                self.show_task,
+                "Shows a task, step by step",
+                "TaskDetail",
+                ("wait",),
+                is_limited=True,
+                is_held=_has_wait,
+            ),
             Route(
                 "PUT",
                 _TASK_PATH,
@@ -12088,7 +12281,11 @@ class TaskApi:
         return json_response(data, headers=(("X-Task-ID", accepted.id),), audit=audit)
 
     def show_task(self, request: Request) -> Response:
+        timeout_s = _parse_wait(request.query)
         task = self._store.task(request.params["task"])
+        if request.hold:
+            self._await_end(task, request.hold, timeout_s)
+            task = self._store.task(task.id)
         rows = self._store.steps(task.task_number)
         names = [row.name for row in rows]
         time_format = self._time_format()
@@ -12099,6 +12296,17 @@ class TaskApi:
         envelope = {"code": code, "message": message, "data": data, "task": whole}
         state_header = ("X-Task-STATE", STATE_NAMES[State(task.state)])
         return Response(headers=(JSON_TYPE, state_header), body=to_json(envelope).encode())
+
+    def _await_end(self, task: TaskRow, hold: Hold, timeout_s: float) -> None:
+        """Wait for the end of a task, told by what is committed, or until this time is over. Raise ConnectionEnded."""
+
+        def hear(notice: Notice) -> None:
+            if notice.has_ended:
+                hold.wake()
+
+        with self._store.feed.listen(hear, task.task_number):
+            if self._store.task(task.id).ended_ns is None:
+                hold.wait(timeout_s)
 
     def _step_json(
         self,
@@ -12222,6 +12430,594 @@ def task_components() -> Components:
             "Pool": _pool_schema(),
             "NotFound": envelope_schema([Code.NOT_FOUND]),
         },
+    )
+
+
+# ======================================================================================================================
+# V API / follow API: what a step writes and what changes, sent as it happens
+# ======================================================================================================================
+
+# These answers last for hours, so they cost nothing while nothing happens. Whoever waits is woken:
+#
+#     by a commit   The store's feed tells what has changed, after the commit. Who listens first and then reads what is
+#                   stored misses nothing.
+#     by a look     Output is a file, and no way to be told of its growth is the same on three systems. One thread looks
+#                   at the sizes of all files that are followed.
+#
+# A client that was cut off goes on by itself: with the offset of an output, with the last id of the events.
+
+_EVENTS_PATH = "/api/v1/event"
+_OUTPUT_PATH = _STEP_PATH + "/output"
+_LOOK_INTERVAL_S = 0.1
+_MAX_LOOK_SHARE = 0.02  # of a processor, that the looks take
+_FOLLOW_INTERVAL_S = 3600.0  # after which a follower looks by itself
+_READ_BYTES = 1 << 16  # a smaller part of an output is sent with its frame, a larger one by sendfile
+_MAX_SLICE_BYTES = 1 << 23
+_COMMENT_INTERVAL_S = 15.0
+_KEPT_EVENTS = 10_000
+_EVENTS_AT_ONCE = 200
+_MAX_CACHED_NAMES = 10_000  # of steps, by each client of events
+_UNSTORED = ("Cache-Control", "no-cache")
+_UNBUFFERED = ("X-Accel-Buffering", "no")  # a proxy is to pass on each part at once (nginx, ngx_http_proxy_module)
+
+
+class FileWatch:
+    """Calls for looks at files that are followed, from one thread, which lives while there are any. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards all below
+        self._looks: dict[object, Callable[[], None]] = {}
+        self._is_running = False
+
+    @contextlib.contextmanager
+    def watch(self, look: Callable[[], None]) -> Iterator[None]:
+        """Call `look`, which must not wait, again and again within the context. Raise RuntimeError without a thread."""
+        key = object()
+        with self._lock:
+            if not self._is_running:
+                DaemonThread(self._run, "output watch").start()
+                self._is_running = True
+            self._looks[key] = look
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._looks[key]
+
+    def _run(self) -> None:
+        """Look 10 times a second, or as often as the share of a processor allows."""
+        while True:
+            with self._lock:
+                looks = [*self._looks.values()]
+                self._is_running = bool(looks)
+            if not looks:
+                return
+            begin_s = time.thread_time()
+            for look in looks:
+                try:
+                    look()
+                except Exception:
+                    log.exception("a look at an output failed")
+            spent_s = time.thread_time() - begin_s
+            time.sleep(max(_LOOK_INTERVAL_S, spent_s / _MAX_LOOK_SHARE))
+
+
+class OutputFollower:
+    """The body of an answer that sends what a step writes until it, or the attempt that is followed, has ended.
+
+    For the connection's thread, but for what the feed and the watch call.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        task_number: int,
+        step: StepRow,
+        attempt: int,
+        open_file: Callable[[], io.FileIO | None],
+        file: io.FileIO | None,
+        offset: int,
+        hold: Hold,
+    ) -> None:
+        self._store = store
+        self._task_number = task_number
+        self._step = step
+        self._attempt = attempt
+        self._open_file = open_file
+        self._file = file  # None until it can be opened
+        self._offset = offset
+        self._hold = hold
+        self._is_changed = True  # the step, since it was read
+        self._contexts = contextlib.ExitStack()
+
+    def follow(self, watch: FileWatch) -> OutputFollower:
+        """Begin to listen and look; `close` ends it. Raise Unavailable."""
+        try:
+            self._contexts.enter_context(watch.watch(self._look))
+        except RuntimeError as error:
+            raise Unavailable(f"no thread for a look at the output ({error}); try again") from None
+        self._contexts.enter_context(self._store.feed.listen(self._hear, self._task_number))
+        return self
+
+    def close(self) -> None:
+        self._contexts.close()
+        if self._file:
+            self._file.close()
+
+    def __iter__(self) -> Iterator[bytes | FileSlice]:
+        """Yield the parts. Raise ConnectionEnded."""
+        while True:
+            is_over = self._is_over()  # first, for it writes until then
+            yield from self._new_parts()
+            if is_over:
+                return
+            self._hold.wait(_FOLLOW_INTERVAL_S)
+            if self._hold.is_ending:
+                raise ConnectionEnded("the daemon shuts down")
+
+    def _hear(self, notice: Notice) -> None:
+        if notice.has_ended or self._step.step_index in notice.step_indexes:
+            self._is_changed = True
+            self._hold.wake()
+
+    def _look(self) -> None:
+        if self._step.state != State.RUNNING:
+            return
+        try:
+            if self._file is None or os.fstat(self._file.fileno()).st_size > self._offset:
+                self._hold.wake()
+        except (OSError, ValueError):  # it was closed just now
+            self._hold.wake()
+
+    def _is_over(self) -> bool:
+        if self._is_changed:
+            self._is_changed = False
+            try:
+                self._step = self._store.step(self._task_number, str(self._step.step_index))
+            except ApiError as error:
+                raise ConnectionEnded(error.message) from None
+        return bool(self._step.result) or self._step.attempt != self._attempt
+
+    def _new_parts(self) -> Iterator[bytes | FileSlice]:
+        if self._file is None:
+            self._file = self._open_file()
+        if self._file is None:
+            return
+        while (left_bytes := os.fstat(self._file.fileno()).st_size - self._offset) > 0:
+            offset = self._offset
+            if left_bytes > _READ_BYTES:
+                count = min(left_bytes, _MAX_SLICE_BYTES)
+                self._offset += count
+                yield FileSlice(self._file, offset, count)
+            else:
+                self._file.seek(offset)
+                block = self._file.read(left_bytes)
+                self._offset += len(block)
+                yield block
+
+
+def tail_offset(file: io.FileIO, size: int, lines: int) -> int:
+    """Return where the last lines of a file of this size begin; what has no end of a line is one too."""
+    if not lines or not size:
+        return size
+    file.seek(size - 1)
+    if file.read(1) == b"\n":
+        lines += 1
+    end = size
+    while end:
+        begin = max(0, end - _BLOCK_BYTES)
+        file.seek(begin)
+        block = file.read(end - begin)
+        count = block.count(b"\n")
+        if count >= lines:
+            at = len(block)
+            for _ in range(lines):
+                at = block.rfind(b"\n", 0, at)
+            return begin + at + 1
+        lines -= count
+        end = begin
+    return 0
+
+
+class _OutputQuery(NamedTuple):
+    """What of an output a request asks for; None where it does not say."""
+
+    stream: str
+    attempt: int | None
+    offset: int | None
+    tail: int | None
+
+
+def _parse_output_query(request: Request) -> _OutputQuery:
+    """Raise BadRequest."""
+    query = request.query
+    offset = _parse_number(query, "offset")
+    tail = _parse_number(query, "tail")
+    if offset is not None and tail is not None:
+        raise BadRequest("offset, tail: give one of them")
+    if _has_range(request) and (offset is not None or tail is not None or request.hold):
+        raise BadRequest("Range: does not go with offset, tail or follow")
+    return _OutputQuery(_choice(query, "stream", ("stdout", "stderr")), _parse_number(query, "attempt"), offset, tail)
+
+
+def _parse_number(query: Pairs, name: str) -> int | None:
+    text = _parameter(query, name)
+    if text and not re.fullmatch("[0-9]{1,15}", text):
+        raise BadRequest(f"{name}: invalid {text!r}: expected a number")
+    return int(text) if text else None
+
+
+def _has_range(request: Request) -> bool:
+    """Return whether a request asks for a range; one that has a condition is ignored, for there is no validator."""
+    return "range" in request.headers and "if-range" not in request.headers
+
+
+def _is_followed(request: Request) -> bool:
+    return _parse_bool("follow", _parameter(request.query, "follow"))
+
+
+def _output_response() -> Json:
+    headers = {name: {"schema": {"type": "string"}} for name in ("X-Output-Offset", "X-Step-Result", "X-Step-Attempt")}
+    content = {"text/plain": {"schema": {"type": "string"}}}
+    content.update(json_content(schema_reference("NotFound"), {"gone": _NOT_FOUND_EXAMPLE}))
+    return {"description": "What the step has written, as it is", "headers": headers, "content": content}
+
+
+# Events: what has changed, numbered. An event shows its subject as it is when it is sent.
+
+
+class Event(NamedTuple):
+    """A change of a task, or of a step of it, or of the pool, whose task number is 0."""
+
+    number: int
+    task_number: int
+    step_index: int  # or one of those below
+
+
+_NO_STEP = -1
+_DELETED = -2
+
+
+class EventLog:
+    """The last changes, by numbers that rise by one; kept from the first time that somebody subscribes. Thread-safe.
+
+    The numbers of each daemon are above those of all earlier ones: they begin with the microseconds of the clock.
+    """
+
+    def __init__(self, feed: Feed, first_number: int) -> None:
+        self._feed = feed
+        self._listening = contextlib.ExitStack()
+        self._lock = threading.Lock()  # guards all below
+        self._first = first_number
+        self._next = first_number
+        # A ring, in which an event takes 12 bytes.
+        self._task_numbers = array.array("q")
+        self._step_indexes = array.array("i")
+        self._deleted_ids: dict[int, str] = {}  # of tasks in the ring
+        self._subscribers: dict[object, tuple[int | None, Callable[[], None]]] = {}
+
+    @contextlib.contextmanager
+    def subscribe(self, wake: Callable[[], None], task_number: int | None) -> Iterator[None]:
+        """Call `wake` for each event within the context, or for each of this task."""
+        key = object()
+        with self._lock:
+            if not self._task_numbers:
+                self._task_numbers.extend([0] * _KEPT_EVENTS)
+                self._step_indexes.extend([0] * _KEPT_EVENTS)
+                self._listening.enter_context(self._feed.listen(self._hear))
+            self._subscribers[key] = (task_number, wake)
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._subscribers[key]
+
+    def last_number(self) -> int:
+        with self._lock:
+            return self._next - 1
+
+    def has_all_after(self, number: int) -> bool:
+        """Return whether the events after this one are kept."""
+        with self._lock:
+            return self._oldest() - 1 <= number < self._next
+
+    def after(self, number: int) -> list[Event]:
+        """Return the next events after this one, some hundred at most. Raise LookupError if they are not kept."""
+        with self._lock:
+            if number < self._oldest() - 1:
+                raise LookupError(number)
+            end = min(self._next, number + 1 + _EVENTS_AT_ONCE)
+            return [self._event(current) for current in range(number + 1, end)]
+
+    def deleted_id(self, task_number: int) -> str:
+        """Return the id of a task whose record is gone; empty where that was not told yet."""
+        with self._lock:
+            return self._deleted_ids.get(task_number, "")
+
+    def _oldest(self) -> int:
+        return max(self._first, self._next - _KEPT_EVENTS)
+
+    def _event(self, number: int) -> Event:
+        slot = number % _KEPT_EVENTS
+        return Event(number, self._task_numbers[slot], self._step_indexes[slot])
+
+    def _hear(self, notice: Notice) -> None:
+        """Keep what a commit has changed: steps first, then their task."""
+        with self._lock:
+            for index in notice.step_indexes:
+                self._append(notice.task_number, index)
+            if notice.deleted_id:
+                self._append(notice.task_number, _DELETED)
+                self._deleted_ids[notice.task_number] = notice.deleted_id
+            else:
+                self._append(notice.task_number, _NO_STEP)
+            for task_number, wake in self._subscribers.values():
+                if task_number in (None, notice.task_number):
+                    wake()
+
+    def _append(self, task_number: int, step_index: int) -> None:
+        slot = self._next % _KEPT_EVENTS
+        if self._next - self._first >= _KEPT_EVENTS and self._step_indexes[slot] == _DELETED:
+            del self._deleted_ids[self._task_numbers[slot]]
+        self._task_numbers[slot] = task_number
+        self._step_indexes[slot] = step_index
+        self._next += 1
+
+
+def format_event(kind: str, data: Json, number: int) -> bytes:
+    """Return an event as it is sent (HTML Standard, 9.2, Server-sent events)."""
+    return f"event: {kind}\nid: {number}\ndata: {to_json(data)}\n\n".encode()
+
+
+class FollowApi:
+    """Handlers for the routes of outputs and events. Thread-safe."""
+
+    def __init__(
+        self,
+        store: Store,
+        scheduler: Scheduler,
+        clock: Clock,
+        files: SafeDirectory,
+        key_expire_ns: int,
+    ) -> None:
+        self._store = store
+        self._scheduler = scheduler
+        self._clock = clock
+        self._files = files
+        self._key_expire_ns = key_expire_ns
+        self._watch = FileWatch()
+        self._log = EventLog(store.feed, clock.now_ns() // 1000)
+
+    def routes(self) -> list[Route]:
+        return [
+            Route(
+                "GET",
+                _OUTPUT_PATH,
+                self.show_output,
+                "Sends what a step wrote, byte by byte",
+                "Output",
+                ("stream", "offset", "tail", "follow", "attempt"),
+                errors=(416,),
+                is_limited=True,
+                is_held=_is_followed,
+            ),
+            Route(
+                "GET",
+                _EVENTS_PATH,
+                self.show_events,
+                "Sends what changes, as it changes",
+                "Events",
+                ("event_task", "last_event_id"),
+                is_held=lambda _: True,
+            ),
+        ]
+
+    # -- output
+
+    def show_output(self, request: Request) -> Response:
+        query = _parse_output_query(request)
+        task = self._store.task(request.params["task"])
+        step = self._store.step(task.task_number, request.params["step"])
+        name = self._output_name(task, step, query)
+        directory = StepDirectory(self._files, task.task_number, step.step_index)
+        open_file = functools.partial(directory.open_output, name)
+        with contextlib.ExitStack() as closing:
+            file = open_file()
+            size = 0
+            if file:
+                closing.callback(file.close)
+                size = os.fstat(file.fileno()).st_size
+            status, headers, offset, byte_count = self._part(request, query, file, size)
+            body: bytes | FileSlice | OutputFollower = b""
+            if request.hold:
+                follower = OutputFollower(
+                    self._store,
+                    task.task_number,
+                    step,
+                    query.attempt or step.attempt,
+                    open_file,
+                    file,
+                    offset,
+                    request.hold,
+                )
+                body = follower.follow(self._watch)
+                headers += (_UNBUFFERED,)
+            elif file:
+                body = FileSlice(file, offset, byte_count)
+            closing.pop_all()
+        own_headers = (
+            TEXT_TYPE,
+            ("X-Content-Type-Options", "nosniff"),
+            _UNSTORED,
+            ("X-Output-Offset", str(offset)),
+            ("X-Step-Result", Result(step.result or _unfinished_result(task, step)).value),
+            ("X-Step-Attempt", str(query.attempt or step.attempt)),
+        )
+        return Response(status, own_headers + headers, body)
+
+    def _output_name(self, task: TaskRow, step: StepRow, query: _OutputQuery) -> str:
+        """Return the name of the file that a request asks for. Raise BadRequest."""
+        if query.stream == "stderr":
+            submission = self._store.submission(task.task_number)
+            if not submission or json.loads(submission.steps)[step.step_index].get("stderr") != "apart":
+                raise BadRequest("stream: the stderr of this step is in its stdout; submit it with `stderr` as `apart`")
+        if query.attempt is None or query.attempt == step.attempt:
+            return output_name(query.stream)
+        if not 1 <= query.attempt <= step.attempt:
+            raise BadRequest(f"attempt: invalid {query.attempt}: expected 1 to {step.attempt}")
+        return output_name(query.stream, query.attempt)
+
+    def _part(
+        self,
+        request: Request,
+        query: _OutputQuery,
+        file: io.FileIO | None,
+        size: int,
+    ) -> tuple[int, Headers, int, int]:
+        """Return status, headers, offset and number of the bytes that a request asks for. Raise RangeNotSatisfiable."""
+        accepts = ("Accept-Ranges", "bytes")
+        if _has_range(request) and request.method == "GET":
+            part = parse_range(request.headers["range"], size)
+            if part:
+                offset, count = part
+                content_range = f"bytes {offset}-{offset + count - 1}/{size}"
+                return 206, (accepts, ("Content-Range", content_range)), offset, count
+        offset = query.offset or 0
+        if query.tail is not None and file:
+            offset = tail_offset(file, size, query.tail)
+        if offset > size:
+            raise RangeNotSatisfiable(f"offset: invalid {offset}: it has {size} bytes", size)
+        return 200, (accepts,), offset, size - offset
+
+    # -- events
+
+    def show_events(self, request: Request) -> Response:
+        task_id = _parameter(request.query, "task")
+        task_number = self._store.task(task_id).task_number if task_id else None
+        last_id = request.headers.get("last-event-id") or _parameter(request.query, "last_event_id")
+        if last_id and not re.fullmatch("[0-9]{1,18}", last_id):
+            raise BadRequest(f"last_event_id: invalid {last_id!r}: expected the `id` of an event")
+        headers = (("Content-Type", "text/event-stream; charset=utf-8"), _UNSTORED, _UNBUFFERED)
+        hold = request.hold
+        if hold is None:
+            raise Unavailable("this connection cannot wait; try again")
+        return Response(200, headers, self._events(hold, last_id, task_number, request.base_url))
+
+    def _events(self, hold: Hold, last_id: str, task_number: int | None, base_url: str) -> Iterator[bytes]:
+        """Yield the events after this id, or from now on. Raise ConnectionEnded."""
+        names: dict[int, list[str]] = {}
+        with self._log.subscribe(hold.wake, task_number):
+            position = int(last_id or self._log.last_number())
+            if self._log.has_all_after(position):
+                yield f"retry: 1000\nid: {position}\n\n".encode()  # so that it can go on before the first event
+            else:
+                position = self._log.last_number()
+                yield b"retry: 1000\n" + format_event("reset", {}, position)
+            sent = position
+            while not hold.is_ending:
+                events = self._events_after(position)
+                position += len(events)
+                shown = [event for event in events if task_number in (None, event.task_number)]
+                if shown:
+                    sent = position
+                    yield self._render(shown, base_url, names)
+                if events:
+                    continue
+                begin_s = time.monotonic()
+                hold.wait(_COMMENT_INTERVAL_S)
+                if time.monotonic() - begin_s >= _COMMENT_INTERVAL_S:
+                    yield b":\n\n" if sent == position else f":\nid: {position}\n\n".encode()
+                    sent = position
+        raise ConnectionEnded("the daemon shuts down")
+
+    def _events_after(self, position: int) -> list[Event]:
+        try:
+            return self._log.after(position)
+        except LookupError:
+            raise ConnectionEnded("the client reads too slowly") from None
+
+    def _render(self, events: Iterable[Event], base_url: str, names: dict[int, list[str]]) -> bytes:
+        """Return events as they are sent. `names` caches those of a task's steps. Raise ConnectionEnded."""
+        time_format = TimeFormat(self._clock.now_ns(), self._clock.wall_times(), self._key_expire_ns)
+        rendered = []
+        try:
+            running = self._store.running_steps()
+            for event in events:
+                kind, data = self._subject(event, running, base_url, time_format, names)
+                if kind:
+                    rendered.append(format_event(kind, data, event.number))
+                else:
+                    rendered.append(f"id: {event.number}\n\n".encode())
+        except ApiError as error:  # of the store
+            raise ConnectionEnded(error.message) from None
+        return b"".join(rendered)
+
+    def _subject(
+        self,
+        event: Event,
+        running: Mapping[int, Sequence[tuple[int, str]]],
+        base_url: str,
+        time_format: TimeFormat,
+        names: dict[int, list[str]],
+    ) -> tuple[str, Json]:
+        """Return the kind of an event and the JSON of its subject as it is now; no kind where that is unknown."""
+        number = event.task_number
+        if not number:
+            return "pool", pool_json(self._scheduler.pool())
+        tasks = next(self._store.tasks([number]))
+        if not tasks:
+            deleted_id = self._log.deleted_id(number)
+            return ("expired" if deleted_id else ""), {"id": deleted_id}
+        task = tasks[0]
+        if event.step_index < 0:
+            return "task", task_json(task, running.get(number, ()), base_url, time_format)
+        if number not in names:
+            if sum(map(len, names.values())) > _MAX_CACHED_NAMES:
+                names.clear()
+            names[number] = [row.name for row in self._store.steps(number)]
+        step = self._store.step(number, str(event.step_index))
+        output_bytes = step.output_bytes
+        if output_bytes is None:
+            output_bytes = StepDirectory(self._files, number, step.step_index).output_bytes()
+        shown = step_json(
+            step,
+            task,
+            names[number],
+            base_url,
+            time_format,
+            output_bytes,
+        )
+        return "step", {"task": task.id, **shown}
+
+
+def _events_response() -> Json:
+    example = format_event("expired", {"id": "release-1"}, 1668649373430556).decode()
+    content: Json = {"text/event-stream": {"schema": {"type": "string"}, "example": example}}
+    content.update(json_content(schema_reference("NotFound"), {"gone": _NOT_FOUND_EXAMPLE}))
+    return {"description": "Events `task`, `step`, `pool`, `expired` and `reset`, for ever", "content": content}
+
+
+def follow_components() -> Components:
+    """Return what the API document says of the routes of outputs and events."""
+    boolean = {"type": "string", "pattern": _bool_pattern()}
+    stream = {"type": "string", "enum": ["stdout", "stderr"], "default": "stdout"}
+    number = {"type": "string", "pattern": "^[0-9]{0,18}$"}
+    query: dict[str, ParameterSpec] = {
+        "stream": ("stderr: what was written there, where it is apart", stream, "stdout"),
+        "offset": ("Where to begin, in bytes", integer_schema("Bytes", maximum=10**15 - 1), 0),
+        "tail": ("Begin with so many last lines", integer_schema("Lines", maximum=10**15 - 1), 100),
+        "follow": ("true: goes on until the step has ended", boolean, "true"),
+        "attempt": ("Of an earlier attempt", integer_schema("Attempt", 1, maximum=10**15 - 1), 1),
+        "last_event_id": ("The last event that is known; the header Last-Event-ID wins", number, "1668649373430556"),
+    }
+    parameters = parameter_objects("query", query)
+    task: ParameterSpec = ("Id of a task: its events alone", {"type": "string"}, "release-1")
+    parameters["event_task"] = parameter_objects("query", {"task": task})["task"]
+    return Components(
+        parameters=parameters,
+        request_bodies={},
+        responses={"Output": _output_response(), "Events": _events_response()},
+        schemas={},
     )
 
 
@@ -12703,6 +13499,26 @@ def _version_schema() -> Json:
     )
 
 
+_LINKS = {
+    "tasks": _TASKS_PATH,
+    "pool": _POOL_PATH,
+    "events": _EVENTS_PATH,
+    "document": "/openapi.json",
+    "metrics": "/metrics",
+}
+
+
+def index_json(base_url: str) -> Json:
+    return {"version": __version__, "links": {name: base_url + path for name, path in _LINKS.items()}}
+
+
+def _index_response() -> Json:
+    links = object_schema({name: _url_schema() for name in _LINKS})
+    data = object_schema({"version": string_schema("Version of the program"), "links": links})
+    example = success_example(index_json(_EXAMPLE_BASE_URL))
+    return response_object("The version, and links", envelope_schema([Code.SUCCESS], data), {"index": example})
+
+
 def health_json(server: str, client: str, timestamp_ns: int) -> Json:
     return {"server": server, "client": client, "state": "Running", "timestamp": timestamp_ns}
 
@@ -12747,6 +13563,7 @@ class OperatorApi:
 
     def routes(self) -> list[Route]:
         return [
+            Route("GET", "/", self.show_index, "Shows the version and where all else is", "Index"),
             Route("GET", "/version", self.show_version, "Shows the version", "Version"),
             Route("GET", "/healthyz", self.show_health, "Shows that the daemon is alive", "Health", is_public=True),
             Route("GET", "/heartbeat", self.heartbeat, "Responds with an empty body", "Empty", is_public=True),
@@ -12754,6 +13571,11 @@ class OperatorApi:
             Route("GET", "/metrics", self.show_metrics, "Shows metrics for Prometheus", "Metrics"),
             Route("GET", "/api/v1/state", self.show_state, "Shows host, process and work", "State", is_limited=True),
         ]
+
+    def show_index(self, request: Request) -> Response:
+        if "text/html" in request.headers.get("accept", ""):  # a browser
+            return Response(302, (("Location", "/swagger/index.html"),))
+        return json_response(index_json(request.base_url))
 
     def show_version(self, _: Request) -> Response:
         return json_response(version_json(build()))
@@ -12819,6 +13641,7 @@ def operator_components() -> Components:
         parameters={},
         request_bodies={},
         responses={
+            "Index": _index_response(),
             "Version": response_object("The version", envelope_schema(success, schema_reference("Version"))),
             "State": response_object("Host, process and work", envelope_schema(success, schema_reference("State"))),
             "Health": _health_response(),
@@ -13344,14 +14167,16 @@ _ERRORS = {  # by status: when it is answered, and an example of its message
     507: ("The disk is full.", "no space left on the disk of --root; free some or choose another --root"),
 }
 _ERRORS_OF_EVERY_ROUTE = (400, 401, 403, 413, 429, 500, 503)
-_ERROR_HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
+_ERROR_HEADERS = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}
 _DESCRIPTION = (
     "Runs scripts on this host: tasks of steps, in order, in parallel or as a graph. The `code` of a response is "
     "0 for success, 1001 in progress, 1002 execution failed, 1003 not found, expired or destroyed, else the status of "
-    "an error: 404 for a path that does not exist, 405 for a method that is not allowed on a path, and those below."
+    "an error: 404 for a path that does not exist, 405 for a method that is not allowed on a path, and those below. "
+    "HEAD is allowed wherever GET is."
 )
 _TAGS = {  # by how the paths begin; all others are "daemon"
     "/api/v1/task": "tasks",
+    "/api/v1/event": "tasks",
     "/api/v1/pool": "pool",
     "/debug/": "profiles",
     "/swagger": "document",
@@ -13382,6 +14207,7 @@ def _operation(route: Route) -> Json:
     responses = {success: reference("responses", route.answer)}
     if 416 in route.errors:
         responses["206"] = reference("responses", "PartialFile")
+    if route.answer == "File":
         responses["304"] = reference("responses", "NotModified")
     for status in sorted((*_ERRORS_OF_EVERY_ROUTE, *route.errors)):
         responses[str(status)] = reference("responses", _error_name(status))
@@ -13426,6 +14252,7 @@ def _components() -> Json:
     }
     parts = (
         task_components(),
+        follow_components(),
         workspace_components(),
         operator_components(),
         profile_components(),
@@ -13811,10 +14638,12 @@ class Daemon:
             settings.key_expire,
             tasks.janitor.remove_files,
         )
+        follow_api = FollowApi(store, scheduler, clock, tasks.files, settings.key_expire)
         workspace_api = WorkspaceApi(store, tasks.files)
         operator_api = OperatorApi(store, scheduler, clock, tasks.metrics, self._root, warnings)
         profile_api = ProfileApi(tasks.metrics, settings.profile_timeout)
-        routes = [*task_api.routes(), *workspace_api.routes(), *operator_api.routes(), *profile_api.routes()]
+        apis = (task_api, follow_api, workspace_api, operator_api, profile_api)
+        routes = list(itertools.chain.from_iterable(api.routes() for api in apis))
         document_api = DocumentApi(routes)
         return Router([*routes, *document_api.routes()])
 
