@@ -14,8 +14,8 @@ The file reads from top to bottom, a section uses only what stands above it:
     III  tasks             task model, submission, dependency plan, metrics, step directory, store, scheduler, runner,
                            recovery, janitor
     IV   HTTP              messages, request parser, routing, authentication, connections
-    V    API               web pages, schemas, task API, follow API, workspace API, operator API, profiling,
-                           API document
+    V    API               web pages, dashboard page, dashboard core, dashboard views, schemas, task API, follow API,
+                           workspace API, operator API, profiling, API document
     VI   program           daemon, supervisors, service managers, self test, command line
 
 Glossary: a *task* is a graph of *steps*, each one script; its steps share a *workspace*, the task's own directory. A
@@ -10805,22 +10805,28 @@ class Connection(socketserver.BaseRequestHandler):
 # V API / web pages: what a browser shows
 # ======================================================================================================================
 
-API_STYLE = r"""
+PALETTE = r"""
 :root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #57606a; --line: #d0d7de; --box: #f6f8fa;
-  --link: #0550ae; --get: #0550ae; --post: #116329; --put: #953800; --bad: #b42318; }
+  --link: #0550ae; --get: #0550ae; --post: #116329; --put: #953800; --bad: #b42318;
+  --small: .8125rem; --code: .875rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 @media (prefers-color-scheme: dark) {
   :root { --back: #0d1117; --text: #e6edf3; --soft: #9aa4af; --line: #3d444d; --box: #161b22;
     --link: #79b8ff; --get: #79b8ff; --post: #7ee787; --put: #ffa657; --bad: #ff8b82; }
 }
 * { box-sizing: border-box; }
+a { color: var(--link); }
+.soft { color: var(--soft); }
+.bad { color: var(--bad); }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 1px; }
+"""
+API_STYLE = PALETTE + r"""
 body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--back); color: var(--text);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: 0; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 h3 { font-size: .9rem; margin: 1rem 0 .25rem; color: var(--soft); }
 p { margin: .25rem 0; }
-a { color: var(--link); }
-code, pre, textarea, .path { font: .875rem/1.5 ui-monospace, monospace; }
+code, pre, textarea, .path { font: var(--code); }
 pre { margin: .25rem 0; padding: .5rem .75rem; max-height: 30rem; overflow: auto; background: var(--box);
   border: 1px solid var(--line); border-radius: .375rem; white-space: pre-wrap; }
 input, textarea, select, button { font-size: 1rem; padding: .4rem .6rem; max-width: 100%; color: inherit;
@@ -10829,12 +10835,11 @@ textarea { width: 100%; min-height: 9rem; }
 label textarea { min-height: 3.5rem; }
 select { display: block; margin: .5rem 0; }
 button { background: var(--box); cursor: pointer; }
-:focus-visible { outline: 3px solid var(--link); outline-offset: 1px; }
 form.token { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: 1rem 0; }
 label { display: grid; grid-template-columns: 9rem 1fr; gap: .25rem .75rem; align-items: center; margin: .5rem 0; }
 form.token label { display: contents; }
 label small { grid-column: 2; }
-small, .soft { color: var(--soft); }
+small { color: var(--soft); }
 details { border: 1px solid var(--line); border-radius: .375rem; margin: .5rem 0; }
 summary { padding: .5rem .75rem; cursor: pointer; }
 summary .path { font-weight: 600; }
@@ -10843,24 +10848,36 @@ summary small { display: inline-block; }
 .method { display: inline-block; min-width: 3.5rem; font-weight: 700; }
 .get, .head { color: var(--get); } .post { color: var(--post); } .put { color: var(--put); }
 .delete { color: var(--bad); }
-.bad { color: var(--bad); }
 @media (max-width: 40rem) { label { grid-template-columns: 1fr; } label small { grid-column: 1; } }
 """
-API_SCRIPT = r"""
+COMMON_SCRIPT = r"""
 "use strict";
-const MAX_SHOWN_CHARACTERS = 100000;
 const TOKEN_KEY = "remote_executor token";
+
+function createElement(tag, attributes, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {}))
+    if (value !== null && value !== undefined) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+function storedToken() {
+  return sessionStorage.getItem(TOKEN_KEY) || localStorage.getItem(TOKEN_KEY) || "";
+}
+
+function authorizationHeaders(token) {
+  return token ? { Authorization: "Bearer " + token } : {};
+}
+"""
+API_SCRIPT = (
+    COMMON_SCRIPT
+    + r"""
+const MAX_SHOWN_CHARACTERS = 100000;
 const content = document.getElementById("content");
 const note = document.getElementById("note");
 const tokenInput = document.getElementById("token");
 let openapi = null;
-
-function createElement(tag, attributes, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes || {})) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
 
 function createPre(text, label) {
   return createElement("pre", label ? { tabindex: "0", "aria-label": label } : { tabindex: "0" }, text);
@@ -10889,10 +10906,6 @@ function typeText(reference, indent = "") {
     return deeper + name + mark + ": " + typeText(property, deeper) + comment;
   });
   return ["{", ...lines, indent + "}"].join("\n");
-}
-
-function authorization() {
-  return tokenInput.value ? { Authorization: "Bearer " + tokenInput.value } : {};
 }
 
 // Not by JSON.parse, which rounds the nanoseconds.
@@ -11000,7 +11013,7 @@ function showOperation(path, method, operation, parent) {
     controller = new AbortController();
     button.textContent = "Cancel";
     result.replaceChildren("waiting for the response");
-    const request = { method: method.toUpperCase(), headers: authorization(), signal: controller.signal };
+    const request = { method: method.toUpperCase(), headers: authorizationHeaders(tokenInput.value), signal: controller.signal };
     if (area) request.body = area.value;
     try { await send(targetUrl(path, inputs), request, result); }
     catch (error) { result.replaceChildren(createElement("p", { class: "bad" }, "no response: " + error.message)); }
@@ -11041,7 +11054,7 @@ function showDocument() {
 async function load() {
   note.textContent = "";
   try {
-    const response = await fetch("/swagger/doc.json", { headers: authorization() });
+    const response = await fetch("/swagger/doc.json", { headers: authorizationHeaders(tokenInput.value) });
     const body = await response.json();
     if (response.ok) { openapi = body; showDocument(); return; }
     note.textContent = response.status + ": " + body.message;
@@ -11049,7 +11062,7 @@ async function load() {
   tokenInput.focus();
 }
 
-tokenInput.value = sessionStorage.getItem(TOKEN_KEY) || "";
+tokenInput.value = storedToken();
 document.getElementById("use").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem(TOKEN_KEY, tokenInput.value);
@@ -11057,6 +11070,7 @@ document.getElementById("use").addEventListener("submit", (event) => {
 });
 load();
 """
+)
 API_PAGE = r"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -11145,6 +11159,2090 @@ def page_response(page: str, style: str, script: str) -> Response:
     )
     html = page.replace("{style}", style).replace("{script}", script)
     return Response(200, headers, html.encode())
+
+
+# ======================================================================================================================
+# V API / dashboard page: what a browser shows at the root
+# ======================================================================================================================
+
+DASHBOARD_STYLE = PALETTE + r"""
+:root { --row: 2.5rem; --gap: 1rem; --good: var(--post); --warn: var(--put); --run: var(--link); }
+html { font-size: clamp(15px, .35vw + 11px, 20px); }
+body { margin: 0; min-height: 100vh; display: flex; flex-direction: column; background: var(--back); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+body.filled { height: 100vh; height: 100dvh; }
+h1, h2, p, dl, dd, ul { margin: 0; padding: 0; }
+h1 { font-size: 1rem; }
+h2 { font-size: 1.25rem; }
+h3 { font-size: 1rem; margin: 0; }
+a { text-decoration: none; }
+a:hover { text-decoration: underline; }
+code, pre, .code { font: var(--code); }
+small, .small { font-size: var(--small); }
+[hidden] { display: none !important; }
+
+button, input, select, textarea, .button { font: inherit; color: inherit; background: var(--back); max-width: 100%;
+  border: 1px solid var(--soft); border-radius: .375rem; padding: .25rem .75rem; min-height: 2rem; }
+button, .button { background: var(--box); border-color: var(--line); cursor: pointer; white-space: nowrap; }
+button:hover, .button:hover { border-color: var(--soft); text-decoration: none; }
+button.main { background: var(--link); border-color: var(--link); color: var(--back); }
+button.danger { color: var(--bad); }
+button[aria-pressed="true"] { border-color: var(--link); box-shadow: inset 0 0 0 1px var(--link); }
+button:disabled { opacity: .5; cursor: default; }
+textarea { width: 100%; font: var(--code); padding: .5rem .75rem; resize: vertical; }
+
+.bar, header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem var(--gap); }
+header { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); background: var(--box); }
+header nav { display: flex; flex-wrap: wrap; gap: .25rem var(--gap); }
+header nav a[aria-current] { color: var(--text); font-weight: 600; box-shadow: 0 2px var(--link); }
+.push { margin-left: auto; }
+.dot { display: inline-block; width: .625rem; height: .625rem; border-radius: 50%; background: var(--soft);
+  margin-right: .375rem; }
+.dot.live { background: var(--good); }
+.dot.lost { background: var(--bad); }
+.notice { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); color: var(--warn); }
+main { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: var(--gap); padding: var(--gap); outline: none; }
+.panel { border: 1px solid var(--line); border-radius: .5rem; }
+.panel > h3 { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); }
+.pad { padding: var(--gap); }
+.stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); border: 1px solid var(--line);
+  border-radius: .5rem; }
+.stats > div { padding: .5rem var(--gap); }
+.stats dt { font-size: var(--small); color: var(--soft); }
+.stats dd { font-size: 1.25rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
+.stats dd small { color: var(--soft); }
+meter { width: 100%; height: .375rem; display: block; }
+
+.list { flex: 1; min-height: 12rem; display: flex; flex-direction: column; overflow: hidden; }
+.scroller { flex: 1; overflow: auto; position: relative; overscroll-behavior: contain; }
+.spacer { position: relative; }
+.window { position: absolute; left: 0; right: 0; }
+.row { display: grid; align-items: center; gap: 0 .75rem; height: var(--row); padding: 0 var(--gap);
+  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; position: relative; }
+.row > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.row > .plain { overflow: visible; }
+.head { font-size: var(--small); color: var(--soft); background: var(--box); height: 2rem; flex: none; }
+.row:not(.head):hover, .row:focus-within { background: var(--box); }
+.task { grid-template-columns: 8.5rem minmax(9rem, 20rem) 7.5rem 6rem 7rem minmax(0, 1fr); }
+.step { grid-template-columns: 8.5rem minmax(8rem, 14rem) minmax(6rem, 1fr) 6rem minmax(0, 16rem); }
+.file { grid-template-columns: minmax(0, 1fr) 6rem 10rem auto; }
+.row a.name { color: var(--text); font-weight: 600; }
+.row a.name::after { content: ""; position: absolute; inset: 0; }
+.row:has(a.name:focus-visible) { outline: 3px solid var(--link); outline-offset: -3px; }
+.row a.name:focus-visible { outline: none; }
+.above { position: relative; z-index: 1; }
+.empty { padding: 2rem var(--gap); text-align: center; color: var(--soft); }
+
+.result { font-weight: 600; }
+.result i { display: inline-block; width: 1.25em; font-style: normal; text-align: center; }
+.succeeded { --mark: var(--good); }
+.failed, .timed_out, .lost, .not_started, .output_limit { --mark: var(--bad); }
+.stopped, .paused { --mark: var(--warn); }
+.running { --mark: var(--run); }
+.waiting, .not_run { --mark: var(--soft); }
+.result, .mark { color: var(--mark); }
+.strip { display: flex; gap: 1px; height: .5rem; border-radius: .25rem; }
+.strip i { flex: 1; background: var(--mark); min-width: 1px; }
+.strip .not_run, .strip .waiting, .strip .paused { background: var(--line); }
+.strip .failed, .strip .timed_out, .strip .lost, .strip .not_started, .strip .output_limit { margin: -2px 0; }
+.lane { position: relative; height: .75rem; background: linear-gradient(var(--line), var(--line)) 0 50% / 100% 1px no-repeat; }
+.lane i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 2px; background: var(--mark); }
+.axis { display: flex; justify-content: space-between; }
+
+.graph { position: relative; height: clamp(9rem, 40vh, 34rem); touch-action: pan-y; overflow: hidden; }
+.graph svg { width: 100%; height: 100%; display: block; cursor: grab; user-select: none; }
+.graph .bar { position: absolute; right: .5rem; bottom: .5rem; gap: .25rem; }
+.graph rect { fill: var(--back); stroke: var(--mark); stroke-width: 1.5; }
+.graph .node .stripe { fill: var(--mark); stroke: none; }
+.graph text { fill: var(--text); font-size: 13px; }
+.graph text.mark { fill: var(--mark); font-weight: 700; }
+.graph text.time { fill: var(--soft); font-size: 12px; }
+.graph path { fill: none; stroke: var(--soft); stroke-width: 1.25; }
+.graph path.critical { stroke: var(--text); stroke-width: 2.5; }
+.graph a:focus-visible { outline: none; }
+.graph a:focus-visible rect { stroke: var(--link); stroke-width: 4; }
+.graph .running rect:first-child { stroke-dasharray: 6 3; animation: march 1s linear infinite; }
+@keyframes march { to { stroke-dashoffset: -9; } }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: .25rem var(--gap); }
+.facts dt { color: var(--soft); }
+.columns { display: grid; grid-template-columns: minmax(0, 1fr); gap: var(--gap); }
+.columns > * { min-width: 0; }
+.script { max-height: 24rem; overflow: auto; margin: 0; padding: .5rem 0; counter-reset: line; background: var(--box); }
+.script span { display: block; padding-left: 4.5rem; text-indent: -3.5rem; white-space: pre-wrap; }
+.script span::before { counter-increment: line; content: counter(line); display: inline-block; width: 2.5rem;
+  margin-right: 1rem; text-indent: 0; text-align: right; color: var(--soft); }
+
+.console { flex: 1; min-height: 12rem; overflow: auto; background: var(--box); font: var(--code); position: relative;
+  overflow-anchor: none; }
+.console .line { display: flex; min-height: 1.5em; white-space: pre; padding-right: 1rem; width: max-content;
+  min-width: 100%; }
+.console.wrapped .line { white-space: pre-wrap; width: auto; }
+.console .number { flex: none; width: 5.5rem; padding-right: 1rem; text-align: right; color: var(--soft);
+  user-select: none; }
+.console .text { min-width: 0; }
+.console .target { box-shadow: inset 3px 0 var(--link); background: var(--back); }
+mark { background: var(--put); color: var(--back); }
+.b { font-weight: 700; } .d { opacity: .8; } .i { font-style: italic; } .u { text-decoration: underline; }
+.s { text-decoration: line-through; } .v { filter: invert(1); background: var(--back); }
+.c0 { color: var(--soft); } .c1 { color: var(--bad); } .c2 { color: var(--good); } .c3 { color: var(--warn); }
+.c4 { color: var(--link); } .c5 { color: light-dark(#8250df, #d2a8ff); } .c6 { color: light-dark(#0b6b75, #56d4dd); }
+.c7 { color: var(--text); }
+.g0, .g7 { background: var(--line); } .g1 { background: color-mix(in srgb, var(--bad) 25%, var(--box)); }
+.g2 { background: color-mix(in srgb, var(--good) 25%, var(--box)); }
+.g3 { background: color-mix(in srgb, var(--warn) 25%, var(--box)); }
+.g4, .g5, .g6 { background: color-mix(in srgb, var(--link) 25%, var(--box)); }
+
+dialog { border: 1px solid var(--line); border-radius: .5rem; background: var(--back); color: var(--text);
+  max-width: min(34rem, 92vw); width: 34rem; padding: 1.25rem; }
+dialog::backdrop { background: rgb(0 0 0 / .5); }
+dialog form, .form { display: grid; gap: .75rem; }
+label.field { display: grid; grid-template-columns: 8rem minmax(0, 1fr); gap: .25rem var(--gap); align-items: center; }
+label.field.tall { align-items: start; }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: .75rem 2rem; }
+kbd { font: var(--code); border: 1px solid var(--line); border-radius: .25rem; padding: 0 .375rem; }
+#toast { position: fixed; right: 1rem; bottom: 1rem; max-width: min(32rem, 92vw); z-index: 9; }
+#toast p { padding: .5rem var(--gap); border-radius: .375rem; background: var(--text); color: var(--back); }
+.hidden-text { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+
+@media (min-width: 90rem) { .columns { grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); } }
+@media (min-width: 150rem) { .task { grid-template-columns: 9rem 24rem 10rem 7rem 16rem minmax(0, 1fr); } }
+@media (max-width: 48rem) {
+  :root { --row: 4.5rem; --gap: .75rem; }
+  .head { display: none; }
+  .task { grid-template-columns: 8.5rem minmax(0, 1fr) auto; align-content: center; }
+  .task .id { grid-column: 1 / 3; grid-row: 1; }
+  .task .result { grid-column: 1; grid-row: 2; }
+  .task .begun { grid-column: 3; grid-row: 1; color: var(--soft); font-size: var(--small); }
+  .task .length { grid-column: 3; grid-row: 2; text-align: right; }
+  .task .steps { display: none; }
+  .task .why { grid-column: 2; grid-row: 2; font-size: var(--small); }
+  .step { grid-template-columns: 8.5rem minmax(0, 1fr) auto; align-content: center; }
+  .step .lane { grid-column: 1 / 4; grid-row: 2; }
+  .step .why { display: none; }
+  .file { grid-template-columns: minmax(0, 1fr) auto; align-content: center; }
+  .stats { grid-template-columns: repeat(3, 1fr); }
+  .stats dd { font-size: 1rem; }
+  .console .number { width: 3.5rem; padding-right: .5rem; }
+  label.field { grid-template-columns: minmax(0, 1fr); }
+}
+@media (prefers-reduced-motion: reduce) { * { animation: none !important; scroll-behavior: auto !important; } }
+"""
+DASHBOARD_PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<link rel="icon" id="icon" href="data:,">
+<title>remote_executor</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+<h1><a href="#/" id="host">remote_executor</a></h1>
+<nav aria-label="Pages">
+<a href="#/">Tasks</a>
+<a href="#/new">New task</a>
+<a href="#/metrics">Metrics</a>
+<a href="swagger/index.html">API</a>
+<a href="debug/pprof/">Profiles</a>
+</nav>
+<span class="push small" id="connection" role="status"></span>
+<button type="button" id="help" aria-label="Keys" title="Keys (?)">?</button>
+</header>
+<p class="notice" id="warning" role="alert" hidden></p>
+<main id="main" tabindex="-1"></main>
+<dialog id="dialog" aria-labelledby="dialog-title"></dialog>
+<div id="toast" role="status"></div>
+<noscript><p class="pad">This page needs JavaScript; <code>remote_executor.py</code> has commands for the same.</p></noscript>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+# ======================================================================================================================
+# V API / dashboard core: requests, events, lists of any length and the overview
+# ======================================================================================================================
+
+_DASHBOARD_CORE = r"""
+const RESULTS = {  // sign and word, so that nobody depends on the colour
+  waiting: ["○", "waiting"], running: ["▶", "running"], paused: ["‖", "paused"], succeeded: ["✓", "succeeded"],
+  failed: ["✗", "failed"], stopped: ["■", "stopped"], timed_out: ["◷", "timed out"],
+  output_limit: ["▲", "too much output"], lost: ["?", "lost"], not_started: ["!", "not started"],
+  not_run: ["–", "not run"],
+};
+const UNFINISHED = ["waiting", "running", "paused"];
+const BAD = ["failed", "timed_out", "output_limit", "lost", "not_started"];
+const main = document.getElementById("main");
+const dialog = document.getElementById("dialog");
+const connection = document.getElementById("connection");
+const state = {
+  features: new Set(), host: "", health: null, daemon: null, pool: null,
+  tasks: [], next: null, total: 0, filter: { group: "all", id: "" },
+  details: new Map(),  // of tasks: { task, steps }, as far as they were asked for
+  hasFailures: false,
+};
+let view = null;  // what is shown: { update, keys, close }
+
+class RequestError extends Error {
+  constructor(status, message) { super(message); this.status = status; }
+}
+
+async function send(path, options = {}) {
+  const headers = { ...authorizationHeaders(storedToken()), ...options.headers };
+  let response;
+  try { response = await fetch(path, { ...options, headers }); }
+  catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new RequestError(0, "no connection to the daemon");
+  }
+  if (response.ok) return response;
+  const body = await response.json().catch(() => ({}));
+  if (response.status === 401) askForToken(Boolean(storedToken()));
+  throw new RequestError(response.status, body.message || `the daemon answered ${response.status}`);
+}
+
+// The JSON of an answer. What does not exist is an error too, though its status is 200.
+async function ask(path, options) {
+  const body = await (await send(path, options)).json();
+  if (body.code === 1003) throw new RequestError(404, body.message);
+  return body;
+}
+
+const taskPath = (id, ...rest) => ["api/v1/task", id, ...rest].map(String).map((part, index) =>
+  index ? encodeURIComponent(part) : part).join("/");
+
+// -- words
+
+function formatSeconds(seconds) {
+  if (seconds < 10) return seconds.toFixed(seconds < 0.0995 ? 2 : 1) + " s";
+  if (seconds < 60) return Math.floor(seconds) + " s";
+  const minutes = Math.floor(seconds / 60);
+  if (minutes < 60) return `${minutes} min ${Math.floor(seconds % 60)} s`;
+  const hours = Math.floor(minutes / 60);
+  return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.floor(hours / 24)} d ${hours % 24} h`;
+}
+
+function formatBytes(count) {
+  const units = ["bytes", "KB", "MB", "GB", "TB"];
+  let unit = 0;
+  while (count >= 1000 && unit < units.length - 1) { count /= 1000; unit++; }
+  return (unit && count < 100 ? count.toFixed(1) : Math.round(count)) + " " + units[unit];
+}
+
+const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
+
+function formatAge(moment) {
+  const seconds = Math.round((Date.now() - Date.parse(moment)) / 1000);
+  if (Math.abs(seconds) < 5) return "just now";
+  const [size, word] = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([unit]) => Math.abs(seconds) >= unit);
+  const text = `${Math.floor(Math.abs(seconds) / size)} ${word}`;
+  return seconds < 0 ? "in " + text : text + " ago";
+}
+
+function exactMoment(moment) {
+  return new Date(moment).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "medium" });
+}
+
+function createTime(moment) {
+  if (!moment) return createElement("span", { class: "soft" }, "–");
+  return createElement("time", { datetime: moment, title: exactMoment(moment) }, formatAge(moment));
+}
+
+// How long it has run; it counts on while it runs.
+function secondsOf(row) {
+  const age = row.result === "running" ? (performance.now() - row.receivedAt) / 1000 : 0;
+  return row.seconds + age;
+}
+
+function createLength(row) {
+  if (!row.started_at) return createElement("span", { class: "soft length" }, "–");
+  const element = createElement("span", { class: "length" }, formatSeconds(secondsOf(row)));
+  if (row.result === "running") { element.classList.add("ticks"); element.row = row; }
+  return element;
+}
+
+function createResult(result) {
+  const [sign, word] = RESULTS[result] || ["?", result];
+  return createElement("span", { class: "result " + result },
+    createElement("i", { "aria-hidden": "true" }, sign), " " + word);
+}
+
+// Why a step did not succeed.
+function reasonOf(step) {
+  if (step.result === "failed")
+    return step.signal ? `killed by signal ${step.signal}` : `exit code ${step.exit_code ?? step.code}`;
+  if (step.result === "stopped")
+    return "stopped" + (step.stopped_by ? ` by ${step.stopped_by}` : "") +
+      (step.stop_reason ? `: ${step.stop_reason}` : "");
+  if (step.result === "timed_out") return "ran longer than its timeout";
+  if (BAD.includes(step.result)) return step.msg.replace(/^Step: .*?, Exit Code: \d+: /, "");
+  return "";
+}
+
+function tick() {
+  for (const element of document.querySelectorAll(".ticks")) element.textContent = formatSeconds(secondsOf(element.row));
+  for (const element of document.querySelectorAll("time")) {
+    const text = formatAge(element.dateTime);
+    if (text !== element.textContent) element.textContent = text;
+  }
+}
+
+// -- toasts and dialogs
+
+function say(text) {
+  const note = createElement("p", {}, text);
+  document.getElementById("toast").append(note);
+  setTimeout(() => note.remove(), 6000);
+}
+
+function button(text, action, attributes) {
+  const element = createElement("button", { type: "button", ...attributes }, text);
+  element.addEventListener("click", action);
+  return element;
+}
+
+function field(text, input, isTall) {
+  return createElement("label", { class: "field" + (isTall ? " tall" : "") }, createElement("span", {}, text), input);
+}
+
+// Show a form; the promise is of its values once it is sent, of null when it is left.
+function showDialog(title, parts, accept, isDanger) {
+  return new Promise((resolve) => {
+    const form = createElement("form", { method: "dialog" }, createElement("h2", { id: "dialog-title" }, title), ...parts);
+    const submit = createElement("button", { class: isDanger ? "danger" : "main" }, accept);
+    form.append(createElement("p", { class: "bar" }, submit, button("Cancel", () => dialog.close("cancel"))));
+    let values = null;
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      values = Object.fromEntries(new FormData(form));
+      dialog.close();
+    });
+    dialog.addEventListener("close", () => resolve(values), { once: true });
+    dialog.replaceChildren(form);
+    if (!dialog.open) dialog.showModal();
+  });
+}
+
+let isAsking = false;
+async function askForToken(wasWrong) {
+  if (isAsking) return;
+  isAsking = true;
+  const input = createElement("input", { type: "password", name: "token", required: "", autocomplete: "off",
+    spellcheck: "false" });
+  const keep = createElement("input", { type: "checkbox", name: "keep" });
+  const text = wasWrong ? "The daemon refused this token." : "The daemon asks for a token.";
+  const values = await showDialog(wasWrong ? "Wrong token" : "Token needed", [
+    createElement("p", { class: wasWrong ? "bad" : "" }, text),
+    createElement("p", { class: "soft" }, "It is the file token in the daemon's root (--token_file). " +
+      "It is kept in this tab alone, and never in an address."),
+    field("Token", input), createElement("label", {}, keep, " keep it in this browser, for later tabs too"),
+  ], "Use it");
+  isAsking = false;
+  if (!values) return;
+  sessionStorage.setItem(TOKEN_KEY, values.token.trim());
+  if (values.keep) localStorage.setItem(TOKEN_KEY, values.token.trim());
+  else localStorage.removeItem(TOKEN_KEY);
+  stream.restart();
+}
+
+// Do something to the host, once it was confirmed where a question is given; then say what came of it.
+async function act({ question, explanation, accept, isDanger, withReason, run, done }) {
+  let values = {};
+  if (question) {
+    const parts = [createElement("p", {}, explanation)];
+    if (withReason) parts.push(field("Reason", createElement("input", { name: "reason", maxlength: "1000",
+      placeholder: "optional, for those who read it later" })));
+    values = await showDialog(question, parts, accept, isDanger);
+    if (!values) return;
+  }
+  try { say(done(await run(values)) || "done"); }
+  catch (error) {
+    const denied = error.status === 403 ? "not allowed: " : "refused: ";
+    say((error.status === 404 ? "too late: " : denied) + error.message);
+  }
+}
+
+// -- a list of any length, of which the page holds what is seen
+
+const MAX_HEIGHT = 8000000;  // browsers lay out nothing beyond some 30 million pixels
+
+class RowList {
+  // `createRow(index)` makes a row, `key(index)` is a value that changes with what the row shows.
+  constructor(scroller, createRow, key, seen = () => {}) {
+    Object.assign(this, { scroller, createRow, key, seen, length: 0, rows: new Map(), scheduled: false });
+    this.window = createElement("div", { class: "window", role: "rowgroup" });
+    this.spacer = createElement("div", { class: "spacer", role: "presentation" }, this.window);
+    scroller.append(this.spacer);
+    scroller.addEventListener("scroll", () => this.draw(), { passive: true });
+    this.observer = new ResizeObserver(() => this.draw());
+    this.observer.observe(scroller);
+  }
+  close() { this.observer.disconnect(); }
+  rowHeight() { return parseFloat(getComputedStyle(document.documentElement).getPropertyValue("--row")) *
+    parseFloat(getComputedStyle(document.documentElement).fontSize); }
+  setLength(length) {
+    this.length = length;
+    this.draw();
+  }
+  draw() {
+    const height = this.rowHeight();
+    const total = this.length * height;
+    const { scrollTop, clientHeight } = this.scroller;
+    this.spacer.style.height = Math.min(total, MAX_HEIGHT) + "px";
+    const scale = total > MAX_HEIGHT ? (total - clientHeight) / (MAX_HEIGHT - clientHeight) : 1;
+    this.first = Math.max(0, Math.floor(scrollTop * scale / height) - 5);
+    const last = Math.min(this.length, this.first + Math.ceil(clientHeight / height) + 10);
+    this.window.style.top = (scale === 1 ? this.first * height : scrollTop - (scrollTop * scale - this.first * height)) + "px";
+    const focused = this.window.contains(document.activeElement) ? document.activeElement : null;
+    const focusedRow = focused && focused.closest(".row");
+    const rows = new Map();
+    for (let index = this.first; index < last; index++) {
+      const key = this.key(index);
+      const row = this.rows.get(key) || this.createRow(index);
+      row.setAttribute("aria-rowindex", index + 1);
+      row.index = index;
+      rows.set(key, row);
+    }
+    this.rows = rows;
+    const wanted = [...rows.values()];
+    wanted.forEach((row, index) => {
+      if (this.window.children[index] !== row) this.window.insertBefore(row, this.window.children[index] || null);
+    });
+    while (this.window.children.length > wanted.length) this.window.lastChild.remove();
+    if (focusedRow && document.activeElement !== focused) {
+      const same = wanted.find((row) => row.dataset.id === focusedRow.dataset.id);
+      if (same) same.querySelector("a").focus({ preventScroll: true });
+    }
+    this.scroller.closest("[role=table]")?.setAttribute("aria-rowcount", this.length);
+    this.seen(this.first, last);
+  }
+  // Move the focus by so many rows, from the top when no row has it.
+  move(step) {
+    const row = this.window.contains(document.activeElement) ? document.activeElement.closest(".row") : null;
+    const index = row ? row.index + step : Math.max(0, this.first);
+    this.focus(Math.max(0, Math.min(this.length - 1, index)));
+  }
+  focus(index) {
+    const height = this.rowHeight();
+    const top = index * height;
+    const { scrollTop, clientHeight } = this.scroller;
+    if (top < scrollTop) this.scroller.scrollTop = top;
+    if (top + height > scrollTop + clientHeight) this.scroller.scrollTop = top + height - clientHeight;
+    this.draw();
+    this.window.querySelector(`[aria-rowindex="${index + 1}"] a`)?.focus({ preventScroll: true });
+  }
+  focused() {
+    return this.window.contains(document.activeElement) ? document.activeElement.closest(".row") : null;
+  }
+}
+
+function createTable(label, className, titles) {
+  const head = createElement("div", { class: `row head ${className}`, role: "row" },
+    ...titles.map((title) => createElement("span", { role: "columnheader" }, title)));
+  const scroller = createElement("div", { class: "scroller", role: "presentation" });
+  const table = createElement("div", { class: "panel list", role: "table", "aria-label": label },
+    createElement("div", { role: "rowgroup" }, head), scroller);
+  return { table, scroller };
+}
+
+const cell = (className, ...children) => createElement("span", { role: "cell", class: className }, ...children);
+
+// -- events of the daemon
+
+function received(row) {
+  row.receivedAt = performance.now();
+  return row;
+}
+
+function matchesGlob(glob, id) {
+  const escaped = glob.replace(/[.+^${}()|\\]/g, "\\$&").replace(/\*/g, ".*").replace(/\?/g, ".").replace(/\[!/g, "[^");
+  try { return new RegExp("^" + escaped + "$").test(id); } catch { return false; }
+}
+
+const GROUPS = { all: [], unfinished: UNFINISHED, failed: BAD, stopped: ["stopped"], succeeded: ["succeeded"] };
+
+function idGlob() {
+  const { id } = state.filter;
+  return !id || /[*?[]/.test(id) ? id : `*${id}*`;
+}
+
+function isListed(task) {
+  const results = GROUPS[state.filter.group];
+  return (!results.length || results.includes(task.result)) && (!idGlob() || matchesGlob(idGlob(), task.id));
+}
+
+const handlers = {
+  task(task) {
+    received(task);
+    const index = state.tasks.findIndex((other) => other.id === task.id);
+    const before = index < 0 ? null : state.tasks[index];
+    if (BAD.includes(task.result) && (!before || before.result !== task.result)) noteFailure();
+    const detail = state.details.get(task.id);
+    if (detail) detail.task = { ...detail.task, ...task };
+    if (before && isListed(task)) state.tasks[index] = task;
+    else if (before) { state.tasks.splice(index, 1); state.total--; }
+    else if (isListed(task)) insertTask(task);
+  },
+  step(step) {
+    const detail = state.details.get(step.task);
+    if (detail && detail.steps[step.step]) detail.steps[step.step] = received(step);
+  },
+  pool(pool) { state.pool = pool; },
+  expired({ id }) {
+    const index = state.tasks.findIndex((task) => task.id === id);
+    if (index >= 0) { state.tasks.splice(index, 1); state.total--; }
+    state.details.delete(id);
+    if (view.expired) view.expired(id);
+  },
+  reset() { load(); },
+};
+
+// Where a task that is new here belongs; not at all where it is of a page that is not loaded yet.
+function insertTask(task) {
+  const begun = Date.parse(task.accepted_at);
+  const index = state.tasks.findIndex((other) => Date.parse(other.accepted_at) <= begun);
+  if (index < 0 && state.next) return;
+  state.tasks.splice(index < 0 ? state.tasks.length : index, 0, task);
+  state.total++;
+}
+
+const stream = {
+  controller: null, lastId: "", delayMs: 500,
+  show(text, className) {
+    connection.replaceChildren(createElement("span", { class: "dot " + className }), text);
+  },
+  async run() {
+    for (;;) {
+      this.controller = new AbortController();
+      try { await this.read(); }
+      catch (error) {
+        if (error.status === 401) { this.show("no access", "lost"); return; }
+      }
+      if (this.isRestarted) { this.isRestarted = false; continue; }
+      this.show("no connection, trying again", "lost");
+      await new Promise((resolve) => setTimeout(resolve, this.delayMs));
+      this.delayMs = Math.min(this.delayMs * 2, 10000);
+    }
+  },
+  async read() {
+    const query = this.lastId ? "?last_event_id=" + this.lastId : "";
+    const response = await send("api/v1/event" + query, { signal: this.controller.signal });
+    this.isOpen = true;
+    this.show("live", "live");
+    this.delayMs = 500;
+    if (!this.lastId) await load();
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let text = "";
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) throw new Error("the daemon has ended the stream");
+      const parts = (text + value).split("\n\n");
+      text = parts.pop();
+      for (const part of parts) this.dispatch(part);
+      update();
+    }
+  },
+  dispatch(part) {
+    const fields = {};
+    for (const line of part.split("\n")) {
+      const colon = line.indexOf(": ");
+      if (colon > 0) fields[line.slice(0, colon)] = line.slice(colon + 2);
+    }
+    if (fields.id) this.lastId = fields.id;
+    if (handlers[fields.event]) handlers[fields.event](JSON.parse(fields.data));
+  },
+  restart() {
+    this.lastId = "";
+    if (connection.textContent === "no access") { this.run(); return; }
+    this.isRestarted = true;
+    this.controller.abort();
+  },
+};
+
+// Everything that is shown, read anew.
+async function load() {
+  const [version, health, daemon, pool] = await Promise.all(
+    ["version", "healthyz", "api/v1/state", "api/v1/pool"].map((path) => ask(path)));
+  state.features = new Set(version.data.features);
+  state.version = version.data.version;
+  state.health = health.data;
+  state.daemon = daemon.data;
+  state.pool = pool.data;
+  state.details.clear();
+  await loadTasks();
+  if (view.load) await view.load();
+  update();
+}
+
+const PAGE_TASKS = 200;
+let listing = 0;  // the number of the last request for the list: an answer that comes later than another's is dropped
+
+async function loadTasks(cursor) {
+  const number = ++listing;
+  const query = new URLSearchParams({ order: "desc", limit: PAGE_TASKS });
+  for (const result of GROUPS[state.filter.group]) query.append("result", result);
+  if (idGlob()) query.set("id", idGlob());
+  if (cursor) query.set("cursor", cursor);
+  const { data } = await ask("api/v1/task?" + query);
+  if (number !== listing) return;
+  data.tasks.forEach(received);
+  if (cursor) {
+    const ids = new Set(state.tasks.map((task) => task.id));
+    state.tasks.push(...data.tasks.filter((task) => !ids.has(task.id)));
+  } else state.tasks = data.tasks;
+  state.next = data.next || null;
+  state.total = data.total;
+}
+
+// -- the page around the views
+
+let isScheduled = false;
+function update() {
+  if (isScheduled) return;
+  isScheduled = true;
+  const draw = () => {
+    if (!isScheduled) return;
+    isScheduled = false;
+    showFrame();
+    if (view) view.update();
+  };
+  if (document.hidden) setTimeout(draw, 1000);
+  else requestAnimationFrame(draw);
+}
+
+function showFrame() {
+  const host = state.daemon ? state.daemon.host.name : location.host;
+  document.getElementById("host").textContent = host;
+  const { running = 0, paused } = state.pool || {};
+  let title = paused ? "pool paused" : running ? `${running} running` : "idle";
+  if (view && view.title) title = view.title();
+  document.title = `${title} · ${host}`;
+  const warning = document.getElementById("warning");
+  const text = (state.health && state.health.warning) || "";
+  if (warning.textContent !== text) warning.textContent = text;
+  warning.hidden = !text;
+  let colour = running ? "%230550ae" : "%23116329";
+  if (state.hasFailures) colour = "%23b42318";
+  const icon = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>" +
+    `<circle cx='8' cy='8' r='7' fill='${colour}'/></svg>`;
+  const link = document.getElementById("icon");
+  if (link.getAttribute("href") !== icon) link.setAttribute("href", icon);
+}
+
+function noteFailure() {
+  state.hasFailures = document.hidden || !document.hasFocus();
+}
+
+function show(newView) {
+  if (view && view.close) view.close();
+  view = newView;
+  document.body.classList.toggle("filled", Boolean(view.isFilled));
+  main.replaceChildren(...view.elements);
+  update();
+}
+"""
+_DASHBOARD_OVERVIEW = r"""
+// -- the overview: what runs here, and what has become of the rest
+
+function createOverview() {
+  const stats = createElement("dl", { class: "stats", "aria-label": "This host" });
+  const groups = Object.keys(GROUPS).map((group) =>
+    button(group[0].toUpperCase() + group.slice(1), () => choose({ group }), { "data-group": group }));
+  const search = createElement("input", { type: "search", placeholder: "id, or a pattern such as web-*",
+    "aria-label": "Filter by id", spellcheck: "false", title: "Filter by id (/)" });
+  const shown = createElement("span", { class: "push soft small", "aria-live": "polite" });
+  const { table, scroller } = createTable("Tasks", "task", ["Result", "Task", "Begun", "Took", "Steps", "Why"]);
+  const empty = createElement("p", { class: "empty" });
+  table.append(empty);
+  let timer = 0;
+  let isLoading = false;
+  let lookUp = 0;
+
+  const keyOf = (index) => {
+    const task = state.tasks[index];
+    const detail = state.details.get(task.id);
+    const steps = detail ? detail.steps.map((step) => step.result).join() : "";
+    return [task.id, task.result, task.started_at, task.seconds, task.msg, steps].join(" ");
+  };
+  const createRow = (index) => {
+    const task = state.tasks[index];
+    const detail = state.details.get(task.id);
+    const link = createElement("a", { class: "name", href: "#" + task.id, title: task.id }, task.id);
+    const row = createElement("div", { class: "row task", role: "row", "data-id": task.id },
+      createResult(task.result), cell("id", link), cell("begun above", createTime(task.started_at || task.accepted_at)),
+      cell("length", createLength(task)), cell("steps plain", createStrip(task, detail)),
+      cell("why", whyOf(task, detail)));
+    row.firstChild.setAttribute("role", "cell");
+    return row;
+  };
+  // The steps of tasks in view that have failed, or that are not over, are asked for once the list stands still.
+  const seen = (first, last) => {
+    clearTimeout(lookUp);
+    lookUp = setTimeout(() => loadDetails(state.tasks.slice(first, last)), 150);
+    if (state.next && last > state.tasks.length - PAGE_TASKS / 2 && !isLoading) {
+      isLoading = true;
+      loadTasks(state.next).catch(() => {}).finally(() => { isLoading = false; update(); });
+    }
+  };
+  const list = new RowList(scroller, createRow, keyOf, seen);
+
+  async function choose(filter) {
+    Object.assign(state.filter, filter);
+    scroller.scrollTop = 0;
+    try { await loadTasks(); } catch (error) { say(error.message); }
+    update();
+  }
+  search.value = state.filter.id;
+  search.addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => choose({ id: search.value.trim() }), 200);
+  });
+  search.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") { search.value = ""; choose({ id: "" }); search.blur(); }
+    if (event.key === "Enter") list.focus(0);
+  });
+  const filters = createElement("div", { class: "bar", role: "search", "aria-label": "Tasks" }, search,
+    createElement("span", { class: "bar", role: "group", "aria-label": "Result" }, ...groups), shown);
+  return {
+    isFilled: true,
+    elements: [stats, filters, table],
+    update() {
+      showStats(stats);
+      for (const one of groups) one.setAttribute("aria-pressed", one.dataset.group === state.filter.group);
+      const total = state.daemon ? count(state.total, "task") : "loading";
+      if (shown.textContent !== total) shown.textContent = total;
+      const isFiltered = state.filter.id || state.filter.group !== "all";
+      empty.textContent = isFiltered ? "No task is like this." : "No tasks yet: press n to make one.";
+      empty.hidden = state.tasks.length > 0 || !state.daemon;
+      list.setLength(state.tasks.length);
+    },
+    load: async () => {},
+    keys: {
+      "/": () => search.focus(),
+      j: () => list.move(1), ArrowDown: () => list.move(1), k: () => list.move(-1), ArrowUp: () => list.move(-1),
+      s: () => withTask(list, stopTask), r: () => withTask(list, rerunTask),
+    },
+    close: () => list.close(),
+  };
+}
+
+function withTask(list, action) {
+  const row = list.focused();
+  const task = row && state.tasks.find((one) => one.id === row.dataset.id);
+  if (task) action(task);
+}
+
+async function loadDetails(tasks) {
+  for (const task of tasks) {
+    if (task.result === "succeeded" || task.count > 200 || state.details.has(task.id)) continue;
+    state.details.set(task.id, { task, steps: [] });
+    try { await loadDetail(task.id); }
+    catch (error) { if (error.status !== 404) return; }
+    update();
+  }
+  for (const id of [...state.details.keys()].slice(0, -1000)) if (id !== view.id) state.details.delete(id);
+}
+
+async function loadDetail(id) {
+  const body = await ask(taskPath(id));
+  body.data.forEach(received);
+  const detail = { task: received(body.task), steps: body.data };
+  state.details.set(id, detail);
+  return detail;
+}
+
+function createStrip(task, detail) {
+  let results = detail && detail.steps.length ? detail.steps.map((step) => step.result) : [task.result];
+  if (task.result === "succeeded") results = Array(Math.min(task.count, 40)).fill("succeeded");
+  const shown = results.length > 40 ? Array.from({ length: 40 }, (_, index) => worst(results, index)) : results;
+  const marks = shown.map((result) => createElement("i", { class: result }));
+  return createElement("span", { class: "strip", role: "img", title: count(task.count, "step"),
+    "aria-label": countResults(results, task.count) }, ...marks);
+}
+
+// Of many steps, each fortieth part shows its worst result.
+function worst(results, index) {
+  const part = results.slice(Math.floor(index * results.length / 40), Math.floor((index + 1) * results.length / 40));
+  return part.find((result) => BAD.includes(result)) || part.find((result) => result === "running") || part[0];
+}
+
+function countResults(results, total) {
+  if (results.length === 1) return count(total, "step");
+  const counts = new Map();
+  for (const result of results) counts.set(result, (counts.get(result) || 0) + 1);
+  return [...counts].map(([result, number]) => `${number} ${RESULTS[result][1]}`).join(", ");
+}
+
+function whyOf(task, detail) {
+  const steps = detail ? detail.steps : [];
+  if (task.result === "running") {
+    const names = steps.filter((step) => step.result === "running").map((step) => step.name);
+    return names.join(", ");
+  }
+  const failed = steps.find((step) => BAD.includes(step.result)) || steps.find((step) => step.result === "stopped");
+  if (failed) return `${failed.name}: ${reasonOf(failed)}`;
+  if (task.result === "waiting") return task.msg;
+  return task.result === "succeeded" ? "" : task.msg.replace(/^execution failed: /, "");
+}
+
+function showStats(list) {
+  if (!state.daemon) return;
+  const { pool, daemon } = state;
+  const { disk_free_bytes: free, disk_total_bytes: whole } = daemon.root;
+  const used = createElement("meter", { min: 0, max: pool.size, value: pool.running, "aria-label": "Pool in use" });
+  const text = JSON.stringify([pool, free, state.version]);
+  if (list.dataset.text === text) return;
+  list.dataset.text = text;
+  const entry = (title, ...value) => createElement("div", {}, createElement("dt", {}, title), createElement("dd", {}, ...value));
+  const poolState = pool.paused ? ["‖ paused", createElement("small", {}, pool.reason ? " " + pool.reason : "")] : ["open"];
+  list.replaceChildren(
+    entry("Steps running", `${pool.running} `, createElement("small", {}, `of ${pool.size}`), used),
+    entry("Steps waiting", String(pool.waiting)),
+    entry("Pool", createElement("span", { class: pool.paused ? "mark paused" : "" }, ...poolState),
+      createElement("p", { class: "bar small" }, button("Size", setPoolSize), button(pool.paused ? "Resume" : "Pause", pausePool))),
+    entry("Disk free", formatBytes(free), createElement("small", {}, ` of ${formatBytes(whole)}`)),
+    entry("Version", state.version, createElement("small", {}, ` ${daemon.host.system}`)),
+  );
+}
+
+function setPool(settings) {
+  return ask("api/v1/pool", { method: "POST", body: JSON.stringify(settings) }).then(({ data }) => {
+    state.pool = data;
+    update();
+    return data;
+  });
+}
+
+async function setPoolSize() {
+  const input = createElement("input", { name: "size", type: "number", min: 1, max: 10000, required: "",
+    value: state.pool.size });
+  const values = await showDialog("Size of the pool", [
+    createElement("p", {}, "So many steps run at once. What runs goes on."), field("Steps", input)], "Set it");
+  if (values) act({ run: () => setPool({ size: Number(values.size) }), done: (pool) => `the pool has ${pool.size} slots` });
+}
+
+function pausePool() {
+  if (state.pool.paused) { act({ run: () => setPool({ paused: false, reason: "" }), done: () => "the pool goes on" }); return; }
+  act({ question: "Pause the pool?", explanation: "No further step of any task starts; what runs goes on.",
+    accept: "Pause", withReason: true, run: ({ reason }) => setPool({ paused: true, reason }), done: () => "the pool is paused" });
+}
+
+// -- what can be done to a task
+
+const put = (path, values) => ask(path + "?" + new URLSearchParams(values), { method: "PUT" });
+
+function stopTask(task) {
+  if (!UNFINISHED.includes(task.result)) { say(`${task.id} has ended`); return; }
+  act({ question: `Stop ${task.id}?`, accept: "Stop it", isDanger: true, withReason: true,
+    explanation: "Its running steps are killed with all their processes, the others never start.",
+    run: ({ reason }) => put(taskPath(task.id), { action: "stop", reason }), done: () => `${task.id} is being stopped` });
+}
+
+function stopStep(task, step) {
+  if (!UNFINISHED.includes(step.result)) { say(`${step.name} has ended`); return; }
+  act({ question: `Stop ${step.name}?`, accept: "Stop it", isDanger: true, withReason: true,
+    explanation: "It is killed with all its processes; what depends on it never runs.",
+    run: ({ reason }) => put(taskPath(task.id, step.step), { action: "stop", reason }),
+    done: () => `${step.name} is being stopped` });
+}
+
+function pauseTask(task) {
+  const action = task.result === "paused" ? "resume" : "pause";
+  act({ run: () => put(taskPath(task.id), { action }),
+    done: () => `${task.id}: ${action === "pause" ? "no further step starts" : "goes on"}` });
+}
+
+function rerunTask(task, only = "") {
+  if (!state.features.has("rerun")) { location.hash = "#/new/" + task.id; return; }
+  const what = only ? "its failed steps and what follows them" : "all its steps";
+  act({ question: `Run ${task.id} again?`, accept: "Run again", explanation: `A new task runs ${what}, as submitted.`,
+    run: () => ask(taskPath(task.id, "rerun") + (only && "?only=" + only), { method: "POST" }),
+    done: ({ data }) => { location.hash = "#" + data.id; return `${data.id} is accepted`; } });
+}
+
+function deleteTask(task) {
+  act({ question: `Delete ${task.id}?`, accept: "Delete it", isDanger: true,
+    explanation: "Its record goes, with its output and all files of its workspace. This cannot be undone.",
+    run: () => ask(taskPath(task.id), { method: "DELETE" }),
+    done: () => { location.hash = "#/"; return `${task.id} is deleted`; } });
+}
+"""
+
+
+# ======================================================================================================================
+# V API / dashboard views: a task, its graph, its files, a console, a new task
+# ======================================================================================================================
+
+_DASHBOARD_TASK = r"""
+// -- a task: its graph, its steps in time, what was submitted
+
+const MAX_GRAPH = 200;  // of more steps a graph tells nothing that the table does not
+
+function createTask(id) {
+  const heading = createElement("div", { class: "bar" });
+  const facts = createElement("p", { class: "soft" });
+  const graph = createElement("section", { class: "panel graph", "aria-label": "Graph of the steps" });
+  const { table, scroller } = createTable("Steps", "step", ["Result", "Step", "", "Took", "Why"]);
+  const axis = table.querySelector("[role=columnheader]:nth-child(3)");
+  axis.classList.add("axis");
+  const submitted = createElement("section", { class: "panel", "aria-label": "What was submitted" });
+  const files = createElement("section", { class: "panel", "aria-label": "Files" });
+  const missing = createElement("p", { class: "empty", hidden: "" });
+  table.style.height = "24rem";
+  let detail = null;
+  let drawn = "";
+  let edges = null;
+  let span = [0, 1];
+  const critical = new Set();
+
+  const list = new RowList(scroller, createRow, (index) => {
+    const step = detail.steps[index];
+    return [index, step.result, step.attempt, step.seconds, step.started_at, ...span].join(" ");
+  });
+  function createRow(index) {
+    const step = detail.steps[index];
+    const link = createElement("a", { class: "name", href: `#${id}/${step.step}`, title: step.name }, step.name);
+    const row = createElement("div", { class: "row step", role: "row", "data-id": step.step }, createResult(step.result),
+      cell("id", link), cell("lane plain", createBar(step)), cell("length", createLength(step)),
+      cell("why", (step.attempt > 1 ? `attempt ${step.attempt} ` : "") + reasonOf(step)));
+    row.firstChild.setAttribute("role", "cell");
+    return row;
+  }
+  function createBar(step) {
+    if (!step.started_at) return "";
+    const [begin, end] = span;
+    const bar = createElement("i", { class: step.result, title: exactMoment(step.started_at) });
+    const started = Date.parse(step.started_at);
+    bar.style.left = 100 * (started - begin) / (end - begin) + "%";
+    bar.style.width = 100 * Math.min(secondsOf(step) * 1000, end - started) / (end - begin) + "%";
+    return bar;
+  }
+  function measure() {
+    const begun = detail.steps.filter((step) => step.started_at);
+    const begins = begun.map((step) => Date.parse(step.started_at));
+    const ends = begun.map((step, index) => begins[index] + secondsOf(step) * 1000);
+    const begin = begins.reduce((least, value) => Math.min(least, value), Infinity);
+    let end = ends.reduce((most, value) => Math.max(most, value), begin + 1);
+    if (begun.some((step) => step.result === "running")) end = begin + niceLength(end - begin);
+    span = begun.length ? [begin, end] : [0, 1];
+    const middle = begun.length ? formatSeconds((end - begin) / 1000) : "";
+    axis.replaceChildren(createElement("span", {}, begun.length ? "0" : ""), createElement("span", {}, middle));
+  }
+  function showHeading() {
+    const { task } = detail;
+    const text = JSON.stringify([task.result, task.stop_reason]);
+    if (heading.dataset.text !== text) {
+      heading.dataset.text = text;
+      const isLive = UNFINISHED.includes(task.result);
+      const acts = isLive
+        ? [button(task.result === "paused" ? "Resume" : "Pause", () => pauseTask(detail.task)),
+          button("Stop", () => stopTask(detail.task), { class: "danger", title: "Stop (s)" })]
+        : [button("Run again", () => rerunTask(detail.task), { title: "Run again (r)" }),
+          ...(state.features.has("rerun") && task.result !== "succeeded"
+            ? [button("Run failed again", () => rerunTask(detail.task, "failed"))] : []),
+          button("Delete", () => deleteTask(detail.task), { class: "danger" })];
+      heading.replaceChildren(createElement("h2", {}, task.id), createResult(task.result),
+        createElement("span", { class: "bar push" }, ...acts,
+          createElement("a", { class: "button", href: "#/new/" + id }, "Use as a template")));
+    }
+    const parts = [count(task.count, "step"), " · "];
+    if (task.started_at) parts.push("took ", createLength(task), " · ");
+    parts.push("accepted ", createTime(task.accepted_at));
+    if (task.submitted_by) parts.push(` from ${task.submitted_by}`);
+    if (task.stopped_by) parts.push(` · stopped by ${task.stopped_by}`);
+    if (task.stop_reason) parts.push(`: ${task.stop_reason}`);
+    if (task.parent) parts.push(" · again, after ", createElement("a", { href: "#" + task.parent }, task.parent));
+    if (task.expires_at) parts.push(" · kept for ", formatAge(task.expires_at).replace("in ", ""));
+    facts.replaceChildren(...parts);
+  }
+  function showGraph() {
+    const { steps } = detail;
+    graph.hidden = steps.length > MAX_GRAPH || steps.length < 2;
+    if (graph.hidden) return;
+    critical.clear();
+    if (!UNFINISHED.includes(detail.task.result)) for (const index of criticalPath(steps)) critical.add(index);
+    const text = steps.map((step) => step.result).join();
+    if (!edges) edges = drawGraph(graph, id, steps);
+    if (drawn !== text) edges.colour(detail.steps, critical);
+    drawn = text;
+  }
+  async function loadSubmission() {
+    try {
+      const { data } = await ask(taskPath(id, "submission"));
+      showSubmission(submitted, id, data);
+    } catch (error) { submitted.replaceChildren(createElement("p", { class: "pad soft" }, error.message)); }
+  }
+  return {
+    elements: [missing, heading, facts, graph, table, createElement("div", { class: "columns" }, submitted, files)],
+    title: () => detail ? `${RESULTS[detail.task.result].join(" ")} ${id}` : id,
+    async load() {
+      try {
+        detail = await loadDetail(id);
+        missing.hidden = true;
+      } catch (error) {
+        missing.textContent = error.message;
+        missing.hidden = false;
+        for (const element of [graph, table, submitted, files]) element.hidden = true;
+        return;
+      }
+      if (!submitted.childElementCount) loadSubmission();
+      if (!files.childElementCount) showFiles(files, id, "");
+      update();
+    },
+    update() {
+      if (!state.details.has(id) || !detail) return;
+      detail = state.details.get(id);
+      showHeading();
+      measure();
+      showGraph();
+      const rows = Math.min(detail.steps.length, 12);
+      table.style.height = `calc(${rows} * var(--row) + 2rem + 2px)`;
+      table.style.flex = "none";
+      table.style.minHeight = "0";
+      list.setLength(detail.steps.length);
+    },
+    expired(other) { if (other === id) { location.hash = "#/"; say(`${id} is gone`); } },
+    keys: {
+      j: () => list.move(1), ArrowDown: () => list.move(1), k: () => list.move(-1), ArrowUp: () => list.move(-1),
+      s: () => {
+        const row = list.focused();
+        if (row) stopStep(detail.task, detail.steps[row.index]);
+        else stopTask(detail.task);
+      },
+      r: () => rerunTask(detail.task), u: () => { location.hash = "#/"; },
+    },
+    close: () => list.close(),
+  };
+}
+
+// A round length that leaves room, so that the axis of what runs does not change with each second.
+function niceLength(milliseconds) {
+  let length = 1000;
+  while (length < milliseconds * 1.1) length *= 2;
+  return length;
+}
+
+function dependencies(steps) {
+  const byName = new Map(steps.map((step, index) => [step.name, index]));
+  return steps.map((step) => (step.depets_on || []).map((name) => byName.get(name)).filter((index) => index !== undefined));
+}
+
+// The steps that the end waited for: from the one that ended last, each time the dependency that ended last.
+function criticalPath(steps) {
+  const end = (index) => steps[index].ended_at ? Date.parse(steps[index].ended_at) : 0;
+  const latest = (indexes) => indexes.reduce((best, index) => best < 0 || end(index) > end(best) ? index : best, -1);
+  const before = dependencies(steps);
+  const path = [];
+  let index = latest(steps.map((_, number) => number));
+  while (index >= 0 && end(index)) { path.push(index); index = latest(before[index]); }
+  return path;
+}
+
+// Layers from left to right (Sugiyama): an edge that skips layers gets a place in each, so that it crosses no step.
+function layOut(before) {
+  const rank = before.map(() => 0);
+  for (let round = 0, changed = true; changed && round <= before.length; round++) {
+    changed = false;
+    before.forEach((list, index) => {
+      for (const other of list) if (rank[index] <= rank[other]) { rank[index] = rank[other] + 1; changed = true; }
+    });
+  }
+  const nodes = before.map((_, index) => ({ rank: rank[index], before: [], after: [], isStep: true }));
+  const edges = [];
+  before.forEach((list, index) => {
+    for (const other of list) {
+      const path = [other];
+      for (let layer = rank[other] + 1; layer < rank[index]; layer++)
+        path.push(nodes.push({ rank: layer, before: [], after: [], isStep: false }) - 1);
+      path.push(index);
+      for (let place = 1; place < path.length; place++) {
+        nodes[path[place]].before.push(path[place - 1]);
+        nodes[path[place - 1]].after.push(path[place]);
+      }
+      edges.push({ from: other, to: index, path });
+    }
+  });
+  const layers = [];
+  nodes.forEach((node, index) => (layers[node.rank] = layers[node.rank] || []).push(index));
+  const settle = () => { for (const layer of layers) layer.forEach((index, place) => { nodes[index].place = place; }); };
+  settle();
+  const mean = (list, name) => list.reduce((sum, index) => sum + nodes[index][name], 0) / list.length;
+  for (let sweep = 0; sweep < 12; sweep++) {
+    const side = sweep % 2 ? "after" : "before";
+    for (const layer of sweep % 2 ? [...layers].reverse() : layers) {
+      const wish = new Map(layer.map((index) =>
+        [index, nodes[index][side].length ? mean(nodes[index][side], "place") : nodes[index].place]));
+      layer.sort((one, other) => wish.get(one) - wish.get(other));
+      layer.forEach((index, place) => { nodes[index].place = place; });
+    }
+  }
+  placeLayers(nodes, layers, mean);
+  return { nodes, edges, layers };
+}
+
+// Each as near to the middle of its neighbours as the order and the distance allow.
+function placeLayers(nodes, layers, mean) {
+  const room = (one, other) => nodes[one].isStep || nodes[other].isStep ? 1 : 0.5;
+  for (const layer of layers) layer.forEach((index, place) => { nodes[index].y = place - (layer.length - 1) / 2; });
+  for (let sweep = 0; sweep < 8; sweep++)
+    for (const layer of sweep % 2 ? [...layers].reverse() : layers) {
+      const wishes = layer.map((index) => {
+        const near = [...nodes[index].before, ...nodes[index].after];
+        return near.length ? mean(near, "y") : nodes[index].y;
+      });
+      const least = [...wishes];
+      const most = [...wishes];
+      for (let place = 1; place < layer.length; place++)
+        least[place] = Math.max(least[place], least[place - 1] + room(layer[place - 1], layer[place]));
+      for (let place = layer.length - 2; place >= 0; place--)
+        most[place] = Math.min(most[place], most[place + 1] - room(layer[place], layer[place + 1]));
+      layer.forEach((index, place) => { nodes[index].y = (least[place] + most[place]) / 2; });
+    }
+}
+
+const STEP_WIDTH = 176;
+const STEP_HEIGHT = 36;
+const LAYER_GAP = 56;
+const ROW_GAP = 50;
+
+function createSvg(tag, attributes, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+const shorten = (text, length) => text.length > length ? text.slice(0, length - 1) + "…" : text;
+
+function drawGraph(panel, id, steps) {
+  const { nodes, edges } = layOut(dependencies(steps));
+  const left = (index) => nodes[index].rank * (STEP_WIDTH + LAYER_GAP);
+  const middle = (index) => nodes[index].y * ROW_GAP;
+  const curves = edges.map(({ path }) => {
+    let line = `M${left(path[0]) + STEP_WIDTH} ${middle(path[0])}`;
+    for (let place = 1; place < path.length; place++) {
+      const from = left(path[place - 1]) + STEP_WIDTH;
+      const to = left(path[place]);
+      const bend = (from + to) / 2;
+      line += ` C${bend} ${middle(path[place - 1])} ${bend} ${middle(path[place])} ${to} ${middle(path[place])}`;
+      if (place < path.length - 1) line += ` H${to + STEP_WIDTH}`;
+    }
+    return createSvg("path", { d: line });
+  });
+  const boxes = steps.map((step, index) => createSvg("a", { href: `#${id}/${step.step}`, class: "node",
+    transform: `translate(${left(index)} ${middle(index) - STEP_HEIGHT / 2})` },
+    createSvg("rect", { width: STEP_WIDTH, height: STEP_HEIGHT, rx: 6 }),
+    createSvg("rect", { class: "stripe", width: 4, height: STEP_HEIGHT - 12, x: 6, y: 6, rx: 2 }),
+    createSvg("text", { class: "mark", x: 18, y: 23 }), createSvg("text", { x: 36, y: 23 }, shorten(step.name, 19)),
+    createSvg("title", {})));
+  const svg = createSvg("svg", { role: "group", "aria-label": `${steps.length} steps`, tabindex: "0" },
+    createSvg("g", {}, ...curves, ...boxes));
+  const steer = addSteering(panel, svg, {
+    left: -16, top: Math.min(...steps.map((_, index) => middle(index))) - STEP_HEIGHT,
+    right: Math.max(...steps.map((_, index) => left(index))) + STEP_WIDTH + 16,
+    bottom: Math.max(...steps.map((_, index) => middle(index))) + STEP_HEIGHT,
+  });
+  panel.replaceChildren(svg, steer);
+  return {
+    colour(rows, critical) {
+      rows.forEach((step, index) => {
+        const [sign, word] = RESULTS[step.result];
+        boxes[index].setAttribute("class", "node " + step.result);
+        boxes[index].querySelector(".mark").textContent = sign;
+        boxes[index].querySelector("title").textContent =
+          [step.name, word, reasonOf(step), step.started_at ? formatSeconds(step.seconds) : ""].filter(Boolean).join(", ");
+      });
+      edges.forEach(({ from, to }, index) =>
+        curves[index].classList.toggle("critical", critical.has(from) && critical.has(to)));
+    },
+  };
+}
+
+// Pan by pointer and arrow keys, zoom by pinch, Ctrl with the wheel, + and -, and all of it by 0.
+function addSteering(panel, svg, box) {
+  const view = { x: 0, y: 0, scale: 1 };
+  const pointers = new Map();
+  let hasMoved = false;
+  const apply = () => {
+    const { width, height } = svg.getBoundingClientRect();
+    svg.setAttribute("viewBox", [view.x, view.y, (width || 1) / view.scale, (height || 1) / view.scale].join(" "));
+  };
+  const fit = () => {
+    const { width, height } = svg.getBoundingClientRect();
+    const needed = Math.min(width / (box.right - box.left), height / (box.bottom - box.top));
+    view.scale = Math.max(0.1, Math.min(1.1, needed));
+    view.x = box.left - Math.max(0, width / view.scale - (box.right - box.left)) / 2;
+    view.y = (box.top + box.bottom - height / view.scale) / 2;
+    apply();
+  };
+  const zoom = (factor, x, y) => {
+    const { width, height, left, top } = svg.getBoundingClientRect();
+    const atX = x === undefined ? width / 2 : x - left;
+    const atY = y === undefined ? height / 2 : y - top;
+    const scale = Math.max(0.1, Math.min(3, view.scale * factor));
+    view.x += atX / view.scale - atX / scale;
+    view.y += atY / view.scale - atY / scale;
+    view.scale = scale;
+    apply();
+  };
+  const pan = (x, y) => { view.x += x / view.scale; view.y += y / view.scale; apply(); };
+  svg.addEventListener("wheel", (event) => {
+    if (!event.ctrlKey && !event.metaKey) return;
+    event.preventDefault();
+    zoom(Math.exp(-event.deltaY / 200), event.clientX, event.clientY);
+  }, { passive: false });
+  svg.addEventListener("pointerdown", (event) => { pointers.set(event.pointerId, event); hasMoved = false; });
+  svg.addEventListener("pointermove", (event) => {
+    const last = pointers.get(event.pointerId);
+    if (!last) return;
+    const others = [...pointers.values()].filter((other) => other.pointerId !== event.pointerId);
+    if (!hasMoved && Math.hypot(event.clientX - last.clientX, event.clientY - last.clientY) < 4) return;
+    hasMoved = true;
+    svg.setPointerCapture(event.pointerId);
+    if (others.length) {
+      const distance = (one) => Math.hypot(one.clientX - others[0].clientX, one.clientY - others[0].clientY);
+      zoom(distance(event) / Math.max(1, distance(last)), event.clientX, event.clientY);
+    } else pan(last.clientX - event.clientX, last.clientY - event.clientY);
+    pointers.set(event.pointerId, event);
+  });
+  for (const name of ["pointerup", "pointercancel"])
+    svg.addEventListener(name, (event) => pointers.delete(event.pointerId));
+  svg.addEventListener("click", (event) => { if (hasMoved) event.preventDefault(); }, true);
+  svg.addEventListener("dragstart", (event) => event.preventDefault());
+  const keys = { ArrowLeft: [-60, 0], ArrowRight: [60, 0], ArrowUp: [0, -60], ArrowDown: [0, 60] };
+  svg.addEventListener("keydown", (event) => {
+    if (keys[event.key]) pan(...keys[event.key]);
+    else if (event.key === "+" || event.key === "=") zoom(1.25);
+    else if (event.key === "-") zoom(0.8);
+    else if (event.key === "0") fit();
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  });
+  new ResizeObserver(fit).observe(svg);
+  return createElement("p", { class: "bar" }, button("+", () => zoom(1.25), { "aria-label": "Zoom in" }),
+    button("−", () => zoom(0.8), { "aria-label": "Zoom out" }), button("Fit", fit));
+}
+
+function showSubmission(panel, id, { query, steps }) {
+  const facts = (values) => createElement("dl", { class: "facts pad" }, ...Object.entries(values).flatMap(([name, value]) =>
+    [createElement("dt", {}, name), createElement("dd", { class: "code" }, value)]));
+  const details = steps.slice(0, MAX_GRAPH).map((step, index) => {
+    const { command_content: script, name, ...others } = step;
+    const values = {};
+    for (const [key, value] of Object.entries(others)) {
+      if (value === null || value === undefined) continue;
+      const isList = Array.isArray(value) && value.every((item) => typeof item === "string");
+      values[key] = isList ? value.join("\n") : typeof value === "string" ? value : JSON.stringify(value);
+    }
+    const body = createElement("div", {});
+    const element = createElement("details", {}, createElement("summary", { class: "pad" }, name || `${id}-${index}`, " ",
+      createElement("small", { class: "soft" }, String(step.command_type))), body);
+    element.addEventListener("toggle", () => body.replaceChildren(facts(values), createScript(String(script))), { once: true });
+    if (steps.length === 1) element.open = true;
+    return element;
+  });
+  const given = [...new URLSearchParams(query)].map(([name, value]) => `${name}=${value}`).join("\n");
+  panel.replaceChildren(createElement("h3", {}, "What was submitted"), ...(given ? [facts({ query: given })] : []), ...details);
+  if (steps.length > MAX_GRAPH)
+    panel.append(createElement("p", { class: "pad soft" }, `and ${steps.length - MAX_GRAPH} more: see a step's own page`));
+}
+
+function createScript(text) {
+  const lines = text.replace(/\n$/, "").split("\n").slice(0, 5000);
+  return createElement("pre", { class: "script", tabindex: "0", "aria-label": "Script" },
+    ...lines.map((line) => createElement("span", {}, line || " ")));
+}
+
+// -- the files of a workspace
+
+async function showFiles(panel, id, path) {
+  const address = (...names) => taskPath(id, "workspace", ...[...path.split("/"), ...names].filter(Boolean));
+  const again = () => showFiles(panel, id, path);
+  let entries = [];
+  let problem = "";
+  try { entries = (await ask(address())).data; }
+  catch (error) { problem = error.status === 404 ? "" : error.message; }
+  const input = createElement("input", { type: "file", multiple: "", hidden: "" });
+  input.addEventListener("change", () => {
+    for (const file of input.files)
+      act({ run: () => ask(address(file.name), { method: "PUT", body: file }), done: () => { again(); return `${file.name} is stored`; } });
+  });
+  const remove = (name) => act({ question: `Delete ${name}?`, accept: "Delete it", isDanger: true,
+    explanation: "It goes from the workspace, with all that is in it.",
+    run: () => ask(address(name) + "?recursive=true", { method: "DELETE" }), done: () => { again(); return `${name} is deleted`; } });
+  const rows = entries.slice(0, 1000).map((entry) => {
+    const deeper = [path, entry.name].filter(Boolean).join("/");
+    const open = entry.type === "directory" ? () => showFiles(panel, id, deeper) : () => download(address(entry.name), entry.name);
+    const opener = ["file", "directory"].includes(entry.type)
+      ? button(entry.name + (entry.type === "directory" ? "/" : ""), open, { title: entry.type === "file" ? "Download" : "Open" })
+      : `${entry.name} (${entry.type})`;
+    return createElement("li", { class: "row file" }, createElement("span", { class: "plain" }, opener),
+      createElement("span", {}, entry.bytes === undefined ? "" : formatBytes(entry.bytes)), createTime(entry.modified_at),
+      button("Delete", () => remove(entry.name), { class: "danger", "aria-label": `Delete ${entry.name}` }));
+  });
+  const up = path ? [button("Up", () => showFiles(panel, id, path.split("/").slice(0, -1).join("/")))] : [];
+  const title = createElement("h3", { class: "bar" }, "Files", createElement("small", { class: "soft code" }, path),
+    createElement("span", { class: "bar push" }, ...up, button("Again", again), button("Upload", () => input.click()), input));
+  const body = rows.length ? createElement("ul", {}, ...rows)
+    : createElement("p", { class: "pad soft" }, problem || "The workspace is empty.");
+  panel.replaceChildren(title, body);
+}
+
+// With a token the bytes come by a request of this page, for an address never has one.
+async function download(path, name) {
+  const link = createElement("a", { href: path, download: name });
+  if (storedToken()) {
+    try { link.href = URL.createObjectURL(await (await send(path)).blob()); }
+    catch (error) { say(error.message); return; }
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+  }
+  link.click();
+}
+"""
+_DASHBOARD_CONSOLE = r"""
+// -- the console of a step: its output is read once, to know where its lines begin; the page keeps what is seen
+
+const BLOCK_ROWS = 256;
+const MAX_ROW_BYTES = 16384;  // a longer line goes on in the next row
+const MAX_UNASKED_BYTES = 64000000;  // of more the page reads the end alone, until it is asked for all
+const TAIL_BYTES = 4000000;
+const KEPT_BLOCKS = 16;
+const KEPT_TAIL_BYTES = 1000000;
+
+// Cuts bytes into rows as they come. `onRow(end, endsLine)` is told the offset behind each row.
+class RowSplitter {
+  constructor(offset, onRow) { Object.assign(this, { end: offset, rowStart: offset, onRow }); }
+  feed(bytes) {
+    let at = 0;
+    for (;;) {
+      let newline = bytes.indexOf(10, at);
+      if (newline < 0) newline = Infinity;
+      let limit = this.rowStart + MAX_ROW_BYTES - this.end;
+      if (newline < limit) { this.endRow(newline + 1, true); at = newline + 1; continue; }
+      if (limit >= bytes.length) break;
+      while (limit > at + 1 && (bytes[limit] & 0xc0) === 0x80) limit--;  // not within a character of UTF-8
+      this.endRow(limit, false);
+      at = limit;
+    }
+    this.end += bytes.length;
+  }
+  endRow(at, endsLine) {
+    this.rowStart = this.end + at;
+    this.onRow(this.rowStart, endsLine);
+  }
+}
+
+class Output {
+  constructor(path, offset, changed) {
+    Object.assign(this, { path, offset, changed, rows: 0, lines: 0, isComplete: false, problem: "" });
+    this.blocks = [{ offset, line: 0, continues: false }];  // the beginning of each block of rows
+    this.cache = new Map();
+    this.tail = [];  // of the newest bytes, so that following needs no further request
+    this.tailBytes = 0;
+    this.controller = new AbortController();
+    this.splitter = new RowSplitter(offset, (end, endsLine) => {
+      this.rows++;
+      if (endsLine) this.lines++;
+      if (this.rows % BLOCK_ROWS === 0) this.blocks.push({ offset: end, line: this.lines, continues: !endsLine });
+    });
+  }
+  get length() { return this.rows + (this.splitter.end > this.splitter.rowStart ? 1 : 0); }
+  get end() { return this.splitter.end; }
+  url(query) { return this.path + (this.path.includes("?") ? "&" : "?") + new URLSearchParams(query); }
+  close() { this.controller.abort(); }
+  async read() {
+    let waitMs = 250;
+    while (!this.isComplete && !this.controller.signal.aborted) {
+      try {
+        const url = this.url({ follow: true, offset: this.end });
+        const response = await send(url, { signal: this.controller.signal });
+        this.problem = "";
+        waitMs = 250;
+        for (const reader = response.body.getReader();;) {
+          const { done, value } = await reader.read();
+          if (done) break;
+          this.take(value);
+        }
+        this.isComplete = true;
+      } catch (error) {
+        if (error.name === "AbortError" || [401, 404].includes(error.status)) return;
+        this.problem = error.message;
+        await new Promise((resolve) => setTimeout(resolve, waitMs));
+        waitMs = Math.min(waitMs * 2, 5000);
+      }
+      this.changed();
+    }
+  }
+  take(bytes) {
+    this.splitter.feed(bytes);
+    this.tail.push(bytes);
+    this.tailBytes += bytes.length;
+    while (this.tailBytes - this.tail[0].length > KEPT_TAIL_BYTES) this.tailBytes -= this.tail.shift().length;
+    this.changed();
+  }
+  blockEnd(number) { return number + 1 < this.blocks.length ? this.blocks[number + 1].offset : this.end; }
+  // The rows of a block, if they are here; else they are asked for, and `changed` tells when they have come.
+  block(number) {
+    const begin = this.blocks[number];
+    const end = this.blockEnd(number);
+    const cached = this.cache.get(number);
+    if (cached && cached.end === end) {
+      this.cache.delete(number);
+      this.cache.set(number, cached);  // the newest last
+      return cached.rows;
+    }
+    if (begin.offset >= this.end - this.tailBytes) return this.keep(number, end, this.fromTail(begin.offset, end));
+    if (!cached || !cached.isAsked) this.fetchBlock(number, begin.offset, end);
+    return cached ? cached.rows : null;
+  }
+  fromTail(begin, end) {
+    const bytes = new Uint8Array(end - begin);
+    let offset = this.end - this.tailBytes;
+    for (const part of this.tail) {
+      const from = Math.max(begin, offset);
+      const to = Math.min(end, offset + part.length);
+      if (from < to) bytes.set(part.subarray(from - offset, to - offset), from - begin);
+      offset += part.length;
+    }
+    return bytes;
+  }
+  async fetchBlock(number, begin, end) {
+    this.cache.set(number, { isAsked: true, rows: null, end: -1 });
+    try {
+      const headers = { Range: `bytes=${begin}-${end - 1}` };
+      const response = await send(this.path, { headers, signal: this.controller.signal });
+      this.keep(number, end, new Uint8Array(await response.arrayBuffer()));
+    } catch { this.cache.delete(number); return; }
+    this.changed();
+  }
+  keep(number, end, bytes) {
+    const { offset, line, continues } = this.blocks[number];
+    const decoder = new TextDecoder();
+    const rows = [];
+    let start = offset;
+    let current = line;
+    let isFirst = !continues;
+    const add = (rowEnd, endsLine) => {
+      const text = decoder.decode(bytes.subarray(start - offset, rowEnd - offset)).replace(/\r?\n$/, "");
+      rows.push({ text, line: current, isFirst });
+      start = rowEnd;
+      isFirst = endsLine;
+      if (endsLine) current++;
+    };
+    const splitter = new RowSplitter(offset, add);
+    splitter.feed(bytes);
+    if (start < end) add(end, false);
+    this.cache.delete(number);
+    this.cache.set(number, { end, rows });
+    for (const old of [...this.cache.keys()].slice(0, -KEPT_BLOCKS)) this.cache.delete(old);
+    return rows;
+  }
+  row(index) {
+    const rows = this.block(Math.floor(index / BLOCK_ROWS));
+    return rows && rows[index % BLOCK_ROWS];
+  }
+  // The row in which a line begins; null while its block is being asked for.
+  rowOfLine(line) {
+    let [low, high] = [0, this.blocks.length - 1];
+    while (low < high) {
+      const middle = Math.ceil((low + high) / 2);
+      if (this.blocks[middle].line < line || (this.blocks[middle].line === line && !this.blocks[middle].continues)) low = middle;
+      else high = middle - 1;
+    }
+    const rows = this.block(low);
+    if (!rows) return null;
+    const index = rows.findIndex((row) => row.line === line && row.isFirst);
+    return low * BLOCK_ROWS + Math.max(0, index);
+  }
+}
+
+// The lines that have a text, by number, without regard to case.
+async function findLines(output, text, signal, progress) {
+  const wanted = text.toLowerCase();
+  const found = [];
+  let line = 0;
+  let rest = "";
+  let bytes = 0;
+  const end = output.end;
+  const response = await send(output.url({ offset: output.offset }), { signal });
+  const decoder = new TextDecoder();
+  for (const reader = response.body.getReader();;) {
+    const { done, value } = await reader.read();
+    const lines = (rest + (done ? "" : decoder.decode(value, { stream: true }))).split("\n");
+    rest = lines.pop();
+    if (done) lines.push(rest);
+    for (const one of lines) {
+      if (found.length < 100000 && one.toLowerCase().includes(wanted)) found.push(line);
+      line++;
+    }
+    if (rest.length > 4000000) rest = rest.slice(-wanted.length);
+    if (done) return found;
+    bytes += value.length;
+    progress(found.length, bytes / Math.max(1, end - output.offset));
+  }
+}
+
+// What a terminal shows of a row: colours, and what a carriage return or a backspace has written over.
+const CONTROLS = /\x1b\[([\d;:?]*)[ -/]*([@-~])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*.?|[\r\b\x07]|[^\x1b\r\b\x07]+/gs;
+const MAX_COLUMNS = 20000;
+
+function terminalCells(text) {
+  const cells = [];
+  let column = 0;
+  let style = {};
+  for (const [piece, parameters, final] of text.matchAll(CONTROLS)) {
+    const number = Math.min(MAX_COLUMNS, parseInt(parameters, 10) || 0);
+    if (piece === "\r") column = 0;
+    else if (piece === "\b" || final === "D") column = Math.max(0, column - (number || 1));
+    else if (final === "m") style = nextStyle(style, parameters);
+    else if (final === "C") column = Math.min(MAX_COLUMNS, column + (number || 1));
+    else if (final === "G") column = Math.max(0, number - 1);
+    else if (final === "K" && number === 0) cells.length = Math.min(cells.length, column);
+    else if (final === "K") cells.fill(undefined, 0, number === 1 ? column : cells.length);
+    else if (piece[0] !== "\x1b" && piece !== "\x07")
+      for (const character of piece) cells[column++] = { character, style };
+  }
+  return cells;
+}
+
+const FLAGS = { 1: "b", 2: "d", 3: "i", 4: "u", 7: "v", 9: "s" };
+const UNSET = { 22: "bd", 23: "i", 24: "u", 27: "v", 29: "s" };
+
+// The style after a sequence "Select Graphic Rendition" (ECMA-48, 8.3.117).
+function nextStyle(style, parameters) {
+  const codes = parameters.split(/[;:]/).map(Number);
+  let next = { ...style };
+  for (let at = 0; at < codes.length; at++) {
+    const code = codes[at];
+    const side = code >= 40 && code < 50 || code >= 100 ? "back" : "fore";
+    if (code === 0) next = {};
+    else if (FLAGS[code]) next[FLAGS[code]] = true;
+    else if (UNSET[code]) for (const flag of UNSET[code]) delete next[flag];
+    else if (code === 39 || code === 49) delete next[side];
+    else if (code === 38 || code === 48) {
+      if (codes[at + 1] === 5) next[side] = paletteColour(codes[at + 2]);
+      if (codes[at + 1] === 2) next[side] = `rgb(${codes.slice(at + 2, at + 5).map((value) => value & 255).join()})`;
+      at += codes[at + 1] === 2 ? 4 : 2;
+    } else if (code >= 30 && code <= 47 || code >= 90 && code <= 107) next[side] = code % 10;
+  }
+  return next;
+}
+
+// One of the 256 colours of xterm: 16 of the theme, a cube of 6 levels, 24 greys.
+function paletteColour(number) {
+  if (!(number > 15)) return (number || 0) % 8;
+  if (number > 231) return `rgb(${Array(3).fill((number & 255) * 10 - 2312).join()})`;
+  const level = (value) => value ? value * 40 + 55 : 0;
+  const index = number - 16;
+  return `rgb(${[Math.floor(index / 36), Math.floor(index / 6) % 6, index % 6].map(level).join()})`;
+}
+
+function styledSpan(text, style) {
+  const span = createElement("span", {}, text);
+  for (const flag of "bdiuvs") if (style[flag]) span.classList.add(flag);
+  if (typeof style.fore === "number") span.classList.add("c" + style.fore);
+  else if (style.fore) span.style.color = style.fore;
+  if (typeof style.back === "number") span.classList.add("g" + style.back);
+  else if (style.back) span.style.backgroundColor = style.back;
+  return span;
+}
+
+function terminalNodes(text) {
+  const stripped = text.replace(/\r+$/, "");
+  if (!/[\x1b\r\b\x07]/.test(stripped)) return [stripped];
+  const cells = terminalCells(stripped);
+  const nodes = [];
+  let run = "";
+  for (let at = 0; at < cells.length; at++) {
+    const { character, style } = cells[at] || { character: " ", style: null };
+    run += character;
+    const following = cells[at + 1] ? cells[at + 1].style : null;
+    if (at + 1 < cells.length && following === style) continue;
+    nodes.push(style && Object.keys(style).length ? styledSpan(run, style) : run);
+    run = "";
+  }
+  return nodes;
+}
+
+function markMatches(element, text) {
+  const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
+  const nodes = [];
+  while (walker.nextNode()) nodes.push(walker.currentNode);
+  for (let node of nodes)
+    for (let at; (at = node.data.toLowerCase().indexOf(text.toLowerCase())) >= 0;) {
+      const match = node.splitText(at);
+      node = match.splitText(Math.min(text.length, match.length));
+      const mark = createElement("mark", {});
+      match.replaceWith(mark);
+      mark.append(match);
+    }
+}
+
+function createConsole(id, place, line) {
+  const heading = createElement("div", { class: "bar" });
+  const scroller = createElement("div", { class: "console", tabindex: "0", role: "region", "aria-label": "Output" });
+  const search = createElement("input", { type: "search", placeholder: "Find", "aria-label": "Find in the output",
+    title: "Find (/)", spellcheck: "false" });
+  const found = createElement("span", { class: "small soft", role: "status" });
+  const note = createElement("p", { class: "small soft", role: "status" });
+  const streamChoice = createElement("select", { "aria-label": "Stream", hidden: "" },
+    createElement("option", { value: "stdout" }, "stdout"), createElement("option", { value: "stderr" }, "stderr"));
+  const attemptChoice = createElement("select", { "aria-label": "Attempt", hidden: "" });
+  const wrap = button("Wrap", () => setWrap(!isWrapped), { "aria-pressed": "false", title: "Wrap long lines (w)" });
+  const follow = button("Follow", () => setFollow(!isFollowing), { title: "Go to the end and stay there (f)" });
+  const all = button("Read from the beginning", () => open(0), { hidden: "" });
+  const bar = createElement("div", { class: "bar", role: "toolbar", "aria-label": "Output" }, streamChoice, attemptChoice,
+    search, found, button("Previous", () => go(-1), { title: "N" }), button("Next", () => go(1), { title: "n" }), wrap,
+    follow, all, button("Save", () => download(path(), `${id}-${place}.txt`), { title: "Download the bytes" }),
+    createElement("span", { class: "push" }, note));
+  let output = null;
+  let list = null;
+  let step = null;
+  let isWrapped = false;
+  let isFollowing = !line;
+  let target = line ? line - 1 : null;
+  let isJumping = Boolean(line);
+  let matches = [];
+  let current = -1;
+  let finding = null;
+  let text = "";
+
+  function path() {
+    const query = new URLSearchParams();
+    if (streamChoice.value !== "stdout") query.set("stream", streamChoice.value);
+    if (attemptChoice.value) query.set("attempt", attemptChoice.value);
+    return taskPath(id, place, "output") + (String(query) ? "?" + query : "");
+  }
+  function open(offset) {
+    if (output) output.close();
+    output = new Output(path(), offset, update);
+    all.hidden = offset === 0;
+    if (!list) { list = new RowList(scroller, createRow, keyOf); list.rowHeight = rowHeight; }
+    output.read();
+    update();
+  }
+  const rowHeight = () => parseFloat(getComputedStyle(scroller).lineHeight);
+  function keyOf(index) {
+    const row = output.row(index);
+    return row ? `${index} ${row.line} ${row.text.length} ${row.line === target} ${text} ${output.path}` : "empty " + index;
+  }
+  function createRow(index) {
+    const row = output.row(index);
+    const element = createElement("div", { class: "line" });
+    if (!row) return element;
+    const content = createElement("span", { class: "text" }, ...terminalNodes(row.text));
+    if (text) markMatches(content, text);
+    const number = row.isFirst && output.offset === 0
+      ? createElement("a", { href: `#${id}/${place}/L${row.line + 1}`, tabindex: "-1" }, String(row.line + 1)) : "";
+    if (row.line === target) element.classList.add("target");
+    element.append(createElement("span", { class: "number" }, number), content);
+    return element;
+  }
+  function setWrap(value) {
+    isWrapped = value;
+    wrap.setAttribute("aria-pressed", value);
+    scroller.classList.toggle("wrapped", value);
+    update();
+  }
+  function setFollow(value) {
+    isFollowing = value;
+    update();
+  }
+  function toEnd() { scroller.scrollTop = scroller.scrollHeight; }
+  scroller.addEventListener("scroll", () => {
+    const isAtEnd = scroller.scrollTop + scroller.clientHeight > scroller.scrollHeight - rowHeight() * 1.5;
+    if (isAtEnd !== isFollowing && !isJumping) { isFollowing = isAtEnd; showTools(); }
+  }, { passive: true });
+  function jump() {
+    if (target === null || !isJumping) return;
+    if (output.offset) { open(0); return; }
+    if (output.lines <= target && !output.isComplete) return;
+    const row = output.rowOfLine(Math.min(target, Math.max(0, output.lines)));
+    if (row === null) return;
+    list.setLength(output.length);
+    const height = rowHeight();
+    const total = output.length * height;
+    const at = Math.max(0, row * height - scroller.clientHeight / 3);
+    scroller.scrollTop = total > MAX_HEIGHT
+      ? at * (MAX_HEIGHT - scroller.clientHeight) / (total - scroller.clientHeight) : at;
+    setTimeout(() => { isJumping = false; }, 100);
+    list.draw();
+  }
+  function goTo(number) {
+    target = number;
+    isJumping = true;
+    isFollowing = false;
+    update();
+  }
+  async function find() {
+    if (finding) finding.abort();
+    finding = new AbortController();
+    text = search.value;
+    matches = [];
+    current = -1;
+    found.textContent = "";
+    update();
+    if (!text) return;
+    try {
+      matches = await findLines(output, text, finding.signal, (number, part) => {
+        found.textContent = `${number.toLocaleString("en")} so far, ${Math.min(100, Math.round(part * 100))} %`;
+      });
+      if (matches.length) go(1);
+      else found.textContent = "nothing like this";
+    } catch (error) { if (error.name !== "AbortError") found.textContent = error.message; }
+  }
+  function go(direction) {
+    if (search.value !== text) { find(); return; }
+    if (!matches.length) return;
+    current = (current + direction + matches.length) % matches.length;
+    found.textContent = `line ${current + 1} of ${matches.length.toLocaleString("en")}`;
+    goToFound(matches[current]);
+  }
+  // In the end of a long output lines are counted from where the reading began.
+  function goToFound(number) {
+    const row = output.rowOfLine(number);
+    if (output.offset === 0) { goTo(number); return; }
+    if (row === null) { setTimeout(() => goToFound(number), 50); return; }
+    isFollowing = false;
+    target = number;
+    scroller.scrollTop = Math.max(0, row * rowHeight() - scroller.clientHeight / 3);
+    update();
+  }
+  search.addEventListener("keydown", (event) => {
+    if (event.key === "Enter") go(event.shiftKey ? -1 : 1);
+    if (event.key === "Escape") { search.value = ""; find(); scroller.focus(); }
+  });
+  scroller.addEventListener("wheel", (event) => {
+    const scale = output.length * rowHeight() / MAX_HEIGHT;
+    if (scale <= 1 || event.ctrlKey || event.shiftKey) return;
+    event.preventDefault();  // else a turn of the wheel would go past some pages
+    scroller.scrollTop += event.deltaY / scale;
+  }, { passive: false });
+  for (const choice of [streamChoice, attemptChoice]) choice.addEventListener("change", () => open(0));
+
+  function showTools() {
+    follow.setAttribute("aria-pressed", isFollowing);
+    const parts = [formatBytes(output.end)];
+    if (output.offset === 0) parts.unshift(count(output.lines + (output.end > output.splitter.rowStart ? 1 : 0), "line"));
+    else parts.unshift(`from byte ${output.offset.toLocaleString("en")} on`);
+    if (output.problem) parts.push(output.problem);
+    else if (!output.isComplete) parts.push(isLive() ? "live" : "reading");
+    const words = parts.join(" · ");
+    if (note.textContent !== words) note.textContent = words;
+  }
+  const isLive = () => step && UNFINISHED.includes(step.result);
+  function showHeading(detail) {
+    const words = [step.result, step.msg, step.attempt].join(" ");
+    if (heading.dataset.text === words) return;
+    heading.dataset.text = words;
+    const stop = isLive() ? [button("Stop", () => stopStep(detail.task, step), { class: "danger", title: "Stop (s)" })] : [];
+    const neighbour = (index, word) => detail.steps[index]
+      ? [createElement("a", { href: `#${id}/${index}`, title: detail.steps[index].name }, word)] : [];
+    heading.replaceChildren(createElement("h2", {}, createElement("a", { href: "#" + id }, id), " / " + step.name),
+      createResult(step.result), createElement("span", { class: "soft" }, reasonOf(step)), createLength(step),
+      createElement("span", { class: "bar push" }, ...neighbour(step.step - 1, "← before"),
+        ...neighbour(step.step + 1, "next →"), ...stop));
+    attemptChoice.hidden = !(step.attempt > 1);
+    if (attemptChoice.length !== step.attempt) {
+      const options = Array.from({ length: step.attempt }, (_, index) =>
+        createElement("option", { value: index + 1 }, `attempt ${index + 1}`));
+      attemptChoice.replaceChildren(...options);
+      attemptChoice.value = step.attempt;
+      if (output && step.attempt > 1) open(0);
+    }
+  }
+  return {
+    isFilled: true,
+    elements: [heading, bar, scroller],
+    title: () => step ? `${RESULTS[step.result].join(" ")} ${step.name}` : String(place),
+    async load() {
+      let detail;
+      try { detail = await loadDetail(id); }
+      catch (error) { heading.replaceChildren(createElement("p", { class: "empty" }, error.message)); return; }
+      step = detail.steps.find((one) => String(one.step) === place) || detail.steps.find((one) => one.name === place);
+      if (!step) { heading.replaceChildren(createElement("p", { class: "empty" }, `${id} has no step ${place}`)); return; }
+      place = String(step.step);
+      if (!output) {
+        const isLong = step.output_bytes > MAX_UNASKED_BYTES && !line;
+        showHeading(detail);
+        open(isLong ? step.output_bytes - TAIL_BYTES : 0);
+        ask(taskPath(id, "submission")).then(({ data }) => {
+          streamChoice.hidden = data.steps[step.step].stderr !== "apart";
+        }).catch(() => {});
+      }
+      update();
+    },
+    update() {
+      const detail = state.details.get(id);
+      if (!output || !detail) return;
+      step = detail.steps[step.step];
+      showHeading(detail);
+      list.setLength(output.length);
+      jump();
+      if (isFollowing) { toEnd(); list.draw(); toEnd(); }
+      showTools();
+    },
+    goTo,
+    expired(other) { if (other === id) { location.hash = "#/"; say(`${id} is gone`); } },
+    keys: {
+      "/": () => search.focus(), n: () => go(1), N: () => go(-1), w: () => setWrap(!isWrapped),
+      f: () => setFollow(!isFollowing), G: () => setFollow(true), g: () => { setFollow(false); scroller.scrollTop = 0; },
+      j: () => { scroller.scrollTop += rowHeight(); }, k: () => { scroller.scrollTop -= rowHeight(); },
+      s: () => { if (step) stopStep({ id }, step); }, u: () => { location.hash = "#" + id; },
+    },
+    close() {
+      if (output) output.close();
+      if (list) list.close();
+      if (finding) finding.abort();
+    },
+  };
+}
+"""
+_DASHBOARD_EDITOR = r"""
+// -- a new task: a card for each step, checked as one types
+
+const TEMPLATES = {
+  "One step": { query: "", steps: [{ command_type: "sh", command_content: "echo hello\n" }] },
+  "A sequence": { query: "", steps: [
+    { name: "build", command_type: "sh", command_content: "echo building\n" },
+    { name: "test", command_type: "sh", command_content: "echo testing\n", timeout: "10m" }] },
+  "A graph": { query: "async=true", steps: [
+    { name: "fetch", command_type: "sh", command_content: "echo 42 >answer\n" },
+    { name: "left", command_type: "sh", command_content: "cat answer\n", depends_on: ["fetch"] },
+    { name: "right", command_type: "sh", command_content: "wc -l <answer\n", depends_on: ["fetch"] },
+    { name: "join", command_type: "sh", command_content: "echo done\n", depends_on: ["left", "right"] }] },
+};
+const CARD_FIELDS = ["name", "command_type", "command_content", "depends_on", "timeout", "env_vars"];
+const DURATION = /^\+?((\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h|d))+$/;
+
+const splitWords = (text, separator) => text.split(separator).map((word) => word.trim()).filter(Boolean);
+
+function createCard(step, types, remove, changed) {
+  const inputs = {
+    name: createElement("input", { value: step.name || "", maxlength: "128", placeholder: "default: task id and index" }),
+    command_type: createElement("select", {}, ...types.map((type) => createElement("option", {}, type))),
+    command_content: createElement("textarea", { rows: "6", spellcheck: "false", "aria-label": "Script", required: "" }),
+    depends_on: createElement("input", { value: (step.depends_on || step.depets_on || []).join(", "),
+      placeholder: "names of steps, with commas" }),
+    timeout: createElement("input", { value: step.timeout || "", placeholder: "such as 90s or 1h30m" }),
+    env_vars: createElement("textarea", { rows: "2", spellcheck: "false", placeholder: "KEY=value, one a line" }),
+    others: createElement("textarea", { rows: "2", spellcheck: "false", placeholder: '{"stdin": "…"}' }),
+  };
+  const others = { ...step };
+  for (const name of [...CARD_FIELDS, "depets_on"]) delete others[name];
+  inputs.command_type.value = step.command_type;
+  inputs.command_content.value = step.command_content || "";
+  inputs.env_vars.value = (step.env_vars || []).join("\n");
+  inputs.others.value = Object.keys(others).length ? JSON.stringify(others) : "";
+  const problem = createElement("p", { class: "bad small", role: "status" });
+  const title = createElement("h3", { class: "bar" }, createElement("span", {}, "Step"),
+    button("Remove", remove, { class: "push" }));
+  const element = createElement("section", { class: "panel" }, title, createElement("div", { class: "form pad" },
+    createElement("div", { class: "two" }, field("Name", inputs.name), field("Runs by", inputs.command_type)),
+    inputs.command_content,
+    createElement("div", { class: "two" }, field("After", inputs.depends_on), field("Timeout", inputs.timeout)),
+    createElement("div", { class: "two" }, field("Environment", inputs.env_vars, true), field("More, as JSON", inputs.others, true)),
+    problem));
+  element.addEventListener("input", changed);
+  return { element, inputs, problem, title: title.firstChild };
+}
+
+function cardStep({ inputs }) {
+  const step = inputs.others.value.trim() ? JSON.parse(inputs.others.value) : {};
+  step.command_type = inputs.command_type.value;
+  step.command_content = inputs.command_content.value;
+  for (const name of ["name", "timeout"]) if (inputs[name].value.trim()) step[name] = inputs[name].value.trim();
+  const names = splitWords(inputs.depends_on.value, ",");
+  const variables = splitWords(inputs.env_vars.value, "\n");
+  if (names.length) step.depends_on = names;
+  if (variables.length) step.env_vars = variables;
+  return step;
+}
+
+// What the daemon would refuse, as far as the page can tell.
+function cardProblem(card, names) {
+  const { inputs } = card;
+  const name = inputs.name.value.trim();
+  if (!inputs.command_content.value) return "the script is missing";
+  if (name && names.filter((other) => other === name).length > 1) return `another step is called ${name} too`;
+  const unknown = splitWords(inputs.depends_on.value, ",").find((other) => !names.includes(other) || other === name);
+  if (unknown) return `no other step is called ${unknown}`;
+  if (inputs.timeout.value.trim() && !DURATION.test(inputs.timeout.value.trim()))
+    return "timeout: expected for example 90s, 1h30m or 500ms";
+  const variable = splitWords(inputs.env_vars.value, "\n").find((line) => !/^[^=]+=/.test(line));
+  if (variable) return `environment: ${variable} is not KEY=value`;
+  try {
+    const others = JSON.parse(inputs.others.value.trim() || "{}");
+    if (!others || typeof others !== "object" || Array.isArray(others)) return "more: expected an object of JSON";
+  } catch (error) { return "more: " + error.message; }
+  return "";
+}
+
+function createEditor(from) {
+  const inputs = {
+    id: createElement("input", { maxlength: "64", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]{0,63}", spellcheck: "false",
+      placeholder: "default: a random one" }),
+    timeout: createElement("input", { placeholder: "of the whole task, such as 2h" }),
+    delay: createElement("input", { placeholder: "before its first step, such as 10m" }),
+    env_vars: createElement("textarea", { rows: "2", spellcheck: "false", placeholder: "KEY=value, one a line" }),
+    async: createElement("input", { type: "checkbox" }),
+    paused: createElement("input", { type: "checkbox" }),
+  };
+  const cards = createElement("div", { class: "form" });
+  const problem = createElement("p", { class: "bad", role: "alert" });
+  const submit = createElement("button", { class: "main" }, "Run it");
+  let list = [];
+  let types = ["sh", "bash", "python", "cmd", "powershell", "pwsh"];
+  const check = () => {
+    const names = list.map((card) => card.inputs.name.value.trim());
+    let isGood = list.length > 0;
+    list.forEach((card, index) => {
+      const text = cardProblem(card, names);
+      if (card.problem.textContent !== text) card.problem.textContent = text;
+      card.title.textContent = `Step ${index}`;
+      if (text) isGood = false;
+    });
+    submit.disabled = !isGood;
+    problem.textContent = "";
+  };
+  const add = (step) => {
+    const card = createCard(step, types, () => { list = list.filter((other) => other !== card); card.element.remove(); check(); }, check);
+    list.push(card);
+    cards.append(card.element);
+    check();
+  };
+  const fill = ({ query, steps }) => {
+    const given = new URLSearchParams(query);
+    for (const name of ["timeout", "delay"]) inputs[name].value = given.get(name) || "";
+    inputs.env_vars.value = given.getAll("env_vars").join("\n");
+    inputs.async.checked = /^(1|t|true)$/i.test(given.get("async") || given.get("ansync") || "");
+    inputs.paused.checked = /^(1|t|true)$/i.test(given.get("paused") || "");
+    list = [];
+    cards.replaceChildren();
+    for (const step of steps) add(step);
+  };
+  const form = createElement("form", { class: "form" },
+    createElement("div", { class: "bar" }, createElement("h2", {}, "New task"), ...Object.keys(TEMPLATES).map((name) =>
+      button(name, () => fill(TEMPLATES[name])))),
+    createElement("section", { class: "panel pad form" },
+      createElement("div", { class: "two" }, field("Id", inputs.id), field("Timeout", inputs.timeout),
+        field("Wait", inputs.delay), field("Environment", inputs.env_vars, true)),
+      createElement("label", {}, inputs.async, " steps run at once, but for what each is to run after"),
+      createElement("label", {}, inputs.paused, " hold it until it is resumed, so that files can be put into its workspace")),
+    cards, createElement("p", { class: "bar" }, button("Add a step", () => add({ command_type: types[0] })),
+      createElement("span", { class: "push" }), submit), problem);
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const query = new URLSearchParams();
+    for (const name of ["id", "timeout", "delay"]) if (inputs[name].value.trim()) query.set(name, inputs[name].value.trim());
+    for (const variable of splitWords(inputs.env_vars.value, "\n")) query.append("env_vars", variable);
+    for (const name of ["async", "paused"]) if (inputs[name].checked) query.set(name, "true");
+    submit.disabled = true;
+    try {
+      const { data } = await ask("api/v1/task?" + query, { method: "POST", body: JSON.stringify(list.map(cardStep)) });
+      say(`${data.id} is accepted`);
+      location.hash = "#" + data.id;
+    } catch (error) { problem.textContent = error.message; }
+    submit.disabled = false;
+  });
+  return {
+    elements: [form],
+    title: () => "new task",
+    async load() {
+      if (list.length) return;
+      try {
+        const openapi = await (await send("openapi.json")).json();
+        types = openapi.components.schemas.SubmittedStep.properties.command_type.enum;
+      } catch { /* the usual ones are there */ }
+      let submission = TEMPLATES["One step"];
+      try { if (from) submission = (await ask(taskPath(from, "submission"))).data; }
+      catch (error) { say(error.message); }
+      fill(submission);
+    },
+    update() {},
+    keys: { u: () => { location.hash = "#/"; } },
+  };
+}
+
+// Metrics as text: a plain link could not send the token.
+function createMetrics() {
+  const text = createElement("pre", { class: "panel pad", tabindex: "0", "aria-label": "Metrics" });
+  return {
+    elements: [createElement("div", { class: "bar" }, createElement("h2", {}, "Metrics"), button("Again", () => view.load())), text],
+    title: () => "metrics",
+    async load() {
+      try { text.textContent = await (await send("metrics")).text(); } catch (error) { text.textContent = error.message; }
+    },
+    update() {},
+    keys: { u: () => { location.hash = "#/"; } },
+  };
+}
+
+// -- keys and addresses
+
+const KEYS = [["/", "filter, or find in an output"], ["j k", "next, previous"], ["Enter", "open"], ["u", "up"],
+  ["f", "follow an output"], ["g G", "begin, end of an output"], ["n N", "next, previous line found; n elsewhere: new task"],
+  ["w", "wrap long lines"], ["s", "stop"], ["r", "run again"], ["?", "this"]];
+
+function showKeys() {
+  const rows = KEYS.flatMap(([keys, text]) => [
+    createElement("dt", {}, ...keys.split(" ").flatMap((key) => [createElement("kbd", {}, key), " "])),
+    createElement("dd", {}, text)]);
+  showDialog("Keys", [createElement("dl", { class: "facts" }, ...rows)], "Close");
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || dialog.open) return;
+  if (event.target.closest("input, textarea, select")) return;
+  const action = view.keys[event.key] ||
+    { "?": showKeys, n: () => { location.hash = "#/new"; } }[event.key];
+  if (!action) return;
+  event.preventDefault();
+  action();
+});
+document.getElementById("help").addEventListener("click", showKeys);
+
+function decodePart(part) {
+  try { return decodeURIComponent(part); } catch { return part; }
+}
+
+function route() {
+  const [task, step, line] = location.hash.slice(1).split("/").map(decodePart);
+  const number = /^L([1-9]\d{0,11})$/.exec(line || "");
+  const place = [task, step].join("/");
+  if (view && view.place === place && number && view.goTo) { view.goTo(Number(number[1]) - 1); return; }
+  let newView;
+  if (task && step) newView = createConsole(task, step, number ? Number(number[1]) : 0);
+  else if (task) newView = createTask(task);
+  else if (step === "new") newView = createEditor(line);
+  else if (step === "metrics") newView = createMetrics();
+  else newView = createOverview();
+  newView.place = place;
+  newView.id = task;
+  show(newView);
+  for (const link of document.querySelectorAll("header nav a"))
+    if (link.getAttribute("href") === (location.hash || "#/")) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  if (state.daemon) newView.load().catch((error) => say(error.message));
+}
+
+addEventListener("hashchange", () => { route(); main.focus({ preventScroll: true }); });
+addEventListener("focus", () => { state.hasFailures = false; update(); });
+setInterval(() => { if (!document.hidden) tick(); }, 1000);
+route();
+stream.run();
+"""
+DASHBOARD_SCRIPT = (
+    COMMON_SCRIPT
+    + _DASHBOARD_CORE
+    + _DASHBOARD_OVERVIEW
+    + _DASHBOARD_TASK
+    + _DASHBOARD_CONSOLE
+    + _DASHBOARD_EDITOR
+)
 
 
 # ======================================================================================================================
@@ -13563,7 +15661,7 @@ class OperatorApi:
 
     def routes(self) -> list[Route]:
         return [
-            Route("GET", "/", self.show_index, "Shows the version and where all else is", "Index"),
+            Route("GET", "/", self.show_index, "Shows the version and where all else is", "Index", is_public=True),
             Route("GET", "/version", self.show_version, "Shows the version", "Version"),
             Route("GET", "/healthyz", self.show_health, "Shows that the daemon is alive", "Health", is_public=True),
             Route("GET", "/heartbeat", self.heartbeat, "Responds with an empty body", "Empty", is_public=True),
@@ -13573,8 +15671,11 @@ class OperatorApi:
         ]
 
     def show_index(self, request: Request) -> Response:
-        if "text/html" in request.headers.get("accept", ""):  # a browser
-            return Response(302, (("Location", "/swagger/index.html"),))
+        """Return the dashboard for a browser: it is public, since a browser can send a token only from a page."""
+        if "text/html" in request.headers.get("accept", ""):
+            return page_response(DASHBOARD_PAGE, DASHBOARD_STYLE, DASHBOARD_SCRIPT)
+        if not request.label:
+            raise Unauthorized("send `Authorization: Bearer ...` with a token of the daemon (--token_file)")
         return json_response(index_json(request.base_url))
 
     def show_version(self, _: Request) -> Response:
