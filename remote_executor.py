@@ -10854,11 +10854,14 @@ COMMON_SCRIPT = r"""
 "use strict";
 const TOKEN_KEY = "remote_executor token";
 
-function createElement(tag, attributes, ...children) {
+// An element, as hyperscript writes it: a tag with classes, attributes and children, each where there are any.
+function h(name, ...parts) {
+  const [tag, ...classes] = name.split(".");
   const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes || {}))
-    if (value !== null && value !== undefined) element.setAttribute(name, value);
-  element.append(...children);
+  element.classList.add(...classes);
+  for (const part of parts)
+    if (part && part.constructor === Object) for (const key in part) element.setAttribute(key, part[key]);
+    else element.append(...[part].flat());
   return element;
 }
 
@@ -10869,6 +10872,8 @@ function storedToken() {
 function authorizationHeaders(token) {
   return token ? { Authorization: "Bearer " + token } : {};
 }
+
+const on = (target, type, listener, options) => target.addEventListener(type, listener, options);
 """
 API_SCRIPT = (
     COMMON_SCRIPT
@@ -10880,7 +10885,12 @@ const tokenInput = document.getElementById("token");
 let openapi = null;
 
 function createPre(text, label) {
-  return createElement("pre", label ? { tabindex: "0", "aria-label": label } : { tabindex: "0" }, text);
+  return h("pre", label ? { tabindex: "0", "aria-label": label } : { tabindex: "0" }, text);
+}
+
+// A text with what stands between back quotes as code.
+function codeText(text) {
+  return text.split("`").map((part, index) => index % 2 ? h("code", part) : part);
 }
 
 function resolve(object) {
@@ -10923,7 +10933,7 @@ function indentJson(text) {
 function createInputs(operation) {
   return (operation.parameters || []).map(resolve).map((parameter) => {
     const isArray = resolve(parameter.schema).type === "array";
-    const input = createElement(isArray ? "textarea" : "input", { name: parameter.name });
+    const input = h(isArray ? "textarea" : "input", { name: parameter.name });
     if (parameter.required) { input.required = true; input.value = parameter.example; }
     else input.placeholder = [].concat(parameter.example).join("\n");
     return { parameter, input, isArray };
@@ -10933,8 +10943,8 @@ function createInputs(operation) {
 function createLabel({ parameter, input, isArray }) {
   let hint = parameter.required ? "" : "; optional";
   if (isArray) hint = "; one a line";
-  return createElement("label", {}, createElement("code", {}, parameter.name), input,
-    createElement("small", {}, parameter.description + hint));
+  return h("label", h("code", parameter.name), input,
+    h("small", codeText(parameter.description + hint)));
 }
 
 function createBody(operation) {
@@ -10942,16 +10952,16 @@ function createBody(operation) {
   if (!body) return [null, []];
   const media = Object.values(body.content)[0];
   const examples = Object.entries(media.examples || { "": { value: media.example } });
-  const titles = examples.map(([title]) => createElement("option", {}, title));
-  const area = createElement("textarea", { "aria-label": "Body", spellcheck: "false" });
-  const choice = createElement("select", { "aria-label": "Example" }, ...titles);
+  const titles = examples.map(([title]) => h("option", title));
+  const area = h("textarea", { "aria-label": "Body", spellcheck: "false" });
+  const choice = h("select", { "aria-label": "Example" }, ...titles);
   const fill = () => {
     const value = examples[choice.selectedIndex][1].value;
     area.value = typeof value === "string" ? value : JSON.stringify(value, null, 2);
   };
   choice.addEventListener("change", fill);
   fill();
-  return [area, [createElement("h3", {}, "Body"), createPre(typeText(media.schema)), choice, area]];
+  return [area, [h("h3", "Body"), createPre(typeText(media.schema)), choice, area]];
 }
 
 function createResponses(operation) {
@@ -10959,13 +10969,13 @@ function createResponses(operation) {
     const response = resolve(reference);
     const parts = [];
     for (const [type, media] of Object.entries(response.content || {})) {
-      parts.push(createElement("p", { class: "soft" }, type), createPre(typeText(media.schema)));
+      parts.push(h("p.soft", type), createPre(typeText(media.schema)));
       for (const [title, example] of Object.entries(media.examples || {}))
-        parts.push(createElement("p", { class: "soft" }, "Example: " + title),
+        parts.push(h("p.soft", "Example: " + title),
           createPre(JSON.stringify(example.value, null, 2)));
     }
-    const summary = createElement("summary", {}, createElement("code", {}, status), " ", response.description);
-    return createElement("details", {}, summary, createElement("div", { class: "body" }, ...parts));
+    const summary = h("summary", h("code", status), " ", codeText(response.description));
+    return h("details", summary, h("div.body", ...parts));
   });
 }
 
@@ -10989,8 +10999,8 @@ async function send(url, request, result) {
   const status = `${response.status} ${response.statusText}, ${data.length} bytes, ${milliseconds} ms`;
   const headers = [...response.headers].map(([name, value]) => `${name}: ${value}`).join("\n");
   const blob = URL.createObjectURL(new Blob([data], { type }));
-  const save = createElement("a", { href: blob, download: "response" }, "Save");
-  result.replaceChildren(createElement("p", response.ok ? {} : { class: "bad" }, status, " ", save),
+  const save = h("a", { href: blob, download: "response" }, "Save");
+  result.replaceChildren(h("p", response.ok ? {} : { class: "bad" }, status, " ", save),
     createPre(headers, "Headers"));
   if (!data.length || !/json|text/.test(type)) return;
   let text = new TextDecoder().decode(data);
@@ -11002,10 +11012,10 @@ async function send(url, request, result) {
 function showOperation(path, method, operation, parent) {
   const inputs = createInputs(operation);
   const [area, body] = createBody(operation);
-  const button = createElement("button", {}, "Send");
-  const result = createElement("div", { "aria-live": "polite" });
-  const form = createElement("form", {},
-    ...inputs.map(createLabel), ...body, createElement("p", {}, button), result);
+  const button = h("button", "Send");
+  const result = h("div", { "aria-live": "polite" });
+  const form = h("form", {},
+    ...inputs.map(createLabel), ...body, h("p", button), result);
   let controller = null;
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
@@ -11013,25 +11023,26 @@ function showOperation(path, method, operation, parent) {
     controller = new AbortController();
     button.textContent = "Cancel";
     result.replaceChildren("waiting for the response");
-    const request = { method: method.toUpperCase(), headers: authorizationHeaders(tokenInput.value), signal: controller.signal };
+    const headers = authorizationHeaders(tokenInput.value);
+    const request = { method: method.toUpperCase(), headers, signal: controller.signal };
     if (area) request.body = area.value;
     try { await send(targetUrl(path, inputs), request, result); }
-    catch (error) { result.replaceChildren(createElement("p", { class: "bad" }, "no response: " + error.message)); }
+    catch (error) { result.replaceChildren(h("p.bad", "no response: " + error.message)); }
     controller = null;
     button.textContent = "Send";
   });
   form.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
   });
-  parent.append(form, createElement("h3", {}, "Responses"), ...createResponses(operation));
+  parent.append(form, h("h3", "Responses"), ...createResponses(operation));
 }
 
 function createOperation(path, method, operation) {
-  const body = createElement("div", { class: "body" });
-  const summary = createElement("summary", {},
-    createElement("span", { class: "method " + method }, method.toUpperCase()),
-    createElement("span", { class: "path" }, path), " ", createElement("small", {}, operation.summary));
-  const details = createElement("details", { id: operation.operationId }, summary, body);
+  const body = h("div.body");
+  const summary = h("summary", {},
+    h("span", { class: "method " + method }, method.toUpperCase()),
+    h("span.path", path), " ", h("small", operation.summary));
+  const details = h("details", { id: operation.operationId }, summary, body);
   details.addEventListener("toggle", () => showOperation(path, method, operation, body), { once: true });
   return details;
 }
@@ -11041,12 +11052,12 @@ function showDocument() {
   for (const [path, operations] of Object.entries(openapi.paths))
     for (const [method, operation] of Object.entries(operations)) {
       const tag = operation.tags[0];
-      if (!sections.has(tag)) sections.set(tag, createElement("section", {}, createElement("h2", {}, tag)));
+      if (!sections.has(tag)) sections.set(tag, h("section", h("h2", tag)));
       sections.get(tag).append(createOperation(path, method, operation));
     }
   content.replaceChildren(...sections.values());
   document.getElementById("version").textContent = openapi.info.version;
-  document.getElementById("description").textContent = openapi.info.description;
+  document.getElementById("description").replaceChildren(...codeText(openapi.info.description));
   const target = document.getElementById(location.hash.slice(1));
   if (target) { target.open = true; target.scrollIntoView(); }
 }
@@ -11054,14 +11065,16 @@ function showDocument() {
 async function load() {
   note.textContent = "";
   try {
-    const response = await fetch("/swagger/doc.json", { headers: authorizationHeaders(tokenInput.value) });
+    const response = await fetch("doc.json", { headers: authorizationHeaders(tokenInput.value) });
     const body = await response.json();
     if (response.ok) { openapi = body; showDocument(); return; }
-    note.textContent = response.status + ": " + body.message;
+    const problem = tokenInput.value ? "wrong token" : "a token is needed";
+    note.textContent = response.status + ": " + (response.status === 401 ? problem : body.message);
   } catch (error) { note.textContent = "cannot load the API document: " + error.message; }
   tokenInput.focus();
 }
 
+document.title = "API · " + location.host;
 tokenInput.value = storedToken();
 document.getElementById("use").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -11083,6 +11096,7 @@ API_PAGE = r"""<!DOCTYPE html>
 </head>
 <body>
 <header>
+<nav><a href="../#/">Dashboard</a> · <a href="../debug/pprof/">Profiles</a></nav>
 <h1>remote_executor <span id="version" class="soft"></span></h1>
 <p id="description" class="soft"></p>
 <form id="use" class="token">
@@ -11094,7 +11108,7 @@ API_PAGE = r"""<!DOCTYPE html>
 <p id="note" class="bad" role="alert"></p>
 </header>
 <main id="content"></main>
-<noscript><p>This page needs JavaScript; the API document is <a href="/swagger/doc.json">doc.json</a>.</p></noscript>
+<noscript><p>This page needs JavaScript; the API document is <a href="doc.json">doc.json</a>.</p></noscript>
 <script>{script}</script>
 </body>
 </html>
@@ -11109,6 +11123,7 @@ PROFILES_PAGE = r"""<!DOCTYPE html>
 <style>{style}</style>
 </head>
 <body>
+<nav><a href="../../#/">Dashboard</a> · <a href="../../swagger/index.html">API</a></nav>
 <h1>Profiles</h1>
 <p class="soft">Profiles that take time run one at a time. <code>?seconds=5</code> sets how long,
 <code>?debug=1</code> asks for text; without it they are for <code>go tool pprof</code> and speedscope, the trace is for
@@ -11189,6 +11204,8 @@ button.main { background: var(--link); border-color: var(--link); color: var(--b
 button.danger { color: var(--bad); }
 button[aria-pressed="true"] { border-color: var(--link); box-shadow: inset 0 0 0 1px var(--link); }
 button:disabled { opacity: .5; cursor: default; }
+[type="search"] { width: 17rem; }
+[type="checkbox"] { min-height: 0; margin: 0 .25rem 0 0; vertical-align: -.125em; }
 textarea { width: 100%; font: var(--code); padding: .5rem .75rem; resize: vertical; }
 
 .bar, header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem var(--gap); }
@@ -11201,7 +11218,8 @@ header nav a[aria-current] { color: var(--text); font-weight: 600; box-shadow: 0
 .dot.live { background: var(--good); }
 .dot.lost { background: var(--bad); }
 .notice { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); color: var(--warn); }
-main { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: var(--gap); padding: var(--gap); outline: none; }
+main { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: var(--gap); padding: var(--gap);
+  outline: none; }
 .panel { border: 1px solid var(--line); border-radius: .5rem; }
 .panel > h3 { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); }
 .pad { padding: var(--gap); }
@@ -11245,11 +11263,12 @@ meter { width: 100%; height: .375rem; display: block; }
 .strip i { flex: 1; background: var(--mark); min-width: 1px; }
 .strip .not_run, .strip .waiting, .strip .paused { background: var(--line); }
 .strip .failed, .strip .timed_out, .strip .lost, .strip .not_started, .strip .output_limit { margin: -2px 0; }
-.lane { position: relative; height: .75rem; background: linear-gradient(var(--line), var(--line)) 0 50% / 100% 1px no-repeat; }
+.lane { position: relative; height: .75rem;
+  background: linear-gradient(var(--line), var(--line)) 0 50% / 100% 1px no-repeat; }
 .lane i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 2px; background: var(--mark); }
 .axis { display: flex; justify-content: space-between; }
 
-.graph { position: relative; height: clamp(9rem, 40vh, 34rem); touch-action: pan-y; overflow: hidden; }
+.graph { position: relative; height: 20rem; max-height: 60vh; touch-action: pan-y; overflow: hidden; }
 .graph svg { width: 100%; height: 100%; display: block; cursor: grab; user-select: none; }
 .graph .bar { position: absolute; right: .5rem; bottom: .5rem; gap: .25rem; }
 .graph rect { fill: var(--back); stroke: var(--mark); stroke-width: 1.5; }
@@ -11265,8 +11284,9 @@ meter { width: 100%; height: .375rem; display: block; }
 @keyframes march { to { stroke-dashoffset: -9; } }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: .25rem var(--gap); }
 .facts dt { color: var(--soft); }
-.columns { display: grid; grid-template-columns: minmax(0, 1fr); gap: var(--gap); }
+.columns { display: grid; grid-template-columns: minmax(0, 1fr); gap: var(--gap); align-items: start; }
 .columns > * { min-width: 0; }
+summary { padding: .375rem var(--gap); cursor: pointer; }
 .script { max-height: 24rem; overflow: auto; margin: 0; padding: .5rem 0; counter-reset: line; background: var(--box); }
 .script span { display: block; padding-left: 4.5rem; text-indent: -3.5rem; white-space: pre-wrap; }
 .script span::before { counter-increment: line; content: counter(line); display: inline-block; width: 2.5rem;
@@ -11279,6 +11299,7 @@ meter { width: 100%; height: .375rem; display: block; }
 .console.wrapped .line { white-space: pre-wrap; width: auto; }
 .console .number { flex: none; width: 5.5rem; padding-right: 1rem; text-align: right; color: var(--soft);
   user-select: none; }
+.console .number a { color: inherit; }
 .console .text { min-width: 0; }
 .console .target { box-shadow: inset 3px 0 var(--link); background: var(--back); }
 mark { background: var(--put); color: var(--back); }
@@ -11302,13 +11323,19 @@ label.field.tall { align-items: start; }
 kbd { font: var(--code); border: 1px solid var(--line); border-radius: .25rem; padding: 0 .375rem; }
 #toast { position: fixed; right: 1rem; bottom: 1rem; max-width: min(32rem, 92vw); z-index: 9; }
 #toast p { padding: .5rem var(--gap); border-radius: .375rem; background: var(--text); color: var(--back); }
-.hidden-text { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 
-@media (min-width: 90rem) { .columns { grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); } }
-@media (min-width: 150rem) { .task { grid-template-columns: 9rem 24rem 10rem 7rem 16rem minmax(0, 1fr); } }
+@media (min-width: 70rem) { .columns.low { grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); } }
+@media (min-width: 120rem) {
+  .columns { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
+  .task { grid-template-columns: 9rem 24rem 10rem 7rem 16rem minmax(0, 1fr); }
+}
 @media (max-width: 48rem) {
   :root { --row: 4.5rem; --gap: .75rem; }
   .head { display: none; }
+  header nav { order: 9; width: 100%; justify-content: space-between; }
+  main { gap: .75rem; }
+  [type="search"] { width: 100%; }
+  [role="group"].bar { flex-wrap: nowrap; overflow-x: auto; gap: .5rem; padding: 3px; scrollbar-width: none; }
   .task { grid-template-columns: 8.5rem minmax(0, 1fr) auto; align-content: center; }
   .task .id { grid-column: 1 / 3; grid-row: 1; }
   .task .result { grid-column: 1; grid-row: 2; }
@@ -11320,7 +11347,11 @@ kbd { font: var(--code); border: 1px solid var(--line); border-radius: .25rem; p
   .step .lane { grid-column: 1 / 4; grid-row: 2; }
   .step .why { display: none; }
   .file { grid-template-columns: minmax(0, 1fr) auto; align-content: center; }
-  .stats { grid-template-columns: repeat(3, 1fr); }
+  .stats { grid-template-columns: repeat(3, auto); }
+  .stats > div { padding: .25rem var(--gap); }
+  .stats > .pool { grid-column: 1 / 4; grid-row: 2; display: flex; gap: var(--gap); align-items: center; }
+  .stats .pool dd, .stats .pool p { display: flex; gap: .5rem; flex-wrap: nowrap; align-items: center; }
+  .stats .version { display: none; }
   .stats dd { font-size: 1rem; }
   .console .number { width: 3.5rem; padding-right: .5rem; }
   label.field { grid-template-columns: minmax(0, 1fr); }
@@ -11354,7 +11385,7 @@ DASHBOARD_PAGE = r"""<!DOCTYPE html>
 <main id="main" tabindex="-1"></main>
 <dialog id="dialog" aria-labelledby="dialog-title"></dialog>
 <div id="toast" role="status"></div>
-<noscript><p class="pad">This page needs JavaScript; <code>remote_executor.py</code> has commands for the same.</p></noscript>
+<noscript><p class="pad">This page needs JavaScript.</p></noscript>
 <script>{script}</script>
 </body>
 </html>
@@ -11436,7 +11467,8 @@ const count = (number, word) => `${number.toLocaleString("en")} ${word}${number 
 function formatAge(moment) {
   const seconds = Math.round((Date.now() - Date.parse(moment)) / 1000);
   if (Math.abs(seconds) < 5) return "just now";
-  const [size, word] = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([unit]) => Math.abs(seconds) >= unit);
+  const [size, word] = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([unit, word]) =>
+    Math.abs(seconds) >= (word === "d" ? 2 * unit : unit));
   const text = `${Math.floor(Math.abs(seconds) / size)} ${word}`;
   return seconds < 0 ? "in " + text : text + " ago";
 }
@@ -11446,8 +11478,8 @@ function exactMoment(moment) {
 }
 
 function createTime(moment) {
-  if (!moment) return createElement("span", { class: "soft" }, "–");
-  return createElement("time", { datetime: moment, title: exactMoment(moment) }, formatAge(moment));
+  if (!moment) return h("span.soft", "–");
+  return h("time", { datetime: moment, title: exactMoment(moment) }, formatAge(moment));
 }
 
 // How long it has run; it counts on while it runs.
@@ -11457,16 +11489,16 @@ function secondsOf(row) {
 }
 
 function createLength(row) {
-  if (!row.started_at) return createElement("span", { class: "soft length" }, "–");
-  const element = createElement("span", { class: "length" }, formatSeconds(secondsOf(row)));
+  if (!row.started_at) return h("span.soft.length", "–");
+  const element = h("span.length", formatSeconds(secondsOf(row)));
   if (row.result === "running") { element.classList.add("ticks"); element.row = row; }
   return element;
 }
 
 function createResult(result) {
   const [sign, word] = RESULTS[result] || ["?", result];
-  return createElement("span", { class: "result " + result },
-    createElement("i", { "aria-hidden": "true" }, sign), " " + word);
+  return h("span", { class: "result " + result },
+    h("i", { "aria-hidden": "true" }, sign), " " + word);
 }
 
 // Why a step did not succeed.
@@ -11482,7 +11514,7 @@ function reasonOf(step) {
 }
 
 function tick() {
-  for (const element of document.querySelectorAll(".ticks")) element.textContent = formatSeconds(secondsOf(element.row));
+  for (const one of document.querySelectorAll(".ticks")) one.textContent = formatSeconds(secondsOf(one.row));
   for (const element of document.querySelectorAll("time")) {
     const text = formatAge(element.dateTime);
     if (text !== element.textContent) element.textContent = text;
@@ -11492,34 +11524,36 @@ function tick() {
 // -- toasts and dialogs
 
 function say(text) {
-  const note = createElement("p", {}, text);
+  const note = h("p", text);
   document.getElementById("toast").append(note);
   setTimeout(() => note.remove(), 6000);
 }
 
 function button(text, action, attributes) {
-  const element = createElement("button", { type: "button", ...attributes }, text);
-  element.addEventListener("click", action);
+  const element = h("button", { type: "button", ...attributes }, text);
+  on(element, "click", action);
   return element;
 }
 
 function field(text, input, isTall) {
-  return createElement("label", { class: "field" + (isTall ? " tall" : "") }, createElement("span", {}, text), input);
+  return h("label", { class: "field" + (isTall ? " tall" : "") }, h("span", text), input);
 }
+
+const leave = () => { location.hash = "#/"; };
 
 // Show a form; the promise is of its values once it is sent, of null when it is left.
 function showDialog(title, parts, accept, isDanger) {
   return new Promise((resolve) => {
-    const form = createElement("form", { method: "dialog" }, createElement("h2", { id: "dialog-title" }, title), ...parts);
-    const submit = createElement("button", { class: isDanger ? "danger" : "main" }, accept);
-    form.append(createElement("p", { class: "bar" }, submit, button("Cancel", () => dialog.close("cancel"))));
+    const form = h("form", { method: "dialog" }, h("h2", { id: "dialog-title" }, title), parts);
+    const submit = h("button", { class: isDanger ? "danger" : "main" }, accept);
+    form.append(h("p.bar", submit, button("Cancel", () => dialog.close("cancel"))));
     let values = null;
-    form.addEventListener("submit", (event) => {
+    on(form, "submit", (event) => {
       event.preventDefault();
       values = Object.fromEntries(new FormData(form));
       dialog.close();
     });
-    dialog.addEventListener("close", () => resolve(values), { once: true });
+    on(dialog, "close", () => resolve(values), { once: true });
     dialog.replaceChildren(form);
     if (!dialog.open) dialog.showModal();
   });
@@ -11529,15 +11563,15 @@ let isAsking = false;
 async function askForToken(wasWrong) {
   if (isAsking) return;
   isAsking = true;
-  const input = createElement("input", { type: "password", name: "token", required: "", autocomplete: "off",
+  const input = h("input", { type: "password", name: "token", required: "", autocomplete: "off",
     spellcheck: "false" });
-  const keep = createElement("input", { type: "checkbox", name: "keep" });
+  const keep = h("input", { type: "checkbox", name: "keep" });
   const text = wasWrong ? "The daemon refused this token." : "The daemon asks for a token.";
   const values = await showDialog(wasWrong ? "Wrong token" : "Token needed", [
-    createElement("p", { class: wasWrong ? "bad" : "" }, text),
-    createElement("p", { class: "soft" }, "It is the file token in the daemon's root (--token_file). " +
+    h("p", { class: wasWrong ? "bad" : "" }, text),
+    h("p.soft", "It is the file token in the daemon's root (--token_file). " +
       "It is kept in this tab alone, and never in an address."),
-    field("Token", input), createElement("label", {}, keep, " keep it in this browser, for later tabs too"),
+    field("Token", input), h("label", keep, " keep it in this browser, for later tabs too"),
   ], "Use it");
   isAsking = false;
   if (!values) return;
@@ -11551,8 +11585,8 @@ async function askForToken(wasWrong) {
 async function act({ question, explanation, accept, isDanger, withReason, run, done }) {
   let values = {};
   if (question) {
-    const parts = [createElement("p", {}, explanation)];
-    if (withReason) parts.push(field("Reason", createElement("input", { name: "reason", maxlength: "1000",
+    const parts = [h("p", explanation)];
+    if (withReason) parts.push(field("Reason", h("input", { name: "reason", maxlength: "1000",
       placeholder: "optional, for those who read it later" })));
     values = await showDialog(question, parts, accept, isDanger);
     if (!values) return;
@@ -11572,10 +11606,10 @@ class RowList {
   // `createRow(index)` makes a row, `key(index)` is a value that changes with what the row shows.
   constructor(scroller, createRow, key, seen = () => {}) {
     Object.assign(this, { scroller, createRow, key, seen, length: 0, rows: new Map(), scheduled: false });
-    this.window = createElement("div", { class: "window", role: "rowgroup" });
-    this.spacer = createElement("div", { class: "spacer", role: "presentation" }, this.window);
+    this.window = h("div.window", { role: "rowgroup" });
+    this.spacer = h("div.spacer", { role: "presentation" }, this.window);
     scroller.append(this.spacer);
-    scroller.addEventListener("scroll", () => this.draw(), { passive: true });
+    on(scroller, "scroll", () => this.draw(), { passive: true });
     this.observer = new ResizeObserver(() => this.draw());
     this.observer.observe(scroller);
   }
@@ -11594,7 +11628,7 @@ class RowList {
     const scale = total > MAX_HEIGHT ? (total - clientHeight) / (MAX_HEIGHT - clientHeight) : 1;
     this.first = Math.max(0, Math.floor(scrollTop * scale / height) - 5);
     const last = Math.min(this.length, this.first + Math.ceil(clientHeight / height) + 10);
-    this.window.style.top = (scale === 1 ? this.first * height : scrollTop - (scrollTop * scale - this.first * height)) + "px";
+    this.window.style.top = scrollTop - scrollTop * scale + this.first * height + "px";
     const focused = this.window.contains(document.activeElement) ? document.activeElement : null;
     const focusedRow = focused && focused.closest(".row");
     const rows = new Map();
@@ -11639,15 +11673,15 @@ class RowList {
 }
 
 function createTable(label, className, titles) {
-  const head = createElement("div", { class: `row head ${className}`, role: "row" },
-    ...titles.map((title) => createElement("span", { role: "columnheader" }, title)));
-  const scroller = createElement("div", { class: "scroller", role: "presentation" });
-  const table = createElement("div", { class: "panel list", role: "table", "aria-label": label },
-    createElement("div", { role: "rowgroup" }, head), scroller);
+  const head = h("div", { class: `row head ${className}`, role: "row" },
+    ...titles.map((title) => h("span", { role: "columnheader" }, title)));
+  const scroller = h("div.scroller", { role: "presentation" });
+  const table = h("div.panel.list", { role: "table", "aria-label": label },
+    h("div", { role: "rowgroup" }, head), scroller);
   return { table, scroller };
 }
 
-const cell = (className, ...children) => createElement("span", { role: "cell", class: className }, ...children);
+const cell = (className, ...children) => h("span", { role: "cell", class: className }, children);
 
 // -- events of the daemon
 
@@ -11711,7 +11745,7 @@ function insertTask(task) {
 const stream = {
   controller: null, lastId: "", delayMs: 500,
   show(text, className) {
-    connection.replaceChildren(createElement("span", { class: "dot " + className }), text);
+    connection.replaceChildren(h("span", { class: "dot " + className }), text);
   },
   async run() {
     for (;;) {
@@ -11847,14 +11881,14 @@ _DASHBOARD_OVERVIEW = r"""
 // -- the overview: what runs here, and what has become of the rest
 
 function createOverview() {
-  const stats = createElement("dl", { class: "stats", "aria-label": "This host" });
+  const stats = h("dl.stats", { "aria-label": "This host" });
   const groups = Object.keys(GROUPS).map((group) =>
     button(group[0].toUpperCase() + group.slice(1), () => choose({ group }), { "data-group": group }));
-  const search = createElement("input", { type: "search", placeholder: "id, or a pattern such as web-*",
+  const search = h("input", { type: "search", placeholder: "id, or a pattern: web-*",
     "aria-label": "Filter by id", spellcheck: "false", title: "Filter by id (/)" });
-  const shown = createElement("span", { class: "push soft small", "aria-live": "polite" });
+  const shown = h("span.push.soft.small", { "aria-live": "polite" });
   const { table, scroller } = createTable("Tasks", "task", ["Result", "Task", "Begun", "Took", "Steps", "Why"]);
-  const empty = createElement("p", { class: "empty" });
+  const empty = h("p.empty");
   table.append(empty);
   let timer = 0;
   let isLoading = false;
@@ -11869,8 +11903,8 @@ function createOverview() {
   const createRow = (index) => {
     const task = state.tasks[index];
     const detail = state.details.get(task.id);
-    const link = createElement("a", { class: "name", href: "#" + task.id, title: task.id }, task.id);
-    const row = createElement("div", { class: "row task", role: "row", "data-id": task.id },
+    const link = h("a.name", { href: "#" + task.id, title: task.id }, task.id);
+    const row = h("div.row.task", { role: "row", "data-id": task.id },
       createResult(task.result), cell("id", link), cell("begun above", createTime(task.started_at || task.accepted_at)),
       cell("length", createLength(task)), cell("steps plain", createStrip(task, detail)),
       cell("why", whyOf(task, detail)));
@@ -11895,16 +11929,16 @@ function createOverview() {
     update();
   }
   search.value = state.filter.id;
-  search.addEventListener("input", () => {
+  on(search, "input", () => {
     clearTimeout(timer);
     timer = setTimeout(() => choose({ id: search.value.trim() }), 200);
   });
-  search.addEventListener("keydown", (event) => {
+  on(search, "keydown", (event) => {
     if (event.key === "Escape") { search.value = ""; choose({ id: "" }); search.blur(); }
     if (event.key === "Enter") list.focus(0);
   });
-  const filters = createElement("div", { class: "bar", role: "search", "aria-label": "Tasks" }, search,
-    createElement("span", { class: "bar", role: "group", "aria-label": "Result" }, ...groups), shown);
+  const filters = h("div.bar", { role: "search", "aria-label": "Tasks" }, search,
+    h("span.bar", { role: "group", "aria-label": "Result" }, groups), shown);
   return {
     isFilled: true,
     elements: [stats, filters, table],
@@ -11957,9 +11991,9 @@ function createStrip(task, detail) {
   let results = detail && detail.steps.length ? detail.steps.map((step) => step.result) : [task.result];
   if (task.result === "succeeded") results = Array(Math.min(task.count, 40)).fill("succeeded");
   const shown = results.length > 40 ? Array.from({ length: 40 }, (_, index) => worst(results, index)) : results;
-  const marks = shown.map((result) => createElement("i", { class: result }));
-  return createElement("span", { class: "strip", role: "img", title: count(task.count, "step"),
-    "aria-label": countResults(results, task.count) }, ...marks);
+  const marks = shown.map((result) => h("i", { class: result }));
+  return h("span.strip", { role: "img", title: count(task.count, "step"),
+    "aria-label": countResults(results, task.count) }, marks);
 }
 
 // Of many steps, each fortieth part shows its worst result.
@@ -11983,6 +12017,7 @@ function whyOf(task, detail) {
   }
   const failed = steps.find((step) => BAD.includes(step.result)) || steps.find((step) => step.result === "stopped");
   if (failed) return `${failed.name}: ${reasonOf(failed)}`;
+  if (task.result === "paused") return "held until it is resumed";
   if (task.result === "waiting") return task.msg;
   return task.result === "succeeded" ? "" : task.msg.replace(/^execution failed: /, "");
 }
@@ -11991,19 +12026,20 @@ function showStats(list) {
   if (!state.daemon) return;
   const { pool, daemon } = state;
   const { disk_free_bytes: free, disk_total_bytes: whole } = daemon.root;
-  const used = createElement("meter", { min: 0, max: pool.size, value: pool.running, "aria-label": "Pool in use" });
+  const used = h("meter", { min: 0, max: pool.size, value: pool.running, "aria-label": "Pool in use" });
   const text = JSON.stringify([pool, free, state.version]);
   if (list.dataset.text === text) return;
   list.dataset.text = text;
-  const entry = (title, ...value) => createElement("div", {}, createElement("dt", {}, title), createElement("dd", {}, ...value));
-  const poolState = pool.paused ? ["‖ paused", createElement("small", {}, pool.reason ? " " + pool.reason : "")] : ["open"];
+  const entry = (title, ...value) => h("div", { class: title.toLowerCase() },
+    h("dt", title), h("dd", value));
+  const poolState = pool.paused ? ["‖ paused", h("small", pool.reason ? " " + pool.reason : "")] : ["open"];
   list.replaceChildren(
-    entry("Steps running", `${pool.running} `, createElement("small", {}, `of ${pool.size}`), used),
+    entry("Steps running", `${pool.running} `, h("small", `of ${pool.size}`), used),
     entry("Steps waiting", String(pool.waiting)),
-    entry("Pool", createElement("span", { class: pool.paused ? "mark paused" : "" }, ...poolState),
-      createElement("p", { class: "bar small" }, button("Size", setPoolSize), button(pool.paused ? "Resume" : "Pause", pausePool))),
-    entry("Disk free", formatBytes(free), createElement("small", {}, ` of ${formatBytes(whole)}`)),
-    entry("Version", state.version, createElement("small", {}, ` ${daemon.host.system}`)),
+    entry("Pool", h("span", { class: pool.paused ? "mark paused" : "" }, poolState),
+      h("p.bar.small", button("Size", setPoolSize), button(pool.paused ? "Resume" : "Pause", pausePool))),
+    entry("Disk free", formatBytes(free), h("small", ` of ${formatBytes(whole)}`)),
+    entry("Version", state.version, h("small", ` ${daemon.host.system}`)),
   );
 }
 
@@ -12016,17 +12052,19 @@ function setPool(settings) {
 }
 
 async function setPoolSize() {
-  const input = createElement("input", { name: "size", type: "number", min: 1, max: 10000, required: "",
+  const input = h("input", { name: "size", type: "number", min: 1, max: 10000, required: "",
     value: state.pool.size });
   const values = await showDialog("Size of the pool", [
-    createElement("p", {}, "So many steps run at once. What runs goes on."), field("Steps", input)], "Set it");
-  if (values) act({ run: () => setPool({ size: Number(values.size) }), done: (pool) => `the pool has ${pool.size} slots` });
+    h("p", "So many steps run at once. What runs goes on."), field("Steps", input)], "Set it");
+  if (!values) return;
+  act({ run: () => setPool({ size: Number(values.size) }), done: (pool) => `the pool has ${pool.size} slots` });
 }
 
 function pausePool() {
-  if (state.pool.paused) { act({ run: () => setPool({ paused: false, reason: "" }), done: () => "the pool goes on" }); return; }
-  act({ question: "Pause the pool?", explanation: "No further step of any task starts; what runs goes on.",
-    accept: "Pause", withReason: true, run: ({ reason }) => setPool({ paused: true, reason }), done: () => "the pool is paused" });
+  if (state.pool.paused) act({ run: () => setPool({ paused: false, reason: "" }), done: () => "the pool goes on" });
+  else act({ question: "Pause the pool?", explanation: "No further step of any task starts; what runs goes on.",
+    accept: "Pause", withReason: true, run: ({ reason }) => setPool({ paused: true, reason }),
+    done: () => "the pool is paused" });
 }
 
 // -- what can be done to a task
@@ -12037,7 +12075,8 @@ function stopTask(task) {
   if (!UNFINISHED.includes(task.result)) { say(`${task.id} has ended`); return; }
   act({ question: `Stop ${task.id}?`, accept: "Stop it", isDanger: true, withReason: true,
     explanation: "Its running steps are killed with all their processes, the others never start.",
-    run: ({ reason }) => put(taskPath(task.id), { action: "stop", reason }), done: () => `${task.id} is being stopped` });
+    run: ({ reason }) => put(taskPath(task.id), { action: "stop", reason }),
+    done: () => `${task.id} is being stopped` });
 }
 
 function stopStep(task, step) {
@@ -12066,7 +12105,7 @@ function deleteTask(task) {
   act({ question: `Delete ${task.id}?`, accept: "Delete it", isDanger: true,
     explanation: "Its record goes, with its output and all files of its workspace. This cannot be undone.",
     run: () => ask(taskPath(task.id), { method: "DELETE" }),
-    done: () => { location.hash = "#/"; return `${task.id} is deleted`; } });
+    done: () => { leave(); return `${task.id} is deleted`; } });
 }
 """
 
@@ -12081,15 +12120,15 @@ _DASHBOARD_TASK = r"""
 const MAX_GRAPH = 200;  // of more steps a graph tells nothing that the table does not
 
 function createTask(id) {
-  const heading = createElement("div", { class: "bar" });
-  const facts = createElement("p", { class: "soft" });
-  const graph = createElement("section", { class: "panel graph", "aria-label": "Graph of the steps" });
+  const heading = h("div.bar");
+  const facts = h("p.soft");
+  const graph = h("section.panel.graph", { "aria-label": "Graph of the steps" });
   const { table, scroller } = createTable("Steps", "step", ["Result", "Step", "", "Took", "Why"]);
   const axis = table.querySelector("[role=columnheader]:nth-child(3)");
   axis.classList.add("axis");
-  const submitted = createElement("section", { class: "panel", "aria-label": "What was submitted" });
-  const files = createElement("section", { class: "panel", "aria-label": "Files" });
-  const missing = createElement("p", { class: "empty", hidden: "" });
+  const submitted = h("section.panel", { "aria-label": "What was submitted" });
+  const files = h("section.panel", { "aria-label": "Files" });
+  const missing = h("p.empty", { hidden: "" });
   table.style.height = "24rem";
   let detail = null;
   let drawn = "";
@@ -12103,8 +12142,8 @@ function createTask(id) {
   });
   function createRow(index) {
     const step = detail.steps[index];
-    const link = createElement("a", { class: "name", href: `#${id}/${step.step}`, title: step.name }, step.name);
-    const row = createElement("div", { class: "row step", role: "row", "data-id": step.step }, createResult(step.result),
+    const link = h("a.name", { href: `#${id}/${step.step}`, title: step.name }, step.name);
+    const row = h("div.row.step", { role: "row", "data-id": step.step }, createResult(step.result),
       cell("id", link), cell("lane plain", createBar(step)), cell("length", createLength(step)),
       cell("why", (step.attempt > 1 ? `attempt ${step.attempt} ` : "") + reasonOf(step)));
     row.firstChild.setAttribute("role", "cell");
@@ -12113,7 +12152,7 @@ function createTask(id) {
   function createBar(step) {
     if (!step.started_at) return "";
     const [begin, end] = span;
-    const bar = createElement("i", { class: step.result, title: exactMoment(step.started_at) });
+    const bar = h("i", { class: step.result, title: exactMoment(step.started_at) });
     const started = Date.parse(step.started_at);
     bar.style.left = 100 * (started - begin) / (end - begin) + "%";
     bar.style.width = 100 * Math.min(secondsOf(step) * 1000, end - started) / (end - begin) + "%";
@@ -12128,7 +12167,7 @@ function createTask(id) {
     if (begun.some((step) => step.result === "running")) end = begin + niceLength(end - begin);
     span = begun.length ? [begin, end] : [0, 1];
     const middle = begun.length ? formatSeconds((end - begin) / 1000) : "";
-    axis.replaceChildren(createElement("span", {}, begun.length ? "0" : ""), createElement("span", {}, middle));
+    axis.replaceChildren(h("span", begun.length ? "0" : ""), h("span", middle));
   }
   function showHeading() {
     const { task } = detail;
@@ -12143,9 +12182,9 @@ function createTask(id) {
           ...(state.features.has("rerun") && task.result !== "succeeded"
             ? [button("Run failed again", () => rerunTask(detail.task, "failed"))] : []),
           button("Delete", () => deleteTask(detail.task), { class: "danger" })];
-      heading.replaceChildren(createElement("h2", {}, task.id), createResult(task.result),
-        createElement("span", { class: "bar push" }, ...acts,
-          createElement("a", { class: "button", href: "#/new/" + id }, "Use as a template")));
+      heading.replaceChildren(h("h2", task.id), createResult(task.result),
+        h("span.bar.push", ...acts,
+          h("a.button", { href: "#/new/" + id }, "Use as a template")));
     }
     const parts = [count(task.count, "step"), " · "];
     if (task.started_at) parts.push("took ", createLength(task), " · ");
@@ -12153,7 +12192,7 @@ function createTask(id) {
     if (task.submitted_by) parts.push(` from ${task.submitted_by}`);
     if (task.stopped_by) parts.push(` · stopped by ${task.stopped_by}`);
     if (task.stop_reason) parts.push(`: ${task.stop_reason}`);
-    if (task.parent) parts.push(" · again, after ", createElement("a", { href: "#" + task.parent }, task.parent));
+    if (task.parent) parts.push(" · again, after ", h("a", { href: "#" + task.parent }, task.parent));
     if (task.expires_at) parts.push(" · kept for ", formatAge(task.expires_at).replace("in ", ""));
     facts.replaceChildren(...parts);
   }
@@ -12172,10 +12211,11 @@ function createTask(id) {
     try {
       const { data } = await ask(taskPath(id, "submission"));
       showSubmission(submitted, id, data);
-    } catch (error) { submitted.replaceChildren(createElement("p", { class: "pad soft" }, error.message)); }
+    } catch (error) { submitted.replaceChildren(h("p.pad.soft", error.message)); }
   }
   return {
-    elements: [missing, heading, facts, graph, table, createElement("div", { class: "columns" }, submitted, files)],
+    elements: [missing, heading, facts, h("div.columns", graph, table),
+      h("div.columns.low", submitted, files)],
     title: () => detail ? `${RESULTS[detail.task.result].join(" ")} ${id}` : id,
     async load() {
       try {
@@ -12203,7 +12243,7 @@ function createTask(id) {
       table.style.minHeight = "0";
       list.setLength(detail.steps.length);
     },
-    expired(other) { if (other === id) { location.hash = "#/"; say(`${id} is gone`); } },
+    expired(other) { if (other === id) { leave(); say(`${id} is gone`); } },
     keys: {
       j: () => list.move(1), ArrowDown: () => list.move(1), k: () => list.move(-1), ArrowUp: () => list.move(-1),
       s: () => {
@@ -12211,7 +12251,7 @@ function createTask(id) {
         if (row) stopStep(detail.task, detail.steps[row.index]);
         else stopTask(detail.task);
       },
-      r: () => rerunTask(detail.task), u: () => { location.hash = "#/"; },
+      r: () => rerunTask(detail.task), u: leave,
     },
     close: () => list.close(),
   };
@@ -12226,7 +12266,7 @@ function niceLength(milliseconds) {
 
 function dependencies(steps) {
   const byName = new Map(steps.map((step, index) => [step.name, index]));
-  return steps.map((step) => (step.depets_on || []).map((name) => byName.get(name)).filter((index) => index !== undefined));
+  return steps.map((step) => (step.depets_on || []).filter((name) => byName.has(name)).map((name) => byName.get(name)));
 }
 
 // The steps that the end waited for: from the one that ended last, each time the dependency that ended last.
@@ -12266,16 +12306,15 @@ function layOut(before) {
   });
   const layers = [];
   nodes.forEach((node, index) => (layers[node.rank] = layers[node.rank] || []).push(index));
-  const settle = () => { for (const layer of layers) layer.forEach((index, place) => { nodes[index].place = place; }); };
-  settle();
+  const settle = (layer) => layer.forEach((index, place) => { nodes[index].place = place; });
+  layers.forEach(settle);
   const mean = (list, name) => list.reduce((sum, index) => sum + nodes[index][name], 0) / list.length;
   for (let sweep = 0; sweep < 12; sweep++) {
     const side = sweep % 2 ? "after" : "before";
     for (const layer of sweep % 2 ? [...layers].reverse() : layers) {
       const wish = new Map(layer.map((index) =>
         [index, nodes[index][side].length ? mean(nodes[index][side], "place") : nodes[index].place]));
-      layer.sort((one, other) => wish.get(one) - wish.get(other));
-      layer.forEach((index, place) => { nodes[index].place = place; });
+      settle(layer.sort((one, other) => wish.get(one) - wish.get(other)));
     }
   }
   placeLayers(nodes, layers, mean);
@@ -12286,7 +12325,7 @@ function layOut(before) {
 function placeLayers(nodes, layers, mean) {
   const room = (one, other) => nodes[one].isStep || nodes[other].isStep ? 1 : 0.5;
   for (const layer of layers) layer.forEach((index, place) => { nodes[index].y = place - (layer.length - 1) / 2; });
-  for (let sweep = 0; sweep < 8; sweep++)
+  for (let sweep = 0; sweep < 30; sweep++)
     for (const layer of sweep % 2 ? [...layers].reverse() : layers) {
       const wishes = layer.map((index) => {
         const near = [...nodes[index].before, ...nodes[index].after];
@@ -12339,20 +12378,21 @@ function drawGraph(panel, id, steps) {
     createSvg("title", {})));
   const svg = createSvg("svg", { role: "group", "aria-label": `${steps.length} steps`, tabindex: "0" },
     createSvg("g", {}, ...curves, ...boxes));
-  const steer = addSteering(panel, svg, {
+  const box = {
     left: -16, top: Math.min(...steps.map((_, index) => middle(index))) - STEP_HEIGHT,
     right: Math.max(...steps.map((_, index) => left(index))) + STEP_WIDTH + 16,
     bottom: Math.max(...steps.map((_, index) => middle(index))) + STEP_HEIGHT,
-  });
-  panel.replaceChildren(svg, steer);
+  };
+  panel.style.height = box.bottom - box.top + 90 + "px";
+  panel.replaceChildren(svg, addSteering(svg, box));
   return {
     colour(rows, critical) {
       rows.forEach((step, index) => {
         const [sign, word] = RESULTS[step.result];
         boxes[index].setAttribute("class", "node " + step.result);
         boxes[index].querySelector(".mark").textContent = sign;
-        boxes[index].querySelector("title").textContent =
-          [step.name, word, reasonOf(step), step.started_at ? formatSeconds(step.seconds) : ""].filter(Boolean).join(", ");
+        const words = [step.name, word, reasonOf(step), step.ended_at && formatSeconds(step.seconds)];
+        boxes[index].querySelector("title").textContent = words.filter(Boolean).join(", ");
       });
       edges.forEach(({ from, to }, index) =>
         curves[index].classList.toggle("critical", critical.has(from) && critical.has(to)));
@@ -12361,7 +12401,7 @@ function drawGraph(panel, id, steps) {
 }
 
 // Pan by pointer and arrow keys, zoom by pinch, Ctrl with the wheel, + and -, and all of it by 0.
-function addSteering(panel, svg, box) {
+function addSteering(svg, box) {
   const view = { x: 0, y: 0, scale: 1 };
   const pointers = new Map();
   let hasMoved = false;
@@ -12369,10 +12409,10 @@ function addSteering(panel, svg, box) {
     const { width, height } = svg.getBoundingClientRect();
     svg.setAttribute("viewBox", [view.x, view.y, (width || 1) / view.scale, (height || 1) / view.scale].join(" "));
   };
-  const fit = () => {
+  const fit = (least) => {
     const { width, height } = svg.getBoundingClientRect();
     const needed = Math.min(width / (box.right - box.left), height / (box.bottom - box.top));
-    view.scale = Math.max(0.1, Math.min(1.1, needed));
+    view.scale = Math.max(least, Math.min(1.1, needed));
     view.x = box.left - Math.max(0, width / view.scale - (box.right - box.left)) / 2;
     view.y = (box.top + box.bottom - height / view.scale) / 2;
     apply();
@@ -12388,13 +12428,13 @@ function addSteering(panel, svg, box) {
     apply();
   };
   const pan = (x, y) => { view.x += x / view.scale; view.y += y / view.scale; apply(); };
-  svg.addEventListener("wheel", (event) => {
+  on(svg, "wheel", (event) => {
     if (!event.ctrlKey && !event.metaKey) return;
     event.preventDefault();
     zoom(Math.exp(-event.deltaY / 200), event.clientX, event.clientY);
   }, { passive: false });
-  svg.addEventListener("pointerdown", (event) => { pointers.set(event.pointerId, event); hasMoved = false; });
-  svg.addEventListener("pointermove", (event) => {
+  on(svg, "pointerdown", (event) => { pointers.set(event.pointerId, event); hasMoved = false; });
+  on(svg, "pointermove", (event) => {
     const last = pointers.get(event.pointerId);
     if (!last) return;
     const others = [...pointers.values()].filter((other) => other.pointerId !== event.pointerId);
@@ -12408,27 +12448,27 @@ function addSteering(panel, svg, box) {
     pointers.set(event.pointerId, event);
   });
   for (const name of ["pointerup", "pointercancel"])
-    svg.addEventListener(name, (event) => pointers.delete(event.pointerId));
-  svg.addEventListener("click", (event) => { if (hasMoved) event.preventDefault(); }, true);
-  svg.addEventListener("dragstart", (event) => event.preventDefault());
+    on(svg, name, (event) => pointers.delete(event.pointerId));
+  on(svg, "click", (event) => { if (hasMoved) event.preventDefault(); }, true);
+  on(svg, "dragstart", (event) => event.preventDefault());
   const keys = { ArrowLeft: [-60, 0], ArrowRight: [60, 0], ArrowUp: [0, -60], ArrowDown: [0, 60] };
-  svg.addEventListener("keydown", (event) => {
+  on(svg, "keydown", (event) => {
     if (keys[event.key]) pan(...keys[event.key]);
     else if (event.key === "+" || event.key === "=") zoom(1.25);
     else if (event.key === "-") zoom(0.8);
-    else if (event.key === "0") fit();
+    else if (event.key === "0") fit(0.1);
     else return;
     event.preventDefault();
     event.stopPropagation();
   });
-  new ResizeObserver(fit).observe(svg);
-  return createElement("p", { class: "bar" }, button("+", () => zoom(1.25), { "aria-label": "Zoom in" }),
-    button("−", () => zoom(0.8), { "aria-label": "Zoom out" }), button("Fit", fit));
+  new ResizeObserver(() => fit(0.7)).observe(svg);  // so that labels can be read
+  return h("p.bar", button("+", () => zoom(1.25), { "aria-label": "Zoom in" }),
+    button("−", () => zoom(0.8), { "aria-label": "Zoom out" }), button("Fit", () => fit(0.1)));
 }
 
 function showSubmission(panel, id, { query, steps }) {
-  const facts = (values) => createElement("dl", { class: "facts pad" }, ...Object.entries(values).flatMap(([name, value]) =>
-    [createElement("dt", {}, name), createElement("dd", { class: "code" }, value)]));
+  const facts = (values) => h("dl.facts.pad", ...Object.entries(values).flatMap(([name, value]) =>
+    [h("dt", name), h("dd.code", value)]));
   const details = steps.slice(0, MAX_GRAPH).map((step, index) => {
     const { command_content: script, name, ...others } = step;
     const values = {};
@@ -12437,63 +12477,63 @@ function showSubmission(panel, id, { query, steps }) {
       const isList = Array.isArray(value) && value.every((item) => typeof item === "string");
       values[key] = isList ? value.join("\n") : typeof value === "string" ? value : JSON.stringify(value);
     }
-    const body = createElement("div", {});
-    const element = createElement("details", {}, createElement("summary", { class: "pad" }, name || `${id}-${index}`, " ",
-      createElement("small", { class: "soft" }, String(step.command_type))), body);
-    element.addEventListener("toggle", () => body.replaceChildren(facts(values), createScript(String(script))), { once: true });
+    const body = h("div");
+    const element = h("details", h("summary", name || `${id}-${index}`, " ",
+      h("small.soft", String(step.command_type))), body);
+    on(element, "toggle", () => body.replaceChildren(facts(values), createScript(String(script))), { once: true });
     if (steps.length === 1) element.open = true;
     return element;
   });
   const given = [...new URLSearchParams(query)].map(([name, value]) => `${name}=${value}`).join("\n");
-  panel.replaceChildren(createElement("h3", {}, "What was submitted"), ...(given ? [facts({ query: given })] : []), ...details);
+  panel.replaceChildren(h("h3", "What was submitted"), ...(given ? [facts({ query: given })] : []), ...details);
   if (steps.length > MAX_GRAPH)
-    panel.append(createElement("p", { class: "pad soft" }, `and ${steps.length - MAX_GRAPH} more: see a step's own page`));
+    panel.append(h("p.pad.soft", `and ${steps.length - MAX_GRAPH} more: see a step's own page`));
 }
 
 function createScript(text) {
   const lines = text.replace(/\n$/, "").split("\n").slice(0, 5000);
-  return createElement("pre", { class: "script", tabindex: "0", "aria-label": "Script" },
-    ...lines.map((line) => createElement("span", {}, line || " ")));
+  return h("pre.script", { tabindex: "0", "aria-label": "Script" },
+    ...lines.map((line) => h("span", line || " ")));
 }
 
 // -- the files of a workspace
 
 async function showFiles(panel, id, path) {
   const address = (...names) => taskPath(id, "workspace", ...[...path.split("/"), ...names].filter(Boolean));
-  const again = () => showFiles(panel, id, path);
+  const again = (text) => { showFiles(panel, id, path); return text; };
   let entries = [];
   let problem = "";
   try { entries = (await ask(address())).data; }
   catch (error) { problem = error.status === 404 ? "" : error.message; }
-  const input = createElement("input", { type: "file", multiple: "", hidden: "" });
-  input.addEventListener("change", () => {
+  const input = h("input", { type: "file", multiple: "", hidden: "" });
+  on(input, "change", () => {
     for (const file of input.files)
-      act({ run: () => ask(address(file.name), { method: "PUT", body: file }), done: () => { again(); return `${file.name} is stored`; } });
+      act({ run: () => ask(address(file.name), { method: "PUT", body: file }),
+        done: () => again(`${file.name} is stored`) });
   });
   const remove = (name) => act({ question: `Delete ${name}?`, accept: "Delete it", isDanger: true,
     explanation: "It goes from the workspace, with all that is in it.",
-    run: () => ask(address(name) + "?recursive=true", { method: "DELETE" }), done: () => { again(); return `${name} is deleted`; } });
+    run: () => ask(address(name) + "?recursive=true", { method: "DELETE" }), done: () => again(`${name} is deleted`) });
   const rows = entries.slice(0, 1000).map((entry) => {
     const deeper = [path, entry.name].filter(Boolean).join("/");
-    const open = entry.type === "directory" ? () => showFiles(panel, id, deeper) : () => download(address(entry.name), entry.name);
-    const opener = ["file", "directory"].includes(entry.type)
-      ? button(entry.name + (entry.type === "directory" ? "/" : ""), open, { title: entry.type === "file" ? "Download" : "Open" })
-      : `${entry.name} (${entry.type})`;
-    return createElement("li", { class: "row file" }, createElement("span", { class: "plain" }, opener),
-      createElement("span", {}, entry.bytes === undefined ? "" : formatBytes(entry.bytes)), createTime(entry.modified_at),
+    let opener = `${entry.name} (${entry.type})`;
+    if (entry.type === "file") opener = button(entry.name, () => download(address(entry.name), entry.name));
+    if (entry.type === "directory") opener = button(entry.name + "/", () => showFiles(panel, id, deeper));
+    return h("li.row.file", h("span.plain", opener),
+      h("span", entry.bytes === undefined ? "" : formatBytes(entry.bytes)), createTime(entry.modified_at),
       button("Delete", () => remove(entry.name), { class: "danger", "aria-label": `Delete ${entry.name}` }));
   });
   const up = path ? [button("Up", () => showFiles(panel, id, path.split("/").slice(0, -1).join("/")))] : [];
-  const title = createElement("h3", { class: "bar" }, "Files", createElement("small", { class: "soft code" }, path),
-    createElement("span", { class: "bar push" }, ...up, button("Again", again), button("Upload", () => input.click()), input));
-  const body = rows.length ? createElement("ul", {}, ...rows)
-    : createElement("p", { class: "pad soft" }, problem || "The workspace is empty.");
+  const title = h("h3.bar", "Files", h("small.soft.code", path),
+    h("span.bar.push", ...up, button("Again", () => again()), button("Upload", () => input.click()), input));
+  const body = rows.length ? h("ul", rows)
+    : h("p.pad.soft", problem || "The workspace is empty.");
   panel.replaceChildren(title, body);
 }
 
 // With a token the bytes come by a request of this page, for an address never has one.
 async function download(path, name) {
-  const link = createElement("a", { href: path, download: name });
+  const link = h("a", { href: path, download: name });
   if (storedToken()) {
     try { link.href = URL.createObjectURL(await (await send(path)).blob()); }
     catch (error) { say(error.message); return; }
@@ -12511,6 +12551,7 @@ const MAX_UNASKED_BYTES = 64000000;  // of more the page reads the end alone, un
 const TAIL_BYTES = 4000000;
 const KEPT_BLOCKS = 16;
 const KEPT_TAIL_BYTES = 1000000;
+const MAX_FOUND = 100000;
 
 // Cuts bytes into rows as they come. `onRow(end, endsLine)` is told the offset behind each row.
 class RowSplitter {
@@ -12649,7 +12690,8 @@ class Output {
     let [low, high] = [0, this.blocks.length - 1];
     while (low < high) {
       const middle = Math.ceil((low + high) / 2);
-      if (this.blocks[middle].line < line || (this.blocks[middle].line === line && !this.blocks[middle].continues)) low = middle;
+      const { line: begin, continues } = this.blocks[middle];
+      if (begin < line || (begin === line && !continues)) low = middle;
       else high = middle - 1;
     }
     const rows = this.block(low);
@@ -12674,11 +12716,12 @@ async function findLines(output, text, signal, progress) {
     const lines = (rest + (done ? "" : decoder.decode(value, { stream: true }))).split("\n");
     rest = lines.pop();
     if (done) lines.push(rest);
-    for (const one of lines) {
-      if (found.length < 100000 && one.toLowerCase().includes(wanted)) found.push(line);
-      line++;
-    }
-    if (rest.length > 4000000) rest = rest.slice(-wanted.length);
+    const look = (one) => {
+      if (found.length >= MAX_FOUND || found[found.length - 1] === line) return;
+      if (one.toLowerCase().includes(wanted)) found.push(line);
+    };
+    for (const one of lines) { look(one); line++; }
+    if (rest.length > 4000000) { look(rest); rest = rest.slice(-wanted.length); }
     if (done) return found;
     bytes += value.length;
     progress(found.length, bytes / Math.max(1, end - output.offset));
@@ -12686,7 +12729,8 @@ async function findLines(output, text, signal, progress) {
 }
 
 // What a terminal shows of a row: colours, and what a carriage return or a backspace has written over.
-const CONTROLS = /\x1b\[([\d;:?]*)[ -/]*([@-~])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*.?|[\r\b\x07]|[^\x1b\r\b\x07]+/gs;
+const SEQUENCE = /\x1b\[([\d;:?]*)[ -/]*([@-~])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*.?/;
+const CONTROLS = new RegExp(SEQUENCE.source + "|[\\r\\b\\x07]|[^\\x1b\\r\\b\\x07]+", "gs");
 const MAX_COLUMNS = 20000;
 
 function terminalCells(text) {
@@ -12741,7 +12785,7 @@ function paletteColour(number) {
 }
 
 function styledSpan(text, style) {
-  const span = createElement("span", {}, text);
+  const span = h("span", text);
   for (const flag of "bdiuvs") if (style[flag]) span.classList.add(flag);
   if (typeof style.fore === "number") span.classList.add("c" + style.fore);
   else if (style.fore) span.style.color = style.fore;
@@ -12775,29 +12819,29 @@ function markMatches(element, text) {
     for (let at; (at = node.data.toLowerCase().indexOf(text.toLowerCase())) >= 0;) {
       const match = node.splitText(at);
       node = match.splitText(Math.min(text.length, match.length));
-      const mark = createElement("mark", {});
+      const mark = h("mark");
       match.replaceWith(mark);
       mark.append(match);
     }
 }
 
 function createConsole(id, place, line) {
-  const heading = createElement("div", { class: "bar" });
-  const scroller = createElement("div", { class: "console", tabindex: "0", role: "region", "aria-label": "Output" });
-  const search = createElement("input", { type: "search", placeholder: "Find", "aria-label": "Find in the output",
+  const heading = h("div.bar");
+  const scroller = h("div.console", { tabindex: "0", role: "region", "aria-label": "Output" });
+  const search = h("input", { type: "search", placeholder: "Find", "aria-label": "Find in the output",
     title: "Find (/)", spellcheck: "false" });
-  const found = createElement("span", { class: "small soft", role: "status" });
-  const note = createElement("p", { class: "small soft", role: "status" });
-  const streamChoice = createElement("select", { "aria-label": "Stream", hidden: "" },
-    createElement("option", { value: "stdout" }, "stdout"), createElement("option", { value: "stderr" }, "stderr"));
-  const attemptChoice = createElement("select", { "aria-label": "Attempt", hidden: "" });
+  const found = h("span.small.soft", { role: "status" });
+  const note = h("p.small.soft", { role: "status" });
+  const streamChoice = h("select", { "aria-label": "Stream", hidden: "" },
+    h("option", { value: "stdout" }, "stdout"), h("option", { value: "stderr" }, "stderr"));
+  const attemptChoice = h("select", { "aria-label": "Attempt", hidden: "" });
   const wrap = button("Wrap", () => setWrap(!isWrapped), { "aria-pressed": "false", title: "Wrap long lines (w)" });
   const follow = button("Follow", () => setFollow(!isFollowing), { title: "Go to the end and stay there (f)" });
   const all = button("Read from the beginning", () => open(0), { hidden: "" });
-  const bar = createElement("div", { class: "bar", role: "toolbar", "aria-label": "Output" }, streamChoice, attemptChoice,
+  const bar = h("div.bar", { role: "toolbar", "aria-label": "Output" }, streamChoice, attemptChoice,
     search, found, button("Previous", () => go(-1), { title: "N" }), button("Next", () => go(1), { title: "n" }), wrap,
     follow, all, button("Save", () => download(path(), `${id}-${place}.txt`), { title: "Download the bytes" }),
-    createElement("span", { class: "push" }, note));
+    h("span.push", note));
   let output = null;
   let list = null;
   let step = null;
@@ -12827,18 +12871,19 @@ function createConsole(id, place, line) {
   const rowHeight = () => parseFloat(getComputedStyle(scroller).lineHeight);
   function keyOf(index) {
     const row = output.row(index);
-    return row ? `${index} ${row.line} ${row.text.length} ${row.line === target} ${text} ${output.path}` : "empty " + index;
+    if (!row) return "empty " + index;
+    return [index, row.line, row.text.length, row.line === target, text, output.path].join(" ");
   }
   function createRow(index) {
     const row = output.row(index);
-    const element = createElement("div", { class: "line" });
+    const element = h("div.line");
     if (!row) return element;
-    const content = createElement("span", { class: "text" }, ...terminalNodes(row.text));
+    const content = h("span.text", ...terminalNodes(row.text));
     if (text) markMatches(content, text);
     const number = row.isFirst && output.offset === 0
-      ? createElement("a", { href: `#${id}/${place}/L${row.line + 1}`, tabindex: "-1" }, String(row.line + 1)) : "";
+      ? h("a", { href: `#${id}/${place}/L${row.line + 1}`, tabindex: "-1" }, String(row.line + 1)) : "";
     if (row.line === target) element.classList.add("target");
-    element.append(createElement("span", { class: "number" }, number), content);
+    element.append(h("span.number", number), content);
     return element;
   }
   function setWrap(value) {
@@ -12852,7 +12897,7 @@ function createConsole(id, place, line) {
     update();
   }
   function toEnd() { scroller.scrollTop = scroller.scrollHeight; }
-  scroller.addEventListener("scroll", () => {
+  on(scroller, "scroll", () => {
     const isAtEnd = scroller.scrollTop + scroller.clientHeight > scroller.scrollHeight - rowHeight() * 1.5;
     if (isAtEnd !== isFollowing && !isJumping) { isFollowing = isAtEnd; showTools(); }
   }, { passive: true });
@@ -12911,22 +12956,22 @@ function createConsole(id, place, line) {
     scroller.scrollTop = Math.max(0, row * rowHeight() - scroller.clientHeight / 3);
     update();
   }
-  search.addEventListener("keydown", (event) => {
+  on(search, "keydown", (event) => {
     if (event.key === "Enter") go(event.shiftKey ? -1 : 1);
     if (event.key === "Escape") { search.value = ""; find(); scroller.focus(); }
   });
-  scroller.addEventListener("wheel", (event) => {
+  on(scroller, "wheel", (event) => {
     const scale = output.length * rowHeight() / MAX_HEIGHT;
     if (scale <= 1 || event.ctrlKey || event.shiftKey) return;
     event.preventDefault();  // else a turn of the wheel would go past some pages
     scroller.scrollTop += event.deltaY / scale;
   }, { passive: false });
-  for (const choice of [streamChoice, attemptChoice]) choice.addEventListener("change", () => open(0));
+  for (const choice of [streamChoice, attemptChoice]) on(choice, "change", () => open(0));
 
   function showTools() {
     follow.setAttribute("aria-pressed", isFollowing);
     const parts = [formatBytes(output.end)];
-    if (output.offset === 0) parts.unshift(count(output.lines + (output.end > output.splitter.rowStart ? 1 : 0), "line"));
+    if (output.offset === 0) parts.unshift(count(output.lines + output.length - output.rows, "line"));
     else parts.unshift(`from byte ${output.offset.toLocaleString("en")} on`);
     if (output.problem) parts.push(output.problem);
     else if (!output.isComplete) parts.push(isLive() ? "live" : "reading");
@@ -12938,17 +12983,17 @@ function createConsole(id, place, line) {
     const words = [step.result, step.msg, step.attempt].join(" ");
     if (heading.dataset.text === words) return;
     heading.dataset.text = words;
-    const stop = isLive() ? [button("Stop", () => stopStep(detail.task, step), { class: "danger", title: "Stop (s)" })] : [];
+    const stop = isLive() ? button("Stop", () => stopStep(detail.task, step), { class: "danger", title: "s" }) : [];
     const neighbour = (index, word) => detail.steps[index]
-      ? [createElement("a", { href: `#${id}/${index}`, title: detail.steps[index].name }, word)] : [];
-    heading.replaceChildren(createElement("h2", {}, createElement("a", { href: "#" + id }, id), " / " + step.name),
-      createResult(step.result), createElement("span", { class: "soft" }, reasonOf(step)), createLength(step),
-      createElement("span", { class: "bar push" }, ...neighbour(step.step - 1, "← before"),
-        ...neighbour(step.step + 1, "next →"), ...stop));
+      ? [h("a", { href: `#${id}/${index}`, title: detail.steps[index].name }, word)] : [];
+    heading.replaceChildren(h("h2", h("a", { href: "#" + id }, id), " / " + step.name),
+      createResult(step.result), h("span.soft", reasonOf(step)), createLength(step),
+      h("span.bar.push", ...neighbour(step.step - 1, "← before"),
+        ...neighbour(step.step + 1, "next →"), stop));
     attemptChoice.hidden = !(step.attempt > 1);
     if (attemptChoice.length !== step.attempt) {
       const options = Array.from({ length: step.attempt }, (_, index) =>
-        createElement("option", { value: index + 1 }, `attempt ${index + 1}`));
+        h("option", { value: index + 1 }, `attempt ${index + 1}`));
       attemptChoice.replaceChildren(...options);
       attemptChoice.value = step.attempt;
       if (output && step.attempt > 1) open(0);
@@ -12961,9 +13006,9 @@ function createConsole(id, place, line) {
     async load() {
       let detail;
       try { detail = await loadDetail(id); }
-      catch (error) { heading.replaceChildren(createElement("p", { class: "empty" }, error.message)); return; }
+      catch (error) { heading.replaceChildren(h("p.empty", error.message)); return; }
       step = detail.steps.find((one) => String(one.step) === place) || detail.steps.find((one) => one.name === place);
-      if (!step) { heading.replaceChildren(createElement("p", { class: "empty" }, `${id} has no step ${place}`)); return; }
+      if (!step) { heading.replaceChildren(h("p.empty", `${id} has no step ${place}`)); return; }
       place = String(step.step);
       if (!output) {
         const isLong = step.output_bytes > MAX_UNASKED_BYTES && !line;
@@ -12986,10 +13031,11 @@ function createConsole(id, place, line) {
       showTools();
     },
     goTo,
-    expired(other) { if (other === id) { location.hash = "#/"; say(`${id} is gone`); } },
+    expired(other) { if (other === id) { leave(); say(`${id} is gone`); } },
     keys: {
       "/": () => search.focus(), n: () => go(1), N: () => go(-1), w: () => setWrap(!isWrapped),
-      f: () => setFollow(!isFollowing), G: () => setFollow(true), g: () => { setFollow(false); scroller.scrollTop = 0; },
+      f: () => setFollow(!isFollowing), G: () => setFollow(true),
+      g: () => { setFollow(false); scroller.scrollTop = 0; },
       j: () => { scroller.scrollTop += rowHeight(); }, k: () => { scroller.scrollTop -= rowHeight(); },
       s: () => { if (step) stopStep({ id }, step); }, u: () => { location.hash = "#" + id; },
     },
@@ -13022,14 +13068,14 @@ const splitWords = (text, separator) => text.split(separator).map((word) => word
 
 function createCard(step, types, remove, changed) {
   const inputs = {
-    name: createElement("input", { value: step.name || "", maxlength: "128", placeholder: "default: task id and index" }),
-    command_type: createElement("select", {}, ...types.map((type) => createElement("option", {}, type))),
-    command_content: createElement("textarea", { rows: "6", spellcheck: "false", "aria-label": "Script", required: "" }),
-    depends_on: createElement("input", { value: (step.depends_on || step.depets_on || []).join(", "),
+    name: h("input", { value: step.name || "", maxlength: "128", placeholder: "default: task id and index" }),
+    command_type: h("select", ...types.map((type) => h("option", type))),
+    command_content: h("textarea", { rows: "6", spellcheck: "false", "aria-label": "Script", required: "" }),
+    depends_on: h("input", { value: (step.depends_on || step.depets_on || []).join(", "),
       placeholder: "names of steps, with commas" }),
-    timeout: createElement("input", { value: step.timeout || "", placeholder: "such as 90s or 1h30m" }),
-    env_vars: createElement("textarea", { rows: "2", spellcheck: "false", placeholder: "KEY=value, one a line" }),
-    others: createElement("textarea", { rows: "2", spellcheck: "false", placeholder: '{"stdin": "…"}' }),
+    timeout: h("input", { value: step.timeout || "", placeholder: "such as 90s or 1h30m" }),
+    env_vars: h("textarea", { rows: "2", spellcheck: "false", placeholder: "KEY=value, one a line" }),
+    others: h("textarea", { rows: "2", spellcheck: "false", placeholder: '{"stdin": "…"}' }),
   };
   const others = { ...step };
   for (const name of [...CARD_FIELDS, "depets_on"]) delete others[name];
@@ -13037,16 +13083,16 @@ function createCard(step, types, remove, changed) {
   inputs.command_content.value = step.command_content || "";
   inputs.env_vars.value = (step.env_vars || []).join("\n");
   inputs.others.value = Object.keys(others).length ? JSON.stringify(others) : "";
-  const problem = createElement("p", { class: "bad small", role: "status" });
-  const title = createElement("h3", { class: "bar" }, createElement("span", {}, "Step"),
+  const problem = h("p.bad.small", { role: "status" });
+  const title = h("h3.bar", h("span", "Step"),
     button("Remove", remove, { class: "push" }));
-  const element = createElement("section", { class: "panel" }, title, createElement("div", { class: "form pad" },
-    createElement("div", { class: "two" }, field("Name", inputs.name), field("Runs by", inputs.command_type)),
+  const element = h("section.panel", title, h("div.form.pad",
+    h("div.two", field("Name", inputs.name), field("Runs by", inputs.command_type)),
     inputs.command_content,
-    createElement("div", { class: "two" }, field("After", inputs.depends_on), field("Timeout", inputs.timeout)),
-    createElement("div", { class: "two" }, field("Environment", inputs.env_vars, true), field("More, as JSON", inputs.others, true)),
+    h("div.two", field("After", inputs.depends_on), field("Timeout", inputs.timeout)),
+    h("div.two", field("Environment", inputs.env_vars, true), field("More, as JSON", inputs.others, true)),
     problem));
-  element.addEventListener("input", changed);
+  on(element, "input", changed);
   return { element, inputs, problem, title: title.firstChild };
 }
 
@@ -13083,17 +13129,17 @@ function cardProblem(card, names) {
 
 function createEditor(from) {
   const inputs = {
-    id: createElement("input", { maxlength: "64", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]{0,63}", spellcheck: "false",
+    id: h("input", { maxlength: "64", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]{0,63}", spellcheck: "false",
       placeholder: "default: a random one" }),
-    timeout: createElement("input", { placeholder: "of the whole task, such as 2h" }),
-    delay: createElement("input", { placeholder: "before its first step, such as 10m" }),
-    env_vars: createElement("textarea", { rows: "2", spellcheck: "false", placeholder: "KEY=value, one a line" }),
-    async: createElement("input", { type: "checkbox" }),
-    paused: createElement("input", { type: "checkbox" }),
+    timeout: h("input", { placeholder: "such as 2h" }),
+    delay: h("input", { placeholder: "such as 10m" }),
+    env_vars: h("textarea", { rows: "2", spellcheck: "false", placeholder: "KEY=value, one a line" }),
+    async: h("input", { type: "checkbox" }),
+    paused: h("input", { type: "checkbox" }),
   };
-  const cards = createElement("div", { class: "form" });
-  const problem = createElement("p", { class: "bad", role: "alert" });
-  const submit = createElement("button", { class: "main" }, "Run it");
+  const cards = h("div.form");
+  const problem = h("p.bad", { role: "alert" });
+  const submit = h("button.main", "Run it");
   let list = [];
   let types = ["sh", "bash", "python", "cmd", "powershell", "pwsh"];
   const check = () => {
@@ -13109,7 +13155,12 @@ function createEditor(from) {
     problem.textContent = "";
   };
   const add = (step) => {
-    const card = createCard(step, types, () => { list = list.filter((other) => other !== card); card.element.remove(); check(); }, check);
+    const remove = () => {
+      list = list.filter((other) => other !== card);
+      card.element.remove();
+      check();
+    };
+    const card = createCard(step, types, remove, check);
     list.push(card);
     cards.append(card.element);
     check();
@@ -13124,20 +13175,23 @@ function createEditor(from) {
     cards.replaceChildren();
     for (const step of steps) add(step);
   };
-  const form = createElement("form", { class: "form" },
-    createElement("div", { class: "bar" }, createElement("h2", {}, "New task"), ...Object.keys(TEMPLATES).map((name) =>
+  const form = h("form.form",
+    h("div.bar", h("h2", "New task"), ...Object.keys(TEMPLATES).map((name) =>
       button(name, () => fill(TEMPLATES[name])))),
-    createElement("section", { class: "panel pad form" },
-      createElement("div", { class: "two" }, field("Id", inputs.id), field("Timeout", inputs.timeout),
+    h("section.panel.pad.form",
+      h("div.two", field("Id", inputs.id), field("Timeout", inputs.timeout),
         field("Wait", inputs.delay), field("Environment", inputs.env_vars, true)),
-      createElement("label", {}, inputs.async, " steps run at once, but for what each is to run after"),
-      createElement("label", {}, inputs.paused, " hold it until it is resumed, so that files can be put into its workspace")),
-    cards, createElement("p", { class: "bar" }, button("Add a step", () => add({ command_type: types[0] })),
-      createElement("span", { class: "push" }), submit), problem);
-  form.addEventListener("submit", async (event) => {
+      h("label", inputs.async, " steps run at once, but for what each is to run after"),
+      h("label", inputs.paused, " hold it until it is resumed, so that files can be put into its workspace")),
+    cards, h("p.bar", button("Add a step", () => add({ command_type: types[0] })),
+      h("span.push"), submit), problem);
+  on(form, "submit", async (event) => {
     event.preventDefault();
     const query = new URLSearchParams();
-    for (const name of ["id", "timeout", "delay"]) if (inputs[name].value.trim()) query.set(name, inputs[name].value.trim());
+    for (const name of ["id", "timeout", "delay"]) {
+      const value = inputs[name].value.trim();
+      if (value) query.set(name, value);
+    }
     for (const variable of splitWords(inputs.env_vars.value, "\n")) query.append("env_vars", variable);
     for (const name of ["async", "paused"]) if (inputs[name].checked) query.set(name, "true");
     submit.disabled = true;
@@ -13163,38 +13217,39 @@ function createEditor(from) {
       fill(submission);
     },
     update() {},
-    keys: { u: () => { location.hash = "#/"; } },
+    keys: { u: leave },
   };
 }
 
 // Metrics as text: a plain link could not send the token.
 function createMetrics() {
-  const text = createElement("pre", { class: "panel pad", tabindex: "0", "aria-label": "Metrics" });
+  const text = h("pre.panel.pad", { tabindex: "0", "aria-label": "Metrics" });
   return {
-    elements: [createElement("div", { class: "bar" }, createElement("h2", {}, "Metrics"), button("Again", () => view.load())), text],
+    elements: [h("div.bar", h("h2", "Metrics"), button("Again", () => view.load())), text],
     title: () => "metrics",
     async load() {
-      try { text.textContent = await (await send("metrics")).text(); } catch (error) { text.textContent = error.message; }
+      text.textContent = await (await send("metrics")).text();
     },
     update() {},
-    keys: { u: () => { location.hash = "#/"; } },
+    keys: { u: leave },
   };
 }
 
 // -- keys and addresses
 
 const KEYS = [["/", "filter, or find in an output"], ["j k", "next, previous"], ["Enter", "open"], ["u", "up"],
-  ["f", "follow an output"], ["g G", "begin, end of an output"], ["n N", "next, previous line found; n elsewhere: new task"],
+  ["f", "follow an output"], ["g G", "begin, end of an output"],
+  ["n N", "next, previous line found; n elsewhere: new task"],
   ["w", "wrap long lines"], ["s", "stop"], ["r", "run again"], ["?", "this"]];
 
 function showKeys() {
   const rows = KEYS.flatMap(([keys, text]) => [
-    createElement("dt", {}, ...keys.split(" ").flatMap((key) => [createElement("kbd", {}, key), " "])),
-    createElement("dd", {}, text)]);
-  showDialog("Keys", [createElement("dl", { class: "facts" }, ...rows)], "Close");
+    h("dt", ...keys.split(" ").flatMap((key) => [h("kbd", key), " "])),
+    h("dd", text)]);
+  showDialog("Keys", [h("dl.facts", rows)], "Close");
 }
 
-document.addEventListener("keydown", (event) => {
+on(document, "keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || dialog.open) return;
   if (event.target.closest("input, textarea, select")) return;
   const action = view.keys[event.key] ||
@@ -13203,7 +13258,7 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   action();
 });
-document.getElementById("help").addEventListener("click", showKeys);
+on(document.getElementById("help"), "click", showKeys);
 
 function decodePart(part) {
   try { return decodeURIComponent(part); } catch { return part; }
@@ -13229,8 +13284,10 @@ function route() {
   if (state.daemon) newView.load().catch((error) => say(error.message));
 }
 
-addEventListener("hashchange", () => { route(); main.focus({ preventScroll: true }); });
-addEventListener("focus", () => { state.hasFailures = false; update(); });
+on(window, "hashchange", () => { route(); main.focus({ preventScroll: true }); });
+on(window, "pagehide", () => stream.controller.abort());
+on(window, "pageshow", (event) => { if (event.persisted) location.reload(); });
+on(window, "focus", () => { state.hasFailures = false; update(); });
 setInterval(() => { if (!document.hidden) tick(); }, 1000);
 route();
 stream.run();
