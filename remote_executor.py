@@ -6777,9 +6777,12 @@ class Feed:
             yield
         finally:
             with self._lock:
-                others = [other for other in self._listeners.pop(task_number) if other is not listener]
+                listeners = self._listeners[task_number]
+                others = [other for other in listeners if other is not listener]
                 if others:
-                    self._listeners[task_number] = tuple(others)
+                    self._listeners[task_number] = tuple(others)  # at once, for `tell` takes no lock
+                else:
+                    del self._listeners[task_number]
 
     def tell(self, notice: Notice) -> None:
         of_every_task = self._listeners.get(_EVERY_TASK, ())
@@ -7887,6 +7890,7 @@ class Scheduler:
             starts_ns = now_ns + spec.delay_ns
             if spec.start_at_ns:
                 starts_ns += spec.start_at_ns - time.time_ns()
+            starts_ns = min(max(starts_ns, now_ns), _INT64_MAX)  # `at` may be of any year
             task.is_delayed = starts_ns > now_ns
             future = self._store.accept(task.number, spec, now_ns, starts_ns, submitted_by)
             self._tasks[task.number] = task
@@ -10081,14 +10085,10 @@ class PendingConnections:
 class HeldConnection:
     """A connection whose answer waits for something; see Hold. `end` is for any thread too."""
 
-    def __init__(self, sock: socket.socket, reader: RequestReader) -> None:
+    def __init__(self, reader: RequestReader) -> None:
         self.is_ending = False
         self._reader = reader
         self._news = threading.Event()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _KEEP_ALIVE_OPTIONS.items():
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def wake(self) -> None:
         self._news.set()
@@ -10107,6 +10107,15 @@ class HeldConnection:
             if self._reader.has_ended():
                 raise ConnectionEnded("the client has gone")
         self._news.clear()
+
+
+def _probe_client(sock: socket.socket) -> None:
+    """Have the kernel find out that a client has vanished, which has not said so."""
+    with contextlib.suppress(OSError):  # it has reset the connection
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEP_ALIVE_OPTIONS.items():
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -10433,7 +10442,8 @@ class Server(http.server.ThreadingHTTPServer):
     def hold(self, sock: socket.socket, reader: RequestReader) -> Hold:
         """Let the answer on a connection wait, until `release`. Raise Unavailable."""
         limit = self._settings.max_connections // 2
-        held = HeldConnection(sock, reader)
+        held = HeldConnection(reader)
+        _probe_client(sock)
         with self._lock:
             if self.is_stopping:
                 raise Unavailable("the daemon is shutting down; send the request again to the next one")
@@ -13970,10 +13980,7 @@ def _has_wait(request: Request) -> bool:
 def _parse_wait(query: Pairs) -> float:
     """Return for how many seconds the end of a task is waited for, 0 if it is not. Raise BadRequest."""
     text = _parameter(query, "wait")
-    try:
-        wait_ns = parse_duration(text or "0")
-    except ValueError as error:
-        raise BadRequest(f"wait: {error}") from None
+    wait_ns = _parse_timeout("wait", text)
     if wait_ns > parse_duration(_MAX_WAIT):
         raise BadRequest(f"wait: {text} is too long: expected at most {_MAX_WAIT}")
     return wait_ns / _SECOND_NS
@@ -14452,7 +14459,12 @@ class TaskApi:
         state_header = ("X-Task-STATE", STATE_NAMES[State(task.state)])
         return Response(headers=(JSON_TYPE, state_header), body=to_json(envelope).encode())
 
-    def _await_end(self, task: TaskRow, hold: Hold, timeout_s: float) -> None:
+    def _await_end(
+        self,
+        task: TaskRow,
+        hold: Hold,
+        timeout_s: float,
+    ) -> None:
         """Wait for the end of a task, told by what is committed, or until this time is over. Raise ConnectionEnded."""
 
         def hear(notice: Notice) -> None:
@@ -14614,6 +14626,7 @@ _EVENTS_AT_ONCE = 200
 _MAX_CACHED_NAMES = 10_000  # of steps, by each client of events
 _UNSTORED = ("Cache-Control", "no-cache")
 _UNBUFFERED = ("X-Accel-Buffering", "no")  # a proxy is to pass on each part at once (nginx, ngx_http_proxy_module)
+_Wake = Callable[[], None]
 
 
 class FileWatch:
@@ -14621,11 +14634,11 @@ class FileWatch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards all below
-        self._looks: dict[object, Callable[[], None]] = {}
+        self._looks: dict[object, _Wake] = {}
         self._is_running = False
 
     @contextlib.contextmanager
-    def watch(self, look: Callable[[], None]) -> Iterator[None]:
+    def watch(self, look: _Wake) -> Iterator[None]:
         """Call `look`, which must not wait, again and again within the context. Raise RuntimeError without a thread."""
         key = object()
         with self._lock:
@@ -14718,11 +14731,16 @@ class OutputFollower:
     def _look(self) -> None:
         if self._step.state != State.RUNNING:
             return
-        try:
-            if self._file is None or os.fstat(self._file.fileno()).st_size > self._offset:
+        with contextlib.suppress(OSError, ValueError):  # it was closed just now
+            if self._file is None or self._left_bytes():
                 self._hold.wake()
-        except (OSError, ValueError):  # it was closed just now
-            self._hold.wake()
+
+    def _left_bytes(self) -> int:
+        """Return how many bytes there are that were not sent; the step may have shortened its file."""
+        if self._file is None:
+            return 0
+        size = os.fstat(self._file.fileno()).st_size
+        return max(0, size - self._offset)
 
     def _is_over(self) -> bool:
         if self._is_changed:
@@ -14738,7 +14756,7 @@ class OutputFollower:
             self._file = self._open_file()
         if self._file is None:
             return
-        while (left_bytes := os.fstat(self._file.fileno()).st_size - self._offset) > 0:
+        while left_bytes := self._left_bytes():
             offset = self._offset
             if left_bytes > _READ_BYTES:
                 count = min(left_bytes, _MAX_SLICE_BYTES)
@@ -14751,7 +14769,11 @@ class OutputFollower:
                 yield block
 
 
-def tail_offset(file: io.FileIO, size: int, lines: int) -> int:
+def tail_offset(
+    file: io.FileIO,
+    size: int,
+    lines: int,
+) -> int:
     """Return where the last lines of a file of this size begin; what has no end of a line is one too."""
     if not lines or not size:
         return size
@@ -14792,7 +14814,11 @@ def _parse_output_query(request: Request) -> _OutputQuery:
         raise BadRequest("offset, tail: give one of them")
     if _has_range(request) and (offset is not None or tail is not None or request.hold):
         raise BadRequest("Range: does not go with offset, tail or follow")
-    return _OutputQuery(_choice(query, "stream", ("stdout", "stderr")), _parse_number(query, "attempt"), offset, tail)
+    stream = _choice(query, "stream", ("stdout", "stderr"))
+    attempt = _parse_number(query, "attempt")
+    if attempt == 0:
+        raise BadRequest("attempt: they are counted from 1")
+    return _OutputQuery(stream, attempt, offset, tail)
 
 
 def _parse_number(query: Pairs, name: str) -> int | None:
@@ -14812,7 +14838,9 @@ def _is_followed(request: Request) -> bool:
 
 
 def _output_response() -> Json:
-    headers = {name: {"schema": {"type": "string"}} for name in ("X-Output-Offset", "X-Step-Result", "X-Step-Attempt")}
+    headers = {}
+    for name in ("X-Output-Offset", "X-Step-Result", "X-Step-Attempt"):
+        headers[name] = {"schema": {"type": "string"}}
     content = {"text/plain": {"schema": {"type": "string"}}}
     content.update(json_content(schema_reference("NotFound"), {"gone": _NOT_FOUND_EXAMPLE}))
     return {"description": "What the step has written, as it is", "headers": headers, "content": content}
@@ -14849,10 +14877,10 @@ class EventLog:
         self._task_numbers = array.array("q")
         self._step_indexes = array.array("i")
         self._deleted_ids: dict[int, str] = {}  # of tasks in the ring
-        self._subscribers: dict[object, tuple[int | None, Callable[[], None]]] = {}
+        self._subscribers: dict[object, tuple[int | None, _Wake]] = {}
 
     @contextlib.contextmanager
-    def subscribe(self, wake: Callable[[], None], task_number: int | None) -> Iterator[None]:
+    def subscribe(self, wake: _Wake, task_number: int | None) -> Iterator[None]:
         """Call `wake` for each event within the context, or for each of this task."""
         key = object()
         with self._lock:
@@ -14924,6 +14952,9 @@ def format_event(kind: str, data: Json, number: int) -> bytes:
     return f"event: {kind}\nid: {number}\ndata: {to_json(data)}\n\n".encode()
 
 
+_NamesByTask = dict[int, list[str]]  # of steps, by the number of their task
+
+
 class FollowApi:
     """Handlers for the routes of outputs and events. Thread-safe."""
 
@@ -14977,7 +15008,10 @@ class FollowApi:
         directory = StepDirectory(self._files, task.task_number, step.step_index)
         open_file = functools.partial(directory.open_output, name)
         with contextlib.ExitStack() as closing:
-            file = open_file()
+            try:
+                file = open_file()
+            except OSError as error:
+                raise Unavailable(f"the output cannot be opened ({error.strerror}); try again") from None
             size = 0
             if file:
                 closing.callback(file.close)
@@ -15010,11 +15044,17 @@ class FollowApi:
         )
         return Response(status, own_headers + headers, body)
 
-    def _output_name(self, task: TaskRow, step: StepRow, query: _OutputQuery) -> str:
+    def _output_name(
+        self,
+        task: TaskRow,
+        step: StepRow,
+        query: _OutputQuery,
+    ) -> str:
         """Return the name of the file that a request asks for. Raise BadRequest."""
         if query.stream == "stderr":
             submission = self._store.submission(task.task_number)
-            if not submission or json.loads(submission.steps)[step.step_index].get("stderr") != "apart":
+            steps = json.loads(submission.steps) if submission else []
+            if not steps or steps[step.step_index].get("stderr") != "apart":
                 raise BadRequest("stream: the stderr of this step is in its stdout; submit it with `stderr` as `apart`")
         if query.attempt is None or query.attempt == step.attempt:
             return output_name(query.stream)
@@ -15058,9 +15098,15 @@ class FollowApi:
             raise Unavailable("this connection cannot wait; try again")
         return Response(200, headers, self._events(hold, last_id, task_number, request.base_url))
 
-    def _events(self, hold: Hold, last_id: str, task_number: int | None, base_url: str) -> Iterator[bytes]:
+    def _events(
+        self,
+        hold: Hold,
+        last_id: str,
+        task_number: int | None,
+        base_url: str,
+    ) -> Iterator[bytes]:
         """Yield the events after this id, or from now on. Raise ConnectionEnded."""
-        names: dict[int, list[str]] = {}
+        names: _NamesByTask = {}
         with self._log.subscribe(hold.wake, task_number):
             position = int(last_id or self._log.last_number())
             if self._log.has_all_after(position):
@@ -15091,9 +15137,15 @@ class FollowApi:
         except LookupError:
             raise ConnectionEnded("the client reads too slowly") from None
 
-    def _render(self, events: Iterable[Event], base_url: str, names: dict[int, list[str]]) -> bytes:
+    def _render(
+        self,
+        events: Iterable[Event],
+        base_url: str,
+        names: _NamesByTask,
+    ) -> bytes:
         """Return events as they are sent. `names` caches those of a task's steps. Raise ConnectionEnded."""
-        time_format = TimeFormat(self._clock.now_ns(), self._clock.wall_times(), self._key_expire_ns)
+        now_ns = self._clock.now_ns()
+        time_format = TimeFormat(now_ns, self._clock.wall_times(), self._key_expire_ns)
         rendered = []
         try:
             running = self._store.running_steps()
@@ -15113,7 +15165,7 @@ class FollowApi:
         running: Mapping[int, Sequence[tuple[int, str]]],
         base_url: str,
         time_format: TimeFormat,
-        names: dict[int, list[str]],
+        names: _NamesByTask,
     ) -> tuple[str, Json]:
         """Return the kind of an event and the JSON of its subject as it is now; no kind where that is unknown."""
         number = event.task_number
