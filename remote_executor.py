@@ -10868,7 +10868,7 @@ const TOKEN_KEY = "remote_executor token";
 function h(name, ...parts) {
   const [tag, ...classes] = name.split(".");
   const element = document.createElement(tag);
-  element.classList.add(...classes);
+  if (classes.length) element.className = classes.join(" ");
   for (const part of parts)
     if (part && part.constructor === Object) for (const key in part) element.setAttribute(key, part[key]);
     else element.append(...[part].flat());
@@ -11191,7 +11191,9 @@ def page_response(page: str, style: str, script: str) -> Response:
 # ======================================================================================================================
 
 DASHBOARD_STYLE = PALETTE + r"""
-:root { --row: 2.5rem; --gap: 1rem; --good: var(--post); --warn: var(--put); --run: var(--link); }
+:root { --row: 2.5rem; --gap: 1rem; --good: var(--post); --warn: var(--put); --run: var(--link);
+  --c0: var(--soft); --c1: var(--bad); --c2: var(--good); --c3: var(--warn); --c4: var(--link); --c7: var(--text);
+  --c5: light-dark(#8250df, #d2a8ff); --c6: light-dark(#0b6b75, #56d4dd); }
 html { font-size: clamp(15px, .35vw + 11px, 20px); }
 body { margin: 0; min-height: 100vh; display: flex; flex-direction: column; background: var(--back); color: var(--text);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -11201,7 +11203,7 @@ h1 { font-size: 1rem; }
 h2 { font-size: 1.25rem; }
 h3 { font-size: 1rem; margin: 0; }
 a { text-decoration: none; }
-a:hover { text-decoration: underline; }
+a:hover, h2 a { text-decoration: underline; }
 code, pre, .code { font: var(--code); }
 small, .small { font-size: var(--small); }
 [hidden] { display: none !important; }
@@ -11228,8 +11230,8 @@ header nav a[aria-current] { color: var(--text); font-weight: 600; box-shadow: 0
 .dot.live { background: var(--good); }
 .dot.lost { background: var(--bad); }
 .notice { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); color: var(--warn); }
-main { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: var(--gap); padding: var(--gap);
-  outline: none; }
+main:focus-visible { outline: none; }
+main { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: var(--gap); padding: var(--gap); }
 .panel { border: 1px solid var(--line); border-radius: .5rem; }
 .panel > h3 { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); }
 .pad { padding: var(--gap); }
@@ -11241,7 +11243,7 @@ main { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: var(-
 .stats dd small { color: var(--soft); }
 meter { width: 100%; height: .375rem; display: block; }
 
-.list { flex: 1; min-height: 12rem; display: flex; flex-direction: column; overflow: hidden; }
+.list { flex: 1; display: flex; flex-direction: column; overflow: hidden; }
 .scroller { flex: 1; overflow: auto; position: relative; overscroll-behavior: contain; }
 .spacer { position: relative; }
 .window { position: absolute; left: 0; right: 0; }
@@ -11282,15 +11284,13 @@ meter { width: 100%; height: .375rem; display: block; }
 .graph svg { width: 100%; height: 100%; display: block; cursor: grab; user-select: none; }
 .graph .bar { position: absolute; right: .5rem; bottom: .5rem; gap: .25rem; }
 .graph rect { fill: var(--back); stroke: var(--mark); stroke-width: 1.5; }
-.graph .node .stripe { fill: var(--mark); stroke: none; }
 .graph text { fill: var(--text); font-size: 13px; }
 .graph text.mark { fill: var(--mark); font-weight: 700; }
-.graph text.time { fill: var(--soft); font-size: 12px; }
 .graph path { fill: none; stroke: var(--soft); stroke-width: 1.25; }
 .graph path.critical { stroke: var(--text); stroke-width: 2.5; }
 .graph a:focus-visible { outline: none; }
 .graph a:focus-visible rect { stroke: var(--link); stroke-width: 4; }
-.graph .running rect:first-child { stroke-dasharray: 6 3; animation: march 1s linear infinite; }
+.graph .running rect { stroke-dasharray: 6 3; animation: march 1s linear infinite; }
 @keyframes march { to { stroke-dashoffset: -9; } }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: .25rem var(--gap); }
 .facts dt { color: var(--soft); }
@@ -11315,13 +11315,6 @@ summary { padding: .375rem var(--gap); cursor: pointer; }
 mark { background: var(--put); color: var(--back); }
 .b { font-weight: 700; } .d { opacity: .8; } .i { font-style: italic; } .u { text-decoration: underline; }
 .s { text-decoration: line-through; } .v { filter: invert(1); background: var(--back); }
-.c0 { color: var(--soft); } .c1 { color: var(--bad); } .c2 { color: var(--good); } .c3 { color: var(--warn); }
-.c4 { color: var(--link); } .c5 { color: light-dark(#8250df, #d2a8ff); } .c6 { color: light-dark(#0b6b75, #56d4dd); }
-.c7 { color: var(--text); }
-.g0, .g7 { background: var(--line); } .g1 { background: color-mix(in srgb, var(--bad) 25%, var(--box)); }
-.g2 { background: color-mix(in srgb, var(--good) 25%, var(--box)); }
-.g3 { background: color-mix(in srgb, var(--warn) 25%, var(--box)); }
-.g4, .g5, .g6 { background: color-mix(in srgb, var(--link) 25%, var(--box)); }
 
 dialog { border: 1px solid var(--line); border-radius: .5rem; background: var(--back); color: var(--text);
   max-width: min(34rem, 92vw); width: 34rem; padding: 1.25rem; }
@@ -11415,11 +11408,12 @@ const RESULTS = {  // sign and word, so that nobody depends on the colour
 };
 const UNFINISHED = ["waiting", "running", "paused"];
 const BAD = ["failed", "timed_out", "output_limit", "lost", "not_started"];
-const main = document.getElementById("main");
-const dialog = document.getElementById("dialog");
-const connection = document.getElementById("connection");
+const byId = (id) => document.getElementById(id);
+const main = byId("main");
+const dialog = byId("dialog");
+const connection = byId("connection");
 const state = {
-  features: new Set(), host: "", health: null, daemon: null, pool: null,
+  features: new Set(), version: "", health: null, daemon: null, pool: null,
   tasks: [], next: null, total: 0, filter: { group: "all", id: "" },
   details: new Map(),  // of tasks: { task, steps }, as far as they were asked for
   hasFailures: false,
@@ -11476,15 +11470,16 @@ const count = (number, word) => `${number.toLocaleString("en")} ${word}${number 
 
 function formatAge(moment) {
   const seconds = Math.round((Date.now() - Date.parse(moment)) / 1000);
-  if (Math.abs(seconds) < 5) return "just now";
+  if (Math.abs(seconds) < 10) return "just now";
   const [size, word] = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([unit, word]) =>
     Math.abs(seconds) >= (word === "d" ? 2 * unit : unit));
-  const text = `${Math.floor(Math.abs(seconds) / size)} ${word}`;
+  const number = Math.floor(Math.abs(seconds) / size);
+  const text = `${word === "s" ? number - number % 10 : number} ${word}`;  // so that a quiet page stands still
   return seconds < 0 ? "in " + text : text + " ago";
 }
 
 function exactMoment(moment) {
-  return new Date(moment).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "medium" });
+  return new Date(moment).toLocaleString();
 }
 
 function createTime(moment) {
@@ -11523,19 +11518,29 @@ function reasonOf(step) {
   return "";
 }
 
+// A live region is read aloud when it is set, be it to what it says already.
+function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+// Whether these differ from what an element was last made of.
+function isNews(element, ...values) {
+  const text = JSON.stringify(values);
+  const isNew = element.dataset.made !== text;
+  element.dataset.made = text;
+  return isNew;
+}
+
 function tick() {
   for (const one of document.querySelectorAll(".ticks")) one.textContent = formatSeconds(secondsOf(one.row));
-  for (const element of document.querySelectorAll("time")) {
-    const text = formatAge(element.dateTime);
-    if (text !== element.textContent) element.textContent = text;
-  }
+  for (const one of document.querySelectorAll("time")) setText(one, formatAge(one.dateTime));
 }
 
 // -- toasts and dialogs
 
 function say(text) {
   const note = h("p", text);
-  document.getElementById("toast").append(note);
+  byId("toast").append(note);
   setTimeout(() => note.remove(), 6000);
 }
 
@@ -11576,35 +11581,32 @@ async function askForToken(wasWrong) {
   const input = h("input", { type: "password", name: "token", required: "", autocomplete: "off",
     spellcheck: "false" });
   const keep = h("input", { type: "checkbox", name: "keep" });
-  const text = wasWrong ? "The daemon refused this token." : "The daemon asks for a token.";
   const values = await showDialog(wasWrong ? "Wrong token" : "Token needed", [
-    h("p", { class: wasWrong ? "bad" : "" }, text),
-    h("p.soft", "It is the file token in the daemon's root (--token_file). " +
-      "It is kept in this tab alone, and never in an address."),
-    field("Token", input), h("label", keep, " keep it in this browser, for later tabs too"),
+    h("p.soft", "The file token in the daemon's root has it. It is kept in this tab alone."),
+    field("Token", input), h("label", keep, " keep it in this browser"),
   ], "Use it");
   isAsking = false;
   if (!values) return;
   sessionStorage.setItem(TOKEN_KEY, values.token.trim());
+  localStorage.removeItem(TOKEN_KEY);
   if (values.keep) localStorage.setItem(TOKEN_KEY, values.token.trim());
-  else localStorage.removeItem(TOKEN_KEY);
-  stream.restart();
+  location.reload();
 }
 
+const reasonField = () => field("Reason", h("input", { name: "reason", maxlength: "1000", placeholder: "optional" }));
+
 // Do something to the host, once it was confirmed where a question is given; then say what came of it.
-async function act({ question, explanation, accept, isDanger, withReason, run, done }) {
+async function act({ question, explanation, accept, isDanger, input, run, done }) {
   let values = {};
   if (question) {
     const parts = [h("p", explanation)];
-    if (withReason) parts.push(field("Reason", h("input", { name: "reason", maxlength: "1000",
-      placeholder: "optional, for those who read it later" })));
+    if (input) parts.push(input);
     values = await showDialog(question, parts, accept, isDanger);
     if (!values) return;
   }
   try { say(done(await run(values)) || "done"); }
   catch (error) {
-    const denied = error.status === 403 ? "not allowed: " : "refused: ";
-    say((error.status === 404 ? "too late: " : denied) + error.message);
+    say(({ 403: "not allowed: ", 404: "too late: " }[error.status] || "refused: ") + error.message);
   }
 }
 
@@ -11615,8 +11617,9 @@ const MAX_HEIGHT = 8000000;  // browsers lay out nothing beyond some 30 million 
 class RowList {
   // `createRow(index)` makes a row, `key(index)` is a value that changes with what the row shows.
   constructor(scroller, createRow, key, seen = () => {}) {
-    Object.assign(this, { scroller, createRow, key, seen, length: 0, rows: new Map(), scheduled: false });
-    this.window = h("div.window", { role: "rowgroup" });
+    Object.assign(this, { scroller, createRow, key, seen, length: 0, rows: new Map() });
+    this.table = scroller.closest("[role=table]");
+    this.window = h("div.window", this.table ? { role: "rowgroup" } : {});
     this.spacer = h("div.spacer", { role: "presentation" }, this.window);
     scroller.append(this.spacer);
     on(scroller, "scroll", () => this.draw(), { passive: true });
@@ -11624,8 +11627,10 @@ class RowList {
     this.observer.observe(scroller);
   }
   close() { this.observer.disconnect(); }
-  rowHeight() { return parseFloat(getComputedStyle(document.documentElement).getPropertyValue("--row")) *
-    parseFloat(getComputedStyle(document.documentElement).fontSize); }
+  rowHeight() {
+    const style = getComputedStyle(document.documentElement);
+    return parseFloat(style.getPropertyValue("--row")) * parseFloat(style.fontSize);
+  }
   setLength(length) {
     this.length = length;
     this.draw();
@@ -11636,8 +11641,9 @@ class RowList {
     const { scrollTop, clientHeight } = this.scroller;
     this.spacer.style.height = Math.min(total, MAX_HEIGHT) + "px";
     const scale = total > MAX_HEIGHT ? (total - clientHeight) / (MAX_HEIGHT - clientHeight) : 1;
-    this.first = Math.max(0, Math.floor(scrollTop * scale / height) - 5);
-    const last = Math.min(this.length, this.first + Math.ceil(clientHeight / height) + 10);
+    const seen = Math.ceil(clientHeight / height) + 10;
+    this.first = Math.max(0, Math.min(Math.floor(scrollTop * scale / height) - 5, this.length - seen));
+    const last = Math.min(this.length, this.first + seen);
     this.window.style.top = scrollTop - scrollTop * scale + this.first * height + "px";
     const focused = this.window.contains(document.activeElement) ? document.activeElement : null;
     const focusedRow = focused && focused.closest(".row");
@@ -11645,7 +11651,7 @@ class RowList {
     for (let index = this.first; index < last; index++) {
       const key = this.key(index);
       const row = this.rows.get(key) || this.createRow(index);
-      row.setAttribute("aria-rowindex", index + 1);
+      if (this.table) row.setAttribute("aria-rowindex", index + 1);
       row.index = index;
       rows.set(key, row);
     }
@@ -11659,8 +11665,13 @@ class RowList {
       const same = wanted.find((row) => row.dataset.id === focusedRow.dataset.id);
       if (same) same.querySelector("a").focus({ preventScroll: true });
     }
-    this.scroller.closest("[role=table]")?.setAttribute("aria-rowcount", this.length);
+    this.table?.setAttribute("aria-rowcount", this.length);
     this.seen(this.first, last);
+  }
+  keys() {
+    const down = () => this.move(1);
+    const up = () => this.move(-1);
+    return { j: down, ArrowDown: down, k: up, ArrowUp: up };
   }
   // Move the focus by so many rows, from the top when no row has it.
   move(step) {
@@ -11738,7 +11749,7 @@ const handlers = {
     const index = state.tasks.findIndex((task) => task.id === id);
     if (index >= 0) { state.tasks.splice(index, 1); state.total--; }
     state.details.delete(id);
-    if (view.expired) view.expired(id);
+    if (view.id === id) { leave(); say(`${id} is gone`); }
   },
   reset() { load(); },
 };
@@ -11764,7 +11775,6 @@ const stream = {
       catch (error) {
         if (error.status === 401) { this.show("no access", "lost"); return; }
       }
-      if (this.isRestarted) { this.isRestarted = false; continue; }
       this.show("no connection, trying again", "lost");
       await new Promise((resolve) => setTimeout(resolve, this.delayMs));
       this.delayMs = Math.min(this.delayMs * 2, 10000);
@@ -11773,7 +11783,6 @@ const stream = {
   async read() {
     const query = this.lastId ? "?last_event_id=" + this.lastId : "";
     const response = await send("api/v1/event" + query, { signal: this.controller.signal });
-    this.isOpen = true;
     this.show("live", "live");
     this.delayMs = 500;
     if (!this.lastId) await load();
@@ -11797,12 +11806,6 @@ const stream = {
     if (fields.id) this.lastId = fields.id;
     if (handlers[fields.event]) handlers[fields.event](JSON.parse(fields.data));
   },
-  restart() {
-    this.lastId = "";
-    if (connection.textContent === "no access") { this.run(); return; }
-    this.isRestarted = true;
-    this.controller.abort();
-  },
 };
 
 // Everything that is shown, read anew.
@@ -11816,7 +11819,7 @@ async function load() {
   state.pool = pool.data;
   state.details.clear();
   await loadTasks();
-  if (view.load) await view.load();
+  await view.load();
   update();
 }
 
@@ -11850,28 +11853,27 @@ function update() {
     if (!isScheduled) return;
     isScheduled = false;
     showFrame();
-    if (view) view.update();
+    view.update();
   };
   if (document.hidden) setTimeout(draw, 1000);
   else requestAnimationFrame(draw);
 }
 
 function showFrame() {
-  const host = state.daemon ? state.daemon.host.name : location.host;
-  document.getElementById("host").textContent = host;
+  const host = state.daemon?.host.name || location.host;
+  byId("host").textContent = host;
   const { running = 0, paused } = state.pool || {};
   let title = paused ? "pool paused" : running ? `${running} running` : "idle";
-  if (view && view.title) title = view.title();
+  if (view?.title) title = view.title();
   document.title = `${title} · ${host}`;
-  const warning = document.getElementById("warning");
-  const text = (state.health && state.health.warning) || "";
-  if (warning.textContent !== text) warning.textContent = text;
-  warning.hidden = !text;
+  const warning = byId("warning");
+  setText(warning, state.health?.warning || "");
+  warning.hidden = !warning.textContent;
   let colour = running ? "%230550ae" : "%23116329";
   if (state.hasFailures) colour = "%23b42318";
   const icon = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>" +
     `<circle cx='8' cy='8' r='7' fill='${colour}'/></svg>`;
-  const link = document.getElementById("icon");
+  const link = byId("icon");
   if (link.getAttribute("href") !== icon) link.setAttribute("href", icon);
 }
 
@@ -11880,7 +11882,7 @@ function noteFailure() {
 }
 
 function show(newView) {
-  if (view && view.close) view.close();
+  view?.close?.();
   view = newView;
   document.body.classList.toggle("filled", Boolean(view.isFilled));
   main.replaceChildren(...view.elements);
@@ -11955,17 +11957,16 @@ function createOverview() {
     update() {
       showStats(stats);
       for (const one of groups) one.setAttribute("aria-pressed", one.dataset.group === state.filter.group);
-      const total = state.daemon ? count(state.total, "task") : "loading";
-      if (shown.textContent !== total) shown.textContent = total;
+      setText(shown, state.daemon ? count(state.total, "task") : "loading");
       const isFiltered = state.filter.id || state.filter.group !== "all";
       empty.textContent = isFiltered ? "No task is like this." : "No tasks yet: press n to make one.";
       empty.hidden = state.tasks.length > 0 || !state.daemon;
       list.setLength(state.tasks.length);
     },
-    load: async () => {},
+    async load() {},
     keys: {
       "/": () => search.focus(),
-      j: () => list.move(1), ArrowDown: () => list.move(1), k: () => list.move(-1), ArrowUp: () => list.move(-1),
+      ...list.keys(),
       s: () => withTask(list, stopTask), r: () => withTask(list, rerunTask),
     },
     close: () => list.close(),
@@ -11998,25 +11999,20 @@ async function loadDetail(id) {
 }
 
 function createStrip(task, detail) {
-  let results = detail && detail.steps.length ? detail.steps.map((step) => step.result) : [task.result];
-  if (task.result === "succeeded") results = Array(Math.min(task.count, 40)).fill("succeeded");
-  const shown = results.length > 40 ? Array.from({ length: 40 }, (_, index) => worst(results, index)) : results;
-  const marks = shown.map((result) => h("i", { class: result }));
-  return h("span.strip", { role: "img", title: count(task.count, "step"),
-    "aria-label": countResults(results, task.count) }, marks);
-}
-
-// Of many steps, each fortieth part shows its worst result.
-function worst(results, index) {
-  const part = results.slice(Math.floor(index * results.length / 40), Math.floor((index + 1) * results.length / 40));
-  return part.find((result) => BAD.includes(result)) || part.find((result) => result === "running") || part[0];
-}
-
-function countResults(results, total) {
-  if (results.length === 1) return count(total, "step");
+  let results = detail?.steps.map((step) => step.result) || [];
+  if (!results.length) results = Array(task.result === "succeeded" ? task.count : 1).fill(task.result);
   const counts = new Map();
   for (const result of results) counts.set(result, (counts.get(result) || 0) + 1);
-  return [...counts].map(([result, number]) => `${number} ${RESULTS[result][1]}`).join(", ");
+  const words = [...counts].map(([result, number]) => `${number} ${RESULTS[result][1]}`).join(", ");
+  const label = results.length === task.count ? words : count(task.count, "step");
+  // Of many steps the share of each result is shown.
+  const parts = results.length > 40 ? [...counts] : results.map((result) => [result, 1]);
+  const marks = parts.map(([result, share]) => {
+    const mark = h("i", { class: result });
+    mark.style.flexGrow = share;
+    return mark;
+  });
+  return h("span.strip", { role: "img", title: label, "aria-label": label }, marks);
 }
 
 function whyOf(task, detail) {
@@ -12037,9 +12033,7 @@ function showStats(list) {
   const { pool, daemon } = state;
   const { disk_free_bytes: free, disk_total_bytes: whole } = daemon.root;
   const used = h("meter", { min: 0, max: pool.size, value: pool.running, "aria-label": "Pool in use" });
-  const text = JSON.stringify([pool, free, state.version]);
-  if (list.dataset.text === text) return;
-  list.dataset.text = text;
+  if (!isNews(list, pool, free)) return;
   const entry = (title, ...value) => h("div", { class: title.toLowerCase() },
     h("dt", title), h("dd", value));
   const poolState = pool.paused ? ["‖ paused", h("small", pool.reason ? " " + pool.reason : "")] : ["open"];
@@ -12061,19 +12055,17 @@ function setPool(settings) {
   });
 }
 
-async function setPoolSize() {
-  const input = h("input", { name: "size", type: "number", min: 1, max: 10000, required: "",
-    value: state.pool.size });
-  const values = await showDialog("Size of the pool", [
-    h("p", "So many steps run at once. What runs goes on."), field("Steps", input)], "Set it");
-  if (!values) return;
-  act({ run: () => setPool({ size: Number(values.size) }), done: (pool) => `the pool has ${pool.size} slots` });
+function setPoolSize() {
+  const input = h("input", { name: "size", type: "number", min: 1, max: 10000, required: "", value: state.pool.size });
+  act({ question: "Size of the pool", explanation: "So many steps run at once; what runs goes on.", accept: "Set it",
+    input: field("Steps", input), run: ({ size }) => setPool({ size: Number(size) }),
+    done: (pool) => `the pool has ${pool.size} slots` });
 }
 
 function pausePool() {
   if (state.pool.paused) act({ run: () => setPool({ paused: false, reason: "" }), done: () => "the pool goes on" });
   else act({ question: "Pause the pool?", explanation: "No further step of any task starts; what runs goes on.",
-    accept: "Pause", withReason: true, run: ({ reason }) => setPool({ paused: true, reason }),
+    accept: "Pause", input: reasonField(), run: ({ reason }) => setPool({ paused: true, reason }),
     done: () => "the pool is paused" });
 }
 
@@ -12083,7 +12075,7 @@ const put = (path, values) => ask(path + "?" + new URLSearchParams(values), { me
 
 function stopTask(task) {
   if (!UNFINISHED.includes(task.result)) { say(`${task.id} has ended`); return; }
-  act({ question: `Stop ${task.id}?`, accept: "Stop it", isDanger: true, withReason: true,
+  act({ question: `Stop ${task.id}?`, accept: "Stop it", isDanger: true, input: reasonField(),
     explanation: "Its running steps are killed with all their processes, the others never start.",
     run: ({ reason }) => put(taskPath(task.id), { action: "stop", reason }),
     done: () => `${task.id} is being stopped` });
@@ -12091,7 +12083,7 @@ function stopTask(task) {
 
 function stopStep(task, step) {
   if (!UNFINISHED.includes(step.result)) { say(`${step.name} has ended`); return; }
-  act({ question: `Stop ${step.name}?`, accept: "Stop it", isDanger: true, withReason: true,
+  act({ question: `Stop ${step.name}?`, accept: "Stop it", isDanger: true, input: reasonField(),
     explanation: "It is killed with all its processes; what depends on it never runs.",
     run: ({ reason }) => put(taskPath(task.id, step.step), { action: "stop", reason }),
     done: () => `${step.name} is being stopped` });
@@ -12139,12 +12131,9 @@ function createTask(id) {
   const submitted = h("section.panel", { "aria-label": "What was submitted" });
   const files = h("section.panel", { "aria-label": "Files" });
   const missing = h("p.empty", { hidden: "" });
-  table.style.height = "24rem";
   let detail = null;
-  let drawn = "";
   let edges = null;
   let span = [0, 1];
-  const critical = new Set();
 
   const list = new RowList(scroller, createRow, (index) => {
     const step = detail.steps[index];
@@ -12181,9 +12170,7 @@ function createTask(id) {
   }
   function showHeading() {
     const { task } = detail;
-    const text = JSON.stringify([task.result, task.stop_reason]);
-    if (heading.dataset.text !== text) {
-      heading.dataset.text = text;
+    if (isNews(heading, task.result, task.stop_reason)) {
       const isLive = UNFINISHED.includes(task.result);
       const acts = isLive
         ? [button(task.result === "paused" ? "Resume" : "Pause", () => pauseTask(detail.task)),
@@ -12210,12 +12197,9 @@ function createTask(id) {
     const { steps } = detail;
     graph.hidden = steps.length > MAX_GRAPH || steps.length < 2;
     if (graph.hidden) return;
-    critical.clear();
-    if (!UNFINISHED.includes(detail.task.result)) for (const index of criticalPath(steps)) critical.add(index);
-    const text = steps.map((step) => step.result).join();
+    const critical = new Set(UNFINISHED.includes(detail.task.result) ? [] : criticalPath(steps));
     if (!edges) edges = drawGraph(graph, id, steps);
-    if (drawn !== text) edges.colour(detail.steps, critical);
-    drawn = text;
+    if (isNews(graph, steps.map((step) => step.result))) edges.colour(steps, critical);
   }
   async function loadSubmission() {
     try {
@@ -12249,13 +12233,10 @@ function createTask(id) {
       showGraph();
       const rows = Math.min(detail.steps.length, 12);
       table.style.height = `calc(${rows} * var(--row) + 2rem + 2px)`;
-      table.style.flex = "none";
-      table.style.minHeight = "0";
       list.setLength(detail.steps.length);
     },
-    expired(other) { if (other === id) { leave(); say(`${id} is gone`); } },
     keys: {
-      j: () => list.move(1), ArrowDown: () => list.move(1), k: () => list.move(-1), ArrowUp: () => list.move(-1),
+      ...list.keys(),
       s: () => {
         const row = list.focused();
         if (row) stopStep(detail.task, detail.steps[row.index]);
@@ -12268,11 +12249,7 @@ function createTask(id) {
 }
 
 // A round length that leaves room, so that the axis of what runs does not change with each second.
-function niceLength(milliseconds) {
-  let length = 1000;
-  while (length < milliseconds * 1.1) length *= 2;
-  return length;
-}
+const niceLength = (milliseconds) => 1000 * 2 ** Math.max(0, Math.ceil(Math.log2(milliseconds * 0.0011)));
 
 function dependencies(steps) {
   const byName = new Map(steps.map((step, index) => [step.name, index]));
@@ -12341,13 +12318,13 @@ function placeLayers(nodes, layers, mean) {
         const near = [...nodes[index].before, ...nodes[index].after];
         return near.length ? mean(near, "y") : nodes[index].y;
       });
-      const least = [...wishes];
-      const most = [...wishes];
-      for (let place = 1; place < layer.length; place++)
-        least[place] = Math.max(least[place], least[place - 1] + room(layer[place - 1], layer[place]));
-      for (let place = layer.length - 2; place >= 0; place--)
-        most[place] = Math.min(most[place], most[place + 1] - room(layer[place], layer[place + 1]));
-      layer.forEach((index, place) => { nodes[index].y = (least[place] + most[place]) / 2; });
+      let shift = 0;
+      layer.forEach((index, place) => {
+        const above = place ? nodes[layer[place - 1]].y + room(layer[place - 1], index) : -Infinity;
+        nodes[index].y = Math.max(wishes[place], above);
+        shift += (wishes[place] - nodes[index].y) / layer.length;
+      });
+      for (const index of layer) nodes[index].y += shift;
     }
 }
 
@@ -12383,8 +12360,7 @@ function drawGraph(panel, id, steps) {
   const boxes = steps.map((step, index) => createSvg("a", { href: `#${id}/${step.step}`, class: "node",
     transform: `translate(${left(index)} ${middle(index) - STEP_HEIGHT / 2})` },
     createSvg("rect", { width: STEP_WIDTH, height: STEP_HEIGHT, rx: 6 }),
-    createSvg("rect", { class: "stripe", width: 4, height: STEP_HEIGHT - 12, x: 6, y: 6, rx: 2 }),
-    createSvg("text", { class: "mark", x: 18, y: 23 }), createSvg("text", { x: 36, y: 23 }, shorten(step.name, 19)),
+    createSvg("text", { class: "mark", x: 10, y: 23 }), createSvg("text", { x: 30, y: 23 }, shorten(step.name, 20)),
     createSvg("title", {})));
   const svg = createSvg("svg", { role: "group", "aria-label": `${steps.length} steps`, tabindex: "0" },
     createSvg("g", {}, ...curves, ...boxes));
@@ -12535,7 +12511,7 @@ async function showFiles(panel, id, path) {
   });
   const up = path ? [button("Up", () => showFiles(panel, id, path.split("/").slice(0, -1).join("/")))] : [];
   const title = h("h3.bar", "Files", h("small.soft.code", path),
-    h("span.bar.push", ...up, button("Again", () => again()), button("Upload", () => input.click()), input));
+    h("span.bar.push", ...up, button("Upload", () => input.click()), input));
   const body = rows.length ? h("ul", rows)
     : h("p.pad.soft", problem || "The workspace is empty.");
   panel.replaceChildren(title, body);
@@ -12560,7 +12536,6 @@ const MAX_ROW_BYTES = 16384;  // a longer line goes on in the next row
 const MAX_UNASKED_BYTES = 64000000;  // of more the page reads the end alone, until it is asked for all
 const TAIL_BYTES = 4000000;
 const KEPT_BLOCKS = 16;
-const KEPT_TAIL_BYTES = 1000000;
 const MAX_FOUND = 100000;
 
 // Cuts bytes into rows as they come. `onRow(end, endsLine)` is told the offset behind each row.
@@ -12591,8 +12566,7 @@ class Output {
     Object.assign(this, { path, offset, changed, rows: 0, lines: 0, isComplete: false, problem: "" });
     this.blocks = [{ offset, line: 0, continues: false }];  // the beginning of each block of rows
     this.cache = new Map();
-    this.tail = [];  // of the newest bytes, so that following needs no further request
-    this.tailBytes = 0;
+    this.newest = new Uint8Array();  // the bytes of the last block, so that following needs no further request
     this.controller = new AbortController();
     this.splitter = new RowSplitter(offset, (end, endsLine) => {
       this.rows++;
@@ -12628,42 +12602,31 @@ class Output {
     }
   }
   take(bytes) {
+    const begin = this.end - this.newest.length;
+    const joined = new Uint8Array(this.newest.length + bytes.length);
+    joined.set(this.newest);
+    joined.set(bytes, this.newest.length);
     this.splitter.feed(bytes);
-    this.tail.push(bytes);
-    this.tailBytes += bytes.length;
-    while (this.tailBytes - this.tail[0].length > KEPT_TAIL_BYTES) this.tailBytes -= this.tail.shift().length;
+    this.newest = joined.slice(this.blocks[this.blocks.length - 1].offset - begin);
     this.changed();
   }
-  blockEnd(number) { return number + 1 < this.blocks.length ? this.blocks[number + 1].offset : this.end; }
   // The rows of a block, if they are here; else they are asked for, and `changed` tells when they have come.
   block(number) {
-    const begin = this.blocks[number];
-    const end = this.blockEnd(number);
+    const end = number + 1 < this.blocks.length ? this.blocks[number + 1].offset : this.end;
     const cached = this.cache.get(number);
     if (cached && cached.end === end) {
       this.cache.delete(number);
       this.cache.set(number, cached);  // the newest last
       return cached.rows;
     }
-    if (begin.offset >= this.end - this.tailBytes) return this.keep(number, end, this.fromTail(begin.offset, end));
-    if (!cached || !cached.isAsked) this.fetchBlock(number, begin.offset, end);
-    return cached ? cached.rows : null;
+    if (number === this.blocks.length - 1) return this.keep(number, end, this.newest);
+    if (!cached?.isAsked) this.fetchBlock(number, end, cached?.rows || null);
+    return cached?.rows;
   }
-  fromTail(begin, end) {
-    const bytes = new Uint8Array(end - begin);
-    let offset = this.end - this.tailBytes;
-    for (const part of this.tail) {
-      const from = Math.max(begin, offset);
-      const to = Math.min(end, offset + part.length);
-      if (from < to) bytes.set(part.subarray(from - offset, to - offset), from - begin);
-      offset += part.length;
-    }
-    return bytes;
-  }
-  async fetchBlock(number, begin, end) {
-    this.cache.set(number, { isAsked: true, rows: null, end: -1 });
+  async fetchBlock(number, end, rows) {
+    this.cache.set(number, { isAsked: true, rows, end: -1 });
     try {
-      const headers = { Range: `bytes=${begin}-${end - 1}` };
+      const headers = { Range: `bytes=${this.blocks[number].offset}-${end - 1}` };
       const response = await send(this.path, { headers, signal: this.controller.signal });
       this.keep(number, end, new Uint8Array(await response.arrayBuffer()));
     } catch { this.cache.delete(number); return; }
@@ -12693,7 +12656,7 @@ class Output {
   }
   row(index) {
     const rows = this.block(Math.floor(index / BLOCK_ROWS));
-    return rows && rows[index % BLOCK_ROWS];
+    return rows?.[index % BLOCK_ROWS];
   }
   // The row in which a line begins; null while its block is being asked for.
   rowOfLine(line) {
@@ -12780,14 +12743,14 @@ function nextStyle(style, parameters) {
       if (codes[at + 1] === 5) next[side] = paletteColour(codes[at + 2]);
       if (codes[at + 1] === 2) next[side] = `rgb(${codes.slice(at + 2, at + 5).map((value) => value & 255).join()})`;
       at += codes[at + 1] === 2 ? 4 : 2;
-    } else if (code >= 30 && code <= 47 || code >= 90 && code <= 107) next[side] = code % 10;
+    } else if (code >= 30 && code <= 47 || code >= 90 && code <= 107) next[side] = paletteColour(code % 10);
   }
   return next;
 }
 
 // One of the 256 colours of xterm: 16 of the theme, a cube of 6 levels, 24 greys.
 function paletteColour(number) {
-  if (!(number > 15)) return (number || 0) % 8;
+  if (!(number > 15)) return `var(--c${(number || 0) % 8})`;
   if (number > 231) return `rgb(${Array(3).fill((number & 255) * 10 - 2312).join()})`;
   const level = (value) => value ? value * 40 + 55 : 0;
   const index = number - 16;
@@ -12797,10 +12760,8 @@ function paletteColour(number) {
 function styledSpan(text, style) {
   const span = h("span", text);
   for (const flag of "bdiuvs") if (style[flag]) span.classList.add(flag);
-  if (typeof style.fore === "number") span.classList.add("c" + style.fore);
-  else if (style.fore) span.style.color = style.fore;
-  if (typeof style.back === "number") span.classList.add("g" + style.back);
-  else if (style.back) span.style.backgroundColor = style.back;
+  if (style.fore) span.style.color = style.fore;
+  if (style.back) span.style.background = `color-mix(in srgb, ${style.back} 30%, transparent)`;  // text stays readable
   return span;
 }
 
@@ -12841,21 +12802,20 @@ function createConsole(id, place, line) {
   const search = h("input", { type: "search", placeholder: "Find", "aria-label": "Find in the output",
     title: "Find (/)", spellcheck: "false" });
   const found = h("span.small.soft", { role: "status" });
-  const note = h("p.small.soft", { role: "status" });
+  const note = h("p.small.soft.push");
   const streamChoice = h("select", { "aria-label": "Stream", hidden: "" },
     h("option", { value: "stdout" }, "stdout"), h("option", { value: "stderr" }, "stderr"));
   const attemptChoice = h("select", { "aria-label": "Attempt", hidden: "" });
-  const wrap = button("Wrap", () => setWrap(!isWrapped), { "aria-pressed": "false", title: "Wrap long lines (w)" });
-  const follow = button("Follow", () => setFollow(!isFollowing), { title: "Go to the end and stay there (f)" });
+  const wrap = button("Wrap", switchWrap, { "aria-pressed": "false", title: "w" });
+  const follow = button("Follow", () => setFollow(!isFollowing), { title: "Stay at the end (f)" });
   const all = button("Read from the beginning", () => open(0), { hidden: "" });
   const bar = h("div.bar", { role: "toolbar", "aria-label": "Output" }, streamChoice, attemptChoice,
     search, found, button("Previous", () => go(-1), { title: "N" }), button("Next", () => go(1), { title: "n" }), wrap,
     follow, all, button("Save", () => download(path(), `${id}-${place}.txt`), { title: "Download the bytes" }),
-    h("span.push", note));
+    note);
   let output = null;
   let list = null;
   let step = null;
-  let isWrapped = false;
   let isFollowing = !line;
   let target = line ? line - 1 : null;
   let isJumping = Boolean(line);
@@ -12896,10 +12856,8 @@ function createConsole(id, place, line) {
     element.append(h("span.number", number), content);
     return element;
   }
-  function setWrap(value) {
-    isWrapped = value;
-    wrap.setAttribute("aria-pressed", value);
-    scroller.classList.toggle("wrapped", value);
+  function switchWrap() {
+    wrap.setAttribute("aria-pressed", scroller.classList.toggle("wrapped"));
     update();
   }
   function setFollow(value) {
@@ -12912,8 +12870,7 @@ function createConsole(id, place, line) {
     if (isAtEnd !== isFollowing && !isJumping) { isFollowing = isAtEnd; showTools(); }
   }, { passive: true });
   function jump() {
-    if (target === null || !isJumping) return;
-    if (output.offset) { open(0); return; }
+    if (!isJumping) return;
     if (output.lines <= target && !output.isComplete) return;
     const row = output.rowOfLine(Math.min(target, Math.max(0, output.lines)));
     if (row === null) return;
@@ -12954,17 +12911,7 @@ function createConsole(id, place, line) {
     if (!matches.length) return;
     current = (current + direction + matches.length) % matches.length;
     found.textContent = `line ${current + 1} of ${matches.length.toLocaleString("en")}`;
-    goToFound(matches[current]);
-  }
-  // In the end of a long output lines are counted from where the reading began.
-  function goToFound(number) {
-    const row = output.rowOfLine(number);
-    if (output.offset === 0) { goTo(number); return; }
-    if (row === null) { setTimeout(() => goToFound(number), 50); return; }
-    isFollowing = false;
-    target = number;
-    scroller.scrollTop = Math.max(0, row * rowHeight() - scroller.clientHeight / 3);
-    update();
+    goTo(matches[current]);
   }
   on(search, "keydown", (event) => {
     if (event.key === "Enter") go(event.shiftKey ? -1 : 1);
@@ -12980,26 +12927,18 @@ function createConsole(id, place, line) {
 
   function showTools() {
     follow.setAttribute("aria-pressed", isFollowing);
-    const parts = [formatBytes(output.end)];
-    if (output.offset === 0) parts.unshift(count(output.lines + output.length - output.rows, "line"));
-    else parts.unshift(`from byte ${output.offset.toLocaleString("en")} on`);
-    if (output.problem) parts.push(output.problem);
-    else if (!output.isComplete) parts.push(isLive() ? "live" : "reading");
-    const words = parts.join(" · ");
-    if (note.textContent !== words) note.textContent = words;
+    const lines = count(output.lines + output.length - output.rows, "line");
+    const activity = output.problem || (output.isComplete ? "" : isLive() ? "live" : "reading");
+    const words = [output.offset ? `the end: ${lines}` : lines, formatBytes(output.end), activity];
+    setText(note, words.filter(Boolean).join(" · "));
   }
   const isLive = () => step && UNFINISHED.includes(step.result);
   function showHeading(detail) {
-    const words = [step.result, step.msg, step.attempt].join(" ");
-    if (heading.dataset.text === words) return;
-    heading.dataset.text = words;
+    if (!isNews(heading, step.result, step.msg, step.attempt)) return;
     const stop = isLive() ? button("Stop", () => stopStep(detail.task, step), { class: "danger", title: "s" }) : [];
-    const neighbour = (index, word) => detail.steps[index]
-      ? [h("a", { href: `#${id}/${index}`, title: detail.steps[index].name }, word)] : [];
     heading.replaceChildren(h("h2", h("a", { href: "#" + id }, id), " / " + step.name),
       createResult(step.result), h("span.soft", reasonOf(step)), createLength(step),
-      h("span.bar.push", ...neighbour(step.step - 1, "← before"),
-        ...neighbour(step.step + 1, "next →"), stop));
+      h("span.push", stop));
     attemptChoice.hidden = !(step.attempt > 1);
     if (attemptChoice.length !== step.attempt) {
       const options = Array.from({ length: step.attempt }, (_, index) =>
@@ -13040,10 +12979,9 @@ function createConsole(id, place, line) {
       if (isFollowing) { toEnd(); list.draw(); toEnd(); }
       showTools();
     },
-    goTo,
-    expired(other) { if (other === id) { leave(); say(`${id} is gone`); } },
+    goTo(number) { if (output.offset) open(0); goTo(number); },
     keys: {
-      "/": () => search.focus(), n: () => go(1), N: () => go(-1), w: () => setWrap(!isWrapped),
+      "/": () => search.focus(), n: () => go(1), N: () => go(-1), w: switchWrap,
       f: () => setFollow(!isFollowing), G: () => setFollow(true),
       g: () => { setFollow(false); scroller.scrollTop = 0; },
       j: () => { scroller.scrollTop += rowHeight(); }, k: () => { scroller.scrollTop -= rowHeight(); },
@@ -13060,38 +12998,34 @@ function createConsole(id, place, line) {
 _DASHBOARD_EDITOR = r"""
 // -- a new task: a card for each step, checked as one types
 
+const shell = (name, script, ...names) =>
+  ({ name, command_type: "sh", command_content: script, depends_on: names });
 const TEMPLATES = {
-  "One step": { query: "", steps: [{ command_type: "sh", command_content: "echo hello\n" }] },
-  "A sequence": { query: "", steps: [
-    { name: "build", command_type: "sh", command_content: "echo building\n" },
-    { name: "test", command_type: "sh", command_content: "echo testing\n", timeout: "10m" }] },
-  "A graph": { query: "async=true", steps: [
-    { name: "fetch", command_type: "sh", command_content: "echo 42 >answer\n" },
-    { name: "left", command_type: "sh", command_content: "cat answer\n", depends_on: ["fetch"] },
-    { name: "right", command_type: "sh", command_content: "wc -l <answer\n", depends_on: ["fetch"] },
-    { name: "join", command_type: "sh", command_content: "echo done\n", depends_on: ["left", "right"] }] },
+  "One step": { query: "", steps: [shell("", "echo hello")] },
+  "A sequence": { query: "", steps: [shell("build", "echo building"), shell("test", "echo testing")] },
+  "A graph": { query: "async=true", steps: [shell("fetch", "echo 42 >answer"), shell("left", "cat answer", "fetch"),
+    shell("right", "wc -l <answer", "fetch"), shell("join", "echo done", "left", "right")] },
 };
-const CARD_FIELDS = ["name", "command_type", "command_content", "depends_on", "timeout", "env_vars"];
 const DURATION = /^\+?((\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h|d))+$/;
 
+const valueOf = (input) => input.value.trim();
 const splitWords = (text, separator) => text.split(separator).map((word) => word.trim()).filter(Boolean);
 
 function createCard(step, types, remove, changed) {
+  const { name = "", command_type: type, command_content: script = "", depets_on: old, depends_on: names = old,
+    timeout = "", env_vars: variables, ...others } = step;
   const inputs = {
-    name: h("input", { value: step.name || "", maxlength: "128", placeholder: "default: task id and index" }),
+    name: h("input", { value: name || "", maxlength: "128", placeholder: "default: task id and index" }),
     command_type: h("select", ...types.map((type) => h("option", type))),
-    command_content: h("textarea", { rows: "6", spellcheck: "false", "aria-label": "Script", required: "" }),
-    depends_on: h("input", { value: (step.depends_on || step.depets_on || []).join(", "),
-      placeholder: "names of steps, with commas" }),
-    timeout: h("input", { value: step.timeout || "", placeholder: "such as 90s or 1h30m" }),
-    env_vars: h("textarea", { rows: "2", spellcheck: "false", placeholder: "KEY=value, one a line" }),
-    others: h("textarea", { rows: "2", spellcheck: "false", placeholder: '{"stdin": "…"}' }),
+    command_content: h("textarea", { rows: "6", "aria-label": "Script", required: "" }),
+    depends_on: h("input", { value: (names || []).join(", "), placeholder: "names of steps, with commas" }),
+    timeout: h("input", { value: timeout || "", placeholder: "such as 90s or 1h30m" }),
+    env_vars: h("textarea", { rows: "2", placeholder: "KEY=value, one a line" }),
+    others: h("textarea", { rows: "2", placeholder: '{"stdin": "…"}' }),
   };
-  const others = { ...step };
-  for (const name of [...CARD_FIELDS, "depets_on"]) delete others[name];
-  inputs.command_type.value = step.command_type;
-  inputs.command_content.value = step.command_content || "";
-  inputs.env_vars.value = (step.env_vars || []).join("\n");
+  inputs.command_type.value = type;
+  inputs.command_content.value = script;
+  inputs.env_vars.value = (variables || []).join("\n");
   inputs.others.value = Object.keys(others).length ? JSON.stringify(others) : "";
   const problem = h("p.bad.small", { role: "status" });
   const title = h("h3.bar", h("span", "Step"),
@@ -13107,10 +13041,10 @@ function createCard(step, types, remove, changed) {
 }
 
 function cardStep({ inputs }) {
-  const step = inputs.others.value.trim() ? JSON.parse(inputs.others.value) : {};
+  const step = JSON.parse(valueOf(inputs.others) || "{}");
   step.command_type = inputs.command_type.value;
   step.command_content = inputs.command_content.value;
-  for (const name of ["name", "timeout"]) if (inputs[name].value.trim()) step[name] = inputs[name].value.trim();
+  for (const name of ["name", "timeout"]) if (valueOf(inputs[name])) step[name] = valueOf(inputs[name]);
   const names = splitWords(inputs.depends_on.value, ",");
   const variables = splitWords(inputs.env_vars.value, "\n");
   if (names.length) step.depends_on = names;
@@ -13121,17 +13055,17 @@ function cardStep({ inputs }) {
 // What the daemon would refuse, as far as the page can tell.
 function cardProblem(card, names) {
   const { inputs } = card;
-  const name = inputs.name.value.trim();
+  const name = valueOf(inputs.name);
   if (!inputs.command_content.value) return "the script is missing";
   if (name && names.filter((other) => other === name).length > 1) return `another step is called ${name} too`;
   const unknown = splitWords(inputs.depends_on.value, ",").find((other) => !names.includes(other) || other === name);
   if (unknown) return `no other step is called ${unknown}`;
-  if (inputs.timeout.value.trim() && !DURATION.test(inputs.timeout.value.trim()))
-    return "timeout: expected for example 90s, 1h30m or 500ms";
+  const timeout = valueOf(inputs.timeout);
+  if (timeout && !DURATION.test(timeout)) return "timeout: expected for example 90s, 1h30m or 500ms";
   const variable = splitWords(inputs.env_vars.value, "\n").find((line) => !/^[^=]+=/.test(line));
   if (variable) return `environment: ${variable} is not KEY=value`;
   try {
-    const others = JSON.parse(inputs.others.value.trim() || "{}");
+    const others = JSON.parse(valueOf(inputs.others) || "{}");
     if (!others || typeof others !== "object" || Array.isArray(others)) return "more: expected an object of JSON";
   } catch (error) { return "more: " + error.message; }
   return "";
@@ -13139,11 +13073,11 @@ function cardProblem(card, names) {
 
 function createEditor(from) {
   const inputs = {
-    id: h("input", { maxlength: "64", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]{0,63}", spellcheck: "false",
+    id: h("input", { maxlength: "64", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]{0,63}",
       placeholder: "default: a random one" }),
     timeout: h("input", { placeholder: "such as 2h" }),
     delay: h("input", { placeholder: "such as 10m" }),
-    env_vars: h("textarea", { rows: "2", spellcheck: "false", placeholder: "KEY=value, one a line" }),
+    env_vars: h("textarea", { rows: "2", placeholder: "KEY=value, one a line" }),
     async: h("input", { type: "checkbox" }),
     paused: h("input", { type: "checkbox" }),
   };
@@ -13153,11 +13087,11 @@ function createEditor(from) {
   let list = [];
   let types = ["sh", "bash", "python", "cmd", "powershell", "pwsh"];
   const check = () => {
-    const names = list.map((card) => card.inputs.name.value.trim());
+    const names = list.map((card) => valueOf(card.inputs.name));
     let isGood = list.length > 0;
     list.forEach((card, index) => {
       const text = cardProblem(card, names);
-      if (card.problem.textContent !== text) card.problem.textContent = text;
+      setText(card.problem, text);
       card.title.textContent = `Step ${index}`;
       if (text) isGood = false;
     });
@@ -13185,23 +13119,20 @@ function createEditor(from) {
     cards.replaceChildren();
     for (const step of steps) add(step);
   };
-  const form = h("form.form",
+  const form = h("form.form", { spellcheck: "false" },
     h("div.bar", h("h2", "New task"), ...Object.keys(TEMPLATES).map((name) =>
       button(name, () => fill(TEMPLATES[name])))),
     h("section.panel.pad.form",
       h("div.two", field("Id", inputs.id), field("Timeout", inputs.timeout),
         field("Wait", inputs.delay), field("Environment", inputs.env_vars, true)),
-      h("label", inputs.async, " steps run at once, but for what each is to run after"),
-      h("label", inputs.paused, " hold it until it is resumed, so that files can be put into its workspace")),
+      h("label", inputs.async, " steps run at once, except for what each names as before it"),
+      h("label", inputs.paused, " hold it until it is resumed, to put files into its workspace first")),
     cards, h("p.bar", button("Add a step", () => add({ command_type: types[0] })),
       h("span.push"), submit), problem);
   on(form, "submit", async (event) => {
     event.preventDefault();
     const query = new URLSearchParams();
-    for (const name of ["id", "timeout", "delay"]) {
-      const value = inputs[name].value.trim();
-      if (value) query.set(name, value);
-    }
+    for (const name of ["id", "timeout", "delay"]) if (valueOf(inputs[name])) query.set(name, valueOf(inputs[name]));
     for (const variable of splitWords(inputs.env_vars.value, "\n")) query.append("env_vars", variable);
     for (const name of ["async", "paused"]) if (inputs[name].checked) query.set(name, "true");
     submit.disabled = true;
@@ -13268,7 +13199,7 @@ on(document, "keydown", (event) => {
   event.preventDefault();
   action();
 });
-on(document.getElementById("help"), "click", showKeys);
+on(byId("help"), "click", showKeys);
 
 function decodePart(part) {
   try { return decodeURIComponent(part); } catch { return part; }
@@ -13289,7 +13220,7 @@ function route() {
   newView.id = task;
   show(newView);
   for (const link of document.querySelectorAll("header nav a"))
-    if (link.getAttribute("href") === (location.hash || "#/")) link.setAttribute("aria-current", "page");
+    if (link.hash && link.hash === (location.hash || "#/")) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   if (state.daemon) newView.load().catch((error) => say(error.message));
 }

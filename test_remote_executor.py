@@ -8342,7 +8342,7 @@ def test_dashboard_leads_by_keys_from_the_list_to_a_line(board: Board) -> None:
     board.keys("j")
     board.browser.press("Enter", "\r")
     board.text("new", ".console")
-    assert board.browser.value("document.querySelector('.console .c1').innerText") == "red"
+    assert board.browser.value("document.querySelector('.console [style*=--c1]').innerText") == "red"
     assert "old" not in board.browser.value("document.querySelector('.console').innerText")
     board.browser("Runtime.evaluate", expression="document.querySelector('.console a').click()")
     board.browser.find(f"location.hash === '#{task}/0/L1' && document.querySelector('.target').innerText.includes('a')")
