@@ -10871,7 +10871,7 @@ function h(name, ...parts) {
   if (classes.length) element.className = classes.join(" ");
   for (const part of parts)
     if (part && part.constructor === Object) for (const key in part) element.setAttribute(key, part[key]);
-    else element.append(...[part].flat());
+    else element.append(...[part].flat(2));
   return element;
 }
 
@@ -11197,11 +11197,9 @@ DASHBOARD_STYLE = PALETTE + r"""
 html { font-size: clamp(15px, .35vw + 11px, 20px); }
 body { margin: 0; min-height: 100vh; display: flex; flex-direction: column; background: var(--back); color: var(--text);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-body.filled { height: 100vh; height: 100dvh; }
-h1, h2, p, dl, dd, ul { margin: 0; padding: 0; }
-h1 { font-size: 1rem; }
+body.filled { height: 100dvh; }
+h1, h2, h3, p, dl, dd, ul { margin: 0; padding: 0; font-size: 1rem; }
 h2 { font-size: 1.25rem; }
-h3 { font-size: 1rem; margin: 0; }
 a { text-decoration: none; }
 a:hover, h2 a { text-decoration: underline; }
 code, pre, .code { font: var(--code); }
@@ -11223,7 +11221,7 @@ textarea { width: 100%; font: var(--code); padding: .5rem .75rem; resize: vertic
 .bar, header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem var(--gap); }
 header { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); background: var(--box); }
 header nav { display: flex; flex-wrap: wrap; gap: .25rem var(--gap); }
-header nav a[aria-current] { color: var(--text); font-weight: 600; box-shadow: 0 2px var(--link); }
+nav a[aria-current="page"] { color: var(--text); font-weight: 600; box-shadow: 0 2px var(--link); }
 .push { margin-left: auto; }
 .dot { display: inline-block; width: .625rem; height: .625rem; border-radius: 50%; background: var(--soft);
   margin-right: .375rem; }
@@ -11366,7 +11364,6 @@ DASHBOARD_PAGE = r"""<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
 <link rel="icon" id="icon" href="data:,">
 <title>remote_executor</title>
 <style>{style}</style>
@@ -11377,12 +11374,12 @@ DASHBOARD_PAGE = r"""<!DOCTYPE html>
 <nav aria-label="Pages">
 <a href="#/">Tasks</a>
 <a href="#/new">New task</a>
-<a href="#/metrics">Metrics</a>
+<a href="metrics" id="metrics">Metrics</a>
 <a href="swagger/index.html">API</a>
 <a href="debug/pprof/">Profiles</a>
 </nav>
 <span class="push small" id="connection" role="status"></span>
-<button type="button" id="help" aria-label="Keys" title="Keys (?)">?</button>
+<button type="button" id="help" aria-label="Keys">?</button>
 </header>
 <p class="notice" id="warning" role="alert" hidden></p>
 <main id="main" tabindex="-1"></main>
@@ -11413,7 +11410,7 @@ const main = byId("main");
 const dialog = byId("dialog");
 const connection = byId("connection");
 const state = {
-  features: new Set(), version: "", health: null, daemon: null, pool: null,
+  version: null, warning: "", daemon: null, pool: null,
   tasks: [], next: null, total: 0, filter: { group: "all", id: "" },
   details: new Map(),  // of tasks: { task, steps }, as far as they were asked for
   hasFailures: false,
@@ -11533,6 +11530,7 @@ function isNews(element, ...values) {
 
 function tick() {
   for (const one of document.querySelectorAll(".ticks")) one.textContent = formatSeconds(secondsOf(one.row));
+  if (document.querySelector(".lane .running")) update();
   for (const one of document.querySelectorAll("time")) setText(one, formatAge(one.dateTime));
 }
 
@@ -11574,10 +11572,8 @@ function showDialog(title, parts, accept, isDanger) {
   });
 }
 
-let isAsking = false;
 async function askForToken(wasWrong) {
-  if (isAsking) return;
-  isAsking = true;
+  if (dialog.open) return;
   const input = h("input", { type: "password", name: "token", required: "", autocomplete: "off",
     spellcheck: "false" });
   const keep = h("input", { type: "checkbox", name: "keep" });
@@ -11585,7 +11581,6 @@ async function askForToken(wasWrong) {
     h("p.soft", "The file token in the daemon's root has it. It is kept in this tab alone."),
     field("Token", input), h("label", keep, " keep it in this browser"),
   ], "Use it");
-  isAsking = false;
   if (!values) return;
   sessionStorage.setItem(TOKEN_KEY, values.token.trim());
   localStorage.removeItem(TOKEN_KEY);
@@ -11733,7 +11728,7 @@ const handlers = {
     received(task);
     const index = state.tasks.findIndex((other) => other.id === task.id);
     const before = index < 0 ? null : state.tasks[index];
-    if (BAD.includes(task.result) && (!before || before.result !== task.result)) noteFailure();
+    if (BAD.includes(task.result) && before?.result !== task.result) state.hasFailures ||= !document.hasFocus();
     const detail = state.details.get(task.id);
     if (detail) detail.task = { ...detail.task, ...task };
     if (before && isListed(task)) state.tasks[index] = task;
@@ -11742,7 +11737,7 @@ const handlers = {
   },
   step(step) {
     const detail = state.details.get(step.task);
-    if (detail && detail.steps[step.step]) detail.steps[step.step] = received(step);
+    if (detail?.steps[step.step]) detail.steps[step.step] = received(step);
   },
   pool(pool) { state.pool = pool; },
   expired({ id }) {
@@ -11751,7 +11746,10 @@ const handlers = {
     state.details.delete(id);
     if (view.id === id) { leave(); say(`${id} is gone`); }
   },
-  reset() { load(); },
+  reset() {
+    stream.lastId = "";
+    stream.controller.abort();
+  },
 };
 
 // Where a task that is new here belongs; not at all where it is of a page that is not loaded yet.
@@ -11794,6 +11792,7 @@ const stream = {
       const parts = (text + value).split("\n\n");
       text = parts.pop();
       for (const part of parts) this.dispatch(part);
+      refresh();
       update();
     }
   },
@@ -11808,18 +11807,35 @@ const stream = {
   },
 };
 
+async function loadDaemon() {
+  state.warning = (await ask("healthyz")).data.warning || "";
+  state.daemon = (await ask("api/v1/state")).data;
+  state.pool = state.daemon.pool;
+}
+
+// What no event tells: how many steps run, and the disk.
+let isRefreshing = false;
+function refresh() {
+  if (isRefreshing) return;
+  isRefreshing = true;
+  setTimeout(() => loadDaemon().then(update, () => {}).finally(() => { isRefreshing = false; }), 1000);
+}
+
 // Everything that is shown, read anew.
 async function load() {
-  const [version, health, daemon, pool] = await Promise.all(
-    ["version", "healthyz", "api/v1/state", "api/v1/pool"].map((path) => ask(path)));
-  state.features = new Set(version.data.features);
-  state.version = version.data.version;
-  state.health = health.data;
-  state.daemon = daemon.data;
-  state.pool = pool.data;
+  state.version = (await ask("version")).data;
+  await loadDaemon();
   state.details.clear();
   await loadTasks();
-  await view.load();
+  await loadView();
+}
+
+async function loadView() {
+  try { await view.load(); }
+  catch (error) {
+    if (error.status === 404) main.replaceChildren(h("p.empty", error.message));
+    else say(error.message);
+  }
   update();
 }
 
@@ -11867,18 +11883,14 @@ function showFrame() {
   if (view?.title) title = view.title();
   document.title = `${title} · ${host}`;
   const warning = byId("warning");
-  setText(warning, state.health?.warning || "");
-  warning.hidden = !warning.textContent;
+  setText(warning, state.warning);
+  warning.hidden = !state.warning;
   let colour = running ? "%230550ae" : "%23116329";
   if (state.hasFailures) colour = "%23b42318";
   const icon = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>" +
     `<circle cx='8' cy='8' r='7' fill='${colour}'/></svg>`;
   const link = byId("icon");
   if (link.getAttribute("href") !== icon) link.setAttribute("href", icon);
-}
-
-function noteFailure() {
-  state.hasFailures = document.hidden || !document.hasFocus();
 }
 
 function show(newView) {
@@ -11934,6 +11946,10 @@ function createOverview() {
   };
   const list = new RowList(scroller, createRow, keyOf, seen);
 
+  const withFocused = (action) => {
+    const task = state.tasks[list.focused()?.index];
+    if (task) action(task);
+  };
   async function choose(filter) {
     Object.assign(state.filter, filter);
     scroller.scrollTop = 0;
@@ -11967,16 +11983,10 @@ function createOverview() {
     keys: {
       "/": () => search.focus(),
       ...list.keys(),
-      s: () => withTask(list, stopTask), r: () => withTask(list, rerunTask),
+      s: () => withFocused(stopTask), r: () => withFocused(rerunTask),
     },
     close: () => list.close(),
   };
-}
-
-function withTask(list, action) {
-  const row = list.focused();
-  const task = row && state.tasks.find((one) => one.id === row.dataset.id);
-  if (task) action(task);
 }
 
 async function loadDetails(tasks) {
@@ -12034,8 +12044,7 @@ function showStats(list) {
   const { disk_free_bytes: free, disk_total_bytes: whole } = daemon.root;
   const used = h("meter", { min: 0, max: pool.size, value: pool.running, "aria-label": "Pool in use" });
   if (!isNews(list, pool, free)) return;
-  const entry = (title, ...value) => h("div", { class: title.toLowerCase() },
-    h("dt", title), h("dd", value));
+  const entry = (title, ...value) => h("div", { class: title.toLowerCase() }, h("dt", title), h("dd", value));
   const poolState = pool.paused ? ["‖ paused", h("small", pool.reason ? " " + pool.reason : "")] : ["open"];
   list.replaceChildren(
     entry("Steps running", `${pool.running} `, h("small", `of ${pool.size}`), used),
@@ -12043,7 +12052,7 @@ function showStats(list) {
     entry("Pool", h("span", { class: pool.paused ? "mark paused" : "" }, poolState),
       h("p.bar.small", button("Size", setPoolSize), button(pool.paused ? "Resume" : "Pause", pausePool))),
     entry("Disk free", formatBytes(free), h("small", ` of ${formatBytes(whole)}`)),
-    entry("Version", state.version, h("small", ` ${daemon.host.system}`)),
+    entry("Version", state.version.version, h("small", ` ${daemon.host.system}`)),
   );
 }
 
@@ -12095,8 +12104,10 @@ function pauseTask(task) {
     done: () => `${task.id}: ${action === "pause" ? "no further step starts" : "goes on"}` });
 }
 
+const canRerun = () => state.version.features.includes("rerun");
+
 function rerunTask(task, only = "") {
-  if (!state.features.has("rerun")) { location.hash = "#/new/" + task.id; return; }
+  if (!canRerun()) { location.hash = "#/new/" + task.id; return; }
   const what = only ? "its failed steps and what follows them" : "all its steps";
   act({ question: `Run ${task.id} again?`, accept: "Run again", explanation: `A new task runs ${what}, as submitted.`,
     run: () => ask(taskPath(task.id, "rerun") + (only && "?only=" + only), { method: "POST" }),
@@ -12130,14 +12141,13 @@ function createTask(id) {
   axis.classList.add("axis");
   const submitted = h("section.panel", { "aria-label": "What was submitted" });
   const files = h("section.panel", { "aria-label": "Files" });
-  const missing = h("p.empty", { hidden: "" });
   let detail = null;
   let edges = null;
   let span = [0, 1];
 
   const list = new RowList(scroller, createRow, (index) => {
     const step = detail.steps[index];
-    return [index, step.result, step.attempt, step.seconds, step.started_at, ...span].join(" ");
+    return [index, step.result, step.attempt, createLength(step).textContent, step.started_at, ...span].join(" ");
   });
   function createRow(index) {
     const step = detail.steps[index];
@@ -12161,8 +12171,8 @@ function createTask(id) {
     const begun = detail.steps.filter((step) => step.started_at);
     const begins = begun.map((step) => Date.parse(step.started_at));
     const ends = begun.map((step, index) => begins[index] + secondsOf(step) * 1000);
-    const begin = begins.reduce((least, value) => Math.min(least, value), Infinity);
-    let end = ends.reduce((most, value) => Math.max(most, value), begin + 1);
+    const begin = Math.min(...begins);
+    let end = Math.max(begin + 1, ...ends);
     if (begun.some((step) => step.result === "running")) end = begin + niceLength(end - begin);
     span = begun.length ? [begin, end] : [0, 1];
     const middle = begun.length ? formatSeconds((end - begin) / 1000) : "";
@@ -12176,12 +12186,11 @@ function createTask(id) {
         ? [button(task.result === "paused" ? "Resume" : "Pause", () => pauseTask(detail.task)),
           button("Stop", () => stopTask(detail.task), { class: "danger", title: "Stop (s)" })]
         : [button("Run again", () => rerunTask(detail.task), { title: "Run again (r)" }),
-          ...(state.features.has("rerun") && task.result !== "succeeded"
-            ? [button("Run failed again", () => rerunTask(detail.task, "failed"))] : []),
+          canRerun() && task.result !== "succeeded"
+            ? button("Run failed again", () => rerunTask(detail.task, "failed")) : [],
           button("Delete", () => deleteTask(detail.task), { class: "danger" })];
       heading.replaceChildren(h("h2", task.id), createResult(task.result),
-        h("span.bar.push", ...acts,
-          h("a.button", { href: "#/new/" + id }, "Use as a template")));
+        h("span.bar.push", acts, h("a.button", { href: "#/new/" + id }, "Use as a template")));
     }
     const parts = [count(task.count, "step"), " · "];
     if (task.started_at) parts.push("took ", createLength(task), " · ");
@@ -12208,19 +12217,10 @@ function createTask(id) {
     } catch (error) { submitted.replaceChildren(h("p.pad.soft", error.message)); }
   }
   return {
-    elements: [missing, heading, facts, h("div.columns", graph, table),
-      h("div.columns.low", submitted, files)],
+    elements: [heading, facts, h("div.columns", graph, table), h("div.columns.low", submitted, files)],
     title: () => detail ? `${RESULTS[detail.task.result].join(" ")} ${id}` : id,
     async load() {
-      try {
-        detail = await loadDetail(id);
-        missing.hidden = true;
-      } catch (error) {
-        missing.textContent = error.message;
-        missing.hidden = false;
-        for (const element of [graph, table, submitted, files]) element.hidden = true;
-        return;
-      }
+      detail = await loadDetail(id);
       if (!submitted.childElementCount) loadSubmission();
       if (!files.childElementCount) showFiles(files, id, "");
       update();
@@ -12258,7 +12258,7 @@ function dependencies(steps) {
 
 // The steps that the end waited for: from the one that ended last, each time the dependency that ended last.
 function criticalPath(steps) {
-  const end = (index) => steps[index].ended_at ? Date.parse(steps[index].ended_at) : 0;
+  const end = (index) => Date.parse(steps[index].ended_at) || 0;
   const latest = (indexes) => indexes.reduce((best, index) => best < 0 || end(index) > end(best) ? index : best, -1);
   const before = dependencies(steps);
   const path = [];
@@ -12364,12 +12364,11 @@ function drawGraph(panel, id, steps) {
     createSvg("title", {})));
   const svg = createSvg("svg", { role: "group", "aria-label": `${steps.length} steps`, tabindex: "0" },
     createSvg("g", {}, ...curves, ...boxes));
-  const box = {
-    left: -16, top: Math.min(...steps.map((_, index) => middle(index))) - STEP_HEIGHT,
-    right: Math.max(...steps.map((_, index) => left(index))) + STEP_WIDTH + 16,
-    bottom: Math.max(...steps.map((_, index) => middle(index))) + STEP_HEIGHT,
-  };
-  panel.style.height = box.bottom - box.top + 90 + "px";
+  const lefts = nodes.map((_, index) => left(index));
+  const middles = nodes.map((_, index) => middle(index));
+  const box = { left: -16, right: Math.max(...lefts) + STEP_WIDTH + 16,
+    top: Math.min(...middles) - STEP_HEIGHT, bottom: Math.max(...middles) + STEP_HEIGHT };
+  panel.style.height = (box.bottom - box.top) * 1.1 + "px";
   panel.replaceChildren(svg, addSteering(svg, box));
   return {
     colour(rows, critical) {
@@ -12576,14 +12575,14 @@ class Output {
   }
   get length() { return this.rows + (this.splitter.end > this.splitter.rowStart ? 1 : 0); }
   get end() { return this.splitter.end; }
-  url(query) { return this.path + (this.path.includes("?") ? "&" : "?") + new URLSearchParams(query); }
+  address(query) { return this.path + (this.path.includes("?") ? "&" : "?") + new URLSearchParams(query); }
   close() { this.controller.abort(); }
   async read() {
     let waitMs = 250;
     while (!this.isComplete && !this.controller.signal.aborted) {
       try {
-        const url = this.url({ follow: true, offset: this.end });
-        const response = await send(url, { signal: this.controller.signal });
+        const path = this.address({ follow: true, offset: this.end });
+        const response = await send(path, { signal: this.controller.signal });
         this.problem = "";
         waitMs = 250;
         for (const reader = response.body.getReader();;) {
@@ -12682,7 +12681,7 @@ async function findLines(output, text, signal, progress) {
   let rest = "";
   let bytes = 0;
   const end = output.end;
-  const response = await send(output.url({ offset: output.offset }), { signal });
+  const response = await send(output.address({ offset: output.offset }), { signal });
   const decoder = new TextDecoder();
   for (const reader = response.body.getReader();;) {
     const { done, value } = await reader.read();
@@ -12953,11 +12952,9 @@ function createConsole(id, place, line) {
     elements: [heading, bar, scroller],
     title: () => step ? `${RESULTS[step.result].join(" ")} ${step.name}` : String(place),
     async load() {
-      let detail;
-      try { detail = await loadDetail(id); }
-      catch (error) { heading.replaceChildren(h("p.empty", error.message)); return; }
+      const detail = await loadDetail(id);
       step = detail.steps.find((one) => String(one.step) === place) || detail.steps.find((one) => one.name === place);
-      if (!step) { heading.replaceChildren(h("p.empty", `${id} has no step ${place}`)); return; }
+      if (!step) throw new RequestError(404, `${id} has no step ${place}`);
       place = String(step.step);
       if (!output) {
         const isLong = step.output_bytes > MAX_UNASKED_BYTES && !line;
@@ -13085,7 +13082,8 @@ function createEditor(from) {
   const problem = h("p.bad", { role: "alert" });
   const submit = h("button.main", "Run it");
   let list = [];
-  let types = ["sh", "bash", "python", "cmd", "powershell", "pwsh"];
+  const known = ask("openapi.json").then(({ components }) => components.schemas.SubmittedStep.properties, () => ({}));
+  let types = [];
   const check = () => {
     const names = list.map((card) => valueOf(card.inputs.name));
     let isGood = list.length > 0;
@@ -13109,7 +13107,8 @@ function createEditor(from) {
     cards.append(card.element);
     check();
   };
-  const fill = ({ query, steps }) => {
+  const fill = async ({ query, steps }) => {
+    types = (await known).command_type?.enum || ["sh"];
     const given = new URLSearchParams(query);
     for (const name of ["timeout", "delay"]) inputs[name].value = given.get(name) || "";
     inputs.env_vars.value = given.getAll("env_vars").join("\n");
@@ -13148,28 +13147,7 @@ function createEditor(from) {
     title: () => "new task",
     async load() {
       if (list.length) return;
-      try {
-        const openapi = await (await send("openapi.json")).json();
-        types = openapi.components.schemas.SubmittedStep.properties.command_type.enum;
-      } catch { /* the usual ones are there */ }
-      let submission = TEMPLATES["One step"];
-      try { if (from) submission = (await ask(taskPath(from, "submission"))).data; }
-      catch (error) { say(error.message); }
-      fill(submission);
-    },
-    update() {},
-    keys: { u: leave },
-  };
-}
-
-// Metrics as text: a plain link could not send the token.
-function createMetrics() {
-  const text = h("pre.panel.pad", { tabindex: "0", "aria-label": "Metrics" });
-  return {
-    elements: [h("div.bar", h("h2", "Metrics"), button("Again", () => view.load())), text],
-    title: () => "metrics",
-    async load() {
-      text.textContent = await (await send("metrics")).text();
+      fill(from ? (await ask(taskPath(from, "submission"))).data : TEMPLATES["One step"]);
     },
     update() {},
     keys: { u: leave },
@@ -13180,7 +13158,7 @@ function createMetrics() {
 
 const KEYS = [["/", "filter, or find in an output"], ["j k", "next, previous"], ["Enter", "open"], ["u", "up"],
   ["f", "follow an output"], ["g G", "begin, end of an output"],
-  ["n N", "next, previous line found; n elsewhere: new task"],
+  ["n N", "next, previous found; else n: new task"],
   ["w", "wrap long lines"], ["s", "stop"], ["r", "run again"], ["?", "this"]];
 
 function showKeys() {
@@ -13214,20 +13192,22 @@ function route() {
   if (task && step) newView = createConsole(task, step, number ? Number(number[1]) : 0);
   else if (task) newView = createTask(task);
   else if (step === "new") newView = createEditor(line);
-  else if (step === "metrics") newView = createMetrics();
   else newView = createOverview();
   newView.place = place;
   newView.id = task;
   show(newView);
-  for (const link of document.querySelectorAll("header nav a"))
-    if (link.hash && link.hash === (location.hash || "#/")) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-  if (state.daemon) newView.load().catch((error) => say(error.message));
+  for (const link of document.querySelectorAll("nav a"))
+    link.setAttribute("aria-current", link.hash && link.hash === (location.hash || "#/") ? "page" : "false");
+  if (state.daemon) loadView();
 }
 
+on(byId("metrics"), "click", (event) => {
+  if (!storedToken()) return;  // else the link is enough
+  event.preventDefault();
+  download("metrics", "metrics.txt");
+});
 on(window, "hashchange", () => { route(); main.focus({ preventScroll: true }); });
 on(window, "pagehide", () => stream.controller.abort());
-on(window, "pageshow", (event) => { if (event.persisted) location.reload(); });
 on(window, "focus", () => { state.hasFailures = false; update(); });
 setInterval(() => { if (!document.hidden) tick(); }, 1000);
 route();
