@@ -9968,6 +9968,7 @@ _MAX_PER_ADDRESS = 64
 _RESERVED_CONNECTIONS = 8
 _RESERVED_TIMEOUT_S = 3.0
 _CLIENT_CHECK_S = 5.0
+_LAST_ANSWERS_S = 1.0  # that an exit waits for those who waited
 _KEEP_ALIVE_OPTIONS = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3}  # tcp(7): a client that vanishes
 _RESERVE_THREADS = 2
 _MAX_PENDING_CONNECTIONS = 8
@@ -10259,6 +10260,9 @@ class Server(http.server.ThreadingHTTPServer):
             with contextlib.suppress(OSError):  # the client has closed it
                 socket.socket.shutdown(sock, socket.SHUT_RD)  # SSLSocket.shutdown would go on in clear text
         self._pending.close()
+        deadline_s = time.monotonic() + _LAST_ANSWERS_S
+        while self._held and time.monotonic() < deadline_s:
+            time.sleep(_ACCEPT_RETRY_S / 10)
 
     def get_request(self) -> tuple[Any, Any]:
         """Return the next connection and its address. Raise OSError if there is none, after a pause for resources."""
