@@ -11292,8 +11292,7 @@ meter { width: 100%; height: .375rem; display: block; }
 .graph path.critical { stroke: var(--text); stroke-width: 2.5; }
 .graph a:focus-visible { outline: none; }
 .graph a:focus-visible rect { stroke: var(--link); stroke-width: 4; }
-.graph .running rect { stroke-dasharray: 6 3; animation: march 1s linear infinite; }
-@keyframes march { to { stroke-dashoffset: -9; } }
+.graph .running rect { stroke-dasharray: 6 3; }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: .25rem var(--gap); }
 .facts dt { color: var(--soft); }
 .columns { display: grid; grid-template-columns: minmax(0, 1fr); gap: var(--gap); align-items: start; }
@@ -11312,20 +11311,18 @@ summary { padding: .375rem var(--gap); cursor: pointer; }
 .console .number { flex: none; width: 5.5rem; padding-right: 1rem; text-align: right; color: var(--soft);
   user-select: none; }
 .console .number a { color: inherit; }
-.console .text { min-width: 0; }
 .console .target { box-shadow: inset 3px 0 var(--link); background: var(--back); }
 mark { background: var(--put); color: var(--back); }
 .b { font-weight: 700; } .d { opacity: .8; } .i { font-style: italic; } .u { text-decoration: underline; }
 .s { text-decoration: line-through; } .v { filter: invert(1); background: var(--back); }
 
 dialog { border: 1px solid var(--line); border-radius: .5rem; background: var(--back); color: var(--text);
-  max-width: min(34rem, 92vw); width: 34rem; padding: 1.25rem; }
+  width: min(34rem, 92vw); padding: 1.25rem; }
 dialog::backdrop { background: rgb(0 0 0 / .5); }
 dialog form, .form { display: grid; gap: .75rem; }
 label.field { display: grid; grid-template-columns: 8rem minmax(0, 1fr); gap: .25rem var(--gap); align-items: center; }
 label.field.tall { align-items: start; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: .75rem 2rem; }
-kbd { font: var(--code); border: 1px solid var(--line); border-radius: .25rem; padding: 0 .375rem; }
 #toast { position: fixed; right: 1rem; bottom: 1rem; max-width: min(32rem, 92vw); z-index: 9; }
 #toast p { padding: .5rem var(--gap); border-radius: .375rem; background: var(--text); color: var(--back); }
 
@@ -11350,18 +11347,16 @@ kbd { font: var(--code); border: 1px solid var(--line); border-radius: .25rem; p
   .task .why { grid-column: 2; grid-row: 2; font-size: var(--small); }
   .step { grid-template-columns: 8.5rem minmax(0, 1fr) auto; align-content: center; }
   .step .lane { grid-column: 1 / 4; grid-row: 2; }
-  .step .why { display: none; }
+  .step .why, .stats .version { display: none; }
   .file { grid-template-columns: minmax(0, 1fr) auto; align-content: center; }
   .stats { grid-template-columns: repeat(3, auto); }
   .stats > div { padding: .25rem var(--gap); }
   .stats > .pool { grid-column: 1 / 4; grid-row: 2; display: flex; gap: var(--gap); align-items: center; }
   .stats .pool dd, .stats .pool p { display: flex; gap: .5rem; flex-wrap: nowrap; align-items: center; }
-  .stats .version { display: none; }
   .stats dd { font-size: 1rem; }
   .console .number { width: 3.5rem; padding-right: .5rem; }
   label.field { grid-template-columns: minmax(0, 1fr); }
 }
-@media (prefers-reduced-motion: reduce) { * { animation: none !important; scroll-behavior: auto !important; } }
 """
 DASHBOARD_PAGE = r"""<!DOCTYPE html>
 <html lang="en">
@@ -11456,8 +11451,7 @@ function formatSeconds(seconds) {
   if (seconds < 60) return Math.floor(seconds) + " s";
   const minutes = Math.floor(seconds / 60);
   if (minutes < 60) return `${minutes} min ${Math.floor(seconds % 60)} s`;
-  const hours = Math.floor(minutes / 60);
-  return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.floor(hours / 24)} d ${hours % 24} h`;
+  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
 function formatBytes(count) {
@@ -11589,7 +11583,8 @@ async function askForToken(wasWrong) {
   sessionStorage.setItem(TOKEN_KEY, values.token.trim());
   localStorage.removeItem(TOKEN_KEY);
   if (values.keep) localStorage.setItem(TOKEN_KEY, values.token.trim());
-  location.reload();
+  if (stream.hasAccess) loadView();
+  else stream.run();
 }
 
 const reasonField = () => field("Reason", h("input", { name: "reason", maxlength: "1000", placeholder: "optional" }));
@@ -11644,8 +11639,8 @@ class RowList {
     this.first = Math.max(0, Math.min(Math.floor(scrollTop * scale / height) - 5, this.length - seen));
     const last = Math.min(this.length, this.first + seen);
     this.window.style.top = scrollTop - scrollTop * scale + this.first * height + "px";
-    const focused = this.window.contains(document.activeElement) ? document.activeElement : null;
-    const focusedRow = focused && focused.closest(".row");
+    const { activeElement } = document;
+    const focused = this.focused();
     const rows = new Map();
     for (let index = this.first; index < last; index++) {
       const key = this.key(index);
@@ -11660,10 +11655,8 @@ class RowList {
       if (this.window.children[index] !== row) this.window.insertBefore(row, this.window.children[index] || null);
     });
     while (this.window.children.length > wanted.length) this.window.lastChild.remove();
-    if (focusedRow && document.activeElement !== focused) {
-      const same = wanted.find((row) => row.dataset.id === focusedRow.dataset.id);
-      if (same) same.querySelector("a").focus({ preventScroll: true });
-    }
+    if (focused && document.activeElement !== activeElement)
+      wanted.find((row) => row.dataset.id === focused.dataset.id)?.querySelector("a").focus({ preventScroll: true });
     this.table?.setAttribute("aria-rowcount", this.length);
     this.seen(this.first, last);
   }
@@ -11674,7 +11667,7 @@ class RowList {
   }
   // Move the focus by so many rows, from the top when no row has it.
   move(step) {
-    const row = this.window.contains(document.activeElement) ? document.activeElement.closest(".row") : null;
+    const row = this.focused();
     const index = row ? row.index + step : Math.max(0, this.first);
     this.focus(Math.max(0, Math.min(this.length - 1, index)));
   }
@@ -11731,7 +11724,7 @@ const handlers = {
   task(task) {
     received(task);
     const index = state.tasks.findIndex((other) => other.id === task.id);
-    const before = index < 0 ? null : state.tasks[index];
+    const before = state.tasks[index];
     if (BAD.includes(task.result) && before?.result !== task.result) state.hasFailures ||= !document.hasFocus();
     const detail = state.details.get(task.id);
     if (detail) detail.task = { ...detail.task, ...task };
@@ -11766,7 +11759,7 @@ function insertTask(task) {
 }
 
 const stream = {
-  controller: null, lastId: "", delayMs: 500,
+  controller: null, lastId: "", delayMs: 500, hasAccess: true,
   show(text, className) {
     connection.replaceChildren(h("span", { class: "dot " + className }), text);
   },
@@ -11775,7 +11768,8 @@ const stream = {
       this.controller = new AbortController();
       try { await this.read(); }
       catch (error) {
-        if (error.status === 401) { this.show("no access", "lost"); return; }
+        this.hasAccess = error.status !== 401;
+        if (!this.hasAccess) { this.show("no access", "lost"); return; }
       }
       this.show("no connection, trying again", "lost");
       await new Promise((resolve) => setTimeout(resolve, this.delayMs));
@@ -11785,6 +11779,7 @@ const stream = {
   async read() {
     const query = this.lastId ? "?last_event_id=" + this.lastId : "";
     const response = await send("api/v1/event" + query, { signal: this.controller.signal });
+    this.hasAccess = true;
     this.show("live", "live");
     this.delayMs = 500;
     if (!this.lastId) await load();
@@ -11913,7 +11908,7 @@ function createOverview() {
   const groups = Object.keys(GROUPS).map((group) =>
     button(group[0].toUpperCase() + group.slice(1), () => choose({ group }), { "data-group": group }));
   const search = h("input", { type: "search", placeholder: "id, or a pattern: web-*",
-    "aria-label": "Filter by id", spellcheck: "false", title: "Filter by id (/)" });
+    "aria-label": "Filter by id", spellcheck: "false", title: "/" });
   const shown = h("span.push.soft.small", { "aria-live": "polite" });
   const { table, scroller } = createTable("Tasks", "task", ["Result", "Task", "Begun", "Took", "Steps", "Why"]);
   const empty = h("p.empty");
@@ -12803,11 +12798,11 @@ function createConsole(id, place, line) {
   const heading = h("div.bar");
   const scroller = h("div.console", { tabindex: "0", role: "region", "aria-label": "Output" });
   const search = h("input", { type: "search", placeholder: "Find", "aria-label": "Find in the output",
-    title: "Find (/)", spellcheck: "false" });
+    title: "/", spellcheck: "false" });
   const found = h("span.small.soft", { role: "status" });
   const note = h("p.small.soft.push");
   const streamChoice = h("select", { "aria-label": "Stream", hidden: "" },
-    h("option", { value: "stdout" }, "stdout"), h("option", { value: "stderr" }, "stderr"));
+    h("option", "stdout"), h("option", "stderr"));
   const attemptChoice = h("select", { "aria-label": "Attempt", hidden: "" });
   const wrap = button("Wrap", switchWrap, { "aria-pressed": "false", title: "w" });
   const follow = button("Follow", () => setFollow(!isFollowing), { title: "Stay at the end (f)" });
@@ -12834,7 +12829,7 @@ function createConsole(id, place, line) {
     return taskPath(id, place, "output") + (String(query) ? "?" + query : "");
   }
   function open(offset) {
-    if (output) output.close();
+    output?.close();
     output = new Output(path(), offset, update);
     all.hidden = offset === 0;
     if (!list) { list = new RowList(scroller, createRow, keyOf); list.rowHeight = rowHeight; }
@@ -12893,7 +12888,7 @@ function createConsole(id, place, line) {
     update();
   }
   async function find() {
-    if (finding) finding.abort();
+    finding?.abort();
     finding = new AbortController();
     text = search.value;
     matches = [];
@@ -12940,8 +12935,7 @@ function createConsole(id, place, line) {
     if (!isNews(heading, step.result, step.msg, step.attempt)) return;
     const stop = isLive() ? button("Stop", () => stopStep(detail.task, step), { class: "danger", title: "s" }) : [];
     heading.replaceChildren(h("h2", h("a", { href: "#" + id }, id), " / " + step.name),
-      createResult(step.result), h("span.soft", reasonOf(step)), createLength(step),
-      h("span.push", stop));
+      createResult(step.result), h("span.soft", reasonOf(step)), createLength(step), h("span.push", stop));
     attemptChoice.hidden = !(step.attempt > 1);
     if (attemptChoice.length !== step.attempt) {
       const options = Array.from({ length: step.attempt }, (_, index) =>
@@ -12989,9 +12983,9 @@ function createConsole(id, place, line) {
       s: () => { if (step) stopStep({ id }, step); }, u: () => { location.hash = "#" + id; },
     },
     close() {
-      if (output) output.close();
-      if (list) list.close();
-      if (finding) finding.abort();
+      output?.close();
+      list?.close();
+      finding?.abort();
     },
   };
 }
@@ -13016,7 +13010,7 @@ function createCard(step, types, remove, changed) {
   const { name = "", command_type: type, command_content: script = "", depets_on: old, depends_on: names = old,
     timeout = "", env_vars: variables, ...others } = step;
   const inputs = {
-    name: h("input", { value: name || "", maxlength: "128", placeholder: "default: task id and index" }),
+    name: h("input", { value: name || "", maxlength: "128", placeholder: "optional" }),
     command_type: h("select", ...types.map((type) => h("option", type))),
     command_content: h("textarea", { rows: "6", "aria-label": "Script", required: "" }),
     depends_on: h("input", { value: (names || []).join(", "), placeholder: "names of steps, with commas" }),
@@ -13029,8 +13023,7 @@ function createCard(step, types, remove, changed) {
   inputs.env_vars.value = (variables || []).join("\n");
   inputs.others.value = Object.keys(others).length ? JSON.stringify(others) : "";
   const problem = h("p.bad.small", { role: "status" });
-  const title = h("h3.bar", h("span", "Step"),
-    button("Remove", remove, { class: "push" }));
+  const title = h("h3.bar", h("span"), button("Remove", remove, { class: "push" }));
   const element = h("section.panel", title, h("div.form.pad",
     h("div.two", field("Name", inputs.name), field("Runs by", inputs.command_type)),
     inputs.command_content,
@@ -13074,8 +13067,7 @@ function cardProblem(card, names) {
 
 function createEditor(from) {
   const inputs = {
-    id: h("input", { maxlength: "64", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]{0,63}",
-      placeholder: "default: a random one" }),
+    id: h("input", { maxlength: "64", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]*", placeholder: "optional" }),
     timeout: h("input", { placeholder: "such as 2h" }),
     delay: h("input", { placeholder: "such as 10m" }),
     env_vars: h("textarea", { rows: "2", placeholder: "KEY=value, one a line" }),
@@ -13123,8 +13115,7 @@ function createEditor(from) {
     for (const step of steps) add(step);
   };
   const form = h("form.form", { spellcheck: "false" },
-    h("div.bar", h("h2", "New task"), ...Object.keys(TEMPLATES).map((name) =>
-      button(name, () => fill(TEMPLATES[name])))),
+    h("div.bar", h("h2", "New task"), Object.keys(TEMPLATES).map((name) => button(name, () => fill(TEMPLATES[name])))),
     h("section.panel.pad.form",
       h("div.two", field("Id", inputs.id), field("Timeout", inputs.timeout),
         field("Wait", inputs.delay), field("Environment", inputs.env_vars, true)),
@@ -13166,17 +13157,14 @@ const KEYS = [["/", "filter, or find in an output"], ["j k", "next, previous"], 
   ["w", "wrap long lines"], ["s", "stop"], ["r", "run again"], ["?", "this"]];
 
 function showKeys() {
-  const rows = KEYS.flatMap(([keys, text]) => [
-    h("dt", ...keys.split(" ").flatMap((key) => [h("kbd", key), " "])),
-    h("dd", text)]);
+  const rows = KEYS.map(([keys, text]) => [h("dt", h("code", keys)), h("dd", text)]);
   showDialog("Keys", [h("dl.facts", rows)], "Close");
 }
 
 on(document, "keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || dialog.open) return;
   if (event.target.closest("input, textarea, select")) return;
-  const action = view.keys[event.key] ||
-    { "?": showKeys, n: () => { location.hash = "#/new"; } }[event.key];
+  const action = view.keys[event.key] || { "?": showKeys, n: () => { location.hash = "#/new"; } }[event.key];
   if (!action) return;
   event.preventDefault();
   action();
@@ -13191,7 +13179,7 @@ function route() {
   const [task, step, line] = location.hash.slice(1).split("/").map(decodePart);
   const number = /^L([1-9]\d{0,11})$/.exec(line || "");
   const place = [task, step].join("/");
-  if (view && view.place === place && number && view.goTo) { view.goTo(Number(number[1]) - 1); return; }
+  if (view?.place === place && number && view.goTo) { view.goTo(Number(number[1]) - 1); return; }
   let newView;
   if (task && step) newView = createConsole(task, step, number ? Number(number[1]) : 0);
   else if (task) newView = createTask(task);
@@ -16619,7 +16607,7 @@ class Daemon:
         log.info("its data is in %s%s", self._root, advice)
         if self._token_rule:
             log.info("%s", self._token_rule)
-        log.info("to go on: open %s/swagger/index.html in a browser", url)
+        log.info("to go on: open %s/ in a browser", url)
 
     def _print_ready(self, url: str) -> None:
         """Print that the port is open, in a thread: whoever started the daemon need not read it."""

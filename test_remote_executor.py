@@ -8687,7 +8687,7 @@ def test_log_begins_with_what_one_needs_to_go_on(launch: Callable[..., Daemon], 
     assert lines[0].endswith(f") listens {listens}{daemon.port}") and lines[1:] == [
         f"its data is in {daemon.root}, a temporary directory: --root keeps it in another one",
         *filter(None, [rules.get(flag)]),
-        f"to go on: open http://{host}:{daemon.port}/swagger/index.html in a browser",
+        f"to go on: open http://{host}:{daemon.port}/ in a browser",
     ]
 
 
