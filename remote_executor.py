@@ -11255,7 +11255,7 @@ meter { width: 100%; height: .375rem; display: block; }
 .row > .plain { overflow: visible; }
 .head { font-size: var(--small); color: var(--soft); background: var(--box); height: 2rem; flex: none; }
 .row:not(.head):hover, .row:focus-within { background: var(--box); }
-.task { grid-template-columns: 8.5rem minmax(9rem, 20rem) 7.5rem 6rem 7rem minmax(0, 1fr); }
+.task { grid-template-columns: 8.5rem minmax(8rem, 1fr) 6.5rem 6rem 6rem minmax(0, 1.4fr); }
 .step { grid-template-columns: 8.5rem minmax(8rem, 14rem) minmax(6rem, 1fr) 6rem minmax(0, 16rem); }
 .file { grid-template-columns: minmax(0, 1fr) 6rem 10rem auto; }
 .row a.name { color: var(--text); font-weight: 600; }
@@ -11527,7 +11527,9 @@ function isNews(element, ...values) {
 }
 
 function tick() {
-  for (const one of document.querySelectorAll(".ticks")) one.textContent = formatSeconds(secondsOf(one.row));
+  const running = document.querySelectorAll(".ticks");
+  if (!running.length && Date.now() % 10000 > 1000) return;  // where nothing runs there are ages alone
+  for (const one of running) one.textContent = formatSeconds(secondsOf(one.row));
   if (document.querySelector(".lane .running")) update();
   for (const one of document.querySelectorAll("time")) setText(one, formatAge(one.dateTime));
 }

@@ -8460,7 +8460,7 @@ def test_dashboard_goes_on_when_its_daemon_comes_back(shared_browser: Browser, t
 
 @chromium_only
 @pytest.mark.parametrize("width, scheme", [(360, "dark"), (3840, "light")])
-def test_dashboard_fits_a_phone_and_a_wall(board: Board, width: int, scheme: str) -> None:
+def test_dashboard_fits_a_phone_and_a_wall(board: Board, tmp_path: Path, width: int, scheme: str) -> None:
     task = board.daemon.submit(*(step(name=f"step-{number}" * 9) for number in range(3)))
     board.daemon.ended(task)
     is_phone = width < 999
@@ -8470,6 +8470,32 @@ def test_dashboard_fits_a_phone_and_a_wall(board: Board, width: int, scheme: str
         board.open(place)
         board.browser.find("document.querySelector('main').innerText.length > 9")
         board.browser.find(f"document.documentElement.scrollWidth <= {width}")
+        picture = board.browser("Page.captureScreenshot")["data"]
+        (tmp_path / f"{width}-{len(place)}.png").write_bytes(base64.b64decode(picture))
+
+
+@chromium_only
+@pytest.mark.slow  # 10,000 submissions, and 300 MB to be written
+def test_dashboard_stays_quick_with_very_much(shared_browser: Browser, launch: Callable[..., Daemon]) -> None:
+    board = Board(shared_browser, launch())
+    big = board.daemon.submit(step("seq 1 38000000 | head -c 300000000"))
+    steps = [step(name=f"s{n}", depends_on=[f"s{(n - 1) // 3}"] if n else []) for n in range(5000)]
+    graph = board.daemon.submit(*steps, **{"async": "true", "paused": "true"})
+    for _ in range(10_000):
+        board.daemon.submit(step(), paused="true")
+    board.daemon.ended(big)
+    assert seconds(board.open) < 5
+    board.browser.find("state.next === null || !(document.querySelector('.scroller').scrollTop = 1e9)")
+    assert board.browser.value("state.tasks.length") == 10_002
+    board.browser.find("document.querySelectorAll('.row').length < 100")
+    board.open("#" + graph)
+    board.browser.find("document.querySelectorAll('.row.step').length > 5 && document.querySelector('.graph').hidden")
+    board.open(f"#{big}/0")
+    board.text("the end", "[role=toolbar]")
+    board.open(f"#{big}/0/L20000000")
+    board.text("20000000", ".target")
+    board.browser.find("document.querySelectorAll('*').length < 1000 && performance.memory.usedJSHeapSize < 5e7")
+    shared_browser("Page.navigate", url="about:blank")
 
 
 # ======================================================================================================================
