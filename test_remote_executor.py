@@ -8496,6 +8496,7 @@ def test_dashboard_stays_quick_with_very_much(shared_browser: Browser, launch: C
     board.text("20000000", ".target")
     board.browser.find("document.querySelectorAll('*').length < 1000 && performance.memory.usedJSHeapSize < 5e7")
     shared_browser("Page.navigate", url="about:blank")
+    assert board.daemon.end() == 0  # here, for a fixture would stop each task first
 
 
 # ======================================================================================================================
