@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import array
 import bisect
+import codecs
 import collections
 import contextlib
 import datetime
@@ -76,7 +77,7 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from enum import Enum, IntEnum, unique
-from typing import Any, Callable, NamedTuple, Protocol, TextIO
+from typing import Any, Callable, NamedTuple, Protocol, TextIO, Union
 
 __version__ = "1.0.0"
 
@@ -443,12 +444,16 @@ class Option(NamedTuple):
     """A flag: its name as the help shows it, the kind of its value, its default, its help, and what bounds it."""
 
     name: str
-    kind: str  # flag, address, path, duration, count, size, list or choice
+    kind: str  # flag, address, path, duration, count, size, choice, or of a list origin or network
     default: str
     help: str
     min: int = 0
     max: int = _INT64_MAX
     choices: tuple[str, ...] = ()
+
+    @property
+    def is_list(self) -> bool:
+        return self.kind in ("origin", "network")
 
     @property
     def field(self) -> str:
@@ -464,6 +469,7 @@ OPTIONS = (
     Option("key_expire", "duration", "48h", 'Set the database key expire time. Example: "key_expire=1h"', min=1),
     Option("exec_timeout", "duration", "24h", 'Set the exec command expire time. Example: "exec_timeout=30m"', min=1),
     Option("timeout", "duration", "30s", "Timeout for calling endpoints on the engine", min=1),
+    Option("idle_timeout", "duration", "60s", "Maximum pause between two requests of a connection.", min=1),
     Option("profile_timeout", "duration", "1m", "Maximum duration of a profile or trace.", min=1),
     Option("max-requests", "count", "0", "Maximum number of concurrent requests. 0 to disable."),
     Option("pool_size", "count", "30", "Set the size of the execution work pool.", min=1, max=MAX_POOL_SIZE),
@@ -472,7 +478,8 @@ OPTIONS = (
     Option("token_file", "path", "$ROOT/token", "File of access tokens, one per line."),
     Option("require_token", "flag", "", "Require a token from clients on this host too."),
     Option("insecure", "flag", "", "Disable authentication: anyone who reaches the port can run code."),
-    Option("cors_origin", "list", "", "Origin whose web pages may call the API. Repeatable."),
+    Option("cors_origin", "origin", "", "Origin whose web pages may call the API. Repeatable."),
+    Option("trusted_proxy", "network", "", "Proxy whose Forwarded and X-Forwarded-* are believed. Repeatable."),
     Option("tls_cert", "path", "", "PEM file of this host's certificate. The port then speaks HTTPS only."),
     Option("tls_key", "path", "", "PEM file of the private key, unless it is in --tls_cert."),
     Option("tls_client_ca", "path", "", "PEM file of the CA whose client certificates are accepted like tokens."),
@@ -487,6 +494,9 @@ OPTIONS = (
 )
 
 
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
 class Settings(NamedTuple):
     """The value of every option; durations in nanoseconds, sizes in bytes."""
 
@@ -497,6 +507,7 @@ class Settings(NamedTuple):
     key_expire: int
     exec_timeout: int
     timeout: int
+    idle_timeout: int
     profile_timeout: int
     max_requests: int
     pool_size: int
@@ -506,6 +517,7 @@ class Settings(NamedTuple):
     require_token: bool
     insecure: bool
     cors_origin: tuple[str, ...]
+    trusted_proxy: tuple[Network, ...]
     tls_cert: str
     tls_key: str
     tls_client_ca: str
@@ -518,7 +530,8 @@ class Settings(NamedTuple):
 _ADDRESS = re.compile(r"(?:tcp://)?(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]]*)):([0-9]{1,5})")
 _COUNT = re.compile("[0-9]{1,15}")
 _SIZE = re.compile(r"([0-9]{1,15}) ?(?:([KMGT])i?)?B?", re.IGNORECASE)
-_ORIGIN = re.compile(r"https?://[^/\s]+")
+# A scheme and a host (RFC 6454, 6.2), of whatever has pages: chrome-extension://..., tauri://localhost.
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+")
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -546,8 +559,16 @@ def _parse_size(text: str) -> int:
     return int(match[1]) << 10 * exponent
 
 
+def _parse_network(text: str) -> Network:
+    """Return the network of this text, of an address that address alone. Raise ValueError."""
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        raise ValueError(f"invalid network {text!r}: expected for example 127.0.0.1, 10.0.0.0/8 or fd00::/8") from None
+
+
 def _parse_value(option: Option, text: str) -> Any:
-    """Return an int for a duration (ns), a count or a size (bytes), else the text. Raise ValueError."""
+    """Return an int for a duration (ns), a count or a size (bytes), a Network, else the text. Raise ValueError."""
     if option.kind == "duration":
         return parse_duration(text)
     if option.kind == "count":
@@ -556,7 +577,9 @@ def _parse_value(option: Option, text: str) -> Any:
         return _parse_size(text)
     if option.kind == "choice" and text not in option.choices:
         raise ValueError(f"invalid choice {text!r}: expected one of {', '.join(option.choices)}")
-    if option.kind == "list" and not _ORIGIN.fullmatch(text):
+    if option.kind == "network":
+        return _parse_network(text)
+    if option.kind == "origin" and not _ORIGIN.fullmatch(text):
         raise ValueError(f"invalid origin {text!r}: expected for example https://example.org")
     if option.kind == "address":
         parse_address(text)
@@ -626,7 +649,7 @@ def environment_flags(environ: Mapping[str, str]) -> dict[str, Any]:
 def _setting(option: Option, flags: Mapping[str, Any]) -> Any:
     if option.kind == "flag":
         return flags.get(option.field, False)
-    if option.kind == "list":
+    if option.is_list:
         texts = flags.get(option.field, ())
         return tuple(_parse_value(option, text) for text in texts)
     text = flags.get(option.field, default_text(option))
@@ -1008,10 +1031,15 @@ if ON_WINDOWS:
     OpenProcess = _declare(_kernel32, "OpenProcess", _HANDLE, _DWORD, _BOOL, _DWORD)
     GetCurrentProcess = _declare(_kernel32, "GetCurrentProcess", _HANDLE)
     GetProcessTimes = _declare(_kernel32, "GetProcessTimes", _BOOL, _HANDLE, _TIME_OUT, _TIME_OUT, _TIME_OUT, _TIME_OUT)
-    GetExitCodeProcess = _declare(_kernel32, "GetExitCodeProcess", _BOOL, _HANDLE, ctypes.POINTER(ctypes.c_int32))
+    GetExitCodeProcess = _declare(_kernel32, "GetExitCodeProcess", _BOOL, _HANDLE, _DWORD_OUT)
     TerminateProcess = _declare(_kernel32, "TerminateProcess", _BOOL, _HANDLE, _UINT)
     NtResumeProcess = _WinDLL("ntdll").NtResumeProcess  # ResumeThread needs a handle that Popen has closed
     NtResumeProcess.argtypes = (_HANDLE,)
+    SEM_FAILCRITICALERRORS = 0x0001
+    SEM_NOGPFAULTERRORBOX = 0x0002
+    SetErrorMode = _kernel32.SetErrorMode
+    SetErrorMode.argtypes = (_UINT,)
+    SetErrorMode.restype = _UINT
     SetDllDirectoryW = _declare(_kernel32, "SetDllDirectoryW", _BOOL, _TEXT)
     GetProcessHandleCount = _declare(_kernel32, "GetProcessHandleCount", _BOOL, _HANDLE, _DWORD_OUT)
 
@@ -1066,6 +1094,7 @@ if ON_WINDOWS:
     JOB_OBJECT_BASIC_PROCESS_ID_LIST = 3
     JOB_OBJECT_EXTENDED_LIMIT_INFORMATION = 9
     JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION = 0x0400
+    JOB_OBJECT_LIMIT_SILENT_BREAKAWAY_OK = 0x1000
     JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE = 0x2000
 
     class JobAccounting(ctypes.Structure):
@@ -1391,9 +1420,58 @@ _PROC_PIDFDVNODEPATHINFO = 2
 _PROX_FDTYPE_VNODE = 1
 _FWRITE = 2  # bsd/sys/fcntl.h, fi_openflags
 _SLACK = 4096  # for what begins between the question for a size and the next call
-_TABLE_ATTEMPTS = 5
+_SYSCTL_ATTEMPTS = 10  # while a table grows faster than it is read
 _ARGUMENTS_ATTEMPTS = 3
 FileIdentity = tuple[int, int]  # device and inode
+SysctlName = Union[str, tuple[int, ...]]  # as sysctlbyname(3) has it, or sysctl(3)
+
+
+@functools.lru_cache(maxsize=1)
+def c_library() -> Any:
+    """Return the C library as ctypes has it, with errno."""
+    import ctypes  # here, for it takes memory that a daemon on Linux need not
+
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def read_sysctl(name: SysctlName, expected_bytes: int = 0) -> bytes:
+    """Return a value of the Mac's kernel, in one call where it has no more than the expected size. Raises OSError.
+
+    bsd/kern/kern_newsysctl.c of XNU: without a buffer a call returns the size, of a table with room to spare, and
+    ENOMEM where that is too small by now.
+    """
+    import ctypes
+
+    size = expected_bytes
+    for _ in range(_SYSCTL_ATTEMPTS):
+        size = size or call_sysctl(name, None, 0)
+        buffer = ctypes.create_string_buffer(size)
+        try:
+            length = call_sysctl(name, buffer, size)
+            return buffer.raw[:length]
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+        size = 0
+    raise OSError(errno.EAGAIN, f"sysctl {name}: it grows too fast")
+
+
+def call_sysctl(name: SysctlName, buffer: Any, size: int) -> int:
+    """Return the bytes of a value of the Mac's kernel, copied to the buffer where there is one. Raises OSError."""
+    import ctypes
+
+    library = c_library()
+    length = ctypes.c_size_t(size)
+    value = (buffer, ctypes.byref(length), None, ctypes.c_size_t())
+    if isinstance(name, str):
+        result = library.sysctlbyname(name.encode(), *value)
+    else:
+        numbers = (ctypes.c_int * len(name))(*name)
+        result = library.sysctl(numbers, ctypes.c_uint(len(name)), *value)
+    if result:
+        code = ctypes.get_errno()
+        raise OSError(code, f"sysctl {name}: {os.strerror(code)}")
+    return length.value
 
 
 def file_identity(status: os.stat_result) -> FileIdentity:
@@ -1432,25 +1510,25 @@ class MacKernel:
 
     def __init__(self) -> None:
         """Load the functions. Raises AttributeError where there are none, as on other systems of this family."""
-        import ctypes  # here, for it takes memory that no other system needs
+        import ctypes
 
-        library = ctypes.CDLL(None, use_errno=True)
+        library = c_library()
         pointer = ctypes.c_void_p
         number = ctypes.c_int
-        length = ctypes.POINTER(ctypes.c_size_t)
         self._ctypes = ctypes
-        self._sysctl = library.sysctl
-        self._sysctl.argtypes = [ctypes.POINTER(number), ctypes.c_uint, pointer, length, pointer, ctypes.c_size_t]
         self._list_pids = library.proc_listpids
         self._list_pids.argtypes = [ctypes.c_uint32, ctypes.c_uint32, pointer, number]
         self._pid_info = library.proc_pidinfo
         self._pid_info.argtypes = [number, number, ctypes.c_uint64, pointer, number]
         self._fd_info = library.proc_pidfdinfo
         self._fd_info.argtypes = [number, number, number, pointer, number]
+        self._table_bytes = 0  # of the process table when it was last read
 
     def list_processes(self) -> list[MacProcess]:
         """Return every live process but the kernel's: zombies are dead."""
-        table = self._read_sysctl((_CTL_KERN, _KERN_PROC, _KERN_PROC_ALL))
+        expected_bytes = self._table_bytes + self._table_bytes // 8
+        table = read_sysctl((_CTL_KERN, _KERN_PROC, _KERN_PROC_ALL), expected_bytes)
+        self._table_bytes = len(table)
         processes = []
         for start in range(0, len(table), KINFO_PROC.size):
             is_live = KINFO_PROC.read(table, "kp_proc.p_stat", start) != _SZOMB
@@ -1465,7 +1543,7 @@ class MacKernel:
         except ProcessLookupError:
             return 0
         except PermissionError:  # of another user's process the table alone tells
-            record = self._read_sysctl((_CTL_KERN, _KERN_PROC, _KERN_PROC_PID, pid))
+            record = read_sysctl((_CTL_KERN, _KERN_PROC, _KERN_PROC_PID, pid))
             is_live = record and KINFO_PROC.read(record, "kp_proc.p_stat") != _SZOMB
             return _mac_process(record, 0).start if is_live else 0
         seconds: int = PROC_BSDINFO.read(info, "pbi_start_tvsec")
@@ -1504,9 +1582,9 @@ class MacKernel:
     def _try_arguments(self, pid: int) -> MacArguments | None:
         names = (_CTL_KERN, _KERN_PROCARGS2, pid)
         try:
-            size = self._sysctl_into(names, None, 0) + _SLACK
+            size = call_sysctl(names, None, 0) + _SLACK
             area = self._ctypes.create_string_buffer(size)
-            length = self._sysctl_into(names, area, size)
+            length = call_sysctl(names, area, size)
         except OSError as error:
             if error.errno == errno.EIO:
                 return None
@@ -1548,7 +1626,7 @@ class MacKernel:
     def find_difference(self) -> str:
         """Return in which structure this kernel is another than declared here, by what it tells of us; else nothing."""
         pid = os.getpid()
-        record = self._read_sysctl((_CTL_KERN, _KERN_PROC, _KERN_PROC_PID, pid))
+        record = read_sysctl((_CTL_KERN, _KERN_PROC, _KERN_PROC_PID, pid))
         if len(record) != KINFO_PROC.size:
             return f"kinfo_proc has {len(record)} bytes, {KINFO_PROC.size} were expected"
         own = _mac_process(record, 0)
@@ -1587,29 +1665,6 @@ class MacKernel:
     def _error(self) -> OSError:
         number = self._ctypes.get_errno()
         return OSError(number, os.strerror(number))
-
-    def _sysctl_into(self, names: Sequence[int], buffer: Any, size: int) -> int:
-        """Return how many bytes there are, which are in the buffer where there is one. Raises OSError."""
-        mib = (self._ctypes.c_int * len(names))(*names)
-        length = self._ctypes.c_size_t(size)
-        if self._sysctl(mib, len(names), buffer, self._ctypes.byref(length), None, 0):
-            raise self._error()
-        return int(length.value)
-
-    def _read_sysctl(self, names: Sequence[int]) -> bytes:
-        """Return what has these names, which may grow meanwhile. Raises OSError."""
-        for _ in range(_TABLE_ATTEMPTS):
-            size = self._sysctl_into(names, None, 0)
-            size += size // 8 + _SLACK
-            buffer = self._ctypes.create_string_buffer(size)
-            try:
-                length = self._sysctl_into(names, buffer, size)
-            except OSError as error:
-                if error.errno != errno.ENOMEM:
-                    raise
-            else:
-                return bytes(buffer.raw[:length])
-        raise OSError(errno.EAGAIN, "the process table grows too fast")
 
     def _pid_structure(self, pid: int, flavor: int, layout: Layout, zombies: int = 0) -> bytes:
         """Return a structure that tells of a process. Raises OSError, where it has another size too."""
@@ -1839,31 +1894,6 @@ def set_inherited_fds_cloexec() -> None:
                 os.set_inheritable(descriptor, False)
 
 
-def read_sysctl(name: str) -> bytes:
-    """Return a value of the Mac's kernel. Raises OSError.
-
-    sysctlbyname(3); bsd/kern/kern_newsysctl.c of XNU: without a buffer it returns the size, of a table with room to
-    spare, and ENOMEM where that is too small by now.
-    """
-    import ctypes
-
-    sysctlbyname = ctypes.CDLL(None, use_errno=True).sysctlbyname
-    size = ctypes.c_size_t()
-    for _ in range(_SYSCTL_ATTEMPTS):
-        if sysctlbyname(name.encode(), None, ctypes.byref(size), None, ctypes.c_size_t()):
-            break
-        buffer = ctypes.create_string_buffer(size.value)
-        if not sysctlbyname(name.encode(), buffer, ctypes.byref(size), None, ctypes.c_size_t()):
-            return buffer.raw[: size.value]
-        if ctypes.get_errno() != errno.ENOMEM:
-            break
-    code = ctypes.get_errno()
-    raise OSError(code, f"sysctl {name}: {os.strerror(code)}")
-
-
-_SYSCTL_ATTEMPTS = 10  # while a table grows faster than it is read
-
-
 def _max_files_on_mac(soft: int, hard: int) -> int:
     """Return the highest soft limit that a Mac accepts, at least the present one.
 
@@ -2055,6 +2085,8 @@ def _restrict_windows_directory(path: str) -> None:
     """Grant access to the system, administrators and ourselves alone, and so to all content. Raises StartupError."""
     if len(path) > _MAX_ROOT_LENGTH:
         raise StartupError(f"--root: {path} is too long for cmd.exe; use at most {_MAX_ROOT_LENGTH} characters")
+    if path.startswith("\\\\?\\"):
+        raise StartupError(f"--root: {path} has the prefix \\\\?\\, with which cmd.exe cannot work; give it without")
     if path.startswith("\\\\"):
         raise StartupError(f"--root: {path} is on a network share, where cmd.exe cannot work; choose a local directory")
     own_sid = _own_sid()
@@ -2260,19 +2292,27 @@ def lock_file(path: str) -> int:
     return descriptor
 
 
-_RENAME_RETRY_S = 5.0
+_HELD_RETRY_S = 5.0
 
 
-def rename(path: str, new: str) -> None:
-    """Rename a file or directory; on Windows retry for seconds, for a virus scanner may hold it. Raises OSError."""
-    end_s = time.monotonic() + _RENAME_RETRY_S
+def retry_while_held(action: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what an action on a file returns; on Windows retry for seconds while another process holds the file.
+
+    A virus scanner, a backup or an indexer may, at any time and with any share mode. Raises OSError.
+    """
+    end_s = time.monotonic() + _HELD_RETRY_S
     while True:
         try:
-            return os.rename(path, new)
-        except PermissionError:
+            return action(*arguments)
+        except PermissionError:  # the CRT tells a sharing violation as it tells missing rights (_dosmaperr)
             if not ON_WINDOWS or time.monotonic() > end_s:
                 raise
         time.sleep(0.05)
+
+
+def rename(path: str, new: str) -> None:
+    """Rename a file or directory; on Windows retry for seconds. Raises OSError."""
+    retry_while_held(os.rename, path, new)
 
 
 _JUNCTION = 0xA000_0003  # IO_REPARSE_TAG_MOUNT_POINT
@@ -2314,6 +2354,9 @@ _FILE_FLAGS = _O_NOFOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY
 _NEW_FILE_FLAGS = _FILE_FLAGS | os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _NO_FILES: Mapping[str, bytes] = types.MappingProxyType({})
 _REMOVAL_S = 10.0  # for one directory, before others have their turn
+# On Windows a directory inherits the rights on the root, which the daemon's user has elevated and not: CPython of 2024
+# and later takes 0o700 for a list of its own (os.mkdir), on which that user stands as the owner alone.
+_DIRECTORY_MODE = 0o777 if ON_WINDOWS else 0o700
 # What Windows would take for another drive, a stream of a file (`a:b`), a pattern, or a device (Naming Files, MSDN).
 _NO_WINDOWS_NAME = re.compile(
     r'.*[<>:"|?*\\\x00-\x1f].*|.*[. ]|(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\..*)?',
@@ -2416,7 +2459,8 @@ class SafeDirectory:
                 raise OSError(errno.ELOOP, "is a link", name)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "is not a regular file", name)
-            descriptor = os.open(name, os.O_RDONLY | _FILE_FLAGS, dir_fd=parent)
+            open_file = functools.partial(os.open, dir_fd=parent)
+            descriptor = retry_while_held(open_file, name, os.O_RDONLY | _FILE_FLAGS)
         try:
             self._check_mount(descriptor)
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -2459,7 +2503,7 @@ class SafeDirectory:
         """Make a directory, which must not exist yet, with these files in it, which never may. Raises OSError."""
         with self._parent(names) as (name, parent):
             try:
-                os.mkdir(name, 0o700, dir_fd=parent)
+                os.mkdir(name, _DIRECTORY_MODE, dir_fd=parent)
             except FileExistsError:
                 if not may_exist:
                     raise
@@ -2550,22 +2594,18 @@ def _check_path(path: str, names: Sequence[str], may_make: bool) -> None:
             path = os.path.join(path, name)
             if may_make:
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(path, 0o700)
+                    os.mkdir(path, _DIRECTORY_MODE)
         status = os.lstat(path)
         if _is_link(status) or not stat.S_ISDIR(status.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "is not a directory", path)
 
 
 def _replace(source: str, target: str, source_parent: int | None, target_parent: int | None) -> None:
-    """Rename a file over what has the other name; on Windows retry for seconds, for a scanner may hold it."""
-    end_s = time.monotonic() + _RENAME_RETRY_S
-    while True:
-        try:
-            return os.replace(source, target, src_dir_fd=source_parent, dst_dir_fd=target_parent)
-        except PermissionError:
-            if not ON_WINDOWS or os.path.isdir(target) or time.monotonic() > end_s:
-                raise
-        time.sleep(0.05)
+    """Rename a file over what has the other name; on Windows retry for seconds. Raises OSError."""
+    if ON_WINDOWS and os.path.isdir(target):  # for which it has the same error as for a file that is held
+        raise IsADirectoryError(errno.EISDIR, "is a directory", target)
+    replace = functools.partial(os.replace, src_dir_fd=source_parent, dst_dir_fd=target_parent)
+    retry_while_held(replace, source, target)
 
 
 def _remove(name: str, parent: int, mount: str) -> bool:
@@ -2755,6 +2795,72 @@ _Ends = tuple[str, str]  # the addresses of a connection, the client's and ours,
 _Users = dict[_Ends, int]  # the uid of each connection
 
 
+# Linux says of one socket who has it (sock_diag(7)): 0.1 ms, where its table, of 30,000 sockets, takes 660. The layouts
+# are those of nlmsghdr in linux/netlink.h, and of inet_diag_req_v2, inet_diag_sockid and inet_diag_msg in inet_diag.h.
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_NLM_F_REQUEST = 1
+_NETLINK_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, sender
+_DIAG_QUESTION = struct.Struct("=BBBxI")  # family, protocol, extensions, states, which count for lists alone
+_DIAG_SOCKET = struct.Struct("!HH16s16s4s8s")  # its port, the other end's, both addresses, interface, cookie
+_DIAG_ANSWER = struct.Struct(f"=BB2x{_DIAG_SOCKET.size}s12xII")  # family, state, socket, uid, inode
+_LOOPBACK_INDEX = struct.pack("=I", 1)  # of every network namespace; sockets that are bound to no interface match too
+_ANY_COOKIE = b"\xff" * 8
+# The states in which a process holds the end of a connection from which we read: ESTABLISHED, and FIN_WAIT1 and
+# FIN_WAIT2 when it has shut down its writes (`nc -N`). enum in net/tcp_states.h.
+_HELD_STATES = (1, 4, 5)
+_MAPPED_BYTES = bytes(10) + b"\xff\xff"
+
+
+def _user_of_socket(peer: _Address, ours: _Address) -> int | None:
+    """Return the uid that holds the peer's end of a connection, None where Linux does not say.
+
+    What it does not find by these ends, or cannot tell at all, its table may still show. Raises OSError for want of
+    descriptors or memory.
+    """
+    peer_ip = ipaddress.ip_address(peer[0])
+    addresses = (peer_ip.packed, ipaddress.ip_address(ours[0]).packed)
+    padded = [address.ljust(16, b"\0") for address in addresses]
+    wanted = _DIAG_SOCKET.pack(peer[1], ours[1], *padded, _LOOPBACK_INDEX, _ANY_COOKIE)
+    family = socket.AF_INET if peer_ip.version == 4 else socket.AF_INET6
+    try:
+        answer = _ask_kernel(_DIAG_QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0) + wanted)
+    except OSError as error:
+        if error.errno in RESOURCE_ERRNOS:
+            raise
+        return None
+    if len(answer) < _DIAG_ANSWER.size:
+        return None
+    _, state, found, user, inode = _DIAG_ANSWER.unpack_from(answer)
+    port, other_port, address, other_address, _, _ = _DIAG_SOCKET.unpack(found)
+    # It may be a listener on that port, or nobody's any more: then it has no inode, and its uid means nothing.
+    is_held = state in _HELD_STATES and inode != 0
+    ends = (port, other_port, _unmapped(address), _unmapped(other_address))
+    if is_held and ends == (peer[1], ours[1], *padded):
+        return int(user)
+    return None
+
+
+def _ask_kernel(question: bytes) -> bytes:
+    """Return what the kernel says of a socket, empty if it has found none. Raises OSError."""
+    size = _NETLINK_HEADER.size
+    header = _NETLINK_HEADER.pack(size + len(question), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
+        kernel.sendto(header + question, (0, 0))
+        answer, sender = kernel.recvfrom(4096, socket.MSG_DONTWAIT)  # it is there when sendto() returns
+    kind = _NETLINK_HEADER.unpack_from(answer)[1]
+    if kind != _SOCK_DIAG_BY_FAMILY or sender[0] != 0:
+        return b""
+    return answer[size:]
+
+
+def _unmapped(address: bytes) -> bytes:
+    """Return 16 bytes of the kernel's, of an IPv4-mapped address those of IPv4 with zeros behind them."""
+    if address.startswith(_MAPPED_BYTES):
+        return address[12:].ljust(16, b"\0")
+    return address
+
+
 class LocalPeers:
     """The users who hold the other ends of the connections to one port of this host. Thread-safe.
 
@@ -2774,6 +2880,11 @@ class LocalPeers:
         """
         if ON_WINDOWS:
             return None
+        if ON_LINUX:
+            with self._descriptors.lend_if_scarce(look_now=True):
+                user = _user_of_socket(peer, ours)
+            if user is not None:
+                return user
         ends = (_kernel_address(*peer), _kernel_address(*ours))
         tables: tuple[str, ...] = ("tcp", "tcp6")  # the latter has IPv4 of IPv6's sockets
         if ON_MAC:
@@ -2809,24 +2920,24 @@ class PeersUnknown(OSError):
 
 
 def _read_table(table: str, port: int) -> Iterable[tuple[_Ends, int]]:
-    """Return the ends and the uid of each established connection to a port. Raises OSError."""
+    """Return the ends and the uid of each connection to a port that a process holds. Raises OSError."""
     if ON_MAC:
         try:
             content = read_sysctl(table)
         except (FileNotFoundError, PermissionError) as error:  # of another macOS, or in a sandbox
             raise PeersUnknown(str(error)) from None
-        return _established_on_mac(content, port)
+        return _connections_on_mac(content, port)
     if ON_LINUX:
-        return _established(table, port)
+        return _connections(table, port)
     raise PeersUnknown(f"{sys.platform} has no table of connections that is known")
 
 
-def _established(table: str, port: int) -> Iterator[tuple[_Ends, int]]:
-    """Yield the ends and the uid of each established connection to a port (proc_net(5))."""
-    port_and_state = f":{port:04X} 01 ".encode()
+def _connections(table: str, port: int) -> Iterator[tuple[_Ends, int]]:
+    """Yield the ends and the uid of each connection to a port that a process holds (proc_net(5))."""
+    port_and_state = re.compile(rb":%04X 0[%b] " % (port, b"".join(b"%d" % state for state in _HELD_STATES)))
     with contextlib.suppress(FileNotFoundError), open(f"/proc/net/{table}", "rb") as file:  # no IPv6: no tcp6
         for line in file:
-            if port_and_state not in line:
+            if not port_and_state.search(line):
                 continue
             fields = line.decode("ascii").split()
             if fields[9] != "0":  # the inode, which a socket that no process has lacks
@@ -2875,11 +2986,11 @@ _XSO_SIZES = {
 }
 _INP_IPV4 = 1  # of inp_vflag; alone too for an IPv4 connection of an IPv6 socket
 _INP_IPV6 = 2
-_TCPS_ESTABLISHED = 4  # bsd/netinet/tcp_fsm.h
+_HELD_STATES_OF_MAC = (4, 6, 9)  # TCPS_ESTABLISHED, TCPS_FIN_WAIT_1 and TCPS_FIN_WAIT_2 of bsd/netinet/tcp_fsm.h
 
 
-def _established_on_mac(table: bytes, port: int) -> Iterator[tuple[_Ends, int]]:
-    """Yield the ends and the uid of each established connection to a port. Raises PeersUnknown.
+def _connections_on_mac(table: bytes, port: int) -> Iterator[tuple[_Ends, int]]:
+    """Yield the ends and the uid of each connection to a port whose client has not gone. Raises PeersUnknown.
 
     Nothing of a table is believed that has a record of another size or a group that is not whole.
     """
@@ -2895,7 +3006,7 @@ def _established_on_mac(table: bytes, port: int) -> Iterator[tuple[_Ends, int]]:
         inpcb = records[_XSO_INPCB]
         peer_port, client_port = struct.unpack_from(">HH", inpcb, 16)  # inp_fport and inp_lport: those of its owner
         (state,) = struct.unpack_from("=i", record, 36)
-        if peer_port == port and state == _TCPS_ESTABLISHED:
+        if peer_port == port and state in _HELD_STATES_OF_MAC:
             peer, client = _addresses_on_mac(inpcb)
             ends = (_show_address(client, client_port), _show_address(peer, peer_port))
             (user,) = struct.unpack_from("=I", records[_XSO_SOCKET], 64)  # so_uid
@@ -2979,7 +3090,7 @@ def find_program(program: str, path: str) -> str | None:
         return system_program("cmd.exe")
     # Not `shutil.which`, which begins in the current directory, and before Python 3.12 adds no suffix to a path. The
     # directory that is left out for it is where Windows keeps a `python` that opens its store.
-    suffixes = os.environ.get("PATHEXT", ".COM;.EXE;.BAT;.CMD").split(";")
+    suffixes = list(filter(None, os.environ.get("PATHEXT", "").split(";"))) or [".COM", ".EXE", ".BAT", ".CMD"]
     for part in path.split(os.pathsep):
         directory = part.strip('"')
         is_store = program == "python" and directory.rstrip("\\").lower().endswith("\\microsoft\\windowsapps")
@@ -2997,9 +3108,43 @@ def fallback_encoding() -> str:
     return "oem" if ON_WINDOWS else "utf-8"
 
 
-def environment_name(name: str) -> str:
-    """Return the name of a variable as this host's environment has it: on Windows case does not matter."""
-    return name.upper() if ON_WINDOWS else name
+def merge_variables(*environments: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the names and values of several environments; the last one counts of those that are the same name.
+
+    Names keep their case; on Windows, where it does not matter, those that differ in it alone are the same.
+    """
+    merged = {}
+    for name, value in itertools.chain(*environments):
+        key = name.upper() if ON_WINDOWS else name
+        merged[key] = (name, value)
+    return dict(merged.values())
+
+
+def variable(environment: Mapping[str, str], name: str, default: str) -> str:
+    """Return the value of a variable, whose name is in capitals; on Windows it may have been given in any case."""
+    for other, value in environment.items():
+        if name == (other.upper() if ON_WINDOWS else other):
+            return value
+    return default
+
+
+MAX_VARIABLE_UNITS = 32767  # of Windows (SetEnvironmentVariableW)
+
+
+def fits_environment(value: str) -> bool:
+    """Return whether a variable of this host can have the value."""
+    return not ON_WINDOWS or len(value.encode("utf-16-le")) <= 2 * MAX_VARIABLE_UNITS
+
+
+def own_environment() -> dict[str, str]:
+    """Return the environment of this process, with the names as it got them: os.environ of Windows has capitals."""
+    own = dict(os.environ)
+    if sys.platform == "win32":
+        import nt
+
+        names = {name.upper(): name for name in nt.environ}
+        own = {names.get(name, name): value for name, value in own.items()}
+    return own
 
 
 @functools.lru_cache(maxsize=1)
@@ -3302,25 +3447,39 @@ class Interpreter(NamedTuple):
     suffix: str = ""
     arguments: tuple[str, ...] = ("{file}",)
     env: tuple[str, ...] = ()  # KEY=value, unless the task sets another
+    has_utf_8_console: bool = False  # on Windows its console has code page 65001 before it starts
 
 
+# Python writes to a file in the ANSI code page by default, whoever calls it; console programs do in the OEM code page.
+_STEP_ENVIRONMENT = ("PYTHONIOENCODING=utf-8",) if ON_WINDOWS else ()
+_PYTHON_PROGRAMS = ("python", "py -3") if ON_WINDOWS else ("python3",)
 _PYTHON_ENV = ("PYTHONUNBUFFERED=1",)  # what it prints is seen at once, and a stop loses nothing of it
-# Python writes to a file in the ANSI code page by default; console programs do in the OEM code page.
-_PYTHON = (
-    Interpreter(("python", "py -3"), ".py", env=(*_PYTHON_ENV, "PYTHONIOENCODING=utf-8"))
-    if ON_WINDOWS
-    else Interpreter(("python3",), ".py", env=_PYTHON_ENV)
-)
+_PYTHON = Interpreter(_PYTHON_PROGRAMS, ".py", env=_PYTHON_ENV)
 _PYTHON2 = Interpreter(("python2",), ".py", env=_PYTHON_ENV)
 _SH = Interpreter(("sh",), ".sh")
 _CMD_ARGUMENTS = ("/D", "/E:ON", "/V:OFF", "/S", "/C", 'CALL "{file}"')
 _CMD = Interpreter(("cmd",), ".bat", _CMD_ARGUMENTS)
-# Not -File: its exit code ignores $LASTEXITCODE, which in turn ignores a script that could not begin, for a syntax
-# error or by a policy: `$?` does not. An encoding without BOM, which Windows PowerShell would write to the output
-# otherwise; there is none to set where there is no console.
-_POWERSHELL_SCRIPT = (
-    "try { [Console]::OutputEncoding = New-Object System.Text.UTF8Encoding $false } catch { }; "
-    "& {quoted}; if (-not ($? -or $LASTEXITCODE)) { exit 1 }; exit $LASTEXITCODE"
+# What PowerShell runs: the script, with the meaning of any step. Errors do not end it; its code is that of
+# its `exit`, else of the last program that it ran, else 1 where it could not begin or was ended by an error.
+#
+# - Not -File, whose code ignores $LASTEXITCODE, which in turn ignores a script that could not begin: `$?` does not.
+# - Not `exit`, which drops what PowerShell still holds back: up to 300 ms of a table, and all text after it (PowerShell
+#   issue 13985). A constrained language mode (about_Language_Modes) allows no method, so there it must be `exit`.
+# - Encodings without BOM, which Windows PowerShell would write to the output, to programs and to its jobs otherwise.
+#   They cannot be set where there is no console, or in a constrained language mode.
+# - No colours: PowerShell 7.2 to 7.6 drops them only for redirections of its own. Earlier ones have no $PSStyle.
+# - $LASTEXITCODE of all scopes is one variable: a script that sets it means the code of its step.
+# - A loop of one round: a `break` or `continue` outside of loops unwinds to the next one, past whatever follows.
+_POWERSHELL_LINES = (
+    "try { $OutputEncoding = New-Object System.Text.UTF8Encoding $false } catch { }",
+    "try { [Console]::InputEncoding = [Console]::OutputEncoding = $OutputEncoding } catch { }",
+    "try { $PSStyle.OutputRendering = 'PlainText' } catch { }",
+    "try { New-Variable LASTEXITCODE -Scope Global -Option AllScope -Force -ErrorAction Stop } catch { }",
+    "$RemoteExecutorOk = $true",
+    "do { & {quoted}; $RemoteExecutorOk = $? } while ($false)",
+    "$RemoteExecutorCode = if ($LASTEXITCODE) { $LASTEXITCODE } else { [int](-not $RemoteExecutorOk) }",
+    "if ($RemoteExecutorCode) { "
+    "try { $host.SetShouldExit($RemoteExecutorCode) } catch { exit $RemoteExecutorCode } }",
 )
 _POWERSHELL_ARGUMENTS = (
     "-NoLogo",
@@ -3329,9 +3488,10 @@ _POWERSHELL_ARGUMENTS = (
     "-ExecutionPolicy",
     "Bypass",
     "-Command",
-    _POWERSHELL_SCRIPT,
+    "; ".join(_POWERSHELL_LINES),
 )
-_PWSH = Interpreter(("pwsh",), ".ps1", _POWERSHELL_ARGUMENTS)
+_NO_COLORS = ("NO_COLOR=1",)  # where $PSStyle cannot be set, and for programs of a script (no-color.org)
+_PWSH = Interpreter(("pwsh",), ".ps1", _POWERSHELL_ARGUMENTS, _NO_COLORS, has_utf_8_console=True)
 _POWERSHELL = _PWSH._replace(programs=("powershell",)) if ON_WINDOWS else _PWSH
 INTERPRETERS: Mapping[str, Interpreter] = {
     "sh": _SH,
@@ -3356,6 +3516,8 @@ INTERPRETERS: Mapping[str, Interpreter] = {
     "ps1": _POWERSHELL,
     "pwsh": _PWSH,
 }
+
+
 
 
 class ProgramCache:
@@ -3394,30 +3556,67 @@ def interpreter_command(
     Raises LaunchError for a missing program.
     """
     interpreter = INTERPRETERS[command_type]
-    if ON_WINDOWS:  # relative, for cmd reads the line, to which a letter of the root's, such as %, may mean something
+    if ON_WINDOWS and interpreter.suffix == ".sh":  # the bash of Windows is a Linux's
+        file = os.path.relpath(file, workspace).replace("\\", "/")
+    elif ON_WINDOWS and _SPECIAL_TO_CMD.search(file):  # else not, for a script may change directory and ask where it is
         file = os.path.relpath(file, workspace)
-        if interpreter.suffix == ".sh":  # the bash of Windows is a Linux's
-            file = file.replace("\\", "/")
     arguments = [_substitute_file(argument, file) for argument in interpreter.arguments]
     own_path = os.environ.get("PATH", os.defpath)  # for a step that looks for its own programs elsewhere
     if interpreter is not _CMD or ON_WINDOWS:
         for search_path in dict.fromkeys((path, own_path)):
             for program in interpreter.programs:
                 command = _program_command(program, search_path, find)
-                if command:
+                if command and (len(interpreter.programs) == 1 or _starts(command)):
                     return [*command, *arguments]
     if interpreter is _PYTHON and not getattr(sys, "frozen", False) and sys.executable:
         return [sys.executable, *arguments]
     raise LaunchError(f"{' or '.join(interpreter.programs)} is not on the PATH of this host")
 
 
+_SPECIAL_TO_CMD = re.compile("[%!^&]")  # also within quotes, in a line that CALL reads a second time
+def _starts(command: Sequence[str]) -> bool:
+    """Return whether a candidate for Python starts: the launcher `py` may be there, but know no Python that we may run.
+
+    It is tried once, then the answer holds as long as its file is the same.
+    """
+    words = command[1:] if command[0] == "call" else command
+    try:
+        status = os.stat(words[0])
+        return _try_python(tuple(words), status.st_mtime_ns, status.st_size)
+    except subprocess.TimeoutExpired:  # on a busy host: it is believed, and tried again
+        return True
+    except OSError:
+        return False
+
+
+@functools.lru_cache(maxsize=64)
+def _try_python(command: tuple[str, ...], _modified_ns: int, _size: int) -> bool:
+    """Return whether Python runs an empty script by this command. Raises OSError and TimeoutExpired."""
+    environment = {}
+    for name, value in os.environ.items():
+        if not name.startswith("REMOTE_EXECUTOR_"):  # the PATH that led to the file may be a step's
+            environment[name] = value
+    process = subprocess.run(
+        [*command, "-c", ""],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        timeout=_TRIAL_TIMEOUT_S,
+        creationflags=CREATE_NO_WINDOW,
+    )
+    return process.returncode == 0
+
+
+_TRIAL_TIMEOUT_S = 10.0
 _FILE_PLACEHOLDER = re.compile(r"\{(?:file|quoted)\}")
+_POWERSHELL_QUOTE = re.compile("['\u2018\u2019\u201a\u201b]")  # the typographic ones too (about_Quoting_Rules)
 
 
 def _substitute_file(argument: str, file: str) -> str:
     """Return an interpreter's argument with the placeholders replaced."""
-    quoted = "'" + file.replace("'", "''") + "'"
-    values = {"{file}": file, "{quoted}": quoted}
+    quoted = _POWERSHELL_QUOTE.sub(r"\g<0>\g<0>", file)
+    values = {"{file}": file, "{quoted}": f"'{quoted}'"}
     return _FILE_PLACEHOLDER.sub(lambda match: values[match[0]], argument)
 
 
@@ -3438,30 +3637,77 @@ def script_name(command_type: str) -> str:
 
 
 def script_environment(command_type: str) -> tuple[str, ...]:
-    """Return what the interpreter needs in its environment, as KEY=value."""
-    return INTERPRETERS[command_type].env
+    """Return what the interpreter, and what a script may call, needs in its environment, as KEY=value."""
+    return (*_STEP_ENVIRONMENT, *INTERPRETERS[command_type].env)
 
 
-def encode_script(command_type: str, text: str) -> bytes:
-    """Return the content of the script's file."""
+def needs_utf_8_console(command_type: str) -> bool:
+    """Return whether the console of the script must have code page 65001 before it starts."""
+    return INTERPRETERS[command_type].has_utf_8_console
+
+
+def encode_script(command_type: str, text: str, variables: Sequence[str] = ()) -> bytes:
+    """Return the content of the script's file, without the U+FEFF that some editors and shells put before a text.
+
+    `variables` are texts of its environment that it may show.
+    """
+    text = text.removeprefix("\ufeff")
     suffix = INTERPRETERS[command_type].suffix
     if suffix == ".ps1":
         return text.encode("utf-8-sig")  # without a BOM Windows PowerShell takes it for the ANSI code page
     if suffix == ".bat":
-        return _encode_batch(text, fallback_encoding())
+        return _encode_batch(text, "".join(variables), fallback_encoding())
     if suffix == ".sh" and not re.search("(?<!\r)\n", text):  # as editors of Windows end lines; no shell takes the CR
         text = text.replace("\r\n", "\n")
     return text.encode()
 
 
-def _encode_batch(text: str, encoding: str) -> bytes:
-    """Return a batch file, which cmd reads in the code page of its console; in UTF-8 where that lacks a character."""
-    lines = ["@echo off", *re.split("\r?\n", text), ""]
-    content = "\r\n".join(lines)
+# A command of its own, not a word of `echo` or `rem`: at the begin of a line or of what follows another command.
+_CHANGES_PAGE = re.compile(
+    r'(?:^|[&|(@]|>\s*nul\b)\s*(?:"?[^\s"&|]*\\)?chcp(?:\.com)?"?\s+(\d+)',
+    re.IGNORECASE,
+)
+_UTF_8_PAGE = "65001"
+
+
+def _encode_batch(text: str, variables: str, encoding: str) -> bytes:
+    """Return a batch file. cmd reads each line in the code page that its console has then, which the script may change.
+
+    In UTF-8 from the begin where the page of the host lacks a character of the script or of its variables.
+    """
+    lines = ["@echo off", *re.split("\r?\n", text)]
     try:
-        return content.encode(encoding)
+        variables.encode(encoding)
+        return b"".join(_encode_lines_of_batch(lines, encoding))
     except UnicodeEncodeError:
-        return b"@chcp 65001 >nul\r\n" + content.encode()
+        chcp = system_program("chcp.com")
+        first = f'@"{chcp}" {_UTF_8_PAGE} >nul\r\n'.encode()
+        return first + b"".join(_encode_lines_of_batch(lines, "utf-8"))
+
+
+def _encode_lines_of_batch(lines: Iterable[str], encoding: str) -> Iterator[bytes]:
+    """Yield each line in the page that holds there. Raises UnicodeEncodeError, but for a page that the script chose."""
+    errors = "strict"
+    for line in lines:
+        yield line.encode(encoding, errors) + b"\r\n"
+        for page in _CHANGES_PAGE.findall(line):
+            encoding = _page_encoding(page)
+            errors = "replace"
+
+
+def changes_to_utf_8(batch: bytes) -> bool:
+    """Return whether a batch file has its console's output in UTF-8, at least from some line on."""
+    return any(_UTF_8_PAGE in _CHANGES_PAGE.findall(line) for line in batch.decode("latin-1").splitlines())
+
+
+def _page_encoding(page: str) -> str:
+    """Return the encoding of a console's code page, UTF-8 for one that is not known."""
+    if page == _UTF_8_PAGE:
+        return "utf-8"
+    try:
+        return codecs.lookup(f"cp{page}").name
+    except LookupError:
+        return "utf-8"
 
 
 # ======================================================================================================================
@@ -3541,6 +3787,7 @@ class StepProcesses(Protocol):
         step_dir: str,
         cwd: str,
         env: _Environment,
+        has_utf_8_console: bool = False,
     ) -> ProcessTree:
         """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
 
@@ -3726,11 +3973,40 @@ class _Lifetimes:
         return self._may_own and bool(suspects) and suspects <= step_dirs
 
 
-class _Snapshot(NamedTuple):
-    """The live processes at one moment."""
+class _Snapshot:
+    """The live processes at one moment, by what a tree looks for. Nothing changes it.
 
-    processes: list[tuple[ProcessInfo, _Marks]]
-    unclear: list[ProcessInfo]  # those of them whose marks could not be read, and may be of a step
+    So the stop of one step of many costs what its own processes cost, not what all do.
+    """
+
+    def __init__(
+        self,
+        processes: Sequence[tuple[ProcessInfo, _Marks]] = (),
+        unclear: Sequence[ProcessInfo] = (),
+        writers: Mapping[FileIdentity, Sequence[ProcessInfo]] = types.MappingProxyType({}),
+    ) -> None:
+        self.processes = processes
+        self.unclear = unclear  # those of them whose marks could not be read, and may be of a step
+        self.writers = writers  # which unmarked ones may write a file
+        self.by_pid: dict[int, ProcessInfo] = {}  # these are without this process and daemons, which are never members
+        self.by_mark: dict[bytes, list[ProcessInfo]] = {}
+        self.by_session: dict[int, list[ProcessInfo]] = {}
+        self.by_parent: dict[int, list[ProcessInfo]] = {}
+        self.orphans: list[ProcessInfo] = []  # unmarked children of this process
+        own_pid = os.getpid()
+        marked: dict[int, bytes] = {}
+        for process, marks in processes:
+            marked[process.pid] = marks.step_dir
+            if process.pid == own_pid or marks.is_daemon:
+                continue
+            self.by_pid[process.pid] = process
+            self.by_session.setdefault(process.session, []).append(process)
+            self.by_parent.setdefault(process.parent, []).append(process)
+            if marks.step_dir:
+                self.by_mark.setdefault(marks.step_dir, []).append(process)
+            elif process.parent == own_pid and not marks.is_before_exec:
+                self.orphans.append(process)
+        self.unclear_marks = {marked.get(process.parent, b"") for process in unclear}  # of their parents
 
 
 class _ProcessTable:
@@ -3741,29 +4017,42 @@ class _ProcessTable:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards all below; who asks waits for another's scan
-        self._begin_s = 0.0  # of the last scan
-        self._snapshot = _Snapshot([], [])
+        self._changed = threading.Condition()  # guards the next five
+        self._is_scanning = False  # and whoever has set it owns the last two
+        self._scans_begun = 0
+        self._snapshot = _Snapshot()
+        self._snapshot_number = 0  # of the scan that found it
+        self._outputs_since_s = float("inf")
         self._files: dict[tuple[_Identity, bytes], frozenset[FileIdentity]] = {}  # that these processes may write
         self._unmarked: dict[tuple[_Identity, bytes], _Marks] = {}  # no exec gives such a process the mark of a step
 
+    def look_for_outputs(self, since_s: float) -> None:
+        """Have later scans tell of the files of processes started since then, in seconds since the epoch."""
+        with self._changed:
+            self._outputs_since_s = min(self._outputs_since_s, since_s)
+
     def snapshot(self) -> _Snapshot:
         """Return the processes, as found by a scan that began after the call. Raises OSError."""
-        asked_s = time.monotonic()
-        with self._lock:
-            if self._begin_s <= asked_s:
-                self._begin_s = time.monotonic()
-                self._snapshot = self._scan()
-            return self._snapshot
-
-    def written_files(self, process: ProcessInfo) -> frozenset[FileIdentity]:
-        """Return the files that a process of the snapshot may write. Raises OSError."""
-        key = (process.identity, process.program)
-        files = self._files.get(key)
-        if files is None:
-            files = _system().written_files(process)
-            self._files[key] = files
-        return files
+        with self._changed:
+            last_number = self._scans_begun
+            while self._is_scanning and self._snapshot_number <= last_number:
+                self._changed.wait()
+            if self._snapshot_number > last_number:
+                return self._snapshot
+            self._is_scanning = True
+            self._scans_begun += 1
+            number = self._scans_begun
+        snapshot = None
+        try:
+            snapshot = self._scan()
+            return snapshot
+        finally:
+            with self._changed:
+                self._is_scanning = False
+                if snapshot:
+                    self._snapshot = snapshot
+                    self._snapshot_number = number
+                self._changed.notify_all()
 
     def _scan(self) -> _Snapshot:
         """Read the process table; only marks that an exec cannot change are cached. Raises OSError."""
@@ -3782,11 +4071,41 @@ class _ProcessTable:
                 unclear.append(process)  # it execs, or ended before its marks were read, and may have forked
             processes.append((process, marks or _NO_MARKS))
         self._unmarked = unmarked
-        self._files = {key: files for key, files in self._files.items() if key in unmarked}
+        writers = self._find_writers(processes, unclear)
         parents = {process.pid: process.parent for process, _ in processes}
         without_steps = {identity[0] for (identity, _), marks in unmarked.items() if not marks.is_hidden}
         without_steps -= _possible_reapers(parents)  # their children are no step's
-        return _Snapshot(processes, [process for process in unclear if process.parent not in without_steps])
+        unclear = [process for process in unclear if process.parent not in without_steps]
+        return _Snapshot(processes, unclear, writers)
+
+    def _find_writers(
+        self,
+        processes: Sequence[tuple[ProcessInfo, _Marks]],
+        unclear: list[ProcessInfo],
+    ) -> dict[FileIdentity, list[ProcessInfo]]:
+        """Return which processes may write a file, of those that show no mark and are young: `look_for_outputs`.
+
+        What cannot be read now is added to the unclear ones.
+        """
+        system = _system()
+        known: dict[tuple[_Identity, bytes], frozenset[FileIdentity]] = {}
+        writers: dict[FileIdentity, list[ProcessInfo]] = {}
+        for process, marks in processes:
+            is_marked = marks.step_dir or marks.is_daemon or process.pid == os.getpid()
+            if is_marked or system.is_older(process, self._outputs_since_s):
+                continue
+            key = (process.identity, process.program)
+            try:
+                files = self._files[key] if key in self._files else system.written_files(process)
+            except OSError:
+                unclear.append(process)
+                continue
+            if not marks.is_before_exec:
+                known[key] = files
+            for file in files:
+                writers.setdefault(file, []).append(process)
+        self._files = known
+        return writers
 
 
 def _possible_reapers(parents: Mapping[int, int]) -> set[int]:
@@ -3831,6 +4150,7 @@ class PosixTree(ProcessTree):
         self._outputs: _Outputs | None = None  # looked up when it is stopped
         self._wake_out, self._wake_in = wake_pipe  # -1 where no descriptor was free
         self._is_woken = False
+        self._is_signalled = False  # the script, if it ran, had the signal to its group
         self._exit_watch = self._system.watch_exit(pid)
         self._pidfd = self._exit_watch.descriptor  # readable from the wrapper's end on
         self._members: set[_Identity] = set()  # processes that are or were of the tree
@@ -3860,12 +4180,13 @@ class PosixTree(ProcessTree):
         return self._system.exit_code(self._child)
 
     def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
-        if self._owns_session():  # and so the group; this needs no descriptor
-            _signal_group(self.pid, first_signal)
-            _signal_group(self.pid, signal.SIGCONT)
         with self._shared.reserve.lend():
+            self._signal_own_group(first_signal)
+            if is_hurried():  # a scan takes as long as it takes to write hundreds of megabytes
+                self._pause(_SIGTERM_LEAD_S)
+                self._kill_own_group()
             self._signal_other_groups(first_signal)
-            has_ended = self._await_end(is_hurried)
+            has_ended = self._await_end(is_hurried, first_signal)
             self._kill_all(empty_scans=int(has_ended))
 
     def close(self) -> None:
@@ -3936,6 +4257,20 @@ class PosixTree(ProcessTree):
 
     # -- the stages of a stop
 
+    def _signal_own_group(self, number: int) -> None:
+        """Send a signal to the wrapper's group; again at the next call, until the script had begun before the signal.
+
+        The wrapper itself ignores it: what it forks after the signal would know nothing of it.
+        """
+        if not self._is_signalled and self._owns_session():
+            self._is_signalled = all(map(_has_begun, self.step_dirs))
+            _signal_group(self.pid, number)
+            _signal_group(self.pid, signal.SIGCONT)
+
+    def _kill_own_group(self) -> None:
+        if self._owns_session():
+            _signal_group(self.pid, signal.SIGKILL)
+
     def _signal_other_groups(self, number: int) -> None:
         """Send a signal to the members that the signal to the wrapper's group did not reach, once to each."""
         own_group = self.pid if self._owns_session() else 0
@@ -3949,12 +4284,13 @@ class PosixTree(ProcessTree):
             if not self._scan_incomplete:
                 break
 
-    def _await_end(self, is_hurried: Callable[[], bool]) -> bool:
+    def _await_end(self, is_hurried: Callable[[], bool], first_signal: int) -> bool:
         """Return True when a complete scan has found nothing, False when the grace is over."""
         end_s = time.monotonic() + GRACE_S
         give_up_s = end_s
         pause_s = 0.001
         while time.monotonic() < end_s and not is_hurried():
+            self._signal_own_group(first_signal)
             if self._has_running_member() or self._scan():
                 give_up_s = end_s
             elif not self._scan_incomplete:
@@ -3981,8 +4317,7 @@ class PosixTree(ProcessTree):
             end_s = min(begin_s + _KILL_TIMEOUT_S, last_s + _INCOMPLETE_SCANS_S)
             if time.monotonic() >= end_s:
                 break
-            if self._owns_session():
-                _signal_group(self.pid, signal.SIGKILL)
+            self._kill_own_group()
             members = self._scan()
             for member in members:
                 self._signal(member, signal.SIGKILL)
@@ -4008,54 +4343,39 @@ class PosixTree(ProcessTree):
 
     def _scan(self) -> list[ProcessInfo]:
         """Return the live members that we may signal."""
+        if self._system.hides_environments and self._outputs is None:
+            self._outputs = _Outputs(self.step_dirs)
+            self._shared.table.look_for_outputs(self._outputs.begin_s)
         try:
-            processes, unclear = self._shared.table.snapshot()
+            snapshot = self._shared.table.snapshot()
         except OSError:  # no descriptor or memory for a scan
             self._scan_incomplete = True
             time.sleep(_POLL_S)
             return []
-        step_dirs = {process.pid: marks.step_dir for process, marks in processes}
-        parents = {step_dirs.get(process.parent, b"") for process in unclear}
-        self._scan_incomplete = b"" in parents or bool(parents & self.step_dirs)  # another step's child is not ours
-        own_pid = os.getpid()
-        candidates = []
-        members = set()
-        for process, marks in processes:
-            if process.pid != own_pid and not marks.is_daemon:
-                candidates.append(process)
-                if self._is_member(process, marks):
-                    members.add(process)
-        _add_descendants(members, candidates)
+        marks = snapshot.unclear_marks
+        self._scan_incomplete = b"" in marks or bool(marks & self.step_dirs)  # another step's child is not ours
+        members = self._find_evident(snapshot)
+        _add_descendants(members, snapshot)
         self._members.update(member.identity for member in members)
         return [member for member in members if member.identity not in self._denied]
 
-    def _is_member(self, process: ProcessInfo, marks: _Marks) -> bool:
-        """Return whether there is evidence of the process itself, whatever others are."""
-        if process.identity in self._members:
-            return True
-        if process.session == self.pid and self._owns_session():
-            return True
-        if marks.step_dir:
-            return marks.step_dir in self.step_dirs
-        if self._system.hides_environments and self._writes_output(process):
-            return True
-        if marks.is_before_exec:
-            return False
-        is_orphan = self._system.has_subreaper and process.parent == os.getpid()
-        return is_orphan and self._shared.lifetimes.can_only_be_of(self.step_dirs, int(process.start))
-
-    def _writes_output(self, process: ProcessInfo) -> bool:
-        """Return whether a process that was started since the steps began may write the output of one of them."""
-        if self._outputs is None:
-            self._outputs = _Outputs(self.step_dirs)
-        if self._system.is_older(process, self._outputs.begin_s):
-            return False
-        try:
-            files = self._shared.table.written_files(process)
-        except OSError:
-            self._scan_incomplete = True
-            return False
-        return not files.isdisjoint(self._outputs.files)
+    def _find_evident(self, snapshot: _Snapshot) -> set[ProcessInfo]:
+        """Return the processes of which there is evidence of themselves, whatever others are."""
+        evident: set[ProcessInfo] = set()
+        for pid, start in self._members:
+            process = snapshot.by_pid.get(pid)
+            if process and process.start == start:
+                evident.add(process)
+        if self._owns_session():
+            evident.update(snapshot.by_session.get(self.pid, ()))
+        for step_dir in self.step_dirs:
+            evident.update(snapshot.by_mark.get(step_dir, ()))
+        for file in self._outputs.files if self._outputs else ():
+            evident.update(snapshot.writers.get(file, ()))
+        for process in snapshot.orphans if self._system.has_subreaper else ():
+            if self._shared.lifetimes.can_only_be_of(self.step_dirs, int(process.start)):
+                evident.add(process)
+        return evident
 
 
 class _Outputs:
@@ -4079,18 +4399,19 @@ class _Outputs:
             return 0.0
 
 
-def _add_descendants(members: set[ProcessInfo], candidates: Sequence[ProcessInfo]) -> None:
+def _add_descendants(members: set[ProcessInfo], snapshot: _Snapshot) -> None:
     """Add to the members their children and what is in a session of theirs, until there are no more."""
     foreign_sessions = _own_sessions()
-    has_grown = True
-    while has_grown:
-        parents = {member.pid for member in members}
-        sessions = {member.session for member in members} - foreign_sessions
-        size = len(members)
-        for process in candidates:
-            if process.parent in parents or process.session in sessions:
+    unvisited = [*members]
+    while unvisited:
+        member = unvisited.pop()
+        related = [*snapshot.by_parent.get(member.pid, ())]
+        if member.session not in foreign_sessions:
+            related += snapshot.by_session[member.session]
+        for process in related:
+            if process not in members:
                 members.add(process)
-        has_grown = len(members) > size
+                unvisited.append(process)
 
 
 _PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT if ON_LINUX else 0  # for waitid: the zombie stays
@@ -4098,6 +4419,7 @@ _INCOMPLETE_SCANS_S = 1.0  # that scans may find nothing but be incomplete, on a
 _MAX_LIFETIMES = 10_000  # ended steps are kept for as long as there is an orphan, which may be for ever
 _EXEC_SCANS = 10
 _CLOCK_STEP_S = 60.0  # by which the clock may have been set while a step ran, as after a sleep of the host
+_SIGTERM_LEAD_S = 0.005  # of a SIGTERM before the SIGKILL of a stop in haste
 _SIGTERM_SCANS = 3  # more would send it to what members start to clean up
 _KERNEL_THREAD = 0x0020_0000  # PF_KTHREAD of include/linux/sched.h
 
@@ -4393,10 +4715,9 @@ class _MacSystem(_System):
         Its end is told a moment before it is a zombie (bsd/kern/kern_exit.c, lines 2543 and 2612).
         """
         for _ in range(_EXEC_SCANS):
-            try:
+            status = None
+            with contextlib.suppress(OSError):  # it cannot be told now
                 status = self._kernel.exit_status(child.pid)
-            except OSError:
-                return None
             if status is not None:
                 return os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
             time.sleep(_POLL_S)
@@ -4520,6 +4841,7 @@ class PosixProcesses(StepProcesses):
         step_dir: str,
         cwd: str,
         env: _Environment,
+        has_utf_8_console: bool = False,
     ) -> PosixTree:
         self._become_reaper()
         wake_pipe = os.pipe()  # first, for nothing may fail once the step runs
@@ -4545,19 +4867,7 @@ class PosixProcesses(StepProcesses):
         return PosixTree(step_dirs, 0, None, _open_pipe(), self._shared)
 
     def may_have_started(self, step_dir: str) -> bool:
-        """Return by the file `pid` whether the script may have run: it was there, empty, before the wrapper.
-
-        The wrapper of version 1.0.0 made it itself, and wrote its pid alone into it before the script ran.
-        """
-        lines = _read_pid_file(step_dir)
-        result = os.path.join(step_dir, "rc")
-        if lines is None or os.path.lexists(result):
-            return True
-        if not lines:
-            return False
-        if len(lines) > 1:
-            return True
-        return not re.fullmatch(rb"[0-9]+ wrapper\s*", lines[0])
+        return _may_have_started(step_dir)
 
     def death_signal(self, code: int) -> int | None:
         """Return the signal that a shell tells as 128 more (POSIX.1-2017, Shell Command Language, 2.8.2).
@@ -4723,6 +5033,31 @@ def _read_pid(step_dir: str) -> int:
     return int(words[0]) if words and words[0].isdigit() else 0
 
 
+def _may_have_started(step_dir: str) -> bool:
+    """Return by the file `pid` whether the script may have run: it was there, empty, before the wrapper.
+
+    The wrapper of version 1.0.0 made it itself, and wrote its pid alone into it before the script ran. Raises OSError
+    where it cannot be read now.
+    """
+    lines = _read_pid_file(step_dir)
+    result = os.path.join(step_dir, "rc")
+    if lines is None or os.path.lexists(result):
+        return True
+    if not lines:
+        return False
+    if len(lines) > 1:
+        return True
+    return not re.fullmatch(rb"[0-9]+ wrapper\s*", lines[0])
+
+
+def _has_begun(step_dir: bytes) -> bool:
+    """Return whether the script of a step may have begun; True where that cannot be read."""
+    try:
+        return _may_have_started(os.fsdecode(step_dir))
+    except OSError:
+        return True
+
+
 def _read_pid_file(step_dir: str) -> list[bytes] | None:
     """Return the lines of a step's file `pid`; None when it is gone. Raises OSError where it cannot be read now."""
     try:
@@ -4816,9 +5151,10 @@ def _has_orphan() -> bool:
 # result is no output of the step. A result that exists already is not the wrapper's: another process made it and may
 # have it open, so writing is retried for seconds. The redirection stands before `echo`, or the last digit would be a
 # handle's number. Paths are relative to the workspace, the wrapper's directory: so no letter of the root's, such as %,
-# means anything to cmd. No process of the step sees the variables that are set below `held`.
+# means anything to cmd. No process of the step sees the variables that are set below `held`. A code page is set before
+# the step's process starts, which may keep the one that it began with.
 _BATCH_WRAPPER = """\
-@%* 2>&1\r
+{before}@%* 2>&1\r
 @if exist "{result}" goto held\r
 @>"{result}" echo %errorlevel%& exit %errorlevel%\r
 :held\r
@@ -4835,16 +5171,18 @@ if %tries%==0 exit %code%\r
 "{ping}" -n 2 127.0.0.1 >nul\r
 goto again\r
 """
-# The exit code of what a stop ends, as a signed number; no script ends with it by itself. Bit 29 is reserved for
+# The exit code of what a stop ends; no script ends with it by itself. Bit 29 is reserved for
 # applications (MSDN, "GetLastError"); the codes of the system and its runtimes begin with 0xC0, 0x80 or 0xE0 (C++,
 # .NET).
-_ENDED_BY_STOP = -0x1FAD_ADAE  # 0xE0525252
+_ENDED_BY_STOP = 0xE052_5252
 _SPAWN_ATTEMPTS = 3
 # Files that are read again while the step runs: cmd opens a batch file for each of its lines, a later daemon reads the
 # pid. The wrapper keeps them open with these share modes, so that nobody else can open them exclusively. A script may
 # change or delete itself.
 _HELD_FILES = {"pid": 0x01, "run.bat": 0x01, "script.bat": 0x07}  # FILE_SHARE_READ, and with WRITE and DELETE
 _FIND_OWN_PROCESS_S = 0.5  # until the first search for a step's own process; most steps are over by then
+_MODULE_PATH = "PSMODULEPATH"  # of PowerShell 7, where the daemon was started in it: 5.1 fails on its modules
+_OTHER_CHILDREN = ("conhost.exe", "chcp.com")  # of a wrapper: its console's host, and what sets the code page
 _UNQUOTED_WORD = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
 
@@ -4864,7 +5202,7 @@ class _WrapperRecord(NamedTuple):
     def read(cls, step_dir: str) -> _WrapperRecord | None:
         """Read the file; return None without it or without a complete first line. Raises OSError."""
         try:
-            with open(os.path.join(step_dir, "pid"), encoding="ascii") as file:
+            with retry_while_held(open, os.path.join(step_dir, "pid")) as file:
                 first, end, second = file.read(200).partition("\n")
             pid, created, job_name = first.split(" ")
             record = cls(int(pid), int(created), job_name)
@@ -4914,8 +5252,8 @@ def _hand_job(job: int, process: int) -> None:
 
 def _hold_file(path: str, process: int, share: int) -> None:
     """Have a process keep a file open with this share mode, so that until its end others must open it compatibly."""
-    with contextlib.suppress(OSError):  # another process has it open already, or there is none
-        file = CreateFileW(path, GENERIC_READ, share, None, OPEN_EXISTING, 0, None)
+    with contextlib.suppress(OSError):  # another process keeps it open, or there is none
+        file = retry_while_held(CreateFileW, path, GENERIC_READ, share, None, OPEN_EXISTING, 0, None)
         try:
             _duplicate(file, process)
         finally:
@@ -4927,6 +5265,23 @@ def _limit_job(job: int, flags: int) -> None:
     limits = JobLimits(LimitFlags=flags | JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION)
     size = ctypes.sizeof(limits)
     SetInformationJobObject(job, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits), size)
+
+
+def job_warning() -> str:
+    """Return that the job which this process was started in ends the steps with it; empty where none does.
+
+    sshd, WinRM and Task Scheduler have such jobs. JOBOBJECT_BASIC_LIMIT_INFORMATION (MSDN).
+    """
+    if not ON_WINDOWS:
+        return ""
+    limits = JobLimits()
+    size = ctypes.sizeof(limits)
+    with contextlib.suppress(OSError):  # this process is in no job
+        QueryInformationJobObject(None, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits), size, None)
+    flags = limits.LimitFlags & (JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE | JOB_OBJECT_LIMIT_SILENT_BREAKAWAY_OK)
+    if flags != JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE:
+        return ""
+    return "the session that started this daemon ends it with all its steps when it closes; install it as a service"
 
 
 def _count_active(job: int) -> int:
@@ -4960,7 +5315,7 @@ def _end_job(job: int) -> None:
     end_s = time.monotonic() + _KILL_TIMEOUT_S
     while _count_active(job) and time.monotonic() < end_s:
         with contextlib.suppress(OSError):  # some are ending already: try again
-            TerminateJobObject(job, _ENDED_BY_STOP & 0xFFFF_FFFF)
+            TerminateJobObject(job, _ENDED_BY_STOP)
         time.sleep(_POLL_S)
 
 
@@ -4978,12 +5333,12 @@ def list_processes() -> Iterator[tuple[int, int, str]]:
 
 
 def _open_child(parent: int, job: int) -> int:
-    """Open the process that a member of a job has started, other than their console's host; return 0 without one."""
+    """Open the step's process, which the wrapper, a member of the job, has started; return 0 without one."""
     members = set(_list_members(job)) - {parent}
     if not members:
         return 0
     for pid, parent_pid, name in list_processes():
-        if parent_pid == parent and pid in members and name != "conhost.exe":
+        if parent_pid == parent and pid in members and name not in _OTHER_CHILDREN:
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION, False, pid)
                 return handle
@@ -5034,7 +5389,7 @@ def _may_be_alive(record: _WrapperRecord) -> bool:
 def _end_process(process: int) -> None:
     """Terminate a process and close the handle; return when it has ended, or after _KILL_TIMEOUT_S."""
     try:
-        TerminateProcess(process, _ENDED_BY_STOP & 0xFFFF_FFFF)
+        TerminateProcess(process, _ENDED_BY_STOP)
         _wait_for((process,), _KILL_TIMEOUT_S)
     except OSError:  # it is ending already
         pass
@@ -5097,7 +5452,7 @@ class WindowsTree:
                 SetEvent(self._woken)
 
     def exit_code(self) -> int | None:
-        """Return the code of an ended step, signed, as cmd and PowerShell show it.
+        """Return the code of an ended step, unsigned, as the system keeps it.
 
         The wrapper's is that of the step's process. Where the wrapper was killed, that process itself has the code;
         None when it was not found, or when a stop ended it.
@@ -5105,9 +5460,9 @@ class WindowsTree:
         process = self._wrapper if self._has_result() else self._own_process
         if not process or not _is_signalled(process):
             return None
-        code = ctypes.c_int32()
+        code = _DWORD()
         GetExitCodeProcess(process, ctypes.byref(code))
-        return None if code.value == _ENDED_BY_STOP else code.value
+        return None if code.value == _ENDED_BY_STOP else int(code.value)
 
     def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
         """Terminate all processes of the job, also those that outlived the wrapper.
@@ -5249,9 +5604,11 @@ class WindowsProcesses:
 
     def __init__(self, umask: int, descriptors: str, reserve: object) -> None:
         self._environment = {}
-        for name, value in os.environ.items():
-            if not name.startswith("REMOTE_EXECUTOR_"):
+        for name, value in own_environment().items():
+            if not name.upper().startswith("REMOTE_EXECUTOR_"):
                 self._environment[name] = value
+        # What a step starts inherits it: else a crash, a missing DLL or disk opens a box that nobody sees, and waits.
+        SetErrorMode(SetErrorMode(0) | SEM_FAILCRITICALERRORS | SEM_NOGPFAULTERRORBOX)
         self._null = os.open(os.devnull, os.O_RDWR)
         self.initial_files: Mapping[str, bytes] = {}  # of a step's directory; its wrapper needs none
         self._left_jobs: collections.deque[int] = collections.deque()  # of ended steps, with processes in them
@@ -5262,6 +5619,7 @@ class WindowsProcesses:
         step_dir: str,
         cwd: str,
         env: _Environment,
+        has_utf_8_console: bool = False,
     ) -> WindowsTree:
         """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
 
@@ -5269,16 +5627,18 @@ class WindowsProcesses:
         """
         directory = os.path.relpath(step_dir, cwd)
         result = os.path.join(directory, "rc")
-        wrapper = _BATCH_WRAPPER.format(result=result, ping=system_program("ping.exe"))
+        before = ""
+        if has_utf_8_console:
+            before = f'@"{system_program("chcp.com")}" 65001 >nul\r\n'
+        wrapper = _BATCH_WRAPPER.format(before=before, result=result, ping=system_program("ping.exe"))
         wrapper_file = os.path.join(step_dir, "run.bat")
-        with open(wrapper_file, "w", encoding="ascii", newline="") as file:
-            file.write(wrapper)
-        environment = {**self._environment, **env, STEP_ENV_VAR: step_dir}
-        environment.pop("ERRORLEVEL", None)  # it would hide cmd's own, which the wrapper writes
+        with retry_while_held(open, wrapper_file, "wb") as file:
+            file.write(wrapper.encode("ascii"))
+        environment = self._step_environment(command[0], env, step_dir)
         words = [os.path.join(directory, "run.bat"), *command]
         line = " ".join(map(_quote_word, words))
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT  # opened to read too: nobody can open it and deny reading
-        output = os.open(os.path.join(step_dir, "output"), flags, 0o600)
+        output = retry_while_held(os.open, os.path.join(step_dir, "output"), flags, 0o600)
         try:
             child = self._spawn(line, output, cwd, environment)
         except ValueError as error:  # such as a NUL
@@ -5290,6 +5650,18 @@ class WindowsProcesses:
         except OSError:
             child.kill()
             raise
+
+    def _step_environment(self, program: str, env: _Environment, step_dir: str) -> dict[str, str]:
+        """Return the whole environment of a step, without what would mislead its programs.
+
+        Windows PowerShell makes a path of modules of its own where there is none (about_PSModulePath).
+        """
+        merged = merge_variables(self._environment.items(), env.items(), [(STEP_ENV_VAR, step_dir)])
+        given = {name.upper() for name in env}
+        misleading = {"ERRORLEVEL"}  # it would hide cmd's own, which the wrapper writes
+        if os.path.basename(program).lower() == "powershell.exe" and _MODULE_PATH not in given:
+            misleading.add(_MODULE_PATH)
+        return {name: value for name, value in merged.items() if name.upper() not in misleading}
 
     def _spawn(self, line: str, output: int, cwd: str, environment: _Environment) -> _Child:
         """Start a suspended cmd; retry, for a virus scanner or a busy host may refuse it at first. Raises OSError."""
@@ -5328,7 +5700,7 @@ class WindowsProcesses:
         try:
             _limit_job(job, JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE)
             AssignProcessToJobObject(job, process)
-            with open(os.path.join(step_dir, "pid"), "w", encoding="ascii") as file:
+            with retry_while_held(open, os.path.join(step_dir, "pid"), "w") as file:
                 file.write(f"{record.pid} {record.created} {name}\n")
                 file.flush()
                 _hand_job(job, process)
@@ -5581,10 +5953,10 @@ class StepSpec(NamedTuple):
 
 
 class TaskSpec(NamedTuple):
-    """A task as submitted; `timeout_ns` is 0 for none, `fingerprint` is a hash of all else but the id.
+    """A task as submitted; `timeout_ns` is 0 for none, `fingerprint` is a hash of all that makes it this task.
 
     `delay_ns` is how long it waits at least before its first step, `start_at_ns` the moment of the wall clock until
-    which it does. `query` and `steps_json` are the submission as it was given.
+    which it does. `query` and `steps_json` are the submission as it was given; `warnings` say what it had to no effect.
     """
 
     id: str
@@ -5597,6 +5969,7 @@ class TaskSpec(NamedTuple):
     is_paused: bool
     query: str
     steps_json: str
+    warnings: tuple[str, ...] = ()
 
 
 # ======================================================================================================================
@@ -5616,7 +5989,7 @@ BOOLEANS = {
 _WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MAX_NAME_LENGTH = 128
-# The parameters of a submission and their aliases.
+# What a submission may have: what is not here is told to be unknown. The parameters by each name that they may have.
 _PARAMETERS = {
     "id": "id",
     "timeout": "timeout",
@@ -5626,19 +5999,46 @@ _PARAMETERS = {
     "delay": "delay",
     "at": "at",
     "paused": "paused",
+    "env_vars": "env_vars",
+    "strict": "strict",
 }
+_REPEATABLE_PARAMETER = "env_vars"
+STEP_FIELDS = ("command_type", "command_content", "name", "env_vars", "depets_on", "depends_on", "timeout")
+_MAX_WARNINGS = 20  # of a submission; each names up to so many steps
+_MAX_SHOWN_LENGTH = 64  # of an unknown name
 _REQUIRED_FIELDS = {"command_type": "CommandType", "command_content": "CommandContent"}
 Pairs = Sequence[tuple[str, str]]
 
 
 def parse_json(body: bytes) -> Any:
-    """Return the value of a body. Raises BadRequest."""
+    """Return the value of a body in UTF-8, or in UTF-16 behind a byte order mark. Raises BadRequest."""
+    text = _decode_body(body)
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_reject_constant)
+        return json.loads(text, parse_constant=_reject_constant)
     except RecursionError:
         raise BadRequest("the body is not JSON: nested too deeply") from None
     except ValueError as error:
+        if _FORM_START.match(text):
+            raise BadRequest("the body is a form: expected JSON, which PowerShell makes by ConvertTo-Json") from None
         raise BadRequest(f"the body is not JSON: {error}") from None
+
+
+def _decode_body(body: bytes) -> str:
+    """Return the text of a body, without a byte order mark: files of Windows PowerShell have one. Raises BadRequest."""
+    encoding = "UTF-8"
+    if body.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "UTF-16"  # whose codec takes the mark off
+    try:
+        return body.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise BadRequest(
+            f"the body is not {encoding} at byte {error.start}: send JSON in UTF-8, "
+            "from Windows PowerShell with -ContentType 'application/json; charset=utf-8'"
+        ) from None
+
+
+# The begin of application/x-www-form-urlencoded, of which no field has a quote or a brace, or of multipart/form-data.
+_FORM_START = re.compile(r"[^\s\"'{}\[\]=&]+=|--\S+\r?\nContent-", re.IGNORECASE)
 
 
 def _reject_constant(word: str) -> None:
@@ -5648,15 +6048,20 @@ def _reject_constant(word: str) -> None:
 
 def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) -> TaskSpec:
     """Return the task that a POST asks for. Raises BadRequest, which names the field at fault, such as [2].timeout."""
-    parameters = _parse_query(query)
+    unknown = _UnknownNames()
+    parameters = _parse_query(query, unknown)
     task_id = _parse_task_id(parameters["id"][1])
     parallel = _parse_bool(*parameters["ansync"])
     timeout_ns = _parse_timeout(*parameters["timeout"])
     start = _parse_start(parameters, timeout_ns)
     task_env = _parse_environment("env_vars", [value for name, value in query if name == "env_vars"])
-    items = parse_json(body)
-    if not isinstance(items, list) or not items:
+    body_value = parse_json(body)
+    values = [body_value] if isinstance(body_value, dict) else body_value
+    if not isinstance(values, list) or not values:
         raise BadRequest("the body must be a JSON array of one step or more")
+    items = [_step_fields(index, value, unknown) for index, value in enumerate(values)]
+    if _parse_bool(*parameters["strict"]):
+        unknown.refuse()
     allowed_types = tuple(command_types)
     steps = []
     for index, item in enumerate(items):
@@ -5675,8 +6080,68 @@ def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) ->
         _fingerprint(identity),
         *start,
         urllib.parse.urlencode(query),
-        json.dumps(items),
+        json.dumps(values),
+        unknown.warnings(),
     )
+
+
+class _UnknownNames:
+    """Names in a submission that mean nothing: each with where it stands, in the order of its first appearance."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[str, str], list[str]] = {}  # by kind (parameter or field) and name
+
+    def add(self, kind: str, name: str, where: str) -> None:
+        """Note a name."""
+        self._places.setdefault((kind, name), []).append(where)
+
+    def refuse(self) -> None:
+        """Raise BadRequest for the first name, if there is any."""
+        for (kind, name), places in self._places.items():
+            known = STEP_FIELDS if kind == "field" else _PARAMETERS
+            raise BadRequest(f"{places[0]}: unknown {kind} {_shorten(name)}: expected one of {', '.join(known)}")
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return a line for each name; of many, a line that counts the rest."""
+        lines = []
+        for (kind, name), places in itertools.islice(self._places.items(), _MAX_WARNINGS):
+            shown = ", ".join(places[:_MAX_WARNINGS])
+            if len(places) > _MAX_WARNINGS:
+                shown += f" and {len(places) - _MAX_WARNINGS} more"
+            lines.append(f"{shown}: unknown {kind} {_shorten(name)}: ignored")
+        if len(self._places) > _MAX_WARNINGS:
+            lines.append(f"{len(self._places) - _MAX_WARNINGS} more unknown names: ignored")
+        return tuple(lines)
+
+
+def _shorten(name: str) -> str:
+    """Return a name that a client has chosen as texts show it: quoted, on one line, and not long."""
+    if len(name) > _MAX_SHOWN_LENGTH:
+        name = name[:_MAX_SHOWN_LENGTH] + "..."
+    return repr(name)
+
+
+def _step_fields(index: int, value: Any, unknown: _UnknownNames) -> dict[str, Any]:
+    """Return the fields of a step, by their names in lower case, as Go's parser of JSON takes them in any."""
+    where = f"[{index}]"
+    if not isinstance(value, dict):
+        raise BadRequest(f"{where}: a step must be a JSON object")
+    fields = lower_keys(where, value)
+    for name in fields:
+        if name not in STEP_FIELDS:
+            unknown.add("field", name, where)
+    return fields
+
+
+def lower_keys(where: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with its keys in lower case. Raises BadRequest for keys that differ in case alone."""
+    fields: dict[str, Any] = {}
+    for key, item in value.items():
+        name = key.lower()
+        if name in fields:
+            raise BadRequest(f"{where}: {_shorten(key)} stands twice in different case: give one of them")
+        fields[name] = item
+    return fields
 
 
 def _fingerprint(submission: Any) -> str:
@@ -5709,12 +6174,14 @@ def _identify_step(step: StepSpec) -> list[Any]:
     return identity
 
 
-def _parse_query(query: Pairs) -> dict[str, tuple[str, str]]:
+def _parse_query(query: Pairs, unknown: _UnknownNames) -> dict[str, tuple[str, str]]:
     """Return the parameters that may be given once: of each the alias that was used, and its text, empty by default."""
     parameters = {name: (name, "") for name in _PARAMETERS.values()}
     for alias, text in query:
         name = _PARAMETERS.get(alias)
         if name is None:
+            unknown.add("parameter", alias, "query")
+        if name in (None, _REPEATABLE_PARAMETER):
             continue
         earlier = parameters[name][1]
         if earlier not in ("", text):
@@ -5803,19 +6270,21 @@ def _parse_environment(where: str, value: Any) -> tuple[str, ...]:
         text = _require_str(f"{where}[{index}]", entry)
         if not ENV_ENTRY_PATTERN.fullmatch(text):
             raise BadRequest(f"{where}[{index}]: invalid entry {text!r}: expected KEY=value")
+        name, _, variable = text.partition("=")
+        if not fits_environment(variable):
+            limit = f"this host allows at most {MAX_VARIABLE_UNITS} UTF-16 units"
+            raise BadRequest(f"{where}[{index}]: the value of {name} is too long: {limit}")
     return tuple(value)
 
 
 def _parse_step(
     index: int,
-    item: Any,
+    item: Mapping[str, Any],
     default_name: str,
     allowed_types: tuple[str, ...],
 ) -> StepSpec:
     """Return the step of one element, without its dependencies."""
     where = f"[{index}]"
-    if not isinstance(item, dict):
-        raise BadRequest(f"{where}: a step must be a JSON object")
     for key, field in _REQUIRED_FIELDS.items():
         if item.get(key) in (None, ""):
             tag = f"Error:Field validation for '{field}' failed on the 'required' tag"
@@ -5830,6 +6299,8 @@ def _parse_step(
     if len(name) > MAX_NAME_LENGTH or _CONTROL_CHARACTER.search(name):
         raise BadRequest(f"{where}.name: must have at most {MAX_NAME_LENGTH} characters and no control characters")
     content = _require_str(f"{where}.command_content", item["command_content"])
+    if "\0" in content:
+        raise BadRequest(f"{where}.command_content: contains a NUL character, which no script may have")
     env = _parse_environment(f"{where}.env_vars", item.get("env_vars"))
     timeout_ns = _parse_timeout(f"{where}.timeout", item.get("timeout"))
     return StepSpec(name, command_type, content, env, (), timeout_ns)
@@ -6242,8 +6713,12 @@ def process_families(stats: ProcessStats) -> list[MetricFamily]:
 # ======================================================================================================================
 
 _BLOCK_BYTES = 1 << 17
+_MAX_SCRIPT_LOOK_BYTES = 1 << 20
+# It has not begun, or has removed it, or replaced it or a directory above it; of a socket it is ENXIO.
+_NO_OUTPUT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO}
 _HEAD_BYTES = 256  # more than a pid file or a result has
 _RESULT = re.compile(rb"(-?[0-9]{1,10})\s*\n")  # bounded, for a step may write there too
+_CODE_MODULUS = 1 << 32  # on Windows, where cmd writes those above 2**31 as negative numbers
 _LATE_RESULT = re.compile(rb"^ended (-?[0-9]{1,10})\n", re.MULTILINE)
 _OUTPUT_NAMES = {"stdout": "output", "stderr": "stderr"}
 
@@ -6296,7 +6771,7 @@ class StepDirectory:
         match = _RESULT.fullmatch(self._head("rc"))
         if match is None:
             match = _LATE_RESULT.search(self._head("pid"))
-        return int(match[1]) if match else None
+        return int(match[1]) % _CODE_MODULUS if match else None
 
     def _head(self, name: str) -> bytes:
         """Return the first bytes of a file, none where there is no such regular file."""
@@ -6314,28 +6789,42 @@ class StepDirectory:
             return os.lstat(os.path.join(self.path, "output")).st_size
         return 0
 
+    def writes_in_host_page(self) -> bool:
+        """Return whether the script is one of cmd that leaves the console in the code page of the host."""
+        with contextlib.suppress(OSError), self._tasks.read(*self._names, script_name("cmd")) as file:
+            return not changes_to_utf_8(file.read(_MAX_SCRIPT_LOOK_BYTES))
+        return False
+
     def open_output(self, name: str = "output") -> io.FileIO | None:
         """Open what the step has written so far; None where that is not there, or not a regular file any more.
 
-        Raises OSError where no descriptor is free.
+        Raises OSError where it cannot be read.
         """
         try:
             return self._tasks.read(*self._names, name)
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise
-            return None
+            if error.errno in _NO_OUTPUT:
+                return None
+            raise
 
     def read_output(self) -> Iterator[bytes]:
-        """Yield what the step has written so far, in blocks. Raises OSError where no descriptor is free."""
+        """Return what the step has written so far, in blocks; nothing where its output is no regular file any more.
+
+        Raises OSError where it cannot be read.
+        """
         file = self.open_output()
         if file is None:
-            return
-        with file:
-            remaining = os.fstat(file.fileno()).st_size
-            while remaining > 0 and (block := file.read(min(remaining, _BLOCK_BYTES))):
-                remaining -= len(block)
-                yield block
+            return iter(())
+        return _read_blocks(file)
+
+
+def _read_blocks(file: io.FileIO) -> Iterator[bytes]:
+    """Yield what a file has now, and close it."""
+    with file:
+        remaining = os.fstat(file.fileno()).st_size
+        while remaining > 0 and (block := file.read(min(remaining, _BLOCK_BYTES))):
+            remaining -= len(block)
+            yield block
 
 
 # ======================================================================================================================
@@ -6414,6 +6903,18 @@ def _repair_ended_tasks(db: sqlite3.Connection) -> None:
         "AND task IN (SELECT seq FROM task WHERE ended_ns IS NOT NULL)",
         (FORCED_CODE, LOST),
     )
+    _repair_sums(db)
+    db.execute("DELETE FROM script WHERE task NOT IN (SELECT seq FROM task WHERE ended_ns IS NULL)")
+
+
+def _make_codes_unsigned(db: sqlite3.Connection) -> None:
+    """Show the codes of Windows as a client of the original sees them: earlier versions stored signed ones."""
+    db.execute("UPDATE step SET code = code + 4294967296 WHERE code < 0")
+    _repair_sums(db)
+
+
+def _repair_sums(db: sqlite3.Connection) -> None:
+    """Summarize anew each ended task whose code is not the sum of its steps'."""
     wrong = db.execute(
         "SELECT seq FROM task WHERE ended_ns IS NOT NULL AND state = 0 "
         "AND code != (SELECT total(code) FROM step WHERE task = seq)"
@@ -6422,7 +6923,6 @@ def _repair_ended_tasks(db: sqlite3.Connection) -> None:
         steps = db.execute("SELECT idx, name, code FROM step WHERE task = ? ORDER BY idx", (task_number,))
         code, message = summarize(steps)
         db.execute("UPDATE task SET code = ?, message = ? WHERE seq = ?", (code, message, task_number))
-    db.execute("DELETE FROM script WHERE task NOT IN (SELECT seq FROM task WHERE ended_ns IS NULL)")
 
 
 _RESULT_COLUMNS = """
@@ -6497,6 +6997,7 @@ def _add_results(db: sqlite3.Connection) -> None:
 _MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (
     _create_tables,
     _repair_ended_tasks,
+    _make_codes_unsigned,
     _add_results,
 )
 _BATCH = 500  # tasks in a query or a transaction
@@ -8501,6 +9002,7 @@ class _Launch(NamedTuple):
     args: list[str]
     workspace: str
     env: dict[str, str]
+    has_utf_8_console: bool
 
 
 class Runner:
@@ -8586,6 +9088,7 @@ class Runner:
                 self.directory(step).path,
                 command.workspace,
                 command.env,
+                command.has_utf_8_console,
             )
             failpoint("spawned")
         except (StorageFull, Unavailable, MemoryError) as error:
@@ -8606,12 +9109,12 @@ class Runner:
         """Make the files of a step; return what is to be started. Raises what `_launch` sorts, and LaunchError."""
         script = self._store.script(step.task.number, step.index)
         name = script_name(script.command_type)
-        content = encode_script(script.command_type, script.content)
+        content = encode_script(script.command_type, script.content, (*script.env, step.name))
         file = self.directory(step).prepare(name, content, self._processes.initial_files)
         workspace = self._make_workspace(step)
         entries = (*script_environment(script.command_type), *script.env)
         env = self._environment(step, entries, workspace)
-        path = env.get("PATH", self._path)
+        path = variable(env, "PATH", self._path)
         args = interpreter_command(
             script.command_type,
             file,
@@ -8619,7 +9122,7 @@ class Runner:
             path,
             self._programs.find,
         )
-        return _Launch(args, workspace, env)
+        return _Launch(args, workspace, env, needs_utf_8_console(script.command_type))
 
     def _make_workspace(self, step: Step) -> str:
         """Return the task's workspace, created where there is none. Raises LaunchError."""
@@ -8639,15 +9142,17 @@ class Runner:
         workspace: str,
     ) -> dict[str, str]:
         """Return what the step's environment has beyond the daemon's; `entries` are KEY=value, the last one counts."""
-        env = {}
+        given = []
         for entry in entries:
             name, _, value = entry.partition("=")
-            env[environment_name(name)] = value
-        env["TASK_ID"] = step.task.id
-        env["TASK_STEP_ID"] = str(step.index)
-        env["TASK_STEP_NAME"] = step.name
-        env["TASK_WORKSPACE"] = workspace
-        return env
+            given.append((name, value))
+        own = {
+            "TASK_ID": step.task.id,
+            "TASK_STEP_ID": str(step.index),
+            "TASK_STEP_NAME": step.name,
+            "TASK_WORKSPACE": workspace,
+        }
+        return merge_variables(given, own.items())
 
     # -- watch
 
@@ -8738,6 +9243,8 @@ class Runner:
 # ======================================================================================================================
 
 _TASK_NUMBER = re.compile("[1-9][0-9]{0,17}")
+_RECOVERY_PATIENCE_S = 30.0  # with a host that has no descriptor or memory for an answer; then the daemon ends
+_RECOVERY_PAUSE_S = 0.1
 
 
 class Recovery:
@@ -8800,7 +9307,23 @@ class Recovery:
 
     def _restore(self, stored: UnfinishedTask, rows: Sequence[UnfinishedStep]) -> None:
         for step in self._scheduler.restore(stored, rows):
-            self._restore_begun_step(step)
+            self._restore_patiently(step)
+
+    def _restore_patiently(self, step: Step) -> None:
+        """Restore a step that had begun; what cannot be found out now is asked again. Raises OSError in the end."""
+        give_up_s = time.monotonic() + _RECOVERY_PATIENCE_S
+        has_failed = False
+        while True:
+            try:
+                self._restore_begun_step(step)
+                return
+            except OSError as error:
+                if time.monotonic() >= give_up_s:
+                    raise
+                if not has_failed:
+                    log.warning("%s: cannot find out whether it still runs, trying again: %s", step, error)
+                has_failed = True
+            time.sleep(_RECOVERY_PAUSE_S)
 
     def _restore_begun_step(self, step: Step) -> None:
         """Find out by its files and processes what became of a step that had begun, and have it attended to."""
@@ -9007,6 +9530,27 @@ class Client(NamedTuple):
     endpoints: Endpoints = (("", 0), ("", 0))
     scheme: str = "http"
     certificate: str = ""
+    trusted_proxies: tuple[Network, ...] = ()  # empty unless this is one of them
+
+    @property
+    def address(self) -> str:
+        return self.endpoints[0][0]
+
+
+class Forwarded(NamedTuple):
+    """What a trusted proxy says of a request that it forwards; empty where it does not say."""
+
+    address: str = ""  # of the client
+    scheme: str = ""
+    host: str = ""
+    prefix: str = ""  # of the path, which the proxy has taken off
+
+
+def _show_endpoint(endpoint: tuple[str, int]) -> str:
+    host, port = endpoint
+    if ":" in host:
+        host = f"[{host}]"
+    return f"{host}:{port}"
 
 
 class BodyStream(Protocol):
@@ -9044,19 +9588,26 @@ class Request(NamedTuple):
     body: bytes = b""
     label: str = ""  # the client's name in the log; empty for a stranger on a public route
     params: Mapping[str, str] = types.MappingProxyType({})
-    raw_path: str = ""  # as sent, for what need not be UTF-8
+    raw_path: str = ""  # as sent, for names of files, which need not be UTF-8
     raw_query: str = ""
+    is_utf8: bool = True  # path and query, their escapes decoded
     stream: BodyStream | None = None  # the body, where the route reads it itself
+    forwarded: Forwarded = Forwarded()
     hold: Hold | None = None  # where the answer may have to wait
 
     @property
     def peer(self) -> str:
-        """The client's address."""
-        return self.client.endpoints[0][0]
+        """The client's address, for the log and the limits: as a trusted proxy tells it, else the connection's."""
+        return self.forwarded.address or self.client.address
+
+    @property
+    def scheme(self) -> str:
+        return self.forwarded.scheme or self.client.scheme
 
     @property
     def base_url(self) -> str:
-        return f"{self.client.scheme}://{self.host}"
+        host = self.host or _show_endpoint(self.client.endpoints[1])  # HTTP/1.0 needs no Host
+        return f"{self.scheme}://{host}{self.forwarded.prefix}"
 
     @property
     def expects_continue(self) -> bool:
@@ -9073,9 +9624,10 @@ class FileSlice(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A response. A body of several blocks is streamed; `audit` describes a change in the log, beside its path.
+    """A response. A body of several blocks is streamed, for a HEAD none of them is made.
 
-    Who sends a body closes it, but not the file of a block.
+    `audit` describes a change in the log, beside its path. Who sends a body
+    closes it, but not the file of a block.
     """
 
     status: int = 200
@@ -9144,10 +9696,12 @@ def error_response(error: ApiError) -> Response:
 #
 #     request smuggling (CWE-444)   A proxy before us must never see the border between two requests elsewhere. So what
 #                                   RFC 9112 lets a server repair is refused: bare CR or LF, folded lines, a space
-#                                   before the colon, both body lengths or one twice, any coding but chunked.
+#                                   before the colon, both body lengths or one twice, any coding but chunked. Only an
+#                                   empty line before a request is ignored.
 #     an ambiguous Host             The access rules trust it: it comes once, without user, path or control character.
 #     leaving a path                The path is split into segments, then each is decoded, once: %2f separates nothing,
-#                                   %252e%252e is no parent directory.
+#                                   %252e%252e is no parent directory. Other bytes than UTF-8 are refused.
+#     forged forwarding             What a proxy says is read of a --trusted_proxy alone, and as strictly as Host.
 #     exhausting memory             Head, fields, lines of chunks and bodies are bounded, a body by its declared length
 #                                   before a byte of it is read.
 #     exhausting time (slowloris)   One deadline for the head and one for the body, not a timeout for each read: a byte
@@ -9169,7 +9723,8 @@ _GLANCE_S = 0.001
 _STREAM_BLOCK_BYTES = 1 << 18  # one for each upload: larger ones are no faster
 _MIN_STREAM_BYTES = 1 << 16
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/1\.([01])")
+# A target has ASCII alone (RFC 3986), but curl sends UTF-8 as it was typed.
+_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
 _FIELD_LINE = re.compile(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)")
 _BARE_CR_LF_OR_NUL = re.compile(rb"(?<!\r)\n|\r[^\n]|\0")
 _AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(?::[0-9]{1,5})?")
@@ -9180,6 +9735,19 @@ _SINGLE_FIELDS = {"host", "content-length", "transfer-encoding", "authorization"
 
 class ConnectionEnded(Exception):
     """The client has closed or reset the connection, or is too slow."""
+
+
+class ReaderTooSlow(ConnectionEnded):
+    """The client does not read the response in time."""
+
+
+@functools.lru_cache(maxsize=1024)  # asked for several times a request
+def _parse_ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Parse an address; one that is mapped into IPv6, as a dual-stack socket shows it, as IPv4. Raise ValueError."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
+        return ip.ipv4_mapped
+    return ip
 
 
 def _readable(socks: Iterable[socket.socket]) -> set[Any]:
@@ -9214,8 +9782,11 @@ class RequestReader:
         self._deadline_s += seconds
 
     def wait(self) -> None:
-        """Wait for the first byte of a request. Raise ConnectionEnded if there is none in time."""
-        if not self._buffer:
+        """Wait for the first byte of a request. Raise ConnectionEnded if there is none in time.
+
+        An empty line is none: some clients send one behind a body (RFC 9112, 2.2).
+        """
+        while len(self._buffer) <= 2 and not self._buffer.strip(b"\r\n"):
             self._receive()
 
     def read_head(self) -> list[str]:
@@ -9325,20 +9896,23 @@ def read_head(reader: RequestReader, timeout_s: float, client: Client) -> Reques
     """
     reader.set_deadline(timeout_s)
     request_line, *field_lines = reader.read_head()
+    if not request_line and field_lines:  # an empty line before it is ignored (RFC 9112, 2.2)
+        request_line, *field_lines = field_lines
     match = _REQUEST_LINE.fullmatch(request_line)
     if not match:
         raise BadRequest("malformed request line: expected for example GET /version HTTP/1.1")
     method, target, minor_version = match.groups()
     fields = _parse_fields(field_lines)
-    path, query, host = _split_target(target, fields)
     is_http_10 = minor_version == "0"
+    if "host" not in fields and not is_http_10:
+        raise BadRequest("missing Host header")
+    path, query, host = _split_target(target, fields.get("host", ""))
     body_bytes = _body_bytes(fields, is_http_10)
     segments = tuple(_unquote(segment) for segment in path.split("/")[1:])
-    parameters = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace")
-    return Request(
+    request = Request(
         method,
         segments,
-        tuple(parameters),
+        _decode_query(query),
         fields,
         host,
         is_http_10,
@@ -9346,7 +9920,12 @@ def read_head(reader: RequestReader, timeout_s: float, client: Client) -> Reques
         client,
         raw_path=path,
         raw_query=query,
+        is_utf8=_is_utf8(target),
     )
+    if not client.trusted_proxies:
+        return request
+    forwarded = _parse_forwarded(request)
+    return request._replace(forwarded=forwarded, host=forwarded.host or host)
 
 
 def read_body(
@@ -9394,11 +9973,8 @@ def _parse_fields(lines: Sequence[str]) -> dict[str, str]:
     return fields
 
 
-def _split_target(target: str, fields: Mapping[str, str]) -> tuple[str, str, str]:
+def _split_target(target: str, host: str) -> tuple[str, str, str]:
     """Return path, query and host. The host of an absolute target replaces Host (RFC 9112, 3.2.2). Raise BadRequest."""
-    if "host" not in fields:
-        raise BadRequest("missing Host header")
-    host = fields["host"]
     if host and not _AUTHORITY.fullmatch(host):
         raise BadRequest("malformed Host header: expected host or host:port")
     if "#" in target or _BAD_ESCAPE.search(target):
@@ -9436,10 +10012,127 @@ def _body_bytes(fields: Mapping[str, str], is_http_10: bool) -> int | None:
     return int(length)
 
 
+def _is_utf8(target: str) -> bool:
+    """Return whether a target, its escapes decoded, is UTF-8."""
+    if target.isascii() and "%" not in target:
+        return True
+    try:
+        urllib.parse.unquote_to_bytes(target.encode("latin-1")).decode()
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+def _to_text(text: str) -> str:
+    """Return the text of bytes that were decoded as Latin-1; where `_is_utf8` is False, with replacement marks."""
+    if text.isascii():
+        return text
+    return text.encode("latin-1").decode("utf-8", "replace")
+
+
 def _unquote(segment: str) -> str:
-    if "%" not in segment:
-        return segment
-    return urllib.parse.unquote(segment, errors="replace")
+    if "%" in segment:
+        segment = urllib.parse.unquote(segment, encoding="latin-1")
+    return _to_text(segment)
+
+
+def _decode_query(query: str) -> tuple[tuple[str, str], ...]:
+    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, encoding="latin-1")
+    return tuple((_to_text(name), _to_text(value)) for name, value in pairs)
+
+
+# What a proxy says of a request is believed of a --trusted_proxy alone. Each proxy adds what it sees at the end of a
+# list, so the list is read from there, as far as the proxies are trusted: what stands before comes from anybody.
+
+_FORWARDED_PAIR = re.compile(rf'\s*({_TOKEN})=(?:({_TOKEN})|"([^"\\]*)")\s*(;|,|$)')
+_FORWARDED_NODE = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+)(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
+_HIDDEN_NODE = re.compile(r"unknown|_[A-Za-z0-9._-]+", re.IGNORECASE)
+_PREFIX = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+;=:@-]+)*/?")
+
+
+def _parse_forwarded(request: Request) -> Forwarded:
+    """Return what the trusted proxies say of a request. Raise BadRequest where it is malformed or contradicts itself.
+
+    A proxy that sets fields of one kind may let those of the other kind pass, which then are the client's own.
+    """
+    standard = _innermost_untrusted(_parse_forwarded_field(request.headers), request.client)
+    usual = _innermost_untrusted(_x_forwarded_elements(request.headers), request.client)
+    values = []
+    for name, value, other in zip(Forwarded._fields, standard, usual):
+        if value and other and value != other:
+            raise BadRequest(f"Forwarded and X-Forwarded-* differ in the {name}: have the proxy remove one of them")
+        values.append(value or other)
+    return Forwarded(*values)
+
+
+def _innermost_untrusted(elements: Sequence[Mapping[str, str]], client: Client) -> Forwarded:
+    """Return what the first proxy says that is trusted, of elements in the order of the proxies. Raise BadRequest."""
+    address = ""
+    scheme = ""
+    host = ""
+    prefix = ""
+    for element in reversed(elements):
+        scheme = element.get("proto", scheme).lower()
+        host = element.get("host", host)
+        prefix = element.get("prefix", prefix)
+        address = _parse_node(element.get("for", ""))
+        if not address or not _is_in(address, client.trusted_proxies):
+            break
+    if scheme not in ("", "http", "https"):
+        raise BadRequest(f"invalid forwarded scheme {scheme!r}: expected http or https")
+    if host and not _AUTHORITY.fullmatch(host):
+        raise BadRequest("malformed forwarded host: expected host or host:port")
+    if not _PREFIX.fullmatch(prefix) or {".", ".."} & {*prefix.split("/")}:
+        raise BadRequest("malformed forwarded prefix: expected for example /executor")
+    return Forwarded(address, scheme, host, prefix.rstrip("/"))
+
+
+def _x_forwarded_elements(headers: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return the elements of X-Forwarded-*; lists of different lengths end together, with the last proxy's."""
+    elements: list[dict[str, str]] = []
+    for name in ("for", "proto", "host", "prefix"):
+        texts = headers.get(f"x-forwarded-{name}", "").split(",")
+        for index, text in enumerate(reversed(texts)):
+            if index == len(elements):
+                elements.append({})
+            if text.strip():
+                elements[index][name] = text.strip()
+    return elements[::-1]
+
+
+def _parse_forwarded_field(headers: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return the elements of Forwarded (RFC 7239, 4). Raise BadRequest."""
+    if "forwarded" not in headers:
+        return []
+    elements: list[dict[str, str]] = [{}]
+    separator = ";"
+    end = 0
+    while separator:
+        match = _FORWARDED_PAIR.match(headers["forwarded"], end)
+        if not match or match[1].lower() in elements[-1]:
+            raise BadRequest("malformed Forwarded header: expected for example for=192.0.2.7;proto=https")
+        elements[-1][match[1].lower()] = match[2] or match[3]
+        separator = match[4]
+        end = match.end()
+        if separator == ",":
+            elements.append({})
+    return elements
+
+
+def _parse_node(node: str) -> str:
+    """Return the address of a node (RFC 7239, 6), empty if it hides it. Raise BadRequest."""
+    if not node or _HIDDEN_NODE.fullmatch(node):
+        return ""
+    match = _FORWARDED_NODE.fullmatch(node)
+    if match:
+        with contextlib.suppress(ValueError):  # refused below
+            return str(_parse_ip(match[1] or match[2] or match[3]))
+    raise BadRequest("malformed address of a forwarded client: expected for example 192.0.2.7")
+
+
+def _is_in(address: str, networks: Iterable[Network]) -> bool:
+    ip = _parse_ip(address)
+    return any(ip in network for network in networks)
 
 
 def _read_chunks(reader: RequestReader, max_bytes: int) -> bytes:
@@ -9549,6 +10242,8 @@ class Route(NamedTuple):
     is_limited: bool = False  # by --max-requests
     is_public: bool = False  # open to clients without credentials
     streams_body: bool = False  # it is in the request's `stream`, of any size
+    names_file: bool = False  # by what need not be UTF-8
+    is_page: bool = False  # for people, who may come by a link on another site; public ones are too
     is_held: Callable[[Request], bool] = lambda _: False  # the answer may have to wait, by the request's `hold`
 
 
@@ -9567,31 +10262,42 @@ class Router:
         for route in self.routes:
             segments = tuple(route.template.split("/")[1:])
             table = self._variable if "{" in route.template else self._fixed
-            table.setdefault(segments, {})[route.method] = route
+            methods = table.setdefault(segments, {})
+            methods[route.method] = route
+            if route.method == "GET":
+                methods.setdefault("HEAD", route)
         self._variable = dict(sorted(self._variable.items(), key=_parameter_places))  # words before parameters
 
     def match(self, request: Request) -> tuple[Route, dict[str, str]]:
-        """Return the route of a request and its parameters. Raise PathNotFound or MethodNotAllowed."""
-        routes, params = self._match_path(request.segments)
-        route = routes.get(request.method)
-        if request.method == "HEAD":  # whose answer is that of GET without its body (RFC 9110, 9.3.2)
-            route = route or routes.get("GET")
+        """Return the route of a request and its parameters, for HEAD where there is none that of GET.
+
+        Raise PathNotFound, MethodNotAllowed or BadRequest.
+        """
+        methods, params = self._match_path(request.segments)
+        route = methods.get(request.method)
         if route is None:
-            methods = self.methods(request)
             allowed = ", ".join(methods)
             raise MethodNotAllowed(
-                f"method {request.method} not allowed here; allowed: {allowed}; {_SEE_DOCUMENT}", methods
+                f"method {request.method} not allowed here; allowed: {allowed}; {_SEE_DOCUMENT}", [*methods]
             )
+        if not (request.is_utf8 or route.names_file):
+            raise BadRequest("malformed request target: it is not UTF-8, as it stands or by its escapes")
         return route, params
 
     def methods(self, request: Request) -> list[str]:
         """Return the methods of the request's path. Raise PathNotFound."""
-        routes, _ = self._match_path(request.segments)
-        implied = ["HEAD"] if "GET" in routes and "HEAD" not in routes else []
-        return [*routes, *implied]
+        methods, _ = self._match_path(request.segments)
+        return [*methods]
 
     def _match_path(self, segments: _Segments) -> tuple[_Methods, dict[str, str]]:
-        """Return the routes of a path by method, and its parameters. Raise PathNotFound."""
+        """Return the routes of a path by method, and its parameters. Raise PathNotFound.
+
+        A slash at the end of a path that no route has with it means nothing.
+        """
+        if segments in self._fixed:
+            return self._fixed[segments], {}
+        if not segments[-1]:
+            segments = segments[:-1]
         if segments in self._fixed:
             return self._fixed[segments], {}
         for template, methods in self._variable.items():
@@ -9633,14 +10339,18 @@ def _match_template(template: _Segments, segments: _Segments) -> dict[str, str] 
 #
 #     a page in a user's browser    It would come from this host and its user. But the browser sends Origin and
 #       (CSRF)                      Sec-Fetch-Site with it, which no page can forge (Fetch standard). Checked first,
-#                                   under --insecure and on public routes too.
+#                                   under --insecure and on public routes too. A link may lead to what is for people:
+#                                   the browser shows that in place of the page with the link, which cannot read it.
 #     a client that guesses tokens  A token that was sent decides: a wrong one is never anonymous access. Compared in
-#                                   constant time; ten wrong ones a minute from an address, or an IPv6 /64.
+#                                   constant time; after ten wrong ones a minute from an address, or an IPv6 /64, more
+#                                   get 429. A right one always gets in, for others may share the address (a proxy): so
+#                                   what protects a token is its length, and the log names short ones.
 #     a client on another host      It needs a token, or a certificate of --tls_client_ca.
 #     a page by DNS rebinding       Its name has come to mean this host, so for the browser it calls its own origin; but
 #                                   Host still has that name. Without a token, Host must be a name of this host, with
 #                                   our port or none.
-#     a stranger through a proxy    The proxy connects from this host, but adds Forwarded, Via or the like.
+#     a stranger through a proxy    The proxy connects from this host, but adds Forwarded, Via or the like. Trusted or
+#                                   not, its clients need a token: what is trusted is only whom it says they are.
 #     another user of this host     The kernel knows the user at the other end of a local TCP connection (Linux; other
 #                                   systems do not say, there all users of the host are let in).
 #
@@ -9650,9 +10360,11 @@ def _match_template(template: _Segments, segments: _Segments) -> dict[str, str] 
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
 # Names, not addresses: ipaddress would take spellings such as [0:0::1], which no browser sends.
 _LOCAL_HOST = re.compile(rf"(?:localhost|127(?:\.{_OCTET}){{3}}|\[::1\])(?::([0-9]+))?", re.IGNORECASE)
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # which an origin leaves out
 _PROXY_FIELDS = ("forwarded", "x-forwarded", "x-real-ip", "via")  # beginnings of the fields that a proxy adds
 _WRONG_TOKENS_WINDOW_S = 60.0
 _MAX_WRONG_TOKENS = 10  # of a client in that time: a typing error is no attack, 2**256 tokens are out of reach
+_MIN_TOKEN_BYTES = 16  # of 64 random bits at least: at 10,000 guesses a second 58 million years
 _MAX_REMEMBERED_CLIENTS = 10_000  # that sent wrong tokens: a few megabytes
 
 
@@ -9733,12 +10445,12 @@ class Authenticator:
             self._file_version = ()
             self._reload()
 
-    def authorize(self, request: Request, is_public: bool) -> str:
+    def authorize(self, request: Request, is_public: bool, is_page: bool = False) -> str:
         """Return the client's label for the log, empty for a stranger on a public route.
 
         Raise Forbidden, Unauthorized, TooManyRequests or Unavailable.
         """
-        self._check_browser(request)
+        self._check_browser(request, is_public or is_page)
         if self._settings.insecure:
             return "anybody"
         try:
@@ -9768,14 +10480,16 @@ class Authenticator:
         """Forget a connection that has ended; another may soon have its port."""
         self._trusted.pop(endpoints, None)
 
-    def _check_browser(self, request: Request) -> None:
+    def _check_browser(self, request: Request, is_for_people: bool) -> None:
         """Raise Forbidden if a page sent the request that is neither ours nor of an allowed origin."""
         origin = request.headers.get("origin")
         if origin is not None and origin in self._settings.cors_origin:
             return
-        if origin is not None and origin != request.base_url:
+        if origin is not None and not _is_own_origin(origin, request.host):
             raise Forbidden(f"pages of the origin {origin!r} may not call this; --cors_origin allows one")
-        if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        if request.headers.get("sec-fetch-site", "none") in ("same-origin", "none"):
+            return
+        if not is_for_people or not _is_followed_link(request):
             raise Forbidden("pages of other sites may not call this; --cors_origin allows one")
 
     def _identify(self, request: Request) -> str:
@@ -9796,15 +10510,15 @@ class Authenticator:
         client = rate_limit_key(request.peer)
         now_s = time.monotonic()
         with self._lock:
-            earlier = self._wrong_tokens.get(client, ())
-            recent = [at_s for at_s in earlier if now_s - at_s < _WRONG_TOKENS_WINDOW_S]
-            if len(recent) >= _MAX_WRONG_TOKENS:
-                raise AuthRateLimited("too many wrong tokens from this address; wait a minute")
             self._reload()
             label = self._find_label(token.strip(" ").encode("latin-1"))
             if label:
                 self._warn_if_plaintext(request)
                 return label
+            earlier = self._wrong_tokens.get(client, ())
+            recent = [at_s for at_s in earlier if now_s - at_s < _WRONG_TOKENS_WINDOW_S]
+            if len(recent) >= _MAX_WRONG_TOKENS:
+                raise AuthRateLimited("too many wrong tokens from this address; wait a minute")
             if len(self._wrong_tokens) >= _MAX_REMEMBERED_CLIENTS:
                 self._wrong_tokens.clear()
             self._wrong_tokens[client] = [*recent, now_s]
@@ -9824,7 +10538,7 @@ class Authenticator:
 
     def _warn_if_plaintext(self, request: Request) -> None:
         """Warn once that others on the network can read a token; the lock is held."""
-        if self._has_warned or request.client.scheme != "http" or is_loopback(request.peer):
+        if self._has_warned or request.scheme != "http" or is_loopback(request.peer):
             return
         self._has_warned = True
         log.warning("%s sent its token over plain HTTP, where the network can read it; see --tls_cert", request.peer)
@@ -9857,6 +10571,8 @@ class Authenticator:
             for number, line in enumerate(file, 1):
                 token, *comment = re.split(r"(?:^|\s)#", line, maxsplit=1)
                 label = "".join(comment).strip()
+                if 0 < len(token.strip()) < _MIN_TOKEN_BYTES:
+                    log.info("--token_file: the token of line %d is short, so it can be guessed", number)
                 if token.strip():
                     tokens[token.strip().encode()] = label or f"token of line {number}"
         self._tokens = tokens
@@ -9864,7 +10580,7 @@ class Authenticator:
 
     def _check_local(self, request: Request) -> None:
         """Raise Unauthorized, Forbidden or Unavailable unless a request without a token is of our own user here."""
-        if not is_loopback(request.peer):
+        if not is_loopback(request.client.address):
             raise Unauthorized(self._token_hint(request))
         if not _is_local_host(request):
             problem = f"host name {request.host!r} needs a token; without one use localhost"
@@ -9878,23 +10594,37 @@ class Authenticator:
 
     def _is_trusted(self, endpoints: Endpoints) -> bool:
         """Return whether the client is of root or the daemon's user, looked up once a connection. Raise Unavailable."""
-        if endpoints not in self._trusted:
-            self._trusted[endpoints] = self._is_of_trusted_user(endpoints)
-        return self._trusted[endpoints]
-
-    def _is_of_trusted_user(self, endpoints: Endpoints) -> bool:
+        if endpoints in self._trusted:
+            return self._trusted[endpoints]
+        is_trusted = False
         try:
-            user = self._peers.user(*endpoints)
-        except LookupError:  # the client has closed its end already
+            is_trusted = is_trusted_uid(self._peers.user(*endpoints))
+        except LookupError:  # the client has closed its end already, or a table changed while it was read
             return False
         except PeersUnknown:  # told at the start
-            return False
+            pass
         except OSError as error:
             if error.errno in RESOURCE_ERRNOS:
                 raise Unavailable("no file descriptor left to look up the client's user; try again") from None
             log.warning("a client's user cannot be looked up, so it needs a token: %s", error)
-            return False
-        return is_trusted_uid(user)
+        self._trusted[endpoints] = is_trusted
+        return is_trusted
+
+
+def _is_own_origin(origin: str, host: str) -> bool:
+    """Return whether a page is of this host and port by whatever scheme: a proxy before us may have ended its TLS."""
+    scheme, _, own = origin.partition("://")
+    default_port = _DEFAULT_PORTS.get(scheme)
+    if default_port is None or not host:
+        return False
+    return own.lower() in (host.lower(), host.lower().removesuffix(default_port))
+
+
+def _is_followed_link(request: Request) -> bool:
+    """Return whether a person followed a link, so that this becomes a page of its own (Fetch Metadata, W3C)."""
+    mode = request.headers.get("sec-fetch-mode")
+    place = request.headers.get("sec-fetch-dest", "document")  # not within another page
+    return request.method == "GET" and mode == "navigate" and place == "document"
 
 
 def _is_local_host(request: Request) -> bool:
@@ -9904,15 +10634,6 @@ def _is_local_host(request: Request) -> bool:
         return False
     own_port = request.client.endpoints[1][1]
     return not match[1] or int(match[1]) == own_port
-
-
-@functools.lru_cache(maxsize=1024)  # asked for several times a request
-def _parse_ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Parse an address; one that is mapped into IPv6, as a dual-stack socket shows it, as IPv4. Raise ValueError."""
-    ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
-        return ip.ipv4_mapped
-    return ip
 
 
 def is_loopback(address: str) -> bool:
@@ -9947,21 +10668,21 @@ def rate_limit_key(address: str) -> str:
 #     response                            --timeout, and a second for each 64 KB; a streamed one earns it as it goes
 #     answer that waits for something     hours, by a Hold: --timeout for each block, and a second for each 64 KB; each
 #                                         5 s it is looked whether its client is still there
-#     idle between requests               60 s: nginx 75 s, Apache and node.js 5 s; an idle thread costs little, and a
-#                                         poll each minute should find its connection again
+#     idle between requests               --idle_timeout, 60 s: nginx 75 s, Apache and node.js 5 s; an idle thread costs
+#                                         little, and a poll each minute should find its connection again
 #     lingering close                     5 s, as nginx: a close with unread input is a reset, which may destroy a
 #                                         response on its way (RFC 9112, 9.6)
 #
 # An attacker wants all connections, threads or descriptors, so that nobody can stop what runs:
 #
-#     many from one address    at most 64 each, an IPv6 /64 counting as one; but on this host all clients share one
+#     many from one address    at most 64 each, an IPv6 /64 counting as one; but those of this host share one, and those
+#                              behind a trusted proxy
 #     many from many           the last 8 of --max_connections serve stops (PUT) alone, with 3 s and one response each
 #     answers that wait        at most half of --max_connections
 #     no thread can start      two threads stand ready; up to 8 connections wait for them, silent ones give way
 #     no descriptor is left    a reserve is lent to `accept`, 4 of it, and to responses
 #     memory fails anywhere    the listener starts again; nothing that it calls may end it
 
-_KEEP_ALIVE_TIMEOUT_S = 60.0
 _BACKLOG = 1024  # gunicorn 2048, nginx 511; the kernel may hold it lower (somaxconn)
 _LINGER_S = 5.0
 _MAX_PER_ADDRESS = 64
@@ -10119,6 +10840,19 @@ def _probe_client(sock: socket.socket) -> None:
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+def _last_response(error: ApiError) -> bytes:
+    """Return the whole response to a connection of which no request is read."""
+    response = error_response(error)
+    body = response.body if isinstance(response.body, bytes) else b""
+    head = (
+        f"HTTP/1.1 {response.status} {_REASONS[response.status]}\r\n"
+        f"Content-Type: {JSON_TYPE[1]}\r\n"
+        "Connection: close\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
 class Server(http.server.ThreadingHTTPServer):
     """The listening socket and its connections; `open`, `start` and `stop` are for the daemon's thread."""
 
@@ -10140,6 +10874,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.descriptors = descriptors
         self.scheme = "https" if tls else "http"
         self.timeout_s = settings.timeout / _SECOND_NS
+        self.idle_timeout_s = settings.idle_timeout / _SECOND_NS
         self.max_body_bytes = settings.max_body
         self.authority = ""
         self.is_stopping = False
@@ -10303,7 +11038,8 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own, or reject it if there are too many."""
         client = rate_limit_key(client_address[0])
-        if not self._add_connection(request, client):
+        is_bounded = not is_loopback(client) and not _is_in(client_address[0], self._settings.trusted_proxy)
+        if not self._add_connection(request, client, is_bounded):
             self._reject_connection(request)
             return
         try:
@@ -10311,14 +11047,14 @@ class Server(http.server.ThreadingHTTPServer):
         except (RuntimeError, MemoryError) as error:
             self._queue_for_reserve(request, client_address, error)
 
-    def _add_connection(self, sock: socket.socket, client: str) -> bool:
-        """Add a connection. Return False if there are too many, or too many of its client."""
+    def _add_connection(self, sock: socket.socket, client: str, is_bounded: bool) -> bool:
+        """Add a connection. Return False if there are too many, or too many of a client that is bounded."""
         max_connections = self._settings.max_connections
         with self._lock:
             others = [*self._connections.values()]
             if len(others) >= max_connections:
                 return False
-            if others.count(client) >= _MAX_PER_ADDRESS and not is_loopback(client):
+            if is_bounded and others.count(client) >= _MAX_PER_ADDRESS:
                 return False
             self._connections[sock] = client
             if len(others) >= max_connections - _RESERVED_CONNECTIONS:
@@ -10353,21 +11089,21 @@ class Server(http.server.ThreadingHTTPServer):
     def _reject_connection(self, sock: socket.socket) -> None:
         """Close a connection, with a response if that needs no waiting."""
         self._forget_connection(sock)
-        response = error_response(Unavailable("too many connections; try again"))
-        body = response.body if isinstance(response.body, bytes) else b""
-        head = (
-            f"HTTP/1.1 503 {_REASONS[503]}\r\n"
-            f"Content-Type: {JSON_TYPE[1]}\r\n"
-            "Connection: close\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
-        )
+        response = _last_response(Unavailable("too many connections; try again"))
         with contextlib.suppress(OSError):  # the client has gone, or would have to be waited for
             sock.setblocking(False)
             if not self._tls:
-                sock.send(head.encode() + body)
+                sock.send(response)
                 sock.shutdown(socket.SHUT_WR)
                 sock.recv(_REFUSED_BODY_BYTES)  # a close with unread bytes would reset the connection
         super().shutdown_request(sock)
+
+    def client(self, endpoints: Endpoints) -> Client:
+        """Return the client at the other end of a connection; of its certificate nothing is known yet."""
+        proxies = self._settings.trusted_proxy
+        if not _is_in(endpoints[0][0], proxies):
+            proxies = ()
+        return Client(endpoints, self.scheme, trusted_proxies=proxies)
 
     def is_reserved(self, sock: socket.socket) -> bool:
         """Return whether a connection is one of the last, which are for stops."""
@@ -10400,7 +11136,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.authenticator.authorize(request, is_public=False)
                 raise
         else:
-            label = self.authenticator.authorize(request, route.is_public)
+            label = self.authenticator.authorize(request, route.is_public, route.is_page)
             request = request._replace(params=params, label=label)
         if is_reserved and request.method != "PUT":
             raise Unavailable("too many connections; the last ones are reserved for stops (PUT)")
@@ -10500,6 +11236,13 @@ class Server(http.server.ThreadingHTTPServer):
             extra={"log_fields": fields},
         )
 
+    def log_cut(self, request: Request, sent: int, error: Exception) -> None:
+        """Log a response that broke off after so many bytes; a client that has gone is no matter for a warning."""
+        level = logging.WARNING if isinstance(error, ReaderTooSlow) else logging.DEBUG
+        fields = {**_log_fields(request), "bytes": sent}
+        message = '%s: the response to "%s %s" was cut off after %d B: %s'
+        log.log(level, message, request.peer, request.method, _path(request), sent, error, extra={"log_fields": fields})
+
     def log_bad_request(self, error: ApiError, seconds: float) -> None:
         """Count a request whose head was malformed."""
         self._metrics.request("", "", error.status, seconds)
@@ -10546,6 +11289,7 @@ class Connection(socketserver.BaseRequestHandler):
     _is_scarce = False
     _timeout_s = 0.0  # of a request, and again of its response
     _send_deadline_s = 0.0
+    _sent_bytes = 0  # of the response, with its head
 
     def handle(self) -> None:
         """Serve the connection until the client or the daemon ends it."""
@@ -10558,7 +11302,7 @@ class Connection(socketserver.BaseRequestHandler):
             log.debug("a connection has gone: %s", error)
             return
         try:
-            self._handle_requests(Client((client_end, own_end), self.server.scheme))
+            self._handle_requests(self.server.client((client_end, own_end)))
         except (OSError, ConnectionEnded) as error:
             log.debug("connection of %s: %s", client_end[0], error)
         finally:
@@ -10571,7 +11315,7 @@ class Connection(socketserver.BaseRequestHandler):
         reader.set_deadline(self._timeout_s)
         reader.wait()
         while self._handle_one_request(reader, client):
-            reader.set_deadline(_KEEP_ALIVE_TIMEOUT_S)
+            reader.set_deadline(self.server.idle_timeout_s)
             reader.wait()
 
     def _set_up(self, client: Client) -> Client:
@@ -10587,8 +11331,24 @@ class Connection(socketserver.BaseRequestHandler):
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(self._timeout_s))
             return client
         self.request.settimeout(self._timeout_s)
+        first_byte = socket.socket.recv(self.request, 1, socket.MSG_PEEK)
+        if first_byte.isalpha():  # of a method; TLS begins with 22 (RFC 8446, 5.1)
+            self._refuse_plaintext()
         self.request.do_handshake()
         return client._replace(certificate=certificate_name(self.request.getpeercert()))
+
+    def _refuse_plaintext(self) -> None:
+        """Answer in clear text that this port speaks TLS. Raise ConnectionEnded or OSError."""
+        error = BadRequest("plain HTTP was sent to the port of HTTPS: use https:// in the URL")
+        self.server.log_bad_request(error, 0.0)
+        socket.socket.sendall(self.request, _last_response(error))
+        socket.socket.shutdown(self.request, socket.SHUT_WR)
+        linger_s = min(_LINGER_S, self._timeout_s)
+        self.request.settimeout(linger_s)
+        end_s = time.monotonic() + linger_s
+        while time.monotonic() < end_s and socket.socket.recv(self.request, 1 << 16):
+            pass
+        raise ConnectionEnded(error.message)
 
     def _set_recv_timeout(self, seconds: float) -> None:
         """Limit each recv: by the kernel, which costs least, but TLS may need several reads of it for one."""
@@ -10631,9 +11391,13 @@ class Connection(socketserver.BaseRequestHandler):
             if request.stream:
                 is_body_read = request.stream.is_finished
             is_kept = self._keeps_alive(request, response, is_body_read)
-            sent = 0
+            self._sent_bytes = sent = 0
             try:
                 sent = self._send_response(request, response, is_kept)
+            except (OSError, ConnectionEnded) as error:
+                sent = self._sent_bytes
+                server.log_cut(request, sent, error)
+                raise
             finally:
                 server.release(self.request)
                 server.log_request(request, route, response, time.perf_counter() - begin_s, sent)
@@ -10808,10 +11572,14 @@ class Connection(socketserver.BaseRequestHandler):
         while rest:
             left_s = self._send_deadline_s - time.monotonic()
             if left_s <= 0:
-                raise ConnectionEnded("the client reads too slowly")
+                raise ReaderTooSlow("the client reads too slowly")
             if self.server.scheme == "https":
                 self.request.settimeout(left_s)
-            count = self.request.send(rest)
+            try:
+                count = self.request.send(rest)
+            except (BlockingIOError, TimeoutError, socket.timeout):  # SO_SNDTIMEO; on Windows; TLS
+                raise ReaderTooSlow(f"the client has read nothing for {self._timeout_s:g} s (--timeout)") from None
+            self._sent_bytes += count
             rest = rest[count:]
 
 
@@ -10932,6 +11700,9 @@ function typeText(reference, indent = "") {
   return ["{", ...lines, indent + "}"].join("\n");
 }
 
+// Where the daemon's paths begin: behind a proxy perhaps below the root.
+const base = location.pathname.replace(/\/swagger(\/.*)?$/, "");
+
 // Not by JSON.parse, which rounds the nanoseconds.
 function indentJson(text) {
   let indent = "\n";
@@ -11040,7 +11811,7 @@ function showOperation(path, method, operation, parent) {
     const headers = authorizationHeaders(tokenInput.value);
     const request = { method: method.toUpperCase(), headers, signal: controller.signal };
     if (area) request.body = area.value;
-    try { await send(targetUrl(path, inputs), request, result); }
+    try { await send(base + targetUrl(path, inputs), request, result); }
     catch (error) { result.replaceChildren(h("p.bad", "no response: " + error.message)); }
     controller = null;
     button.textContent = "Send";
@@ -11079,7 +11850,7 @@ function showDocument() {
 async function load() {
   note.textContent = "";
   try {
-    const response = await fetch("doc.json", { headers: authorizationHeaders(tokenInput.value) });
+    const response = await fetch(base + "/swagger/doc.json", { headers: authorizationHeaders(tokenInput.value) });
     const body = await response.json();
     if (response.ok) { openapi = body; showDocument(); return; }
     const problem = tokenInput.value ? "wrong token" : "a token is needed";
@@ -13910,9 +14681,18 @@ def _stopped_response() -> Json:
     return response_object("The action is recorded", schema, examples)
 
 
-def accepted_json(step_count: int, task_id: str, base_url: str, timestamp_ns: int) -> Json:
+def accepted_json(
+    step_count: int,
+    task_id: str,
+    base_url: str,
+    timestamp_ns: int,
+    warnings: Sequence[str] = (),
+) -> Json:
     """Return what answers a submission; the timestamp is of the wall clock."""
-    return {"count": step_count, "id": task_id, "url": _task_url(base_url, task_id), "timestamp": timestamp_ns}
+    data = {"count": step_count, "id": task_id, "url": _task_url(base_url, task_id), "timestamp": timestamp_ns}
+    if warnings:
+        data["warnings"] = list(warnings)
+    return data
 
 
 def _accepted_response() -> Json:
@@ -13922,7 +14702,9 @@ def _accepted_response() -> Json:
             "url": {"type": "string"},
             "count": integer_schema("Steps", 1),
             "timestamp": integer_schema("Nanoseconds since the epoch"),
-        }
+            "warnings": array_schema(string_schema("A name that was ignored, and where"), minItems=1),
+        },
+        optional=["warnings"],
     )
     example = accepted_json(4, "release-1", _EXAMPLE_BASE_URL, 1668649373430555500)
     schema = envelope_schema([Code.SUCCESS], data)
@@ -13990,9 +14772,10 @@ def _pool_size_schema() -> Json:
 def _parse_pool_settings(body: Any) -> Json:
     """Return what a body asks for of size, paused and reason. Raise BadRequest."""
     expected = f'expected {{"size": n}} with n from 1 to {MAX_POOL_SIZE}, "paused": true or false, "reason": a text'
-    settings = {}
+    settings: Json = {}
     if isinstance(body, dict):
-        settings = {name: body[name] for name in ("size", "paused", "reason") if name in body}
+        fields = lower_keys("the body", body)
+        settings = {name: fields[name] for name in ("size", "paused", "reason") if name in fields}
     size = settings.get("size", 1)
     if not settings or type(size) is not int or not 1 <= size <= MAX_POOL_SIZE:
         raise BadRequest(f"invalid body: {expected}")
@@ -14088,6 +14871,7 @@ def _task_parameters() -> Json:
         "delay": ("How long it waits at least before its first step", schema_reference("Duration"), "10m"),
         "at": ("Before which moment no step starts", time_schema("RFC 3339"), "2022-11-18T16:14:23+08:00"),
         "paused": ("true: held until it is resumed", boolean, "true"),
+        "strict": ("true: an unknown field or parameter is refused, else told in `warnings`", boolean, "true"),
         "action": ("What to do", {"type": "string", "enum": ["stop", "pause", "resume"], "default": "stop"}, "pause"),
         "reason": ("Why, for those who read it later", reason, "maintenance"),
         "signal": (
@@ -14113,19 +14897,96 @@ def _task_parameters() -> Json:
 # The console: bytes to the lines of a JSON array, decoded on the way.
 
 
-def _decode(line: bytes, fallback: str) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError:
-        return line.decode(fallback, "replace")
+class OutputDecoder:
+    """Decodes the lines of a step's output: UTF-8, else the code page of the host's consoles, with replacement marks.
+
+    The programs of a step may write either. Of a cmd step, which writes in the page of the host unless it has changed
+    it, a line that is UTF-8 may be so by accident: `is_of_page`, and `is_mixed` where other lines are no UTF-8.
+    """
+
+    def __init__(self, page: str, is_of_page: bool = False, is_mixed: bool = False) -> None:
+        self._page = page
+        self._is_of_page = is_of_page
+        self._is_mixed = is_mixed
+
+    def lines(self, data: bytes) -> list[str]:
+        """Decode whole lines, without the end of the last one."""
+        if self._is_of_page and not data.isascii():
+            lines = [self.line(line) for line in data.split(b"\n")]
+        else:
+            try:
+                lines = data.decode().split("\n")
+            except UnicodeDecodeError:
+                lines = [self.line(line) for line in data.split(b"\n")]
+        return [line[:-1] if line.endswith("\r") else line for line in lines]
+
+    def line(self, line: bytes) -> str:
+        """Decode a line, or a piece of one."""
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            return line.decode(self._page, "replace")
+        if self._is_of_page and not line.isascii():
+            return self._likelier(line, text)
+        return text
+
+    def _likelier(self, line: bytes, text: str) -> str:
+        """Return the line in the page of the host where that is a word and `text`, the same as UTF-8, is none.
+
+        Words in Latin letters are never UTF-8 by accident. Russian ones come out as signs of East Asia; two bytes of
+        Chinese or Korean as a letter of Europe, which stands alone there.
+        """
+        if len(line) > _MAX_ACCIDENT_BYTES or _is_latin_word(text) or max(text) > "\uffff":
+            return text
+        try:
+            in_page = line.decode(self._page)
+        except UnicodeDecodeError:
+            return text
+        if not _is_foreign_word(in_page):
+            return text
+        if len(in_page) < len(line):  # two bytes a character
+            if max(text) >= "\u0800":  # UTF-8 of three bytes a character
+                return text
+            if self._is_mixed:
+                return in_page
+        try:
+            text.encode(self._page)
+        except UnicodeEncodeError:  # so nothing of this host is likely to write that
+            return in_page
+        return text
 
 
-def _decode_lines(data: bytes, fallback: str) -> list[str]:
+_MAX_ACCIDENT_BYTES = 120  # of a line: in a longer one some character is no UTF-8
+_FIRST_NOT_LATIN = "\u0370"
+_ASCII = re.compile(r"[\x00-\x7f]+")
+
+
+def _is_foreign_word(text: str) -> bool:
+    """Return whether what is not ASCII is all letters, none of them Latin, and none a capital after a small one."""
+    letters = _ASCII.sub("", text)
+    if min(letters) < _FIRST_NOT_LATIN or not letters.isalpha():
+        return False
+    pairs = zip(letters, letters[1:])
+    return not any(first.islower() and second.isupper() for first, second in pairs)
+
+
+_TOUCHES_ASCII = re.compile(r"[A-Za-z][^\x00-\x7f]|[^\x00-\x7f][A-Za-z]")
+
+
+def _is_latin_word(text: str) -> bool:
+    """Return whether what is not ASCII is all letters, some of them in a word with ASCII ones."""
+    return _TOUCHES_ASCII.search(text) is not None and _ASCII.sub("", text).isalpha()
+
+
+def is_utf_8(blocks: Iterable[bytes]) -> bool:
+    """Return whether these bytes are UTF-8 so far."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        lines = data.decode().split("\n")
+        for block in blocks:
+            decoder.decode(block)
     except UnicodeDecodeError:
-        lines = [_decode(line, fallback) for line in data.split(b"\n")]
-    return [line[:-1] if line.endswith("\r") else line for line in lines]
+        return False
+    return True
 
 
 def _utf8_length(first_byte: int) -> int:
@@ -14150,10 +15011,10 @@ def _utf8_split_point(line: bytes) -> int:
     return end
 
 
-def encode_lines(blocks: Iterable[bytes], fallback: str) -> Iterator[bytes]:
+def encode_lines(blocks: Iterable[bytes], decoder: OutputDecoder) -> Iterator[bytes]:
     """Yield the lines of an output as elements of a JSON array, in pieces, so that memory stays flat for any output.
 
-    A line ends in LF or CRLF. It is decoded as UTF-8, else by the fallback encoding with replacement marks.
+    A line ends in LF or CRLF.
     """
     rest = b""
     comma = b""  # empty before the first line
@@ -14161,7 +15022,7 @@ def encode_lines(blocks: Iterable[bytes], fallback: str) -> Iterator[bytes]:
     for block in blocks:
         whole, newline, rest = (rest + block).rpartition(b"\n")
         if newline:
-            lines = _decode_lines(whole, fallback)
+            lines = decoder.lines(whole)
             if is_inside_line:
                 yield to_json(lines.pop(0))[1:].encode()
                 is_inside_line = False
@@ -14171,15 +15032,23 @@ def encode_lines(blocks: Iterable[bytes], fallback: str) -> Iterator[bytes]:
         if len(rest) > _MAX_LINE_BYTES:
             cut = _utf8_split_point(rest)
             opening = b"" if is_inside_line else comma + b'"'
-            piece = to_json(_decode(rest[:cut], fallback))[1:-1]
+            piece = to_json(decoder.line(rest[:cut]))[1:-1]
             yield opening + piece.encode()
             rest = rest[cut:]
             comma = b","
             is_inside_line = True
     if is_inside_line:
-        yield to_json(_decode(rest, fallback))[1:].encode()
+        yield to_json(decoder.line(rest))[1:].encode()
     elif rest:
-        yield comma + to_json(_decode(rest, fallback)).encode()
+        yield comma + to_json(decoder.line(rest)).encode()
+
+
+def _output_decoder(directory: StepDirectory) -> OutputDecoder:
+    """Return what decodes the output of a step as a whole. Raises OSError."""
+    if not directory.writes_in_host_page():
+        return OutputDecoder(fallback_encoding())
+    is_mixed = not is_utf_8(directory.read_output())
+    return OutputDecoder(fallback_encoding(), True, is_mixed)
 
 
 class TaskApi:
@@ -14221,7 +15090,7 @@ class TaskApi:
                 self.submit_task,
                 "Submits a task",
                 "Accepted",
-                ("ansync", "async", "id", "timeout", "env_vars", "delay", "at", "paused"),
+                ("ansync", "async", "id", "timeout", "env_vars", "delay", "at", "paused", "strict"),
                 "Submission",
                 errors=(409, 507),
                 is_limited=True,
@@ -14339,11 +15208,15 @@ class TaskApi:
         audit = f"task {accepted.id}, steps: {accepted.step_count}"
         if not accepted.is_new:
             audit += ", submitted before"
+        if submission.warnings:
+            fields = {"task": accepted.id}
+            log.warning("task %s: %s", accepted.id, "; ".join(submission.warnings), extra={"log_fields": fields})
         data = accepted_json(
             accepted.step_count,
             accepted.id,
             request.base_url,
             self._clock.wall_times().at(accepted.accepted_ns),
+            submission.warnings,
         )
         return json_response(data, headers=(("X-Task-ID", accepted.id),), audit=audit)
 
@@ -14452,8 +15325,14 @@ class TaskApi:
                 raise NotFound(NO_TASK)
             return json_response([], Code.IN_PROGRESS, "pending")
         code, message = _console_outcome(step)
-        output = StepDirectory(self._files, task.task_number, step.step_index).read_output()
-        lines = encode_lines(output, fallback_encoding())
+        directory = StepDirectory(self._files, task.task_number, step.step_index)
+        try:
+            output = directory.read_output()
+            lines = encode_lines(output, _output_decoder(directory))
+        except OSError as error:
+            if is_scarcity(error):
+                raise Unavailable(f"the output cannot be read now: {error.strerror}; try again") from None
+            raise ApiError(f"the output cannot be read: {error.strerror}: {directory.path}") from None
         head = f'{{"code":{int(code)},"message":{to_json(message)},"data":['.encode()
         body = itertools.chain([head], lines, [b"]}"])
         return Response(headers=(JSON_TYPE,), body=body)
@@ -14474,6 +15353,7 @@ class TaskApi:
 
 def task_components() -> Components:
     """Return what the API document says of the routes of tasks and of the pool."""
+    step = schema_reference("SubmittedStep")
     return Components(
         parameters=_task_parameters(),
         request_bodies={"Submission": _submission_body(), "PoolSize": _pool_size_body()},
@@ -14492,7 +15372,7 @@ def task_components() -> Components:
             "Duration": _duration_schema(),
             "Variable": string_schema("KEY=value", pattern=f"^{ENV_ENTRY_PATTERN.pattern}$"),
             "SubmittedStep": _submitted_step_schema(),
-            "Submission": array_schema(schema_reference("SubmittedStep"), minItems=1),
+            "Submission": {"anyOf": [array_schema(step, minItems=1), step]},
             "PoolSize": _pool_size_schema(),
             "Times": _times_schema(),
             "Task": _task_schema(),
@@ -15322,10 +16202,9 @@ class WorkspaceApi:
         uploaded = ("Stores a file", "Uploaded", query, "File", (404, 409, 415, 507), True)
         removed = ("Removes a file or directory", "Removed", (*query, "recursive"), "", (404, 409), True)
         return [
-            Route("GET", path, self.show, *shown),
-            Route("HEAD", path, self.show, *shown),
-            Route(upload_method, path, self.upload, *uploaded, streams_body=True),
-            Route("DELETE", path, self.remove, *removed),
+            Route("GET", path, self.show, *shown, names_file=True),
+            Route(upload_method, path, self.upload, *uploaded, names_file=True, streams_body=True),
+            Route("DELETE", path, self.remove, *removed, names_file=True),
         ]
 
     def show(self, request: Request) -> Response:
@@ -15680,7 +16559,7 @@ class OperatorApi:
             Route("GET", "/healthyz", self.show_health, "Shows that the daemon is alive", "Health", is_public=True),
             Route("GET", "/heartbeat", self.heartbeat, "Responds with an empty body", "Empty", is_public=True),
             Route("HEAD", "/heartbeat", self.heartbeat, "Responds with an empty body", "Empty", is_public=True),
-            Route("GET", "/metrics", self.show_metrics, "Shows metrics for Prometheus", "Metrics"),
+            Route("GET", "/metrics", self.show_metrics, "Shows metrics for Prometheus", "Metrics", is_page=True),
             Route("GET", "/api/v1/state", self.show_state, "Shows host, process and work", "State", is_limited=True),
         ]
 
@@ -16182,6 +17061,8 @@ class ProfileApi:
 
     def trace(self, request: Request) -> Response:
         seconds = self._seconds(request, _DEFAULT_TRACE_S)
+        if request.method == "HEAD":
+            return Response(headers=(JSON_TYPE,), body=())
         with self._exclusive():
             events = trace_events(self._metrics.trace(seconds))
         return Response(headers=(JSON_TYPE,), body=to_json(events).encode())
@@ -16197,7 +17078,9 @@ class ProfileApi:
         default_s: float,
     ) -> Response:
         seconds = self._seconds(request, default_s)
-        _debug_level(request)  # refused before the time is spent
+        content_type = TEXT_TYPE if _debug_level(request) else _PROFILE_TYPE  # refused before the time is spent
+        if request.method == "HEAD":
+            return Response(headers=(content_type,), body=())
         with self._exclusive():
             profile = take(seconds)
         return _profile_response(request, profile)
@@ -16238,7 +17121,7 @@ def profile_components() -> Components:
     addresses = {"schema": {"type": "string"}, "example": "0x7f0000000000+0x7f0000000010"}
     return Components(
         parameters=parameter_objects("query", parameters),
-        request_bodies={"Addresses": {"content": {"text/plain": addresses}}},
+        request_bodies={"Addresses": {"content": {"text/plain": addresses, "application/octet-stream": addresses}}},
         responses={
             "Text": text_response_object("Text", "text/plain"),
             "Profile": text_response_object(description, _PROFILE_TYPE[1], "text/plain"),
@@ -16287,7 +17170,7 @@ _DESCRIPTION = (
     "Runs scripts on this host: tasks of steps, in order, in parallel or as a graph. The `code` of a response is "
     "0 for success, 1001 in progress, 1002 execution failed, 1003 not found, expired or destroyed, else the status of "
     "an error: 404 for a path that does not exist, 405 for a method that is not allowed on a path, and those below. "
-    "HEAD is allowed wherever GET is."
+    "HEAD is answered wherever GET is."
 )
 _TAGS = {  # by how the paths begin; all others are "daemon"
     "/api/v1/task": "tasks",
@@ -16316,6 +17199,14 @@ def _error_response(status: int) -> Json:
     return response_object(description, envelope_schema([status]), {"refused": example}, header)
 
 
+def _operation_id(route: Route) -> str:
+    """Return a name that is no other's, in whatever case a generator of clients writes its words."""
+    endpoint = route.method.lower() + route.template.replace("}", "")
+    if endpoint.endswith("/"):
+        endpoint += "index"
+    return re.sub(r"\W+", "_", endpoint)
+
+
 def _operation(route: Route) -> Json:
     parameters = [*re.findall(r"{(\w+)}", route.template), *route.query]
     success = "302" if route.answer == "Redirect" else "200"
@@ -16326,9 +17217,8 @@ def _operation(route: Route) -> Json:
         responses["304"] = reference("responses", "NotModified")
     for status in sorted((*_ERRORS_OF_EVERY_ROUTE, *route.errors)):
         responses[str(status)] = reference("responses", _error_name(status))
-    endpoint = route.method.lower() + route.template.replace("}", "")
     operation: Json = {
-        "operationId": re.sub(r"\W+", "_", endpoint),
+        "operationId": _operation_id(route),
         "summary": route.summary,
         "tags": [_tag(route.template)],
         "responses": responses,
@@ -16381,8 +17271,8 @@ def _components() -> Json:
     return document
 
 
-def api_document(routes: Iterable[Route]) -> Json:
-    """Return the OpenAPI 3.1 document of these routes."""
+def api_document(routes: Iterable[Route], prefix: str) -> Json:
+    """Return the OpenAPI 3.1 document of these routes, to whose paths a proxy may add a prefix."""
     paths: dict[str, Json] = {}
     for route in routes:
         operations = paths.setdefault(route.template, {})
@@ -16395,7 +17285,7 @@ def api_document(routes: Iterable[Route]) -> Json:
             "description": _DESCRIPTION,
             "license": {"name": "MIT", "identifier": "MIT"},
         },
-        "servers": [{"url": "/"}],
+        "servers": [{"url": prefix + "/"}],
         "security": [{}, {"token": []}],
         "paths": paths,
         "components": _components(),
@@ -16420,15 +17310,17 @@ class DocumentApi:
             Route("GET", "/swagger", redirect, "Redirects to the page", "Redirect", is_public=True),
         ]
 
-    def show_document(self, _: Request) -> Response:
-        document = api_document([*self._other_routes, *self.routes()])
+    def show_document(self, request: Request) -> Response:
+        document = api_document([*self._other_routes, *self.routes()], request.forwarded.prefix)
         return Response(headers=(JSON_TYPE,), body=to_json(document).encode())
 
     def show_page(self, _: Request) -> Response:
         return page_response(API_PAGE, API_STYLE, API_SCRIPT)
 
-    def redirect_to_page(self, _: Request) -> Response:
-        return Response(302, (("Location", "/swagger/index.html"),))
+    def redirect_to_page(self, request: Request) -> Response:
+        """Lead to the page by a relative reference, which holds behind a proxy too (RFC 9110, 10.2.2)."""
+        location = "swagger/index.html" if request.segments[-1] else "index.html"
+        return Response(302, (("Location", location),))
 
 
 # ======================================================================================================================
@@ -16678,7 +17570,7 @@ class Daemon:
         self._start_task_parts(tasks, closing)
         server.start()
         self._start_periodic_checks(tasks, server, authenticator, root_watch)
-        if warning := _capacity_warning(capacity, tasks.scheduler):
+        for warning in filter(None, (_capacity_warning(capacity, tasks.scheduler), job_warning())):
             log.warning("%s", warning)
         return f"{server.scheme}://{server.authority}"
 
@@ -16734,6 +17626,7 @@ class Daemon:
         return [
             tasks.store.warning,
             lambda: insecure_warning,
+            functools.lru_cache(job_warning),
             functools.partial(_capacity_warning, capacity, tasks.scheduler),
             lambda: tasks.scheduler.scarcity,
             tasks.scheduler.pause_warning,
@@ -18859,7 +19752,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             switches.append(option.field)
             negatable.append(option.field)
         else:
-            action = "append" if option.kind == "list" else "store"
+            action = "append" if option.is_list else "store"
             check = functools.partial(check_argument, option)
             parser.add_argument(f"--{option.field}", dest=option.field, type=check, action=action)
     for name, placeholder, _ in _SERVICE_FLAGS:
@@ -19007,7 +19900,7 @@ def _to_argv(flags: Mapping[str, Any]) -> list[str]:
             prefix = "" if value else "no-"
             argv.append(f"--{prefix}{option.name}")
             continue
-        texts = value if option.kind == "list" else [value]
+        texts = value if option.is_list else [value]
         if option.kind == "path":
             texts = map(os.path.abspath, texts)
         argv += [f"--{option.name}={text}" for text in texts]

@@ -19,12 +19,13 @@ Every fenced block of README.md is tested too. Its info string says how, after t
     sh suite       the test commands; CI calls the first
     text help      equals what `remote_executor.py help` prints
     powershell run   runs by pwsh, where there is one, against a daemon as above
+    nginx          forwards requests to a daemon, where nginx is on this host
     sh, json, ini, xml, python, powershell, bat: not run, but they parse, and the flags in them exist
 
 The sections, in their order; a helper that two of them use stands in the harness:
 
     tools       harness
-    tasks       submission, refused requests, reading, follow, steps, Windows, Mac, pool, ends by force
+    tasks       submission, refused requests, reading, follow, steps, Windows, PowerShell, Mac, pool, ends by force
     failures    restarts, crashes, storage, races and a model, limits, versions, scheduler and store in process
     attacks     authentication, request parser, connections, files of steps, TLS
     operation   other routes, API document, dashboard, profiles, log, command line, services, Mac host
@@ -67,8 +68,8 @@ if __name__ == "__main__":  # stands above the import of pytest, which this Pyth
     if not sys.argv[1:]:
         print(
             "The whole suite takes 6 to 9 minutes on two idle processors, beside others up to twice as long. It needs\n"
-            "ports of the loopback and 1 GB for temporary files. What needs root, go, promtool, systemd or Chromium\n"
-            "is skipped where that is not there.",
+            "ports of the loopback and 1 GB for temporary files. What needs root, go, promtool, systemd, Chromium\n"
+            "or PowerShell (pwsh) is skipped where that is not there.",
             flush=True,
         )
     sys.exit(subprocess.run([interpreter, "-m", "pytest", *sys.argv[1:]], cwd=here).returncode)
@@ -109,6 +110,7 @@ import tarfile
 import threading
 import time
 import tokenize
+import types
 import urllib.parse
 import uuid
 from collections.abc import Iterable, Iterator
@@ -593,6 +595,12 @@ def refused(result: subprocess.CompletedProcess[str], code: int) -> str:
 
 
 @functools.cache
+def reserve_of_tests() -> Any:
+    """One for all tests in process, for nothing closes its descriptors."""
+    return module().DescriptorReserve()
+
+
+@functools.cache
 def source() -> str:
     return PROGRAM.read_text(encoding="utf-8")
 
@@ -1057,6 +1065,60 @@ def test_bodies_that_are_no_array_of_steps_are_refused(daemon: Daemon, body: byt
     assert answer.message
 
 
+BODY = [{"command_type": SHELL, "command_content": "echo größe"}]
+BODY_OF_5_1 = json.dumps(BODY, ensure_ascii=False).encode("latin-1")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("body", [BODY, BODY[0], [{"Command_Type": SHELL, "COMMAND_CONTENT": "echo größe"}]])
+def test_bodies_of_powershell_are_taken(daemon: Daemon, encoding: str, body: Any) -> None:
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    answer = daemon.request("POST", "/api/v1/task", (mark + json.dumps(body)).encode(encoding))
+    assert answer.head == (200, 0, "success") and set(answer.data) == {"count", "id", "url", "timestamp"}
+    assert daemon.ended(answer.data["id"]).code == 0
+
+
+@pytest.mark.parametrize(
+    "path, body, text",
+    [
+        ("pool", b"size=9", "the body is a form: expected JSON, which PowerShell makes by ConvertTo-Json"),
+        ("task", b"command_type=sh&command_content=x", "is a form"),
+        ("task", b'--1f\r\nContent-Disposition: form-data; name="size"\r\n\r\n9\r\n--1f--', "is a form"),
+        ("task", BODY_OF_5_1, "is not UTF-8 at byte "),
+        ("task", BODY_OF_5_1, "-ContentType 'application/json; charset=utf-8'"),
+        ("task", b"\xff\xfe[", "is not UTF-16 at byte"),
+        ("pool", b'{"size": 8, "Size": 9}', "the body: 'Size' stands twice in different case: give one of them"),
+        ("task", b'[{"name": "a", "command_type": "sh", "NAME": "b"}]', "[0]: 'NAME' stands twice in different case"),
+    ],
+)
+def test_bodies_that_powershell_gets_wrong_are_told_why(daemon: Daemon, path: str, body: bytes, text: str) -> None:
+    answer = daemon.request("POST", f"/api/v1/{path}", body)
+    assert answer.status == 400 and text in answer.message, answer
+
+
+def test_pool_takes_its_size_in_any_case(daemon: Daemon) -> None:
+    assert daemon.post("/api/v1/pool", {"Size": 30}).data["size"] == 30
+
+
+def test_names_that_mean_nothing_are_told_and_refused_when_strict(daemon: Daemon) -> None:
+    steps = [step(depend_on=["x"]), step(depend_on=[], Shell=1)]
+    answer = daemon.try_submit(steps, ansinc="true", id="told")
+    told = ["query: unknown parameter 'ansinc': ignored", "[0], [1]: unknown field 'depend_on': ignored"]
+    told.append("[1]: unknown field 'shell': ignored")
+    assert answer.code == 0 and answer.data["warnings"] == told
+    assert "WARNING task told: " + "; ".join(told) in daemon.log()
+    for where, query in ("query: unknown parameter 'ansinc'", {"ansinc": "1"}), ("[0]: unknown field 'depend_on'", {}):
+        answer = daemon.try_submit(steps, strict="true", **query)
+        assert answer.status == 400 and answer.message.startswith(f"{where}: expected one of ")
+    assert "warnings" not in daemon.try_submit([step()], strict="true").data
+
+
+def test_names_that_mean_nothing_are_told_of_in_a_few_lines() -> None:
+    steps = [{**step(), "x" * 999 + str(n % 100): 1} for n in range(5000)]
+    warnings = module().parse_submission(json.dumps(steps).encode(), [], [SHELL]).warnings
+    assert len(warnings) == 21 and max(map(len, warnings)) < 300 and warnings[-1] == "80 more unknown names: ignored"
+
+
 @pytest.mark.parametrize(
     "where, fields",
     [
@@ -1189,8 +1251,8 @@ ROUTES = {  # HEAD is where GET is
     "/api/v1/task/:task/:step/console": "GET",
     "/api/v1/task/:task/:step/output": "GET",
     "/api/v1/event": "GET",
-    "/api/v1/task/:task/workspace": "GET HEAD POST DELETE",
-    "/api/v1/task/:task/workspace/:path": "GET HEAD PUT DELETE",
+    "/api/v1/task/:task/workspace": "GET POST DELETE",
+    "/api/v1/task/:task/workspace/:path": "GET PUT DELETE",
     "/api/v1/pool": "GET POST",
     "/api/v1/state": "GET",
     "/openapi.json": "GET",
@@ -1203,10 +1265,12 @@ ROUTES = {  # HEAD is where GET is
     **{f"/debug/pprof/{name}": "GET" for name in ("block", "mutex", "trace")},
     "/debug/pprof/symbol": "GET POST",
 }
+TIMED_PROFILES = {f"/debug/pprof/{name}" for name in ("profile", "heap", "allocs", "block", "mutex", "trace")}
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW"]
 
 
 def methods_of(template: str) -> set[str]:
+    """The methods that a path answers: HEAD wherever GET."""
     methods = set(ROUTES[template].split())
     return methods | {"HEAD"} if "GET" in methods else methods
 
@@ -1216,7 +1280,19 @@ def test_methods_no_route_has_are_405_with_allow(daemon: Daemon, method: str, te
     answer = daemon.request(method, template.replace(":task", "some").replace(":step", "0"))
     assert answer.status == 405
     assert set(answer.headers["Allow"].replace(" ", "").split(",")) - {"OPTIONS"} == methods_of(template)
-    assert answer.code == 405 and "/openapi.json" in answer.message
+    assert answer.body == b"" if method == "HEAD" else answer.code == 405
+
+
+def test_head_has_the_headers_of_get_and_no_body(daemon: Daemon) -> None:
+    task = daemon.submit(step())
+    daemon.ended(task)
+    varying = {"Date", "Content-Length"}  # of figures, and of profiles, which are not taken for their length
+    for template in ROUTES:
+        path = template.replace(":task", task).replace(":step", "0") + ("?seconds=0.01" if "pprof" in template else "")
+        answer, expected = daemon.request("HEAD", path), daemon.get(path)
+        assert (answer.status, answer.body) == (expected.status, b""), template
+        differing = {name for name, _ in {*answer.headers.items()} ^ {*expected.headers.items()}} - varying
+        assert differing <= ({"Transfer-Encoding"} if template in TIMED_PROFILES else set()), template
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
@@ -1960,7 +2036,7 @@ def test_waits_hold_half_of_the_connections_and_no_request(launch: Callable[...,
         assert events.code == 503 and events.headers["Retry-After"] == "5"
         assert daemon.get(output_path(task)).status == 503
         assert daemon.get(output_path(task, "")).body.split() == [b"held"]
-        assert daemon.detail(task).code == 1001
+        wait_until(lambda: daemon.detail(task).code == 1001, "the request before to be over")
         gate.touch()
         assert [wait.result().code for wait in waits] == [0] * 8
     wait_until(lambda: try_events(daemon).status == 200, "a place for events")
@@ -2333,6 +2409,8 @@ def recorders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 RECORDER = """
 import re, sys
 name, *arguments = sys.argv[1:]
+if arguments == ["-c", ""]:
+    sys.exit()  # whether it starts is all that was asked
 script = re.search(r"(?<=& ').*(?=';)", arguments[-1])
 sys.stdout.reconfigure(encoding="utf-8", newline="\\n")
 print(name, *arguments, sep="\\n")
@@ -2355,8 +2433,7 @@ def test_powershell_is_given_its_script_as_its_manual_says(recorders: Daemon, ki
     _, *options, command, content = recorders.console(task).data
     assert content == repr(b"\xef\xbb\xbf" + "throw 'größe'".encode())
     assert options == ["-NoLogo", "-NoProfile", "-NonInteractive", "-ExecutionPolicy", "Bypass", "-Command"]
-    encoding = r"try \{ \[Console\]::OutputEncoding = New-Object System.Text.UTF8Encoding \$false \} catch \{ \}"
-    assert re.fullmatch(rf"{encoding}; & '.*script\.ps1'; if .*; exit \$LASTEXITCODE", command)
+    assert re.fullmatch(r"try .*; do \{ & '.*script\.ps1'; .*", command)
 
 
 @posix_only
@@ -2417,7 +2494,19 @@ def oem_page() -> int:
 
 
 WINE = WINDOWS and hasattr(ctypes.windll.ntdll, "wine_get_version")
-no_wine = pytest.mark.skipif(WINE, reason="Wine's CALL makes 1 of any code but that of a plain `exit N`")
+
+
+def wine_release() -> int:
+    """The first number of Wine's version, 0 where this is not Wine."""
+    if not WINE:
+        return 0
+    ctypes.windll.ntdll.wine_get_version.restype = ctypes.c_char_p
+    return int(ctypes.windll.ntdll.wine_get_version().split(b".")[0])
+
+
+OLD_WINE = WINE and wine_release() < 10
+no_wine = pytest.mark.skipif(WINE, reason="Wine's `exit` without a code is 0")
+no_old_wine = pytest.mark.skipif(OLD_WINE, reason="its CALL makes 1 of any code but that of a plain `exit N`")
 
 
 @windows_only
@@ -2428,18 +2517,18 @@ no_wine = pytest.mark.skipif(WINE, reason="Wine's CALL makes 1 of any code but t
         ("exit 1", 1),
         ("exit 3", 3),
         ("exit 255", 255),
-        ("exit -1", -1),
+        ("exit -1", 2**32 - 1),
         ("exit 1234567", 1234567),
         ("exit /b 0", 0),
         ("exit /b 1", 1),
-        pytest.param("exit /b 3", 3, marks=no_wine),
-        pytest.param("exit /b -1", -1, marks=no_wine),
+        pytest.param("exit /b 3", 3, marks=no_old_wine),
+        pytest.param("exit /b -1", 2**32 - 1, marks=no_old_wine),
         ("echo fine", 0),
         ("rem nothing", 0),
-        pytest.param("cmd /c exit 5", 5, marks=no_wine),
+        pytest.param("cmd /c exit 5", 5, marks=no_old_wine),
         pytest.param("cmd /c exit 5\nexit", 5, marks=no_wine),
         pytest.param("cmd /c exit 5\nexit /b", 5, marks=no_wine),
-        pytest.param("cmd /c exit 5\necho last", 5, marks=no_wine),
+        pytest.param("cmd /c exit 5\necho last", 5, marks=no_old_wine),
         ("type there-is-no-such-file", 1),
         ("set ERRORLEVEL=9\nexit 4", 4),
     ],
@@ -2451,10 +2540,72 @@ def test_cmd_ends_with_the_code_of_its_script(daemon: Daemon, content: str, code
 
 
 @windows_only
+def test_codes_of_a_failed_task_never_sum_to_0(daemon: Daemon) -> None:
+    task = daemon.submit(step("exit -1"), step("exit 1"), ansync="1")
+    assert [one["code"] for one in daemon.ended(task).data] == [2**32 - 1, 1]
+    assert daemon.row(task)["code"] == 2**32
+
+
+def test_result_of_a_wrapper_is_unsigned(tmp_path: Path) -> None:
+    program = module()
+    directory = program.StepDirectory(program.SafeDirectory(str(tmp_path)), 1, 0)
+    directory.prepare("script", b"", {"rc": b"-1073741819\r\n"})
+    assert directory.exit_code() == 0xC000_0005
+
+
+@windows_only
 def test_cmd_expands_variables_of_the_environment(daemon: Daemon) -> None:
     env = ["envhost=www.q1.com", "Path_Like=a;b", "Odd=1=2"]
     lines = daemon.output(step("echo https://%envhost% %ENVHOST% %path_like% %odd% 100%%", env_vars=env))
     assert lines == ["https://www.q1.com www.q1.com a;b 1=2 100%"]
+
+
+@windows_only
+def test_environment_keeps_the_case_of_names_and_takes_the_last_of_each(daemon: Daemon) -> None:
+    env = ["target=linux", "Odd=1", "ODD=2", f"Path={os.environ['PATH']}", "task_id=x"]
+    shows = "import nt\nfor name in sorted(nt.environ): print(name)\nprint(nt.environ['ODD'], nt.environ['TASK_ID'])"
+    task = daemon.submit(python(shows, env_vars=env))
+    daemon.ended(task)
+    *names, values = daemon.console(task).data
+    assert {"target", "ODD", "Path", "TASK_ID"} <= set(names) and not {"PATH", "Odd", "task_id"} & set(names)
+    assert values == f"2 {task}" and "ProgramFiles" in module().own_environment()
+
+
+@windows_only
+def test_environment_of_windows_powershell_has_no_modules_of_another(monkeypatch: Any) -> None:
+    monkeypatch.setenv("PSModulePath", r"C:\Program Files\PowerShell\7\Modules")
+    processes = module().Processes(0, "64", None)
+    old, new = r"C:\Windows\powershell.exe", r"C:\Program Files\PowerShell\7\pwsh.exe"
+    assert "PSMODULEPATH" not in map(str.upper, processes._step_environment(old, {}, ""))
+    assert processes._step_environment(old, {"psModulePath": "x"}, "")["psModulePath"] == "x"
+    assert "PSMODULEPATH" in map(str.upper, processes._step_environment(new, {}, ""))
+
+
+@windows_only
+def test_environment_takes_values_as_long_as_windows_does(daemon: Daemon) -> None:
+    longest = "x" * 32765 + "\U0001f680"
+    shows = "import os\nprint(len(os.environ['V']))"
+    assert daemon.output(python(shows, env_vars=[f"V={longest}"])) == ["32766"]
+    answer = daemon.try_submit([step(env_vars=["A=1", f"V={longest}x"])])
+    assert answer.head[:2] == (400, 400) and "[0].env_vars[1]" in answer.message and "32767" in answer.message
+
+
+@windows_only
+@pytest.mark.parametrize("suffixes", [None, "", ";.EXE;;", ".EXE;"])
+def test_program_is_no_file_without_suffix(tmp_path: Path, monkeypatch: Any, suffixes: str | None) -> None:
+    monkeypatch.delenv("PATHEXT", raising=False)
+    if suffixes is not None:
+        monkeypatch.setenv("PATHEXT", suffixes)
+    (tmp_path / "python").touch()
+    assert module().find_program("python", str(tmp_path)) is None
+    (tmp_path / "python.exe").touch()
+    assert module().find_program("python", str(tmp_path)).lower() == str(tmp_path / "python.exe").lower()
+
+
+@windows_only
+def test_crash_of_a_step_opens_no_box() -> None:
+    module().Processes(0, "64", None)
+    assert ctypes.windll.kernel32.GetErrorMode() & 3 == 3  # which a step inherits, but under Wine (SetErrorMode)
 
 
 @windows_only
@@ -2481,7 +2632,143 @@ def test_code_page_of_utf_8_carries_what_the_hosts_lacks(daemon: Daemon) -> None
     assert daemon.console(task).data == [text]
     seq = max(int(path.name) for path in (daemon.root / "tasks").iterdir())
     written = (daemon.root / "tasks" / str(seq) / "0" / "script.bat").read_bytes()
-    assert written == f"@chcp 65001 >nul\r\n@echo off\r\nrem {text}\r\necho %v%\r\n".encode()
+    assert re.match(rb'@"[^"]+\\System32\\chcp.com" 65001 >nul\r\n', written, re.IGNORECASE)
+    assert written.endswith(f"\r\n@echo off\r\nrem {text}\r\necho %v%\r\n".encode())
+
+
+@windows_only
+def test_code_page_suits_script_and_environment_and_name(daemon: Daemon) -> None:
+    text = "żółć Привет 世界"  # no page of a host has all
+    nowhere = "PATH=C:\\nowhere"
+    assert daemon.output(step("echo %v%", env_vars=[f"v={text}", nowhere])) == [text]
+    assert daemon.output(step("echo %TASK_STEP_NAME%", name=text)) == [text]
+    if not WINE:  # it reads a batch file in the page of the host whatever chcp says
+        assert daemon.output(step(f"echo {text}", env_vars=[nowhere])) == [text]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "chcp 65001",
+        "@CHCP 65001>nul",
+        "chcp.com 65001 >nul 2>&1",
+        r'"%SystemRoot%\System32\chcp.com" 65001 >nul',
+        "if 1==1 (chcp 65001 >nul)",
+        "ver >nul & chcp 65001",
+        ">nul chcp 65001",
+    ],
+)
+def test_script_is_written_in_the_page_that_it_changes_to(changes: str) -> None:
+    lines = ["echo ü", changes, "echo ü", "rem chcp 437", "chcp 850", "echo ü"]
+    written = module()._encode_batch("\n".join(lines), "", "cp437")
+    before, between, after = (written.split(b"\r\n")[number] for number in (1, 3, 6))
+    assert (before, between, after) == ("echo ü".encode("cp437"), "echo ü".encode(), "echo ü".encode("cp850"))
+    assert module().changes_to_utf_8(written)
+
+
+@pytest.mark.parametrize("says", ["echo chcp 65001", "rem chcp 65001", "chcp", "set chcp=65001"])
+def test_script_that_changes_no_page_is_written_in_the_hosts(says: str) -> None:
+    written = module()._encode_batch(f"{says}\necho ü", "", "cp437")
+    assert written.endswith("echo ü\r\n".encode("cp437")) and not module().changes_to_utf_8(written)
+
+
+@pytest.mark.parametrize("kind", ["cmd", "powershell", "sh", "python"])
+def test_script_loses_a_byte_order_mark(kind: str) -> None:
+    encode = module().encode_script
+    assert encode(kind, "\ufeffecho 1") == encode(kind, "echo 1")
+
+
+def test_script_with_a_nul_is_refused(daemon: Daemon) -> None:
+    answer = daemon.try_submit([step(), step("echo\0")])
+    assert answer.head[:2] == (400, 400) and "[1].command_content: contains a NUL" in answer.message
+
+
+@windows_only
+def test_script_that_changes_directory_knows_where_it_is(daemon: Daemon) -> None:
+    content = 'cd /d C:\\\nif exist "%~dp0script.bat" echo there'
+    assert daemon.output(step(content)) == ["there"]
+
+
+@windows_only
+@pytest.mark.parametrize("root, file", [("C:\\a röot (1)", "C:\\a röot (1)\\0\\script"), ("C:\\100%", "..\\0\\script")])
+def test_script_is_called_by_its_whole_path_unless_cmd_reads_it_otherwise(root: str, file: str) -> None:
+    for kind, suffix in (("cmd", ".bat"), ("python", ".py")):
+        command = module().interpreter_command(kind, rf"{root}\0\script{suffix}", rf"{root}\workspace", "")
+        assert file + suffix in command[-1]
+
+
+@windows_only
+def test_directories_inherit_the_rights_on_the_root(tmp_path: Path, monkeypatch: Any) -> None:
+    modes, make = [], os.mkdir
+    monkeypatch.setattr(os, "mkdir", lambda path, mode=0o777, **rest: modes.append(mode) or make(path, mode, **rest))
+    files = module().SafeDirectory(str(tmp_path))
+    files.make("1")
+    files.make("1", "0", content={"file": b""})
+    assert modes == [0o777] * 2  # 0o700 is a list of its own since CPython 3.12.4; Wine knows no inheritance
+
+
+@windows_only
+def test_python_called_by_a_step_of_any_kind_writes_utf_8(daemon: Daemon) -> None:
+    run = f'"{sys.executable}" -c "print(chr(0xfc), chr(0x17c))"'
+    assert daemon.output(step(run)) == ["ü ż"]
+    assert daemon.output(step(run, env_vars=["pythonIoEncoding=ascii:replace"])) == ["? ?"]
+
+
+COMMON = {  # words that are UTF-8 by accident are among them
+    "cp936": "目录 系统 状态 停止 文件 错误 小 位 校 下 项目 失败 完成 用户 时间 统计信息",
+    "cp932": "表 目録 ファイル 見つかりません エラー 終了 日本語 ﾃｽﾄ ﾃｽ",
+    "cp949": "파일 오류 디렉터리 캐 완료 시간 캡처 사용자",
+    "cp950": "目錄 檔案 錯誤 瞿 完成 時間 使用者",
+    "cp866": "шаг ошибка файл Каталог ТОМ не найден",
+    "cp850": "größe Datei Größe déjà über Año ß é ÄÖÜ",
+    "cp1252": "größe fichier introuvable déjà ß é ÄÖÜ año",
+    "cp437": "größe Datei déjà ½ é",
+}
+AS_UTF_8 = ["größe", "März", "世界", "Привет", "正在", "ошибка", "日本語", "ü 1", "żółć", "\U0001f680"]
+ALONE_IN_CHINA = {
+    "Привет",
+    "ошибка",
+    "ü 1",
+    "żółć",
+}  # two bytes a letter, without ASCII: beside OEM lines they are those
+
+
+@pytest.mark.parametrize("page", COMMON)
+def test_decoder_reads_words_of_the_page_in_it(page: str) -> None:
+    words = COMMON[page].split()
+    decoder = module().OutputDecoder(page, is_of_page=True, is_mixed=True)
+    assert decoder.lines("\n".join(words).encode(page)) == words
+    assert decoder.lines("\n".join(f"{word} 1\r" for word in words).encode(page)) == [f"{word} 1" for word in words]
+
+
+@pytest.mark.parametrize("page", ["cp437", "cp850", "cp866", "cp936", "cp1252"])
+def test_decoder_reads_lines_of_utf_8_between_them(page: str) -> None:
+    own = COMMON[page].split()[0]
+    texts = [text for text in AS_UTF_8 if page != "cp936" or text not in ALONE_IN_CHINA]
+    decoder = module().OutputDecoder(page, is_of_page=True, is_mixed=True)
+    for text in texts:
+        assert decoder.lines(own.encode(page) + b"\n" + text.encode()) == [own, text]
+    assert module().OutputDecoder("cp936", is_of_page=True).lines("ошибка\nü 1".encode()) == ["ошибка", "ü 1"]
+
+
+@pytest.mark.parametrize("page, text", [("cp936", "目录"), ("cp866", "шаг 1")])
+def test_decoder_takes_what_is_no_word_of_utf_8_for_the_page(page: str, text: str) -> None:
+    assert module().OutputDecoder(page, is_of_page=True).lines(text.encode(page)) == [text]
+    assert module().OutputDecoder(page).lines(text.encode(page)) == [text.encode(page).decode()]
+
+
+@windows_only
+def test_code_page_of_the_host_and_utf_8_mix_in_a_step(daemon: Daemon) -> None:
+    own = PAGES[oem_page()]
+    lines = [f"echo {own}", f'"{sys.executable}" -c "print(chr(0x4e16) + chr(0x754c))"', f"echo {own}"]
+    assert daemon.output(step("\n".join(lines))) == [own, "世界", own]
+
+
+@windows_only
+def test_code_page_of_the_host_explains_each_word(daemon: Daemon) -> None:
+    words = COMMON.get(f"cp{oem_page()}", "größe").split()
+    own = [word for word in words if b"\\" not in word.encode("oem")]
+    assert daemon.output(step("\n".join(f"echo {word}" for word in own))) == own
 
 
 @windows_only
@@ -2577,13 +2864,15 @@ def test_shell_script_keeps_the_crlf_that_it_means() -> None:
 
 
 def test_python_steps_take_the_launcher_where_there_is_no_python(launch: Callable[..., Daemon], tmp_path: Path) -> None:
-    (tmp_path / "py.bat").write_text(f'@echo off\necho %1\n"{sys.executable}" %2\n')
+    (tmp_path / "py.bat").write_text(f'@echo off\necho %1\n"{sys.executable}" %2 %3\n')
     (tmp_path / "microsoft" / "windowsapps").mkdir(parents=True)
     (tmp_path / "microsoft" / "windowsapps" / "python.bat").write_text("@echo the shop\n")
     (tmp_path / "microsoft" / "windowsapps" / "pwsh.bat").write_text("@echo not of the shop alone\n")
     path = os.pathsep.join([str(tmp_path / "microsoft" / "windowsapps"), str(tmp_path)])
     daemon = launch(env={"PATH": path})
     assert daemon.output(python("print('größe')")) == ["-3", "größe"]
+    (tmp_path / "py.bat").write_text("@echo No suitable Python runtime found & exit 103\n")
+    assert daemon.output(python("print('größe')")) == ["größe"]  # by the daemon's own
     assert daemon.output(step("x", "pwsh")) == ["not of the shop alone"]
 
 
@@ -2613,6 +2902,17 @@ def test_job_of_a_step_nests_in_the_daemons_and_ends_with_it(daemon: Daemon) -> 
     daemon.put(f"/api/v1/task/{task}")
     assert daemon.ended(task).data[0]["msg"].endswith(STOPPED)
     wait_until(lambda: not is_alive(int(pid)), "the child's end", 15)
+
+
+@windows_only
+@pytest.mark.parametrize("flags, warns", [(0, False), (0x2000, True), (0x2400, True), (0x3000, False)])
+def test_job_that_would_end_the_steps_with_the_daemon_is_told(monkeypatch: Any, flags: int, warns: bool) -> None:
+    def query(job: Any, kind: int, limits: Any, *_: Any) -> None:
+        assert (job, kind) == (None, 9)  # of this process; JobObjectExtendedLimitInformation
+        limits._obj.LimitFlags = flags
+
+    monkeypatch.setattr(module(), "QueryInformationJobObject", query)
+    assert ("service" in module().job_warning()) == warns
 
 
 @windows_only
@@ -2651,6 +2951,12 @@ for _ in range(12):
 def test_root_too_long_for_cmd_is_refused(tmp_path: Path) -> None:
     root = tmp_path / ("x" * 100) / ("y" * 100)
     assert "too long" in refused(cli("run", "--addr=127.0.0.1:0", f"--root={root}"), 1)
+
+
+@windows_only
+def test_root_with_the_prefix_of_long_paths_is_refused_for_it(tmp_path: Path) -> None:
+    told = refused(cli("run", "--addr=127.0.0.1:0", rf"--root=\\?\{tmp_path}\root"), 1)
+    assert "has the prefix" in told
 
 
 @windows_only
@@ -2701,7 +3007,9 @@ def test_file_that_a_process_holds_is_removed_later(launch: Callable[..., Daemon
     wait_until(lambda: not (daemon.root / "tasks" / "1").exists(), "the sweep of the rest")
 
 
-def start_on_windows(place: Path, content: str, kind: str = "cmd") -> tuple[Any, Any, str]:
+def start_on_windows(
+    place: Path, content: str, kind: str = "cmd", before_start: Callable[[], Any] = list
+) -> tuple[Any, Any, str]:
     """Starts a step without a daemon; the processes, its tree, its directory."""
     program = module()
     step_dir, workspace = place / "0", place / "workspace"
@@ -2711,6 +3019,7 @@ def start_on_windows(place: Path, content: str, kind: str = "cmd") -> tuple[Any,
     file.write_bytes(program.encode_script(kind, content))
     command = program.interpreter_command(kind, str(file), str(workspace), os.environ["PATH"])
     processes = program.Processes(0, "64", None)
+    before_start()
     return processes, processes.start(command, str(step_dir), str(workspace), {}), str(step_dir)
 
 
@@ -2740,8 +3049,9 @@ def test_pid_that_a_crash_cut_short_means_that_nothing_ran(tmp_path: Path, conte
 
 
 @windows_only
-def test_pid_that_another_process_holds_tells_nothing(tmp_path: Path) -> None:
+def test_pid_that_another_process_holds_tells_nothing(tmp_path: Path, monkeypatch: Any) -> None:
     program, processes = module(), module().Processes(0, "64", None)
+    monkeypatch.setattr(program, "_HELD_RETRY_S", 0.1)
     (tmp_path / "pid").touch()
     held = program.CreateFileW(str(tmp_path / "pid"), program.GENERIC_READ, 0, None, program.OPEN_EXISTING, 0, None)
     assert processes.adopt(str(tmp_path)) is None and processes.may_have_started(str(tmp_path))
@@ -2984,6 +3294,60 @@ def test_files_of_a_step_that_others_hold_change_nothing(daemon: Daemon, access:
     assert len(daemon.console(task).data) == len(names)
 
 
+@contextlib.contextmanager
+def held_alone(*files: Path, duration_s: float = 0.5) -> Iterator[None]:
+    """Has files open that nobody else can open, and lets go of them after a while."""
+    program, handles = module(), []
+    for file in files:
+        file.touch()
+        handles.append(program.CreateFileW(str(file), program.GENERIC_READ, 0, None, program.OPEN_EXISTING, 0, None))
+    timer = threading.Timer(duration_s, lambda: [program.CloseHandle(handle) for handle in handles])
+    timer.start()
+    yield
+    timer.join()
+
+
+@windows_only
+@pytest.mark.parametrize("names", ["run.bat", "output", "pid", "script.bat run.bat output pid"])
+def test_files_of_a_step_that_others_hold_when_it_starts_are_waited_for(tmp_path: Path, names: str) -> None:
+    files = [tmp_path / "0" / name for name in names.split()]
+    with contextlib.ExitStack() as stack:
+        hold = functools.partial(stack.enter_context, held_alone(*files))
+        processes, tree, _ = start_on_windows(tmp_path, "echo 1\nexit 7", before_start=hold)
+        assert tree.wait(None) and tree.exit_code() == 7
+        processes.release(tree)
+    assert (tmp_path / "0" / "output").read_bytes() == b"1\r\n"
+
+
+@windows_only
+def test_files_of_a_step_that_others_hold_are_read_after_it(tmp_path: Path) -> None:
+    program = module()
+    directory = program.StepDirectory(program.SafeDirectory(str(tmp_path)), 1, 0)
+    directory.prepare("script", b"", {"rc": b"3\r\n", "output": b"x", "pid": b"1 2 Global\\x\nstarted\n"})
+    place = Path(directory.path)
+    with held_alone(place / "rc", place / "output"):
+        assert directory.exit_code() == 3 and b"".join(directory.read_output()) == b"x"
+    with held_alone(place / "pid"):
+        assert program._WrapperRecord.read(str(place)).pid == 1
+
+
+def raises(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("number, status", [(errno.EACCES, 500), (errno.EMFILE, 503), (errno.ENOENT, 0)])
+def test_console_that_cannot_be_read_says_so(tmp_path: Path, number: int, status: int) -> None:
+    program, task = module(), types.SimpleNamespace(task_number=1, ended_ns=1)
+    store = types.SimpleNamespace(task=lambda _: task, step=lambda *_: program.StepRow(0, "n", "[]", 0, 0, "", 1, 1))
+    files = types.SimpleNamespace(path=str(tmp_path), read=lambda *_: raises(OSError(number, "the reason")))
+    request = types.SimpleNamespace(params={"task": "t", "step": "0"})
+    try:
+        response = program.TaskApi(store, None, None, files, 0).show_console(request)
+        assert not status and json.loads(b"".join(response.body))["data"] == []
+    except program.ApiError as error:
+        assert error.status == status and "the reason" in error.message
+
+
 @windows_only
 @pytest.mark.parametrize(
     "content, code",
@@ -2999,6 +3363,180 @@ def test_files_of_a_step_that_others_hold_change_nothing(daemon: Daemon, access:
 def test_code_of_a_step_is_its_processes(daemon: Daemon, content: str, code: int | None) -> None:
     ended = daemon.run(python(f"import os, shutil, sys\n{content}")).data[0]["code"]
     assert ended == code if code is not None else ended not in (0, 255)
+
+
+# ======================================================================================================================
+# PowerShell: a real one, where there is one on the PATH
+# ======================================================================================================================
+
+QUOTES = "O’Brien's ‘x’ ‚y‛ [1] $HOME ` ; & %PATH% ! ^ 世界" + script('"*"\n', "")  # a root's name
+
+
+def ends(code: int) -> str:
+    """PowerShell that runs a program which ends with this code."""
+    return script(f"sh -c 'exit {code}'", f"cmd /c 'exit {code}'")
+
+
+def tells(text: str, to: str = "") -> str:
+    """PowerShell that runs a program which prints this."""
+    return f'{script("sh -c", "cmd /c")} "echo {text}{to}"'
+
+
+class Row(NamedTuple):
+    """A script, what its step ends with, and the output: its lines, or a pattern in it."""
+
+    content: str
+    code: int
+    output: list[str] | str
+    env: tuple[str, ...] = ()
+
+
+COPIES = f"& '{sys.executable}' -c 'import sys; sys.stdout.buffer.write(sys.stdin.buffer.read())'"
+EXIT_4 = script("sh '-c \"exit 4\"'", "cmd '/c exit 4'")
+STOP = "$ErrorActionPreference = 'Stop'"
+OF_PROGRAMS = "$PSNativeCommandUseErrorActionPreference = $true"
+TABLE = "[pscustomobject]@{ a = 1; bb = 'x' }"
+SHOWN = r"\n?a bb\n- --\n1 x\n\n?after"
+POWERSHELL = {
+    "exit 3": Row("exit 3", 3, []),
+    "exit -1": Row("exit -1", script(255, 4294967295), []),
+    "exit 300": Row("exit 300", script(44, 300), []),
+    "throw": Row("throw 'x'", 1, "x"),
+    "throw after a program": Row(f"{ends(5)}; throw 'x'; echo no", 1, r"\A((?!^no$)[^\0])*\Z"),
+    "no parse": Row("echo first\nif (", 1, r"\A((?!^first)[^\0])+\Z"),
+    "requires": Row("#requires -Version 99\necho first", 1, r"\A((?!^first)[^\0])+\Z"),
+    "program": Row(f"{ends(3)}\necho hi", 3, ["hi"]),
+    "last program": Row(f"{ends(3)}\n{ends(0)}", 0, []),
+    "bare exit": Row(f"{ends(3)}\nexit", 0, []),
+    "exit 0": Row(f"{ends(3)}\nexit 0", 0, []),
+    "called script": Row("[IO.File]::WriteAllText('a.ps1', 'exit 14')\n& ./a.ps1\necho after", 14, ["after"]),
+    "dotted script": Row("[IO.File]::WriteAllText('b.ps1', 'exit 14')\n. ./b.ps1\necho after", 14, ["after"]),
+    "errors": Row("Write-Error e1\nno-such-command\n1/0\necho after", 0, r"(?s)e1.*no-such.*divide.*\nafter\Z"),
+    "last error": Row("1/0", 0, "divide by zero"),
+    "stop": Row(f"{STOP}\necho before\nGet-Item /nope\necho after", 1, r"\Abefore\n((?!^after$)[^\0])+\Z"),
+    "stop and a program": Row(f"{STOP}\n{ends(4)}\necho after", 4, ["after"]),
+    "stop at a program": Row(f"{STOP}\n{OF_PROGRAMS}\n{ends(4)}\necho after", 1, r"\A((?!^after$)[^\0])+\Z"),
+    "exit of .NET": Row("[Environment]::Exit(6)", 6, []),
+    "exit in a function": Row("function f { try { exit 7 } finally { echo finally } }\nf\necho no", 7, ["finally"]),
+    "code set": Row("$global:LASTEXITCODE = 9", 9, []),
+    "code of the host": Row("$host.SetShouldExit(8)", 8, []),
+    "code reset": Row(f"{ends(3)}\nif ($LASTEXITCODE -lt 8) {{ $LASTEXITCODE = 0 }}", 0, []),
+    "break": Row(f"{ends(5)}\nbreak\necho no", 5, []),
+    "continue": Row(f"{ends(5)}\n1..3 | % {{ continue }}\necho no", 5, []),
+    "break alone": Row("break\necho no", 0, []),
+    "table": Row(f"{TABLE}\n'after'", 0, SHOWN),
+    "table and exit": Row(f"{TABLE}\n'after'\nexit 3", 3, SHOWN),
+    "plain": Row(f"Write-Error e1\nWrite-Warning w1\n{TABLE}\n$env:NO_COLOR", 0, r"\A[^\x1b]*e1[^\x1b]*\n1\n?\Z"),
+    "text": Row(
+        f"\ufeff'żółć 世界 🚀'\n{tells('żółć 世界')}\n"
+        "$env:NO_COLOR\n$env:env1\nsleep 0\n$MyInvocation.InvocationName -ne '.'",
+        0,
+        ["żółć 世界 🚀", "żółć 世界", "0", "a b", "True"],
+        ("NO_COLOR=0", "env1=a b"),
+    ),
+    "pipe": Row(f"'żółć' | {COPIES}", 0, ["żółć"]),
+    "stdin": Row(f"$input\n{COPIES}\nRead-Host\necho after", 0, r"(?s)\ARead-Host.*NonInteractive.*\nafter\Z"),
+    "streams": Row(
+        "echo s1\n[Console]::Error.WriteLine('s2')\nWrite-Host s3\nWrite-Warning s4\nWrite-Verbose s5 -Verbose\n"
+        + f"Write-Debug s6 -Debug\n{tells('s7', '>&2')}",
+        0,
+        r"(?s)s1.*s2.*s3.*s4.*s5.*s6.*s7",
+    ),
+    "blocks": Row("begin { 'begun' }\nprocess { 'processed' }\nend { 'over' }", 0, ["begun", "processed", "over"]),
+    "children": Row(
+        "Start-Job { 'job' } | Receive-Job -Wait\nStart-ThreadJob { 'thread' } | Receive-Job -Wait\n"
+        f"(Start-Process {EXIT_4} -Wait -PassThru).ExitCode\n"
+        "[IO.File]::WriteAllText('c.ps1', 'exit 11')\npwsh -NoProfile -File c.ps1\n$LASTEXITCODE",
+        11,
+        ["job", "thread", "4", "11"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def powershell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, str]]:
+    """A daemon whose root is full of quotes, and a task with all rows of POWERSHELL, at its end."""
+    if not shutil.which("pwsh"):
+        pytest.skip("no PowerShell (pwsh) on the PATH")
+    root = tmp_path_factory.mktemp("powershell") / QUOTES
+    daemon = Daemon(root, "--pool_size=3", env={"POWERSHELL_TELEMETRY_OPTOUT": "1"}).start()
+    steps = [step(row.content, "ps1", name=name, env_vars=[*row.env]) for name, row in POWERSHELL.items()]
+    task = daemon.submit(*steps, ansync="true")
+    daemon.ended(task, 600)
+    yield daemon, task
+    daemon.retire()
+
+
+@pytest.mark.parametrize("name", POWERSHELL)
+def test_powershell_does_what_a_script_says(powershell: tuple[Daemon, str], name: str) -> None:
+    daemon, task = powershell
+    row = POWERSHELL[name]
+    shown = daemon.steps(task)[[*POWERSHELL].index(name)]
+    lines = daemon.console(task, name).data
+    assert shown["code"] % 2**32 == row.code, (shown, lines)
+    if isinstance(row.output, str):
+        assert re.search(row.output, "\n".join(lines), re.MULTILINE), lines
+    else:
+        assert lines == row.output
+
+
+def test_powershell_leaves_no_process_after_a_stop(powershell: tuple[Daemon, str]) -> None:
+    daemon, _ = powershell
+    background = "Start-Job { Start-Sleep 1000 } | Out-Null\nStart-Process pwsh '-NoProfile -Command sleep 1000'\n"
+    task = daemon.submit(step(background + "'ready'\nStart-Sleep 1000", "pwsh"))
+    daemon.until_printed(task, "ready")
+    assert daemon.put(f"/api/v1/task/{task}").code == 0
+    assert daemon.ended(task).data[0]["msg"].endswith(STOPPED)
+    wait_until(lambda: not daemon.processes(), "the end of its processes", 15)
+
+
+@pytest.fixture
+def constrained() -> Iterator[None]:
+    """A host whose policy (AppLocker, WDAC) allows no method; only on Wine, for it binds all who work on it."""
+    if not WINE:
+        pytest.skip("no policy of a host is changed but Wine's")
+    key = r"HKLM\SYSTEM\CurrentControlSet\Control\Session Manager\Environment"
+    runs("reg", "add", key, "/v", "__PSLockdownPolicy", "/t", "REG_SZ", "/d", "4", "/f")
+    yield
+    runs("reg", "delete", key, "/v", "__PSLockdownPolicy", "/f")
+
+
+def test_powershell_keeps_its_code_where_no_method_is_allowed(
+    powershell: tuple[Daemon, str], constrained: None
+) -> None:
+    daemon, _ = powershell
+    task = daemon.submit(step("[string]$ExecutionContext.SessionState.LanguageMode\nWrite-Error red\nexit 3", "ps1"))
+    assert daemon.ended(task).data[0]["code"] == 3
+    lines = daemon.console(task).data
+    assert lines[0] == "ConstrainedLanguage" and not re.search("\x1b|invoke method", "".join(lines))
+
+
+# What a client in PowerShell makes: of one table piped ConvertTo-Json makes no array; a table as -Body is a form.
+CLIENT = """
+$step = @{ Command_Type = 'ps1'; Command_Content = "'größe'"; env_vars = @('a=b', 'c=d') }
+$url = "$api/task?id=by-powershell"
+(@($step) | ConvertTo-Json | Invoke-RestMethod -Method Post $url -ContentType application/json).data.count
+try { Invoke-RestMethod -Method Post "$api/pool" -Body @{ size = 9 } }
+catch { ($_.ErrorDetails.Message | ConvertFrom-Json).message }
+(@{ Size = 3 } | ConvertTo-Json | Invoke-RestMethod -Method Post "$api/pool").data.size
+"""
+
+
+def run_powershell(content: str) -> list[str]:
+    """The lines that a script prints in a PowerShell that is no step."""
+    command = ["pwsh", "-NoProfile", "-NonInteractive", "-Command", content]
+    flags = 0x0800_0000 if WINDOWS else 0  # CREATE_NO_WINDOW: a console that nobody sees, without which it says nothing
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=120, creationflags=flags)
+    return done.stdout.decode().splitlines()
+
+
+def test_powershell_is_a_client(powershell: tuple[Daemon, str]) -> None:
+    daemon, _ = powershell
+    said = run_powershell(f"$api = 'http://127.0.0.1:{daemon.port}/api/v1'{CLIENT}")
+    told = "the body is a form: expected JSON, which PowerShell makes by ConvertTo-Json"
+    assert said == ["1", told, "3"]
+    assert daemon.ended("by-powershell").code == 0
+    assert daemon.console("by-powershell").data == ["größe"]
 
 
 # ======================================================================================================================
@@ -3161,12 +3699,23 @@ print(adopted.wait(None), tree.wait(None), time.monotonic() - begin < 4, adopted
 for one in (tree, adopted):
     one.stop(lambda: False)
     processes.release(one)
+ended = processes.start(["/bin/sh", "-c", "exit 7"], step_dir + "/2", step_dir, {})
+ended.wait(None)
+exit_status, failures = m.mac_kernel().exit_status, [1, 2]
+def failing_twice(pid):
+    if failures:
+        raise OSError(errno.EAGAIN, failures.pop())
+    return exit_status(pid)
+m.mac_kernel().exit_status = failing_twice
+print(ended.exit_code())
+processes.release(ended)
 """
 
 
 def test_mac_end_of_an_adopted_step_is_told_and_not_looked_for(tmp_path: Path) -> None:
     """What cannot be looked at now has not ended."""
-    assert run_on_mac(WATCHED_ON_MAC, str(tmp_path)) == "False False 0\nTrue True True None\n"
+    (tmp_path / "2").mkdir()
+    assert run_on_mac(WATCHED_ON_MAC, str(tmp_path)) == "False False 0\nTrue True True None\n7\n"
 
 
 UNKNOWN_MAC = """
@@ -3190,7 +3739,7 @@ for tree in (tree, adopted, ended):
 """
 
 
-@pytest.mark.parametrize("name", ["KINFO_PROC", "PROC_BSDINFO", "PROC_TASKINFO", "VNODE_FDINFO"])
+@pytest.mark.parametrize("name", ["KINFO_PROC", "PROC_BSDINFO", "PROC_TASKINFO", "PROC_FDINFO", "VNODE_FDINFO"])
 def test_mac_with_another_structure_stops_a_session_and_tells(tmp_path: Path, name: str) -> None:
     step_dir = tmp_path / "0"
     (step_dir / "2").mkdir(parents=True)
@@ -3461,7 +4010,7 @@ def test_timeout_of_a_task_counts_from_its_acceptance(launch: Callable[..., Daem
 
 def test_timeout_by_default_is_exec_timeout(launch: Callable[..., Daemon], gate: Path) -> None:
     daemon = launch("--exec_timeout=300ms")
-    answer = daemon.run(held(gate, name="short"), held(gate, name="long", timeout="1500ms"), ansync="1")
+    answer = daemon.run(held(gate, name="short"), held(gate, name="long", timeout="2500ms"), ansync="1")
     assert [one["msg"].rsplit(": ")[-1] for one in answer.data] == [TIMED_OUT] * 2
     assert go_seconds(answer.data[1]["times"]["rt"]) > go_seconds(answer.data[0]["times"]["rt"]) + 0.5
 
@@ -3916,6 +4465,45 @@ def test_stop_of_what_ends_at_once_takes_no_time_and_hurries_when_told(processes
     processes.release(tree)
 
 
+@posix_only
+def test_stop_that_comes_before_the_script_reaches_it(
+    processes: Any, step_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wrapper takes the signal before it has forked."""
+    go = step_dir / "go"
+    waits = '; : >"$0/trapped"; until [ -e "$0/go" ]; do :; done; (echo begun'
+    monkeypatch.setattr(module(), "_WRAPPER", module()._WRAPPER.replace("; (echo begun", waits))
+    tree = begin(processes, step_dir, "sleep 1000")
+    wait_until((step_dir / "trapped").exists)
+    began = time.monotonic()
+    tree.stop(lambda: go.touch() is not None)  # the signal was sent
+    assert time.monotonic() - began < module().GRACE_S and tree.wait(None)
+    processes.release(tree)
+
+
+@posix_only
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
+def test_scan_serves_all_who_asked_before_it_began(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    table, scans, may_end = module()._ProcessTable(), [], threading.Event()
+
+    def scan() -> Any:
+        scans.append(module()._Snapshot())
+        assert may_end.wait(60)
+        if fails and len(scans) == 1:
+            raise OSError("odd")
+        return scans[-1]
+
+    monkeypatch.setattr(table, "_scan", scan)
+    with concurrent.futures.ThreadPoolExecutor(21) as pool:
+        first = pool.submit(table.snapshot)
+        wait_until(lambda: scans, "the first scan")
+        others = [pool.submit(table.snapshot) for _ in range(20)]
+        wait_until(lambda: len(table._changed._waiters) == 20, "the others to wait")
+        may_end.set()
+        assert {other.result(60) for other in others} == {scans[1]} and len(scans) == 2
+        assert isinstance(first.exception(60), OSError) if fails else first.result(60) is scans[0]
+
+
 @linux_only
 def test_stop_needs_no_descriptor_that_is_not_held_for_it(step_dir: Path) -> None:
     driver = f"""
@@ -3968,12 +4556,12 @@ def test_process_in_the_middle_of_an_exec_is_not_taken_for_a_stranger(
     pid = int((step_dir / "output").read_text())
     wait_until(lambda: pid in bearers(step_dir))
     read, stat_of, table = module()._read_proc, module()._stat_of, module()._ProcessTable()
-    marks = lambda: next((marks for one, marks in table.snapshot()[0] if one.pid == pid))  # noqa: E731
+    marks = lambda: next((marks for one, marks in table.snapshot().processes if one.pid == pid))  # noqa: E731
     with monkeypatch.context() as patch:
         hides = lambda one, name: str(one) == str(pid) and name == "environ"  # noqa: E731
         patch.setattr(module(), "_read_proc", lambda one, name: b"" if hides(one, name) else read(one, name))
         patch.setattr(module(), "_stat_of", lambda one: (fields := stat_of(one)) and [*fields[:48], b"0"])
-        assert marks().step_dir == b"" and pid in [one.pid for one in table.snapshot()[1]]
+        assert marks().step_dir == b"" and pid in [one.pid for one in table.snapshot().unclear]
     assert marks().step_dir == os.fsencode(step_dir)
     tree.stop(never)
     assert not is_running(pid)
@@ -5019,10 +5607,6 @@ def test_full_disk_loses_no_result_of_a_step_without_a_daemon(
 @posix_only
 @pytest.mark.parametrize("content", ["yes", "trap '' TERM; yes; yes"], ids=["heeds", "ignores"])
 def test_max_output_is_exceeded_by_a_small_multiple_at_most(launch: Callable[..., Daemon], content: str) -> None:
-    if ON_MAC_BED:
-        pytest.skip(
-            "the test bed takes 5 to 12 ms to list 137 processes, in which yes(1) writes too much for the bound"
-        )
     daemon = launch("--max_output=1MiB")
     task = daemon.submit(step(content))
     assert daemon.ended(task).data[0]["msg"].endswith("Exit Code: 255: output limit exceeded")
@@ -5105,7 +5689,8 @@ INSERT INTO task VALUES
     (6, 'over', 'd6', 2, 0, {now} - 9000, NULL, 1, 0, '', ''),
     (7, 'runs', 'd7', 2, 0, {now} - 9000, NULL, 1, 0, '', ''),
     (8, 'waits', 'd8', 2, 0, {now} - 9000, NULL, 2, 0, '', ''),
-    (9, 'killed', 'd9', 1, 0, {now} - 9000, NULL, 1, 0, '', '');
+    (9, 'killed', 'd9', 1, 0, {now} - 9000, NULL, 1, 0, '', ''),
+    (10, 'signed', 'd10', 2, 0, {now} - 9000, {now} - 8000, 0, 0, 'all steps executed successfully', '');
 INSERT INTO step VALUES
     (1, 0, 'good-0', '[]', 0, 0, 0, '', '', {now} - 8500, {now} - 8000),
     (2, 0, 'bad-0', '[]', 0, 0, 3, '', '', {now} - 8500, {now} - 8000),
@@ -5121,7 +5706,9 @@ INSERT INTO step VALUES
     (7, 1, 'runs-1', '[0]', 0, 2, 0, '', '', NULL, NULL),
     (8, 0, 'waits-0', '[]', 0, 0, 0, '', '', {now} - 8500, {now} - 8000),
     (8, 1, 'waits-1', '[0]', 0, 2, 0, '', '', NULL, NULL),
-    (9, 0, 'killed-0', '[]', 0, 1, 0, '', '', {now} - 8500, NULL);
+    (9, 0, 'killed-0', '[]', 0, 1, 0, '', '', {now} - 8500, NULL),
+    (10, 0, 'signed-0', '[]', 0, 0, -1, '', '', {now} - 8500, {now} - 8000),
+    (10, 1, 'signed-1', '[]', 0, 0, 1, '', '', {now} - 8500, {now} - 8000);
 INSERT INTO script VALUES
     (3, 0, 'sh', '[]', '# a secret'), (5, 0, 'sh', '[]', 'x'), (5, 1, 'sh', '[]', 'x'), (6, 0, 'sh', '[]', 'x'),
     (6, 1, '{shell}', '["a=b"]', '{echo}'), (7, 0, 'sh', '[]', 'x'), (7, 1, '{shell}', '["a=b"]', '{echo}'),
@@ -5175,7 +5762,7 @@ def test_root_of_1_0_is_taken_up_with_all_that_is_in_it(
     for child in children:
         threading.Thread(target=child.wait).start()  # or it stays a zombie of ours
     assert [row["id"] for row in daemon.get("/api/v1/task").data["tasks"]] == (
-        ["good", "bad", "wrong", "torn", "stopped", "over", "runs", "waits", "killed"]
+        ["good", "bad", "wrong", "torn", "stopped", "over", "runs", "waits", "killed", "signed"]
     )
     assert daemon.detail("good").head == (200, 0, "success") and daemon.console("good").data == ["eins"]
     assert daemon.steps("good")[0]["output_bytes"] == 5 and daemon.row("good")["started_at"]
@@ -5186,6 +5773,7 @@ def test_root_of_1_0_is_taken_up_with_all_that_is_in_it(
     assert daemon.detail("bad").message == "execution failed: [Step: 0, Name: bad-0, Exit Code: 3]"
     wrong = daemon.row("wrong")
     assert (wrong["code"], wrong["msg"]) == (4, "execution failed: [Step: 0, Name: wrong-0]")
+    assert (daemon.steps("signed")[0]["code"], daemon.row("signed")["code"]) == (2**32 - 1, 2**32)
     assert (daemon.row("torn")["code"], daemon.steps("torn")[0]["state"]) == (255, 0)
     assert "lost: " in daemon.detail("torn").message
     assert daemon.ended("stopped").data[0]["msg"].endswith(STOPPED) and daemon.steps("stopped")[1]["state"] == 2
@@ -5197,7 +5785,7 @@ def test_root_of_1_0_is_taken_up_with_all_that_is_in_it(
         gate.touch()
         assert daemon.ended("runs").code == 0
         assert (daemon.console("runs").data, daemon.console("runs", 1).data) == (["held"], ["b"])
-    assert daemon.run(step()).code == 0 and (root / "tasks" / "10").is_dir()
+    assert daemon.run(step()).code == 0 and (root / "tasks" / "11").is_dir()
     daemon.end()
     with contextlib.closing(sqlite3.connect(root / "remote_executor.db")) as db:
         assert db.execute("SELECT count(*) FROM script").fetchone() == (0,)
@@ -5287,7 +5875,7 @@ class FakeProcesses:
         self.remaining: list[list[str]] = []
         self.has_started = True
 
-    def start(self, command: Any, step_dir: str, cwd: str, env: Any) -> FakeTree:
+    def start(self, command: Any, step_dir: str, cwd: str, env: Any, *_: Any) -> FakeTree:
         if self.errors:
             raise self.errors.pop()
         self.trees.append(FakeTree())
@@ -5976,6 +6564,34 @@ def test_recovery_finishes_a_stop_that_is_stored(
     assert house.processes.remaining == ([["0"]] if left == "its code" else [])
 
 
+@pytest.mark.parametrize("failures", [2, 10_000], ids=["for a moment", "for good"])
+def test_recovery_asks_again_for_a_step_of_which_nothing_can_be_told(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failures: int
+) -> None:
+    now_ns, tree, asked = house.clock.now_ns(), FakeTree(), []
+
+    def adopt(step_dir: str) -> FakeTree:
+        asked.append(step_dir)
+        if len(asked) <= failures:
+            raise OSError(errno.EAGAIN, "odd")
+        return tree
+
+    house.store.accept(1, house.parse(step(), id="a"), now_ns).result(60)
+    house.store.begin(1, 0, now_ns).result(60)
+    monkeypatch.setattr(house.processes, "adopt", adopt)
+    monkeypatch.setattr(module(), "_RECOVERY_PAUSE_S", 0.001)
+    if failures > 2:
+        monkeypatch.setattr(module(), "_RECOVERY_PATIENCE_S", 0.05)
+        with pytest.raises(OSError, match="odd"):
+            house.recovery.run()
+        return
+    house.recovery.run()
+    house.start()
+    tree.end(0)
+    assert house.ended(1) == [(0, 0, "")] and len(asked) == 3 and not house.processes.trees
+    assert caplog.text.count("trying again: ") == 1
+
+
 @pytest.mark.parametrize("has_room", [True, False], ids=["room", "no room"])
 def test_writer_tries_again_once_at_the_end(house: House, tmp_path: Path, has_room: bool) -> None:
     def store_at_the_end(db: sqlite3.Connection) -> None:
@@ -6043,10 +6659,13 @@ def hosts(port: int) -> dict[str, bool]:
     }
 
 
+LINK_MARKS = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
 MARKS: dict[str, dict[str, str]] = {
     "none": {},
     "own origin": {"Origin": "{scheme}://{host}"},
-    "own origin by the other scheme": {"Origin": "{other}://{host}"},
+    "own origin by the other scheme": {"Origin": "{other}://{host}"},  # a proxy ends TLS
+    "link on another site": {**LINK_MARKS, "Sec-Fetch-Dest": "document"},
+    "frame of another site": {**LINK_MARKS, "Sec-Fetch-Dest": "iframe"},
     "foreign origin": {"Origin": "https://attacker.example"},
     "null origin": {"Origin": "null"},
     "cross-site": {"Sec-Fetch-Site": "cross-site"},
@@ -6061,11 +6680,17 @@ MARKS: dict[str, dict[str, str]] = {
     "real address": {"X-Real-IP": "127.0.0.1"},
     "proxy": {"Via": "1.1 proxy"},
 }
+LINK = "link on another site"  # may lead to pages alone
 FOREIGN = {
-    *("own origin by the other scheme", "foreign origin", "null origin"),
+    *("foreign origin", "null origin", LINK, "frame of another site"),
     *("cross-site", "own origin, cross-site", "same-site"),
 }
+OWN_ORIGINS = {"own origin", "own origin by the other scheme"}
 FORWARDED = {"forwarded for", "forwarded port", "forwarded", "real address", "proxy"}
+
+
+def is_foreign(marks_of: str, host: str) -> bool:
+    return marks_of in FOREIGN or (marks_of in OWN_ORIGINS and not host)
 
 
 def marks_on(name: str, host: str, scheme: str) -> dict[str, str]:
@@ -6090,7 +6715,7 @@ def test_access_over_peer_host_origin_token_and_tls(
     file.write_text("alpha\nbeta # the second\n")
     file.chmod(0o600)
     given = {"token_file": str(file), "cors_origin": ["https://console.example"], "require_token": require_token}
-    access = code.Authenticator(code.make_settings(given), "", code.DescriptorReserve())
+    access = code.Authenticator(code.make_settings(given), "", reserve_of_tests())
     access.start()
     monkeypatch.setattr(code.log, "disabled", True)
     monkeypatch.setattr(code.LocalPeers, "user", user_of)
@@ -6103,7 +6728,11 @@ def test_access_over_peer_host_origin_token_and_tls(
         status, label = expected(peer, user, host, marks_of, token, tls == "certificate", require_token)
         case = f"{peer} {user} {host} {token} {tls}"
         assert admitted(access, request, False) == (status, label), case
-        assert admitted(access, request, True) == ((status, "") if marks_of in FOREIGN else (200, label)), case
+        if marks_of == LINK:
+            status, label = expected(peer, user, host, "none", token, tls == "certificate", require_token)
+            assert admitted(access, request, False, is_page=True) == (status, label), case
+        keeps_out = is_foreign(marks_of, host) and marks_of != LINK
+        assert admitted(access, request, True) == ((status, "") if keeps_out else (200, label)), case
 
 
 def user_of(_: Any, peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
@@ -6119,10 +6748,10 @@ def request_of(client: Any, host: str, headers: dict[str, str], authorization: s
     return module().read_head(stream_of(head.encode()), 30, client)
 
 
-def admitted(access: Any, request: Any, is_public: bool) -> tuple[int, str]:
+def admitted(access: Any, request: Any, is_public: bool, is_page: bool = False) -> tuple[int, str]:
     access._wrong_tokens.clear()
     try:
-        return 200, access.authorize(request, is_public)
+        return 200, access.authorize(request, is_public, is_page)
     except module().ApiError as error:
         return error.status, ""
 
@@ -6131,7 +6760,7 @@ def expected(
     peer: str, user: str, host: str, marks_of: str, token: str, has_certificate: bool, require_token: bool
 ) -> tuple[int, str]:
     """Status and label by the rules, in their order."""
-    if marks_of in FOREIGN:
+    if is_foreign(marks_of, host):
         return 403, ""
     if token != "none":
         labels = {"right": "token of line 1", "another": "the second"}
@@ -6188,7 +6817,7 @@ def test_access_over_host_browser_and_token(guarded: Daemon, marks_of: str, toke
             headers["Authorization"] = f"Bearer {token_of(guarded)}"
         answer = guarded.request("GET", "/api/v1/pool", None, headers)
         refused_as = 0
-        if marks_of in FOREIGN:
+        if is_foreign(marks_of, host):
             refused_as = 403
         elif token == "none":
             refused_as = 403 if not is_own else 401 if marks_of in FORWARDED else 0
@@ -6228,14 +6857,16 @@ def test_refusal_of_a_client_comes_before_that_of_its_body(daemon: Daemon, path:
     assert daemon.raw(head.encode() + body).startswith(b"HTTP/1.1 401 ")
 
 
-def test_access_after_ten_wrong_tokens_must_wait(launch: Callable[..., Daemon]) -> None:
+def test_access_after_ten_wrong_tokens_is_for_the_right_one_alone(launch: Callable[..., Daemon]) -> None:
     daemon = launch()
+    right = {"Authorization": f"Bearer {token_of(daemon)}"}
     codes = [daemon.request("GET", "/version", None, {"Authorization": f"Bearer {n}"}).code for n in range(12)]
     assert codes == [401] * 10 + [429] * 2
     again = daemon.request("GET", "/version", None, {"Authorization": "Bearer x"})
     assert again.headers["Retry-After"] == "60"
-    assert daemon.request("GET", "/version", None, {"Authorization": f"Bearer {token_of(daemon)}"}).code == 429
-    assert daemon.get("/version").code == 0
+    assert daemon.request("GET", "/version", None, right).code == daemon.get("/version").code == 0
+    assert daemon.request("PUT", "/api/v1/task/none", None, right).code == 1003
+    assert daemon.request("GET", "/version", None, {"Authorization": "Bearer x"}).code == 429
 
 
 def test_access_with_require_token_asks_this_host_too(launch: Callable[..., Daemon]) -> None:
@@ -6261,11 +6892,13 @@ def test_access_takes_the_tokens_of_a_file_as_it_changes(launch: Callable[..., D
     file.write_text("gamma is longer\ngamma\n")
     assert [code(token) for token in ("gamma", "alpha")] == [0, 401]
     file.unlink()
-    assert code("gamma") == 401 and "is gone" in daemon.log()
+    assert code("gamma") == 401
+    wait_until(lambda: "is gone" in daemon.log(), "a line of it")
     file.write_bytes(b"\xef\xbb\xbfdelta # Windows' Notepad\r\n")
     assert code("delta") == 0
     file.write_bytes("epsilon".encode("utf-16"))
-    assert [code(token) for token in ("delta", "epsilon")] == [0, 401] and "cannot be read" in daemon.log()
+    assert [code(token) for token in ("delta", "epsilon")] == [0, 401]
+    wait_until(lambda: "cannot be read" in daemon.log(), "a line of it")
     assert not (daemon.root / "token").exists()
 
 
@@ -6364,6 +6997,173 @@ def test_access_of_another_user_of_the_host_needs_a_token(launch: Callable[..., 
     assert (status(""), status(f"Authorization: Bearer {token_of(daemon)}\r\n")) == ("401", "200")
 
 
+def half_closed(link: socket.socket) -> None:
+    link.shutdown(socket.SHUT_WR)
+
+
+@linux_only
+@pytest.mark.parametrize("change", [None, half_closed, socket.socket.close])
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.9.8.7", "::1", "::ffff:127.0.0.1"])
+def test_users_of_connections_are_told_by_the_socket_and_by_the_table(
+    monkeypatch: pytest.MonkeyPatch, address: str, change: Any
+) -> None:
+    if not has_ipv6():
+        pytest.skip("no IPv6 on this host")
+    code, client = module(), socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    with client, socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
+        client.connect((address, listener.getsockname()[1]))
+        with listener.accept()[0] as accepted:
+            pairs = accepted.getpeername(), accepted.getsockname()
+            ends = [(str(code._parse_ip(pair[0])), pair[1]) for pair in pairs]
+            if change:
+                change(client)
+            expected = None if change is socket.socket.close else os.geteuid()
+            assert code._user_of_socket(*ends) == expected
+            monkeypatch.setattr(code, "_user_of_socket", lambda *_: None)
+            with pytest.raises(LookupError) if expected is None else contextlib.nullcontext():
+                assert code.LocalPeers(code.DescriptorReserve()).user(*ends) == expected
+
+
+def test_access_of_a_client_that_half_closes(daemon: Daemon) -> None:
+    with socket.create_connection(("127.0.0.1", daemon.port), 30) as link:
+        link.sendall(b"GET /api/v1/pool HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        half_closed(link)
+        assert link.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+@posix_only
+@pytest.mark.parametrize("error, status", [(OSError(errno.EMFILE, ""), 503), (LookupError(), 401)])
+def test_access_without_an_answer_of_the_kernel_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, status: int
+) -> None:
+    code = module()
+    access = code.Authenticator(code.make_settings({}), str(tmp_path), code.DescriptorReserve())
+    answers = iter([error, os.geteuid()])
+
+    def user(*_: Any) -> int:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(code.LocalPeers, "user", user)
+    request = request_of(code.Client((("127.0.0.1", 9), ("127.0.0.1", 2376))), "localhost", {}, "")
+    assert [admitted(access, request, False) for _ in range(3)] == [(status, ""), (200, "local"), (200, "local")]
+
+
+def test_links_on_other_sites_lead_to_pages_alone(guarded: Daemon) -> None:
+    open_to_links = {"/heartbeat", "/healthyz", "/swagger", "/swagger/", "/swagger/index.html", "/metrics"}
+    for path in ("/api/v1/task", "/debug/pprof/", "/openapi.json", "/nope", *open_to_links):
+        answer = guarded.request("GET", path, None, MARKS[LINK])
+        assert (answer.status != 403) is (path in open_to_links), path
+        assert guarded.request("POST", path, None, MARKS[LINK]).status == 403
+    assert guarded.request("GET", "/metrics", None, {**MARKS[LINK], "Via": "1.1 proxy"}).status == 401
+
+
+@pytest.mark.parametrize("origin", ["chrome-extension://abcdefgh", "tauri://localhost", "http://[::1]:8080"])
+def test_pages_of_any_scheme_may_be_let_in(tmp_path: Path, origin: str) -> None:
+    code = module()
+    access = code.Authenticator(code.make_settings({"cors_origin": [origin]}), str(tmp_path), code.DescriptorReserve())
+    request = request_of(code.Client((("192.0.2.7", 9), ("192.0.2.1", 2376))), "build-7", {"Origin": origin}, "")
+    assert admitted(access, request, True) == (200, "")
+    assert ("Access-Control-Allow-Origin", origin) in access.cors_headers(request)
+
+
+@pytest.mark.parametrize(
+    "origin, host, status",
+    [
+        ("https://host", "host", 200),
+        ("https://host", "host:443", 200),
+        ("https://host:8443", "host:8443", 200),
+        ("http://HOST", "host", 200),
+        ("https://host", "host:80", 403),
+        ("https://host:8443", "host", 403),
+        ("https://host", "other", 403),
+        ("ftp://host", "host", 403),
+        ("null", "null", 403),
+    ],
+)
+def test_origin_of_a_page_is_ours_by_whatever_scheme(tmp_path: Path, origin: str, host: str, status: int) -> None:
+    code = module()
+    access = code.Authenticator(code.make_settings({}), str(tmp_path), code.DescriptorReserve())
+    request = request_of(code.Client((("192.0.2.7", 9), ("192.0.2.1", 2376))), host, {"Origin": origin}, "")
+    assert admitted(access, request, True)[0] == status
+
+
+FORWARDS: list[tuple[dict[str, str], str, str]] = [  # what proxies say; whose request it is, and its URL
+    ({}, "10.0.0.1", "http://in:80"),
+    ({"X-Forwarded-For": "192.0.2.7", "X-Forwarded-Proto": "https"}, "192.0.2.7", "https://in:80"),
+    ({"X-Forwarded-For": "1.1.1.1, 192.0.2.7, 10.0.0.9"}, "192.0.2.7", "http://in:80"),
+    ({"X-Forwarded-For": "10.0.0.8, 10.0.0.9"}, "10.0.0.8", "http://in:80"),
+    ({"X-Forwarded-For": "rubbish, 192.0.2.7:4711"}, "192.0.2.7", "http://in:80"),
+    ({"X-Forwarded-For": "1.1.1.1, 192.0.2.7", "X-Forwarded-Proto": "http, https"}, "192.0.2.7", "https://in:80"),
+    ({"X-Forwarded-For": "192.0.2.7, 10.0.0.9", "X-Forwarded-Proto": "https"}, "192.0.2.7", "https://in:80"),
+    ({"X-Forwarded-Host": "out", "X-Forwarded-Prefix": "/a/b/"}, "10.0.0.1", "http://out/a/b"),
+    ({"X-Forwarded-Prefix": "/"}, "10.0.0.1", "http://in:80"),
+    ({"Forwarded": 'for="[2001:db8::7]:47";proto=HTTPS;Host="out:8443"'}, "2001:db8::7", "https://out:8443"),
+    ({"Forwarded": "for=1.1.1.1, for=192.0.2.7 ; proto=https , for=10.0.0.9"}, "192.0.2.7", "https://in:80"),
+    ({"Forwarded": "for=_hidden;proto=https"}, "10.0.0.1", "https://in:80"),
+    ({"Forwarded": "for=192.0.2.7", "X-Forwarded-For": "192.0.2.7"}, "192.0.2.7", "http://in:80"),
+    ({"Forwarded": "for=1.1.1.1;host=evil", "X-Forwarded-For": "192.0.2.7"}, "", ""),
+    ({"X-Forwarded-For": "rubbish"}, "", ""),
+    ({"X-Forwarded-For": "192.0.2.777"}, "", ""),
+    ({"X-Forwarded-Proto": "gopher"}, "", ""),
+    ({"X-Forwarded-Host": "a/b"}, "", ""),
+    ({"X-Forwarded-Host": "user@evil"}, "", ""),
+    ({"X-Forwarded-Prefix": "a"}, "", ""),
+    ({"X-Forwarded-Prefix": "//evil"}, "", ""),
+    ({"X-Forwarded-Prefix": "/a/../b"}, "", ""),
+    ({"X-Forwarded-Prefix": "/a?b"}, "", ""),
+    *(({"Forwarded": text}, "", "") for text in ("for", "for=", "for=1.1.1.1;for=1.1.1.1", "for=a,", 'for="a', ";")),
+]
+
+
+@pytest.mark.parametrize("headers, peer, url", FORWARDS)
+def test_forwarding_is_believed_of_trusted_proxies_alone(headers: dict[str, str], peer: str, url: str) -> None:
+    code = module()
+    trusted = code.make_settings({"trusted_proxy": ["10.0.0.0/8"]}).trusted_proxy
+    ends = ("10.0.0.1", 9), ("10.0.0.2", 2376)
+    stranger = request_of(code.Client(ends), "in:80", headers, "")
+    assert (stranger.peer, stranger.base_url) == ("10.0.0.1", "http://in:80")
+    client = code.Client(ends, trusted_proxies=trusted)
+    if peer:
+        request = request_of(client, "in:80", headers, "")
+        assert (request.peer, request.base_url) == (peer, url)
+    else:
+        with pytest.raises(code.BadRequest, match="orward"):
+            request_of(client, "in:80", headers, "")
+
+
+def test_trusted_proxy_tells_whose_requests_it_forwards_and_their_urls(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--trusted_proxy=127.0.0.1", "--trusted_proxy=2001:db8::/32")
+    told = {"X-Forwarded-For": "192.0.2.7", "X-Forwarded-Host": "ci.example", "X-Forwarded-Proto": "https"}
+    told.update({"X-Forwarded-Prefix": "/executor", "Authorization": f"Bearer {token_of(daemon)}"})
+    page = {"Origin": "https://ci.example", "Sec-Fetch-Site": "same-origin"}
+    answer = daemon.request("POST", "/api/v1/task", json.dumps([step()]), {**told, **page})
+    assert answer.data["url"].startswith("https://ci.example/executor/api/v1/task/")
+    assert daemon.request("GET", "/openapi.json", None, told).json["servers"] == [{"url": "/executor/"}]
+    wait_until(lambda: "192.0.2.7 (token of line 1): POST /api/v1/task" in daemon.log(), "a line of it")
+    for address, statuses in (("192.0.2.7", [401] * 10 + [429]), ("192.0.2.8", [401])):
+        wrong = {**told, "X-Forwarded-For": address, "Authorization": "Bearer x"}
+        assert [daemon.request("GET", "/version", None, wrong).status for _ in statuses] == statuses
+    assert daemon.request("GET", "/version", None, {**told, "X-Forwarded-Host": "a b"}).status == 400
+    local = {"X-Forwarded-For": "127.0.0.1", "X-Forwarded-Host": "localhost"}  # as the proxy's client says
+    assert daemon.request("GET", "/version", None, local).status == 401
+
+
+@pytest.mark.parametrize("network", ["localhost", "10.0.0.1/8", ""])
+def test_trusted_proxy_that_is_no_network_is_refused(network: str) -> None:
+    assert "trusted_proxy" in refused(cli("run", f"--trusted_proxy={network}"), 2)
+
+
+def test_short_tokens_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    code = module()
+    caplog.set_level(logging.INFO)
+    (tmp_path / "token").write_text("0123456789abcdef\nalpha # short\n# comment\n")
+    code.Authenticator(code.make_settings({}), str(tmp_path), code.DescriptorReserve()).start()
+    assert [record.args for record in caplog.records if "is short" in record.getMessage()] == [(2,)]
+
+
 def test_page_of_an_allowed_origin_may_ask_first(guarded: Daemon) -> None:
     ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     answer = guarded.request("OPTIONS", "/api/v1/task", None, {"Origin": "https://console.example", **ask})
@@ -6398,7 +7198,6 @@ SMUGGLES = {
     "NUL": b"GET /version HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n",
     "bad escape": b"GET /version%zz HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "two of three Hosts in HTTP/1.0": b"GET /version HTTP/1.0\r\nHost: a\r\nHost: a\r\n\r\n",
-    "no Host in HTTP/1.0": b"GET /version HTTP/1.0\r\n\r\n",
     "Host that is a path": b"GET http://localhost/version HTTP/1.1\r\nHost: a/b\r\n\r\n",
     "user in the target": b"GET http://localhost@evil.example/version HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "authority as target": b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n",
@@ -6408,7 +7207,7 @@ SMUGGLES = {
     "field in the trailer": b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nbogus\r\n\r\n",
     "line end in a chunk's size": b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\n\r\n\r\n",
     "other expectation": b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 200-ok\r\nContent-Length: 5\r\n\r\n",
-    "line before the request": b"\r\nGET /version HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "two lines before the request": b"\r\n\r\nGET /version HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "head of 33 KB": b"GET /version HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 33_000 + b"\r\n\r\n",
     "101 fields": b"GET /version HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 100 + b"\r\n",
 }
@@ -6434,12 +7233,47 @@ def test_smuggled_requests_are_refused_and_what_follows_never_runs(daemon: Daemo
         ("/api%2fv1%2ftask", "localhost", 404),  # after the split
         ("//version", "localhost", 404),
         ("/./version", "localhost", 404),
+        ("/version/", "localhost", 200),
+        ("/version//", "localhost", 404),
+        ("/version/?x", "localhost", 200),
+        ("/api/v1/task/kö", "localhost", 200),  # 1003
+        ("/api/v1/task/%c3%b6?x=ö%c3%b6", "localhost", 200),
+        ("/api/v1/task/%c3", "localhost", 400),
+        ("/api/v1/task?x=%ff", "localhost", 400),
         ("/api/../version", "localhost", 404),
     ],
 )
 def test_targets_are_taken_by_authority_and_decoded_once(daemon: Daemon, target: str, host: str, status: int) -> None:
     reply = daemon.raw(f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
     assert reply.startswith(b"HTTP/1.1 %d " % status), reply
+
+
+def test_slash_at_the_end_of_a_path_means_nothing(daemon: Daemon) -> None:
+    assert [daemon.get(f"{path}/").code for path in ("/version", "/api/v1/pool", "/api/v1/task")] == [0, 0, 0]
+    assert daemon.get("/heartbeat/").status == 200
+    assert daemon.post("/api/v1/task/", [step()]).code == 0
+
+
+def test_stop_by_a_path_with_a_slash_at_its_end_stops(daemon: Daemon, gate: Path) -> None:
+    for ending in ("/", "/0/"):
+        task = daemon.submit(held(gate))
+        daemon.until_running(task)
+        assert daemon.put(f"/api/v1/task/{task}{ending}").code == 0
+        assert daemon.ended(task).data[0]["msg"].endswith(STOPPED)
+
+
+def test_empty_line_before_a_request_is_ignored(daemon: Daemon) -> None:
+    request = b"GET /heartbeat HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    reply = daemon.raw(b"\r\n" + request + b"\r\n" + request + request.replace(b"Host", b"Connection: close\r\nHost"))
+    assert reply.count(b"HTTP/1.1 200 ") == 3
+
+
+def test_host_may_be_left_out_of_http_10(daemon: Daemon) -> None:
+    assert daemon.raw(b"GET /healthyz HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert daemon.raw(b"GET /version HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 403 ")
+    body, token = json.dumps([step()]), token_of(daemon)
+    head = f"POST /api/v1/task HTTP/1.0\r\nAuthorization: Bearer {token}\r\nContent-Length: {len(body)}\r\n\r\n"
+    assert f'"url":"http://127.0.0.1:{daemon.port}/api'.encode() in daemon.raw((head + body).encode())
 
 
 TRAVERSALS = [
@@ -6458,7 +7292,7 @@ def test_ids_that_lead_out_of_the_root_lead_nowhere(daemon: Daemon, id: str) -> 
     for path in (f"/api/v1/task/{id}", f"/api/v1/task/{id}/0/console", f"/api/v1/task/x/{id}/console"):
         for method in ("GET", "PUT"):
             answer = daemon.request(method, path)
-            assert answer.code in (1003, 404, 405), (method, path, answer)
+            assert answer.code in (400, 1003, 404, 405), (method, path, answer)
     assert sorted(path.name for path in daemon.root.parent.iterdir()) == around
 
 
@@ -6476,7 +7310,7 @@ INSERTED = [
     *(b"\r", b"\n", b"\r\n", b"\n\n", b"\0", b" ", b"\t", b"\x0b", b"\x85", b"\xff", b":", b",", b";", b"%", b"#"),
     *(b"?", b"/", b"@", b"9" * 20, b"+5", b"0x5", b"5_0", b"chunked", b"HTTP/1.1", b"HTTP/0.9", b"0\r\n\r\n"),
     *(b"Content-Length: 5\r\n", b"Content-Length: 0", b"Content-Length : 5\r\n", b"Transfer-Encoding: chunked\r\n"),
-    *(b"Host: a\r\n", b"Expect: 100-continue\r\n", b"\r\n\r\n"),
+    *(b"Host: a\r\n", b"Expect: 100-continue\r\n", b"\r\n\r\n", b"%c3", b"%A4", b"\xc3\xa4"),
 ]
 
 
@@ -6500,7 +7334,7 @@ def mutate(data: bytes, random: Random) -> bytes:
 BODY_LIMIT = 1000
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 FIELDS = rb"((?:%b:[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n" % TOKEN
-HEAD = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/1\.([01])\r\n%b" % (TOKEN, FIELDS))
+HEAD = re.compile(rb"(%b) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\r\n%b" % (TOKEN, FIELDS))
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,12})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 AUTHORITY = rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(?::[0-9]{1,5})?"
 TARGET = re.compile(rb"(?:[Hh][Tt][Tt][Pp][Ss]?://(%b)(?=[/?]|$))?(?:/[^#]*|(?<!^)\?[^#]*|(?<!^)$)" % AUTHORITY)
@@ -6515,17 +7349,27 @@ def reference(data: bytes) -> list[tuple[bytes, bytes, bytes]]:
     found, at = [], 0
     with contextlib.suppress(Refused):
         while at < len(data):
-            head = HEAD.match(data, at)
+            head = HEAD.match(data, at + 2 * data.startswith(b"\r\n", at))  # an empty line is ignored
             if not head or head.end() - at > 32 * 1024:
                 raise Refused
             fields = fields_of(head[4])
-            if len(fields.get(b"host", ())) != 1 or not re.fullmatch(AUTHORITY, fields[b"host"][0] or b"a"):
+            hosts = fields.get(b"host", [b""] if head[3] == b"0" else [])
+            if len(hosts) != 1 or not re.fullmatch(AUTHORITY, hosts[0] or b"a"):
                 raise Refused
             if not TARGET.fullmatch(head[2]) or re.search(rb"%(?![0-9A-Fa-f]{2})", head[2]):
+                raise Refused
+            if not is_utf8(urllib.parse.unquote_to_bytes(head[2])):
                 raise Refused
             body, at = body_of(fields, data, head.end(), head[3] == b"0")
             found.append((head[1], head[2], body))
     return found
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        return data.decode() is not None
+    except UnicodeDecodeError:
+        return False
 
 
 def fields_of(block: bytes) -> dict[bytes, list[bytes]]:
@@ -6648,6 +7492,38 @@ def name(self):
     return None if self.fileno() in nameless and not nameless.clear() else getsockname(self)
 socket.socket.accept, socket.socket.getsockname = accept_or_fail, name
 """
+
+
+def test_reader_that_pauses_is_cut_and_the_log_says_after_how_many_bytes(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--timeout=500ms")
+    task = daemon.submit(python("print('y' * 30_000_000)"))
+    daemon.ended(task)
+    path = f"/api/v1/task/{task}/0/console"
+    with socket.socket() as link:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        link.connect(("127.0.0.1", daemon.port))
+        link.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        wait_until(lambda: "was cut off" in daemon.log(), "a line of it")
+    cut = re.search(rf'127.0.0.1: the response to "GET {path}" was cut off after (\d+) B', daemon.log())
+    assert cut and 1000 < int(cut[1]) < 30_000_000
+
+
+def test_head_makes_no_block_of_a_streamed_body() -> None:
+    code, made, sent = module(), [], []
+    connection = object.__new__(code.Connection)
+    connection.server = code.Client()  # of which the scheme is asked
+    connection.request = type("Link", (), {"send": lambda _, data: sent.append(bytes(data)) or len(data)})()
+    request = request_of(code.Client(), "localhost", {}, "")
+    body = (made.append(block) or b"x" for block in range(2))
+    connection._timeout_s = 1.0
+    assert connection._send_response(request._replace(method="HEAD"), code.Response(body=body), True) == 0
+    assert made == [] and sent[0].endswith(b"Transfer-Encoding: chunked\r\n\r\n")
+
+
+def test_idle_connections_end_after_idle_timeout(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--idle_timeout=200ms", "--timeout=1m")
+    reply = daemon.raw(b"GET /heartbeat HTTP/1.1\r\nHost: localhost\r\n\r\n", 30)
+    assert reply.startswith(b"HTTP/1.1 200 ") and b"onnection: close" not in reply
 
 
 def test_connections_that_are_reset_before_their_accept_leave_the_next_alone(launch: Callable[..., Daemon]) -> None:
@@ -7716,7 +8592,13 @@ def test_tls_serves_what_http_serves_and_says_https(launch_tls: Callable[..., Da
     assert daemon.request("PUT", f"{path}/up", bytes(999_000)).data["bytes"] == 999_000
     assert daemon.request("GET", f"{path}/f", None, {"Range": "bytes=5-"}).body == b"z" * 998_995
     assert daemon.request("GET", "/version", None, {"Origin": f"https://127.0.0.1:{daemon.port}"}).code == 0
-    assert not daemon.raw(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/")
+
+
+@pytest.mark.parametrize("method", ["GET", "OPTIONS"])
+def test_tls_answers_plain_http_that_it_is_https(launch_tls: Callable[..., Daemon], method: str) -> None:
+    head, body = f"{method} /version HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999\r\n\r\n", bytes(99999)
+    reply = launch_tls().raw(head.encode() + body)
+    assert reply.startswith(b"HTTP/1.1 400 ") and b"https://" in reply
 
 
 def test_tls_follows_and_waits(launch_tls: Callable[..., Daemon], gate: Path) -> None:
@@ -8022,6 +8904,12 @@ def test_document_has_every_route_and_method(daemon: Daemon) -> None:
     assert daemon.get("/swagger/doc.json").body == daemon.get("/openapi.json").body
 
 
+def test_document_names_no_two_operations_alike_in_any_case(daemon: Daemon) -> None:
+    operations = [operation for path in document(daemon)["paths"].values() for operation in path.values()]
+    names = [operation["operationId"].replace("_", "").lower() for operation in operations]
+    assert len(set(names)) == len(names)
+
+
 def test_document_refers_to_what_there_is_and_uses_it_all(daemon: Daemon) -> None:
     whole = document(daemon)
     used = set(re.findall(r'"\$ref": "([^"]+)"', json.dumps(whole)))
@@ -8078,10 +8966,85 @@ def test_document_fuzzed_finds_no_answer_outside_it(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout
 
 
+# What people write who have generated a client: it submits, follows, reads, stops, and sizes the pool.
+PYTHON_DRIVER = """
+import sys, time
+from generated import Client
+from generated.api.pool import post_api_v1_pool
+from generated.api.tasks import (get_api_v1_task_task, get_api_v1_task_task_step_console, post_api_v1_task,
+    put_api_v1_task_task)
+from generated.models import PoolSize, SubmittedStep, SubmittedStepCommandType
+client = Client(sys.argv[1])
+step = SubmittedStep(command_type=SubmittedStepCommandType.PYTHON, command_content="print('typed')")
+task = post_api_v1_task.sync(client=client, body=[step]).data.id
+while get_api_v1_task_task.sync(task, client=client).code == 1001:
+    time.sleep(0.05)
+lines = get_api_v1_task_task_step_console.sync(task, "0", client=client).data
+stopped = put_api_v1_task_task.sync(task, client=client).code
+print(*lines, stopped, post_api_v1_pool.sync(client=client, body=PoolSize(size=7)).data.size)
+"""
+TYPESCRIPT_DRIVER = """
+import { client } from "./generated/client.gen";
+import * as api from "./generated";
+declare const process: { argv: string[] };
+client.setConfig({ baseUrl: process.argv[2] });
+async function main() {
+  const body = [{ command_type: "python" as const, command_content: "print('typed')" }];
+  const path = { task: (await api.postApiV1Task({ body, throwOnError: true })).data.data.id };
+  while ((await api.getApiV1TaskTask({ path, throwOnError: true })).data.code === 1001)
+    await new Promise((done) => setTimeout(done, 50));
+  const shown = await api.getApiV1TaskTaskStepConsole({ path: { ...path, step: "0" }, throwOnError: true });
+  const lines = "data" in shown.data ? shown.data.data : [];
+  const stopped = await api.putApiV1TaskTask({ path, throwOnError: true });
+  const pool = await api.postApiV1Pool({ body: { size: 7 }, throwOnError: true });
+  console.log(...lines, stopped.data.code, pool.data.data.size);
+}
+main();
+"""
+
+
+def fetched(place: Path, *command: str) -> None:
+    """Runs a command that fetches; skips the test where what it asks cannot be reached."""
+    if not shutil.which(command[0]) or subprocess.run(command, cwd=place, capture_output=True).returncode:
+        pytest.skip(f"not to be had here: {command[-1]}")
+
+
+def printed(place: Path, *command: str) -> str:
+    result = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.build
+@posix_only
+def test_document_makes_a_python_client_that_drives_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "document.json").write_bytes(daemon.get("/openapi.json").body)
+    (tmp_path / "driver.py").write_text(PYTHON_DRIVER)
+    python = str(tmp_path / "venv/bin/python")
+    fetched(tmp_path, sys.executable, "-m", "venv", "venv")
+    fetched(tmp_path, python, "-m", "pip", "install", "--quiet", "openapi-python-client")
+    generator = ("-m", "openapi_python_client", "generate", "--meta=none", "--output-path=generated")
+    printed(tmp_path, python, *generator, "--path=document.json")
+    assert printed(tmp_path, python, "driver.py", f"http://127.0.0.1:{daemon.port}") == "typed 1003 7\n"
+
+
+@pytest.mark.build
+@posix_only
+def test_document_makes_a_typescript_client_that_drives_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "document.json").write_bytes(daemon.get("/openapi.json").body)
+    (tmp_path / "driver.ts").write_text(TYPESCRIPT_DRIVER)
+    fetched(tmp_path, "npm", "install", "--no-fund", "--no-audit", "typescript@5", "@hey-api/openapi-ts")
+    printed(tmp_path, "npx", "openapi-ts", "-i", "document.json", "-o", "generated")
+    options = ("--strict", "--target", "es2022", "--module", "commonjs", "--moduleResolution", "node10")
+    printed(tmp_path, "npx", "tsc", *options, "--lib", "es2022,dom,dom.iterable", "--outDir", "out", "driver.ts")
+    assert printed(tmp_path, "node", "out/driver.js", f"http://127.0.0.1:{daemon.port}") == "typed 1003 7\n"
+
+
 @pytest.mark.parametrize("path", ["/swagger", "/swagger/"])
 def test_page_is_where_the_short_paths_lead(daemon: Daemon, path: str) -> None:
     answer = daemon.get(path)
-    assert (answer.status, answer.headers["Location"]) == (302, "/swagger/index.html")
+    assert (answer.status, urllib.parse.urljoin(path, answer.headers["Location"])) == (302, "/swagger/index.html")
+    assert not answer.headers["Location"].startswith("/")  # which would leave the prefix of a proxy
 
 
 @pytest.mark.parametrize("path", ["/swagger/index.html", "/"])
@@ -8208,7 +9171,10 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
         yield own
 
 
-chromium_only = pytest.mark.skipif(WINDOWS or not CHROMIUM, reason="no chromium on this host")
+chromium_only = pytest.mark.skipif(
+    WINDOWS or ON_MAC_BED or not CHROMIUM,
+    reason="no chromium on this host, or none that runs with a test bed's library",
+)
 
 
 @chromium_only
@@ -9984,6 +10950,21 @@ def test_service_as_the_readme_installs_it(bare_host: None, tmp_path: Path) -> N
 
 
 @windows_only
+@pytest.mark.skipif(not shutil.which("pwsh"), reason="no PowerShell (pwsh) on the PATH")
+def test_service_as_the_readme_installs_it_by_powershell(bare_host: None, tmp_path: Path) -> None:
+    port, root = free_port(), tmp_path / "root"
+    line = f'`"{sys.executable}`" `"{PROGRAM}`" run --addr=127.0.0.1:{port} `"--root={root}`"'
+    recipe = next(block.text for block in blocks() if "New-Service" in block.text)
+    run_powershell(recipe.replace(r"C:\remote_executor.exe run --addr=:2376", line))
+    drive_service(root, port)
+    status = "(Get-Service remote_executor).Status"
+    rest = f"Restart-Service remote_executor; {status}; Stop-Service remote_executor; {status}"
+    assert run_powershell(f"{status}; {rest}") == ["Running", "Running", "Stopped"]
+    run_powershell("Remove-Service remote_executor")
+    assert cli("service", "status").returncode == 4
+
+
+@windows_only
 def test_service_that_cannot_start_says_why(bare_host: None, tmp_path: Path, daemon: Daemon) -> None:
     import winreg
 
@@ -11005,7 +11986,7 @@ def test_readme_blocks_that_serve_print_the_ready_line(launch: Callable[..., Dae
 
 def test_readme_says_how_every_block_is_tested() -> None:
     told = {"run", "answer", "shape", "output", "serve", "suite", "help"}
-    parsed = {"sh", "json", "ini", "xml", "python", "powershell", "bat"}
+    parsed = {"sh", "json", "ini", "xml", "python", "powershell", "bat", "nginx"}
     wrong = [
         f"README.md:{one.line}" for one in blocks() if one.how not in told and (one.how or one.language not in parsed)
     ]
@@ -11026,6 +12007,39 @@ def test_readme_blocks_that_are_not_run_parse(block: Block) -> None:
         compile(block.text, "README.md", "exec")
     elif block.language == "sh" and not WINDOWS:
         assert subprocess.run(["sh", "-n", "-c", block.text]).returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="no nginx on this host")
+def test_readme_proxy_leads_to_a_daemon_and_its_urls_back(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon, port = launch("--trusted_proxy=127.0.0.1"), free_port()
+    (location,) = [block.text for block in blocks() if block.language == "nginx"]
+    server = f"listen 127.0.0.1:{port}; access_log off; {location.replace('2376', str(daemon.port))}"
+    paths = [f"{name}_temp_path {tmp_path / name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")]
+    conf = f"daemon off; pid {tmp_path / 'pid'}; events {{}} http {{ {' '.join(paths)} server {{ {server} }} }}"
+    (tmp_path / "nginx.conf").write_text(conf)
+    command = ["nginx", "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "errors"), "-g", "user root;"]
+    proxy = subprocess.Popen(command if os.geteuid() == 0 else command[:-2])
+    try:
+        wait_until(lambda: listens(port), "nginx")
+        base, token = f"http://127.0.0.1:{port}/executor", {"Authorization": f"Bearer {token_of(daemon)}"}
+        headers = {**token, "Origin": f"https://127.0.0.1:{port}", "X-Forwarded-Host": "evil", "Forwarded": "host=evil"}
+        answer = by_url("POST", f"{base}/api/v1/task", headers, json.dumps([step()]))
+        assert answer.data["url"].startswith(f"{base}/api/v1/task/")
+        assert by_url("HEAD", answer.data["url"], token).status == 200
+        redirect = by_url("GET", f"{base}/swagger", {})
+        assert urllib.parse.urljoin(f"{base}/swagger", redirect.headers["Location"]) == f"{base}/swagger/index.html"
+        assert by_url("GET", f"{base}/version", {"Host": "localhost"}).status == 401
+    finally:
+        proxy.terminate()
+        proxy.wait(30)
+
+
+def by_url(method: str, url: str, headers: dict[str, str], body: str | None = None) -> Answer:
+    parts = urllib.parse.urlsplit(url)
+    with contextlib.closing(http.client.HTTPConnection(parts.netloc, timeout=30)) as connection:
+        connection.request(method, parts.path, body, headers)
+        response = connection.getresponse()
+        return Answer(response.status, response.headers, response.read())
 
 
 def test_readme_blocks_use_flags_that_exist() -> None:
