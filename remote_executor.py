@@ -12240,7 +12240,7 @@ function formatAge(moment) {
   const [size, word] = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([unit, word]) =>
     Math.abs(seconds) >= (word === "d" ? 2 * unit : unit));
   const number = Math.floor(Math.abs(seconds) / size);
-  const text = `${word === "s" ? number - number % 10 : number} ${word}`;  // so that a quiet page stands still
+  const text = `${word === "s" ? number - number % 10 : number} ${word}`;
   return seconds < 0 ? "in " + text : text + " ago";
 }
 
@@ -12289,7 +12289,7 @@ function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-// Whether these differ from what an element was last made of.
+// Whether an element was made of other values.
 function isNews(element, ...values) {
   const text = JSON.stringify(values);
   const isNew = element.dataset.made !== text;
@@ -12501,6 +12501,7 @@ const handlers = {
     if (BAD.includes(task.result) && before?.result !== task.result) state.hasFailures ||= !document.hasFocus();
     const detail = state.details.get(task.id);
     if (detail) detail.task = { ...detail.task, ...task };
+    if (detail && task.ended_at) loadDetail(task.id).then(update, () => {});
     if (before && isListed(task)) state.tasks[index] = task;
     else if (before) { state.tasks.splice(index, 1); state.total--; }
     else if (isListed(task)) insertTask(task);
@@ -12522,7 +12523,7 @@ const handlers = {
   },
 };
 
-// Where a task that is new here belongs; not at all where it is of a page that is not loaded yet.
+// Put a task where it belongs: nowhere yet, if that is on a page that is not loaded.
 function insertTask(task) {
   const begun = Date.parse(task.accepted_at);
   const index = state.tasks.findIndex((other) => Date.parse(other.accepted_at) <= begun);
@@ -12612,7 +12613,7 @@ async function loadView() {
 }
 
 const PAGE_TASKS = 200;
-let listing = 0;  // the number of the last request for the list: an answer that comes later than another's is dropped
+let listing = 0;  // of the last request for the list: the answer to an earlier one is dropped
 
 async function loadTasks(cursor) {
   const number = ++listing;
@@ -12707,7 +12708,7 @@ function createOverview() {
     row.firstChild.setAttribute("role", "cell");
     return row;
   };
-  // The steps of tasks in view that have failed, or that are not over, are asked for once the list stands still.
+  // Unfinished and failed tasks in view are asked for their steps once the list stands still.
   const seen = (first, last) => {
     clearTimeout(lookUp);
     lookUp = setTimeout(() => loadDetails(state.tasks.slice(first, last)), 150);
