@@ -14,8 +14,8 @@ The file reads from top to bottom, a section uses only what stands above it:
     III  tasks             task model, submission, dependency plan, metrics, step directory, store, scheduler, runner,
                            recovery, janitor
     IV   HTTP              messages, request parser, routing, authentication, connections
-    V    API               web pages, schemas, task API, follow API, workspace API, operator API, profiling,
-                           API document
+    V    API               web pages, dashboard page, dashboard core, dashboard views, schemas, task API, follow API,
+                           workspace API, operator API, profiling, API document
     VI   program           daemon, supervisors, service managers, self test, client, client output, client commands,
                            command line
 
@@ -12779,22 +12779,28 @@ class Connection(socketserver.BaseRequestHandler):
 # V API / web pages: what a browser shows
 # ======================================================================================================================
 
-API_STYLE = r"""
+PALETTE = r"""
 :root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #57606a; --line: #d0d7de; --box: #f6f8fa;
-  --link: #0550ae; --get: #0550ae; --post: #116329; --put: #953800; --bad: #b42318; }
+  --link: #0550ae; --get: #0550ae; --post: #116329; --put: #953800; --bad: #b42318;
+  --small: .8125rem; --code: .875rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 @media (prefers-color-scheme: dark) {
   :root { --back: #0d1117; --text: #e6edf3; --soft: #9aa4af; --line: #3d444d; --box: #161b22;
     --link: #79b8ff; --get: #79b8ff; --post: #7ee787; --put: #ffa657; --bad: #ff8b82; }
 }
 * { box-sizing: border-box; }
+a { color: var(--link); }
+.soft { color: var(--soft); }
+.bad { color: var(--bad); }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 1px; }
+"""
+API_STYLE = PALETTE + r"""
 body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--back); color: var(--text);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: 0; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 h3 { font-size: .9rem; margin: 1rem 0 .25rem; color: var(--soft); }
 p { margin: .25rem 0; }
-a { color: var(--link); }
-code, pre, textarea, .path { font: .875rem/1.5 ui-monospace, monospace; }
+code, pre, textarea, .path { font: var(--code); }
 pre { margin: .25rem 0; padding: .5rem .75rem; max-height: 30rem; overflow: auto; background: var(--box);
   border: 1px solid var(--line); border-radius: .375rem; white-space: pre-wrap; }
 input, textarea, select, button { font-size: 1rem; padding: .4rem .6rem; max-width: 100%; color: inherit;
@@ -12803,12 +12809,11 @@ textarea { width: 100%; min-height: 9rem; }
 label textarea { min-height: 3.5rem; }
 select { display: block; margin: .5rem 0; }
 button { background: var(--box); cursor: pointer; }
-:focus-visible { outline: 3px solid var(--link); outline-offset: 1px; }
 form.token { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: 1rem 0; }
 label { display: grid; grid-template-columns: 9rem 1fr; gap: .25rem .75rem; align-items: center; margin: .5rem 0; }
 form.token label { display: contents; }
 label small { grid-column: 2; }
-small, .soft { color: var(--soft); }
+small { color: var(--soft); }
 details { border: 1px solid var(--line); border-radius: .375rem; margin: .5rem 0; }
 summary { padding: .5rem .75rem; cursor: pointer; }
 summary .path { font-weight: 600; }
@@ -12817,27 +12822,49 @@ summary small { display: inline-block; }
 .method { display: inline-block; min-width: 3.5rem; font-weight: 700; }
 .get, .head { color: var(--get); } .post { color: var(--post); } .put { color: var(--put); }
 .delete { color: var(--bad); }
-.bad { color: var(--bad); }
 @media (max-width: 40rem) { label { grid-template-columns: 1fr; } label small { grid-column: 1; } }
 """
-API_SCRIPT = r"""
+COMMON_SCRIPT = r"""
 "use strict";
-const MAX_SHOWN_CHARACTERS = 100000;
 const TOKEN_KEY = "remote_executor token";
+
+// An element, as hyperscript writes it: a tag with classes, attributes and children, each where there are any.
+function h(name, ...parts) {
+  const [tag, ...classes] = name.split(".");
+  const element = document.createElement(tag);
+  if (classes.length) element.className = classes.join(" ");
+  for (const part of parts)
+    if (part && part.constructor === Object) for (const key in part) element.setAttribute(key, part[key]);
+    else element.append(...[part].flat(2));
+  return element;
+}
+
+function storedToken() {
+  return sessionStorage.getItem(TOKEN_KEY) || localStorage.getItem(TOKEN_KEY) || "";
+}
+
+function authorizationHeaders(token) {
+  return token ? { Authorization: "Bearer " + token } : {};
+}
+
+const on = (target, type, listener, options) => target.addEventListener(type, listener, options);
+"""
+API_SCRIPT = (
+    COMMON_SCRIPT
+    + r"""
+const MAX_SHOWN_CHARACTERS = 100000;
 const content = document.getElementById("content");
 const note = document.getElementById("note");
 const tokenInput = document.getElementById("token");
 let openapi = null;
 
-function createElement(tag, attributes, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes || {})) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
+function createPre(text, label) {
+  return h("pre", label ? { tabindex: "0", "aria-label": label } : { tabindex: "0" }, text);
 }
 
-function createPre(text, label) {
-  return createElement("pre", label ? { tabindex: "0", "aria-label": label } : { tabindex: "0" }, text);
+// A text with what stands between back quotes as code.
+function codeText(text) {
+  return text.split("`").map((part, index) => index % 2 ? h("code", part) : part);
 }
 
 function resolve(object) {
@@ -12868,10 +12895,6 @@ function typeText(reference, indent = "") {
 // Where the daemon's paths begin: behind a proxy perhaps below the root.
 const base = location.pathname.replace(/\/swagger(\/.*)?$/, "");
 
-function authorization() {
-  return tokenInput.value ? { Authorization: "Bearer " + tokenInput.value } : {};
-}
-
 // Not by JSON.parse, which rounds the nanoseconds.
 function indentJson(text) {
   let indent = "\n";
@@ -12887,7 +12910,7 @@ function indentJson(text) {
 function createInputs(operation) {
   return (operation.parameters || []).map(resolve).map((parameter) => {
     const isArray = resolve(parameter.schema).type === "array";
-    const input = createElement(isArray ? "textarea" : "input", { name: parameter.name });
+    const input = h(isArray ? "textarea" : "input", { name: parameter.name });
     if (parameter.required) { input.required = true; input.value = parameter.example; }
     else input.placeholder = [].concat(parameter.example).join("\n");
     return { parameter, input, isArray };
@@ -12897,8 +12920,8 @@ function createInputs(operation) {
 function createLabel({ parameter, input, isArray }) {
   let hint = parameter.required ? "" : "; optional";
   if (isArray) hint = "; one a line";
-  return createElement("label", {}, createElement("code", {}, parameter.name), input,
-    createElement("small", {}, parameter.description + hint));
+  return h("label", h("code", parameter.name), input,
+    h("small", codeText(parameter.description + hint)));
 }
 
 function createBody(operation) {
@@ -12906,16 +12929,16 @@ function createBody(operation) {
   if (!body) return [null, []];
   const media = Object.values(body.content)[0];
   const examples = Object.entries(media.examples || { "": { value: media.example } });
-  const titles = examples.map(([title]) => createElement("option", {}, title));
-  const area = createElement("textarea", { "aria-label": "Body", spellcheck: "false" });
-  const choice = createElement("select", { "aria-label": "Example" }, ...titles);
+  const titles = examples.map(([title]) => h("option", title));
+  const area = h("textarea", { "aria-label": "Body", spellcheck: "false" });
+  const choice = h("select", { "aria-label": "Example" }, ...titles);
   const fill = () => {
     const value = examples[choice.selectedIndex][1].value;
     area.value = typeof value === "string" ? value : JSON.stringify(value, null, 2);
   };
   choice.addEventListener("change", fill);
   fill();
-  return [area, [createElement("h3", {}, "Body"), createPre(typeText(media.schema)), choice, area]];
+  return [area, [h("h3", "Body"), createPre(typeText(media.schema)), choice, area]];
 }
 
 function createResponses(operation) {
@@ -12923,13 +12946,13 @@ function createResponses(operation) {
     const response = resolve(reference);
     const parts = [];
     for (const [type, media] of Object.entries(response.content || {})) {
-      parts.push(createElement("p", { class: "soft" }, type), createPre(typeText(media.schema)));
+      parts.push(h("p.soft", type), createPre(typeText(media.schema)));
       for (const [title, example] of Object.entries(media.examples || {}))
-        parts.push(createElement("p", { class: "soft" }, "Example: " + title),
+        parts.push(h("p.soft", "Example: " + title),
           createPre(JSON.stringify(example.value, null, 2)));
     }
-    const summary = createElement("summary", {}, createElement("code", {}, status), " ", response.description);
-    return createElement("details", {}, summary, createElement("div", { class: "body" }, ...parts));
+    const summary = h("summary", h("code", status), " ", codeText(response.description));
+    return h("details", summary, h("div.body", ...parts));
   });
 }
 
@@ -12953,8 +12976,8 @@ async function send(url, request, result) {
   const status = `${response.status} ${response.statusText}, ${data.length} bytes, ${milliseconds} ms`;
   const headers = [...response.headers].map(([name, value]) => `${name}: ${value}`).join("\n");
   const blob = URL.createObjectURL(new Blob([data], { type }));
-  const save = createElement("a", { href: blob, download: "response" }, "Save");
-  result.replaceChildren(createElement("p", response.ok ? {} : { class: "bad" }, status, " ", save),
+  const save = h("a", { href: blob, download: "response" }, "Save");
+  result.replaceChildren(h("p", response.ok ? {} : { class: "bad" }, status, " ", save),
     createPre(headers, "Headers"));
   if (!data.length || !/json|text/.test(type)) return;
   let text = new TextDecoder().decode(data);
@@ -12966,10 +12989,10 @@ async function send(url, request, result) {
 function showOperation(path, method, operation, parent) {
   const inputs = createInputs(operation);
   const [area, body] = createBody(operation);
-  const button = createElement("button", {}, "Send");
-  const result = createElement("div", { "aria-live": "polite" });
-  const form = createElement("form", {},
-    ...inputs.map(createLabel), ...body, createElement("p", {}, button), result);
+  const button = h("button", "Send");
+  const result = h("div", { "aria-live": "polite" });
+  const form = h("form", {},
+    ...inputs.map(createLabel), ...body, h("p", button), result);
   let controller = null;
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
@@ -12977,25 +13000,26 @@ function showOperation(path, method, operation, parent) {
     controller = new AbortController();
     button.textContent = "Cancel";
     result.replaceChildren("waiting for the response");
-    const request = { method: method.toUpperCase(), headers: authorization(), signal: controller.signal };
+    const headers = authorizationHeaders(tokenInput.value);
+    const request = { method: method.toUpperCase(), headers, signal: controller.signal };
     if (area) request.body = area.value;
     try { await send(base + targetUrl(path, inputs), request, result); }
-    catch (error) { result.replaceChildren(createElement("p", { class: "bad" }, "no response: " + error.message)); }
+    catch (error) { result.replaceChildren(h("p.bad", "no response: " + error.message)); }
     controller = null;
     button.textContent = "Send";
   });
   form.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
   });
-  parent.append(form, createElement("h3", {}, "Responses"), ...createResponses(operation));
+  parent.append(form, h("h3", "Responses"), ...createResponses(operation));
 }
 
 function createOperation(path, method, operation) {
-  const body = createElement("div", { class: "body" });
-  const summary = createElement("summary", {},
-    createElement("span", { class: "method " + method }, method.toUpperCase()),
-    createElement("span", { class: "path" }, path), " ", createElement("small", {}, operation.summary));
-  const details = createElement("details", { id: operation.operationId }, summary, body);
+  const body = h("div.body");
+  const summary = h("summary", {},
+    h("span", { class: "method " + method }, method.toUpperCase()),
+    h("span.path", path), " ", h("small", operation.summary));
+  const details = h("details", { id: operation.operationId }, summary, body);
   details.addEventListener("toggle", () => showOperation(path, method, operation, body), { once: true });
   return details;
 }
@@ -13005,12 +13029,12 @@ function showDocument() {
   for (const [path, operations] of Object.entries(openapi.paths))
     for (const [method, operation] of Object.entries(operations)) {
       const tag = operation.tags[0];
-      if (!sections.has(tag)) sections.set(tag, createElement("section", {}, createElement("h2", {}, tag)));
+      if (!sections.has(tag)) sections.set(tag, h("section", h("h2", tag)));
       sections.get(tag).append(createOperation(path, method, operation));
     }
   content.replaceChildren(...sections.values());
   document.getElementById("version").textContent = openapi.info.version;
-  document.getElementById("description").textContent = openapi.info.description;
+  document.getElementById("description").replaceChildren(...codeText(openapi.info.description));
   const target = document.getElementById(location.hash.slice(1));
   if (target) { target.open = true; target.scrollIntoView(); }
 }
@@ -13018,15 +13042,17 @@ function showDocument() {
 async function load() {
   note.textContent = "";
   try {
-    const response = await fetch(base + "/swagger/doc.json", { headers: authorization() });
+    const response = await fetch(base + "/swagger/doc.json", { headers: authorizationHeaders(tokenInput.value) });
     const body = await response.json();
     if (response.ok) { openapi = body; showDocument(); return; }
-    note.textContent = response.status + ": " + body.message;
+    const problem = tokenInput.value ? "wrong token" : "a token is needed";
+    note.textContent = response.status + ": " + (response.status === 401 ? problem : body.message);
   } catch (error) { note.textContent = "cannot load the API document: " + error.message; }
   tokenInput.focus();
 }
 
-tokenInput.value = sessionStorage.getItem(TOKEN_KEY) || "";
+document.title = "API · " + location.host;
+tokenInput.value = storedToken();
 document.getElementById("use").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem(TOKEN_KEY, tokenInput.value);
@@ -13034,6 +13060,7 @@ document.getElementById("use").addEventListener("submit", (event) => {
 });
 load();
 """
+)
 API_PAGE = r"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -13046,6 +13073,7 @@ API_PAGE = r"""<!DOCTYPE html>
 </head>
 <body>
 <header>
+<nav><a href="../#/">Dashboard</a> · <a href="../debug/pprof/">Profiles</a></nav>
 <h1>remote_executor <span id="version" class="soft"></span></h1>
 <p id="description" class="soft"></p>
 <form id="use" class="token">
@@ -13072,6 +13100,7 @@ PROFILES_PAGE = r"""<!DOCTYPE html>
 <style>{style}</style>
 </head>
 <body>
+<nav><a href="../../#/">Dashboard</a> · <a href="../../swagger/index.html">API</a></nav>
 <h1>Profiles</h1>
 <p class="soft">Profiles that take time run one at a time. <code>?seconds=5</code> sets how long,
 <code>?debug=1</code> asks for text; without it they are for <code>go tool pprof</code> and speedscope, the trace is for
@@ -13122,6 +13151,2034 @@ def page_response(page: str, style: str, script: str) -> Response:
     )
     html = page.replace("{style}", style).replace("{script}", script)
     return Response(200, headers, html.encode())
+
+
+# ======================================================================================================================
+# V API / dashboard page: what a browser shows at the root
+# ======================================================================================================================
+
+DASHBOARD_STYLE = PALETTE + r"""
+:root { --row: 2.5rem; --gap: 1rem; --good: var(--post); --warn: var(--put); --run: var(--link);
+  --c0: var(--soft); --c1: var(--bad); --c2: var(--good); --c3: var(--warn); --c4: var(--link); --c7: var(--text);
+  --c5: light-dark(#8250df, #d2a8ff); --c6: light-dark(#0b6b75, #56d4dd); }
+html { font-size: clamp(15px, .35vw + 11px, 20px); }
+body { margin: 0; min-height: 100vh; display: flex; flex-direction: column; background: var(--back); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+body.filled { height: 100dvh; }
+h1, h2, h3, p, dl, dd, ul { margin: 0; padding: 0; font-size: 1rem; }
+h2 { font-size: 1.25rem; }
+a { text-decoration: none; }
+a:hover, h2 a { text-decoration: underline; }
+code, pre, .code { font: var(--code); }
+small, .small { font-size: var(--small); }
+[hidden] { display: none !important; }
+
+button, input, select, textarea, .button { font: inherit; color: inherit; background: var(--back); max-width: 100%;
+  border: 1px solid var(--soft); border-radius: .375rem; padding: .25rem .75rem; min-height: 2rem; }
+button, .button { background: var(--box); border-color: var(--line); cursor: pointer; white-space: nowrap; }
+button:hover, .button:hover { border-color: var(--soft); text-decoration: none; }
+button.main { background: var(--link); border-color: var(--link); color: var(--back); }
+button.danger { color: var(--bad); }
+button[aria-pressed="true"] { border-color: var(--link); box-shadow: inset 0 0 0 1px var(--link); }
+button:disabled { opacity: .5; cursor: default; }
+[type="search"] { width: 17rem; }
+[type="checkbox"] { min-height: 0; margin: 0 .25rem 0 0; vertical-align: -.125em; }
+textarea { width: 100%; font: var(--code); padding: .5rem .75rem; resize: vertical; }
+
+.bar, header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem var(--gap); }
+header { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); background: var(--box); }
+header nav { display: flex; flex-wrap: wrap; gap: .25rem var(--gap); }
+nav a[aria-current="page"] { color: var(--text); font-weight: 600; box-shadow: 0 2px var(--link); }
+.push { margin-left: auto; }
+.dot { display: inline-block; width: .625rem; height: .625rem; border-radius: 50%; background: var(--soft);
+  margin-right: .375rem; }
+.dot.live { background: var(--good); }
+.dot.lost { background: var(--bad); }
+.notice { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); color: var(--warn); }
+main:focus-visible { outline: none; }
+main { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: var(--gap); padding: var(--gap); }
+.panel { border: 1px solid var(--line); border-radius: .5rem; }
+.panel > h3 { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); }
+.pad { padding: var(--gap); }
+.stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); border: 1px solid var(--line);
+  border-radius: .5rem; }
+.stats > div { padding: .5rem var(--gap); }
+.stats dt { font-size: var(--small); color: var(--soft); }
+.stats dd { font-size: 1.25rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
+.stats dd small { color: var(--soft); }
+meter { width: 100%; height: .375rem; display: block; }
+
+.list { flex: 1; display: flex; flex-direction: column; overflow: hidden; }
+.scroller { flex: 1; overflow: auto; position: relative; overscroll-behavior: contain; }
+.spacer { position: relative; }
+.window { position: absolute; left: 0; right: 0; }
+.row { display: grid; align-items: center; gap: 0 .75rem; height: var(--row); padding: 0 var(--gap);
+  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; position: relative; }
+.row > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.row > .plain { overflow: visible; }
+.head { font-size: var(--small); color: var(--soft); background: var(--box); height: 2rem; flex: none; }
+.row:not(.head):hover, .row:focus-within { background: var(--box); }
+.task { grid-template-columns: 8.5rem minmax(8rem, 1fr) 6.5rem 6rem 6rem minmax(0, 1.4fr); }
+.step { grid-template-columns: 8.5rem minmax(8rem, 14rem) minmax(6rem, 1fr) 6rem minmax(0, 16rem); }
+.file { grid-template-columns: minmax(0, 1fr) 6rem 10rem auto; }
+.row a.name { color: var(--text); font-weight: 600; }
+.row a.name::after { content: ""; position: absolute; inset: 0; }
+.row:has(a.name:focus-visible) { outline: 3px solid var(--link); outline-offset: -3px; }
+.row a.name:focus-visible { outline: none; }
+.above { position: relative; z-index: 1; }
+.empty { padding: 2rem var(--gap); text-align: center; color: var(--soft); }
+
+.result { font-weight: 600; }
+.result i { display: inline-block; width: 1.25em; font-style: normal; text-align: center; }
+.succeeded { --mark: var(--good); }
+.failed, .timed_out, .lost, .not_started, .output_limit { --mark: var(--bad); }
+.stopped, .paused { --mark: var(--warn); }
+.running { --mark: var(--run); }
+.waiting, .not_run { --mark: var(--soft); }
+.result, .mark { color: var(--mark); }
+.strip { display: flex; gap: 1px; height: .5rem; border-radius: .25rem; }
+.strip i { flex: 1; background: var(--mark); min-width: 1px; }
+.strip .not_run, .strip .waiting, .strip .paused { background: var(--line); }
+.strip .failed, .strip .timed_out, .strip .lost, .strip .not_started, .strip .output_limit { margin: -2px 0; }
+.lane { position: relative; height: .75rem;
+  background: linear-gradient(var(--line), var(--line)) 0 50% / 100% 1px no-repeat; }
+.lane i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 2px; background: var(--mark); }
+.axis { display: flex; justify-content: space-between; }
+
+.graph { position: relative; height: 20rem; max-height: 60vh; touch-action: pan-y; overflow: hidden; }
+.graph svg { width: 100%; height: 100%; display: block; cursor: grab; user-select: none; }
+.graph .bar { position: absolute; right: .5rem; bottom: .5rem; gap: .25rem; }
+.graph rect { fill: var(--back); stroke: var(--mark); stroke-width: 1.5; }
+.graph text { fill: var(--text); font-size: 13px; }
+.graph text.mark { fill: var(--mark); font-weight: 700; }
+.graph path { fill: none; stroke: var(--soft); stroke-width: 1.25; }
+.graph path.critical { stroke: var(--text); stroke-width: 2.5; }
+.graph a:focus-visible { outline: none; }
+.graph a:focus-visible rect { stroke: var(--link); stroke-width: 4; }
+.graph .running rect { stroke-dasharray: 6 3; }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: .25rem var(--gap); }
+.facts dt { color: var(--soft); }
+.columns { display: grid; grid-template-columns: minmax(0, 1fr); gap: var(--gap); align-items: start; }
+.columns > * { min-width: 0; }
+summary { padding: .375rem var(--gap); cursor: pointer; }
+.script { max-height: 24rem; overflow: auto; margin: 0; padding: .5rem 0; counter-reset: line; background: var(--box); }
+.script span { display: block; padding-left: 4.5rem; text-indent: -3.5rem; white-space: pre-wrap; }
+.script span::before { counter-increment: line; content: counter(line); display: inline-block; width: 2.5rem;
+  margin-right: 1rem; text-indent: 0; text-align: right; color: var(--soft); }
+
+.console { flex: 1; min-height: 12rem; overflow: auto; background: var(--box); font: var(--code); position: relative;
+  overflow-anchor: none; }
+.console .line { display: flex; min-height: 1.5em; white-space: pre; padding-right: 1rem; width: max-content;
+  min-width: 100%; }
+.console.wrapped .line { white-space: pre-wrap; width: auto; }
+.console .number { flex: none; width: 5.5rem; padding-right: 1rem; text-align: right; color: var(--soft);
+  user-select: none; }
+.console .number a { color: inherit; }
+.console .target { box-shadow: inset 3px 0 var(--link); background: var(--back); }
+mark { background: var(--put); color: var(--back); }
+.b { font-weight: 700; } .d { opacity: .8; } .i { font-style: italic; } .u { text-decoration: underline; }
+.s { text-decoration: line-through; } .v { filter: invert(1); background: var(--back); }
+
+dialog { border: 1px solid var(--line); border-radius: .5rem; background: var(--back); color: var(--text);
+  width: min(34rem, 92vw); padding: 1.25rem; }
+dialog::backdrop { background: rgb(0 0 0 / .5); }
+dialog form, .form { display: grid; gap: .75rem; }
+label.field { display: grid; grid-template-columns: 8rem minmax(0, 1fr); gap: .25rem var(--gap); align-items: center; }
+label.field.tall { align-items: start; }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: .75rem 2rem; }
+#toast { position: fixed; right: 1rem; bottom: 1rem; max-width: min(32rem, 92vw); z-index: 9; }
+#toast p { padding: .5rem var(--gap); border-radius: .375rem; background: var(--text); color: var(--back); }
+
+@media (min-width: 70rem) { .columns.low { grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); } }
+@media (min-width: 120rem) {
+  .columns { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
+  .task { grid-template-columns: 9rem 24rem 10rem 7rem 16rem minmax(0, 1fr); }
+}
+@media (max-width: 48rem) {
+  :root { --row: 4.5rem; --gap: .75rem; }
+  .head { display: none; }
+  header nav { order: 9; width: 100%; justify-content: space-between; }
+  main { gap: .75rem; }
+  [type="search"] { width: 100%; }
+  [role="group"].bar { flex-wrap: nowrap; overflow-x: auto; gap: .5rem; padding: 3px; scrollbar-width: none; }
+  .task { grid-template-columns: 8.5rem minmax(0, 1fr) auto; align-content: center; }
+  .task .id { grid-column: 1 / 3; grid-row: 1; }
+  .task .result { grid-column: 1; grid-row: 2; }
+  .task .begun { grid-column: 3; grid-row: 1; color: var(--soft); font-size: var(--small); }
+  .task .length { grid-column: 3; grid-row: 2; text-align: right; }
+  .task .steps { display: none; }
+  .task .why { grid-column: 2; grid-row: 2; font-size: var(--small); }
+  .step { grid-template-columns: 8.5rem minmax(0, 1fr) auto; align-content: center; }
+  .step .lane { grid-column: 1 / 4; grid-row: 2; }
+  .step .why, .stats .version { display: none; }
+  .file { grid-template-columns: minmax(0, 1fr) auto; align-content: center; }
+  .stats { grid-template-columns: repeat(3, auto); }
+  .stats > div { padding: .25rem var(--gap); }
+  .stats > .pool { grid-column: 1 / 4; grid-row: 2; display: flex; gap: var(--gap); align-items: center; }
+  .stats .pool dd, .stats .pool p { display: flex; gap: .5rem; flex-wrap: nowrap; align-items: center; }
+  .stats dd { font-size: 1rem; }
+  .console .number { width: 3.5rem; padding-right: .5rem; }
+  label.field { grid-template-columns: minmax(0, 1fr); }
+}
+"""
+DASHBOARD_PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" id="icon" href="data:,">
+<title>remote_executor</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+<h1><a href="#/" id="host">remote_executor</a></h1>
+<nav aria-label="Pages">
+<a href="#/">Tasks</a>
+<a href="#/new">New task</a>
+<a href="metrics" id="metrics">Metrics</a>
+<a href="swagger/index.html">API</a>
+<a href="debug/pprof/">Profiles</a>
+</nav>
+<span class="push small" id="connection" role="status"></span>
+<button type="button" id="help" aria-label="Keys">?</button>
+</header>
+<p class="notice" id="warning" role="alert" hidden></p>
+<main id="main" tabindex="-1"></main>
+<dialog id="dialog" aria-labelledby="dialog-title"></dialog>
+<div id="toast" role="status"></div>
+<noscript><p class="pad">This page needs JavaScript.</p></noscript>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+# ======================================================================================================================
+# V API / dashboard core: requests, events, lists of any length and the overview
+# ======================================================================================================================
+
+_DASHBOARD_CORE = r"""
+const RESULTS = {  // sign and word, so that nobody depends on the colour
+  waiting: ["○", "waiting"], running: ["▶", "running"], paused: ["‖", "paused"], succeeded: ["✓", "succeeded"],
+  failed: ["✗", "failed"], stopped: ["■", "stopped"], timed_out: ["◷", "timed out"],
+  output_limit: ["▲", "too much output"], lost: ["?", "lost"], not_started: ["!", "not started"],
+  not_run: ["–", "not run"],
+};
+const UNFINISHED = ["waiting", "running", "paused"];
+const BAD = ["failed", "timed_out", "output_limit", "lost", "not_started"];
+const byId = (id) => document.getElementById(id);
+const main = byId("main");
+const dialog = byId("dialog");
+const connection = byId("connection");
+const state = {
+  version: null, warning: "", daemon: null, pool: null,
+  tasks: [], next: null, total: 0, filter: { group: "all", id: "" },
+  details: new Map(),  // of tasks: { task, steps }, as far as they were asked for
+  hasFailures: false,
+};
+let view = null;  // what is shown: { update, keys, close }
+
+class RequestError extends Error {
+  constructor(status, message) { super(message); this.status = status; }
+}
+
+async function send(path, options = {}) {
+  const headers = { ...authorizationHeaders(storedToken()), ...options.headers };
+  let response;
+  try { response = await fetch(path, { ...options, headers }); }
+  catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new RequestError(0, "no connection to the daemon");
+  }
+  if (response.ok) return response;
+  const body = await response.json().catch(() => ({}));
+  if (response.status === 401) askForToken(Boolean(storedToken()));
+  throw new RequestError(response.status, body.message || `the daemon answered ${response.status}`);
+}
+
+// The JSON of an answer. What does not exist is an error too, though its status is 200.
+async function ask(path, options) {
+  const body = await (await send(path, options)).json();
+  if (body.code === 1003) throw new RequestError(404, body.message);
+  return body;
+}
+
+const taskPath = (id, ...rest) => ["api/v1/task", id, ...rest].map(String).map((part, index) =>
+  index ? encodeURIComponent(part) : part).join("/");
+
+// -- words
+
+function formatSeconds(seconds) {
+  if (seconds < 10) return seconds.toFixed(seconds < 0.0995 ? 2 : 1) + " s";
+  if (seconds < 60) return Math.floor(seconds) + " s";
+  const minutes = Math.floor(seconds / 60);
+  if (minutes < 60) return `${minutes} min ${Math.floor(seconds % 60)} s`;
+  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+function formatBytes(count) {
+  const units = ["bytes", "KB", "MB", "GB", "TB"];
+  let unit = 0;
+  while (count >= 1000 && unit < units.length - 1) { count /= 1000; unit++; }
+  return (unit && count < 100 ? count.toFixed(1) : Math.round(count)) + " " + units[unit];
+}
+
+const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
+
+function formatAge(moment) {
+  const seconds = Math.round((Date.now() - Date.parse(moment)) / 1000);
+  if (Math.abs(seconds) < 10) return "just now";
+  const [size, word] = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([unit, word]) =>
+    Math.abs(seconds) >= (word === "d" ? 2 * unit : unit));
+  const number = Math.floor(Math.abs(seconds) / size);
+  const text = `${word === "s" ? number - number % 10 : number} ${word}`;
+  return seconds < 0 ? "in " + text : text + " ago";
+}
+
+function exactMoment(moment) {
+  return new Date(moment).toLocaleString();
+}
+
+function createTime(moment) {
+  if (!moment) return h("span.soft", "–");
+  return h("time", { datetime: moment, title: exactMoment(moment) }, formatAge(moment));
+}
+
+// How long it has run; it counts on while it runs.
+function secondsOf(row) {
+  const age = row.result === "running" ? (performance.now() - row.receivedAt) / 1000 : 0;
+  return row.seconds + age;
+}
+
+function createLength(row) {
+  if (!row.started_at) return h("span.soft.length", "–");
+  const element = h("span.length", formatSeconds(secondsOf(row)));
+  if (row.result === "running") { element.classList.add("ticks"); element.row = row; }
+  return element;
+}
+
+function createResult(result) {
+  const [sign, word] = RESULTS[result] || ["?", result];
+  return h("span", { class: "result " + result },
+    h("i", { "aria-hidden": "true" }, sign), " " + word);
+}
+
+// Why a step did not succeed.
+function reasonOf(step) {
+  if (step.result === "failed")
+    return step.signal ? `killed by signal ${step.signal}` : `exit code ${step.exit_code ?? step.code}`;
+  if (step.result === "stopped")
+    return "stopped" + (step.stopped_by ? ` by ${step.stopped_by}` : "") +
+      (step.stop_reason ? `: ${step.stop_reason}` : "");
+  if (step.result === "timed_out") return "ran longer than its timeout";
+  if (BAD.includes(step.result)) return step.msg.replace(/^Step: .*?, Exit Code: \d+: /, "");
+  return "";
+}
+
+// A live region is read aloud when it is set, be it to what it says already.
+function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+// Whether an element was made of other values.
+function isNews(element, ...values) {
+  const text = JSON.stringify(values);
+  const isNew = element.dataset.made !== text;
+  element.dataset.made = text;
+  return isNew;
+}
+
+function tick() {
+  const running = document.querySelectorAll(".ticks");
+  if (!running.length && Date.now() % 10000 > 1000) return;  // where nothing runs there are ages alone
+  for (const one of running) one.textContent = formatSeconds(secondsOf(one.row));
+  if (document.querySelector(".lane .running")) update();
+  for (const one of document.querySelectorAll("time")) setText(one, formatAge(one.dateTime));
+}
+
+// -- toasts and dialogs
+
+function say(text) {
+  const note = h("p", text);
+  byId("toast").append(note);
+  setTimeout(() => note.remove(), 6000);
+}
+
+function button(text, action, attributes) {
+  const element = h("button", { type: "button", ...attributes }, text);
+  on(element, "click", action);
+  return element;
+}
+
+function field(text, input, isTall) {
+  return h("label", { class: "field" + (isTall ? " tall" : "") }, h("span", text), input);
+}
+
+const leave = () => { location.hash = "#/"; };
+
+// Show a form; the promise is of its values once it is sent, of null when it is left.
+function showDialog(title, parts, accept, isDanger) {
+  return new Promise((resolve) => {
+    const form = h("form", { method: "dialog" }, h("h2", { id: "dialog-title" }, title), parts);
+    const submit = h("button", { class: isDanger ? "danger" : "main" }, accept);
+    form.append(h("p.bar", submit, button("Cancel", () => dialog.close("cancel"))));
+    let values = null;
+    on(form, "submit", (event) => {
+      event.preventDefault();
+      values = Object.fromEntries(new FormData(form));
+      dialog.close();
+    });
+    on(dialog, "close", () => resolve(values), { once: true });
+    dialog.replaceChildren(form);
+    if (!dialog.open) dialog.showModal();
+  });
+}
+
+async function askForToken(wasWrong) {
+  if (dialog.open) return;
+  const input = h("input", { type: "password", name: "token", required: "", autocomplete: "off",
+    spellcheck: "false" });
+  const keep = h("input", { type: "checkbox", name: "keep" });
+  const values = await showDialog(wasWrong ? "Wrong token" : "Token needed", [
+    h("p.soft", "The file token in the daemon's root has it. It is kept in this tab alone."),
+    field("Token", input), h("label", keep, " keep it in this browser"),
+  ], "Use it");
+  if (!values) return;
+  sessionStorage.setItem(TOKEN_KEY, values.token.trim());
+  localStorage.removeItem(TOKEN_KEY);
+  if (values.keep) localStorage.setItem(TOKEN_KEY, values.token.trim());
+  if (stream.hasAccess) loadView();
+  else stream.run();
+}
+
+const reasonField = () => field("Reason", h("input", { name: "reason", maxlength: "1000", placeholder: "optional" }));
+
+// Do something to the host, once it was confirmed where a question is given; then say what came of it.
+async function act({ question, explanation, accept, isDanger, input, run, done }) {
+  let values = {};
+  if (question) {
+    const parts = [h("p", explanation)];
+    if (input) parts.push(input);
+    values = await showDialog(question, parts, accept, isDanger);
+    if (!values) return;
+  }
+  try { say(done(await run(values)) || "done"); }
+  catch (error) {
+    say(({ 403: "not allowed: ", 404: "too late: " }[error.status] || "refused: ") + error.message);
+  }
+}
+
+// -- a list of any length, of which the page holds what is seen
+
+const MAX_HEIGHT = 8000000;  // browsers lay out nothing beyond some 30 million pixels
+
+class RowList {
+  // `createRow(index)` makes a row, `key(index)` is a value that changes with what the row shows.
+  constructor(scroller, createRow, key, seen = () => {}) {
+    Object.assign(this, { scroller, createRow, key, seen, length: 0, rows: new Map() });
+    this.table = scroller.closest("[role=table]");
+    this.window = h("div.window", this.table ? { role: "rowgroup" } : {});
+    this.spacer = h("div.spacer", { role: "presentation" }, this.window);
+    scroller.append(this.spacer);
+    on(scroller, "scroll", () => this.draw(), { passive: true });
+    this.observer = new ResizeObserver(() => this.draw());
+    this.observer.observe(scroller);
+  }
+  close() { this.observer.disconnect(); }
+  rowHeight() {
+    const style = getComputedStyle(document.documentElement);
+    return parseFloat(style.getPropertyValue("--row")) * parseFloat(style.fontSize);
+  }
+  setLength(length) {
+    this.length = length;
+    this.draw();
+  }
+  draw() {
+    const height = this.rowHeight();
+    const total = this.length * height;
+    const { scrollTop, clientHeight } = this.scroller;
+    this.spacer.style.height = Math.min(total, MAX_HEIGHT) + "px";
+    const scale = total > MAX_HEIGHT ? (total - clientHeight) / (MAX_HEIGHT - clientHeight) : 1;
+    const seen = Math.ceil(clientHeight / height) + 10;
+    this.first = Math.max(0, Math.min(Math.floor(scrollTop * scale / height) - 5, this.length - seen));
+    const last = Math.min(this.length, this.first + seen);
+    this.window.style.top = scrollTop - scrollTop * scale + this.first * height + "px";
+    const { activeElement } = document;
+    const focused = this.focused();
+    const rows = new Map();
+    for (let index = this.first; index < last; index++) {
+      const key = this.key(index);
+      const row = this.rows.get(key) || this.createRow(index);
+      if (this.table) row.setAttribute("aria-rowindex", index + 1);
+      row.index = index;
+      rows.set(key, row);
+    }
+    this.rows = rows;
+    const wanted = [...rows.values()];
+    wanted.forEach((row, index) => {
+      if (this.window.children[index] !== row) this.window.insertBefore(row, this.window.children[index] || null);
+    });
+    while (this.window.children.length > wanted.length) this.window.lastChild.remove();
+    if (focused && document.activeElement !== activeElement)
+      wanted.find((row) => row.dataset.id === focused.dataset.id)?.querySelector("a").focus({ preventScroll: true });
+    this.table?.setAttribute("aria-rowcount", this.length);
+    this.seen(this.first, last);
+  }
+  keys() {
+    const down = () => this.move(1);
+    const up = () => this.move(-1);
+    return { j: down, ArrowDown: down, k: up, ArrowUp: up };
+  }
+  // Move the focus by so many rows, from the top when no row has it.
+  move(step) {
+    const row = this.focused();
+    const index = row ? row.index + step : Math.max(0, this.first);
+    this.focus(Math.max(0, Math.min(this.length - 1, index)));
+  }
+  focus(index) {
+    const height = this.rowHeight();
+    const top = index * height;
+    const { scrollTop, clientHeight } = this.scroller;
+    if (top < scrollTop) this.scroller.scrollTop = top;
+    if (top + height > scrollTop + clientHeight) this.scroller.scrollTop = top + height - clientHeight;
+    this.draw();
+    this.window.querySelector(`[aria-rowindex="${index + 1}"] a`)?.focus({ preventScroll: true });
+  }
+  focused() {
+    return this.window.contains(document.activeElement) ? document.activeElement.closest(".row") : null;
+  }
+}
+
+function createTable(label, className, titles) {
+  const head = h("div", { class: `row head ${className}`, role: "row" },
+    ...titles.map((title) => h("span", { role: "columnheader" }, title)));
+  const scroller = h("div.scroller", { role: "presentation" });
+  const table = h("div.panel.list", { role: "table", "aria-label": label },
+    h("div", { role: "rowgroup" }, head), scroller);
+  return { table, scroller };
+}
+
+const cell = (className, ...children) => h("span", { role: "cell", class: className }, children);
+
+// -- events of the daemon
+
+function received(row) {
+  row.receivedAt = performance.now();
+  return row;
+}
+
+function matchesGlob(glob, id) {
+  const escaped = glob.replace(/[.+^${}()|\\]/g, "\\$&").replace(/\*/g, ".*").replace(/\?/g, ".").replace(/\[!/g, "[^");
+  try { return new RegExp("^" + escaped + "$").test(id); } catch { return false; }
+}
+
+const GROUPS = { all: [], unfinished: UNFINISHED, failed: BAD, stopped: ["stopped"], succeeded: ["succeeded"] };
+
+function idGlob() {
+  const { id } = state.filter;
+  return !id || /[*?[]/.test(id) ? id : `*${id}*`;
+}
+
+function isListed(task) {
+  const results = GROUPS[state.filter.group];
+  return (!results.length || results.includes(task.result)) && (!idGlob() || matchesGlob(idGlob(), task.id));
+}
+
+const handlers = {
+  task(task) {
+    received(task);
+    const index = state.tasks.findIndex((other) => other.id === task.id);
+    const before = state.tasks[index];
+    if (BAD.includes(task.result) && before?.result !== task.result) state.hasFailures ||= !document.hasFocus();
+    const detail = state.details.get(task.id);
+    if (detail) detail.task = { ...detail.task, ...task };
+    if (detail && task.ended_at) loadDetail(task.id).then(update, () => {});
+    if (before && isListed(task)) state.tasks[index] = task;
+    else if (before) { state.tasks.splice(index, 1); state.total--; }
+    else if (isListed(task)) insertTask(task);
+  },
+  step(step) {
+    const detail = state.details.get(step.task);
+    if (detail?.steps[step.step]) detail.steps[step.step] = received(step);
+  },
+  pool(pool) { state.pool = pool; },
+  expired({ id }) {
+    const index = state.tasks.findIndex((task) => task.id === id);
+    if (index >= 0) { state.tasks.splice(index, 1); state.total--; }
+    state.details.delete(id);
+    if (view.id === id) { leave(); say(`${id} is gone`); }
+  },
+  reset() {
+    stream.lastId = "";
+    stream.controller.abort();
+  },
+};
+
+// Put a task where it belongs: nowhere yet, if that is on a page that is not loaded.
+function insertTask(task) {
+  const begun = Date.parse(task.accepted_at);
+  const index = state.tasks.findIndex((other) => Date.parse(other.accepted_at) <= begun);
+  if (index < 0 && state.next) return;
+  state.tasks.splice(index < 0 ? state.tasks.length : index, 0, task);
+  state.total++;
+}
+
+const stream = {
+  controller: null, lastId: "", delayMs: 500, hasAccess: true,
+  show(text, className) {
+    connection.replaceChildren(h("span", { class: "dot " + className }), text);
+  },
+  async run() {
+    for (;;) {
+      this.controller = new AbortController();
+      try { await this.read(); }
+      catch (error) {
+        this.hasAccess = error.status !== 401;
+        if (!this.hasAccess) { this.show("no access", "lost"); return; }
+      }
+      this.show("no connection, trying again", "lost");
+      await new Promise((resolve) => setTimeout(resolve, this.delayMs));
+      this.delayMs = Math.min(this.delayMs * 2, 10000);
+    }
+  },
+  async read() {
+    const query = this.lastId ? "?last_event_id=" + this.lastId : "";
+    const response = await send("api/v1/event" + query, { signal: this.controller.signal });
+    this.hasAccess = true;
+    this.show("live", "live");
+    this.delayMs = 500;
+    if (!this.lastId) await load();
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let text = "";
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) throw new Error("the daemon has ended the stream");
+      const parts = (text + value).split("\n\n");
+      text = parts.pop();
+      for (const part of parts) this.dispatch(part);
+      refresh();
+      update();
+    }
+  },
+  dispatch(part) {
+    const fields = {};
+    for (const line of part.split("\n")) {
+      const colon = line.indexOf(": ");
+      if (colon > 0) fields[line.slice(0, colon)] = line.slice(colon + 2);
+    }
+    if (fields.id) this.lastId = fields.id;
+    if (handlers[fields.event]) handlers[fields.event](JSON.parse(fields.data));
+  },
+};
+
+async function loadDaemon() {
+  state.warning = (await ask("healthyz")).data.warning || "";
+  state.daemon = (await ask("api/v1/state")).data;
+  state.pool = state.daemon.pool;
+}
+
+// What no event tells: how many steps run, and the disk.
+let isRefreshing = false;
+function refresh() {
+  if (isRefreshing) return;
+  isRefreshing = true;
+  setTimeout(() => loadDaemon().then(update, () => {}).finally(() => { isRefreshing = false; }), 1000);
+}
+
+// Everything that is shown, read anew.
+async function load() {
+  state.version = (await ask("version")).data;
+  await loadDaemon();
+  state.details.clear();
+  await loadTasks();
+  await loadView();
+}
+
+async function loadView() {
+  try { await view.load(); }
+  catch (error) {
+    if (error.status === 404) main.replaceChildren(h("p.empty", error.message));
+    else say(error.message);
+  }
+  update();
+}
+
+const PAGE_TASKS = 200;
+let listing = 0;  // of the last request for the list: the answer to an earlier one is dropped
+
+async function loadTasks(cursor) {
+  const number = ++listing;
+  const query = new URLSearchParams({ order: "desc", limit: PAGE_TASKS });
+  for (const result of GROUPS[state.filter.group]) query.append("result", result);
+  if (idGlob()) query.set("id", idGlob());
+  if (cursor) query.set("cursor", cursor);
+  const { data } = await ask("api/v1/task?" + query);
+  if (number !== listing) return;
+  data.tasks.forEach(received);
+  if (cursor) {
+    const ids = new Set(state.tasks.map((task) => task.id));
+    state.tasks.push(...data.tasks.filter((task) => !ids.has(task.id)));
+  } else state.tasks = data.tasks;
+  state.next = data.next || null;
+  state.total = data.total;
+}
+
+// -- the page around the views
+
+let isScheduled = false;
+function update() {
+  if (isScheduled) return;
+  isScheduled = true;
+  const draw = () => {
+    if (!isScheduled) return;
+    isScheduled = false;
+    showFrame();
+    view.update();
+  };
+  if (document.hidden) setTimeout(draw, 1000);
+  else requestAnimationFrame(draw);
+}
+
+function showFrame() {
+  const host = state.daemon?.host.name || location.host;
+  byId("host").textContent = host;
+  const { running = 0, paused } = state.pool || {};
+  let title = paused ? "pool paused" : running ? `${running} running` : "idle";
+  if (view?.title) title = view.title();
+  document.title = `${title} · ${host}`;
+  const warning = byId("warning");
+  setText(warning, state.warning);
+  warning.hidden = !state.warning;
+  let colour = running ? "%230550ae" : "%23116329";
+  if (state.hasFailures) colour = "%23b42318";
+  const icon = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>" +
+    `<circle cx='8' cy='8' r='7' fill='${colour}'/></svg>`;
+  const link = byId("icon");
+  if (link.getAttribute("href") !== icon) link.setAttribute("href", icon);
+}
+
+function show(newView) {
+  view?.close?.();
+  view = newView;
+  document.body.classList.toggle("filled", Boolean(view.isFilled));
+  main.replaceChildren(...view.elements);
+  update();
+}
+"""
+_DASHBOARD_OVERVIEW = r"""
+// -- the overview: what runs here, and what has become of the rest
+
+function createOverview() {
+  const stats = h("dl.stats", { "aria-label": "This host" });
+  const groups = Object.keys(GROUPS).map((group) =>
+    button(group[0].toUpperCase() + group.slice(1), () => choose({ group }), { "data-group": group }));
+  const search = h("input", { type: "search", placeholder: "id, or a pattern: web-*",
+    "aria-label": "Filter by id", spellcheck: "false", title: "/" });
+  const shown = h("span.push.soft.small", { "aria-live": "polite" });
+  const { table, scroller } = createTable("Tasks", "task", ["Result", "Task", "Begun", "Took", "Steps", "Why"]);
+  const empty = h("p.empty");
+  table.append(empty);
+  let timer = 0;
+  let isLoading = false;
+  let lookUp = 0;
+
+  const keyOf = (index) => {
+    const task = state.tasks[index];
+    const detail = state.details.get(task.id);
+    const steps = detail ? detail.steps.map((step) => step.result).join() : "";
+    return [task.id, task.result, task.started_at, task.seconds, task.msg, steps].join(" ");
+  };
+  const createRow = (index) => {
+    const task = state.tasks[index];
+    const detail = state.details.get(task.id);
+    const link = h("a.name", { href: "#" + task.id, title: task.id }, task.id);
+    const row = h("div.row.task", { role: "row", "data-id": task.id },
+      createResult(task.result), cell("id", link), cell("begun above", createTime(task.started_at || task.accepted_at)),
+      cell("length", createLength(task)), cell("steps plain", createStrip(task, detail)),
+      cell("why", whyOf(task, detail)));
+    row.firstChild.setAttribute("role", "cell");
+    return row;
+  };
+  // Unfinished and failed tasks in view are asked for their steps once the list stands still.
+  const seen = (first, last) => {
+    clearTimeout(lookUp);
+    lookUp = setTimeout(() => loadDetails(state.tasks.slice(first, last)), 150);
+    if (state.next && last > state.tasks.length - PAGE_TASKS / 2 && !isLoading) {
+      isLoading = true;
+      loadTasks(state.next).catch(() => {}).finally(() => { isLoading = false; update(); });
+    }
+  };
+  const list = new RowList(scroller, createRow, keyOf, seen);
+
+  const withFocused = (action) => {
+    const task = state.tasks[list.focused()?.index];
+    if (task) action(task);
+  };
+  async function choose(filter) {
+    Object.assign(state.filter, filter);
+    scroller.scrollTop = 0;
+    try { await loadTasks(); } catch (error) { say(error.message); }
+    update();
+  }
+  search.value = state.filter.id;
+  on(search, "input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => choose({ id: search.value.trim() }), 200);
+  });
+  on(search, "keydown", (event) => {
+    if (event.key === "Escape") { search.value = ""; choose({ id: "" }); search.blur(); }
+    if (event.key === "Enter") list.focus(0);
+  });
+  const filters = h("div.bar", { role: "search", "aria-label": "Tasks" }, search,
+    h("span.bar", { role: "group", "aria-label": "Result" }, groups), shown);
+  return {
+    isFilled: true,
+    elements: [stats, filters, table],
+    update() {
+      showStats(stats);
+      for (const one of groups) one.setAttribute("aria-pressed", one.dataset.group === state.filter.group);
+      setText(shown, state.daemon ? count(state.total, "task") : "loading");
+      const isFiltered = state.filter.id || state.filter.group !== "all";
+      empty.textContent = isFiltered ? "No task is like this." : "No tasks yet: press n to make one.";
+      empty.hidden = state.tasks.length > 0 || !state.daemon;
+      list.setLength(state.tasks.length);
+    },
+    async load() {},
+    keys: {
+      "/": () => search.focus(),
+      ...list.keys(),
+      s: () => withFocused(stopTask), r: () => withFocused(rerunTask),
+    },
+    close: () => list.close(),
+  };
+}
+
+async function loadDetails(tasks) {
+  for (const task of tasks) {
+    if (task.result === "succeeded" || task.count > 200 || state.details.has(task.id)) continue;
+    state.details.set(task.id, { task, steps: [] });
+    try { await loadDetail(task.id); }
+    catch (error) { if (error.status !== 404) return; }
+    update();
+  }
+  for (const id of [...state.details.keys()].slice(0, -1000)) if (id !== view.id) state.details.delete(id);
+}
+
+async function loadDetail(id) {
+  const body = await ask(taskPath(id));
+  body.data.forEach(received);
+  const detail = { task: received(body.task), steps: body.data };
+  state.details.set(id, detail);
+  return detail;
+}
+
+function createStrip(task, detail) {
+  let results = detail?.steps.map((step) => step.result) || [];
+  if (!results.length) results = Array(task.result === "succeeded" ? task.count : 1).fill(task.result);
+  const counts = new Map();
+  for (const result of results) counts.set(result, (counts.get(result) || 0) + 1);
+  const words = [...counts].map(([result, number]) => `${number} ${RESULTS[result][1]}`).join(", ");
+  const label = results.length === task.count ? words : count(task.count, "step");
+  // Of many steps the share of each result is shown.
+  const parts = results.length > 40 ? [...counts] : results.map((result) => [result, 1]);
+  const marks = parts.map(([result, share]) => {
+    const mark = h("i", { class: result });
+    mark.style.flexGrow = share;
+    return mark;
+  });
+  return h("span.strip", { role: "img", title: label, "aria-label": label }, marks);
+}
+
+function whyOf(task, detail) {
+  const steps = detail ? detail.steps : [];
+  if (task.result === "running") {
+    const names = steps.filter((step) => step.result === "running").map((step) => step.name);
+    return names.join(", ");
+  }
+  const failed = steps.find((step) => BAD.includes(step.result)) || steps.find((step) => step.result === "stopped");
+  if (failed) return `${failed.name}: ${reasonOf(failed)}`;
+  if (task.result === "paused") return "held until it is resumed";
+  if (task.result === "waiting") return task.msg;
+  return task.result === "succeeded" ? "" : task.msg.replace(/^execution failed: /, "");
+}
+
+function showStats(list) {
+  if (!state.daemon) return;
+  const { pool, daemon } = state;
+  const { disk_free_bytes: free, disk_total_bytes: whole } = daemon.root;
+  const used = h("meter", { min: 0, max: pool.size, value: pool.running, "aria-label": "Pool in use" });
+  if (!isNews(list, pool, free)) return;
+  const entry = (title, ...value) => h("div", { class: title.toLowerCase() }, h("dt", title), h("dd", value));
+  const poolState = pool.paused ? ["‖ paused", h("small", pool.reason ? " " + pool.reason : "")] : ["open"];
+  list.replaceChildren(
+    entry("Steps running", `${pool.running} `, h("small", `of ${pool.size}`), used),
+    entry("Steps waiting", String(pool.waiting)),
+    entry("Pool", h("span", { class: pool.paused ? "mark paused" : "" }, poolState),
+      h("p.bar.small", button("Size", setPoolSize), button(pool.paused ? "Resume" : "Pause", pausePool))),
+    entry("Disk free", formatBytes(free), h("small", ` of ${formatBytes(whole)}`)),
+    entry("Version", state.version.version, h("small", ` ${daemon.host.system}`)),
+  );
+}
+
+function setPool(settings) {
+  return ask("api/v1/pool", { method: "POST", body: JSON.stringify(settings) }).then(({ data }) => {
+    state.pool = data;
+    update();
+    return data;
+  });
+}
+
+function setPoolSize() {
+  const input = h("input", { name: "size", type: "number", min: 1, max: 10000, required: "", value: state.pool.size });
+  act({ question: "Size of the pool", explanation: "So many steps run at once; what runs goes on.", accept: "Set it",
+    input: field("Steps", input), run: ({ size }) => setPool({ size: Number(size) }),
+    done: (pool) => `the pool has ${pool.size} slots` });
+}
+
+function pausePool() {
+  if (state.pool.paused) act({ run: () => setPool({ paused: false, reason: "" }), done: () => "the pool goes on" });
+  else act({ question: "Pause the pool?", explanation: "No further step of any task starts; what runs goes on.",
+    accept: "Pause", input: reasonField(), run: ({ reason }) => setPool({ paused: true, reason }),
+    done: () => "the pool is paused" });
+}
+
+// -- what can be done to a task
+
+const put = (path, values) => ask(path + "?" + new URLSearchParams(values), { method: "PUT" });
+
+function stopTask(task) {
+  if (!UNFINISHED.includes(task.result)) { say(`${task.id} has ended`); return; }
+  act({ question: `Stop ${task.id}?`, accept: "Stop it", isDanger: true, input: reasonField(),
+    explanation: "Its running steps are killed with all their processes, the others never start.",
+    run: ({ reason }) => put(taskPath(task.id), { action: "stop", reason }),
+    done: () => `${task.id} is being stopped` });
+}
+
+function stopStep(task, step) {
+  if (!UNFINISHED.includes(step.result)) { say(`${step.name} has ended`); return; }
+  act({ question: `Stop ${step.name}?`, accept: "Stop it", isDanger: true, input: reasonField(),
+    explanation: "It is killed with all its processes; what depends on it never runs.",
+    run: ({ reason }) => put(taskPath(task.id, step.step), { action: "stop", reason }),
+    done: () => `${step.name} is being stopped` });
+}
+
+function pauseTask(task) {
+  const action = task.result === "paused" ? "resume" : "pause";
+  act({ run: () => put(taskPath(task.id), { action }),
+    done: () => `${task.id}: ${action === "pause" ? "no further step starts" : "goes on"}` });
+}
+
+const canRerun = () => state.version.features.includes("rerun");
+
+function rerunTask(task, only = "") {
+  if (!canRerun()) { location.hash = "#/new/" + task.id; return; }
+  const what = only ? "its failed steps and what follows them" : "all its steps";
+  act({ question: `Run ${task.id} again?`, accept: "Run again", explanation: `A new task runs ${what}, as submitted.`,
+    run: () => ask(taskPath(task.id, "rerun") + (only && "?only=" + only), { method: "POST" }),
+    done: ({ data }) => { location.hash = "#" + data.id; return `${data.id} is accepted`; } });
+}
+
+function deleteTask(task) {
+  act({ question: `Delete ${task.id}?`, accept: "Delete it", isDanger: true,
+    explanation: "Its record goes, with its output and all files of its workspace. This cannot be undone.",
+    run: () => ask(taskPath(task.id), { method: "DELETE" }),
+    done: () => { leave(); return `${task.id} is deleted`; } });
+}
+"""
+
+
+# ======================================================================================================================
+# V API / dashboard views: a task, its graph, its files, a console, a new task
+# ======================================================================================================================
+
+_DASHBOARD_TASK = r"""
+// -- a task: its graph, its steps in time, what was submitted
+
+const MAX_GRAPH = 200;  // of more steps a graph tells nothing that the table does not
+
+function createTask(id) {
+  const heading = h("div.bar");
+  const facts = h("p.soft");
+  const graph = h("section.panel.graph", { "aria-label": "Graph of the steps" });
+  const { table, scroller } = createTable("Steps", "step", ["Result", "Step", "", "Took", "Why"]);
+  const axis = table.querySelector("[role=columnheader]:nth-child(3)");
+  axis.classList.add("axis");
+  const submitted = h("section.panel", { "aria-label": "What was submitted" });
+  const files = h("section.panel", { "aria-label": "Files" });
+  let detail = null;
+  let edges = null;
+  let span = [0, 1];
+
+  const list = new RowList(scroller, createRow, (index) => {
+    const step = detail.steps[index];
+    return [index, step.result, step.attempt, createLength(step).textContent, step.started_at, ...span].join(" ");
+  });
+  function createRow(index) {
+    const step = detail.steps[index];
+    const link = h("a.name", { href: `#${id}/${step.step}`, title: step.name }, step.name);
+    const row = h("div.row.step", { role: "row", "data-id": step.step }, createResult(step.result),
+      cell("id", link), cell("lane plain", createBar(step)), cell("length", createLength(step)),
+      cell("why", (step.attempt > 1 ? `attempt ${step.attempt} ` : "") + reasonOf(step)));
+    row.firstChild.setAttribute("role", "cell");
+    return row;
+  }
+  function createBar(step) {
+    if (!step.started_at) return "";
+    const [begin, end] = span;
+    const bar = h("i", { class: step.result, title: exactMoment(step.started_at) });
+    const started = Date.parse(step.started_at);
+    bar.style.left = 100 * (started - begin) / (end - begin) + "%";
+    bar.style.width = 100 * Math.min(secondsOf(step) * 1000, end - started) / (end - begin) + "%";
+    return bar;
+  }
+  function measure() {
+    const begun = detail.steps.filter((step) => step.started_at);
+    const begins = begun.map((step) => Date.parse(step.started_at));
+    const ends = begun.map((step, index) => begins[index] + secondsOf(step) * 1000);
+    const begin = Math.min(...begins);
+    let end = Math.max(begin + 1, ...ends);
+    if (begun.some((step) => step.result === "running")) end = begin + niceLength(end - begin);
+    span = begun.length ? [begin, end] : [0, 1];
+    const middle = begun.length ? formatSeconds((end - begin) / 1000) : "";
+    axis.replaceChildren(h("span", begun.length ? "0" : ""), h("span", middle));
+  }
+  function showHeading() {
+    const { task } = detail;
+    if (isNews(heading, task.result, task.stop_reason)) {
+      const isLive = UNFINISHED.includes(task.result);
+      const acts = isLive
+        ? [button(task.result === "paused" ? "Resume" : "Pause", () => pauseTask(detail.task)),
+          button("Stop", () => stopTask(detail.task), { class: "danger", title: "Stop (s)" })]
+        : [button("Run again", () => rerunTask(detail.task), { title: "Run again (r)" }),
+          canRerun() && task.result !== "succeeded"
+            ? button("Run failed again", () => rerunTask(detail.task, "failed")) : [],
+          button("Delete", () => deleteTask(detail.task), { class: "danger" })];
+      heading.replaceChildren(h("h2", task.id), createResult(task.result),
+        h("span.bar.push", acts, h("a.button", { href: "#/new/" + id }, "Use as a template")));
+    }
+    const parts = [count(task.count, "step"), " · "];
+    if (task.started_at) parts.push("took ", createLength(task), " · ");
+    parts.push("accepted ", createTime(task.accepted_at));
+    if (task.submitted_by) parts.push(` from ${task.submitted_by}`);
+    if (task.stopped_by) parts.push(` · stopped by ${task.stopped_by}`);
+    if (task.stop_reason) parts.push(`: ${task.stop_reason}`);
+    if (task.parent) parts.push(" · again, after ", h("a", { href: "#" + task.parent }, task.parent));
+    if (task.expires_at) parts.push(" · kept for ", formatAge(task.expires_at).replace("in ", ""));
+    facts.replaceChildren(...parts);
+  }
+  function showGraph() {
+    const { steps } = detail;
+    graph.hidden = steps.length > MAX_GRAPH || steps.length < 2;
+    if (graph.hidden) return;
+    const critical = new Set(UNFINISHED.includes(detail.task.result) ? [] : criticalPath(steps));
+    if (!edges) edges = drawGraph(graph, id, steps);
+    if (isNews(graph, steps.map((step) => step.result))) edges.colour(steps, critical);
+  }
+  async function loadSubmission() {
+    try {
+      const { data } = await ask(taskPath(id, "submission"));
+      showSubmission(submitted, id, data);
+    } catch (error) { submitted.replaceChildren(h("p.pad.soft", error.message)); }
+  }
+  return {
+    elements: [heading, facts, h("div.columns", graph, table), h("div.columns.low", submitted, files)],
+    title: () => detail ? `${RESULTS[detail.task.result].join(" ")} ${id}` : id,
+    async load() {
+      detail = await loadDetail(id);
+      if (!submitted.childElementCount) loadSubmission();
+      if (!files.childElementCount) showFiles(files, id, "");
+      update();
+    },
+    update() {
+      if (!state.details.has(id) || !detail) return;
+      detail = state.details.get(id);
+      showHeading();
+      measure();
+      showGraph();
+      const rows = Math.min(detail.steps.length, 12);
+      table.style.height = `calc(${rows} * var(--row) + 2rem + 2px)`;
+      list.setLength(detail.steps.length);
+    },
+    keys: {
+      ...list.keys(),
+      s: () => {
+        const row = list.focused();
+        if (row) stopStep(detail.task, detail.steps[row.index]);
+        else stopTask(detail.task);
+      },
+      r: () => rerunTask(detail.task), u: leave,
+    },
+    close: () => list.close(),
+  };
+}
+
+// A round length that leaves room, so that the axis of what runs does not change with each second.
+const niceLength = (milliseconds) => 1000 * 2 ** Math.max(0, Math.ceil(Math.log2(milliseconds * 0.0011)));
+
+function dependencies(steps) {
+  const byName = new Map(steps.map((step, index) => [step.name, index]));
+  return steps.map((step) => (step.depets_on || []).filter((name) => byName.has(name)).map((name) => byName.get(name)));
+}
+
+// The steps that the end waited for: from the one that ended last, each time the dependency that ended last.
+function criticalPath(steps) {
+  const end = (index) => Date.parse(steps[index].ended_at) || 0;
+  const latest = (indexes) => indexes.reduce((best, index) => best < 0 || end(index) > end(best) ? index : best, -1);
+  const before = dependencies(steps);
+  const path = [];
+  let index = latest(steps.map((_, number) => number));
+  while (index >= 0 && end(index)) { path.push(index); index = latest(before[index]); }
+  return path;
+}
+
+// Layers from left to right (Sugiyama): an edge that skips layers gets a place in each, so that it crosses no step.
+function layOut(before) {
+  const rank = before.map(() => 0);
+  for (let round = 0, changed = true; changed && round <= before.length; round++) {
+    changed = false;
+    before.forEach((list, index) => {
+      for (const other of list) if (rank[index] <= rank[other]) { rank[index] = rank[other] + 1; changed = true; }
+    });
+  }
+  const nodes = before.map((_, index) => ({ rank: rank[index], before: [], after: [], isStep: true }));
+  const edges = [];
+  before.forEach((list, index) => {
+    for (const other of list) {
+      const path = [other];
+      for (let layer = rank[other] + 1; layer < rank[index]; layer++)
+        path.push(nodes.push({ rank: layer, before: [], after: [], isStep: false }) - 1);
+      path.push(index);
+      for (let place = 1; place < path.length; place++) {
+        nodes[path[place]].before.push(path[place - 1]);
+        nodes[path[place - 1]].after.push(path[place]);
+      }
+      edges.push({ from: other, to: index, path });
+    }
+  });
+  const layers = [];
+  nodes.forEach((node, index) => (layers[node.rank] = layers[node.rank] || []).push(index));
+  const settle = (layer) => layer.forEach((index, place) => { nodes[index].place = place; });
+  layers.forEach(settle);
+  const mean = (list, name) => list.reduce((sum, index) => sum + nodes[index][name], 0) / list.length;
+  for (let sweep = 0; sweep < 12; sweep++) {
+    const side = sweep % 2 ? "after" : "before";
+    for (const layer of sweep % 2 ? [...layers].reverse() : layers) {
+      const wish = new Map(layer.map((index) =>
+        [index, nodes[index][side].length ? mean(nodes[index][side], "place") : nodes[index].place]));
+      settle(layer.sort((one, other) => wish.get(one) - wish.get(other)));
+    }
+  }
+  placeLayers(nodes, layers, mean);
+  return { nodes, edges, layers };
+}
+
+// Each as near to the middle of its neighbours as the order and the distance allow.
+function placeLayers(nodes, layers, mean) {
+  const room = (one, other) => nodes[one].isStep || nodes[other].isStep ? 1 : 0.5;
+  for (const layer of layers) layer.forEach((index, place) => { nodes[index].y = place - (layer.length - 1) / 2; });
+  for (let sweep = 0; sweep < 30; sweep++)
+    for (const layer of sweep % 2 ? [...layers].reverse() : layers) {
+      const wishes = layer.map((index) => {
+        const near = [...nodes[index].before, ...nodes[index].after];
+        return near.length ? mean(near, "y") : nodes[index].y;
+      });
+      let shift = 0;
+      layer.forEach((index, place) => {
+        const above = place ? nodes[layer[place - 1]].y + room(layer[place - 1], index) : -Infinity;
+        nodes[index].y = Math.max(wishes[place], above);
+        shift += (wishes[place] - nodes[index].y) / layer.length;
+      });
+      for (const index of layer) nodes[index].y += shift;
+    }
+}
+
+const STEP_WIDTH = 176;
+const STEP_HEIGHT = 36;
+const LAYER_GAP = 56;
+const ROW_GAP = 50;
+
+function createSvg(tag, attributes, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+const shorten = (text, length) => text.length > length ? text.slice(0, length - 1) + "…" : text;
+
+function drawGraph(panel, id, steps) {
+  const { nodes, edges } = layOut(dependencies(steps));
+  const left = (index) => nodes[index].rank * (STEP_WIDTH + LAYER_GAP);
+  const middle = (index) => nodes[index].y * ROW_GAP;
+  const curves = edges.map(({ path }) => {
+    let line = `M${left(path[0]) + STEP_WIDTH} ${middle(path[0])}`;
+    for (let place = 1; place < path.length; place++) {
+      const from = left(path[place - 1]) + STEP_WIDTH;
+      const to = left(path[place]);
+      const bend = (from + to) / 2;
+      line += ` C${bend} ${middle(path[place - 1])} ${bend} ${middle(path[place])} ${to} ${middle(path[place])}`;
+      if (place < path.length - 1) line += ` H${to + STEP_WIDTH}`;
+    }
+    return createSvg("path", { d: line });
+  });
+  const boxes = steps.map((step, index) => createSvg("a", { href: `#${id}/${step.step}`, class: "node",
+    transform: `translate(${left(index)} ${middle(index) - STEP_HEIGHT / 2})` },
+    createSvg("rect", { width: STEP_WIDTH, height: STEP_HEIGHT, rx: 6 }),
+    createSvg("text", { class: "mark", x: 10, y: 23 }), createSvg("text", { x: 30, y: 23 }, shorten(step.name, 20)),
+    createSvg("title", {})));
+  const svg = createSvg("svg", { role: "group", "aria-label": `${steps.length} steps`, tabindex: "0" },
+    createSvg("g", {}, ...curves, ...boxes));
+  const lefts = nodes.map((_, index) => left(index));
+  const middles = nodes.map((_, index) => middle(index));
+  const box = { left: -16, right: Math.max(...lefts) + STEP_WIDTH + 16,
+    top: Math.min(...middles) - STEP_HEIGHT, bottom: Math.max(...middles) + STEP_HEIGHT };
+  panel.style.height = (box.bottom - box.top) * 1.1 + "px";
+  panel.replaceChildren(svg, addSteering(svg, box));
+  return {
+    colour(rows, critical) {
+      rows.forEach((step, index) => {
+        const [sign, word] = RESULTS[step.result];
+        boxes[index].setAttribute("class", "node " + step.result);
+        boxes[index].querySelector(".mark").textContent = sign;
+        const words = [step.name, word, reasonOf(step), step.ended_at && formatSeconds(step.seconds)];
+        boxes[index].querySelector("title").textContent = words.filter(Boolean).join(", ");
+      });
+      edges.forEach(({ from, to }, index) =>
+        curves[index].classList.toggle("critical", critical.has(from) && critical.has(to)));
+    },
+  };
+}
+
+// Pan by pointer and arrow keys, zoom by pinch, Ctrl with the wheel, + and -, and all of it by 0.
+function addSteering(svg, box) {
+  const view = { x: 0, y: 0, scale: 1 };
+  const pointers = new Map();
+  let hasMoved = false;
+  const apply = () => {
+    const { width, height } = svg.getBoundingClientRect();
+    svg.setAttribute("viewBox", [view.x, view.y, (width || 1) / view.scale, (height || 1) / view.scale].join(" "));
+  };
+  const fit = (least) => {
+    const { width, height } = svg.getBoundingClientRect();
+    const needed = Math.min(width / (box.right - box.left), height / (box.bottom - box.top));
+    view.scale = Math.max(least, Math.min(1.1, needed));
+    view.x = box.left - Math.max(0, width / view.scale - (box.right - box.left)) / 2;
+    view.y = (box.top + box.bottom - height / view.scale) / 2;
+    apply();
+  };
+  const zoom = (factor, x, y) => {
+    const { width, height, left, top } = svg.getBoundingClientRect();
+    const atX = x === undefined ? width / 2 : x - left;
+    const atY = y === undefined ? height / 2 : y - top;
+    const scale = Math.max(0.1, Math.min(3, view.scale * factor));
+    view.x += atX / view.scale - atX / scale;
+    view.y += atY / view.scale - atY / scale;
+    view.scale = scale;
+    apply();
+  };
+  const pan = (x, y) => { view.x += x / view.scale; view.y += y / view.scale; apply(); };
+  on(svg, "wheel", (event) => {
+    if (!event.ctrlKey && !event.metaKey) return;
+    event.preventDefault();
+    zoom(Math.exp(-event.deltaY / 200), event.clientX, event.clientY);
+  }, { passive: false });
+  on(svg, "pointerdown", (event) => { pointers.set(event.pointerId, event); hasMoved = false; });
+  on(svg, "pointermove", (event) => {
+    const last = pointers.get(event.pointerId);
+    if (!last) return;
+    const others = [...pointers.values()].filter((other) => other.pointerId !== event.pointerId);
+    if (!hasMoved && Math.hypot(event.clientX - last.clientX, event.clientY - last.clientY) < 4) return;
+    hasMoved = true;
+    svg.setPointerCapture(event.pointerId);
+    if (others.length) {
+      const distance = (one) => Math.hypot(one.clientX - others[0].clientX, one.clientY - others[0].clientY);
+      zoom(distance(event) / Math.max(1, distance(last)), event.clientX, event.clientY);
+    } else pan(last.clientX - event.clientX, last.clientY - event.clientY);
+    pointers.set(event.pointerId, event);
+  });
+  for (const name of ["pointerup", "pointercancel"])
+    on(svg, name, (event) => pointers.delete(event.pointerId));
+  on(svg, "click", (event) => { if (hasMoved) event.preventDefault(); }, true);
+  on(svg, "dragstart", (event) => event.preventDefault());
+  const keys = { ArrowLeft: [-60, 0], ArrowRight: [60, 0], ArrowUp: [0, -60], ArrowDown: [0, 60] };
+  on(svg, "keydown", (event) => {
+    if (keys[event.key]) pan(...keys[event.key]);
+    else if (event.key === "+" || event.key === "=") zoom(1.25);
+    else if (event.key === "-") zoom(0.8);
+    else if (event.key === "0") fit(0.1);
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  });
+  new ResizeObserver(() => fit(0.7)).observe(svg);  // so that labels can be read
+  return h("p.bar", button("+", () => zoom(1.25), { "aria-label": "Zoom in" }),
+    button("−", () => zoom(0.8), { "aria-label": "Zoom out" }), button("Fit", () => fit(0.1)));
+}
+
+function showSubmission(panel, id, { query, steps }) {
+  const facts = (values) => h("dl.facts.pad", ...Object.entries(values).flatMap(([name, value]) =>
+    [h("dt", name), h("dd.code", value)]));
+  const details = steps.slice(0, MAX_GRAPH).map((step, index) => {
+    const { command_content: script, name, ...others } = step;
+    const values = {};
+    for (const [key, value] of Object.entries(others)) {
+      if (value === null || value === undefined) continue;
+      const isList = Array.isArray(value) && value.every((item) => typeof item === "string");
+      values[key] = isList ? value.join("\n") : typeof value === "string" ? value : JSON.stringify(value);
+    }
+    const body = h("div");
+    const element = h("details", h("summary", name || `${id}-${index}`, " ",
+      h("small.soft", String(step.command_type))), body);
+    on(element, "toggle", () => body.replaceChildren(facts(values), createScript(String(script))), { once: true });
+    if (steps.length === 1) element.open = true;
+    return element;
+  });
+  const given = [...new URLSearchParams(query)].map(([name, value]) => `${name}=${value}`).join("\n");
+  panel.replaceChildren(h("h3", "What was submitted"), ...(given ? [facts({ query: given })] : []), ...details);
+  if (steps.length > MAX_GRAPH)
+    panel.append(h("p.pad.soft", `and ${steps.length - MAX_GRAPH} more: see a step's own page`));
+}
+
+function createScript(text) {
+  const lines = text.replace(/\n$/, "").split("\n").slice(0, 5000);
+  return h("pre.script", { tabindex: "0", "aria-label": "Script" },
+    ...lines.map((line) => h("span", line || " ")));
+}
+
+// -- the files of a workspace
+
+async function showFiles(panel, id, path) {
+  const address = (...names) => taskPath(id, "workspace", ...[...path.split("/"), ...names].filter(Boolean));
+  const again = (text) => { showFiles(panel, id, path); return text; };
+  let entries = [];
+  let problem = "";
+  try { entries = (await ask(address())).data; }
+  catch (error) { problem = error.status === 404 ? "" : error.message; }
+  const input = h("input", { type: "file", multiple: "", hidden: "" });
+  on(input, "change", () => {
+    for (const file of input.files)
+      act({ run: () => ask(address(file.name), { method: "PUT", body: file }),
+        done: () => again(`${file.name} is stored`) });
+  });
+  const remove = (name) => act({ question: `Delete ${name}?`, accept: "Delete it", isDanger: true,
+    explanation: "It goes from the workspace, with all that is in it.",
+    run: () => ask(address(name) + "?recursive=true", { method: "DELETE" }), done: () => again(`${name} is deleted`) });
+  const rows = entries.slice(0, 1000).map((entry) => {
+    const deeper = [path, entry.name].filter(Boolean).join("/");
+    let opener = `${entry.name} (${entry.type})`;
+    if (entry.type === "file") opener = button(entry.name, () => download(address(entry.name), entry.name));
+    if (entry.type === "directory") opener = button(entry.name + "/", () => showFiles(panel, id, deeper));
+    return h("li.row.file", h("span.plain", opener),
+      h("span", entry.bytes === undefined ? "" : formatBytes(entry.bytes)), createTime(entry.modified_at),
+      button("Delete", () => remove(entry.name), { class: "danger", "aria-label": `Delete ${entry.name}` }));
+  });
+  const up = path ? [button("Up", () => showFiles(panel, id, path.split("/").slice(0, -1).join("/")))] : [];
+  const title = h("h3.bar", "Files", h("small.soft.code", path),
+    h("span.bar.push", ...up, button("Upload", () => input.click()), input));
+  const body = rows.length ? h("ul", rows)
+    : h("p.pad.soft", problem || "The workspace is empty.");
+  panel.replaceChildren(title, body);
+}
+
+// With a token the bytes come by a request of this page, for an address never has one.
+async function download(path, name) {
+  const link = h("a", { href: path, download: name });
+  if (storedToken()) {
+    try { link.href = URL.createObjectURL(await (await send(path)).blob()); }
+    catch (error) { say(error.message); return; }
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+  }
+  link.click();
+}
+"""
+_DASHBOARD_CONSOLE = r"""
+// -- the console of a step: its output is read once, to know where its lines begin; the page keeps what is seen
+
+const BLOCK_ROWS = 256;
+const MAX_ROW_BYTES = 16384;  // a longer line goes on in the next row
+const MAX_UNASKED_BYTES = 64000000;  // of more the page reads the end alone, until it is asked for all
+const TAIL_BYTES = 4000000;
+const KEPT_BLOCKS = 16;
+const MAX_FOUND = 100000;
+
+// Cuts bytes into rows as they come. `onRow(end, endsLine)` is told the offset behind each row.
+class RowSplitter {
+  constructor(offset, onRow) { Object.assign(this, { end: offset, rowStart: offset, onRow }); }
+  feed(bytes) {
+    let at = 0;
+    for (;;) {
+      let newline = bytes.indexOf(10, at);
+      if (newline < 0) newline = Infinity;
+      let limit = this.rowStart + MAX_ROW_BYTES - this.end;
+      if (newline < limit) { this.endRow(newline + 1, true); at = newline + 1; continue; }
+      if (limit >= bytes.length) break;
+      while (limit > at + 1 && (bytes[limit] & 0xc0) === 0x80) limit--;  // not within a character of UTF-8
+      this.endRow(limit, false);
+      at = limit;
+    }
+    this.end += bytes.length;
+  }
+  endRow(at, endsLine) {
+    this.rowStart = this.end + at;
+    this.onRow(this.rowStart, endsLine);
+  }
+}
+
+class Output {
+  constructor(path, offset, changed) {
+    Object.assign(this, { path, offset, changed, rows: 0, lines: 0, isComplete: false, problem: "" });
+    this.blocks = [{ offset, line: 0, continues: false }];  // the beginning of each block of rows
+    this.cache = new Map();
+    this.newest = new Uint8Array();  // the bytes of the last block, so that following needs no further request
+    this.controller = new AbortController();
+    this.splitter = new RowSplitter(offset, (end, endsLine) => {
+      this.rows++;
+      if (endsLine) this.lines++;
+      if (this.rows % BLOCK_ROWS === 0) this.blocks.push({ offset: end, line: this.lines, continues: !endsLine });
+    });
+  }
+  get length() { return this.rows + (this.splitter.end > this.splitter.rowStart ? 1 : 0); }
+  get end() { return this.splitter.end; }
+  address(query) { return this.path + (this.path.includes("?") ? "&" : "?") + new URLSearchParams(query); }
+  close() { this.controller.abort(); }
+  async read() {
+    let waitMs = 250;
+    while (!this.isComplete && !this.controller.signal.aborted) {
+      try {
+        const path = this.address({ follow: true, offset: this.end });
+        const response = await send(path, { signal: this.controller.signal });
+        this.problem = "";
+        waitMs = 250;
+        for (const reader = response.body.getReader();;) {
+          const { done, value } = await reader.read();
+          if (done) break;
+          this.take(value);
+        }
+        this.isComplete = true;
+      } catch (error) {
+        if (error.name === "AbortError" || [401, 404].includes(error.status)) return;
+        this.problem = error.message;
+        await new Promise((resolve) => setTimeout(resolve, waitMs));
+        waitMs = Math.min(waitMs * 2, 5000);
+      }
+      this.changed();
+    }
+  }
+  take(bytes) {
+    const begin = this.end - this.newest.length;
+    const joined = new Uint8Array(this.newest.length + bytes.length);
+    joined.set(this.newest);
+    joined.set(bytes, this.newest.length);
+    this.splitter.feed(bytes);
+    this.newest = joined.slice(this.blocks[this.blocks.length - 1].offset - begin);
+    this.changed();
+  }
+  // The rows of a block, if they are here; else they are asked for, and `changed` tells when they have come.
+  block(number) {
+    const end = number + 1 < this.blocks.length ? this.blocks[number + 1].offset : this.end;
+    const cached = this.cache.get(number);
+    if (cached && cached.end === end) {
+      this.cache.delete(number);
+      this.cache.set(number, cached);  // the newest last
+      return cached.rows;
+    }
+    if (number === this.blocks.length - 1) return this.keep(number, end, this.newest);
+    if (!cached?.isAsked) this.fetchBlock(number, end, cached?.rows || null);
+    return cached?.rows;
+  }
+  async fetchBlock(number, end, rows) {
+    this.cache.set(number, { isAsked: true, rows, end: -1 });
+    try {
+      const headers = { Range: `bytes=${this.blocks[number].offset}-${end - 1}` };
+      const response = await send(this.path, { headers, signal: this.controller.signal });
+      this.keep(number, end, new Uint8Array(await response.arrayBuffer()));
+    } catch { this.cache.delete(number); return; }
+    this.changed();
+  }
+  keep(number, end, bytes) {
+    const { offset, line, continues } = this.blocks[number];
+    const decoder = new TextDecoder();
+    const rows = [];
+    let start = offset;
+    let current = line;
+    let isFirst = !continues;
+    const add = (rowEnd, endsLine) => {
+      const text = decoder.decode(bytes.subarray(start - offset, rowEnd - offset)).replace(/\r?\n$/, "");
+      rows.push({ text, line: current, isFirst });
+      start = rowEnd;
+      isFirst = endsLine;
+      if (endsLine) current++;
+    };
+    const splitter = new RowSplitter(offset, add);
+    splitter.feed(bytes);
+    if (start < end) add(end, false);
+    this.cache.delete(number);
+    this.cache.set(number, { end, rows });
+    for (const old of [...this.cache.keys()].slice(0, -KEPT_BLOCKS)) this.cache.delete(old);
+    return rows;
+  }
+  row(index) {
+    const rows = this.block(Math.floor(index / BLOCK_ROWS));
+    return rows?.[index % BLOCK_ROWS];
+  }
+  // The row in which a line begins; null while its block is being asked for.
+  rowOfLine(line) {
+    let [low, high] = [0, this.blocks.length - 1];
+    while (low < high) {
+      const middle = Math.ceil((low + high) / 2);
+      const { line: begin, continues } = this.blocks[middle];
+      if (begin < line || (begin === line && !continues)) low = middle;
+      else high = middle - 1;
+    }
+    const rows = this.block(low);
+    if (!rows) return null;
+    const index = rows.findIndex((row) => row.line === line && row.isFirst);
+    return low * BLOCK_ROWS + Math.max(0, index);
+  }
+}
+
+// The lines that have a text, by number, without regard to case.
+async function findLines(output, text, signal, progress) {
+  const wanted = text.toLowerCase();
+  const found = [];
+  let line = 0;
+  let rest = "";
+  let bytes = 0;
+  const end = output.end;
+  const response = await send(output.address({ offset: output.offset }), { signal });
+  const decoder = new TextDecoder();
+  for (const reader = response.body.getReader();;) {
+    const { done, value } = await reader.read();
+    const lines = (rest + (done ? "" : decoder.decode(value, { stream: true }))).split("\n");
+    rest = lines.pop();
+    if (done) lines.push(rest);
+    const look = (one) => {
+      if (found.length >= MAX_FOUND || found[found.length - 1] === line) return;
+      if (one.toLowerCase().includes(wanted)) found.push(line);
+    };
+    for (const one of lines) { look(one); line++; }
+    if (rest.length > 4000000) { look(rest); rest = rest.slice(-wanted.length); }
+    if (done) return found;
+    bytes += value.length;
+    progress(found.length, bytes / Math.max(1, end - output.offset));
+  }
+}
+
+// What a terminal shows of a row: colours, and what a carriage return or a backspace has written over.
+const SEQUENCE = /\x1b\[([\d;:?]*)[ -/]*([@-~])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*.?/;
+const CONTROLS = new RegExp(SEQUENCE.source + "|[\\r\\b\\x07]|[^\\x1b\\r\\b\\x07]+", "gs");
+const MAX_COLUMNS = 20000;
+
+function terminalCells(text) {
+  const cells = [];
+  let column = 0;
+  let style = {};
+  for (const [piece, parameters, final] of text.matchAll(CONTROLS)) {
+    const number = Math.min(MAX_COLUMNS, parseInt(parameters, 10) || 0);
+    if (piece === "\r") column = 0;
+    else if (piece === "\b" || final === "D") column = Math.max(0, column - (number || 1));
+    else if (final === "m") style = nextStyle(style, parameters);
+    else if (final === "C") column = Math.min(MAX_COLUMNS, column + (number || 1));
+    else if (final === "G") column = Math.max(0, number - 1);
+    else if (final === "K" && number === 0) cells.length = Math.min(cells.length, column);
+    else if (final === "K") cells.fill(undefined, 0, number === 1 ? column : cells.length);
+    else if (piece[0] !== "\x1b" && piece !== "\x07")
+      for (const character of piece) cells[column++] = { character, style };
+  }
+  return cells;
+}
+
+const FLAGS = { 1: "b", 2: "d", 3: "i", 4: "u", 7: "v", 9: "s" };
+const UNSET = { 22: "bd", 23: "i", 24: "u", 27: "v", 29: "s" };
+
+// The style after a sequence "Select Graphic Rendition" (ECMA-48, 8.3.117).
+function nextStyle(style, parameters) {
+  const codes = parameters.split(/[;:]/).map(Number);
+  let next = { ...style };
+  for (let at = 0; at < codes.length; at++) {
+    const code = codes[at];
+    const side = code >= 40 && code < 50 || code >= 100 ? "back" : "fore";
+    if (code === 0) next = {};
+    else if (FLAGS[code]) next[FLAGS[code]] = true;
+    else if (UNSET[code]) for (const flag of UNSET[code]) delete next[flag];
+    else if (code === 39 || code === 49) delete next[side];
+    else if (code === 38 || code === 48) {
+      if (codes[at + 1] === 5) next[side] = paletteColour(codes[at + 2]);
+      if (codes[at + 1] === 2) next[side] = `rgb(${codes.slice(at + 2, at + 5).map((value) => value & 255).join()})`;
+      at += codes[at + 1] === 2 ? 4 : 2;
+    } else if (code >= 30 && code <= 47 || code >= 90 && code <= 107) next[side] = paletteColour(code % 10);
+  }
+  return next;
+}
+
+// One of the 256 colours of xterm: 16 of the theme, a cube of 6 levels, 24 greys.
+function paletteColour(number) {
+  if (!(number > 15)) return `var(--c${(number || 0) % 8})`;
+  if (number > 231) return `rgb(${Array(3).fill((number & 255) * 10 - 2312).join()})`;
+  const level = (value) => value ? value * 40 + 55 : 0;
+  const index = number - 16;
+  return `rgb(${[Math.floor(index / 36), Math.floor(index / 6) % 6, index % 6].map(level).join()})`;
+}
+
+function styledSpan(text, style) {
+  const span = h("span", text);
+  for (const flag of "bdiuvs") if (style[flag]) span.classList.add(flag);
+  if (style.fore) span.style.color = style.fore;
+  if (style.back) span.style.background = `color-mix(in srgb, ${style.back} 30%, transparent)`;  // text stays readable
+  return span;
+}
+
+function terminalNodes(text) {
+  const stripped = text.replace(/\r+$/, "");
+  if (!/[\x1b\r\b\x07]/.test(stripped)) return [stripped];
+  const cells = terminalCells(stripped);
+  const nodes = [];
+  let run = "";
+  for (let at = 0; at < cells.length; at++) {
+    const { character, style } = cells[at] || { character: " ", style: null };
+    run += character;
+    const following = cells[at + 1] ? cells[at + 1].style : null;
+    if (at + 1 < cells.length && following === style) continue;
+    nodes.push(style && Object.keys(style).length ? styledSpan(run, style) : run);
+    run = "";
+  }
+  return nodes;
+}
+
+function markMatches(element, text) {
+  const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
+  const nodes = [];
+  while (walker.nextNode()) nodes.push(walker.currentNode);
+  for (let node of nodes)
+    for (let at; (at = node.data.toLowerCase().indexOf(text.toLowerCase())) >= 0;) {
+      const match = node.splitText(at);
+      node = match.splitText(Math.min(text.length, match.length));
+      const mark = h("mark");
+      match.replaceWith(mark);
+      mark.append(match);
+    }
+}
+
+function createConsole(id, place, line) {
+  const heading = h("div.bar");
+  const scroller = h("div.console", { tabindex: "0", role: "region", "aria-label": "Output" });
+  const search = h("input", { type: "search", placeholder: "Find", "aria-label": "Find in the output",
+    title: "/", spellcheck: "false" });
+  const found = h("span.small.soft", { role: "status" });
+  const note = h("p.small.soft.push");
+  const streamChoice = h("select", { "aria-label": "Stream", hidden: "" },
+    h("option", "stdout"), h("option", "stderr"));
+  const attemptChoice = h("select", { "aria-label": "Attempt", hidden: "" });
+  const wrap = button("Wrap", switchWrap, { "aria-pressed": "false", title: "w" });
+  const follow = button("Follow", () => setFollow(!isFollowing), { title: "Stay at the end (f)" });
+  const all = button("Read from the beginning", () => open(0), { hidden: "" });
+  const bar = h("div.bar", { role: "toolbar", "aria-label": "Output" }, streamChoice, attemptChoice,
+    search, found, button("Previous", () => go(-1), { title: "N" }), button("Next", () => go(1), { title: "n" }), wrap,
+    follow, all, button("Save", () => download(path(), `${id}-${place}.txt`), { title: "Download the bytes" }),
+    note);
+  let output = null;
+  let list = null;
+  let step = null;
+  let isFollowing = !line;
+  let target = line ? line - 1 : null;
+  let isJumping = Boolean(line);
+  let matches = [];
+  let current = -1;
+  let finding = null;
+  let text = "";
+
+  function path() {
+    const query = new URLSearchParams();
+    if (streamChoice.value !== "stdout") query.set("stream", streamChoice.value);
+    if (attemptChoice.value) query.set("attempt", attemptChoice.value);
+    return taskPath(id, place, "output") + (String(query) ? "?" + query : "");
+  }
+  function open(offset) {
+    output?.close();
+    output = new Output(path(), offset, update);
+    all.hidden = offset === 0;
+    if (!list) { list = new RowList(scroller, createRow, keyOf); list.rowHeight = rowHeight; }
+    output.read();
+    update();
+  }
+  const rowHeight = () => parseFloat(getComputedStyle(scroller).lineHeight);
+  function keyOf(index) {
+    const row = output.row(index);
+    if (!row) return "empty " + index;
+    return [index, row.line, row.text.length, row.line === target, text, output.path].join(" ");
+  }
+  function createRow(index) {
+    const row = output.row(index);
+    const element = h("div.line");
+    if (!row) return element;
+    const content = h("span.text", ...terminalNodes(row.text));
+    if (text) markMatches(content, text);
+    const number = row.isFirst && output.offset === 0
+      ? h("a", { href: `#${id}/${place}/L${row.line + 1}`, tabindex: "-1" }, String(row.line + 1)) : "";
+    if (row.line === target) element.classList.add("target");
+    element.append(h("span.number", number), content);
+    return element;
+  }
+  function switchWrap() {
+    wrap.setAttribute("aria-pressed", scroller.classList.toggle("wrapped"));
+    update();
+  }
+  function setFollow(value) {
+    isFollowing = value;
+    update();
+  }
+  function toEnd() { scroller.scrollTop = scroller.scrollHeight; }
+  on(scroller, "scroll", () => {
+    const isAtEnd = scroller.scrollTop + scroller.clientHeight > scroller.scrollHeight - rowHeight() * 1.5;
+    if (isAtEnd !== isFollowing && !isJumping) { isFollowing = isAtEnd; showTools(); }
+  }, { passive: true });
+  function jump() {
+    if (!isJumping) return;
+    if (output.lines <= target && !output.isComplete) return;
+    const row = output.rowOfLine(Math.min(target, Math.max(0, output.lines)));
+    if (row === null) return;
+    list.setLength(output.length);
+    const height = rowHeight();
+    const total = output.length * height;
+    const at = Math.max(0, row * height - scroller.clientHeight / 3);
+    scroller.scrollTop = total > MAX_HEIGHT
+      ? at * (MAX_HEIGHT - scroller.clientHeight) / (total - scroller.clientHeight) : at;
+    setTimeout(() => { isJumping = false; }, 100);
+    list.draw();
+  }
+  function goTo(number) {
+    target = number;
+    isJumping = true;
+    isFollowing = false;
+    update();
+  }
+  async function find() {
+    finding?.abort();
+    finding = new AbortController();
+    text = search.value;
+    matches = [];
+    current = -1;
+    found.textContent = "";
+    update();
+    if (!text) return;
+    try {
+      matches = await findLines(output, text, finding.signal, (number, part) => {
+        found.textContent = `${number.toLocaleString("en")} so far, ${Math.min(100, Math.round(part * 100))} %`;
+      });
+      if (matches.length) go(1);
+      else found.textContent = "nothing like this";
+    } catch (error) { if (error.name !== "AbortError") found.textContent = error.message; }
+  }
+  function go(direction) {
+    if (search.value !== text) { find(); return; }
+    if (!matches.length) return;
+    current = (current + direction + matches.length) % matches.length;
+    found.textContent = `line ${current + 1} of ${matches.length.toLocaleString("en")}`;
+    goTo(matches[current]);
+  }
+  on(search, "keydown", (event) => {
+    if (event.key === "Enter") go(event.shiftKey ? -1 : 1);
+    if (event.key === "Escape") { search.value = ""; find(); scroller.focus(); }
+  });
+  on(scroller, "wheel", (event) => {
+    const scale = output.length * rowHeight() / MAX_HEIGHT;
+    if (scale <= 1 || event.ctrlKey || event.shiftKey) return;
+    event.preventDefault();  // else a turn of the wheel would go past some pages
+    scroller.scrollTop += event.deltaY / scale;
+  }, { passive: false });
+  for (const choice of [streamChoice, attemptChoice]) on(choice, "change", () => open(0));
+
+  function showTools() {
+    follow.setAttribute("aria-pressed", isFollowing);
+    const lines = count(output.lines + output.length - output.rows, "line");
+    const activity = output.problem || (output.isComplete ? "" : isLive() ? "live" : "reading");
+    const words = [output.offset ? `the end: ${lines}` : lines, formatBytes(output.end), activity];
+    setText(note, words.filter(Boolean).join(" · "));
+  }
+  const isLive = () => step && UNFINISHED.includes(step.result);
+  function showHeading(detail) {
+    if (!isNews(heading, step.result, step.msg, step.attempt)) return;
+    const stop = isLive() ? button("Stop", () => stopStep(detail.task, step), { class: "danger", title: "s" }) : [];
+    heading.replaceChildren(h("h2", h("a", { href: "#" + id }, id), " / " + step.name),
+      createResult(step.result), h("span.soft", reasonOf(step)), createLength(step), h("span.push", stop));
+    attemptChoice.hidden = !(step.attempt > 1);
+    if (attemptChoice.length !== step.attempt) {
+      const options = Array.from({ length: step.attempt }, (_, index) =>
+        h("option", { value: index + 1 }, `attempt ${index + 1}`));
+      attemptChoice.replaceChildren(...options);
+      attemptChoice.value = step.attempt;
+      if (output && step.attempt > 1) open(0);
+    }
+  }
+  return {
+    isFilled: true,
+    elements: [heading, bar, scroller],
+    title: () => step ? `${RESULTS[step.result].join(" ")} ${step.name}` : String(place),
+    async load() {
+      const detail = await loadDetail(id);
+      step = detail.steps.find((one) => String(one.step) === place) || detail.steps.find((one) => one.name === place);
+      if (!step) throw new RequestError(404, `${id} has no step ${place}`);
+      place = String(step.step);
+      if (!output) {
+        const isLong = step.output_bytes > MAX_UNASKED_BYTES && !line;
+        showHeading(detail);
+        open(isLong ? step.output_bytes - TAIL_BYTES : 0);
+        ask(taskPath(id, "submission")).then(({ data }) => {
+          streamChoice.hidden = data.steps[step.step].stderr !== "apart";
+        }).catch(() => {});
+      }
+      update();
+    },
+    update() {
+      const detail = state.details.get(id);
+      if (!output || !detail) return;
+      step = detail.steps[step.step];
+      showHeading(detail);
+      list.setLength(output.length);
+      jump();
+      if (isFollowing) { toEnd(); list.draw(); toEnd(); }
+      showTools();
+    },
+    goTo(number) { if (output.offset) open(0); goTo(number); },
+    keys: {
+      "/": () => search.focus(), n: () => go(1), N: () => go(-1), w: switchWrap,
+      f: () => setFollow(!isFollowing), G: () => setFollow(true),
+      g: () => { setFollow(false); scroller.scrollTop = 0; },
+      j: () => { scroller.scrollTop += rowHeight(); }, k: () => { scroller.scrollTop -= rowHeight(); },
+      s: () => { if (step) stopStep({ id }, step); }, u: () => { location.hash = "#" + id; },
+    },
+    close() {
+      output?.close();
+      list?.close();
+      finding?.abort();
+    },
+  };
+}
+"""
+_DASHBOARD_EDITOR = r"""
+// -- a new task: a card for each step, checked as one types
+
+const shell = (name, script, ...names) =>
+  ({ name, command_type: "sh", command_content: script, depends_on: names });
+const TEMPLATES = {
+  "One step": { query: "", steps: [shell("", "echo hello")] },
+  "A sequence": { query: "", steps: [shell("build", "echo building"), shell("test", "echo testing")] },
+  "A graph": { query: "async=true", steps: [shell("fetch", "echo 42 >answer"), shell("left", "cat answer", "fetch"),
+    shell("right", "wc -l <answer", "fetch"), shell("join", "echo done", "left", "right")] },
+};
+const DURATION = /^\+?((\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h|d))+$/;
+
+const valueOf = (input) => input.value.trim();
+const splitWords = (text, separator) => text.split(separator).map((word) => word.trim()).filter(Boolean);
+
+function createCard(step, types, remove, changed) {
+  const { name = "", command_type: type, command_content: script = "", depets_on: old, depends_on: names = old,
+    timeout = "", env_vars: variables, ...others } = step;
+  const inputs = {
+    name: h("input", { value: name || "", maxlength: "128", placeholder: "optional" }),
+    command_type: h("select", ...types.map((type) => h("option", type))),
+    command_content: h("textarea", { rows: "6", "aria-label": "Script", required: "" }),
+    depends_on: h("input", { value: (names || []).join(", "), placeholder: "names of steps, with commas" }),
+    timeout: h("input", { value: timeout || "", placeholder: "such as 90s or 1h30m" }),
+    env_vars: h("textarea", { rows: "2", placeholder: "KEY=value, one a line" }),
+    others: h("textarea", { rows: "2", placeholder: '{"stdin": "…"}' }),
+  };
+  inputs.command_type.value = type;
+  inputs.command_content.value = script;
+  inputs.env_vars.value = (variables || []).join("\n");
+  inputs.others.value = Object.keys(others).length ? JSON.stringify(others) : "";
+  const problem = h("p.bad.small", { role: "status" });
+  const title = h("h3.bar", h("span"), button("Remove", remove, { class: "push" }));
+  const element = h("section.panel", title, h("div.form.pad",
+    h("div.two", field("Name", inputs.name), field("Runs by", inputs.command_type)),
+    inputs.command_content,
+    h("div.two", field("After", inputs.depends_on), field("Timeout", inputs.timeout)),
+    h("div.two", field("Environment", inputs.env_vars, true), field("More, as JSON", inputs.others, true)),
+    problem));
+  on(element, "input", changed);
+  return { element, inputs, problem, title: title.firstChild };
+}
+
+function cardStep({ inputs }) {
+  const step = JSON.parse(valueOf(inputs.others) || "{}");
+  step.command_type = inputs.command_type.value;
+  step.command_content = inputs.command_content.value;
+  for (const name of ["name", "timeout"]) if (valueOf(inputs[name])) step[name] = valueOf(inputs[name]);
+  const names = splitWords(inputs.depends_on.value, ",");
+  const variables = splitWords(inputs.env_vars.value, "\n");
+  if (names.length) step.depends_on = names;
+  if (variables.length) step.env_vars = variables;
+  return step;
+}
+
+// What the daemon would refuse, as far as the page can tell.
+function cardProblem(card, names) {
+  const { inputs } = card;
+  const name = valueOf(inputs.name);
+  if (!inputs.command_content.value) return "the script is missing";
+  if (name && names.filter((other) => other === name).length > 1) return `another step is called ${name} too`;
+  const unknown = splitWords(inputs.depends_on.value, ",").find((other) => !names.includes(other) || other === name);
+  if (unknown) return `no other step is called ${unknown}`;
+  const timeout = valueOf(inputs.timeout);
+  if (timeout && !DURATION.test(timeout)) return "timeout: expected for example 90s, 1h30m or 500ms";
+  const variable = splitWords(inputs.env_vars.value, "\n").find((line) => !/^[^=]+=/.test(line));
+  if (variable) return `environment: ${variable} is not KEY=value`;
+  try {
+    const others = JSON.parse(valueOf(inputs.others) || "{}");
+    if (!others || typeof others !== "object" || Array.isArray(others)) return "more: expected an object of JSON";
+  } catch (error) { return "more: " + error.message; }
+  return "";
+}
+
+function createEditor(from) {
+  const inputs = {
+    id: h("input", { maxlength: "64", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]*", placeholder: "optional" }),
+    timeout: h("input", { placeholder: "such as 2h" }),
+    delay: h("input", { placeholder: "such as 10m" }),
+    env_vars: h("textarea", { rows: "2", placeholder: "KEY=value, one a line" }),
+    async: h("input", { type: "checkbox" }),
+    paused: h("input", { type: "checkbox" }),
+  };
+  const cards = h("div.form");
+  const problem = h("p.bad", { role: "alert" });
+  const submit = h("button.main", "Run it");
+  let list = [];
+  const known = ask("openapi.json").then(({ components }) => components.schemas.SubmittedStep.properties, () => ({}));
+  let types = [];
+  const check = () => {
+    const names = list.map((card) => valueOf(card.inputs.name));
+    let isGood = list.length > 0;
+    list.forEach((card, index) => {
+      const text = cardProblem(card, names);
+      setText(card.problem, text);
+      card.title.textContent = `Step ${index}`;
+      if (text) isGood = false;
+    });
+    submit.disabled = !isGood;
+    problem.textContent = "";
+  };
+  const add = (step) => {
+    const remove = () => {
+      list = list.filter((other) => other !== card);
+      card.element.remove();
+      check();
+    };
+    const card = createCard(step, types, remove, check);
+    list.push(card);
+    cards.append(card.element);
+    check();
+  };
+  const fill = async ({ query, steps }) => {
+    types = (await known).command_type?.enum || ["sh"];
+    const given = new URLSearchParams(query);
+    for (const name of ["timeout", "delay"]) inputs[name].value = given.get(name) || "";
+    inputs.env_vars.value = given.getAll("env_vars").join("\n");
+    inputs.async.checked = /^(1|t|true)$/i.test(given.get("async") || given.get("ansync") || "");
+    inputs.paused.checked = /^(1|t|true)$/i.test(given.get("paused") || "");
+    list = [];
+    cards.replaceChildren();
+    for (const step of steps) add(step);
+  };
+  const form = h("form.form", { spellcheck: "false" },
+    h("div.bar", h("h2", "New task"), Object.keys(TEMPLATES).map((name) => button(name, () => fill(TEMPLATES[name])))),
+    h("section.panel.pad.form",
+      h("div.two", field("Id", inputs.id), field("Timeout", inputs.timeout),
+        field("Wait", inputs.delay), field("Environment", inputs.env_vars, true)),
+      h("label", inputs.async, " steps run at once, except for what each names as before it"),
+      h("label", inputs.paused, " hold it until it is resumed, to put files into its workspace first")),
+    cards, h("p.bar", button("Add a step", () => add({ command_type: types[0] })),
+      h("span.push"), submit), problem);
+  on(form, "submit", async (event) => {
+    event.preventDefault();
+    const query = new URLSearchParams();
+    for (const name of ["id", "timeout", "delay"]) if (valueOf(inputs[name])) query.set(name, valueOf(inputs[name]));
+    for (const variable of splitWords(inputs.env_vars.value, "\n")) query.append("env_vars", variable);
+    for (const name of ["async", "paused"]) if (inputs[name].checked) query.set(name, "true");
+    submit.disabled = true;
+    try {
+      const { data } = await ask("api/v1/task?" + query, { method: "POST", body: JSON.stringify(list.map(cardStep)) });
+      say(`${data.id} is accepted`);
+      location.hash = "#" + data.id;
+    } catch (error) { problem.textContent = error.message; }
+    submit.disabled = false;
+  });
+  return {
+    elements: [form],
+    title: () => "new task",
+    async load() {
+      if (list.length) return;
+      fill(from ? (await ask(taskPath(from, "submission"))).data : TEMPLATES["One step"]);
+    },
+    update() {},
+    keys: { u: leave },
+  };
+}
+
+// -- keys and addresses
+
+const KEYS = [["/", "filter, or find in an output"], ["j k", "next, previous"], ["Enter", "open"], ["u", "up"],
+  ["f", "follow an output"], ["g G", "begin, end of an output"],
+  ["n N", "next, previous found; else n: new task"],
+  ["w", "wrap long lines"], ["s", "stop"], ["r", "run again"], ["?", "this"]];
+
+function showKeys() {
+  const rows = KEYS.map(([keys, text]) => [h("dt", h("code", keys)), h("dd", text)]);
+  showDialog("Keys", [h("dl.facts", rows)], "Close");
+}
+
+on(document, "keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || dialog.open) return;
+  if (event.target.closest("input, textarea, select")) return;
+  const action = view.keys[event.key] || { "?": showKeys, n: () => { location.hash = "#/new"; } }[event.key];
+  if (!action) return;
+  event.preventDefault();
+  action();
+});
+on(byId("help"), "click", showKeys);
+
+function decodePart(part) {
+  try { return decodeURIComponent(part); } catch { return part; }
+}
+
+function route() {
+  const [task, step, line] = location.hash.slice(1).split("/").map(decodePart);
+  const number = /^L([1-9]\d{0,11})$/.exec(line || "");
+  const place = [task, step].join("/");
+  if (view?.place === place && number && view.goTo) { view.goTo(Number(number[1]) - 1); return; }
+  let newView;
+  if (task && step) newView = createConsole(task, step, number ? Number(number[1]) : 0);
+  else if (task) newView = createTask(task);
+  else if (step === "new") newView = createEditor(line);
+  else newView = createOverview();
+  newView.place = place;
+  newView.id = task;
+  show(newView);
+  for (const link of document.querySelectorAll("nav a"))
+    link.setAttribute("aria-current", link.hash && link.hash === (location.hash || "#/") ? "page" : "false");
+  if (state.daemon) loadView();
+}
+
+on(byId("metrics"), "click", (event) => {
+  if (!storedToken()) return;  // else the link is enough
+  event.preventDefault();
+  download("metrics", "metrics.txt");
+});
+on(window, "hashchange", () => { route(); main.focus({ preventScroll: true }); });
+on(window, "pagehide", () => stream.controller.abort());
+on(window, "focus", () => { state.hasFailures = false; update(); });
+setInterval(() => { if (!document.hidden) tick(); }, 1000);
+route();
+stream.run();
+"""
+DASHBOARD_SCRIPT = (
+    COMMON_SCRIPT
+    + _DASHBOARD_CORE
+    + _DASHBOARD_OVERVIEW
+    + _DASHBOARD_TASK
+    + _DASHBOARD_CONSOLE
+    + _DASHBOARD_EDITOR
+)
 
 
 # ======================================================================================================================
@@ -15820,7 +17877,7 @@ class OperatorApi:
 
     def routes(self) -> list[Route]:
         return [
-            Route("GET", "/", self.show_index, "Shows the version and where all else is", "Index"),
+            Route("GET", "/", self.show_index, "Shows the version and where all else is", "Index", is_public=True),
             Route("GET", "/version", self.show_version, "Shows the version", "Version"),
             Route("GET", "/healthyz", self.show_health, "Shows that the daemon is alive", "Health", is_public=True),
             Route("GET", "/heartbeat", self.heartbeat, "Responds with an empty body", "Empty", is_public=True),
@@ -15838,8 +17895,11 @@ class OperatorApi:
         ]
 
     def show_index(self, request: Request) -> Response:
-        if "text/html" in request.headers.get("accept", ""):  # a browser
-            return Response(302, (("Location", "/swagger/index.html"),))
+        """Return the dashboard for a browser: it is public, since a browser can send a token only from a page."""
+        if "text/html" in request.headers.get("accept", ""):
+            return page_response(DASHBOARD_PAGE, DASHBOARD_STYLE, DASHBOARD_SCRIPT)
+        if not request.label:
+            raise Unauthorized("send `Authorization: Bearer ...` with a token of the daemon (--token_file)")
         return json_response(index_json(request.base_url))
 
     def show_version(self, _: Request) -> Response:
@@ -16810,7 +18870,7 @@ class Daemon:
         log.info("its data is in %s%s", self._root, advice)
         if self._token_rule:
             log.info("%s", self._token_rule)
-        log.info("to go on: open %s/swagger/index.html in a browser", url)
+        log.info("to go on: open %s/ in a browser", url)
 
     def _print_ready(self, url: str) -> None:
         """Print that the port is open, in a thread: whoever started the daemon need not read it."""

@@ -28,7 +28,7 @@ The sections, in their order; a helper that two of them use stands in the harnes
     tasks       submission, refused requests, reading, follow, steps, Windows, PowerShell, Mac, pool, ends by force
     failures    restarts, crashes, storage, races and a model, limits, versions, scheduler and store in process
     attacks     authentication, request parser, connections, files of steps, TLS
-    operation   other routes, API document, profiles, log, command line, client, services, Mac host, fleets
+    operation   other routes, API document, dashboard, profiles, log, command line, client, services, Mac host, fleets
     rules       plan, durations, source, readme, bench
 """
 
@@ -2324,7 +2324,7 @@ def test_index_leads_to_all_else(daemon: Daemon) -> None:
         path = url.partition(f":{daemon.port}")[2]
         assert daemon.request("HEAD", path).status == 200
     browser = daemon.request("GET", "/", headers={"Accept": "text/html,*/*;q=0.8"})
-    assert (browser.status, browser.headers["Location"]) == (302, "/swagger/index.html")
+    assert (browser.status, browser.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
 
 
 # ======================================================================================================================
@@ -9584,11 +9584,15 @@ def test_page_is_where_the_short_paths_lead(daemon: Daemon, path: str) -> None:
     assert not answer.headers["Location"].startswith("/")  # which would leave the prefix of a proxy
 
 
-def test_page_has_no_outside_resource(daemon: Daemon) -> None:
-    answer = daemon.get("/swagger/index.html")
+@pytest.mark.parametrize("path", ["/swagger/index.html", "/"])
+def test_page_has_no_outside_resource(daemon: Daemon, path: str) -> None:
+    answer = daemon.request("GET", path, headers={"Accept": "text/html,*/*;q=0.8"})
     page, policy = answer.body.decode(), answer.headers["Content-Security-Policy"]
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert re.findall(r"(?:src|href)=\"(?!doc\.json|data:,)|https?:|//[\w.-]+\.\w|@import|url\(", page) == []
+    own = r"\.\./|#/|swagger/index|metrics|debug/pprof/|doc.json|data:,"
+    outside = rf"(?:src|href)=\"(?!{own})|https?:(?!//www.w3.org/2000/svg)|(?<!http:)//[\w.-]+\.\w|@import|url\("
+    assert re.findall(outside, page) == []  # the namespace of SVG is a name, which nobody opens
+    assert len(answer.body) < 90 * 1024
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
     for tag, directive in (("style", "style-src"), ("script", "script-src")):
         text = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[0]
@@ -9763,6 +9767,244 @@ def test_page_fits_a_phone_by_day_and_night(browser: Browser, daemon: Daemon, sc
     browser.find("!!document.querySelector('main form')")
     browser.find("document.documentElement.scrollWidth <= 360")
     assert browser.find("getComputedStyle(document.body).backgroundColor") == back
+
+
+# ======================================================================================================================
+# dashboard: the page at the root, in a browser
+# ======================================================================================================================
+
+
+class Board:
+    """A browser at the dashboard of a daemon."""
+
+    def __init__(self, browser: Browser, daemon: Daemon) -> None:
+        self.browser, self.daemon = browser, daemon
+
+    def open(self, place: str = "#/") -> None:
+        self.browser("Page.navigate", url="about:blank")
+        self.browser("Page.navigate", url=f"http://localhost:{self.daemon.port}/{place}")
+        self.browser.find("document.getElementById('connection').textContent === 'live' && state.daemon && true")
+
+    def text(self, wanted: str, selector: str = "main") -> None:
+        """Waits for a text."""
+        self.browser.find(f"document.querySelector({selector!r}).innerText.includes({wanted!r})")
+
+    def keys(self, keys: str) -> None:
+        for key in keys:
+            self.browser("Input.dispatchKeyEvent", type="keyDown", key=key, text=key)
+            self.browser("Input.dispatchKeyEvent", type="keyUp", key=key)
+
+    def click(self, text: str) -> None:
+        buttons = "[...document.querySelectorAll('dialog[open] button, main button')]"
+        wanted = f"{buttons}.find(one => one.innerText === {text!r} && !one.disabled)"
+        self.browser.find(f"{wanted} && ({wanted}.click(), true)")
+
+
+@pytest.fixture(scope="module")
+def shared_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with contextlib.closing(Browser(tmp_path_factory.mktemp("dashboard"))) as own:
+        yield own
+
+
+@pytest.fixture
+def board(shared_browser: Browser, daemon: Daemon) -> Iterator[Board]:
+    """The dashboard of the shared daemon; whatever was done to it, neither the policy nor a script complains."""
+    shared_browser.events.clear()
+    shared_browser("Emulation.clearDeviceMetricsOverride")
+    yield Board(shared_browser, daemon)
+    shared_browser("Page.navigate", url="about:blank")
+    assert shared_browser.complaints() == []
+
+
+def test_dashboard_opens_without_a_token_and_the_index_does_not(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--require_token")
+    page = daemon.request("GET", "/", headers={"Accept": "text/html"})
+    assert page.status == 200 and str(daemon.root) not in page.body.decode()
+    assert daemon.get("/").code == 401
+    token = {"Authorization": f"Bearer {token_of(daemon)}"}
+    assert daemon.request("GET", "/", headers=token).data["version"]
+
+
+@chromium_only
+def test_dashboard_shows_a_task_as_it_goes(board: Board, gate: Path) -> None:
+    board.open()
+    task = board.daemon.submit(held(gate, name="one"), step("exit 3", name="two"), step(name="three"))
+    board.text("running", f"[data-id='{task}']")
+    gate.touch()
+    board.text("two: exit code 3", f"[data-id='{task}']")
+    board.browser.find(f"document.querySelectorAll('[data-id=\"{task}\"] .strip .failed').length === 1")
+
+
+@chromium_only
+def test_dashboard_leads_by_keys_from_the_list_to_a_line(board: Board) -> None:
+    printed = r"printf 'a\n\033[31mred\033[0m\nold\rnew\n'; exit 2"
+    task = board.daemon.submit(step(printed, name="colour"), step(name="then"))
+    board.daemon.ended(task)
+    board.open()
+    board.keys("/" + task)
+    board.browser.find(f"state.tasks.length === 1 && state.tasks[0].id === {task!r}")
+    board.browser.press("Enter", "\r")
+    board.browser.find(f"document.activeElement.innerText === {task!r}")
+    board.browser.press("Enter", "\r")
+    board.text("exit code 2")
+    board.browser.find("['svg a', '.lane i'].map(one => document.querySelectorAll(one).length).join() === '2,1'")
+    board.keys("j")
+    board.browser.press("Enter", "\r")
+    board.text("new", ".console")
+    assert board.browser.value("document.querySelector('.console [style*=--c1]').innerText") == "red"
+    assert "old" not in board.browser.value("document.querySelector('.console').innerText")
+    board.browser("Runtime.evaluate", expression="document.querySelector('.console a').click()")
+    board.browser.find(f"location.hash === '#{task}/0/L1' && document.querySelector('.target').innerText.includes('a')")
+
+
+@chromium_only
+def test_dashboard_follows_an_output_and_finds_in_it(board: Board, gate: Path) -> None:
+    task = board.daemon.submit(step(f'seq 1 5000; while [ ! -e "{gate}" ]; do sleep 0.02; done; echo the last'))
+    board.open(f"#{task}/0")
+    board.text("5000", ".console")
+    gate.touch()
+    board.text("the last", ".console")
+    board.keys("/777")
+    board.browser.press("Enter", "\r")
+    board.text("line 1 of 5", "[role=toolbar]")
+    board.text("777", ".target")
+    board.browser.find("document.querySelectorAll('.console .line').length < 200")
+
+
+@chromium_only
+def test_dashboard_stops_a_task_and_says_why(board: Board, gate: Path) -> None:
+    task = board.daemon.submit(held(gate))
+    board.open("#" + task)
+    board.text("running")
+    board.keys("s")
+    board.browser.find("document.querySelector('dialog[open] [name=reason]') === document.activeElement")
+    board.browser("Input.insertText", text="it hangs")
+    board.click("Stop it")
+    board.text("stopped")
+    board.text("stopped by local: it hangs")
+    assert board.daemon.ended(task).json["task"]["stop_reason"] == "it hangs"
+    board.click("Delete")
+    board.click("Delete it")
+    wait_until(lambda: board.daemon.detail(task).code == 1003, "the task to go")
+
+
+@chromium_only
+def test_dashboard_makes_a_task(board: Board) -> None:
+    board.open("#/new")
+    board.click("A graph")
+    board.browser("Runtime.evaluate", expression="document.querySelector('[maxlength=\"64\"]').value = 'by-hand'")
+    board.click("Run it")
+    board.browser.find("location.hash === '#by-hand'")
+    assert board.daemon.ended("by-hand").code == 0
+    board.open("#/new/by-hand")
+    board.browser.find("document.querySelectorAll('main textarea[required]').length === 4")
+
+
+@chromium_only
+def test_dashboard_tells_a_wrong_token_from_none(shared_browser: Browser, launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--require_token")
+    browser = shared_browser
+    try:
+        browser("Page.navigate", url=f"http://localhost:{daemon.port}/")
+        for title, token in (("Token needed", "wrong"), ("Wrong token", token_of(daemon))):
+            browser.find(f"document.querySelector('dialog[open] h2').innerText === {title!r}")
+            browser("Input.insertText", text=token)
+            browser.press("Enter", "\r")
+        browser.find("document.getElementById('connection').textContent === 'live'")
+        browser.find("Object.values(sessionStorage).length === 1 && localStorage.length === 0 && !document.cookie")
+        assert not any(token_of(daemon) in json.dumps(one["params"].get("documentURL", "")) for one in browser.events)
+    finally:
+        browser("Page.navigate", url="about:blank")
+        assert daemon.end() == 0
+
+
+XSS = (
+    "<script>window.hacked=1</script>",
+    "<img src=x onerror=window.hacked=1>",
+    "'\"><svg onload=window.hacked=1>",
+    "javascript:window.hacked=1",
+    "</style><script>window.hacked=1</script>",
+    "{{constructor.constructor('window.hacked=1')()}}",
+)
+
+
+@chromium_only
+def test_dashboard_shows_markup_of_a_task_as_text(board: Board) -> None:
+    script = "print({!r}); open('<img src=x onerror=hacked=1>', 'w').close(); exit(2)"
+    steps = [python(script.format(text), name=text, env_vars=[f"A={text}"]) for text in XSS]
+    task = board.daemon.submit(*steps, **{"async": "true", "env_vars": f"B={XSS[1]}"})
+    board.daemon.ended(task)
+    places = {"#/": XSS[0], f"#{task}": "onerror=hacked", f"#{task}/1": XSS[1], f"#/new/{task}": "New task"}
+    for place, shown in places.items():
+        board.open(place)
+        board.text(shown)
+        board.browser.find("document.querySelectorAll('script').length === 1 && window.hacked === undefined")
+        assert board.browser.value("document.querySelectorAll('main img, main script, main style').length") == 0
+    for text in XSS:
+        board.open("#" + urllib.parse.quote(text) + "/" + urllib.parse.quote(text))
+        board.browser.find("document.querySelector('main').innerText.length > 0 && window.hacked === undefined")
+
+
+@chromium_only
+def test_dashboard_goes_on_when_its_daemon_comes_back(shared_browser: Browser, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    daemon = Daemon(tmp_path / "root", f"--addr=127.0.0.1:{port}").start()
+    board = Board(shared_browser, daemon)
+    board.open()
+    assert daemon.end() == 0
+    board.browser.find("document.getElementById('connection').textContent.startsWith('no connection')")
+    daemon.start()
+    task = daemon.submit(step())
+    board.text(task)
+    board.text("live", "#connection")
+    board.browser("Page.navigate", url="about:blank")
+    daemon.retire()
+
+
+@chromium_only
+@pytest.mark.parametrize("width, scheme", [(360, "dark"), (3840, "light")])
+def test_dashboard_fits_a_phone_and_a_wall(board: Board, tmp_path: Path, width: int, scheme: str) -> None:
+    task = board.daemon.submit(*(step(name=f"step-{number}" * 9) for number in range(3)))
+    board.daemon.ended(task)
+    is_phone = width < 999
+    board.browser("Emulation.setDeviceMetricsOverride", width=width, height=740, deviceScaleFactor=1, mobile=is_phone)
+    board.browser("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    for place in ("#/", f"#{task}", f"#{task}/0", "#/new"):
+        board.open(place)
+        board.browser.find("document.querySelector('main').innerText.length > 9")
+        board.browser.find(f"document.documentElement.scrollWidth <= {width}")
+        picture = board.browser("Page.captureScreenshot")["data"]
+        (tmp_path / f"{width}-{len(place)}.png").write_bytes(base64.b64decode(picture))
+
+
+@chromium_only
+@pytest.mark.slow  # 10,000 submissions, and 300 MB to be written
+def test_dashboard_stays_quick_with_very_much(shared_browser: Browser, launch: Callable[..., Daemon]) -> None:
+    board = Board(shared_browser, launch())
+    with contextlib.ExitStack() as stack:
+        stack.callback(board.daemon.end)  # else the fixture would stop each task first
+        big = board.daemon.submit(step("seq 1 38000000 | head -c 300000000"))
+        steps = [step(name=f"s{n}", depends_on=[f"s{(n - 1) // 3}"] if n else []) for n in range(5000)]
+        graph = board.daemon.submit(*steps, **{"async": "true", "paused": "true"})
+        with concurrent.futures.ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda _: board.daemon.submit(step(), paused="true"), range(10_000)))
+        board.daemon.ended(big)
+        assert seconds(board.open) < 5
+        board.text("10,002 tasks")
+        board.browser.find("state.next === null || !(document.querySelector('.scroller').scrollTop = 1e9)")
+        assert board.browser.value("state.tasks.length") == 10_002
+        board.browser.find("document.querySelectorAll('.row').length < 100")
+        board.open("#" + graph)
+        board.browser.find("document.querySelectorAll('.row.step').length > 5")
+        board.browser.find("document.querySelector('.graph').hidden")
+        board.open(f"#{big}/0")
+        board.text("the end", "[role=toolbar]")
+        board.open(f"#{big}/0/L20000000")
+        board.text("20000000", ".target")
+        board.browser("HeapProfiler.collectGarbage")
+        board.browser.find("document.querySelectorAll('*').length < 1000 && performance.memory.usedJSHeapSize < 5e7")
+        shared_browser("Page.navigate", url="about:blank")
 
 
 # ======================================================================================================================
@@ -9980,7 +10222,7 @@ def test_log_begins_with_what_one_needs_to_go_on(launch: Callable[..., Daemon], 
     assert lines[0].endswith(f") listens {listens}{daemon.port}") and lines[1:] == [
         f"its data is in {daemon.root}, a temporary directory: --root keeps it in another one",
         *filter(None, [rules.get(flag)]),
-        f"to go on: open http://{host}:{daemon.port}/swagger/index.html in a browser",
+        f"to go on: open http://{host}:{daemon.port}/ in a browser",
     ]
 
 
