@@ -16339,7 +16339,40 @@ class TaskApi:
         self._key_expire_ns = key_expire_ns
 
     def routes(self) -> list[Route]:
-        return [*self._task_routes(), *self._step_routes(), *self._pool_routes()]
+        return [*self._submission_routes(), *self._task_routes(), *self._step_routes(), *self._pool_routes()]
+
+    def _submission_routes(self) -> list[Route]:
+        return [
+            Route(
+                "POST",
+                _TASKS_PATH,
+                self.submit_task,
+                "Submits a task",
+                "Accepted",
+                ("ansync", "async", "id", "timeout", "env_vars", "delay", "at", "paused", "strict"),
+                "Submission",
+                errors=(409, 507),
+                is_limited=True,
+            ),
+            Route(
+                "POST",
+                _TASK_PATH + "/rerun",
+                self.rerun_task,
+                "Submits a task again",
+                "Accepted",
+                ("only", "id", "env_vars"),
+                errors=(409, 507),
+                is_limited=True,
+            ),
+            Route(
+                "GET",
+                _TASK_PATH + "/submission",
+                self.show_submission,
+                "Shows what was submitted",
+                "SubmissionDetail",
+                is_limited=True,
+            ),
+        ]
 
     def _task_routes(self) -> list[Route]:
         return [
@@ -16350,17 +16383,6 @@ class TaskApi:
                 "Lists tasks",
                 "TaskList",
                 ("sort", "result", "id_glob", "limit", "cursor", "order"),
-                is_limited=True,
-            ),
-            Route(
-                "POST",
-                _TASKS_PATH,
-                self.submit_task,
-                "Submits a task",
-                "Accepted",
-                ("ansync", "async", "id", "timeout", "env_vars", "delay", "at", "paused", "strict"),
-                "Submission",
-                errors=(409, 507),
                 is_limited=True,
             ),
             Route(
@@ -16388,24 +16410,6 @@ class TaskApi:
                 "Deletes an ended task with its files",
                 "Deleted",
                 errors=(409, 507),
-                is_limited=True,
-            ),
-            Route(
-                "POST",
-                _TASK_PATH + "/rerun",
-                self.rerun_task,
-                "Submits a task again",
-                "Accepted",
-                ("only", "id", "env_vars"),
-                errors=(409, 507),
-                is_limited=True,
-            ),
-            Route(
-                "GET",
-                _TASK_PATH + "/submission",
-                self.show_submission,
-                "Shows what was submitted",
-                "SubmissionDetail",
                 is_limited=True,
             ),
         ]
