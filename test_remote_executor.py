@@ -8151,7 +8151,8 @@ def test_tls_client_certificates_count_as_tokens(launch_tls: Callable[..., Daemo
         wrong = {**other, "Authorization": "Bearer x"}
         assert daemon.request("GET", "/version", None, wrong).status == 401
         assert daemon.request("POST", "/api/v1/pool", '{"size": 7}', other).status == (200 if who else 403)
-        assert ("(certificate deploy): POST /api/v1/pool" in daemon.log()) is bool(who)
+        line = "(certificate deploy): POST /api/v1/pool"
+        wait_until(lambda: (line in daemon.log()) is bool(who), "a line of it")
     daemon.tls = plain
 
 
