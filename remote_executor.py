@@ -6233,6 +6233,9 @@ def _parse_timeout(where: str, value: Any) -> int:
     return timeout_ns
 
 
+_LATEST_START_NS = 2**62  # added to the clock's time it fits the 64 bits of the store
+
+
 def _parse_start(parameters: Mapping[str, tuple[str, str]], timeout_ns: int) -> tuple[int, int, bool]:
     """Return after how many nanoseconds a task starts, or when by the wall clock; and whether it is held until then."""
     delay_ns = 0
@@ -6245,10 +6248,14 @@ def _parse_start(parameters: Mapping[str, tuple[str, str]], timeout_ns: int) -> 
         if delay:
             delay_ns = parse_duration(delay)
         if at:
-            start_at_ns = parse_time(at)
+            start_at_ns = max(0, parse_time(at))  # what is past starts at once
     except ValueError as error:
         name = "delay" if delay else "at"
         raise BadRequest(f"{name}: {error}") from None
+    if delay_ns > _LATEST_START_NS:
+        raise BadRequest(f"delay: {delay!r} is too long: expected 146 years at most")
+    if start_at_ns > _LATEST_START_NS:
+        raise BadRequest(f"at: {at!r} is too late: expected a time before 2116")
     if 0 < timeout_ns <= delay_ns:
         raise BadRequest("timeout: counts from the acceptance, and must be longer than delay")
     return delay_ns, start_at_ns, _parse_bool(*parameters["paused"])

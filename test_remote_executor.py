@@ -3474,7 +3474,8 @@ def test_delayed_task_starts_when_its_time_has_come(launch: Callable[..., Daemon
 @pytest.mark.parametrize(
     "query, name",
     [("delay=x", "delay"), ("at=tomorrow", "at"), ("at=2026-02-30T00:00:00Z", "at"), ("paused=x", "paused")]
-    + [("delay=1s&at=2026-01-01T00:00:00Z", "at"), ("delay=2s&timeout=2s", "timeout"), ("delay=1s&delay=2s", "delay")],
+    + [("delay=1s&at=2026-01-01T00:00:00Z", "at"), ("delay=2s&timeout=2s", "timeout"), ("delay=1s&delay=2s", "delay")]
+    + [("delay=2562047h", "delay"), ("at=9999-12-31T00:00:00Z", "at")],
 )
 def test_start_that_cannot_be_is_refused(daemon: Daemon, query: str, name: str) -> None:
     answer = daemon.post(f"/api/v1/task?{query}", [step()])
@@ -9069,10 +9070,11 @@ def test_changes_leave_an_audit_line_without_script_or_environment(
     daemon.request("PUT", f"/api/v1/task/{task}/0", None, {"Authorization": "Bearer alpha"})
     daemon.post("/api/v1/pool", {"size": 3})
     daemon.post("/api/v1/pool", {"size": 0})
+    wait_until(lambda: "size 3" in daemon.log(), "the last line")
     told = [line.split(" INFO ", 1) for line in daemon.log().splitlines() if "127.0.0.1 (" in line]
     assert [what for _, what in told] == [
         "127.0.0.1 (local): POST /api/v1/task: task audited, steps: 2",
-        "127.0.0.1 (Ann's laptop): PUT /api/v1/task/audited/0",
+        "127.0.0.1 (Ann's laptop): PUT /api/v1/task/audited/0: stop",
         "127.0.0.1 (local): POST /api/v1/pool: size 3",
     ]
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", when) for when, _ in told)
