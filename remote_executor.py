@@ -617,7 +617,7 @@ def variable_name(option: Option) -> str:
 
 def _parse_variable(option: Option, text: str) -> Any:
     """Return a variable's value as the command line's parser would. Raise argparse.ArgumentTypeError."""
-    if option.kind == "list":
+    if option.is_list:
         return [check_argument(option, word) for word in text.split()]
     if option.kind != "flag":
         return check_argument(option, text)
