@@ -13439,11 +13439,11 @@ class WorkspaceApi:
         return json_response(entry, audit=f"upload of {place}, {byte_count} bytes")
 
     def remove(self, request: Request) -> Response:
+        flags = [value for name, value in request.query if name == "recursive"]
+        is_recursive = bool(flags) and _parse_bool("recursive", flags[-1])
         place = self._place(request)
         if not place.names:
             raise BadRequest("path: expected that of a file or directory in the workspace")
-        flags = [value for name, value in request.query if name == "recursive"]
-        is_recursive = bool(flags) and _parse_bool("recursive", flags[-1])
         with _answer_os_errors(place), self._files.enter(*place.workspace) as workspace:
             status = workspace.status(*place.names)
             is_directory = stat.S_ISDIR(status.st_mode)
@@ -13553,11 +13553,10 @@ def workspace_components() -> Components:
     parameters = parameter_objects("query", specs)
     parameters["workspace_path"] = parameters["path"]
     parameters.update(parameter_objects("path", {"path": in_url}))
-    file = {"required": True, "content": _bytes_content()}
     part = {"description": "The part of the file that Range asks for", "content": _bytes_content()}
     return Components(
         parameters=parameters,
-        request_bodies={"File": file},
+        request_bodies={"File": {"content": _bytes_content()}},  # without one the file is empty
         responses={
             "File": _file_response_object(),
             "PartialFile": part,

@@ -9652,7 +9652,7 @@ def test_root_by_default_is_in_the_temporary_directory(tmp_path: Path) -> None:
 @posix_only
 def test_daemon_ends_with_0_however_many_signals_come(launch: Callable[..., Daemon]) -> None:
     daemon = launch()
-    for _ in range(10):
+    for _ in range(5):
         while daemon.alive():
             for number in (signal.SIGTERM, signal.SIGINT):
                 daemon.ask_to_end(number)
