@@ -12573,10 +12573,12 @@ def _bool_pattern() -> str:
     return f"^({'|'.join(alternatives)})?$"
 
 
-def _duration_schema() -> Json:
+def _duration_schema(is_positive: bool) -> Json:
     units = json.dumps("|".join(UNIT_NS))[1:-1]  # not ASCII by the escapes of ECMA 262, as JSON Schema's patterns are
     number = r"([0-9]+(\.[0-9]*)?|\.[0-9]+)"
-    pattern = rf"^((?=.*[1-9])\+?({number}({units}))+)?$"
+    pattern = rf"^(\+?(0|({number}({units}))+))?$"
+    if is_positive:
+        pattern = rf"^((?=.*[1-9])\+?({number}({units}))+)?$"
     return string_schema("As Go writes it", pattern=pattern, examples=["90s", "1h30m", "500ms"])
 
 
@@ -12638,7 +12640,7 @@ def _task_parameters() -> Json:
         "id": ("Id of the task; sent again, the same submission runs once", task_id, "release-1"),
         "timeout": ("Timeout of the whole task, from its acceptance", schema_reference("Duration"), "1h30m"),
         "env_vars": ("KEY=value for all steps; may be repeated", variables, ["target=linux"]),
-        "delay": ("How long it waits at least before its first step", schema_reference("Duration"), "10m"),
+        "delay": ("How long it waits at least before its first step", _duration_schema(is_positive=False), "10m"),
         "at": ("Before which moment no step starts", time_schema("RFC 3339"), "2022-11-18T16:14:23+08:00"),
         "paused": ("true: held until it is resumed", boolean, "true"),
         "strict": ("true: an unknown field or parameter is refused, else told in `warnings`", boolean, "true"),
@@ -13110,7 +13112,7 @@ def task_components() -> Components:
             "Pool": _pool_response(),
         },
         schemas={
-            "Duration": _duration_schema(),
+            "Duration": _duration_schema(is_positive=True),
             "Variable": string_schema("KEY=value", pattern=f"^{ENV_ENTRY_PATTERN.pattern}$"),
             "SubmittedStep": _submitted_step_schema(),
             "Submission": {"anyOf": [array_schema(step, minItems=1), step]},

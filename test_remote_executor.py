@@ -3534,7 +3534,7 @@ def test_timeout_of_a_step_ends_it_with_the_reason(daemon: Daemon, gate: Path) -
 
 
 def test_timeout_of_a_task_ends_what_runs(daemon: Daemon, gate: Path) -> None:
-    answer = daemon.run(step(name="a"), held(gate, name="b"), step(name="c"), timeout="700ms")
+    answer = daemon.run(step(name="a"), held(gate, name="b"), step(name="c"), timeout="2s" if WINDOWS else "700ms")
     assert [(one["state"], one["code"]) for one in answer.data] == [(0, 0), (0, 255), (2, 0)]
     assert answer.data[1]["msg"] == f"Step: 1, Name: b, Exit Code: 255: {TIMED_OUT}"
 
