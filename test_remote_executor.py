@@ -3740,7 +3740,7 @@ def test_engine_leaves_no_zombie_and_no_descriptor(launch: Callable[..., Daemon]
 @pytest.fixture
 def processes() -> Iterator[Any]:
     """What starts process trees, in this process, which adopts orphans for as long."""
-    yield module().PosixProcesses(0o22, "1024", module().DescriptorReserve())
+    yield module().PosixProcesses(0o22, "1024", reserve_of_tests())
     if LINUX:
         ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
         with contextlib.suppress(ChildProcessError):
@@ -3932,7 +3932,7 @@ def test_wrapper_that_has_not_told_its_pid_is_adopted(processes: Any, step_dir: 
     tree = begin(processes, step_dir, "setsid sh -c 'sleep 1000' & echo ready; sleep 1000")
     wait_until(lambda: b"ready" in (step_dir / "output").read_bytes())
     os.truncate(step_dir / "pid", 0) if what == "empty" else (step_dir / "pid").unlink()
-    adopted = module().PosixProcesses(0o22, "1024", module().DescriptorReserve()).adopt(str(step_dir))
+    adopted = module().PosixProcesses(0o22, "1024", reserve_of_tests()).adopt(str(step_dir))
     assert adopted.pid == tree.pid and not adopted.wait(time.monotonic())
     adopted.stop(never)
     assert adopted.wait(None) and bearers(step_dir) == []
@@ -6439,7 +6439,7 @@ def test_token_over_plain_http_from_another_host_is_warned_of_once(
 ) -> None:
     code = module()
     (tmp_path / "token").write_text("alpha\n")
-    access = code.Authenticator(code.make_settings({}), str(tmp_path), code.DescriptorReserve())
+    access = code.Authenticator(code.make_settings({}), str(tmp_path), reserve_of_tests())
     access.start()
     caplog.clear()
     for peer, scheme in (("127.0.0.1", "http"), ("192.0.2.7", "https"), ("192.0.2.7", "http"), ("192.0.2.8", "http")):
@@ -6539,7 +6539,7 @@ def test_users_of_connections_are_told_by_the_socket_and_by_the_table(
             assert code._user_of_socket(*ends) == expected
             monkeypatch.setattr(code, "_user_of_socket", lambda *_: None)
             with pytest.raises(LookupError) if expected is None else contextlib.nullcontext():
-                assert code.LocalPeers(code.DescriptorReserve()).user(*ends) == expected
+                assert code.LocalPeers(reserve_of_tests()).user(*ends) == expected
 
 
 def test_access_of_a_client_that_half_closes(daemon: Daemon) -> None:
@@ -6555,7 +6555,7 @@ def test_access_without_an_answer_of_the_kernel_is_asked_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, status: int
 ) -> None:
     code = module()
-    access = code.Authenticator(code.make_settings({}), str(tmp_path), code.DescriptorReserve())
+    access = code.Authenticator(code.make_settings({}), str(tmp_path), reserve_of_tests())
     answers = iter([error, os.geteuid()])
 
     def user(*_: Any) -> int:
@@ -6581,7 +6581,7 @@ def test_links_on_other_sites_lead_to_pages_alone(guarded: Daemon) -> None:
 @pytest.mark.parametrize("origin", ["chrome-extension://abcdefgh", "tauri://localhost", "http://[::1]:8080"])
 def test_pages_of_any_scheme_may_be_let_in(tmp_path: Path, origin: str) -> None:
     code = module()
-    access = code.Authenticator(code.make_settings({"cors_origin": [origin]}), str(tmp_path), code.DescriptorReserve())
+    access = code.Authenticator(code.make_settings({"cors_origin": [origin]}), str(tmp_path), reserve_of_tests())
     request = request_of(code.Client((("192.0.2.7", 9), ("192.0.2.1", 2376))), "build-7", {"Origin": origin}, "")
     assert admitted(access, request, True) == (200, "")
     assert ("Access-Control-Allow-Origin", origin) in access.cors_headers(request)
@@ -6603,7 +6603,7 @@ def test_pages_of_any_scheme_may_be_let_in(tmp_path: Path, origin: str) -> None:
 )
 def test_origin_of_a_page_is_ours_by_whatever_scheme(tmp_path: Path, origin: str, host: str, status: int) -> None:
     code = module()
-    access = code.Authenticator(code.make_settings({}), str(tmp_path), code.DescriptorReserve())
+    access = code.Authenticator(code.make_settings({}), str(tmp_path), reserve_of_tests())
     request = request_of(code.Client((("192.0.2.7", 9), ("192.0.2.1", 2376))), host, {"Origin": origin}, "")
     assert admitted(access, request, True)[0] == status
 
@@ -6678,7 +6678,7 @@ def test_short_tokens_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogCap
     code = module()
     caplog.set_level(logging.INFO)
     (tmp_path / "token").write_text("0123456789abcdef\nalpha # short\n# comment\n")
-    code.Authenticator(code.make_settings({}), str(tmp_path), code.DescriptorReserve()).start()
+    code.Authenticator(code.make_settings({}), str(tmp_path), reserve_of_tests()).start()
     assert [record.args for record in caplog.records if "is short" in record.getMessage()] == [(2,)]
 
 
@@ -10439,7 +10439,7 @@ def test_mac_users_are_read_from_the_kernels_table(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(code, "read_sysctl", lambda _, table=table: table)
         monkeypatch.setattr(code, "ON_LINUX", False)
         monkeypatch.setattr(code, "ON_MAC", True)
-        peers = code.LocalPeers(code.DescriptorReserve())
+        peers = code.LocalPeers(reserve_of_tests())
         assert peers.user(("127.0.0.2", 9), ("127.0.0.1", 7)) == 501
         assert peers.user(("::2", 9), ("::1", 7)) == 502
         with pytest.raises(LookupError):
@@ -10511,7 +10511,7 @@ def test_mac_that_shows_no_users_has_all_clients_asked_for_the_token_and_says_so
     monkeypatch.setattr(code, "read_sysctl", read)
     monkeypatch.setattr(code, "ON_LINUX", False)
     monkeypatch.setattr(code, "ON_MAC", name != "another system")
-    access = code.Authenticator(code.make_settings({"token_file": str(file)}), "", code.DescriptorReserve())
+    access = code.Authenticator(code.make_settings({"token_file": str(file)}), "", reserve_of_tests())
     access.start()
     for port in (9, 10):
         client = code.Client((("127.0.0.2", port), ("127.0.0.1", 7)), "http", "")
