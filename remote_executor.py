@@ -631,7 +631,7 @@ def variable_name(option: Option) -> str:
 
 def _parse_variable(option: Option, text: str) -> Any:
     """Return a variable's value as the command line's parser would. Raise argparse.ArgumentTypeError."""
-    if option.kind == "list":
+    if option.is_list:
         return [check_argument(option, word) for word in text.split()]
     if option.kind != "flag":
         return check_argument(option, text)
@@ -2106,8 +2106,13 @@ def make_private_directory(path: str) -> None:
 
 def is_temporary(path: str) -> bool:
     """Return whether a path without links is in the host's temporary directory, which is cleaned at times."""
-    place = os.path.realpath(tempfile.gettempdir())
-    return os.path.join(path, "").startswith(os.path.join(place, ""))
+    return is_within(path, os.path.realpath(tempfile.gettempdir()))
+
+
+def is_within(path: str, directory: str) -> bool:
+    """Return whether a path, without links, is that of a directory or of something in it."""
+    prefix = os.path.join(directory, "")
+    return os.path.join(path, "").startswith(prefix)
 
 
 def _restrict_posix_directory(path: str) -> None:
@@ -3340,7 +3345,13 @@ def _has_developer_tools() -> bool:
     command = ["/usr/bin/xcode-select", "-p"]
     null = subprocess.DEVNULL
     try:
-        process = subprocess.run(command, stdin=null, stdout=null, stderr=null, timeout=_XCODE_SELECT_TIMEOUT_S)
+        process = subprocess.run(
+            command,
+            stdin=null,
+            stdout=null,
+            stderr=null,
+            timeout=_XCODE_SELECT_TIMEOUT_S,
+        )
     except (OSError, subprocess.TimeoutExpired):  # it comes with every Mac; better to run the program than not
         return True
     return not process.returncode
@@ -6768,6 +6779,9 @@ def _parse_timeout(where: str, value: Any) -> int:
     return timeout_ns
 
 
+_LATEST_START_NS = 2**62  # added to the clock's time it fits the 64 bits of the store
+
+
 def _parse_start(parameters: Mapping[str, tuple[str, str]], timeout_ns: int) -> tuple[int, int, bool]:
     """Return after how many nanoseconds a task starts, or when by the wall clock; and whether it is held until then."""
     delay_ns = 0
@@ -6780,10 +6794,14 @@ def _parse_start(parameters: Mapping[str, tuple[str, str]], timeout_ns: int) -> 
         if delay:
             delay_ns = parse_duration(delay)
         if at:
-            start_at_ns = parse_time(at)
+            start_at_ns = max(0, parse_time(at))  # what is past starts at once
     except ValueError as error:
         name = "delay" if delay else "at"
         raise BadRequest(f"{name}: {error}") from None
+    if delay_ns > _LATEST_START_NS:
+        raise BadRequest(f"delay: {delay!r} is too long: expected 146 years at most")
+    if start_at_ns > _LATEST_START_NS:
+        raise BadRequest(f"at: {at!r} is too late: expected a time before 2116")
     if 0 < timeout_ns <= delay_ns:
         raise BadRequest("timeout: counts from the acceptance, and must be longer than delay")
     return delay_ns, start_at_ns, _parse_bool(*parameters["paused"])
@@ -16038,10 +16056,12 @@ def _bool_pattern() -> str:
     return f"^({'|'.join(alternatives)})?$"
 
 
-def _duration_schema() -> Json:
+def _duration_schema(is_positive: bool) -> Json:
     units = json.dumps("|".join(UNIT_NS))[1:-1]  # not ASCII by the escapes of ECMA 262, as JSON Schema's patterns are
     number = r"([0-9]+(\.[0-9]*)?|\.[0-9]+)"
-    pattern = rf"^((?=.*[1-9])\+?({number}({units}))+)?$"
+    pattern = rf"^(\+?(0|({number}({units}))+))?$"
+    if is_positive:
+        pattern = rf"^((?=.*[1-9])\+?({number}({units}))+)?$"
     return string_schema("As Go writes it", pattern=pattern, examples=["90s", "1h30m", "500ms"])
 
 
@@ -16131,7 +16151,7 @@ def _task_parameters() -> Json:
         "timeout": ("Timeout of the whole task, from its acceptance", schema_reference("Duration"), "1h30m"),
         "env_vars": ("KEY=value for all steps; may be repeated", variables, ["target=linux"]),
         "wait": ("How long its end is waited for, at most", schema_reference("Duration"), "30s"),
-        "delay": ("How long it waits at least before its first step", schema_reference("Duration"), "10m"),
+        "delay": ("How long it waits at least before its first step", _duration_schema(is_positive=False), "10m"),
         "at": ("Before which moment no step starts", time_schema("RFC 3339"), "2022-11-18T16:14:23+08:00"),
         "paused": ("true: held until it is resumed", boolean, "true"),
         "strict": ("true: an unknown field or parameter is refused, else told in `warnings`", boolean, "true"),
@@ -16695,7 +16715,7 @@ def task_components() -> Components:
             "Pool": _pool_response(),
         },
         schemas={
-            "Duration": _duration_schema(),
+            "Duration": _duration_schema(is_positive=True),
             "Variable": string_schema("KEY=value", pattern=f"^{ENV_ENTRY_PATTERN.pattern}$"),
             "SubmittedStep": _submitted_step_schema(),
             "Submission": {"anyOf": [array_schema(step, minItems=1), step]},
@@ -17350,6 +17370,7 @@ def follow_components() -> Components:
 _WORKSPACE_PATH = _TASK_PATH + "/workspace"
 _WORKSPACE_FILE_PATH = _WORKSPACE_PATH + "/{path}"
 _LISTED_AT_ONCE = 5000
+_Entries = Iterator[os.DirEntry[str]]
 _NO_PLAIN_CHARACTER = re.compile(r'[^\x20-\x7e]|["\\]')
 
 
@@ -17372,12 +17393,21 @@ def _shown_name(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def _quote_name(name: str) -> str:
+    """Return a name as it stands in a URL or a header (RFC 3986, RFC 8187)."""
+    return urllib.parse.quote(os.fsencode(name), safe="")
+
+
 def _raw_path(request: Request) -> bytes:
     """Return the path in the workspace that a request names, in its URL or as `path=`. Raise BadRequest."""
     if "path" in request.params:
         rest = request.raw_path.split("/", 6)[6:]  # behind /api/v1/task/{task}/workspace/
         return urllib.parse.unquote_to_bytes("".join(rest))
-    parameters = urllib.parse.parse_qsl(request.raw_query, keep_blank_values=True, encoding="latin-1")
+    parameters = urllib.parse.parse_qsl(
+        request.raw_query,
+        keep_blank_values=True,
+        encoding="latin-1",
+    )
     paths = [value for name, value in parameters if name == "path"]
     if len(paths) > 1:
         raise BadRequest("path: given more than once")
@@ -17402,6 +17432,14 @@ def _answer_os_errors(place: _Place) -> Iterator[None]:
         raise Conflict(f"{problem}; links and mounts are not followed, and only files and directories opened") from None
 
 
+_ENTRY_TYPES = (
+    "file",
+    "directory",
+    "link",
+    "other",
+)
+
+
 def _entry_type(status: os.stat_result) -> str:
     if _is_link(status):
         return "link"
@@ -17415,7 +17453,8 @@ def _entry_type(status: os.stat_result) -> str:
 def _format_modified(status: os.stat_result) -> str:
     """Return when a file was changed, RFC 3339 with milliseconds; empty for a year that has not four digits."""
     try:
-        moment = datetime.datetime.fromtimestamp(status.st_mtime_ns // 10**6 / 1000).astimezone()
+        modified_s = status.st_mtime_ns // 10**6 / 1000
+        moment = datetime.datetime.fromtimestamp(modified_s).astimezone()
     except (OverflowError, ValueError, OSError):
         return ""
     return moment.isoformat(timespec="milliseconds")
@@ -17423,24 +17462,30 @@ def _format_modified(status: os.stat_result) -> str:
 
 def entry_json(name: str, status: os.stat_result, url: str) -> Json:
     """Return an entry of a workspace; only a file has a size."""
-    value: Json = {"name": _shown_name(name), "type": _entry_type(status), "url": url}
-    if value["type"] == "file":
-        value["bytes"] = status.st_size
+    entry: Json = {
+        "name": _shown_name(name),
+        "type": _entry_type(status),
+        "url": url,
+    }
+    if entry["type"] == "file":
+        entry["bytes"] = status.st_size
     modified_at = _format_modified(status)
     if modified_at:
-        value["modified_at"] = modified_at
-    return value
+        entry["modified_at"] = modified_at
+    return entry
 
 
-def _next_entries(entries: Iterator[os.DirEntry[str]]) -> list[os.DirEntry[str]]:
-    return sorted(itertools.islice(entries, _LISTED_AT_ONCE), key=lambda entry: entry.name)
+def _next_entries(entries: _Entries) -> list[os.DirEntry[str]]:
+    some = [*itertools.islice(entries, _LISTED_AT_ONCE)]
+    some.sort(key=lambda entry: entry.name)
+    return some
 
 
 def _entry_schema() -> Json:
     return object_schema(
         {
             "name": string_schema("Name; bytes that are not UTF-8 as \\xff"),
-            "type": {"type": "string", "enum": ["file", "directory", "link", "other"]},
+            "type": {"type": "string", "enum": [*_ENTRY_TYPES]},
             "url": _url_schema(),
             "bytes": integer_schema("Size of a file"),
             "modified_at": time_schema("When its content was changed"),
@@ -17460,26 +17505,41 @@ def _entry_example() -> Json:
 
 
 def _bytes_content() -> Json:
-    return {"application/octet-stream": {"schema": {"type": "string", "contentMediaType": "application/octet-stream"}}}
+    media_type = "application/octet-stream"
+    schema = {
+        "type": "string",
+        "contentMediaType": media_type,
+    }
+    return {media_type: {"schema": schema}}
+
+
+def _or_not_found(data: Json | None = None) -> Json:
+    """Return the schema of an envelope with this data, or of one that says that there is no such task."""
+    success = envelope_schema([Code.SUCCESS], data)
+    return {"oneOf": [success, schema_reference("NotFound")]}
 
 
 def _file_response_object() -> Json:
     entries = array_schema(schema_reference("Entry"))
-    schema = {"oneOf": [envelope_schema([Code.SUCCESS], entries), schema_reference("NotFound")]}
-    examples = {"directory": success_example([_entry_example()]), "gone": _NOT_FOUND_EXAMPLE}
+    schema = _or_not_found(entries)
+    examples = {
+        "directory": success_example([_entry_example()]),
+        "gone": _NOT_FOUND_EXAMPLE,
+    }
     response = response_object("A file, or the entries of a directory", schema, examples)
     response["content"].update(_bytes_content())
     return response
 
 
 def _uploaded_response() -> Json:
-    schema = {"oneOf": [envelope_schema([Code.SUCCESS], schema_reference("Entry")), schema_reference("NotFound")]}
-    return response_object("The file is in its place", schema, {"stored": success_example(_entry_example())})
+    schema = _or_not_found(schema_reference("Entry"))
+    examples = {"stored": success_example(_entry_example())}
+    return response_object("The file is in its place", schema, examples)
 
 
 def _removed_response() -> Json:
-    schema = {"oneOf": [envelope_schema([Code.SUCCESS]), schema_reference("NotFound")]}
-    return response_object("It is removed", schema, {"removed": {"code": 0, "message": "success"}})
+    success = {"code": 0, "message": "success"}
+    return response_object("It is removed", _or_not_found(), {"removed": success})
 
 
 def file_response(request: Request, file: io.FileIO, name: str) -> Response:
@@ -17487,7 +17547,7 @@ def file_response(request: Request, file: io.FileIO, name: str) -> Response:
     status = os.fstat(file.fileno())
     etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
     plain_name = _NO_PLAIN_CHARACTER.sub("_", _shown_name(name))
-    quoted_name = urllib.parse.quote(os.fsencode(name), safe="")
+    quoted_name = _quote_name(name)
     headers = [
         ("Content-Type", "application/octet-stream"),
         ("X-Content-Type-Options", "nosniff"),
@@ -17497,16 +17557,21 @@ def file_response(request: Request, file: io.FileIO, name: str) -> Response:
         ("ETag", etag),
     ]
     with contextlib.suppress(OverflowError, ValueError, OSError):  # a year that has not four digits
-        headers.append(("Last-Modified", email.utils.formatdate(status.st_mtime, usegmt=True)))
-    if request.headers.get("if-none-match", "") in (etag, "*"):
+        modified = email.utils.formatdate(status.st_mtime, usegmt=True)
+        headers.append(("Last-Modified", modified))
+    known_etag = request.headers.get("if-none-match", "")
+    if known_etag in (etag, "*"):
         return Response(304, tuple(headers))
     part = None
-    if request.method == "GET" and request.headers.get("if-range", etag) == etag:
-        part = parse_range(request.headers.get("range", ""), status.st_size)
+    begun_etag = request.headers.get("if-range", etag)
+    if request.method == "GET" and begun_etag == etag:
+        wanted = request.headers.get("range", "")
+        part = parse_range(wanted, status.st_size)
     if part is None:
         return Response(200, tuple(headers), FileSlice(file, 0, status.st_size))
     offset, byte_count = part
-    headers.append(("Content-Range", f"bytes {offset}-{offset + byte_count - 1}/{status.st_size}"))
+    last = offset + byte_count - 1
+    headers.append(("Content-Range", f"bytes {offset}-{last}/{status.st_size}"))
     return Response(206, tuple(headers), FileSlice(file, offset, byte_count))
 
 
@@ -17524,14 +17589,42 @@ class WorkspaceApi:
         ]
 
     def _routes(self, path: str, upload_method: str, query: tuple[str, ...]) -> list[Route]:
-        shown = ("Sends a file, or lists a directory", "File", query, "", (404, 409, 416), True)
-        uploaded = ("Stores a file", "Uploaded", query, "File", (404, 409, 415, 507), True)
-        removed = ("Removes a file or directory", "Removed", (*query, "recursive"), "", (404, 409), True)
-        return [
-            Route("GET", path, self.show, *shown, names_file=True),
-            Route(upload_method, path, self.upload, *uploaded, names_file=True, streams_body=True),
-            Route("DELETE", path, self.remove, *removed, names_file=True),
-        ]
+        show = Route(
+            "GET",
+            path,
+            self.show,
+            "Sends a file, or lists a directory",
+            "File",
+            query,
+            errors=(404, 409, 416),
+            is_limited=True,
+            names_file=True,
+        )
+        upload = Route(
+            upload_method,
+            path,
+            self.upload,
+            "Stores a file",
+            "Uploaded",
+            query,
+            body="File",
+            errors=(404, 409, 415, 507),
+            is_limited=True,
+            streams_body=True,
+            names_file=True,
+        )
+        remove = Route(
+            "DELETE",
+            path,
+            self.remove,
+            "Removes a file or directory",
+            "Removed",
+            (*query, "recursive"),
+            errors=(404, 409),
+            is_limited=True,
+            names_file=True,
+        )
+        return [show, upload, remove]
 
     def show(self, request: Request) -> Response:
         place = self._place(request)
@@ -17539,12 +17632,18 @@ class WorkspaceApi:
             if self._is_directory(place):
                 entries = self._list(place, request.base_url)
                 head = next(entries)  # by now it is open
-                return Response(headers=(JSON_TYPE,), body=itertools.chain([head], entries))
+                body = itertools.chain([head], entries)
+                return Response(headers=(JSON_TYPE,), body=body)
             with self._files.enter(*place.workspace) as workspace:
                 file = workspace.read(*place.names)
         return self._file_response(request, file, place)
 
-    def _file_response(self, request: Request, file: io.FileIO, place: _Place) -> Response:
+    def _file_response(
+        self,
+        request: Request,
+        file: io.FileIO,
+        place: _Place,
+    ) -> Response:
         """Return what `file_response` does; close the file where it is not sent."""
         with contextlib.ExitStack() as closing:
             closing.callback(file.close)
@@ -17569,17 +17668,19 @@ class WorkspaceApi:
             with self._files.enter(*place.workspace) as workspace:
                 workspace.move_from(self._files, name, *place.names)
                 status = workspace.status(*place.names)
-        entry = entry_json(place.names[-1], status, self._url(place, request.base_url))
+        url = self._url(place, request.base_url)
+        entry = entry_json(place.names[-1], status, url)
         return json_response(entry, audit=f"upload of {place}, {byte_count} bytes")
 
     def remove(self, request: Request) -> Response:
+        flags = [value for name, value in request.query if name == "recursive"]
+        is_recursive = bool(flags) and _parse_bool("recursive", flags[-1])
         place = self._place(request)
         if not place.names:
             raise BadRequest("path: expected that of a file or directory in the workspace")
-        flags = [value for name, value in request.query if name == "recursive"] or [""]
-        is_recursive = _parse_bool("recursive", flags[-1])
         with _answer_os_errors(place), self._files.enter(*place.workspace) as workspace:
-            is_directory = stat.S_ISDIR(workspace.status(*place.names).st_mode)
+            status = workspace.status(*place.names)
+            is_directory = stat.S_ISDIR(status.st_mode)
             if is_directory and not is_recursive:
                 raise Conflict(f"{place} is a directory: add recursive=true to remove it with all that is in it")
             if not is_directory:
@@ -17597,15 +17698,17 @@ class WorkspaceApi:
             raise BadRequest(f"invalid path: {error}") from None
 
     def _url(self, place: _Place, base_url: str) -> str:
-        path = "/".join(urllib.parse.quote(os.fsencode(name), safe="") for name in place.names)
-        return f"{_task_url(base_url, place.task.id)}/workspace/{path}"
+        path = "/".join(map(_quote_name, place.names))
+        task_url = _task_url(base_url, place.task.id)
+        return f"{task_url}/workspace/{path}"
 
     def _is_directory(self, place: _Place) -> bool:
         """Return whether a place is a directory, as that of the whole workspace always is. Raise OSError."""
         if not place.names:
             return True
         with self._files.enter(*place.workspace) as workspace:
-            return stat.S_ISDIR(workspace.status(*place.names).st_mode)
+            status = workspace.status(*place.names)
+        return stat.S_ISDIR(status.st_mode)
 
     def _list(self, place: _Place, base_url: str) -> Iterator[bytes]:
         """Yield the JSON of a directory, so that memory stays flat for any size; by name, some thousands at a time.
@@ -17615,11 +17718,12 @@ class WorkspaceApi:
         url = self._url(place, base_url).rstrip("/")
         separator = b""
         with contextlib.ExitStack() as closing:
-            entries: Iterator[os.DirEntry[str]] = iter(())
+            entries: _Entries = iter(())
             some: list[os.DirEntry[str]] = []
             try:
                 workspace = closing.enter_context(self._files.enter(*place.workspace))
-                entries = closing.enter_context(workspace.enter(*place.names)).entries()
+                directory = closing.enter_context(workspace.enter(*place.names))
+                entries = directory.entries()
                 some = _next_entries(entries)  # before the first byte is sent, for it may fail
             except FileNotFoundError:
                 if place.names:
@@ -17628,7 +17732,8 @@ class WorkspaceApi:
             while some:
                 block = [*self._entries_json(some, url)]
                 if block:
-                    yield separator + to_json(block)[1:-1].encode()
+                    items = to_json(block)[1:-1]
+                    yield separator + items.encode()
                     separator = b","
                 some = _next_entries(entries)
             yield b"]}"
@@ -17637,14 +17742,15 @@ class WorkspaceApi:
         for entry in entries:
             with contextlib.suppress(OSError):  # it has just been removed
                 status = entry.stat(follow_symlinks=False)
-                name = urllib.parse.quote(os.fsencode(entry.name), safe="")
+                name = _quote_name(entry.name)
                 yield entry_json(entry.name, status, f"{url}/{name}")
 
     def _check_upload(self, request: Request, place: _Place) -> None:
         """Raise ApiError for an upload that cannot end well, before its body is read."""
         if not place.names:
             raise BadRequest("path: expected that of a file in the workspace")
-        if request.headers.get("content-type", "").lower().startswith("multipart/"):
+        content_type = request.headers.get("content-type", "")
+        if content_type.lower().startswith("multipart/"):
             raise UnsupportedMediaType("a form is not stored: send the bytes of the file, as curl -T does")
         free_bytes = shutil.disk_usage(self._files.path).free
         if (request.body_bytes or 0) > free_bytes:
@@ -17677,15 +17783,17 @@ def workspace_components() -> Components:
     in_url = ("Path in the workspace, whose slashes may be escaped", any_path, "dist/app.tar")
     in_query = ("Path in the workspace; default the workspace itself", any_path, "dist/app.tar")
     recursive = ("true: a directory is removed with all that is in it", boolean, "true")
-    parameters = parameter_objects("query", {"path": in_query, "recursive": recursive})
+    specs = {"path": in_query, "recursive": recursive}
+    parameters = parameter_objects("query", specs)
     parameters["workspace_path"] = parameters["path"]
     parameters.update(parameter_objects("path", {"path": in_url}))
+    part = {"description": "The part of the file that Range asks for", "content": _bytes_content()}
     return Components(
         parameters=parameters,
-        request_bodies={"File": {"required": True, "content": _bytes_content()}},
+        request_bodies={"File": {"content": _bytes_content()}},  # without one the file is empty
         responses={
             "File": _file_response_object(),
-            "PartialFile": {"description": "The part of the file that Range asks for", "content": _bytes_content()},
+            "PartialFile": part,
             "NotModified": {"description": "The file has the ETag of If-None-Match"},
             "Uploaded": _uploaded_response(),
             "Removed": _removed_response(),
@@ -18035,7 +18143,13 @@ _PROFILES = {  # what the index and the API document say of each
     "cmdline": "The command line",
     "symbol": "No symbols: the profiles hold the names of their functions",
 }
-_INDEX_DEBUG_LEVELS = {"goroutine": "2", "threadcreate": "1", "block": "1", "mutex": "1", "heap": "1"}
+_INDEX_DEBUG_LEVELS = {
+    "goroutine": "2",
+    "threadcreate": "1",
+    "block": "1",
+    "mutex": "1",
+    "heap": "1",
+}
 
 
 class Frame(NamedTuple):
@@ -18120,7 +18234,12 @@ class _ProfileEncoder:
 class Profile:
     """Values by thread and stack. Not thread-safe."""
 
-    def __init__(self, value_types: ValueTypes, comment: str, seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        value_types: ValueTypes,
+        comment: str,
+        seconds: float = 0.0,
+    ) -> None:
         self._value_types = value_types
         self._comment = comment
         self._seconds = seconds
@@ -18169,7 +18288,8 @@ class Profile:
 
 
 def _thread_names() -> dict[int, str]:
-    return {thread.ident: thread.name for thread in threading.enumerate() if thread.ident}
+    threads = threading.enumerate()
+    return {thread.ident: thread.name for thread in threads if thread.ident}
 
 
 def _walk(innermost: types.FrameType) -> Iterator[tuple[types.CodeType, int]]:
@@ -18213,7 +18333,8 @@ class Sampler:
         """Count every stack once, with the time since the last sample."""
         for thread, frame in sys._current_frames().items():
             if thread != self._own_thread:
-                counts = self._counts.setdefault(self._key(thread, frame), [0, 0])
+                key = self._key(thread, frame)
+                counts = self._counts.setdefault(key, [0, 0])
                 counts[0] += 1
                 counts[1] += elapsed_ns
 
@@ -18273,7 +18394,8 @@ def profile_memory(seconds: float) -> Profile:
         for frame in reversed(statistic.traceback):
             function = f"{os.path.basename(frame.filename)}:{frame.lineno}"  # tracemalloc keeps no names of functions
             stack.append(Frame(function, frame.filename, frame.lineno))
-        profile.add("", tuple(stack), (statistic.count, statistic.size))
+        values = (statistic.count, statistic.size)
+        profile.add("", tuple(stack), values)
     return profile
 
 
@@ -18454,7 +18576,11 @@ class ProfileApi:
 def profile_components() -> Components:
     """Return what the API document says of the routes of profiles."""
     seconds = {"type": "number", "exclusiveMinimum": 0}
-    debug = {"type": "string", "enum": [*_DEBUG_LEVELS], "default": "0"}
+    debug = {
+        "type": "string",
+        "enum": [*_DEBUG_LEVELS],
+        "default": "0",
+    }
     parameters: dict[str, ParameterSpec] = {
         "seconds": ("Duration; at most --profile_timeout", seconds, "5"),
         "debug": ("1: as text; 2: of goroutine, as text with whole stacks", debug, "1"),
@@ -18463,9 +18589,13 @@ def profile_components() -> Components:
     trace = object_schema({"traceEvents": events, "displayTimeUnit": {"const": "ms"}})
     description = "A gzipped profile.proto, for `go tool pprof` and speedscope; text where `debug` is set"
     addresses = {"schema": {"type": "string"}, "example": "0x7f0000000000+0x7f0000000010"}
+    content = {
+        "text/plain": addresses,
+        "application/octet-stream": addresses,
+    }
     return Components(
         parameters=parameter_objects("query", parameters),
-        request_bodies={"Addresses": {"content": {"text/plain": addresses, "application/octet-stream": addresses}}},
+        request_bodies={"Addresses": {"content": content}},
         responses={
             "Text": text_response_object("Text", "text/plain"),
             "Profile": text_response_object(description, _PROFILE_TYPE[1], "text/plain"),
@@ -20732,17 +20862,32 @@ class _TestDaemon:
 
     def start(self) -> None:
         """Start it and wait for its ready line. Raise StartupError with what it said instead."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-        command = [*own_command(), "run", f"--root={self._root}", "--addr=127.0.0.1:0"]
+        environment = {}
+        for name, value in os.environ.items():
+            if not name.startswith(ENV_PREFIX):
+                environment[name] = value
+        command = [
+            *own_command(),
+            "run",
+            f"--root={self._root}",
+            "--addr=127.0.0.1:0",
+        ]
         with open(self._file("output"), "wb") as output, open(self._file("errors"), "wb") as errors:
-            null = subprocess.DEVNULL
-            self._process = subprocess.Popen(command, stdin=null, stdout=output, stderr=errors, env=environment)
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                env=environment,
+            )
         ready = _until(lambda: self._read("output").endswith("\n") or self._has_ended())
-        match = re.search(":([0-9]+)$", self._read("output").strip())
+        ready_line = self._read("output").strip()
+        match = re.search(":([0-9]+)$", ready_line)
         if not ready or not match:
             raise StartupError(f"the daemon did not start: {self._read('errors').strip() or 'it said nothing'}")
         self._port = int(match[1])
-        self._pid = int(self.request("GET", "/api/v1/state")["data"]["process"]["pid"])
+        state = self.request("GET", "/api/v1/state")["data"]
+        self._pid = int(state["process"]["pid"])
 
     def kill(self) -> None:
         """End it as a crash does."""
@@ -20754,17 +20899,29 @@ class _TestDaemon:
         self._process.wait()
         self._pid = 0
 
-    def request(self, method: str, path: str, body: Any = None, has_token: bool = True) -> Json:
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        has_token: bool = True,
+    ) -> Json:
         """Return the envelope of an answer."""
         headers = {}
         if has_token:
-            with open(os.path.join(self._root, "token"), encoding="ascii") as file:
+            path_of_token = os.path.join(self._root, "token")
+            with open(path_of_token, encoding="ascii") as file:
                 headers["Authorization"] = f"Bearer {file.read().strip()}"
         data = None if body is None else json.dumps(body)
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_SELF_TEST_WAIT_S)
+        connection = http.client.HTTPConnection(
+            "127.0.0.1",
+            self._port,
+            timeout=_SELF_TEST_WAIT_S,
+        )
         with contextlib.closing(connection):
             connection.request(method, path, data, headers)
-            envelope: Json = json.loads(connection.getresponse().read())
+            content = connection.getresponse().read()
+        envelope: Json = json.loads(content)
         return envelope
 
     def submit(self, task: str, steps: Sequence[Json]) -> None:
@@ -20775,15 +20932,18 @@ class _TestDaemon:
 
     def steps(self, task: str) -> list[Json]:
         """Return the steps of a task as its detail shows them."""
-        steps: list[Json] = self.request("GET", f"/api/v1/task/{task}")["data"]
+        detail = self.request("GET", f"/api/v1/task/{task}")
+        steps: list[Json] = detail["data"]
         return steps
 
     def has_finished(self, task: str) -> bool:
-        return bool(self.request("GET", f"/api/v1/task/{task}")["code"] != Code.IN_PROGRESS)
+        detail = self.request("GET", f"/api/v1/task/{task}")
+        return bool(detail["code"] != Code.IN_PROGRESS)
 
     def console(self, task: str, step: int = 0) -> list[str]:
         """Return the lines that a step has written so far."""
-        lines: list[str] = self.request("GET", f"/api/v1/task/{task}/{step}/console").get("data", [])
+        console = self.request("GET", f"/api/v1/task/{task}/{step}/console")
+        lines: list[str] = console.get("data", [])
         return lines
 
     def _has_ended(self) -> bool:
@@ -20800,9 +20960,19 @@ class _TestDaemon:
 def _until(condition: Callable[[], Any], wait_s: float = _SELF_TEST_WAIT_S) -> Any:
     """Return the first true value of a condition, or the last one when the time is over."""
     end_s = time.monotonic() + wait_s
-    while not (value := condition()) and time.monotonic() < end_s:
+    while True:
+        value = condition()
+        if value or time.monotonic() >= end_s:
+            return value
         time.sleep(_POLL_S)
-    return value
+
+
+_DAEMON_FAULTS = (
+    OSError,
+    ValueError,
+    KeyError,
+    http.client.HTTPException,
+)
 
 
 class _SelfTest:
@@ -20812,18 +20982,23 @@ class _SelfTest:
         self._directory = directory
         self._daemon = _TestDaemon(directory)
         self._begin_s = time.monotonic()
-        interpreters = {interpreter: name for name, interpreter in reversed([*INTERPRETERS.items()])}
-        self._names = [name for name in INTERPRETERS if name in interpreters.values()]  # each interpreter once
+        names: dict[Interpreter, str] = {}  # each interpreter once, by the first of its names
+        for name, interpreter in INTERPRETERS.items():
+            names.setdefault(interpreter, name)
+        self._names = [*names.values()]
 
     def run(self) -> list[_Check]:
         """Run all trials. The steps of the interpreters run beside the others, through the restart too."""
         checks: list[_Check] = []
         try:
-            for trial in (self._start, self._local_user, self._stop, self._restart):
-                checks.append(trial())
+            checks.append(self._start())
+            checks.append(self._local_user())
+            checks.append(self._stop())
+            checks.append(self._restart())
             checks += self._interpreter_checks()
-        except (StartupError, OSError, ValueError, KeyError, http.client.HTTPException) as error:
-            checks.append(_Check("daemon", _FAILED, str(error) or repr(error)))
+        except (StartupError, *_DAEMON_FAULTS) as error:
+            reason = str(error) or repr(error)
+            checks.append(_Check("daemon", _FAILED, reason))
         finally:
             self._end()
         return checks
@@ -20831,11 +21006,13 @@ class _SelfTest:
     def _start(self) -> _Check:
         self._daemon.start()
         started_s = time.monotonic() - self._begin_s
-        self._daemon.submit("interpreters", [self._step(name) for name in self._names])
+        steps = [self._step(name) for name in self._names]
+        self._daemon.submit("interpreters", steps)
         return _Check("start", _OK, f"the daemon serves after {started_s:.2f} s")
 
     def _step(self, name: str) -> Json:
-        return {"command_type": name, "command_content": _READY_SCRIPTS[INTERPRETERS[name].suffix]}
+        suffix = INTERPRETERS[name].suffix
+        return {"command_type": name, "command_content": _READY_SCRIPTS[suffix]}
 
     def _local_user(self) -> _Check:
         answer = self._daemon.request("GET", "/api/v1/pool", has_token=False)
@@ -20870,7 +21047,8 @@ class _SelfTest:
         with open(gate, "wb"):
             _until(lambda: self._daemon.has_finished("adopted"))
         step = self._daemon.steps("adopted")[0]
-        if not is_adopted or step["code"] or self._daemon.console("adopted") != ["begun", "over"]:
+        lines = self._daemon.console("adopted")
+        if not is_adopted or step["code"] or lines != ["begun", "over"]:
             return _Check("restart", _FAILED, f"the step of a killed daemon was not adopted: {step['msg']}")
         return _Check("restart", _OK, "a step outlived a killed daemon, and the next one saw its end")
 
@@ -20879,18 +21057,28 @@ class _SelfTest:
         _until(lambda: self._daemon.console(task) or self._daemon.has_finished(task))
         return self._daemon.console(task)
 
-    def _submit_script(self, task: str, file: str, script: str, batch: str) -> None:
+    def _submit_script(
+        self,
+        task: str,
+        file: str,
+        script: str,
+        batch: str,
+    ) -> None:
         """Submit a task of one step, of this host's own shell, that knows a file's path."""
         name = "cmd" if ON_WINDOWS else "sh"
         content = batch if ON_WINDOWS else script
-        step = {"command_type": name, "command_content": content, "env_vars": [f"SELF_TEST_FILE={file}"]}
+        step = {
+            "command_type": name,
+            "command_content": content,
+            "env_vars": [f"SELF_TEST_FILE={file}"],
+        }
         self._daemon.submit(task, [step])
 
     def _interpreter_checks(self) -> list[_Check]:
         left_s = self._begin_s + _SLOW_INTERPRETERS_S - time.monotonic()
         _until(lambda: self._daemon.has_finished("interpreters"), left_s)
         steps = self._daemon.steps("interpreters")
-        return [self._interpreter_check(name, step) for name, step in zip(self._names, steps)]
+        return [*map(self._interpreter_check, self._names, steps)]
 
     def _interpreter_check(self, name: str, step: Json) -> _Check:
         try:
@@ -20903,15 +21091,20 @@ class _SelfTest:
         if step["code"] or lines[:1] != [_READY]:
             result = _FAILED if name in _NEEDED else _BROKEN
             return _Check(name, result, f"{program}: code {step['code']}: {' '.join(lines)[:80]}")
-        return _Check(name, _OK, ", ".join([program, *lines[1:]]))
+        detail = [program, *lines[1:]]
+        return _Check(name, _OK, ", ".join(detail))
 
     def _end(self) -> None:
         """Stop what runs, and the daemon."""
-        with contextlib.suppress(OSError, ValueError, KeyError, http.client.HTTPException):  # it is not there
+        with contextlib.suppress(*_DAEMON_FAULTS):  # it is not there
             for task in ("interpreters", "tree", "adopted"):
                 self._daemon.request("PUT", f"/api/v1/task/{task}")
-            _until(lambda: not self._daemon.request("GET", "/api/v1/pool")["data"]["running"], 6.0)
+            _until(self._is_idle, 6.0)
         self._daemon.kill()
+
+    def _is_idle(self) -> bool:
+        pool = self._daemon.request("GET", "/api/v1/pool")["data"]
+        return not pool["running"]
 
 
 def _has_gone(line: str, file: str) -> bool:
@@ -20930,13 +21123,15 @@ def _has_gone(line: str, file: str) -> bool:
 
 def _mount_type(path: str) -> str:
     """Return the type of the file system of a path, such as tmpfs; empty where the host does not show it."""
-    found = ("", "")
+    mount = ""
+    mount_type = ""
     with contextlib.suppress(OSError), open("/proc/mounts", encoding="utf-8", errors="replace") as file:
         for line in file:
             place, kind = line.split()[1:3]
-            if os.path.join(path, "").startswith(os.path.join(place, "")) and len(place) >= len(found[0]):
-                found = (place, kind)
-    return found[1]
+            if is_within(path, place) and len(place) >= len(mount):
+                mount = place
+                mount_type = kind
+    return mount_type
 
 
 def _look_at_root(settings: Settings) -> str:
@@ -20946,7 +21141,8 @@ def _look_at_root(settings: Settings) -> str:
         parent = os.path.dirname(parent)
     parent = os.path.realpath(parent)
     kind = _mount_type(parent)
-    notes = [root, f"{shutil.disk_usage(parent).free // 2**20} MiB free", kind]
+    free_bytes = shutil.disk_usage(parent).free
+    notes = [root, f"{free_bytes // 2**20} MiB free", kind]
     if is_temporary(parent) or kind in ("tmpfs", "ramfs"):
         notes.append("temporary: choose another --root to keep what is in it")
     return ", ".join(filter(None, notes))
@@ -21042,14 +21238,21 @@ def self_test(settings: Settings, is_json: bool) -> int:
     seconds = round(time.monotonic() - begin_s, 3)
     host = host_info()._replace(name="")  # a report is shown to others
     if is_json:
-        rows = [check._asdict() for check in checks]
-        report = {"ok": not has_failed, "seconds": seconds, "program": version_line(), "host": host._asdict()}
-        print_json({**report, "checks": rows})
+        report = {
+            "ok": not has_failed,
+            "seconds": seconds,
+            "program": version_line(),
+            "host": host._asdict(),
+            "checks": [check._asdict() for check in checks],
+        }
+        print_json(report)
         return int(has_failed)
     verdict = "something FAILED" if has_failed else "what the program needs works here"
-    lines = [version_line(), " ".join(filter(None, host))]
-    lines += [f"{check.result:<9}{check.name:<13}{check.detail}" for check in checks]
-    print("\n".join([*lines, f"{verdict} ({seconds:.1f} s)"]))
+    print(version_line())
+    print(*filter(None, host))
+    for check in checks:
+        print(f"{check.result:<9}{check.name:<13}{check.detail}")
+    print(f"{verdict} ({seconds:.1f} s)")
     return int(has_failed)
 
 
