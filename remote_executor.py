@@ -16359,7 +16359,7 @@ class TaskApi:
         self._key_expire_ns = key_expire_ns
 
     def routes(self) -> list[Route]:
-        return [*self._submission_routes(), *self._task_routes(), *self._step_routes(), *self._pool_routes()]
+        return [*self._task_routes(), *self._submission_routes(), *self._step_routes(), *self._pool_routes()]
 
     def _submission_routes(self) -> list[Route]:
         return [
