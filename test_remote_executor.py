@@ -2825,8 +2825,8 @@ def test_stop_asks_a_step_of_windows_to_end_and_a_second_one_does_not(daemon: Da
 @pytest.mark.parametrize("is_hurried", [False, True])
 def test_step_of_windows_ends_by_ctrl_break_unless_it_is_hurried(tmp_path: Path, is_hurried: bool) -> None:
     code = module()
-    processes, tree, _ = start_on_windows(tmp_path, "ping -n 60 localhost >nul")
-    wait_until(lambda: code._count_active(tree._job) > 1, "the step's process")
+    processes, tree, step_dir = start_on_windows(tmp_path, "ping -n 60 localhost")
+    wait_until(lambda: (Path(step_dir) / "output").stat().st_size, "the step's process")
     assert seconds(lambda: tree.stop(lambda: is_hurried)) < code.GRACE_S
     assert tree.wait(None)
     ended_by = code._DWORD()
