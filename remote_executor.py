@@ -1035,7 +1035,6 @@ if ON_WINDOWS:
     PROCESS_SUSPEND_RESUME = 0x0800
     PROCESS_QUERY_LIMITED_INFORMATION = 0x1000
     CREATE_SUSPENDED = 0x0000_0004
-    DETACHED_PROCESS = 0x0000_0008
     CREATE_NO_WINDOW = 0x0800_0000
     OpenProcess = _declare(_kernel32, "OpenProcess", _HANDLE, _DWORD, _BOOL, _DWORD)
     GetCurrentProcess = _declare(_kernel32, "GetCurrentProcess", _HANDLE)
@@ -5494,35 +5493,6 @@ goto again\r
 # applications (MSDN, "GetLastError"); the codes of the system and its runtimes begin with 0xC0, 0x80 or 0xE0 (C++,
 # .NET).
 _ENDED_BY_STOP = 0xE052_5252
-_CTRL_C_EVENT = 0
-_CTRL_BREAK_EVENT = 1
-_NOT_ASKED = 3
-# What asks a step to end runs in a process of its own, for a process has one console at most. It closes what windows of
-# these processes can be seen, then sends Ctrl-C or Ctrl-Break to all that share the wrapper's console, itself included
-# (MSDN, "GenerateConsoleCtrlEvent"). It ends with _NOT_ASKED when there was nothing to ask.
-_HELPER_MARK = "ask-step-to-end"
-_ASK_TO_END = f"""
-import ctypes, sys
-
-kernel32 = ctypes.WinDLL("kernel32")
-user32 = ctypes.WinDLL("user32")
-event, wrapper, *members = map(int, sys.argv[2:])
-windows = []
-
-@ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
-def close(number, _):
-    window = ctypes.c_void_p(number)
-    owner = ctypes.c_ulong()
-    user32.GetWindowThreadProcessId(window, ctypes.byref(owner))
-    if owner.value in members and user32.IsWindowVisible(window):
-        windows.append(window)
-        user32.PostMessageW(window, 0x0010, None, None)  # WM_CLOSE
-    return True
-
-user32.EnumWindows(close, None)
-if not (kernel32.AttachConsole(wrapper) and kernel32.GenerateConsoleCtrlEvent(event, 0)) and not windows:
-    sys.exit({_NOT_ASKED})
-"""
 _SPAWN_ATTEMPTS = 3
 # Files that are read again while the step runs: cmd opens a batch file for each of its lines, a later daemon reads the
 # pid. The wrapper keeps them open with these share modes, so that nobody else can open them exclusively. A script may
@@ -5680,45 +5650,6 @@ def list_processes() -> Iterator[tuple[int, int, str]]:
         CloseHandle(snapshot)
 
 
-@contextlib.contextmanager
-def _open_members(job: int) -> Iterator[list[int]]:
-    """Open the live processes of a job and return their pids, which are nobody else's within the context."""
-    handles = {}
-    try:
-        for pid in _list_members(job):
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                handles[pid] = OpenProcess(SYNCHRONIZE, False, pid)
-        yield [pid for pid in _list_members(job) if pid in handles]
-    finally:
-        for handle in handles.values():
-            CloseHandle(handle)
-
-
-def _start_helper(event: int, wrapper: int, members: Sequence[int]) -> _Child:
-    """Start what asks these processes to end, and what shares the wrapper's console. Raises OSError."""
-    program = sys.executable
-    options: tuple[str, ...] = ()
-    if not getattr(sys, "frozen", False):
-        # Without this file, which takes a while to compile; and in a virtual environment without its launcher.
-        program = getattr(sys, "_base_executable", program)
-        options = ("-I", "-S", "-c", _ASK_TO_END)
-    numbers = map(str, (event, wrapper, *members))
-    return subprocess.Popen(
-        [program, *options, _HELPER_MARK, *numbers],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        creationflags=DETACHED_PROCESS,
-    )
-
-
-def run_helper() -> None:
-    """Do what `_start_helper` has started this process for, if it has: an exe has no Python to be given a program."""
-    if ON_WINDOWS and sys.argv[1:2] == [_HELPER_MARK]:
-        exec(_ASK_TO_END, {})
-        sys.exit()
-
-
 def _open_child(parent: int, job: int) -> int:
     """Open the step's process, which the wrapper, a member of the job, has started; return 0 without one."""
     members = set(_list_members(job)) - {parent}
@@ -5852,14 +5783,10 @@ class WindowsTree:
         return None if code.value == _ENDED_BY_STOP else int(code.value)
 
     def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
-        """Ask the step to end, Ctrl-C for SIGINT and else Ctrl-Break; terminate what is left of its job after GRACE_S.
+        """Terminate all processes of the job, also those that outlived the wrapper.
 
-        At once where it cannot be asked: its wrapper has ended, or has no console.
+        At once: no signal is sent to them first, so there is no grace that `is_hurried` could end.
         """
-        event = _CTRL_C_EVENT if first_signal == signal.SIGINT else _CTRL_BREAK_EVENT
-        with contextlib.suppress(OSError):  # no helper can be started
-            if not is_hurried() and not _is_signalled(self._wrapper):
-                self._ask_to_end(event, is_hurried)
         _end_job(self._job)
 
     def close(self) -> None:
@@ -5899,18 +5826,6 @@ class WindowsTree:
                 finally:
                     CloseHandle(process)
         return _duplicate(self._job, GetCurrentProcess())
-
-    def _ask_to_end(self, event: int, is_hurried: Callable[[], bool]) -> None:
-        """Ask the job's processes to end; return when they have, after GRACE_S or when hurried. Raises OSError."""
-        end_s = time.monotonic() + GRACE_S
-        with _open_members(self._job) as members, _start_helper(event, self.pid, members) as helper:
-            try:
-                while _count_active(self._job) and helper.poll() != _NOT_ASKED:
-                    if is_hurried() or time.monotonic() >= end_s:
-                        return
-                    time.sleep(_POLL_S)
-            finally:
-                helper.kill()
 
     def _has_result(self) -> bool:
         """Return whether the wrapper reached its last line, even if it could not write the result."""
