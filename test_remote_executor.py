@@ -4880,7 +4880,7 @@ MODEL_ACTIONS = [
 ]
 
 
-@repeated(60 if WINDOWS else 250, 10_000)
+@repeated(64 if WINDOWS else 250, 10_000)  # of 60 none stops what has ended
 def test_model_and_daemon_agree(launch: Callable[..., Daemon], tmp_path: Path, runs: int) -> None:
     daemon, model, random = launch("--pool_size=40"), Model(tmp_path / "model"), Random(runs)
     model.place.mkdir()
