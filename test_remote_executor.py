@@ -4743,7 +4743,7 @@ def test_remains_of_ended_steps_are_ended_and_nothing_else(processes: Any, step_
 def test_stop_grants_the_grace_to_every_member(launch: Callable[..., Daemon], before: str) -> None:
     """The shell that started it ends at once."""
     daemon = launch()
-    cleaner = f"trap 'sleep 1.2; : >\"{daemon.root}/cleaned\"; exit' TERM; echo planted; while :; do sleep 0.02; done"
+    cleaner = f"trap 'sleep 0.6; : >\"{daemon.root}/cleaned\"; exit' TERM; echo planted; while :; do sleep 0.02; done"
     (daemon.root / "cleaner").write_text(cleaner)
     end = " & wait" if before.startswith("set -m") else "; echo after"
     task = daemon.submit(step(f'{before}/bin/sh "{daemon.root}/cleaner"{end}'))
@@ -4752,7 +4752,7 @@ def test_stop_grants_the_grace_to_every_member(launch: Callable[..., Daemon], be
     daemon.put(f"/api/v1/task/{task}")
     daemon.ended(task)
     assert (daemon.root / "cleaned").exists()
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < module().GRACE_S  # so it ended as soon as all had
 
 
 @linux_only
@@ -5726,7 +5726,7 @@ MODEL_ACTIONS = [
 ]
 
 
-@repeated(60 if WINDOWS else 250, 10_000)
+@repeated(64 if WINDOWS else 250, 10_000)  # of 60 none stops what has ended
 def test_model_and_daemon_agree(launch: Callable[..., Daemon], tmp_path: Path, runs: int) -> None:
     daemon, model, random = launch("--pool_size=40"), Model(tmp_path / "model"), Random(runs)
     model.place.mkdir()
