@@ -14,8 +14,10 @@ The file reads from top to bottom, a section uses only what stands above it:
     III  tasks             task model, submission, dependency plan, metrics, step directory, store, scheduler, runner,
                            recovery, janitor
     IV   HTTP              messages, request parser, routing, authentication, connections
-    V    API               web pages, schemas, task API, workspace API, operator API, profiling, API document
-    VI   program           daemon, supervisors, service managers, self test, command line
+    V    API               web pages, schemas, task API, follow API, workspace API, operator API, profiling,
+                           API document
+    VI   program           daemon, supervisors, service managers, self test, client, client output, client commands,
+                           command line
 
 Glossary: a *task* is a graph of *steps*, each one script; its steps share a *workspace*, the task's own directory. A
 *worker* is the thread of a running step, a *slot* its share of the pool. To *stop* a step is to kill its whole process
@@ -25,17 +27,19 @@ log. The *wrapper* is the small shell that runs a step's script and leaves its p
 
 Threads: `main` waits for signals and makes periodic checks; `listener` accepts connections; one `connection` per
 client, and two `reserve connection` for when no more can be started; one `step` per running step; `store` commits, many
-changes at a time; `timekeeper` enforces deadlines and output limits; `sweeper` removes what has expired; `log` writes
-to standard error. Under the service control manager of Windows `main` belongs to the manager, and another thread runs
-the daemon.
+changes at a time; `timekeeper` enforces deadlines and output limits; `sweeper` removes what has expired; `output watch`
+looks at files that are followed; `log` writes to standard error. Under the service control manager of Windows `main`
+belongs to the manager, and another thread runs the daemon.
 """
 
 from __future__ import annotations
 
 import argparse
+import array
 import bisect
 import codecs
 import collections
+import concurrent.futures
 import contextlib
 import datetime
 import email.utils
@@ -170,6 +174,10 @@ class AuthRateLimited(TooManyRequests):
 
 class Unavailable(ApiError):
     status = code = 503
+
+
+class TooManyHeld(Unavailable):
+    headers = (("Retry-After", "5"),)
 
 
 class StorageFull(ApiError):
@@ -606,6 +614,11 @@ def default_text(option: Option) -> str:
     return option.default.replace("$TEMP", tempfile.gettempdir())
 
 
+def default_root() -> str:
+    """Return the root of a daemon that is given none."""
+    return next(default_text(option) for option in OPTIONS if option.name == "root")
+
+
 ENV_PREFIX = "REMOTE_EXECUTOR_"  # of the environment variables that stand for flags; steps see none that begins so
 _SWITCHES = {"1": True, "true": True, "0": False, "false": False}
 
@@ -1027,6 +1040,9 @@ if ON_WINDOWS:
     GetProcessTimes = _declare(_kernel32, "GetProcessTimes", _BOOL, _HANDLE, _TIME_OUT, _TIME_OUT, _TIME_OUT, _TIME_OUT)
     GetExitCodeProcess = _declare(_kernel32, "GetExitCodeProcess", _BOOL, _HANDLE, _DWORD_OUT)
     TerminateProcess = _declare(_kernel32, "TerminateProcess", _BOOL, _HANDLE, _UINT)
+    ENABLE_VIRTUAL_TERMINAL_PROCESSING = 0x0004
+    GetConsoleMode = _declare(_kernel32, "GetConsoleMode", _BOOL, _HANDLE, _DWORD_OUT)
+    SetConsoleMode = _declare(_kernel32, "SetConsoleMode", _BOOL, _HANDLE, _DWORD)
     NtResumeProcess = _WinDLL("ntdll").NtResumeProcess  # ResumeThread needs a handle that Popen has closed
     NtResumeProcess.argtypes = (_HANDLE,)
     SEM_FAILCRITICALERRORS = 0x0001
@@ -1949,6 +1965,24 @@ def has_terminal() -> bool:
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY))
     except OSError:
+        return False
+    return True
+
+
+def is_ansi_terminal(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal that obeys ANSI sequences; a console of Windows is told to."""
+    if not stream.isatty():
+        return False
+    if sys.platform != "win32":
+        return os.environ.get("TERM", "dumb") != "dumb"
+    import msvcrt
+
+    handle = msvcrt.get_osfhandle(stream.fileno())
+    mode = wintypes.DWORD()
+    try:
+        GetConsoleMode(handle, ctypes.byref(mode))
+        SetConsoleMode(handle, mode.value | ENABLE_VIRTUAL_TERMINAL_PROCESSING)
+    except OSError:  # before Windows 10
         return False
     return True
 
@@ -6714,6 +6748,13 @@ _HEAD_BYTES = 256  # more than a pid file or a result has
 _RESULT = re.compile(rb"(-?[0-9]{1,10})\s*\n")  # bounded, for a step may write there too
 _CODE_MODULUS = 1 << 32  # on Windows, where cmd writes those above 2**31 as negative numbers
 _LATE_RESULT = re.compile(rb"^ended (-?[0-9]{1,10})\n", re.MULTILINE)
+_OUTPUT_NAMES = {"stdout": "output", "stderr": "stderr"}
+
+
+def output_name(stream: str, earlier_attempt: int | None = None) -> str:
+    """Return the name of the file to which a step writes a stream, or wrote it in an earlier attempt."""
+    name = _OUTPUT_NAMES[stream]
+    return name if earlier_attempt is None else f"{name}.{earlier_attempt}"
 
 
 class StepDirectory:
@@ -6782,17 +6823,26 @@ class StepDirectory:
             return not changes_to_utf_8(file.read(_MAX_SCRIPT_LOOK_BYTES))
         return False
 
+    def open_output(self, name: str = "output") -> io.FileIO | None:
+        """Open what the step has written so far; None where that is not there, or not a regular file any more.
+
+        Raises OSError where it cannot be read.
+        """
+        try:
+            return self._tasks.read(*self._names, name)
+        except OSError as error:
+            if error.errno in _NO_OUTPUT:
+                return None
+            raise
+
     def read_output(self) -> Iterator[bytes]:
         """Return what the step has written so far, in blocks; nothing where its output is no regular file any more.
 
         Raises OSError where it cannot be read.
         """
-        try:
-            file = self._tasks.read(*self._names, "output")
-        except OSError as error:
-            if error.errno in _NO_OUTPUT:
-                return iter(())
-            raise
+        file = self.open_output()
+        if file is None:
+            return iter(())
         return _read_blocks(file)
 
 
@@ -7219,15 +7269,19 @@ def _id_glob_values(glob: str) -> tuple[str, str, str]:
 class Notice(NamedTuple):
     """What a commit has changed: a task, or the pool where its number is 0, and these steps of the task.
 
-    `deleted_id` is the id of a task whose record is gone.
+    `deleted_id` is the id of a task whose record is gone, `has_ended` says that the task has ended with this commit.
     """
 
     task_number: int
     step_indexes: tuple[int, ...] = ()
     deleted_id: str = ""
+    has_ended: bool = False
 
 
 _Listener = Callable[[Notice], None]
+
+
+_EVERY_TASK = -1  # which is the number of none
 
 
 class Feed:
@@ -7237,26 +7291,29 @@ class Feed:
     """
 
     def __init__(self) -> None:
-        self._listeners: tuple[_Listener, ...] = ()
+        self._listeners: dict[int, tuple[_Listener, ...]] = {}  # by the number of the task
         self._lock = threading.Lock()  # guards changes of _listeners
 
     def has_listeners(self) -> bool:
         return bool(self._listeners)
 
     @contextlib.contextmanager
-    def listen(self, listener: _Listener) -> Iterator[None]:
-        """Call the listener with all that is committed within the context."""
+    def listen(self, listener: _Listener, task_number: int = _EVERY_TASK) -> Iterator[None]:
+        """Call the listener with all that is committed within the context, or with what concerns this task."""
         with self._lock:
-            self._listeners = (*self._listeners, listener)
+            self._listeners[task_number] = (*self._listeners.get(task_number, ()), listener)
         try:
             yield
         finally:
             with self._lock:
-                others = [other for other in self._listeners if other is not listener]
-                self._listeners = tuple(others)
+                others = [other for other in self._listeners.pop(task_number) if other is not listener]
+                if others:
+                    self._listeners[task_number] = tuple(others)
 
     def tell(self, notice: Notice) -> None:
-        for listener in self._listeners:
+        of_every_task = self._listeners.get(_EVERY_TASK, ())
+        of_this_task = self._listeners.get(notice.task_number, ())
+        for listener in of_every_task + of_this_task:
             try:
                 listener(notice)
             except Exception:
@@ -7566,7 +7623,7 @@ class Store:
 
         def notices(_: Any) -> list[Notice]:
             indexes = [index for index, _ in ends]
-            return [Notice(task_number, (*indexes, *skipped))]
+            return [Notice(task_number, (*indexes, *skipped), has_ended=task_end is not None)]
 
         self._record(apply, task_number, is_durable=True, notices=notices)
 
@@ -7588,7 +7645,7 @@ class Store:
             apply,
             task_number,
             is_durable=True,
-            notices=lambda indexes: [Notice(task_number, indexes)],
+            notices=lambda indexes: [Notice(task_number, indexes, has_ended=True)],
         )
 
     def expire(self, ended_before_ns: int) -> list[int]:
@@ -9538,6 +9595,18 @@ class BodyStream(Protocol):
         """Yield the blocks. Raise BadRequest or ConnectionEnded."""
 
 
+class Hold(Protocol):
+    """A connection whose answer waits for something. `wake` is for any thread, all else for the connection's."""
+
+    is_ending: bool  # the daemon ends, so nothing more is worth waiting for
+
+    def wake(self) -> None:
+        """End `wait`, or the next one."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for `wake` or the end of the daemon, at most so long. Raise ConnectionEnded if the client has gone."""
+
+
 class Request(NamedTuple):
     """A parsed request: `segments` and `query` are decoded, header names are in lower case."""
 
@@ -9558,6 +9627,7 @@ class Request(NamedTuple):
     is_utf8: bool = True  # path and query, their escapes decoded
     stream: BodyStream | None = None  # the body, where the route reads it itself
     forwarded: Forwarded = Forwarded()
+    hold: Hold | None = None  # where the answer may have to wait
 
     @property
     def peer(self) -> str:
@@ -9590,12 +9660,12 @@ class FileSlice(NamedTuple):
 class Response(NamedTuple):
     """A response. A body of several blocks is streamed, for a HEAD none of them is made.
 
-    `audit` describes a change in the log, beside its path.
+    `audit` describes a change in the log, beside its path. Who sends a body closes it, but not the file of a block.
     """
 
     status: int = 200
     headers: Headers = ()
-    body: bytes | FileSlice | Iterable[bytes] = b""
+    body: bytes | FileSlice | Iterable[bytes | FileSlice] = b""
     audit: str = ""
 
 
@@ -9682,6 +9752,7 @@ _MAX_FIELDS = 100  # as Apache, gunicorn and CPython's http.client have it
 # as a client that waits holds a thread here.
 _MIN_BODY_BYTES_PER_S = 64 * 1024
 _MAX_CHUNK_LINE_BYTES = 256  # a size of 12 digits; extensions are used by nobody
+_GLANCE_S = 0.001
 _STREAM_BLOCK_BYTES = 1 << 18  # one for each upload: larger ones are no faster
 _MIN_STREAM_BYTES = 1 << 16
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -9710,6 +9781,15 @@ def _parse_ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
         return ip.ipv4_mapped
     return ip
+
+
+def _readable(socks: Iterable[socket.socket]) -> set[Any]:
+    """Return those from which data, or an end, can be read now."""
+    selector_class = getattr(selectors, "PollSelector", selectors.SelectSelector)  # neither takes a descriptor
+    with selector_class() as selector:
+        for sock in socks:
+            selector.register(sock, selectors.EVENT_READ)
+        return {key.fileobj for key, _ in selector.select(0)}
 
 
 class RequestReader:
@@ -9785,6 +9865,19 @@ class RequestReader:
     def has_buffered(self, count: int) -> bool:
         """Return whether `count` bytes were received that nobody has read."""
         return len(self._buffer) >= count
+
+    def has_ended(self) -> bool:
+        """Return whether the client has closed its end; what it has sent meanwhile is kept for the next request."""
+        if len(self._buffer) > _MAX_HEAD_BYTES or not _readable([self._sock]):
+            return False
+        self._timeout_s = _GLANCE_S
+        self._set_timeout(_GLANCE_S)  # TLS may have received what holds no data
+        try:
+            received = self._sock.recv(1 << 16)
+        except OSError as error:
+            return not isinstance(error, (TimeoutError, socket.timeout, BlockingIOError))
+        self._buffer += received
+        return not received
 
     def drain(self, timeout_s: float) -> None:
         """Read and drop what comes, until the client closes or `timeout_s` is over."""
@@ -10185,6 +10278,7 @@ class Route(NamedTuple):
     streams_body: bool = False  # it is in the request's `stream`, of any size
     names_file: bool = False  # by what need not be UTF-8
     is_page: bool = False  # for people, who may come by a link on another site; public ones are too
+    is_held: Callable[[Request], bool] = lambda _: False  # the answer may have to wait, by the request's `hold`
 
     @property
     def required_role(self) -> Role:
@@ -10198,6 +10292,7 @@ _ROLES_OF_METHODS = {
     "PUT": Role.SUBMIT,
     "DELETE": Role.ADMIN,
 }
+_SEE_DOCUMENT = "/openapi.json lists all routes"
 _Segments = tuple[str, ...]
 _Methods = dict[str, Route]  # the routes of a path
 
@@ -10227,7 +10322,9 @@ class Router:
         route = methods.get(request.method)
         if route is None:
             allowed = ", ".join(methods)
-            raise MethodNotAllowed(f"method {request.method} not allowed here; allowed: {allowed}", [*methods])
+            raise MethodNotAllowed(
+                f"method {request.method} not allowed here; allowed: {allowed}; {_SEE_DOCUMENT}", [*methods]
+            )
         if not (request.is_utf8 or route.names_file):
             raise BadRequest("malformed request target: it is not UTF-8, as it stands or by its escapes")
         return route, params
@@ -10253,7 +10350,7 @@ class Router:
             if params is not None:
                 return methods, params
         path = "/".join(segments)
-        raise PathNotFound(f"not found: /{path}")
+        raise PathNotFound(f"not found: /{path}; {_SEE_DOCUMENT}")
 
 
 _REST = "{path}"
@@ -10356,6 +10453,19 @@ def check_owner(request: Request, submitted_by: str) -> None:
         check_role(request, Identity(request.label, request.role), Role.ADMIN)
 
 
+_EXPOSED_HEADERS = (
+    "X-Task-ID",
+    "X-Task-STATE",
+    "Content-Disposition",
+    "Content-Range",
+    "ETag",
+    "Retry-After",
+    "X-Output-Offset",
+    "X-Step-Result",
+    "X-Step-Attempt",
+)
+
+
 class Authenticator:
     """Authenticates requests. Thread-safe. An invalid token is an error, never anonymous access."""
 
@@ -10450,7 +10560,7 @@ class Authenticator:
             return ()
         return (
             ("Access-Control-Allow-Origin", origin),
-            ("Access-Control-Expose-Headers", "X-Task-ID, X-Task-STATE, Content-Disposition, Content-Range, ETag"),
+            ("Access-Control-Expose-Headers", ", ".join(_EXPOSED_HEADERS)),
             ("Vary", "Origin"),
         )
 
@@ -10656,8 +10766,10 @@ def rate_limit_key(address: str) -> str:
 #     TLS handshake, first byte, head     --timeout each
 #     body                                --timeout, and a second for each 64 KB
 #     upload                              --timeout for each 64 KB, whatever its size
-#     handler                             as long as it takes: only profiles take long
+#     handler                             as long as it takes: only profiles and `wait` take long
 #     response                            --timeout, and a second for each 64 KB; a streamed one earns it as it goes
+#     answer that waits for something     hours, by a Hold: --timeout for each block, and a second for each 64 KB; each
+#                                         5 s it is looked whether its client is still there
 #     idle between requests               --idle_timeout, 60 s: nginx 75 s, Apache and node.js 5 s; an idle thread costs
 #                                         little, and a poll each minute should find its connection again
 #     lingering close                     5 s, as nginx: a close with unread input is a reset, which may destroy a
@@ -10668,6 +10780,7 @@ def rate_limit_key(address: str) -> str:
 #     many from one address    at most 64 each, an IPv6 /64 counting as one; but those of this host share one, and those
 #                              behind a trusted proxy
 #     many from many           the last 8 of --max_connections serve stops (PUT) alone, with 3 s and one response each
+#     answers that wait        at most half of --max_connections
 #     no thread can start      two threads stand ready; up to 8 connections wait for them, silent ones give way
 #     no descriptor is left    a reserve is lent to `accept`, 4 of it, and to responses
 #     memory fails anywhere    the listener starts again; nothing that it calls may end it
@@ -10677,6 +10790,8 @@ _LINGER_S = 5.0
 _MAX_PER_ADDRESS = 64
 _RESERVED_CONNECTIONS = 8
 _RESERVED_TIMEOUT_S = 3.0
+_CLIENT_CHECK_S = 5.0
+_KEEP_ALIVE_OPTIONS = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3}  # tcp(7): a client that vanishes
 _RESERVE_THREADS = 2
 _MAX_PENDING_CONNECTIONS = 8
 _RESERVE_DESCRIPTORS = 4  # of 8, for connections: the others are for what their responses open
@@ -10790,13 +10905,40 @@ class PendingConnections:
             self._changed.notify_all()
 
 
-def _readable(socks: Iterable[socket.socket]) -> set[Any]:
-    """Return those from which data, or an end, can be read now."""
-    selector_class = getattr(selectors, "PollSelector", selectors.SelectSelector)  # neither takes a descriptor
-    with selector_class() as selector:
-        for sock in socks:
-            selector.register(sock, selectors.EVENT_READ)
-        return {key.fileobj for key, _ in selector.select(0)}
+class HeldConnection:
+    """A connection whose answer waits for something; see Hold. `end` is for any thread too."""
+
+    def __init__(self, reader: RequestReader) -> None:
+        self.is_ending = False
+        self._reader = reader
+        self._news = threading.Event()
+
+    def wake(self) -> None:
+        self._news.set()
+
+    def end(self) -> None:
+        """End this wait and all later ones."""
+        self.is_ending = True
+        self._news.set()
+
+    def wait(self, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not self.is_ending:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            if self._news.wait(min(left_s, _CLIENT_CHECK_S)) or left_s <= _CLIENT_CHECK_S:
+                break
+            if self._reader.has_ended():
+                raise ConnectionEnded("the client has gone")
+        self._news.clear()
+
+
+def _probe_client(sock: socket.socket) -> None:
+    """Have the kernel find out that a client has vanished, which has not said so."""
+    with contextlib.suppress(OSError):  # it has reset the connection
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEP_ALIVE_OPTIONS.items():
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _last_response(error: ApiError) -> bytes:
@@ -10841,11 +10983,12 @@ class Server(http.server.ThreadingHTTPServer):
         self._router = router
         self._metrics = metrics
         self._tls = tls
-        self._lock = threading.Lock()  # guards the four below
+        self._lock = threading.Lock()  # guards the five below
         self._connections: dict[socket.socket, str] = {}  # the client of each, as rate_limit_key has it
         self._reserved: set[socket.socket] = set()  # those of them that are among the last, which are for stops
         self._on_reserve: set[socket.socket] = set()  # those of them that hold a thread or descriptor of the reserve
         self._in_flight: set[socket.socket] = set()  # those of them with a request that --max-requests counts
+        self._held: dict[socket.socket, HeldConnection] = {}  # those of them whose answers wait
         self._thread = DaemonThread(self._listen, "listener")
         self._pending = PendingConnections(_MAX_PENDING_CONNECTIONS)
         self._reserve_threads: list[threading.Thread] = []  # never shrinks
@@ -10946,6 +11089,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()
         with self._lock:
             connections = [*self._connections]
+            held = [*self._held.values()]
+        for connection in held:
+            connection.end()
         for sock in connections:
             with contextlib.suppress(OSError):  # the client has closed it
                 socket.socket.shutdown(sock, socket.SHUT_RD)  # SSLSocket.shutdown would go on in clear text
@@ -11072,7 +11218,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._connections.pop(sock, None)
             self._reserved.discard(sock)
             self._on_reserve.discard(sock)
-            self._in_flight.discard(sock)
+        self.release(sock)
 
     def authorize(self, request: Request, is_reserved: bool) -> tuple[Route | None, Request]:
         """Return the route, None for a CORS preflight, and the request with its parameters and the client's label.
@@ -11100,7 +11246,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             if route is None:
                 return self._preflight_response(request)
-            if route.is_limited:
+            if route.is_limited and not request.hold:
                 self._add_in_flight(sock)
             response = route.handle(request)
             if request.method not in ("GET", "HEAD"):
@@ -11108,7 +11254,7 @@ class Server(http.server.ThreadingHTTPServer):
             return response
         except ApiError as error:
             return error_response(error)
-        except ConnectionEnded:  # in the middle of an upload
+        except ConnectionEnded:  # in the middle of an upload, or while it was waited for something
             raise
         except Exception:
             log.exception("%s %s failed", request.method, _path(request))
@@ -11120,7 +11266,7 @@ class Server(http.server.ThreadingHTTPServer):
             204,
             (
                 ("Access-Control-Allow-Methods", methods),
-                ("Access-Control-Allow-Headers", "Authorization, Content-Type"),
+                ("Access-Control-Allow-Headers", "Authorization, Content-Type, Last-Event-ID, Range"),
             ),
         )
 
@@ -11132,10 +11278,24 @@ class Server(http.server.ThreadingHTTPServer):
                 raise TooManyRequests(f"{limit} requests are in flight, the most that --max-requests allows; try again")
             self._in_flight.add(sock)
 
+    def hold(self, sock: socket.socket, reader: RequestReader) -> Hold:
+        """Let the answer on a connection wait, until `release`. Raise Unavailable."""
+        limit = self._settings.max_connections // 2
+        held = HeldConnection(reader)
+        _probe_client(sock)
+        with self._lock:
+            if self.is_stopping:
+                raise Unavailable("the daemon is shutting down; send the request again to the next one")
+            if sock in self._reserved or sock in self._on_reserve or len(self._held) >= limit:
+                raise TooManyHeld(f"{limit} connections may wait at once, half of --max_connections; try again")
+            self._held[sock] = held
+        return held
+
     def release(self, sock: socket.socket) -> None:
         """Count the request of a connection out, if it was counted in."""
         with self._lock:
             self._in_flight.discard(sock)
+            self._held.pop(sock, None)
 
     def _log_change(self, request: Request, response: Response) -> None:
         """Log what was changed, and by whom; for a submission the new task too."""
@@ -11318,6 +11478,8 @@ class Connection(socketserver.BaseRequestHandler):
         try:
             request = self._read_body(reader, request, route, refusal)
             is_body_read = True
+            if route and route.is_held(request):
+                request = request._replace(hold=server.hold(self.request, reader))
         except ApiError as error:
             refusal = error
 
@@ -11343,8 +11505,8 @@ class Connection(socketserver.BaseRequestHandler):
         return is_kept
 
     def _lend_descriptors(self, request: Request) -> contextlib.AbstractContextManager[None]:
-        """Return what lends a response the reserve's descriptors if there are no others; an upload takes too long."""
-        if request.stream:
+        """Return what lends a response the reserve's descriptors if there are no others, unless it takes too long."""
+        if request.stream or request.hold:
             return contextlib.nullcontext()
         return self.server.descriptors.lend_if_scarce(look_now=self._is_scarce)
 
@@ -11423,45 +11585,72 @@ class Connection(socketserver.BaseRequestHandler):
             lines.append("Connection: keep-alive")
         head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
         is_head = request is not None and request.method == "HEAD"
-        if isinstance(response.body, FileSlice):
-            return self._send_file(head, response.body, is_head)
-        if is_head:
-            self._send_bytes(head)
-            return 0
-        if not isinstance(response.body, bytes):
-            return self._send_blocks(head, response.body, is_chunked)
-        self._send_bytes(head + response.body)
-        return len(response.body)
+        is_held = request is not None and request.hold is not None
+        if isinstance(response.body, bytes):
+            body = b"" if is_head else response.body
+            self._send_bytes(head + body)
+            return len(body)
+        with contextlib.ExitStack() as closing:
+            if isinstance(response.body, FileSlice):
+                closing.callback(response.body.file.close)
+            elif hasattr(response.body, "close"):
+                closing.callback(response.body.close)
+            if is_head:
+                self._send_bytes(head)
+                return 0
+            if isinstance(response.body, FileSlice):
+                self._send_bytes(head)
+                self._send_file(response.body)
+                return response.body.byte_count
+            return self._send_blocks(head, response.body, is_chunked, is_held)
 
-    def _send_blocks(self, head: bytes, blocks: Iterable[bytes], is_chunked: bool) -> int:
-        """Send the head with the first block, then the others as they come. Return the bytes of the body."""
+    def _send_blocks(
+        self,
+        head: bytes,
+        blocks: Iterable[bytes | FileSlice],
+        is_chunked: bool,
+        is_held: bool,
+    ) -> int:
+        """Send the head with the first block, then the others as they come. Return the bytes of the body.
+
+        Where the answer waits for something the head goes at once, and the time for each block begins with it.
+        """
         sent = 0
-        for block in blocks:
-            if not block:  # as a chunk it would be the last
-                continue
-            data = b"%x\r\n%b\r\n" % (len(block), block) if is_chunked else block
-            self._send_bytes(head + data)
+        if is_held:
+            self._send_bytes(head)
             head = b""
-            sent += len(block)
+        for block in blocks:
+            if is_held:
+                self._send_deadline_s = time.monotonic() + self._timeout_s
+            count = block.byte_count if isinstance(block, FileSlice) else len(block)
+            if not count:  # as a chunk it would be the last
+                continue
+            before = b"%b%x\r\n" % (head, count) if is_chunked else head
+            after = b"\r\n" if is_chunked else b""
+            if isinstance(block, FileSlice):
+                self._send_bytes(before)
+                self._send_file(block)
+                self._send_bytes(after)
+            else:
+                self._send_bytes(before + block + after)
+            head = b""
+            sent += count
+        if is_held:
+            self._send_deadline_s = time.monotonic() + self._timeout_s
         end = b"0\r\n\r\n" if is_chunked else b""
         self._send_bytes(head + end)
         return sent
 
-    def _send_file(self, head: bytes, body: FileSlice, is_head: bool) -> int:
-        """Send the head and, unless it is all, the bytes of a file; close that. Return the bytes of the body."""
-        file, offset, left_bytes = body
-        with file:
-            self._send_bytes(head)
-            if is_head:
-                return 0
-            file.seek(offset)
-            while left_bytes:
-                count = self._send_file_block(file, offset, min(left_bytes, _FILE_BLOCK_BYTES))
-                if not count:
-                    raise ConnectionEnded("the file was shortened while it was sent")
-                offset += count
-                left_bytes -= count
-        return body.byte_count
+    def _send_file(self, part: FileSlice) -> None:
+        """Send bytes of a file. Raise ConnectionEnded or OSError."""
+        file, offset, left_bytes = part
+        file.seek(offset)
+        while left_bytes:
+            count = self._send_file_block(file, offset, min(left_bytes, _FILE_BLOCK_BYTES))
+            if not count:
+                raise ConnectionEnded("the file was shortened while it was sent")
+            offset += count
+            left_bytes -= count
 
     def _send_file_block(self, file: io.FileIO, offset: int, max_bytes: int) -> int:
         """Send what comes next in a file, at `offset`; return how many bytes. Raise ConnectionEnded or OSError."""
@@ -11975,6 +12164,11 @@ FEATURES = (
     "pool_paused",
     "delete",
     "paging",
+    "wait",
+    "output",
+    "follow",
+    "events",
+    "head",
 )
 _TASKS_PATH = "/api/v1/task"
 _TASK_PATH = _TASKS_PATH + "/{task}"
@@ -12495,6 +12689,25 @@ def _parse_limit(text: str) -> int:
     return int(text)
 
 
+_MAX_WAIT = "1h"
+
+
+def _has_wait(request: Request) -> bool:
+    return any(name == "wait" for name, _ in request.query)
+
+
+def _parse_wait(query: Pairs) -> float:
+    """Return for how many seconds the end of a task is waited for, 0 if it is not. Raise BadRequest."""
+    text = _parameter(query, "wait")
+    try:
+        wait_ns = parse_duration(text or "0")
+    except ValueError as error:
+        raise BadRequest(f"wait: {error}") from None
+    if wait_ns > parse_duration(_MAX_WAIT):
+        raise BadRequest(f"wait: {text} is too long: expected at most {_MAX_WAIT}")
+    return wait_ns / _SECOND_NS
+
+
 _MAX_REASON_LENGTH = 1000
 
 
@@ -12700,6 +12913,7 @@ def _task_parameters() -> Json:
         "id": ("Id of the task; sent again, the same submission runs once", task_id, "release-1"),
         "timeout": ("Timeout of the whole task, from its acceptance", schema_reference("Duration"), "1h30m"),
         "env_vars": ("KEY=value for all steps; may be repeated", variables, ["target=linux"]),
+        "wait": ("How long its end is waited for, at most", schema_reference("Duration"), "30s"),
         "delay": ("How long it waits at least before its first step", schema_reference("Duration"), "10m"),
         "at": ("Before which moment no step starts", time_schema("RFC 3339"), "2022-11-18T16:14:23+08:00"),
         "paused": ("true: held until it is resumed", boolean, "true"),
@@ -12927,7 +13141,16 @@ class TaskApi:
                 errors=(409, 507),
                 is_limited=True,
             ),
-            Route("GET", _TASK_PATH, self.show_task, "Shows a task, step by step", "TaskDetail", is_limited=True),
+            Route(
+                "GET",
+                _TASK_PATH,
+                self.show_task,
+                "Shows a task, step by step",
+                "TaskDetail",
+                ("wait",),
+                is_limited=True,
+                is_held=_has_wait,
+            ),
             Route(
                 "PUT",
                 _TASK_PATH,
@@ -13045,7 +13268,11 @@ class TaskApi:
         return json_response(data, headers=(("X-Task-ID", accepted.id),), audit=audit)
 
     def show_task(self, request: Request) -> Response:
+        timeout_s = _parse_wait(request.query)
         task = self._store.task(request.params["task"])
+        if request.hold:
+            self._await_end(task, request.hold, timeout_s)
+            task = self._store.task(task.id)
         rows = self._store.steps(task.task_number)
         names = [row.name for row in rows]
         time_format = self._time_format()
@@ -13056,6 +13283,22 @@ class TaskApi:
         envelope = {"code": code, "message": message, "data": data, "task": whole}
         state_header = ("X-Task-STATE", STATE_NAMES[State(task.state)])
         return Response(headers=(JSON_TYPE, state_header), body=to_json(envelope).encode())
+
+    def _await_end(
+        self,
+        task: TaskRow,
+        hold: Hold,
+        timeout_s: float,
+    ) -> None:
+        """Wait for the end of a task, told by what is committed, or until this time is over. Raise ConnectionEnded."""
+
+        def hear(notice: Notice) -> None:
+            if notice.has_ended:
+                hold.wake()
+
+        with self._store.feed.listen(hear, task.task_number):
+            if self._store.task(task.id).ended_ns is None:
+                hold.wait(timeout_s)
 
     def _step_json(
         self,
@@ -13188,6 +13431,631 @@ def task_components() -> Components:
             "Pool": _pool_schema(),
             "NotFound": envelope_schema([Code.NOT_FOUND]),
         },
+    )
+
+
+# ======================================================================================================================
+# V API / follow API: what a step writes and what changes, sent as it happens
+# ======================================================================================================================
+
+# These answers last for hours, so they cost nothing while nothing happens. Whoever waits is woken:
+#
+#     by a commit   The store's feed tells what has changed, after the commit. Who listens first and then reads what is
+#                   stored misses nothing.
+#     by a look     Output is a file, and no way to be told of its growth is the same on three systems. One thread looks
+#                   at the sizes of all files that are followed.
+#
+# A client that was cut off goes on by itself: with the offset of an output, with the last id of the events.
+
+_EVENTS_PATH = "/api/v1/event"
+_OUTPUT_PATH = _STEP_PATH + "/output"
+_LOOK_INTERVAL_S = 0.1
+_MAX_LOOK_SHARE = 0.02  # of a processor, that the looks take
+_FOLLOW_INTERVAL_S = 3600.0  # after which a follower looks by itself
+_READ_BYTES = 1 << 16  # a smaller part of an output is sent with its frame, a larger one by sendfile
+_MAX_SLICE_BYTES = 1 << 23
+_COMMENT_INTERVAL_S = 15.0
+_KEPT_EVENTS = 10_000
+_EVENTS_AT_ONCE = 200
+_MAX_CACHED_NAMES = 10_000  # of steps, by each client of events
+_UNSTORED = ("Cache-Control", "no-cache")
+_UNBUFFERED = ("X-Accel-Buffering", "no")  # a proxy is to pass on each part at once (nginx, ngx_http_proxy_module)
+
+
+_Wake = Callable[[], None]
+
+
+class FileWatch:
+    """Calls for looks at files that are followed, from one thread, which lives while there are any. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards all below
+        self._looks: dict[object, _Wake] = {}
+        self._is_running = False
+
+    @contextlib.contextmanager
+    def watch(self, look: _Wake) -> Iterator[None]:
+        """Call `look`, which must not wait, again and again within the context. Raise RuntimeError without a thread."""
+        key = object()
+        with self._lock:
+            if not self._is_running:
+                DaemonThread(self._run, "output watch").start()
+                self._is_running = True
+            self._looks[key] = look
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._looks[key]
+
+    def _run(self) -> None:
+        """Look 10 times a second, or as often as the share of a processor allows."""
+        while True:
+            with self._lock:
+                looks = [*self._looks.values()]
+                self._is_running = bool(looks)
+            if not looks:
+                return
+            begin_s = time.thread_time()
+            for look in looks:
+                try:
+                    look()
+                except Exception:
+                    log.exception("a look at an output failed")
+            spent_s = time.thread_time() - begin_s
+            time.sleep(max(_LOOK_INTERVAL_S, spent_s / _MAX_LOOK_SHARE))
+
+
+class OutputFollower:
+    """The body of an answer that sends what a step writes until it, or the attempt that is followed, has ended.
+
+    For the connection's thread, but for what the feed and the watch call.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        task_number: int,
+        step: StepRow,
+        attempt: int,
+        open_file: Callable[[], io.FileIO | None],
+        file: io.FileIO | None,
+        offset: int,
+        hold: Hold,
+    ) -> None:
+        self._store = store
+        self._task_number = task_number
+        self._step = step
+        self._attempt = attempt
+        self._open_file = open_file
+        self._file = file  # None until it can be opened
+        self._offset = offset
+        self._hold = hold
+        self._is_changed = True  # the step, since it was read
+        self._contexts = contextlib.ExitStack()
+
+    def follow(self, watch: FileWatch) -> OutputFollower:
+        """Begin to listen and look; `close` ends it. Raise Unavailable."""
+        try:
+            self._contexts.enter_context(watch.watch(self._look))
+        except RuntimeError as error:
+            raise Unavailable(f"no thread for a look at the output ({error}); try again") from None
+        self._contexts.enter_context(self._store.feed.listen(self._hear, self._task_number))
+        return self
+
+    def close(self) -> None:
+        self._contexts.close()
+        if self._file:
+            self._file.close()
+
+    def __iter__(self) -> Iterator[bytes | FileSlice]:
+        """Yield the parts. Raise ConnectionEnded."""
+        while True:
+            is_over = self._is_over()  # first, for it writes until then
+            yield from self._new_parts()
+            if is_over:
+                return
+            self._hold.wait(_FOLLOW_INTERVAL_S)
+            if self._hold.is_ending:
+                raise ConnectionEnded("the daemon shuts down")
+
+    def _hear(self, notice: Notice) -> None:
+        if notice.has_ended or self._step.step_index in notice.step_indexes:
+            self._is_changed = True
+            self._hold.wake()
+
+    def _look(self) -> None:
+        if self._step.state != State.RUNNING:
+            return
+        with contextlib.suppress(OSError, ValueError):  # it was closed just now
+            if self._file is None or self._left_bytes():
+                self._hold.wake()
+
+    def _left_bytes(self) -> int:
+        """Return how many bytes there are that were not sent; the step may have shortened its file."""
+        if self._file is None:
+            return 0
+        size = os.fstat(self._file.fileno()).st_size
+        return max(0, size - self._offset)
+
+    def _is_over(self) -> bool:
+        if self._is_changed:
+            self._is_changed = False
+            try:
+                self._step = self._store.step(self._task_number, str(self._step.step_index))
+            except ApiError as error:
+                raise ConnectionEnded(error.message) from None
+        return bool(self._step.result) or self._step.attempt != self._attempt
+
+    def _new_parts(self) -> Iterator[bytes | FileSlice]:
+        if self._file is None:
+            self._file = self._open_file()
+        if self._file is None:
+            return
+        while left_bytes := self._left_bytes():
+            offset = self._offset
+            if left_bytes > _READ_BYTES:
+                count = min(left_bytes, _MAX_SLICE_BYTES)
+                self._offset += count
+                yield FileSlice(self._file, offset, count)
+            else:
+                self._file.seek(offset)
+                block = self._file.read(left_bytes)
+                self._offset += len(block)
+                yield block
+
+
+def tail_offset(
+    file: io.FileIO,
+    size: int,
+    lines: int,
+) -> int:
+    """Return where the last lines of a file of this size begin; what has no end of a line is one too."""
+    if not lines or not size:
+        return size
+    file.seek(size - 1)
+    if file.read(1) == b"\n":
+        lines += 1
+    end = size
+    while end:
+        begin = max(0, end - _BLOCK_BYTES)
+        file.seek(begin)
+        block = file.read(end - begin)
+        count = block.count(b"\n")
+        if count >= lines:
+            at = len(block)
+            for _ in range(lines):
+                at = block.rfind(b"\n", 0, at)
+            return begin + at + 1
+        lines -= count
+        end = begin
+    return 0
+
+
+class _OutputQuery(NamedTuple):
+    """What of an output a request asks for; None where it does not say."""
+
+    stream: str
+    attempt: int | None
+    offset: int | None
+    tail: int | None
+
+
+def _parse_output_query(request: Request) -> _OutputQuery:
+    """Raise BadRequest."""
+    query = request.query
+    offset = _parse_number(query, "offset")
+    tail = _parse_number(query, "tail")
+    if offset is not None and tail is not None:
+        raise BadRequest("offset, tail: give one of them")
+    if _has_range(request) and (offset is not None or tail is not None or request.hold):
+        raise BadRequest("Range: does not go with offset, tail or follow")
+    stream = _choice(query, "stream", ("stdout", "stderr"))
+    attempt = _parse_number(query, "attempt")
+    return _OutputQuery(stream, attempt, offset, tail)
+
+
+def _parse_number(query: Pairs, name: str) -> int | None:
+    text = _parameter(query, name)
+    if text and not re.fullmatch("[0-9]{1,15}", text):
+        raise BadRequest(f"{name}: invalid {text!r}: expected a number")
+    return int(text) if text else None
+
+
+def _has_range(request: Request) -> bool:
+    """Return whether a request asks for a range; one that has a condition is ignored, for there is no validator."""
+    return "range" in request.headers and "if-range" not in request.headers
+
+
+def _is_followed(request: Request) -> bool:
+    return _parse_bool("follow", _parameter(request.query, "follow"))
+
+
+def _output_response() -> Json:
+    headers = {}
+    for name in ("X-Output-Offset", "X-Step-Result", "X-Step-Attempt"):
+        headers[name] = {"schema": {"type": "string"}}
+    content = {"text/plain": {"schema": {"type": "string"}}}
+    content.update(json_content(schema_reference("NotFound"), {"gone": _NOT_FOUND_EXAMPLE}))
+    return {"description": "What the step has written, as it is", "headers": headers, "content": content}
+
+
+# Events: what has changed, numbered. An event shows its subject as it is when it is sent.
+
+
+class Event(NamedTuple):
+    """A change of a task, or of a step of it, or of the pool, whose task number is 0."""
+
+    number: int
+    task_number: int
+    step_index: int  # or one of those below
+
+
+_NO_STEP = -1
+_DELETED = -2
+
+
+class EventLog:
+    """The last changes, by numbers that rise by one; kept from the first time that somebody subscribes. Thread-safe.
+
+    The numbers of each daemon are above those of all earlier ones: they begin with the microseconds of the clock.
+    """
+
+    def __init__(self, feed: Feed, first_number: int) -> None:
+        self._feed = feed
+        self._listening = contextlib.ExitStack()
+        self._lock = threading.Lock()  # guards all below
+        self._first = first_number
+        self._next = first_number
+        # A ring, in which an event takes 12 bytes.
+        self._task_numbers = array.array("q")
+        self._step_indexes = array.array("i")
+        self._deleted_ids: dict[int, str] = {}  # of tasks in the ring
+        self._subscribers: dict[object, tuple[int | None, _Wake]] = {}
+
+    @contextlib.contextmanager
+    def subscribe(self, wake: _Wake, task_number: int | None) -> Iterator[None]:
+        """Call `wake` for each event within the context, or for each of this task."""
+        key = object()
+        with self._lock:
+            if not self._task_numbers:
+                self._task_numbers.extend([0] * _KEPT_EVENTS)
+                self._step_indexes.extend([0] * _KEPT_EVENTS)
+                self._listening.enter_context(self._feed.listen(self._hear))
+            self._subscribers[key] = (task_number, wake)
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._subscribers[key]
+
+    def last_number(self) -> int:
+        with self._lock:
+            return self._next - 1
+
+    def has_all_after(self, number: int) -> bool:
+        """Return whether the events after this one are kept."""
+        with self._lock:
+            return self._oldest() - 1 <= number < self._next
+
+    def after(self, number: int) -> list[Event]:
+        """Return the next events after this one, some hundred at most. Raise LookupError if they are not kept."""
+        with self._lock:
+            if number < self._oldest() - 1:
+                raise LookupError(number)
+            end = min(self._next, number + 1 + _EVENTS_AT_ONCE)
+            return [self._event(current) for current in range(number + 1, end)]
+
+    def deleted_id(self, task_number: int) -> str:
+        """Return the id of a task whose record is gone; empty where that was not told yet."""
+        with self._lock:
+            return self._deleted_ids.get(task_number, "")
+
+    def _oldest(self) -> int:
+        return max(self._first, self._next - _KEPT_EVENTS)
+
+    def _event(self, number: int) -> Event:
+        slot = number % _KEPT_EVENTS
+        return Event(number, self._task_numbers[slot], self._step_indexes[slot])
+
+    def _hear(self, notice: Notice) -> None:
+        """Keep what a commit has changed: steps first, then their task."""
+        with self._lock:
+            for index in notice.step_indexes:
+                self._append(notice.task_number, index)
+            if notice.deleted_id:
+                self._append(notice.task_number, _DELETED)
+                self._deleted_ids[notice.task_number] = notice.deleted_id
+            else:
+                self._append(notice.task_number, _NO_STEP)
+            for task_number, wake in self._subscribers.values():
+                if task_number in (None, notice.task_number):
+                    wake()
+
+    def _append(self, task_number: int, step_index: int) -> None:
+        slot = self._next % _KEPT_EVENTS
+        if self._next - self._first >= _KEPT_EVENTS and self._step_indexes[slot] == _DELETED:
+            del self._deleted_ids[self._task_numbers[slot]]
+        self._task_numbers[slot] = task_number
+        self._step_indexes[slot] = step_index
+        self._next += 1
+
+
+def format_event(kind: str, data: Json, number: int) -> bytes:
+    """Return an event as it is sent (HTML Standard, 9.2, Server-sent events)."""
+    return f"event: {kind}\nid: {number}\ndata: {to_json(data)}\n\n".encode()
+
+
+_NamesByTask = dict[int, list[str]]  # of steps, by the number of their task
+
+
+class FollowApi:
+    """Handlers for the routes of outputs and events. Thread-safe."""
+
+    def __init__(
+        self,
+        store: Store,
+        scheduler: Scheduler,
+        clock: Clock,
+        files: SafeDirectory,
+        key_expire_ns: int,
+    ) -> None:
+        self._store = store
+        self._scheduler = scheduler
+        self._clock = clock
+        self._files = files
+        self._key_expire_ns = key_expire_ns
+        self._watch = FileWatch()
+        self._log = EventLog(store.feed, clock.now_ns() // 1000)
+
+    def routes(self) -> list[Route]:
+        return [
+            Route(
+                "GET",
+                _OUTPUT_PATH,
+                self.show_output,
+                "Sends what a step wrote, byte by byte",
+                "Output",
+                ("stream", "offset", "tail", "follow", "attempt"),
+                errors=(416,),
+                is_limited=True,
+                is_held=_is_followed,
+            ),
+            Route(
+                "GET",
+                _EVENTS_PATH,
+                self.show_events,
+                "Sends what changes, as it changes",
+                "Events",
+                ("event_task", "last_event_id"),
+                is_held=lambda _: True,
+            ),
+        ]
+
+    # -- output
+
+    def show_output(self, request: Request) -> Response:
+        query = _parse_output_query(request)
+        task = self._store.task(request.params["task"])
+        step = self._store.step(task.task_number, request.params["step"])
+        name = self._output_name(task, step, query)
+        directory = StepDirectory(self._files, task.task_number, step.step_index)
+        open_file = functools.partial(directory.open_output, name)
+        with contextlib.ExitStack() as closing:
+            file = open_file()
+            size = 0
+            if file:
+                closing.callback(file.close)
+                size = os.fstat(file.fileno()).st_size
+            status, headers, offset, byte_count = self._part(request, query, file, size)
+            body: bytes | FileSlice | OutputFollower = b""
+            if request.hold:
+                follower = OutputFollower(
+                    self._store,
+                    task.task_number,
+                    step,
+                    query.attempt or step.attempt,
+                    open_file,
+                    file,
+                    offset,
+                    request.hold,
+                )
+                body = follower.follow(self._watch)
+                headers += (_UNBUFFERED,)
+            elif file:
+                body = FileSlice(file, offset, byte_count)
+            closing.pop_all()
+        own_headers = (
+            TEXT_TYPE,
+            ("X-Content-Type-Options", "nosniff"),
+            _UNSTORED,
+            ("X-Output-Offset", str(offset)),
+            ("X-Step-Result", Result(step.result or _unfinished_result(task, step)).value),
+            ("X-Step-Attempt", str(query.attempt or step.attempt)),
+        )
+        return Response(status, own_headers + headers, body)
+
+    def _output_name(
+        self,
+        task: TaskRow,
+        step: StepRow,
+        query: _OutputQuery,
+    ) -> str:
+        """Return the name of the file that a request asks for. Raise BadRequest."""
+        if query.stream == "stderr":
+            submission = self._store.submission(task.task_number)
+            steps = json.loads(submission.steps) if submission else []
+            if not steps or steps[step.step_index].get("stderr") != "apart":
+                raise BadRequest("stream: the stderr of this step is in its stdout; submit it with `stderr` as `apart`")
+        if query.attempt is None or query.attempt == step.attempt:
+            return output_name(query.stream)
+        if not 1 <= query.attempt <= step.attempt:
+            raise BadRequest(f"attempt: invalid {query.attempt}: expected 1 to {step.attempt}")
+        return output_name(query.stream, query.attempt)
+
+    def _part(
+        self,
+        request: Request,
+        query: _OutputQuery,
+        file: io.FileIO | None,
+        size: int,
+    ) -> tuple[int, Headers, int, int]:
+        """Return status, headers, offset and number of the bytes that a request asks for. Raise RangeNotSatisfiable."""
+        accepts = ("Accept-Ranges", "bytes")
+        if _has_range(request) and request.method == "GET":
+            part = parse_range(request.headers["range"], size)
+            if part:
+                offset, count = part
+                content_range = f"bytes {offset}-{offset + count - 1}/{size}"
+                return 206, (accepts, ("Content-Range", content_range)), offset, count
+        offset = query.offset or 0
+        if query.tail is not None and file:
+            offset = tail_offset(file, size, query.tail)
+        if offset > size:
+            raise RangeNotSatisfiable(f"offset: invalid {offset}: it has {size} bytes", size)
+        return 200, (accepts,), offset, size - offset
+
+    # -- events
+
+    def show_events(self, request: Request) -> Response:
+        task_id = _parameter(request.query, "task")
+        task_number = self._store.task(task_id).task_number if task_id else None
+        last_id = request.headers.get("last-event-id") or _parameter(request.query, "last_event_id")
+        if last_id and not re.fullmatch("[0-9]{1,18}", last_id):
+            raise BadRequest(f"last_event_id: invalid {last_id!r}: expected the `id` of an event")
+        headers = (("Content-Type", "text/event-stream; charset=utf-8"), _UNSTORED, _UNBUFFERED)
+        hold = request.hold
+        if hold is None:
+            raise Unavailable("this connection cannot wait; try again")
+        return Response(200, headers, self._events(hold, last_id, task_number, request.base_url))
+
+    def _events(
+        self,
+        hold: Hold,
+        last_id: str,
+        task_number: int | None,
+        base_url: str,
+    ) -> Iterator[bytes]:
+        """Yield the events after this id, or from now on. Raise ConnectionEnded."""
+        names: _NamesByTask = {}
+        with self._log.subscribe(hold.wake, task_number):
+            position = int(last_id or self._log.last_number())
+            if self._log.has_all_after(position):
+                yield f"retry: 1000\nid: {position}\n\n".encode()  # so that it can go on before the first event
+            else:
+                position = self._log.last_number()
+                yield b"retry: 1000\n" + format_event("reset", {}, position)
+            sent = position
+            while not hold.is_ending:
+                events = self._events_after(position)
+                position += len(events)
+                shown = [event for event in events if task_number in (None, event.task_number)]
+                if shown:
+                    sent = position
+                    yield self._render(shown, base_url, names)
+                if events:
+                    continue
+                begin_s = time.monotonic()
+                hold.wait(_COMMENT_INTERVAL_S)
+                if time.monotonic() - begin_s >= _COMMENT_INTERVAL_S:
+                    yield b":\n\n" if sent == position else f":\nid: {position}\n\n".encode()
+                    sent = position
+        raise ConnectionEnded("the daemon shuts down")
+
+    def _events_after(self, position: int) -> list[Event]:
+        try:
+            return self._log.after(position)
+        except LookupError:
+            raise ConnectionEnded("the client reads too slowly") from None
+
+    def _render(
+        self,
+        events: Iterable[Event],
+        base_url: str,
+        names: _NamesByTask,
+    ) -> bytes:
+        """Return events as they are sent. `names` caches those of a task's steps. Raise ConnectionEnded."""
+        now_ns = self._clock.now_ns()
+        time_format = TimeFormat(now_ns, self._clock.wall_times(), self._key_expire_ns)
+        rendered = []
+        try:
+            running = self._store.running_steps()
+            for event in events:
+                kind, data = self._subject(event, running, base_url, time_format, names)
+                if kind:
+                    rendered.append(format_event(kind, data, event.number))
+                else:
+                    rendered.append(f"id: {event.number}\n\n".encode())
+        except ApiError as error:  # of the store
+            raise ConnectionEnded(error.message) from None
+        return b"".join(rendered)
+
+    def _subject(
+        self,
+        event: Event,
+        running: Mapping[int, Sequence[tuple[int, str]]],
+        base_url: str,
+        time_format: TimeFormat,
+        names: _NamesByTask,
+    ) -> tuple[str, Json]:
+        """Return the kind of an event and the JSON of its subject as it is now; no kind where that is unknown."""
+        number = event.task_number
+        if not number:
+            return "pool", pool_json(self._scheduler.pool())
+        tasks = next(self._store.tasks([number]))
+        if not tasks:
+            deleted_id = self._log.deleted_id(number)
+            return ("expired" if deleted_id else ""), {"id": deleted_id}
+        task = tasks[0]
+        if event.step_index < 0:
+            return "task", task_json(task, running.get(number, ()), base_url, time_format)
+        if number not in names:
+            if sum(map(len, names.values())) > _MAX_CACHED_NAMES:
+                names.clear()
+            names[number] = [row.name for row in self._store.steps(number)]
+        step = self._store.step(number, str(event.step_index))
+        output_bytes = step.output_bytes
+        if output_bytes is None:
+            output_bytes = StepDirectory(self._files, number, step.step_index).output_bytes()
+        shown = step_json(
+            step,
+            task,
+            names[number],
+            base_url,
+            time_format,
+            output_bytes,
+        )
+        return "step", {"task": task.id, **shown}
+
+
+def _events_response() -> Json:
+    example = format_event("expired", {"id": "release-1"}, 1668649373430556).decode()
+    content: Json = {"text/event-stream": {"schema": {"type": "string"}, "example": example}}
+    content.update(json_content(schema_reference("NotFound"), {"gone": _NOT_FOUND_EXAMPLE}))
+    return {"description": "Events `task`, `step`, `pool`, `expired` and `reset`, for ever", "content": content}
+
+
+def follow_components() -> Components:
+    """Return what the API document says of the routes of outputs and events."""
+    boolean = {"type": "string", "pattern": _bool_pattern()}
+    stream = {"type": "string", "enum": ["stdout", "stderr"], "default": "stdout"}
+    number = {"type": "string", "pattern": "^[0-9]{0,18}$"}
+    query: dict[str, ParameterSpec] = {
+        "stream": ("stderr: what was written there, where it is apart", stream, "stdout"),
+        "offset": ("Where to begin, in bytes", integer_schema("Bytes", maximum=10**15 - 1), 0),
+        "tail": ("Begin with so many last lines", integer_schema("Lines", maximum=10**15 - 1), 100),
+        "follow": ("true: goes on until the step has ended", boolean, "true"),
+        "attempt": ("Of an earlier attempt", integer_schema("Attempt", 1, maximum=10**15 - 1), 1),
+        "last_event_id": ("The last event that is known; the header Last-Event-ID wins", number, "1668649373430556"),
+    }
+    parameters = parameter_objects("query", query)
+    task: ParameterSpec = ("Id of a task: its events alone", {"type": "string"}, "release-1")
+    parameters["event_task"] = parameter_objects("query", {"task": task})["task"]
+    return Components(
+        parameters=parameters,
+        request_bodies={},
+        responses={"Output": _output_response(), "Events": _events_response()},
+        schemas={},
     )
 
 
@@ -13669,6 +14537,26 @@ def _version_schema() -> Json:
     )
 
 
+_LINKS = {
+    "tasks": _TASKS_PATH,
+    "pool": _POOL_PATH,
+    "events": _EVENTS_PATH,
+    "document": "/openapi.json",
+    "metrics": "/metrics",
+}
+
+
+def index_json(base_url: str) -> Json:
+    return {"version": __version__, "links": {name: base_url + path for name, path in _LINKS.items()}}
+
+
+def _index_response() -> Json:
+    links = object_schema({name: _url_schema() for name in _LINKS})
+    data = object_schema({"version": string_schema("Version of the program"), "links": links})
+    example = success_example(index_json(_EXAMPLE_BASE_URL))
+    return response_object("The version, and links", envelope_schema([Code.SUCCESS], data), {"index": example})
+
+
 def health_json(server: str, client: str, timestamp_ns: int) -> Json:
     return {"server": server, "client": client, "state": "Running", "timestamp": timestamp_ns}
 
@@ -13713,6 +14601,7 @@ class OperatorApi:
 
     def routes(self) -> list[Route]:
         return [
+            Route("GET", "/", self.show_index, "Shows the version and where all else is", "Index"),
             Route("GET", "/version", self.show_version, "Shows the version", "Version"),
             Route("GET", "/healthyz", self.show_health, "Shows that the daemon is alive", "Health", is_public=True),
             Route("GET", "/heartbeat", self.heartbeat, "Responds with an empty body", "Empty", is_public=True),
@@ -13728,6 +14617,11 @@ class OperatorApi:
             ),
             Route("GET", "/api/v1/state", self.show_state, "Shows host, process and work", "State", is_limited=True),
         ]
+
+    def show_index(self, request: Request) -> Response:
+        if "text/html" in request.headers.get("accept", ""):  # a browser
+            return Response(302, (("Location", "/swagger/index.html"),))
+        return json_response(index_json(request.base_url))
 
     def show_version(self, _: Request) -> Response:
         return json_response(version_json(build()))
@@ -13802,6 +14696,7 @@ def operator_components() -> Components:
         parameters={},
         request_bodies={},
         responses={
+            "Index": _index_response(),
             "Version": response_object("The version", envelope_schema(success, schema_reference("Version"))),
             "State": response_object("Host, process and work", envelope_schema(success, schema_reference("State"))),
             "Health": _health_response(),
@@ -14331,7 +15226,7 @@ _ERRORS = {  # by status: when it is answered, and an example of its message
     507: ("The disk is full.", "no space left on the disk of --root; free some or choose another --root"),
 }
 _ERRORS_OF_EVERY_ROUTE = (400, 401, 403, 413, 429, 500, 503)
-_ERROR_HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
+_ERROR_HEADERS = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}
 _DESCRIPTION = (
     "Runs scripts on this host: tasks of steps, in order, in parallel or as a graph. The `code` of a response is "
     "0 for success, 1001 in progress, 1002 execution failed, 1003 not found, expired or destroyed, else the status of "
@@ -14340,6 +15235,7 @@ _DESCRIPTION = (
 )
 _TAGS = {  # by how the paths begin; all others are "daemon"
     "/api/v1/task": "tasks",
+    "/api/v1/event": "tasks",
     "/api/v1/pool": "pool",
     "/debug/": "profiles",
     "/swagger": "document",
@@ -14378,6 +15274,7 @@ def _operation(route: Route) -> Json:
     responses = {success: reference("responses", route.answer)}
     if 416 in route.errors:
         responses["206"] = reference("responses", "PartialFile")
+    if route.answer == "File":
         responses["304"] = reference("responses", "NotModified")
     for status in sorted((*_ERRORS_OF_EVERY_ROUTE, *route.errors)):
         responses[str(status)] = reference("responses", _error_name(status))
@@ -14421,6 +15318,7 @@ def _components() -> Json:
     }
     parts = (
         task_components(),
+        follow_components(),
         workspace_components(),
         operator_components(),
         profile_components(),
@@ -14497,6 +15395,9 @@ _POLL_INTERVAL_S = 0.5
 _EVERY_ADDRESS = ("", "0.0.0.0", "::")
 
 
+URL_FILE = "url"  # in the root while the daemon serves
+
+
 class Supervisor:
     """What started the daemon and watches it; this one stands for nobody. Called by the thread that runs the daemon."""
 
@@ -14566,6 +15467,11 @@ def _ignore_signals(numbers: Iterable[int]) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _unlink_if_there(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 def _resolve_root(path: str) -> str:
     """Return the root's absolute path; a link at its end, which the root must not be, stays. Raise StartupError."""
     parent, name = os.path.split(os.path.abspath(path))
@@ -14631,6 +15537,7 @@ class Daemon:
             url = self._start(closing)
         except (ApiError, OSError) as error:  # of the store and of the root's files
             raise StartupError(f"--root: {self._root} cannot be used: {error}") from error
+        self._leave_url(url, closing)
         self._print_ready(url)
         self._log_start(url)
         self._supervisor.ready(url)
@@ -14648,15 +15555,35 @@ class Daemon:
                 with contextlib.suppress(MemoryError):  # of logging; the other checks have to be made
                     log.exception("a periodic check failed; the daemon goes on")
 
+    def _local_url(self, url: str) -> str:
+        """Return the URL by which a client on this host reaches the daemon."""
+        host, _ = parse_address(self._settings.addr)
+        if host not in _EVERY_ADDRESS:
+            return url
+        scheme, _, authority = url.partition("://")
+        port = authority.rpartition(":")[2]
+        return f"{scheme}://localhost:{port}"  # 0.0.0.0 is no name that needs no token
+
+    def _leave_url(self, url: str, closing: contextlib.ExitStack) -> None:
+        """Leave the URL in the root, for clients of this user on this host, until `closing` is closed."""
+        path = os.path.join(self._root, URL_FILE)
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(self._local_url(url) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written: %s", path, error)
+            return
+        closing.callback(_unlink_if_there, path)
+
     def _log_start(self, url: str) -> None:
         """Log where the daemon listens, where its data lies, who needs a token, and how to go on."""
-        scheme, _, authority = url.partition("://")
+        authority = url.partition("://")[2]
         host, _ = parse_address(self._settings.addr)
         address = f"on {authority}"
         if host in _EVERY_ADDRESS:
             port = authority.rpartition(":")[2]
             address = f"on every address of this host, port {port}"
-            url = f"{scheme}://localhost:{port}"  # 0.0.0.0 is no name that needs no token
+            url = self._local_url(url)
         log.info("%s listens %s", version_line(), address)
         advice = ""
         if is_temporary(self._root):
@@ -14809,10 +15736,12 @@ class Daemon:
             settings.key_expire,
             tasks.janitor.remove_files,
         )
+        follow_api = FollowApi(store, scheduler, clock, tasks.files, settings.key_expire)
         workspace_api = WorkspaceApi(store, tasks.files)
         operator_api = OperatorApi(store, scheduler, clock, tasks.metrics, self._root, warnings)
         profile_api = ProfileApi(tasks.metrics, settings.profile_timeout)
-        routes = [*task_api.routes(), *workspace_api.routes(), *operator_api.routes(), *profile_api.routes()]
+        apis = (task_api, follow_api, workspace_api, operator_api, profile_api)
+        routes = list(itertools.chain.from_iterable(api.routes() for api in apis))
         document_api = DocumentApi(routes)
         return Router([*routes, *document_api.routes()])
 
@@ -15166,11 +16095,11 @@ def print_error(text: str) -> None:
             DeregisterEventSource(source)
 
 
-def print_json(value: Any) -> None:
-    """Print a value as JSON, in UTF-8 whatever the encoding of standard output is."""
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """Print a value as JSON, in UTF-8 whatever the encoding of standard output is; on one line without an indent."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # of a lone surrogate makes JSON's escape
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=indent) + "\n")  # in one piece, of several threads
 
 
 def own_command() -> list[str]:
@@ -16840,6 +17769,1997 @@ def self_test(settings: Settings, is_json: bool) -> int:
 
 
 # ======================================================================================================================
+# VI program / client: requests to a daemon, made again over faults and restarts
+# ======================================================================================================================
+
+# A command may run for hours while its daemon restarts or the network goes away. So each request may be made again:
+# what it changes is named by an id that the client chose, output is taken up at the byte where it broke off, events
+# after the last one seen. A daemon that was never reached is given up soon, for its name is probably wrong; one that
+# was reached before is waited for as long as an upgrade takes.
+
+_CLIENT_PORT = 2376
+_FIRST_PATIENCE_S = 3.0
+_LATER_PATIENCE_S = 300.0
+_MAX_RETRY_DELAY_S = 5.0
+_ANSWER_TIMEOUT_S = 90.0  # events have a comment every 15 s; a wait is answered after a minute
+_RETRIED_STATUS = (429, 502, 503, 504)
+_TRANSFER_BYTES = 1 << 18
+_CLIENT_FAILED = 125  # as of env(1), timeout(1) and docker: the command itself, not what it ran
+_TIMED_OUT = 124  # as of timeout(1)
+_INTERRUPTED = 130  # as a shell shows a death by SIGINT
+_BROKEN_PIPE = 141  # as a shell shows a death by SIGPIPE
+
+
+class ClientError(Exception):
+    """A client's command cannot do its work; the text is the one line that the user sees."""
+
+
+class Endpoint(NamedTuple):
+    """A daemon as a client reaches it."""
+
+    name: str  # for people: in prefixes and tables
+    url: str  # without a slash at its end; a path in it is the prefix of a reverse proxy
+    token: str = ""
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+
+
+def parse_endpoint_url(text: str) -> str:
+    """Return the URL of HOST, HOST:PORT, [::1]:PORT or of a URL. Raise UsageError."""
+    url = text
+    is_url = "://" in text
+    if not is_url:
+        is_ipv6 = text.count(":") > 1 and not text.startswith("[")
+        url = f"http://[{text}]" if is_ipv6 else f"http://{text}"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+        is_valid = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.username)
+    except ValueError:
+        is_valid = False
+    if not is_valid or re.search(r"[\s\x00-\x1f]", text):
+        raise UsageError(f"invalid host {text!r}: expected for example build-7, build-7:2376 or https://build-7:2376")
+    authority = parts.netloc
+    if port is None and not is_url:
+        authority = f"{authority.rstrip(':')}:{_CLIENT_PORT}"
+    return f"{parts.scheme}://{authority}{parts.path.rstrip('/')}"
+
+
+class Reply(NamedTuple):
+    """What the daemon answered: `code` and `data` of the envelope, and `task` beside the steps of a task."""
+
+    code: int
+    data: Any
+    task: Any
+
+
+class Api:
+    """Requests to one daemon over one kept connection; each thread makes one of its own."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self._url = urllib.parse.urlsplit(endpoint.url)
+        self._target_prefix = self._url.path  # or all of the URL, for a proxy
+        self._connection: http.client.HTTPConnection | None = None
+        self._was_reached = False
+        self._failures = 0
+        self._failing_since_s = 0.0
+
+    def __enter__(self) -> Api:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._connection:
+            self._connection.close()
+        self._connection = None
+
+    def call(self, method: str, path: str, query: Mapping[str, Any] | None = None, body: Any = None) -> Reply:
+        """Make a request until it is answered. Raise ClientError when it is refused, or never answered."""
+        content = None
+        if body is not None:
+            content = json.dumps(body).encode()
+        while True:
+            with self.open(method, path, query, content) as response:
+                try:
+                    return self._parse(response.read())
+                except (OSError, http.client.HTTPException) as error:
+                    broken = error
+            self.wait_to_retry(broken)
+
+    def require(self, features: Iterable[str]) -> Any:
+        """Return what /version shows. Raise ClientError for a daemon that cannot do what is needed."""
+        version = self.call("GET", "/version").data
+        missing = [feature for feature in features if feature not in version.get("features", ())]
+        if missing:
+            what = ", ".join(missing)
+            raise ClientError(f"{self.endpoint.name}: its remote_executor is too old for this: no {what}; upgrade it")
+        return version
+
+    def _parse(self, text: bytes) -> Reply:
+        try:
+            envelope = json.loads(text)
+            return Reply(envelope["code"], envelope.get("data"), envelope.get("task"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ClientError(f"{self.endpoint.url} is not a remote_executor: it answered {text[:60]!r}") from None
+
+    def open(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, Any] | None = None,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> http.client.HTTPResponse:
+        """Make a request until its answer begins, and return that; the caller reads and closes it.
+
+        `body` is bytes, or a file, of which a repetition sends all again. Raise ClientError.
+        """
+        while True:
+            try:
+                response = self._send(method, path, query, body, headers or {})
+            except (OSError, http.client.HTTPException) as error:
+                self.wait_to_retry(error)
+                continue
+            self._was_reached = True
+            if response.status not in _RETRIED_STATUS:
+                break
+            self.wait_to_retry(self._refusal(response))
+        self._failures = 0
+        if response.status >= 400:
+            raise self._refusal(response)
+        return response
+
+    def wait_to_retry(self, error: Exception) -> None:
+        """Wait before a request is made again, longer each time. Raise ClientError when that has no prospect."""
+        self.close()
+        now_s = time.monotonic()
+        if not self._failures:
+            self._failing_since_s = now_s
+        self._failures += 1
+        failing_s = now_s - self._failing_since_s
+        patience_s = _LATER_PATIENCE_S if self._was_reached else _FIRST_PATIENCE_S
+        if failing_s > patience_s or not _is_temporary(error):
+            raise self._unreachable(error) from error
+        if failing_s > _FIRST_PATIENCE_S:
+            _tell_once(f"{self._unreachable(error)}; trying again for {_LATER_PATIENCE_S:.0f} s")
+        time.sleep(min(_MAX_RETRY_DELAY_S, 0.05 * 2 ** min(self._failures, 10)))
+
+    def _unreachable(self, error: Exception) -> ClientError:
+        if isinstance(error, ClientError):
+            return error
+        reason = getattr(error, "strerror", "") or str(error) or type(error).__name__
+        return ClientError(f"{self.endpoint.url} cannot be reached: {reason}; does the daemon run there, is -H right?")
+
+    def _refusal(self, response: http.client.HTTPResponse) -> ClientError:
+        """Return what to tell of an answer that is an error, and end its connection."""
+        message = f"HTTP status {response.status}"
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, KeyError, TypeError):  # a proxy's page
+            message = str(json.loads(response.read())["message"])
+        self.close()
+        hint = ""
+        if response.status == 401:
+            hint = "; give --token_file or $REMOTE_EXECUTOR_TOKEN"
+        return ClientError(f"{self.endpoint.name}: {message}{hint}")
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, Any] | None,
+        body: Any,
+        headers: Mapping[str, str],
+    ) -> http.client.HTTPResponse:
+        connection = self._connection or self._connect()
+        self._connection = connection
+        target = self._target_prefix + path
+        if query:
+            target += "?" + urllib.parse.urlencode(query, doseq=True).replace("=True", "=true")
+        all_headers = {"Accept": "application/json", **headers}
+        if self.endpoint.token:
+            all_headers["Authorization"] = f"Bearer {self.endpoint.token}"
+        if hasattr(body, "seek"):
+            body.seek(0)
+            all_headers["Content-Length"] = str(os.fstat(body.fileno()).st_size)
+        try:
+            connection.request(method, target, body, all_headers)
+        except (BrokenPipeError, ConnectionResetError):
+            if connection.sock is None:
+                raise
+        return connection.getresponse()  # after a body that was not taken, it says why
+
+    def _connect(self) -> http.client.HTTPConnection:
+        """Return a connection; it opens when the first request is sent."""
+        host = self._url.hostname or ""
+        port = self._url.port
+        proxy = _proxy_for(self._url.scheme, host)
+        address: tuple[str, int | None] = (host, port)
+        if proxy:
+            address = (proxy.hostname, proxy.port or 8080)
+        options: dict[str, Any] = {"timeout": _ANSWER_TIMEOUT_S, "blocksize": _TRANSFER_BYTES}
+        if self._url.scheme == "http":
+            if proxy:
+                self._target_prefix = self.endpoint.url  # RFC 9112, 3.2.2
+            return http.client.HTTPConnection(*address, **options)
+        secure = http.client.HTTPSConnection(*address, **options, context=self._tls_context())
+        if proxy:
+            secure.set_tunnel(host, port)
+        return secure
+
+    def _tls_context(self) -> Any:
+        import ssl
+
+        endpoint = self.endpoint
+        try:
+            context = ssl.create_default_context(cafile=endpoint.ca_file or None)
+            if endpoint.cert_file:
+                context.load_cert_chain(endpoint.cert_file, endpoint.key_file or None)
+        except (OSError, ValueError) as error:
+            raise ClientError(f"--cacert, --cert or --key cannot be used: {error}") from None
+        return context
+
+
+@functools.lru_cache(maxsize=64)
+def _tell_once(text: str) -> None:
+    """Print a line, for the several connections of a command meet the same fault."""
+    print_error(text)
+
+
+def _is_temporary(error: Exception) -> bool:
+    """Return whether the same request may succeed later: not with a wrong name or certificate."""
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_AGAIN
+    return type(error).__name__ != "SSLCertVerificationError"  # by name: ssl is imported for https alone
+
+
+def _is_own_host(host: str) -> bool:
+    try:
+        return is_loopback(host)
+    except ValueError:
+        return host == "localhost"
+
+
+def _proxy_for(scheme: str, host: str) -> Any:
+    """Return the proxy that the environment names for a host, as urlsplit does; None where it names none."""
+    url = os.environ.get(f"{scheme}_proxy") or os.environ.get(f"{scheme.upper()}_PROXY")
+    if not url or _is_own_host(host):
+        return None
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
+
+    if proxy_bypass_environment(host):
+        return None
+    return urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+
+
+# -- which daemon, with which token
+
+
+def _read_lines(flag: str, path: str) -> list[str]:
+    """Raise ClientError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read().splitlines()
+    except OSError as error:
+        raise ClientError(f"{flag}: {path} cannot be read: {error.strerror or error}") from None
+    except ValueError:
+        raise ClientError(f"{flag}: {path} is not text in UTF-8") from None
+
+
+def _read_token(path: str) -> str:
+    """Return the first token of a file, in which a line is a token and perhaps a comment. Raise ClientError."""
+    for line in _read_lines("--token_file", path):
+        words = line.split()
+        if words and not words[0].startswith("#"):
+            return words[0]
+    raise ClientError(f"--token_file: {path} has no token")
+
+
+def _local_roots() -> Iterator[str]:
+    """Yield the roots in which a daemon of this host may be."""
+    yield os.environ.get(ENV_PREFIX + "ROOT", "")
+    for is_user in (False, True):
+        with contextlib.suppress(StartupError):  # no service manager that is known
+            yield host_services(ServiceOptions(is_user)).default_root
+    yield default_root()
+
+
+def _accepts_connections(url: str) -> bool:
+    """Return whether somebody listens there; the file of a killed daemon stays."""
+    parts = urllib.parse.urlsplit(url)
+    try:
+        socket.create_connection((parts.hostname, parts.port), 1.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def local_endpoint() -> Endpoint:
+    """Return the daemon of this host by the URL that it left in its root, else the default address."""
+    for root in filter(None, _local_roots()):
+        try:
+            url = parse_endpoint_url(_read_lines("", os.path.join(root, URL_FILE))[0])
+        except (ClientError, UsageError, IndexError):  # no daemon has it, or another user's
+            continue
+        if _accepts_connections(url):
+            token = ""
+            with contextlib.suppress(ClientError):  # a client on the daemon's host may need none
+                token = _read_token(os.path.join(root, "token"))
+            return Endpoint("localhost", url, token)
+    return Endpoint("localhost", f"http://127.0.0.1:{_CLIENT_PORT}")
+
+
+def _given_token(options: argparse.Namespace) -> str:
+    path = options.token_file or os.environ.get(ENV_PREFIX + "TOKEN_FILE", "")
+    if path and not path.startswith("$ROOT"):  # which is a daemon's word
+        return _read_token(path)
+    return os.environ.get(ENV_PREFIX + "TOKEN", "")
+
+
+def _endpoints_of_file(path: str, default: Endpoint) -> list[Endpoint]:
+    """Return the hosts of a file; a line is a name and, where they differ, URL, token file and CA file.
+
+    Raise ClientError and UsageError.
+    """
+    endpoints = []
+    for line in _read_lines("-H", path):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        name, url, token_file, ca_file = (words + [""] * 3)[:4]
+        endpoint = default._replace(name=name, url=parse_endpoint_url(url or name))
+        if token_file:
+            endpoint = endpoint._replace(token=_read_token(token_file))
+        if ca_file:
+            endpoint = endpoint._replace(ca_file=ca_file)
+        endpoints.append(endpoint)
+    return endpoints
+
+
+def endpoints_of(options: argparse.Namespace) -> list[Endpoint]:
+    """Return the daemons that the command line and the environment name. Raise ClientError and UsageError."""
+    text = options.host or os.environ.get(ENV_PREFIX + "HOST", "")
+    token = _given_token(options)
+    default = Endpoint("", "", token, options.cacert, options.cert, options.key)
+    if not text:
+        local = local_endpoint()
+        return [default._replace(name=local.name, url=local.url, token=token or local.token)]
+    if text.startswith("@"):
+        endpoints = _endpoints_of_file(text[1:], default)
+    else:
+        endpoints = [default._replace(name=host, url=parse_endpoint_url(host)) for host in text.split(",") if host]
+    if not endpoints:
+        raise UsageError(f"-H: {text} names no host")
+    return endpoints
+
+
+def single_api(options: argparse.Namespace) -> Api:
+    """Return the one daemon that a command speaks to. Raise ClientError and UsageError."""
+    endpoints = endpoints_of(options)
+    if len(endpoints) != 1:
+        raise UsageError("-H: several hosts are for exec and submit alone; give one")
+    return Api(endpoints[0])
+
+
+# -- streams that are taken up where they broke off
+
+
+def _read_parts(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Yield the body as it comes. Raise OSError and HTTPException where it breaks off."""
+    left_bytes = response.length  # None of what is followed
+    while chunk := response.read1(_TRANSFER_BYTES):
+        if left_bytes is not None:
+            left_bytes -= len(chunk)
+        yield chunk
+    if left_bytes:
+        raise ConnectionResetError("the answer broke off")
+
+
+def copy_output(api: Api, path: str, query: Mapping[str, Any], write: Callable[[bytes], Any]) -> None:
+    """Write what a step has put out, each byte once, however often the connection breaks.
+
+    Raise ClientError, and whatever `write` raises.
+    """
+    offset: int | None = None
+    while True:
+        with api.open("GET", path, query, headers={"Accept": "*/*"}) as response:
+            begin = response.getheader("X-Output-Offset")
+            if begin is None:
+                raise ClientError(f"{api.endpoint.name}: no such task or step: never there, expired or deleted")
+            offset = offset or int(begin)
+            parts = _read_parts(response)
+            while True:
+                try:
+                    part = next(parts, b"")
+                except (OSError, http.client.HTTPException) as error:
+                    broken = error
+                    break
+                if not part:
+                    return
+                write(part)  # its errors are not the connection's
+                offset += len(part)
+        api.wait_to_retry(broken)
+        query = {**query, "offset": offset}
+        query.pop("tail", None)
+
+
+class ClientEvent(NamedTuple):
+    """An event of the daemon: `name` is task, step, pool, expired or reset, or empty when the stream begins."""
+
+    name: str
+    data: Any
+
+
+def read_events(api: Api, task_id: str = "") -> Iterator[ClientEvent]:
+    """Yield the daemon's events for ever, each once; a `reset` says that some were missed. Raise ClientError."""
+    query = {"task": task_id} if task_id else {}
+    headers = {"Accept": "text/event-stream"}
+    while True:
+        with api.open("GET", "/api/v1/event", query, headers=headers) as response:
+            yield ClientEvent("", None)
+            fields: dict[str, str] = {}
+            broken: Exception = ConnectionResetError("the events ended")
+            try:
+                while line := response.readline().decode("utf-8", "replace"):
+                    name, _, value = line.rstrip("\r\n").partition(": ")
+                    if name:
+                        fields[name] = value
+                        continue
+                    if "id" in fields:
+                        headers["Last-Event-ID"] = fields["id"]
+                    if "event" in fields:
+                        yield ClientEvent(fields["event"], json.loads(fields.get("data", "null")))
+                    fields = {}
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                broken = error
+        api.wait_to_retry(broken)
+
+
+class Interrupts:
+    """Counts Ctrl-C and SIGTERM, which then do not end the program; the third one does. For the main thread."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, *_: object) -> None:
+        self.count += 1
+        if self.count > 2:
+            print_error("interrupted for the third time: what it ran may go on")
+            os._exit(_INTERRUPTED)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+# ======================================================================================================================
+# VI program / client output: tables, colours and times for people, output as it comes
+# ======================================================================================================================
+
+_COLORS = {"succeeded": "32", "running": "36", "waiting": "2", "paused": "33", "not_run": "2", "bold": "1"}
+_FAILED_COLOR = "31"
+_FAILED_MARK = ""
+_MARKS = {"succeeded": "✓", "running": "▶", "waiting": "·", "paused": "‖", "not_run": "–", _FAILED_MARK: "✗"}
+_ASCII_MARKS = {"succeeded": "+", "running": ">", "waiting": ".", "paused": "=", "not_run": "-", _FAILED_MARK: "x"}
+_REDRAW_INTERVAL_S = 0.25
+_MAX_KEPT_LINE_BYTES = 1 << 16  # a longer one is written in parts, for it is kept in memory
+_ANSI_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Return a text of others, such as a step's output, that cannot steer the terminal of who reads it."""
+    return _CONTROL.sub(" ", _ANSI_SEQUENCE.sub("", text))
+
+
+def format_seconds(seconds: float) -> str:
+    """Return how long something took: 0.3s, 12s, 3m05s, 2h10m, 4d02h."""
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    minutes, whole_s = divmod(int(seconds), 60)
+    if not minutes:
+        return f"{whole_s}s"
+    hours, minutes = divmod(minutes, 60)
+    if not hours:
+        return f"{minutes}m{whole_s:02}s"
+    days, hours = divmod(hours, 24)
+    if not days:
+        return f"{hours}h{minutes:02}m"
+    return f"{days}d{hours:02}h"
+
+
+def format_ago(moment: str) -> str:
+    """Return how long ago a moment in RFC 3339 was; an empty text where there is none."""
+    if not moment:
+        return ""
+    then = datetime.datetime.fromisoformat(moment.replace("Z", "+00:00"))
+    seconds = (datetime.datetime.now(datetime.timezone.utc) - then).total_seconds()
+    return f"{format_seconds(max(0.0, seconds))} ago"  # the clock of the daemon may be ahead
+
+
+def format_bytes(count: int) -> str:
+    """Return a size with its unit: 512 B, 3.4 MiB."""
+    if count < 1024:
+        return f"{count} B"
+    size = count / 1024
+    for unit in ("KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+class Screen:
+    """A stream as people see it: in colours and redrawn on a terminal, plain elsewhere. Thread-safe."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()  # keeps lines whole
+        self.is_terminal = is_ansi_terminal(stream)
+        self._has_color = self.is_terminal and not os.environ.get("NO_COLOR")
+        self._marks = _MARKS
+        try:
+            "".join(_MARKS.values()).encode(stream.encoding or "ascii")
+        except (UnicodeError, LookupError):
+            self._marks = _ASCII_MARKS
+        self._drawn_lines = 0
+
+    def paint(self, text: str, word: str) -> str:
+        """Return the text in the colour of a result, or of `bold`."""
+        if not self._has_color:
+            return text
+        return f"\x1b[{_COLORS.get(word, _FAILED_COLOR)}m{text}\x1b[0m"
+
+    def mark(self, result: str) -> str:
+        """Return the sign of a result, in its colour."""
+        return self.paint(self._marks.get(result, self._marks[_FAILED_MARK]), result)
+
+    def print(self, *lines: str) -> None:
+        text = "".join(f"{line}\n" for line in lines)
+        with self._lock:
+            self._stream.write(text)
+            self._stream.flush()
+
+    def draw(self, lines: Sequence[str]) -> None:
+        """Draw lines over those of the call before; on a terminal alone."""
+        width, height = shutil.get_terminal_size()
+        shown = [_cut(line, width - 1) for line in lines[: height - 1]]
+        back = f"\x1b[{self._drawn_lines}A\x1b[J" if self._drawn_lines else ""
+        self._drawn_lines = len(shown)
+        with self._lock:
+            self._stream.write(back + "".join(f"{line}\n" for line in shown))
+            self._stream.flush()
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], results: Sequence[str] = ()) -> list[str]:
+        """Return the lines of a table, its columns aligned; a row is in the colour of its result."""
+        widths = column_widths([header, *rows])
+        lines = [self.paint(align(header, widths), "bold")]
+        for index, row in enumerate(rows):
+            line = align(row, widths)
+            if results:
+                line = self.paint(line, results[index])
+            lines.append(line)
+        return lines
+
+
+def column_widths(rows: Iterable[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows)]
+
+
+def align(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Return the cells as a line, each as wide as its column."""
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()
+
+
+def _cut(line: str, width: int) -> str:
+    """Return the line, of which at most `width` characters show, with all of its colours."""
+    shown = 0
+    end = 0
+    while end < len(line) and shown < width:
+        sequence = _ANSI_SEQUENCE.match(line, end)
+        if sequence:
+            end = sequence.end()
+        else:
+            end += 1
+            shown += 1
+    return line[:end] + "".join(_ANSI_SEQUENCE.findall(line[end:]))
+
+
+class OutputWriter:
+    """Writes a step's output to a stream of this process: its bytes, or on the console of Windows its letters.
+
+    A stream that nobody reads any more raises BrokenPipeError, another fault of it ClientError.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._decoder: Any = None
+        if ON_WINDOWS and stream.isatty():
+            import codecs
+
+            self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def write(self, content: bytes) -> None:
+        try:
+            if self._decoder:
+                self._stream.write(self._decoder.decode(content))
+            else:
+                self._stream.buffer.write(content)
+            self._stream.flush()
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EINVAL):  # the latter on Windows
+                raise BrokenPipeError from None
+            raise ClientError(f"the output cannot be written: {error.strerror or error}") from None
+
+    def close(self) -> None:
+        """Do nothing: the stream stays open. LineWriter has a rest to write."""
+
+
+class LineWriter:
+    """Passes on a step's output line by line, as a text without its end."""
+
+    def __init__(self, emit: Callable[[str], Any]) -> None:
+        self._emit = emit
+        self._rest = b""
+
+    def write(self, content: bytes) -> None:
+        *lines, self._rest = (self._rest + content).split(b"\n")
+        for line in lines:
+            self._pass_on(line)
+        if len(self._rest) > _MAX_KEPT_LINE_BYTES:
+            self.close()
+
+    def close(self) -> None:
+        """Pass on what has no line end."""
+        if self._rest:
+            self._pass_on(self._rest)
+        self._rest = b""
+
+    def _pass_on(self, line: bytes) -> None:
+        self._emit(line.decode("utf-8", "replace").rstrip("\r"))
+
+
+class Progress:
+    """A bar on standard error for what takes longer than a second, on a terminal alone."""
+
+    def __init__(self, what: str, total_bytes: int) -> None:
+        self._what = printable(what)
+        self._total_bytes = max(total_bytes, 1)
+        self._done_bytes = 0
+        self._begin_s = time.monotonic()
+        self._shown_s = self._begin_s
+        self._is_shown = False
+        self._is_terminal = is_ansi_terminal(sys.stderr)
+
+    def add(self, count: int) -> None:
+        self._done_bytes += count
+        now_s = time.monotonic()
+        took_s = now_s - self._begin_s
+        if not self._is_terminal or took_s < 1 or now_s - self._shown_s < _REDRAW_INTERVAL_S:
+            return
+        self._shown_s = now_s
+        self._is_shown = True
+        share = min(1.0, self._done_bytes / self._total_bytes)
+        bar = ("#" * int(share * 30)).ljust(30, ".")
+        rate = format_bytes(int(self._done_bytes / took_s))
+        sys.stderr.write(f"\r\x1b[2K{self._what} [{bar}] {share:4.0%} of {format_bytes(self._total_bytes)}, {rate}/s")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        if self._is_shown:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+
+
+def print_json_line(data: Any) -> None:
+    """Print an object as one line of JSON."""
+    print_json(data, indent=None)
+    sys.stdout.flush()
+
+
+# ======================================================================================================================
+# VI program / client commands: exec, submit, follow, list and the others
+# ======================================================================================================================
+
+_TYPE_BY_SUFFIX = {
+    ".sh": "sh",
+    ".bash": "bash",
+    ".ksh": "ksh",
+    ".zsh": "zsh",
+    ".csh": "csh",
+    ".py": "python",
+    ".ps1": "powershell",
+    ".cmd": "cmd",
+    ".bat": "cmd",
+}
+_CMD_SPECIAL = re.compile(r'([()!^"<>&|])')
+_INTERRUPT_CHECK_S = 0.2
+_EVENTS_TRUST_S = 15.0
+_TAIL_OF_FAILED_STEP = 10
+_UNBEGUN_RESULTS = ("waiting", "paused", "not_run", "not_started")
+_QUIET_RESULTS = ("waiting", "running", "paused", "succeeded", "not_run")  # of which nothing has to be explained
+
+
+def _task_path(task_id: str, step: str = "", leaf: str = "") -> str:
+    parts = ["/api/v1/task", urllib.parse.quote(task_id, safe="")]
+    if step:
+        parts.append(urllib.parse.quote(step, safe=""))
+    if leaf:
+        parts.append(leaf)
+    return "/".join(parts)
+
+
+def _call_task(api: Api, method: str, task_id: str, step: str = "", leaf: str = "", **query: Any) -> Reply:
+    """Make a request about a task or a step. Raise ClientError where there is none."""
+    reply = api.call(method, _task_path(task_id, step, leaf), query)
+    if reply.code == Code.NOT_FOUND:
+        what = f"task {task_id!r}"
+        if step:
+            what = f"step {step!r} of {what}"
+        ended = " or ended" if method == "PUT" else ""
+        raise ClientError(f"{api.endpoint.name}: no {what}: never there, expired, deleted{ended}; see `list`")
+    return reply
+
+
+def _exit_code(result: str, code: int) -> int:
+    """Return what this program ends with for the result and the code of a step or a task."""
+    if result == "succeeded":
+        return 0
+    if result == "timed_out":
+        return _TIMED_OUT
+    if code > 255 and not ON_WINDOWS:
+        return 255  # exit(3) keeps 8 bits, which may be 0
+    return code or 1
+
+
+def _task_exit_code(reply: Reply) -> int:
+    """Return that of the first step that failed; of a task that was ended before any could, of the task."""
+    for step in reply.data:
+        if step["code"]:
+            return _exit_code(step["result"], step["code"])
+    return _exit_code(reply.task["result"], 0)
+
+
+def _seconds_text(record: Mapping[str, Any]) -> str:
+    if "started_at" not in record:
+        return ""
+    return format_seconds(record["seconds"])
+
+
+def _await_in_thread(action: Callable[[], Any]) -> Any:
+    """Return what the action does; meanwhile Ctrl-C is heard, for on Windows no signal ends a thread's wait."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except (ClientError, OSError) as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="client", daemon=True).start()
+    while not future.done():
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            future.result(_INTERRUPT_CHECK_S)
+    return future.result()
+
+
+# -- jobs: a task on one host, from its submission to its end
+
+
+class JobOutcome(NamedTuple):
+    """What came of a job on a host; `code` is what this program would end with."""
+
+    result: str
+    code: int
+    seconds: float = 0.0
+    message: str = ""
+
+
+class Job:
+    """A task on one host, made and followed by one thread; `stop` is for another."""
+
+    def __init__(self, endpoint: Endpoint, task_id: str) -> None:
+        self.endpoint = endpoint
+        self.task_id = task_id
+        self._was_stopped = False
+
+    def run(self) -> JobOutcome:
+        """Do it to its end. A ClientError is an outcome too."""
+        try:
+            outcome = self.do()
+        except ClientError as error:
+            outcome = JobOutcome("error", _CLIENT_FAILED, message=str(error))
+        if self._was_stopped:
+            return outcome._replace(code=_INTERRUPTED)
+        return outcome
+
+    def do(self) -> JobOutcome:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Stop the task; a second time at once."""
+        self._was_stopped = True
+        query = {"action": "stop", "reason": "interrupted at the client"}
+        with contextlib.suppress(ClientError), Api(self.endpoint) as api:  # who follows the task tells of it
+            api.call("PUT", _task_path(self.task_id), query)
+
+    def post(self, api: Api, query: Mapping[str, Any], steps: Sequence[Any]) -> Any:
+        """Submit the task under its id and return what the daemon says. Raise ClientError."""
+        data = api.call("POST", "/api/v1/task", {"id": self.task_id, **query}, list(steps)).data
+        for warning in data.get("warnings", ()):
+            print_error(f"{self.endpoint.name}: {warning}")
+        if self._was_stopped:
+            self.stop()  # the first one came too early
+        return data
+
+
+def _run_jobs(jobs: Sequence[Job], parallel: int, is_fail_fast: bool) -> dict[Job, JobOutcome]:
+    """Run the jobs, `parallel` at a time; Ctrl-C stops all, and after a failure no other begins if so asked.
+
+    Return the outcomes of those that began.
+    """
+    outcomes: dict[Job, JobOutcome] = {}
+    is_over = threading.Event()  # no further one begins
+
+    def run(job: Job) -> None:
+        if is_over.is_set():
+            return
+        outcomes[job] = job.run()
+        if is_fail_fast and outcomes[job].code:
+            is_over.set()
+
+    stops = 0
+    with Interrupts() as interrupts, concurrent.futures.ThreadPoolExecutor(max(1, parallel), "job") as pool:
+        futures = {pool.submit(run, job): job for job in jobs}
+        pending = set(futures)
+        while pending:
+            done, pending = concurrent.futures.wait(pending, _INTERRUPT_CHECK_S)
+            for future in done:
+                future.result()
+            if interrupts.count > stops:
+                stops = interrupts.count
+                is_over.set()
+                print_error("stopping what runs; Ctrl-C again kills it at once")
+                for future in filter(Future.running, pending):
+                    threading.Thread(target=futures[future].stop, name="stop", daemon=True).start()
+    return outcomes
+
+
+def _run_on_hosts(jobs: Sequence[Job], options: argparse.Namespace) -> int:
+    """Run a job a host, canaries first, and tell what came of each; return the worst code."""
+    outcomes = {}
+    if options.canary:
+        outcomes = _run_jobs(jobs[: options.canary], options.parallel, options.fail_fast)
+    if not any(outcome.code for outcome in outcomes.values()):
+        outcomes.update(_run_jobs(jobs[options.canary :], options.parallel, options.fail_fast))
+    rows = []
+    for job in jobs:
+        outcome = outcomes.get(job) or JobOutcome("not_begun", 0)
+        if options.json:
+            print_json_line({"host": job.endpoint.name, "id": job.task_id, **outcome._asdict()})
+        took = format_seconds(outcome.seconds)
+        message = printable(outcome.message)
+        rows.append((job.endpoint.name, outcome.result, str(outcome.code), took, job.task_id, message))
+    if not options.json:
+        screen = Screen(sys.stderr)
+        header = ("HOST", "RESULT", "CODE", "TOOK", "TASK", "MESSAGE")
+        screen.print(*screen.table(header, rows, [row[1] for row in rows]))
+    return max((outcome.code for outcome in outcomes.values()), default=0)
+
+
+# -- exec
+
+
+def to_cmd_line(words: Sequence[str]) -> str:
+    """Return a line of a batch file that runs a program with these words as they are. Raise UsageError.
+
+    cmd sees no quotes, for each of its special characters stands behind a caret; those of list2cmdline are for the
+    program (CommandLineToArgvW). A batch file wants its per cent signs doubled.
+    """
+    line = subprocess.list2cmdline(words)
+    if re.search(r"[\r\n]", line):
+        raise UsageError("exec: cmd takes no line break within a word; give a script with -c --type powershell")
+    return _CMD_SPECIAL.sub(r"^\1", line).replace("%", "%%")
+
+
+class _ExecJob(Job):
+    """Runs one step, its output to the writers as it comes."""
+
+    def __init__(self, endpoint: Endpoint, options: argparse.Namespace, stdin: bytes, is_single: bool) -> None:
+        super().__init__(endpoint, f"exec-{os.urandom(16).hex()}")
+        self._options = options
+        self._stdin = stdin
+        self._writers: dict[str, OutputWriter | LineWriter] = {}
+        for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+            if options.json:
+                self._writers[name] = LineWriter(functools.partial(self._print_json, name))
+            elif is_single:
+                self._writers[name] = OutputWriter(stream)
+            else:
+                self._writers[name] = LineWriter(functools.partial(self._print, Screen(stream)))
+
+    def _print_json(self, stream: str, line: str) -> None:
+        print_json_line({"host": self.endpoint.name, "stream": stream, "line": line})
+
+    def _print(self, screen: Screen, line: str) -> None:
+        screen.print(f"{self.endpoint.name} | {line}")
+
+    def do(self) -> JobOutcome:
+        query = {}
+        if self._options.timeout:
+            query["timeout"] = self._options.timeout
+        with Api(self.endpoint) as api:
+            step = self._step(api)
+            if "stderr" not in step:
+                del self._writers["stderr"]
+            self.post(api, query, [step])
+            with concurrent.futures.ThreadPoolExecutor(2, "output") as pool:
+                copies = [pool.submit(self._copy, stream) for stream in self._writers]
+            for copy in copies:
+                copy.result()
+            end = _await_task(api, self.task_id).data[0]
+        message = ""
+        if end["result"] == "timed_out":
+            message = f"{self.endpoint.name}: timed out after {format_seconds(end['seconds'])}; --timeout allows more"
+        elif end["result"] not in ("succeeded", "failed"):
+            message = f"{self.endpoint.name}: {end['msg']}"
+        return JobOutcome(end["result"], _exit_code(end["result"], end["code"]), end["seconds"], message)
+
+    def _step(self, api: Api) -> dict[str, Any]:
+        """Return the step: a script as it is, or a command as its host's shell takes it."""
+        features = ["wait", "output", "follow"]
+        if self._stdin:
+            features.append("stdin")
+        version = api.require(features)
+        is_windows = version["python"]["os"] == "windows"
+        script = self._options.c
+        if not script:
+            script = to_cmd_line(self._options.words) if is_windows else shlex.join(self._options.words)
+        step = {
+            "command_type": self._options.type or ("cmd" if is_windows else "sh"),
+            "command_content": script,
+            "env_vars": self._options.env,
+        }
+        if "stderr" in version["features"]:
+            step["stderr"] = "apart"
+        else:
+            print_error(f"{self.endpoint.name}: its remote_executor is older: stderr comes on standard output")
+        if self._stdin:
+            import base64
+
+            step["stdin_base64"] = base64.b64encode(self._stdin).decode()
+        return step
+
+    def _copy(self, stream: str) -> None:
+        writer = self._writers[stream]
+        path = _task_path(self.task_id, "0", "output")
+        query = {"follow": "true", "stream": stream}
+        try:
+            with Api(self.endpoint) as api, contextlib.closing(writer):
+                copy_output(api, path, query, writer.write)
+        except (ClientError, OSError):  # the latter of who reads our output, such as head(1)
+            self.stop()  # else its other stream would be followed to the end
+            raise
+
+
+def run_exec(options: argparse.Namespace) -> int:
+    """Run one step, its output live, and return its exit code."""
+    if options.words[:1] == ["--"]:
+        del options.words[0]
+    if bool(options.words) == bool(options.c):
+        raise UsageError("exec: give a command behind --, or a script with -c")
+    if options.type and options.words:
+        raise UsageError("exec: --type is of a script, given with -c")
+    endpoints = endpoints_of(options)
+    stdin = sys.stdin.buffer.read() if options.stdin else b""
+    jobs = [_ExecJob(endpoint, options, stdin, len(endpoints) == 1) for endpoint in endpoints]
+    if len(jobs) > 1:
+        return _run_on_hosts(jobs, options)
+    outcome = _run_jobs(jobs, 1, is_fail_fast=False)[jobs[0]]
+    if options.json:
+        print_json_line({"host": jobs[0].endpoint.name, "id": jobs[0].task_id, **outcome._asdict()})
+    elif outcome.message:
+        print_error(outcome.message)
+    return outcome.code
+
+
+# -- following a task
+
+
+def _await_task(api: Api, task_id: str) -> Reply:
+    """Wait for a task's end; return its detail. Raise ClientError."""
+    while True:
+        reply = _call_task(api, "GET", task_id, wait="1m")  # below the time that an answer may take
+        if reply.code != Code.IN_PROGRESS:
+            return reply
+
+
+class _Changes:
+    """Tells the thread that waits when something may have changed, of one task or of all.
+
+    Where the daemon has no connection to spare for events, that is once a second.
+    """
+
+    def __init__(self, endpoint: Endpoint, task_id: str = "") -> None:
+        self._endpoint = endpoint
+        self._task_id = task_id
+        self._changed = threading.Event()
+        self._poll_s = 1.0
+        self._last_s = 0.0
+        threading.Thread(target=self._watch, name="events", daemon=True).start()
+
+    def wait(self, max_s: float = _EVENTS_TRUST_S) -> None:
+        """Wait for the next change; many in a short time count as one."""
+        self._changed.wait(min(max_s, self._poll_s))
+        time.sleep(max(0.0, self._last_s + _REDRAW_INTERVAL_S - time.monotonic()))
+        self._last_s = time.monotonic()
+        self._changed.clear()
+
+    def _watch(self) -> None:
+        with contextlib.suppress(ClientError):
+            for _ in read_events(Api(self._endpoint), self._task_id):
+                self._poll_s = _EVENTS_TRUST_S
+                self._changed.set()
+        self._poll_s = 1.0
+
+
+class TaskFollower:
+    """Shows a task until its end: each line of its output with its step's name, or on a terminal a line a step."""
+
+    def __init__(self, endpoint: Endpoint, task_id: str, prefix: str = "", is_json: bool = False) -> None:
+        self._endpoint = endpoint
+        self._api = Api(endpoint)
+        self._task_id = task_id
+        self._screen = Screen(sys.stdout)
+        self._prefix = prefix
+        self._is_json = is_json
+        self._is_drawn = self._screen.is_terminal and not (prefix or is_json)
+        self._copies: dict[tuple[int, int], threading.Thread] = {}  # by step and attempt
+
+    def follow(self) -> Reply:
+        """Return the task's detail at its end. Raise ClientError."""
+        self._api.require(["output", "follow", "events"])
+        changes = _Changes(self._endpoint, self._task_id)
+        while True:
+            reply = _call_task(self._api, "GET", self._task_id)
+            if self._is_drawn:
+                self._draw(reply.data)
+            else:
+                self._copy_outputs(reply.data)
+            if reply.code != Code.IN_PROGRESS:
+                break
+            changes.wait(1.0 if self._is_drawn else _EVENTS_TRUST_S)
+        for copy in self._copies.values():
+            copy.join()
+        for step in reply.data:
+            if step["result"] not in _QUIET_RESULTS:
+                self._explain(step)
+        self._api.close()
+        return reply
+
+    def _copy_outputs(self, steps: Sequence[Any]) -> None:
+        """Copy the output of each step that has begun, in a thread of its own."""
+        for step in steps:
+            key = (step["step"], step["attempt"])
+            if step["result"] not in _UNBEGUN_RESULTS and key not in self._copies:
+                name = f"output {key[0]}"
+                self._copies[key] = threading.Thread(target=self._copy, args=(step,), name=name, daemon=True)
+                self._copies[key].start()
+
+    def _copy(self, step: Mapping[str, Any]) -> None:
+        path = _task_path(self._task_id, str(step["step"]), "output")
+        writer = LineWriter(functools.partial(self._print, step["name"]))
+        query = {"follow": "true", "attempt": step["attempt"]}
+        try:
+            with Api(self._endpoint) as api, contextlib.closing(writer):
+                copy_output(api, path, query, writer.write)
+        except ClientError as error:
+            print_error(str(error))
+        except BrokenPipeError:  # of who reads our output, such as head(1); the task goes on
+            os._exit(_BROKEN_PIPE)
+
+    def _print(self, step_name: str, line: str) -> None:
+        if self._is_json:
+            print_json_line({"step": step_name, "line": line})
+        else:
+            self._screen.print(f"{self._prefix}{printable(step_name)} | {line}")
+
+    def _explain(self, step: Mapping[str, Any]) -> None:
+        if self._is_json:
+            print_json_line({"step": step["name"], "result": step["result"], "msg": step["msg"]})
+        elif self._is_drawn:
+            _print_failure(self._api, self._task_id, step, self._screen)
+        else:
+            text = self._screen.paint(printable(step["msg"]), step["result"])
+            self._screen.print(f"{self._prefix}{printable(step['name'])} | {text}")
+
+    def _draw(self, steps: Sequence[Any]) -> None:
+        """Draw a line a step, of as many as there is room for, what runs or has failed first."""
+        room = shutil.get_terminal_size().lines - 3
+        chosen = sorted(sorted(steps, key=_display_rank)[:room], key=lambda step: int(step["step"]))
+        rows = [(printable(step["name"]), step["result"], _seconds_text(step)) for step in chosen]
+        widths = column_widths(rows)
+        lines = []
+        for step, row in zip(chosen, rows):
+            line = f"{self._screen.mark(step['result'])} {align(row, widths)}"
+            if step["result"] == "running":
+                line += "  " + "".join(_tail(self._api, self._task_id, step, 1))
+            lines.append(line)
+        if len(chosen) < len(steps):
+            counts = collections.Counter(step["result"] for step in steps)
+            lines.append(", ".join(f"{count} {result}" for result, count in counts.items()))
+        self._screen.draw(lines)
+
+
+def _display_rank(step: Mapping[str, Any]) -> int:
+    order = ("running", "waiting", "paused", "succeeded", "not_run")
+    return order.index(step["result"]) if step["result"] in order else 0
+
+
+def _tail(api: Api, task_id: str, step: Mapping[str, Any], count: int) -> list[str]:
+    """Return the last lines of a step's output, printable."""
+    content: list[bytes] = []
+    copy_output(api, _task_path(task_id, str(step["step"]), "output"), {"tail": count}, content.append)
+    return [printable(line) for line in b"".join(content).decode("utf-8", "replace").splitlines()]
+
+
+def _print_failure(api: Api, task_id: str, step: Mapping[str, Any], screen: Screen) -> None:
+    """Print why a step failed, and the last lines that it wrote."""
+    screen.print("", screen.paint(printable(step["msg"]), step["result"]))
+    if step["result"] not in _UNBEGUN_RESULTS:
+        screen.print(*(f"    {line}" for line in _tail(api, task_id, step, _TAIL_OF_FAILED_STEP)))
+
+
+def _follow_to_end(endpoint: Endpoint, task_id: str, options: argparse.Namespace) -> int:
+    """Follow a task, or only wait for it; Ctrl-C leaves it running and says how to come back."""
+    try:
+        if options.follow:
+            reply = TaskFollower(endpoint, task_id, is_json=options.json).follow()
+        else:
+            reply = _await_in_thread(lambda: _await_task(Api(endpoint), task_id))
+    except KeyboardInterrupt:
+        _say_how_to_return("task", task_id)
+        raise
+    code = _task_exit_code(reply)
+    if options.json:
+        print_json_line({"id": task_id, "result": reply.task["result"], "code": code})
+    elif code and not options.follow:
+        print_error(f"{task_id}: {printable(reply.task['msg'])}")
+    return code
+
+
+def _say_how_to_return(what: str, words: str) -> None:
+    print_error(f"the {what} goes on: `follow {words}` shows it again, `stop {words}` stops it")
+
+
+def run_follow(options: argparse.Namespace) -> int:
+    """Show the output of a task or a step as it comes; return the exit code of the first step that failed."""
+    api = single_api(options)
+    if not options.step:
+        options.follow = True
+        return _follow_to_end(api.endpoint, options.id, options)
+    api.require(["output", "follow"])
+    path = _task_path(options.id, options.step, "output")
+    try:
+        _await_in_thread(lambda: copy_output(api, path, {"follow": "true"}, _step_writer(options).write))
+    except KeyboardInterrupt:
+        _say_how_to_return("step", shlex.join([options.id, options.step]))
+        raise
+    step = _call_task(api, "GET", options.id, options.step).data
+    return _exit_code(step["result"], step["code"])
+
+
+def _step_writer(options: argparse.Namespace) -> OutputWriter | LineWriter:
+    if options.json:
+        return LineWriter(lambda line: print_json_line({"line": line}))
+    return OutputWriter(sys.stdout)
+
+
+def run_log(options: argparse.Namespace) -> int:
+    """Print what the steps of a task, or one of them, have written so far."""
+    api = single_api(options)
+    api.require(["output"])
+    query = {}
+    if options.tail is not None:
+        query["tail"] = options.tail
+    if options.stream:
+        query["stream"] = options.stream
+    names = {options.step: options.step}
+    if not options.step:
+        names = {str(step["step"]): step["name"] for step in _call_task(api, "GET", options.id).data}
+    for step, name in names.items():
+        if len(names) > 1 and not options.json:
+            print(f"==> {printable(name)} <==", flush=True)
+        with contextlib.closing(_step_writer(options)) as writer:
+            copy_output(api, _task_path(options.id, step, "output"), query, writer.write)
+    return 0
+
+
+def run_wait(options: argparse.Namespace) -> int:
+    """Wait for the end of all tasks, or of any; return the first exit code that is not 0."""
+    api = single_api(options)
+    changes = _Changes(api.endpoint)
+    pending = list(options.ids)
+    code = 0
+    while True:
+        for task_id in list(pending):
+            reply = _call_task(api, "GET", task_id)
+            if reply.code == Code.IN_PROGRESS:
+                continue
+            pending.remove(task_id)
+            task_code = _task_exit_code(reply)
+            code = code or task_code
+            if options.json:
+                print_json_line({"id": task_id, "result": reply.task["result"], "code": task_code})
+            elif options.any:
+                print(task_id)
+            elif task_code:
+                print_error(f"{task_id}: {printable(reply.task['msg'])}")
+        if not pending or (options.any and len(pending) < len(options.ids)):
+            return code
+        changes.wait()
+
+
+# -- submit
+
+
+def _script_type(path: str, script: str) -> str:
+    """Return the command_type of a script by its suffix or its first line. Raise UsageError."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in _TYPE_BY_SUFFIX:
+        return _TYPE_BY_SUFFIX[suffix]
+    if script.startswith("#!"):
+        for word in script[2:].partition("\n")[0].split():
+            program = re.sub("[0-9.]*$", "", os.path.basename(word))
+            if program in INTERPRETERS:
+                return program
+    raise UsageError(f"{path}: unknown type of script: name it .sh, .py, .ps1 or .cmd, begin it with #!, or use --type")
+
+
+def _read_text(path: str) -> str:
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read().decode("utf-8-sig")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except OSError as error:
+        raise ClientError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError:
+        raise ClientError(f"{path} is not text in UTF-8") from None
+
+
+def _steps_of(options: argparse.Namespace) -> list[Any]:
+    """Return the steps of a task in JSON, or one for each script. Raise ClientError and UsageError."""
+    texts = {path: _read_text(path) for path in options.files}
+    first = options.files[0]
+    if len(texts) == 1 and not options.type and re.match(r"\s*[\[{]", texts[first]):
+        try:
+            task = json.loads(texts[first])
+        except ValueError as error:
+            raise ClientError(f"{first} is not JSON: {error}; for a script give --type") from None
+        return task if isinstance(task, list) else [task]
+    steps = []
+    for path, text in texts.items():
+        step = {"command_type": options.type or _script_type(path, text), "command_content": text}
+        if len(texts) > 1:
+            step["name"] = os.path.basename(path)
+        steps.append(step)
+    return steps
+
+
+def _split_file(text: str) -> tuple[str, str]:
+    """Return the parts of LOCAL[:REMOTE]; the colon of a drive of Windows parts nothing."""
+    drive, rest = os.path.splitdrive(text)
+    local, _, remote = rest.partition(":")
+    return drive + local, remote or os.path.basename(local)
+
+
+class _SubmitJob(Job):
+    """Submits a task, and follows or awaits it where that is asked for."""
+
+    def __init__(self, endpoint: Endpoint, options: argparse.Namespace, steps: Sequence[Any]) -> None:
+        super().__init__(endpoint, options.id or os.urandom(16).hex())
+        self._options = options
+        self._steps = steps
+
+    def submit(self) -> Any:
+        """Submit the task with its files, and return the daemon's word of it. Raise ClientError."""
+        options = self._options
+        files = [_split_file(file) for file in options.file]
+        for local, _ in files:
+            if not os.path.isfile(local):
+                raise ClientError(f"--file: {local} is not a file here")
+        query: dict[str, Any] = {"env_vars": options.env}
+        if files:
+            query["paused"] = True
+        for name in ("timeout", "delay", "async"):
+            if getattr(options, name):
+                query[name] = getattr(options, name)
+        with Api(self.endpoint) as api:
+            data = self.post(api, query, self._steps)
+            for local, remote in files:
+                upload(api, self.task_id, local, remote)
+            if files:
+                _call_task(api, "PUT", self.task_id, action="resume")
+        return data
+
+    def do(self) -> JobOutcome:
+        self.submit()
+        if self._options.follow:
+            reply = TaskFollower(self.endpoint, self.task_id, f"{self.endpoint.name} | ", self._options.json).follow()
+        elif self._options.wait:
+            reply = _await_task(Api(self.endpoint), self.task_id)
+        else:
+            return JobOutcome("submitted", 0)
+        task = reply.task
+        message = "" if task["result"] in _QUIET_RESULTS else task["msg"]
+        return JobOutcome(task["result"], _task_exit_code(reply), task["seconds"], message)
+
+
+def run_submit(options: argparse.Namespace) -> int:
+    """Submit a task, print its id, and follow or await it where that is asked for."""
+    endpoints = endpoints_of(options)
+    steps = _steps_of(options)
+    jobs = [_SubmitJob(endpoint, options, steps) for endpoint in endpoints]
+    if len(jobs) > 1:
+        return _run_on_hosts(jobs, options)
+    data = jobs[0].submit()
+    if options.json:
+        print_json_line(data)
+    else:
+        print(jobs[0].task_id, flush=True)
+    if options.follow or options.wait:
+        return _follow_to_end(jobs[0].endpoint, jobs[0].task_id, options)
+    return 0
+
+
+# -- list and show
+
+
+def _list_tasks(api: Api, options: argparse.Namespace) -> Any:
+    query: dict[str, Any] = {"order": "desc", "limit": options.limit, "result": options.result}
+    if options.id:
+        query["id"] = options.id
+    return api.call("GET", "/api/v1/task", query).data["tasks"]
+
+
+def _task_table(tasks: Sequence[Any], screen: Screen) -> list[str]:
+    rows = []
+    for task in tasks:
+        message = "" if task["result"] in _QUIET_RESULTS else printable(task["msg"])
+        accepted = format_ago(task.get("accepted_at", ""))
+        rows.append((task["id"], task["result"], str(task["count"]), accepted, _seconds_text(task), message))
+    header = ("ID", "RESULT", "STEPS", "ACCEPTED", "TOOK", "MESSAGE")
+    return screen.table(header, rows, [task["result"] for task in tasks])
+
+
+def run_list(options: argparse.Namespace) -> int:
+    """Print the tasks, newest first; with --watch again at each change."""
+    api = single_api(options)
+    screen = Screen(sys.stdout)
+    if options.watch and (options.json or not screen.is_terminal):
+        raise UsageError("list: --watch needs a terminal, and no --json")
+    api.require(["paging"])
+    if options.json:
+        for task in _list_tasks(api, options):
+            print_json_line(task)
+        return 0
+    if not options.watch:
+        screen.print(*_task_table(_list_tasks(api, options), screen))
+        return 0
+    changes = _Changes(api.endpoint)
+    while True:
+        screen.draw(_task_table(_list_tasks(api, options), screen))
+        changes.wait(1.0)
+
+
+def run_show(options: argparse.Namespace) -> int:
+    """Print a task with its steps, or all of one step."""
+    api = single_api(options)
+    if options.step:
+        step = _call_task(api, "GET", options.id, options.step).data
+        if options.json:
+            print_json_line(step)
+        else:
+            _print_step(step)
+        return 0
+    reply = _call_task(api, "GET", options.id)
+    if options.json:
+        print_json_line({**reply.task, "steps": reply.data})
+    else:
+        _print_task(api, reply)
+    return 0
+
+
+def _print_step(step: Mapping[str, Any]) -> None:
+    """Print the fields of a step; the lines of its script as they are, but for what would steer a terminal."""
+    for name, value in step.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        first, *others = map(printable, text.splitlines() or [""])
+        print(f"{name:<16} {first}")
+        for line in others:
+            print(f"{'':<16} {line}")
+
+
+def _print_task(api: Api, reply: Reply) -> None:
+    """Print a task, its graph as a line a step, and why steps failed."""
+    screen = Screen(sys.stdout)
+    task = reply.task
+    result = task["result"]
+    head = [f"{screen.mark(result)} {task['id']}", screen.paint(result, result), _seconds_text(task)]
+    screen.print("  ".join(filter(None, [*head, f"accepted {format_ago(task.get('accepted_at', ''))}"])))
+    rows = []
+    for step in reply.data:
+        before = ", ".join(step.get("depets_on", ()))
+        after = f"after {printable(before)}" if before else ""
+        rows.append((str(step["step"]), printable(step["name"]), step["result"], _seconds_text(step), after))
+    widths = column_widths(rows)
+    for step, row in zip(reply.data, rows):
+        screen.print(f"  {screen.mark(step['result'])} {align(row, widths)}")
+    for step in reply.data:
+        if step["result"] not in _QUIET_RESULTS:
+            _print_failure(api, task["id"], step, screen)
+
+
+# -- what changes a task
+
+
+def _tell(options: argparse.Namespace, text: str) -> int:
+    if options.json:
+        print_json_line({"id": options.id})
+    else:
+        print(text)
+    return 0
+
+
+def run_stop(options: argparse.Namespace) -> int:
+    """Stop a task or a step with its whole process tree."""
+    query = {"reason": options.reason} if options.reason else {}
+    _call_task(single_api(options), "PUT", options.id, options.step, action="stop", **query)
+    what = f"{options.id} {options.step}".rstrip()
+    return _tell(options, f"{what}: stopped")
+
+
+def run_pause(options: argparse.Namespace) -> int:
+    """Let no further step of a task start; what runs goes on."""
+    _call_task(single_api(options), "PUT", options.id, action="pause")
+    return _tell(options, f"{options.id}: paused")
+
+
+def run_resume(options: argparse.Namespace) -> int:
+    """Let the steps of a paused task start."""
+    _call_task(single_api(options), "PUT", options.id, action="resume")
+    return _tell(options, f"{options.id}: resumed")
+
+
+def run_delete(options: argparse.Namespace) -> int:
+    """Delete an ended task with its files."""
+    _call_task(single_api(options), "DELETE", options.id)
+    return _tell(options, f"{options.id}: deleted")
+
+
+def run_rerun(options: argparse.Namespace) -> int:
+    """Run a task again as a new one, whole or from what failed on; print the new id."""
+    api = single_api(options)
+    api.require(["rerun"])
+    query: dict[str, Any] = {"id": os.urandom(16).hex(), "env_vars": options.env}
+    if options.failed:
+        query["only"] = "failed"
+    data = _call_task(api, "POST", options.id, leaf="rerun", **query).data
+    if options.json:
+        print_json_line(data)
+    else:
+        print(data["id"], flush=True)
+    if options.follow:
+        return _follow_to_end(api.endpoint, data["id"], options)
+    return 0
+
+
+def run_pool(options: argparse.Namespace) -> int:
+    """Show the pool, resize, pause or resume it."""
+    api = single_api(options)
+    change = {}
+    if options.size is not None:
+        change["size"] = options.size
+    if options.pause or options.resume:
+        change["paused"] = options.pause
+    method = "POST" if change else "GET"
+    pool = api.call(method, "/api/v1/pool", body=change or None).data
+    if options.json:
+        print_json_line(pool)
+        return 0
+    paused = ", paused" if pool.get("paused") else ""
+    print(f"{pool['running']} running of {pool['size']}, {pool['waiting']} waiting{paused}")
+    return 0
+
+
+# -- files of the workspace
+
+
+def _workspace_path(task_id: str, path: str) -> str:
+    quoted = urllib.parse.quote(path.strip("/"))
+    return _task_path(task_id, leaf=f"workspace/{quoted}".rstrip("/"))
+
+
+class _CountedFile:
+    """A file whose reading is shown as progress."""
+
+    def __init__(self, file: Any, progress: Progress) -> None:
+        self._file = file
+        self._progress = progress
+        self.seek = file.seek
+        self.fileno = file.fileno
+
+    def read(self, size: int = -1) -> bytes:
+        content: bytes = self._file.read(size)
+        self._progress.add(len(content))
+        return content
+
+
+def _open_local(path: str) -> io.BufferedReader:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise ClientError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def upload(api: Api, task_id: str, local: str, remote: str) -> None:
+    """Copy a file of this host into the workspace of a task. Raise ClientError."""
+    with _open_local(local) as file:
+        progress = Progress(f"put {remote}", os.fstat(file.fileno()).st_size)
+        path = _workspace_path(task_id, remote)
+        with contextlib.closing(progress), api.open("PUT", path, body=_CountedFile(file, progress)) as response:
+            envelope = json.loads(response.read())
+    if envelope["code"]:
+        raise ClientError(f"{api.endpoint.name}: {envelope['message']}")
+
+
+def _download(api: Api, task_id: str, path: str, write: Callable[[bytes], Any]) -> None:
+    """Write a file of a workspace, taken up where the connection broke off. Raise ClientError, and as `write` does."""
+    offset = 0
+    headers = {"Accept": "*/*"}
+    progress: Progress | None = None
+    while True:
+        with api.open("GET", _workspace_path(task_id, path), headers=headers) as response:
+            if response.getheader("Content-Disposition") is None:
+                raise ClientError(f"{api.endpoint.name}: {path} is not a file there; see `ls {task_id}`")
+            progress = progress or Progress(f"get {path}", response.length or 0)
+            parts = _read_parts(response)
+            while True:
+                try:
+                    part = next(parts, b"")
+                except (OSError, http.client.HTTPException) as error:
+                    broken = error
+                    break
+                if not part:
+                    progress.close()
+                    return
+                write(part)
+                offset += len(part)
+                progress.add(len(part))
+        api.wait_to_retry(broken)
+        headers["Range"] = f"bytes={offset}-"
+
+
+def run_put(options: argparse.Namespace) -> int:
+    """Copy a file of this host into the workspace of a task."""
+    remote = options.path or os.path.basename(options.local)
+    upload(single_api(options), options.id, options.local, remote)
+    return _tell(options, f"{options.local} -> {options.id}:{remote}")
+
+
+def run_get(options: argparse.Namespace) -> int:
+    """Copy a file of the workspace of a task to this host, whole or not at all; `-` is standard output."""
+    api = single_api(options)
+    local = options.local or os.path.basename(options.path)
+    if local == "-":
+        _download(api, options.id, options.path, OutputWriter(sys.stdout).write)
+        return 0
+    if os.path.isdir(local):
+        local = os.path.join(local, os.path.basename(options.path))
+    partial = f"{local}.{os.urandom(8).hex()}"
+    try:
+        with open(partial, "xb") as file:  # no link that somebody has put there
+            _download(api, options.id, options.path, file.write)
+        os.replace(partial, local)
+    except OSError as error:
+        raise ClientError(f"{local} cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):  # it is there after a failure alone
+            os.unlink(partial)
+    return _tell(options, f"{options.id}:{options.path} -> {local}")
+
+
+def run_ls(options: argparse.Namespace) -> int:
+    """List a directory of the workspace of a task."""
+    entries = single_api(options).call("GET", _workspace_path(options.id, options.path)).data
+    if options.json:
+        for entry in entries:
+            print_json_line(entry)
+        return 0
+    screen = Screen(sys.stdout)
+    rows = []
+    for entry in entries:
+        slash = "/" if entry["type"] == "directory" else ""
+        size = format_bytes(entry["bytes"]) if "bytes" in entry else ""
+        rows.append((printable(entry["name"]) + slash, size, format_ago(entry.get("modified_at", ""))))
+    screen.print(*screen.table(("NAME", "SIZE", "MODIFIED"), rows))
+    return 0
+
+
+# -- the table of commands
+
+
+class UsageParser(argparse.ArgumentParser):
+    """An argument parser that raises UsageError instead of ending the program."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(message)
+
+
+class _Argument(NamedTuple):
+    """An argument or a flag of a command, of one of the kinds below."""
+
+    name: str
+    placeholder: str
+    help: str
+    kind: str = "text"
+    default: Any = ""
+
+
+def _count(text: str) -> int:
+    """Parse a number of things, for argparse."""
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"invalid number {text!r}: expected for example 5")
+    return int(text)
+
+
+_ARGUMENT_KINDS: Mapping[str, Mapping[str, Any]] = {
+    "text": {},
+    "required": {},  # an argument, as the next three
+    "optional": {"nargs": "?"},
+    "several": {"nargs": "+"},
+    "rest": {"nargs": argparse.REMAINDER},
+    "list": {"action": "append", "default": []},
+    "count": {"type": _count},
+}
+_ID_ARGUMENT = _Argument("id", "ID", "id of a task", "required")
+_STEP_ARGUMENT = _Argument("step", "STEP", "index or name of a step", "optional")
+_PATH_ARGUMENT = _Argument("path", "PATH", "in the workspace", "optional")
+_TYPE_ARGUMENT = _Argument("--type", "TYPE", "command_type of the script")
+_ENV_ARGUMENT = _Argument("--env", "K=V", "environment; repeatable", "list")
+_TIMEOUT_ARGUMENT = _Argument("--timeout", "TIME", "such as 90s; what takes longer is stopped, its code is 124")
+_FOLLOW_ARGUMENT = _Argument("--follow", "", "show its output; end with its exit code", "switch")
+_HOSTS = (
+    _Argument("--parallel", "N", "hosts at a time (20)", "count", 20),
+    _Argument("--fail_fast", "", "begin on no other host after a failure", "switch"),
+    _Argument("--canary", "N", "N hosts first; the others if all is well there", "count", 0),
+)
+_WHERE = (
+    _Argument("--json", "", "print JSON, one object a line", "switch"),
+    _Argument("--host", "HOST", "HOST[:PORT] or a URL; with exec and submit also a,b,c or @FILE"),
+    _Argument("--token_file", "FILE", "its first line is the token"),
+    _Argument("--cacert", "FILE", "PEM file of the CA of the daemon"),
+    _Argument("--cert", "FILE", "PEM file of a certificate of this client"),
+    _Argument("--key", "FILE", "PEM file of its private key"),
+)
+
+
+class ClientCommand(NamedTuple):
+    """A command that asks a daemon: what it does, an example of it, and what it takes beside `_WHERE`."""
+
+    name: str
+    help: str
+    example: str
+    run: Callable[[argparse.Namespace], int]
+    arguments: Sequence[_Argument]
+
+    @property
+    def usage(self) -> str:
+        """The command with its arguments, without flags."""
+        usage = [self.name]
+        for argument in self.arguments:
+            if argument.kind == "optional":
+                usage.append(f"[{argument.placeholder}]")
+            elif argument.kind == "several":
+                usage.append(f"{argument.placeholder}...")
+            elif not argument.name.startswith("-"):
+                usage.append(argument.placeholder)
+        return " ".join(usage)
+
+
+# -- completion
+
+
+_SHELLS = ("bash", "zsh", "fish", "powershell")
+_COMPLETED_NAMES = ("remote_executor.py", "remote_executor", "remote-executor")
+_ID_WAIT_S = 0.3  # of somebody who has pressed Tab
+_BASH_COMPLETION = """\
+_remote_executor() {
+    local words= current=${COMP_WORDS[COMP_CWORD]}
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        words="@NAMES@"
+    else
+        case "${COMP_WORDS[1]}" in
+@FLAGS@
+        esac
+        case "$current/${COMP_WORDS[1]}" in
+            -*) ;;
+            @WITH_IDS@) words=$("${COMP_WORDS[0]}" completion ids 2>/dev/null) ;;
+        esac
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$current"))
+}
+complete -o default -F _remote_executor @PROGRAMS@
+"""
+_POWERSHELL_COMPLETION = """\
+Register-ArgumentCompleter -Native -CommandName @PROGRAMS@ -ScriptBlock {
+    param($word, $ast, $position)
+    $flags = @{
+@FLAGS@
+    }
+    $typed = @($ast.CommandElements | ForEach-Object { "$_" })
+    $candidates = @()
+    if ($typed.Count -lt 2 -or ($typed.Count -eq 2 -and $word)) {
+        $candidates = -split '@NAMES@'
+    } elseif ($word -like '-*') {
+        $candidates = -split $flags[$typed[1]]
+    } elseif ('@WITH_IDS@' -split ' ' -contains $typed[1]) {
+        $candidates = & $typed[0] completion ids
+    }
+    $candidates | Where-Object { $_ -like "$word*" }
+}
+"""
+
+
+def _flags_of(command: ClientCommand) -> list[str]:
+    return [argument.name for argument in (*command.arguments, *_WHERE) if argument.name.startswith("--")]
+
+
+def _fill_in(template: str, values: Mapping[str, str]) -> str:
+    return re.sub("@([A-Z_]+)@", lambda match: values[match[1]], template)
+
+
+def _completion_script(shell: str) -> str:
+    """Return the script that has a shell complete commands, flags and ids of tasks."""
+    flags = {command.name: " ".join(_flags_of(command)) for command in CLIENT_COMMANDS}
+    with_ids = [command.name for command in CLIENT_COMMANDS if command.arguments[0].placeholder == "ID"]
+    names = " ".join([*_DAEMON_COMMANDS, *flags])
+    if shell == "fish":
+        return "".join(_fish_lines(with_ids))
+    if shell == "powershell":
+        rows = [f"        '{name}' = '{text}'" for name, text in flags.items()]
+        values = {"PROGRAMS": ", ".join(_COMPLETED_NAMES), "WITH_IDS": " ".join(with_ids)}
+        return _fill_in(_POWERSHELL_COMPLETION, {**values, "NAMES": names, "FLAGS": "\n".join(rows)})
+    rows = [f'            {name}) words="{text}" ;;' for name, text in flags.items()]
+    values = {"PROGRAMS": " ".join(_COMPLETED_NAMES), "WITH_IDS": "|".join(f"*/{name}" for name in with_ids)}
+    script = _fill_in(_BASH_COMPLETION, {**values, "NAMES": names, "FLAGS": "\n".join(rows)})
+    if shell == "zsh":
+        return f"autoload -U +X compinit bashcompinit && compinit && bashcompinit\n{script}"
+    return script
+
+
+def _fish_lines(with_ids: Sequence[str]) -> Iterator[str]:
+    for program in _COMPLETED_NAMES:
+        for command in CLIENT_COMMANDS:
+            yield f"complete -c {program} -n __fish_use_subcommand -a {command.name} -d {shlex.quote(command.help)}\n"
+            seen = f"complete -c {program} -n '__fish_seen_subcommand_from {command.name}'"
+            for flag in _flags_of(command):
+                yield f"{seen} -l {flag.lstrip('-')}\n"
+            if command.name in with_ids:
+                yield f"{seen} -f -a '({program} completion ids 2>/dev/null)'\n"
+
+
+def _print_ids(options: argparse.Namespace) -> None:
+    """Print the ids of the newest tasks, if the daemon tells them in time."""
+    ids: list[str] = []
+
+    def ask() -> None:
+        with contextlib.suppress(ClientError, UsageError), single_api(options) as api:
+            page = api.call("GET", "/api/v1/task", {"order": "desc", "limit": 50}).data
+            ids.extend(task["id"] for task in page["tasks"])
+
+    thread = threading.Thread(target=ask, name="ids", daemon=True)
+    thread.start()
+    thread.join(_ID_WAIT_S)
+    print("\n".join(ids))
+
+
+def run_completion(options: argparse.Namespace) -> int:
+    """Print a shell's script for completion, or what that asks for: ids of tasks."""
+    if options.shell == "ids":
+        _print_ids(options)
+    elif options.shell not in _SHELLS:
+        raise UsageError(f"completion: unknown shell {options.shell!r}: expected one of {', '.join(_SHELLS)}")
+    else:
+        print(_completion_script(options.shell), end="")
+    return 0
+
+
+_DAEMON_COMMANDS = ("help", "run", "config", "selftest", "service")
+CLIENT_COMMANDS = (
+    ClientCommand(
+        "exec",
+        "Run a command, its output live; end with its exit code.",
+        "exec -H build-7 -- make -j4",
+        run_exec,
+        (
+            _Argument("-c", "SCRIPT", "a script in place of a command"),
+            _Argument("--stdin", "", "send standard input", "switch"),
+            _TYPE_ARGUMENT,
+            _ENV_ARGUMENT,
+            _TIMEOUT_ARGUMENT,
+            *_HOSTS,
+            _Argument("words", "-- CMD ARG...", "the command", "rest"),
+        ),
+    ),
+    ClientCommand(
+        "submit",
+        "Submit scripts or a task in JSON; print its id.",
+        "submit build.sh test.py --follow",
+        run_submit,
+        (
+            _Argument("files", "FILE", "scripts, or a task in JSON; - is standard input", "several"),
+            _Argument("--id", "ID", "id of the task; default a random one"),
+            _Argument("--async", "", "depends_on alone orders the steps", "switch"),
+            _Argument("--delay", "TIME", "start no earlier than after this, such as 10m"),
+            _Argument("--file", "LOCAL[:REMOTE]", "into its workspace; repeatable", "list"),
+            _FOLLOW_ARGUMENT,
+            _Argument("--wait", "", "wait for its end; end with its exit code", "switch"),
+            _TYPE_ARGUMENT,
+            _ENV_ARGUMENT,
+            _TIMEOUT_ARGUMENT,
+            *_HOSTS,
+        ),
+    ),
+    ClientCommand("follow", "Show output as it comes.", "follow web-1", run_follow, (_ID_ARGUMENT, _STEP_ARGUMENT)),
+    ClientCommand(
+        "log",
+        "Print what steps wrote.",
+        "log web-1 0 --tail 20",
+        run_log,
+        (
+            _ID_ARGUMENT,
+            _STEP_ARGUMENT,
+            _Argument("--tail", "N", "the last N lines alone", "count", None),
+            _Argument("--stream", "NAME", "stdout or stderr, where they are apart"),
+        ),
+    ),
+    ClientCommand(
+        "wait",
+        "Wait for the end of tasks.",
+        "wait web-1 web-2 --any",
+        run_wait,
+        (
+            _Argument("ids", "ID", "ids of tasks", "several"),
+            _Argument("--any", "", "until one of them has ended", "switch"),
+        ),
+    ),
+    ClientCommand(
+        "list",
+        "List the tasks, newest first.",
+        "list --result failed --watch",
+        run_list,
+        (
+            _Argument("--result", "RESULT", "such as failed; repeatable", "list"),
+            _Argument("--id", "GLOB", "such as 'web-*'"),
+            _Argument("--limit", "N", "how many (20)", "count", 20),
+            _Argument("--watch", "", "again at each change, until Ctrl-C", "switch"),
+        ),
+    ),
+    ClientCommand("show", "Show a task and its steps.", "show web-1", run_show, (_ID_ARGUMENT, _STEP_ARGUMENT)),
+    ClientCommand(
+        "stop",
+        "Stop a task or a step with its process tree.",
+        "stop web-1 --reason 'wrong branch'",
+        run_stop,
+        (_ID_ARGUMENT, _STEP_ARGUMENT, _Argument("--reason", "TEXT", "shown with the task")),
+    ),
+    ClientCommand("pause", "Let no further step of a task start.", "pause web-1", run_pause, (_ID_ARGUMENT,)),
+    ClientCommand("resume", "Let the steps of a paused task start.", "resume web-1", run_resume, (_ID_ARGUMENT,)),
+    ClientCommand(
+        "rerun",
+        "Run a task again as a new one.",
+        "rerun web-1 --failed --follow",
+        run_rerun,
+        (
+            _ID_ARGUMENT,
+            _Argument("--failed", "", "what succeeded counts as done", "switch"),
+            _ENV_ARGUMENT,
+            _FOLLOW_ARGUMENT,
+        ),
+    ),
+    ClientCommand("delete", "Delete an ended task with its files.", "delete web-1", run_delete, (_ID_ARGUMENT,)),
+    ClientCommand(
+        "pool",
+        "Show the pool, resize, pause or resume it.",
+        "pool --size 8",
+        run_pool,
+        (
+            _Argument("--size", "N", "how many steps run at a time", "count", None),
+            _Argument("--pause", "", "start no step", "switch"),
+            _Argument("--resume", "", "start steps again", "switch"),
+        ),
+    ),
+    ClientCommand(
+        "get",
+        "Copy a file of a workspace here.",
+        "get web-1 out/a.tar",
+        run_get,
+        (
+            _ID_ARGUMENT,
+            _PATH_ARGUMENT._replace(kind="required"),
+            _Argument("local", "LOCAL", "file here; - is standard output", "optional"),
+        ),
+    ),
+    ClientCommand(
+        "put",
+        "Copy a file into a workspace.",
+        "put web-1 a.tar in/a.tar",
+        run_put,
+        (_ID_ARGUMENT, _Argument("local", "LOCAL", "file here", "required"), _PATH_ARGUMENT),
+    ),
+    ClientCommand("ls", "List a directory of a workspace.", "ls web-1 out", run_ls, (_ID_ARGUMENT, _PATH_ARGUMENT)),
+    ClientCommand(
+        "completion",
+        "Print the completion for bash, zsh, fish or powershell.",
+        "completion bash >>~/.bashrc",
+        run_completion,
+        (_Argument("shell", "SHELL", "bash, zsh, fish or powershell", "required"),),
+    ),
+)
+
+
+def client_parser(command: ClientCommand, program: str) -> argparse.ArgumentParser:
+    """Return the parser of a client's command, which raises UsageError."""
+    parser = UsageParser(
+        prog=f"{program} {command.name}",
+        description=command.help,
+        epilog=f"example: {program} {command.example}",
+        allow_abbrev=False,
+    )
+    for argument in (*command.arguments, *_WHERE):
+        names = [argument.name]
+        if argument.name == "--host":
+            names.insert(0, "-H")
+        if "_" in argument.name:
+            names.append(argument.name.replace("_", "-"))
+        if argument.kind == "switch":
+            parser.add_argument(*names, help=argument.help, action="store_true")
+            continue
+        keywords = {"default": argument.default, **_ARGUMENT_KINDS[argument.kind]}
+        parser.add_argument(*names, help=argument.help, metavar=argument.placeholder, **keywords)
+    return parser
+
+
+def client_command(command: ClientCommand, argv: Sequence[str], program: str) -> int:
+    """Run a client's command; return its exit code. Raise UsageError."""
+    options = client_parser(command, program).parse_args(argv)
+    try:
+        code = command.run(options)
+        sys.stdout.flush()
+        return code
+    except ClientError as error:
+        print_error(str(error))
+        return _CLIENT_FAILED
+    except BrokenPipeError:  # of who reads our output, such as head(1)
+        os._exit(_BROKEN_PIPE)  # what is still buffered cannot be written
+    except OSError as error:
+        print_error(f"the output cannot be written: {error.strerror or error}")
+        os._exit(_CLIENT_FAILED)
+    except KeyboardInterrupt:
+        os._exit(_INTERRUPTED)  # its threads may be in the middle of a line
+
+
+# ======================================================================================================================
 # VI program / command line: flags, commands, main
 # ======================================================================================================================
 
@@ -16886,13 +19806,6 @@ _COMMANDS = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises UsageError instead of ending the program."""
-
-    def error(self, message: str) -> Any:
-        raise UsageError(message)
-
-
 def _normalize_flag(word: str) -> str:
     """Return a flag with `_` between its words, which may be typed as `-` too; any other word as it is."""
     if not word.startswith("--"):
@@ -16903,7 +19816,7 @@ def _normalize_flag(word: str) -> str:
 
 def parse_command_line(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Return the command with its arguments, and the flags as typed, by field. Raise UsageError."""
-    parser = _Parser(prog=_PROGRAM, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = UsageParser(prog=_PROGRAM, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("args", nargs="*", default=[])
     parser.add_argument("-h", "--help", dest="help", action="store_true")
     switches = ["help_long", "help_man", "version", "json"]
@@ -16963,7 +19876,7 @@ def _find_command(name: str) -> _Command:
     for command in _COMMANDS:
         if command.name == name:
             return command
-    names = ", ".join(command.name for command in _COMMANDS)
+    names = ", ".join(command.name for command in (*_COMMANDS, *CLIENT_COMMANDS))
     raise UsageError(f"unknown command {name!r}: expected one of {names}")
 
 
@@ -16988,6 +19901,9 @@ def help_text(command_name: str | None = None, is_long: bool = False) -> str:
         lines += ["", "Commands:"]
         for command in commands:
             lines += [command.usage, f"    {command.help}", ""]
+        lines.append("Commands of a client, of which `help <command>` tells more:")
+        for row in CLIENT_COMMANDS:
+            lines.append(f"  {row.usage:<24}{row.help}")
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -17038,6 +19954,7 @@ def manual_text() -> str:
         f".B {_PROGRAM}",
         "[<flags>] <command> [<args> ...]",
         *_manual_list("COMMANDS", ((command.usage, command.help) for command in _COMMANDS)),
+        *_manual_list("COMMANDS OF A CLIENT", ((row.usage, row.help) for row in CLIENT_COMMANDS)),
         *_manual_list("OPTIONS", ((flag.strip(), text) for flag, text in _flag_rows())),
         *_manual_list("ENVIRONMENT", [variable]),
         *_manual_list("FILES", _FILES),
@@ -17132,7 +20049,8 @@ def merge_environment(flags: Mapping[str, Any]) -> dict[str, Any]:
 
     A variable that stands for no flag may be misspelt: it is told.
     """
-    known = {STEP_ENV_VAR, DAEMON_ENV_VAR, ENV_PREFIX + "FAILPOINT", *map(variable_name, OPTIONS)}
+    known = {STEP_ENV_VAR, DAEMON_ENV_VAR, *map(variable_name, OPTIONS)}
+    known |= {ENV_PREFIX + name for name in ("FAILPOINT", "HOST", "TOKEN")}  # the last two are a client's
     for name in sorted(os.environ):
         if name.startswith(ENV_PREFIX) and name not in known:
             print_error(f"{name} stands for no flag; see {_PROGRAM} config")
@@ -17170,8 +20088,15 @@ def config_command(flags: Mapping[str, Any], is_json: bool) -> int:
     return 0
 
 
+def _find_client_command(name: str | None) -> ClientCommand | None:
+    return next((command for command in CLIENT_COMMANDS if command.name == name), None)
+
+
 def run_command(argv: Sequence[str]) -> int:
     """Do what the command line says; return the exit code. Raise UsageError and StartupError."""
+    client = _find_client_command(argv[0] if argv else None)
+    if client:
+        return client_command(client, argv[1:], _PROGRAM)
     args, flags = parse_command_line(argv)
     if flags.get("version"):
         print(version_line())
@@ -17182,6 +20107,10 @@ def run_command(argv: Sequence[str]) -> int:
     command, *rest = args or ["help"]
     if command == "help":
         topic = rest[0] if rest else None
+        client = _find_client_command(topic)
+        if client:
+            print(client_parser(client, _PROGRAM).format_help(), end="")
+            return 0
         print(help_text(topic, "help_long" in flags), end="")
         return 0
     if flags.get("help") or flags.get("help_long"):

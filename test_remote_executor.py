@@ -25,10 +25,10 @@ Every fenced block of README.md is tested too. Its info string says how, after t
 The sections, in their order; a helper that two of them use stands in the harness:
 
     tools       harness
-    tasks       submission, refused requests, reading, steps, Windows, PowerShell, Mac, pool, ends by force
+    tasks       submission, refused requests, reading, follow, steps, Windows, PowerShell, Mac, pool, ends by force
     failures    restarts, crashes, storage, races and a model, limits, versions, scheduler and store in process
     attacks     authentication, request parser, connections, files of steps, TLS
-    operation   other routes, API document, profiles, log, command line, services, Mac host, fleets
+    operation   other routes, API document, profiles, log, command line, client, services, Mac host, fleets
     rules       plan, durations, source, readme, bench
 """
 
@@ -1238,7 +1238,8 @@ def test_max_body_bounds_the_body_however_it_is_framed(launch: Callable[..., Dae
 # refused requests: 404, 405, 1003, hostile bytes
 # ======================================================================================================================
 
-ROUTES = {
+ROUTES = {  # HEAD is where GET is
+    "/": "GET",
     "/version": "GET",
     "/healthyz": "GET",
     "/heartbeat": "GET HEAD",
@@ -1248,6 +1249,8 @@ ROUTES = {
     "/api/v1/task/:task/submission": "GET",
     "/api/v1/task/:task/:step": "GET PUT",
     "/api/v1/task/:task/:step/console": "GET",
+    "/api/v1/task/:task/:step/output": "GET",
+    "/api/v1/event": "GET",
     "/api/v1/task/:task/workspace": "GET POST DELETE",
     "/api/v1/task/:task/workspace/:path": "GET PUT DELETE",
     "/api/v1/pool": "GET POST",
@@ -1277,7 +1280,7 @@ def test_methods_no_route_has_are_405_with_allow(daemon: Daemon, method: str, te
     answer = daemon.request(method, template.replace(":task", "some").replace(":step", "0"))
     assert answer.status == 405
     assert set(answer.headers["Allow"].replace(" ", "").split(",")) - {"OPTIONS"} == methods_of(template)
-    assert answer.body == b"" if method == "HEAD" else answer.code == 405
+    assert answer.body == b"" if method == "HEAD" else answer.code == 405 and "/openapi.json" in answer.message
 
 
 def test_head_has_the_headers_of_get_and_no_body(daemon: Daemon) -> None:
@@ -1301,7 +1304,7 @@ def test_head_has_the_headers_of_get_and_no_body(daemon: Daemon) -> None:
 def test_paths_no_route_has_are_404(daemon: Daemon, method: str, path: str) -> None:
     answer = daemon.request(method, path)
     assert (answer.status, answer.code) == (404, 404)
-    assert answer.message and "data" not in answer.json
+    assert "/openapi.json" in answer.message and "data" not in answer.json
 
 
 @pytest.mark.parametrize(
@@ -1803,6 +1806,467 @@ def test_console_of_gigabytes_keeps_memory_flat(launch: Callable[..., Daemon], c
         total, peak = total + len(chunk), max(peak, memory_bytes(daemon.process.pid))
     assert total > 1_000_000_000
     assert peak - before < 10 * 2**20
+
+
+# ======================================================================================================================
+# follow: outputs byte by byte, waits for an end, events
+# ======================================================================================================================
+
+NASTY_OUTPUT = b"one\r\n\xff\xfe\0two\n\n  three"
+
+
+@contextlib.contextmanager
+def opened(daemon: Daemon, path: str, headers: dict[str, str] | None = None) -> Iterator[http.client.HTTPResponse]:
+    """An answer whose body is still to come."""
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=60)
+    if daemon.tls:
+        connection = http.client.HTTPSConnection("127.0.0.1", daemon.port, timeout=60, context=daemon.tls)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers=headers or {})
+        yield connection.getresponse()
+
+
+def output_path(task: str, query: str = "follow=true") -> str:
+    return f"/api/v1/task/{task}/0/output?{query}"
+
+
+def gated(gate: Path, before: str, after: str = "") -> dict[str, Any]:
+    """A step that prints something, and something more when the gate is opened."""
+    wait = f"import os, sys, time\nprint({before!r}, end='', flush=True)\n{until_open(gate)}"
+    return python(f"{wait}\nprint({after!r}, end='')")
+
+
+@pytest.fixture(scope="module")
+def nasty(daemon: Daemon) -> str:
+    task = daemon.submit(writes(NASTY_OUTPUT))
+    daemon.ended(task)
+    return task
+
+
+@pytest.mark.parametrize(
+    "query, asked, status, part",
+    [
+        ("", "", 200, NASTY_OUTPUT),
+        ("attempt=1&stream=stdout&follow=", "", 200, NASTY_OUTPUT),
+        ("follow=1", "", 200, NASTY_OUTPUT),
+        ("follow=1&offset=7", "", 200, NASTY_OUTPUT[7:]),
+        ("offset=20", "", 200, b""),
+        ("tail=0", "", 200, b""),
+        ("tail=1", "", 200, b"  three"),
+        ("tail=3", "", 200, NASTY_OUTPUT[5:]),
+        ("tail=99", "", 200, NASTY_OUTPUT),
+        ("", "bytes=3-6", 206, NASTY_OUTPUT[3:7]),
+        ("", "bytes=-4", 206, b"hree"),
+        ("", "bytes=18-99", 206, b"ee"),
+        ("", "bytes=0-1,3-4", 200, NASTY_OUTPUT),
+    ],
+)
+def test_output_is_sent_as_it_was_written(
+    daemon: Daemon, nasty: str, query: str, asked: str, status: int, part: bytes
+) -> None:
+    headers = {"Range": asked} if asked else {}
+    answer = daemon.request("GET", output_path(nasty, query), headers=headers)
+    assert (answer.status, answer.body) == (status, part)
+    begin = int(answer.headers["X-Output-Offset"])
+    assert NASTY_OUTPUT[begin : begin + len(part)] == part
+    assert answer.headers["X-Step-Result"] == "succeeded" and answer.headers["X-Step-Attempt"] == "1"
+    assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    if status == 206:
+        assert answer.headers["Content-Range"] == f"bytes {begin}-{begin + len(part) - 1}/20"
+
+
+@pytest.mark.parametrize(
+    "query, asked, status",
+    [
+        ("offset=21", "", 416),
+        ("", "bytes=20-", 416),
+        ("offset=-1", "", 400),
+        ("offset=x", "", 400),
+        ("offset=1&tail=1", "", 400),
+        ("offset=1&offset=2", "", 400),
+        ("offset=1", "bytes=0-1", 400),
+        ("follow=1", "bytes=0-1", 400),
+        ("follow=maybe", "", 400),
+        ("attempt=0", "", 400),
+        ("attempt=2", "", 400),
+        ("stream=stderr", "", 400),
+        ("stream=stdin", "", 400),
+    ],
+)
+def test_output_that_cannot_be_is_refused(daemon: Daemon, nasty: str, query: str, asked: str, status: int) -> None:
+    answer = daemon.request("GET", output_path(nasty, query), headers={"Range": asked} if asked else {})
+    assert answer.status == answer.code == status
+    assert status == 400 or answer.headers["Content-Range"] == "bytes */20"
+
+
+def test_output_of_no_step_is_1003(daemon: Daemon, nasty: str) -> None:
+    assert daemon.get(f"/api/v1/task/{nasty}/1/output").code == daemon.get(output_path("nobody")).code == 1003
+
+
+@pytest.mark.parametrize("lines", [0, 1, 2, 3, 5000, 200_000])
+@pytest.mark.parametrize("end", [b"", b"\n", b"\n\n"])
+def test_tail_is_the_last_lines(tmp_path: Path, lines: int, end: bytes) -> None:
+    data = b"\n".join(b"%d" % number * (number % 50) for number in range(30_000)) + end
+    (tmp_path / "file").write_bytes(data)
+    with open(tmp_path / "file", "rb", buffering=0) as file:
+        begin = module().tail_offset(file, len(data), lines)
+    assert data[begin:] == b"".join(data.splitlines(keepends=True)[max(0, data.count(b"\n") + (end == b"") - lines) :])
+
+
+def test_follower_gets_what_is_written_when_it_is_written(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(gated(gate, "before", "after"))
+    with opened(daemon, output_path(task)) as answer:
+        assert answer.read(6) == b"before" and answer.headers["X-Step-Result"] in ("waiting", "running")
+        gate.touch()
+        assert answer.read() == b"after"
+
+
+def test_follower_of_a_step_that_waits_gets_it_from_its_begin(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(gated(gate, ""), writes(b"second"))
+    with opened(daemon, f"/api/v1/task/{task}/1/output?follow=true") as answer:
+        assert answer.headers["X-Step-Result"] == "waiting"
+        gate.touch()
+        assert answer.read() == b"second"
+
+
+@pytest.mark.parametrize("end", ["stop", "stop of the step", "failure of the first step"])
+def test_follower_sees_the_end_whatever_it_is(daemon: Daemon, gate: Path, end: str) -> None:
+    first = gated(gate, "", "")
+    first["command_content"] += "\nsys.exit(1)"
+    task = daemon.submit(first, step())
+    with opened(daemon, f"/api/v1/task/{task}/{int(end[0] == 'f')}/output?follow=true") as answer:
+        daemon.until_running(task)
+        if end[0] == "f":
+            gate.touch()
+        else:
+            assert daemon.put(f"/api/v1/task/{task}" + "/0" * (end != "stop")).code == 0
+        assert answer.read() == b""
+
+
+def test_follower_that_is_cut_off_goes_on_by_offset_and_loses_no_byte(daemon: Daemon) -> None:
+    lines = b"".join(b"%d\n" % number for number in range(2000))
+    content = "import time\nfor n in range(2000):\n print(n, flush=True)\n n % 40 or time.sleep(0.02)"
+    task = daemon.submit(python(content))
+    received = b""
+    random = Random(7)
+    while len(received) < len(lines):
+        with opened(daemon, output_path(task, f"follow=true&offset={len(received)}")) as answer:
+            received += answer.read(random.randrange(1, 1500))
+    assert received == lines
+
+
+@posix_only
+def test_follower_that_reads_nothing_is_cut_off_and_delays_nobody(launch: Callable[..., Daemon]) -> None:
+    daemon, count = launch("--timeout=1s"), 30_000_000
+    task = daemon.submit(step(f"yes | head -c {count}"))
+    with opened(daemon, output_path(task)) as answer:
+        assert daemon.ended(task).code == 0
+        wait_until(lambda: held_count(daemon) == 0, "the follower to be cut off")
+        received = len(answer.fp.read1(100_000)) if answer.fp else 0
+    assert received and len(daemon.get(output_path(task, f"offset={count - 10}")).body) == 10
+
+
+def held_count(daemon: Daemon) -> int:
+    """The connections of the daemon that a client of this host has open, but for the one that asks."""
+    threads = daemon.get("/debug/pprof/goroutine?debug=2").body.decode()
+    return threads.count("_send_blocks") + threads.count("_await_end")
+
+
+@posix_only
+def test_output_that_a_step_replaced_leads_nowhere(daemon: Daemon, outside: Path) -> None:
+    place = 'cd "$TASK_WORKSPACE/../0"; '
+    swaps = [f"ln -sf {outside}/output output", "rm output", "rm output; mkfifo output"]
+    for swap in swaps:
+        task = daemon.submit(step(f"echo mine; {place}{swap}"))
+        daemon.ended(task)
+        for query in ("", "follow=true", "tail=3"):
+            assert daemon.get(output_path(task, query)).body == b"", swap
+
+
+@linux_only
+def test_output_over_http_1_0_ends_with_the_connection(daemon: Daemon, gate: Path) -> None:
+    gate.touch()
+    task = daemon.submit(gated(gate, "before", "after"))
+    received = daemon.raw(f"GET {output_path(task)} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+    assert received.partition(b"\r\n\r\n")[2] == b"beforeafter"
+
+
+# -- waits
+
+
+def test_wait_is_answered_at_the_end(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(gated(gate, "", ""), step("exit 3"))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answers = [pool.submit(daemon.get, f"/api/v1/task/{task}?wait=60s") for _ in range(5)]
+        daemon.until_running(task)
+        gate.touch()
+        for answer in answers:
+            assert answer.result().code == 1002 and answer.result().headers["X-Task-STATE"] == "Stop"
+    assert daemon.get(f"/api/v1/task/{task}?wait=60s").body[:50] == daemon.detail(task).body[:50]
+    assert daemon.get("/api/v1/task/nobody?wait=60s").code == 1003
+
+
+def test_wait_is_over_after_its_time(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(held(gate))
+    daemon.until_running(task)
+    assert 0.1 <= seconds(lambda: daemon.get(f"/api/v1/task/{task}?wait=100ms")) < 30
+    assert daemon.get(f"/api/v1/task/{task}?wait=0s").code == 1001
+
+
+@pytest.mark.parametrize("text", ["x", "5", "-1s", "1h1ns", "2h", "1s&wait=2s"])
+def test_wait_of_no_duration_is_refused(daemon: Daemon, text: str) -> None:
+    answer = daemon.get(f"/api/v1/task/nobody?wait={text}")
+    assert answer.code == 400 and answer.message.startswith("wait: ")
+
+
+def test_waits_hold_half_of_the_connections_and_no_request(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch("--max-requests=1", "--max_connections=32")
+    task = daemon.submit(held(gate))
+    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(8):
+            stack.enter_context(opened(daemon, output_path(task)))
+        waits = [pool.submit(daemon.get, f"/api/v1/task/{task}?wait=60s") for _ in range(8)]
+        events = wait_until(lambda: (answer := try_events(daemon)).status == 503 and answer, "no place")
+        assert events.code == 503 and events.headers["Retry-After"] == "5"
+        assert daemon.get(output_path(task)).status == 503 and daemon.get(output_path(task, "")).body == b"held\n"
+        assert daemon.detail(task).code == 1001
+        gate.touch()
+        assert [wait.result().code for wait in waits] == [0] * 8
+    wait_until(lambda: try_events(daemon).status == 200, "a place for events")
+
+
+def try_events(daemon: Daemon) -> Answer:
+    with opened(daemon, "/api/v1/event") as answer:
+        return Answer(answer.status, answer.headers, answer.read() if answer.status != 200 else b"")
+
+
+def test_client_that_goes_away_frees_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module(), "_CLIENT_CHECK_S", 0.01)
+    own, client = socket.socketpair()
+    with own:
+        held = module().HeldConnection(module().RequestReader(own, lambda seconds: None))
+        client.sendall(b"GET / HTTP/1.1\r\n")  # of the next request: nobody has gone
+        held.wait(0.1)
+        client.close()
+        with pytest.raises(module().ConnectionEnded):
+            held.wait(60)
+
+
+def test_waits_and_followers_end_with_the_daemon_and_go_on_with_the_next(
+    launch: Callable[..., Daemon], gate: Path
+) -> None:
+    daemon = launch()
+    task = daemon.submit(gated(gate, "before", "after"))
+    with opened(daemon, output_path(task)) as follower, concurrent.futures.ThreadPoolExecutor() as pool:
+        assert follower.read(6) == b"before"
+        wait = pool.submit(daemon.get, f"/api/v1/task/{task}?wait=60s")
+        wait_until(lambda: held_count(daemon) == 2, "the wait")
+        assert seconds(daemon.end) < 15
+        assert wait.result().code == 1001
+        with pytest.raises(http.client.IncompleteRead):  # so nobody takes it for the end of the step
+            follower.read()
+    daemon.start()
+    with opened(daemon, output_path(task, "follow=true&offset=6")) as follower:
+        gate.touch()
+        assert follower.read() == b"after"
+
+
+# -- events
+
+
+class Event(NamedTuple):
+    """An event as a client reads it: `id` is 0 where it has none."""
+
+    kind: str
+    id: int
+    data: Any
+
+
+class Events:
+    """A client of events, which keeps the last id."""
+
+    def __init__(self, daemon: Daemon, query: str = "", last_id: int = 0) -> None:
+        self.daemon, self.query, self.last_id = daemon, query, last_id
+
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[Iterator[Event]]:
+        """The events as they come; by now the daemon has the subscription."""
+        headers = {"Last-Event-ID": str(self.last_id)} if self.last_id else {}
+        with opened(self.daemon, f"/api/v1/event?{self.query}", headers) as answer:
+            assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+            blocks = self.blocks(answer)
+            first = next(blocks)
+            rest = (event for event in blocks if event.kind)
+            yield itertools.chain([first], rest) if first.kind else rest
+
+    def blocks(self, answer: http.client.HTTPResponse) -> Iterator[Event]:
+        fields: dict[str, str] = {}
+        while line := answer.readline():
+            name, _, value = line.decode().rstrip("\n").partition(": ")
+            if name:
+                fields[name] = value
+                continue
+            self.last_id = int(fields.get("id", self.last_id))
+            yield Event(fields.get("event", ""), int(fields.get("id", 0)), json.loads(fields.get("data", "null")))
+            fields = {}
+
+
+def until_kind(events: Iterator[Event], kind: str, **data: Any) -> list[Event]:
+    """The events up to the first one of this kind with these data."""
+    found = []
+    for event in events:
+        found.append(event)
+        if event.kind == kind and data.items() <= event.data.items():
+            break
+    return found
+
+
+def test_events_tell_of_tasks_steps_pool_and_deletion_in_order(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch()
+    with Events(daemon).connected() as events:
+        daemon.submit(step("exit 2", name="a"), held(gate), id="one", ansync="1")
+        found = until_kind(events, "step", name="a", result="failed")
+        daemon.post("/api/v1/pool", {"size": 7})
+        found += until_kind(events, "pool", size=7)
+        gate.touch()
+        found += until_kind(events, "task", result="failed")
+        daemon.request("DELETE", "/api/v1/task/one")
+        found += until_kind(events, "expired", id="one")
+    assert [event.id for event in found] == [*range(found[0].id, found[0].id + len(found))]
+    assert found[0][::2] == ("task", found[0].data) and found[0].data["result"] in ("waiting", "running")
+    for event in found:
+        if event.kind == "task":
+            check_task_words(event.data)
+        if event.kind == "step":
+            assert event.data.pop("task") == "one"
+            check_step_words(event.data)
+
+
+def test_events_of_a_task_are_its_own(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(gated(gate, ""))
+    with Events(daemon, f"task={task}").connected() as events:
+        daemon.run(step())
+        gate.touch()
+        found = until_kind(events, "task", result="succeeded")
+    assert {event.data.get("task", event.data["id"] if event.kind == "task" else "") for event in found} == {task}
+
+
+@pytest.mark.parametrize("query, code", [("last_event_id=x", 400), ("last_event_id=-1", 400), ("task=nobody", 1003)])
+def test_events_that_cannot_be_are_refused(daemon: Daemon, query: str, code: int) -> None:
+    assert daemon.get(f"/api/v1/event?{query}").code == code
+
+
+def test_events_of_another_life_are_answered_by_reset(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    client = Events(daemon)
+    with client.connected() as events:
+        daemon.run(step())
+        until_kind(events, "task", result="succeeded")
+    before = client.last_id
+    daemon.restart()
+    with client.connected() as events:
+        reset = next(events)
+        assert reset.kind == "reset" and reset.id > before
+        daemon.run(step(), id="b")
+        assert until_kind(events, "task", result="succeeded")[0].id == reset.id + 1
+    with Events(daemon, f"last_event_id={reset.id}").connected() as events:  # as of a browser's page
+        assert next(events).id == reset.id + 1
+    with Events(daemon, last_id=client.last_id + 1).connected() as events:
+        assert next(events).kind == "reset"
+
+
+@repeated(25, 500)
+def test_client_of_events_that_is_cut_at_random_misses_none_and_sees_none_twice(
+    launch: Callable[..., Daemon], runs: int
+) -> None:
+    daemon = launch()
+    client, seen, random = Events(daemon), list[Event](), Random(runs)
+    stopping = threading.Event()
+
+    def load() -> None:
+        while not stopping.is_set():
+            daemon.run(step(), step("exit 1"), ansync="1")
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        loads = [pool.submit(load) for _ in range(3)]
+        for _ in range(runs):
+            with client.connected() as events:
+                seen += itertools.islice(events, random.randrange(12))
+                if seen:
+                    client.last_id = seen[-1].id
+        stopping.set()
+        for one in loads:
+            one.result()
+    last = daemon.submit(step(), id="last")
+    with client.connected() as events:
+        seen += until_kind(events, "task", id=last, result="succeeded")
+    assert [event.id for event in seen] == [*range(seen[0].id, seen[0].id + len(seen))]
+    ended = {event.data["id"] for event in seen if event.kind == "task" and "ended_at" in event.data}
+    assert ended >= {row["id"] for row in daemon.get("/api/v1/task").data["tasks"]} - {seen[0].data.get("id")}
+
+
+def test_event_log_keeps_the_last_10000(house: House) -> None:
+    log = module().EventLog(house.store.feed, 1000)
+    notice = module().Notice
+    woken: list[int] = []
+    with log.subscribe(lambda: woken.append(1), None), log.subscribe(lambda: woken.append(2), 5):
+        house.store.feed.tell(notice(5, (0, 3)))
+        house.store.feed.tell(notice(6, deleted_id="six"))
+        house.store.feed.tell(notice(0))
+    assert woken == [1, 2, 1, 1] and log.deleted_id(6) == "six"
+    assert [one[1:] for one in log.after(999)] == [(5, 0), (5, 3), (5, -1), (6, -2), (0, -1)]
+    for number in range(9995):
+        house.store.feed.tell(notice(number))
+    assert log.has_all_after(999) and log.last_number() == 10_999 and log.after(10_999) == []
+    house.store.feed.tell(notice(7, (1, 2, 3)))
+    assert not log.has_all_after(1002) and log.has_all_after(1003) and log.deleted_id(6) == ""
+    assert not log.has_all_after(log.last_number() + 1)
+    with pytest.raises(LookupError):
+        log.after(1002)
+
+
+def test_file_watch_takes_its_share_of_a_processor_and_ends_with_the_last_follower() -> None:
+    watch, looks = module().FileWatch(), list[float]()
+
+    def look() -> None:
+        looks.append(time.monotonic())
+        begin_s = time.thread_time()
+        while time.thread_time() - begin_s < 0.005:
+            pass
+
+    with watch.watch(look):
+        wait_until(lambda: len(looks) >= 3, "looks")
+        assert any(thread.name == "output watch" for thread in threading.enumerate())
+    assert looks[2] - looks[0] >= 2 * 0.005 / 0.02
+    wait_until(lambda: not watch._is_running, "its end")
+    with watch.watch(look):
+        wait_until(lambda: len(looks) >= 5, "looks again")
+
+
+# -- HEAD, and the index
+
+
+@pytest.mark.parametrize("template", [path for path in ROUTES if "pprof" not in path])
+def test_head_has_the_headers_of_get(daemon: Daemon, nasty: str, template: str) -> None:
+    path = template.replace(":task", nasty).replace(":step", "0").replace(":path", "none")
+    answer = daemon.request("HEAD", path)
+    assert answer.body == b""
+    if template != "/api/v1/event":
+        other = daemon.get(path)
+        assert answer.status == other.status
+        for name in ("Content-Type", "X-Task-STATE", "X-Output-Offset", "Location", "Transfer-Encoding"):
+            assert answer.headers[name] == other.headers[name]
+
+
+def test_index_leads_to_all_else(daemon: Daemon) -> None:
+    data = daemon.get("/").data
+    assert data["version"] == version() and set(data["links"]) == {"tasks", "pool", "events", "document", "metrics"}
+    for url in data["links"].values():
+        path = url.partition(f":{daemon.port}")[2]
+        assert daemon.request("HEAD", path).status == 200
+    browser = daemon.request("GET", "/", headers={"Accept": "text/html,*/*;q=0.8"})
+    assert (browser.status, browser.headers["Location"]) == (302, "/swagger/index.html")
 
 
 # ======================================================================================================================
@@ -5911,7 +6375,7 @@ def test_database_that_was_removed_takes_no_task(house: House, tmp_path: Path) -
 def test_feed_tells_each_commit_in_its_order_and_nothing_without_a_listener(house: House) -> None:
     heard: list[tuple[int, tuple[int, ...], str]] = []
     house.start()
-    with house.store.feed.listen(lambda notice: heard.append(tuple(notice))):
+    with house.store.feed.listen(lambda notice: heard.append(tuple(notice)[:3])):
         number = house.submit(step(), step(), step(), id="a").task_number
         house.tree(0).end(0)
         house.tree(1).end(1)
@@ -8110,6 +8574,16 @@ def test_tls_answers_plain_http_that_it_is_https(launch_tls: Callable[..., Daemo
     assert reply.startswith(b"HTTP/1.1 400 ") and b"https://" in reply
 
 
+def test_tls_follows_and_waits(launch_tls: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch_tls()
+    task = daemon.submit(gated(gate, "y" * 300_000, "after"))
+    with opened(daemon, output_path(task)) as follower, concurrent.futures.ThreadPoolExecutor() as pool:
+        assert len(follower.read(300_000)) == 300_000
+        wait = pool.submit(daemon.get, f"/api/v1/task/{task}?wait=60s")
+        gate.touch()
+        assert follower.read() == b"after" and wait.result().code == 0
+
+
 def test_tls_says_when_an_answer_is_whole(launch_tls: Callable[..., Daemon]) -> None:
     daemon, data = launch_tls(), b""
     assert daemon.tls
@@ -8431,7 +8905,7 @@ def test_document_tells_of_answers_as_they_are(daemon: Daemon, gate: Path) -> No
     running, failed = daemon.submit(held(gate), step()), daemon.submit(step("exit 2"))
     daemon.until_running(running)
     daemon.ended(failed)
-    routes = [template for template in ROUTES if not template.startswith("/debug/")]
+    routes = [one for one in ROUTES if not one.startswith("/debug/") and one != "/api/v1/event"]  # which never ends
     for template, task in itertools.product(routes, (running, failed, "nobody")):
         path = template.replace(":task", task).replace(":step", "0")
         operation = whole["paths"][re.sub(r":(\w+)", r"{\1}", template)].get("get")
@@ -8458,6 +8932,7 @@ def test_document_fuzzed_finds_no_answer_outside_it(tmp_path: Path) -> None:
         (place / name).chmod(0o755)
     daemon = Daemon(tmp_path / "root", "--profile_timeout=20ms", env={"PATH": str(place)}).start()
     command = ["schemathesis", "run", f"http://127.0.0.1:{daemon.port}/openapi.json", "--max-time=60", "--no-color"]
+    command += ["--exclude-path=/api/v1/event"]  # whose answer never ends
     command += ["--exclude-checks=positive_data_acceptance"]  # no schema can say all, such as what is a cycle
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     daemon.retire()
@@ -8702,6 +9177,17 @@ def test_page_keeps_the_token_in_its_tab(browser: Browser, launch: Callable[...,
         browser.find("Object.values(sessionStorage).length === 1 && localStorage.length === 0 && !document.cookie")
     finally:
         assert daemon.end() == 0
+
+
+@chromium_only
+def test_page_of_the_daemon_may_hear_events(browser: Browser, daemon: Daemon) -> None:
+    browser("Page.navigate", url=f"http://localhost:{daemon.port}/swagger/index.html")
+    browser.find("!!document.querySelector('main summary')")
+    kinds = "['task', 'step'].forEach(kind => source.addEventListener(kind, event => heard.push(event)))"
+    browser.find(f"(heard = [], source = new EventSource('/api/v1/event'), {kinds}, true)")
+    browser.find("source.readyState === 1")
+    task = daemon.submit(step())
+    browser.find(f"heard.some(one => one.data.includes('{task}') && one.data.includes('ended_at') && one.lastEventId)")
 
 
 @chromium_only
@@ -9671,6 +10157,390 @@ def test_limit_of_open_files_of_a_step_is_that_of_the_daemons_start(launch: Call
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert daemon.output(step("ulimit -Sn")) == ["300"]
+
+
+# ======================================================================================================================
+# client: commands beside a real daemon, through restarts, on pipes and on a terminal
+# ======================================================================================================================
+
+CLIENT = [sys.executable, "-c", "import sys, remote_executor; sys.exit(remote_executor.main())"]  # is compiled once
+NASTY_WORDS = ["", " ", "a b", "it's", '"', 'say "hi"', "$HOME", "`id`", "*", "?", "\\", "a\\", 'a\\"', "%PATH%"]
+NASTY_WORDS += [
+    "100%",
+    "!x!",
+    "a&b",
+    "a|b",
+    "<in",
+    ">out",
+    "^",
+    "(x)",
+    ";",
+    "~",
+    "#",
+    "-n",
+    "--",
+    "ü€",
+    "@echo",
+    "a,b;c=d",
+]
+NASTY_WORDS += [] if WINDOWS else ["a\nb", "\t", "\r"]
+SHOW_WORDS = "import json, sys; print(json.dumps(sys.argv[1:]))"
+
+
+def client_env(daemon: Daemon, **more: str) -> dict[str, str]:
+    host = f"127.0.0.1:{daemon.port}"
+    return {**os.environ, "PYTHONPATH": str(HERE), "PYTHONUTF8": "1", "REMOTE_EXECUTOR_HOST": host, **more}
+
+
+def ask(daemon: Daemon, *arguments: str, stdin: bytes | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """What a command of the client prints, and its exit code."""
+    done = subprocess.run(
+        [*CLIENT, *arguments], input=stdin or b"", capture_output=True, timeout=60, env=client_env(daemon, **env)
+    )
+    out, err = (text.decode().replace("\r\n", "\n") for text in (done.stdout, done.stderr))
+    assert "Traceback" not in err, err
+    return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+
+
+def ask_json(daemon: Daemon, *arguments: str) -> list[Any]:
+    return [json.loads(line) for line in ask(daemon, *arguments, "--json").stdout.splitlines()]
+
+
+def test_exec_passes_each_word_as_it_is(daemon: Daemon) -> None:
+    done = ask(daemon, "exec", "--", sys.executable, "-c", SHOW_WORDS, *NASTY_WORDS)
+    assert (json.loads(done.stdout), done.returncode) == (NASTY_WORDS, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["-c", "exit 7"], 7, ""),
+        (["-c", script("echo $word", "echo %word%"), "--env", "word=green"], 0, ""),
+        (
+            ["--timeout", "300ms", "--", sys.executable, "-c", "import time; time.sleep(60)"],
+            124,
+            "--timeout allows more",
+        ),
+        (["-c", "exit 1", "--type", "nonsense"], 125, "nonsense"),
+        (["-H", "127.0.0.1:1", "--", "true"], 125, "cannot be reached"),
+        (["-H", "no.such.host.invalid", "--", "true"], 125, "cannot be reached"),
+        (["-H", "bad host", "--", "true"], 2, "invalid host 'bad host': expected for example"),
+        (["-H", "a://b", "--", "true"], 2, "invalid host"),
+        (["-H", ",", "--", "true"], 2, "names no host"),
+        (["--token_file", "/no/such/file", "--", "true"], 125, "/no/such/file cannot be read"),
+        ([], 2, "give a command behind --"),
+        (["--parallel", "many", "--", "true"], 2, "invalid number 'many'"),
+    ],
+    ids=lambda value: " ".join(value)[:20] if isinstance(value, list) else "",
+)
+def test_exec_ends_with_the_code_of_its_step_or_says_why_not(
+    daemon: Daemon, arguments: list[str], code: int, line: str
+) -> None:
+    done = ask(daemon, "exec", *arguments)
+    told = done.stderr.strip().splitlines()[-1:] or [""]
+    assert (done.returncode, line in told[0]) == (code, True), done
+
+
+@posix_only
+def test_exec_loses_no_byte_when_the_daemon_is_killed_and_started_again(launch: Callable[..., Daemon]) -> None:
+    port = free_port()
+    daemon = launch(f"--addr=127.0.0.1:{port}")
+    lines = "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i + 1)); sleep 0.01; done; exit 3"
+    with subprocess.Popen([*CLIENT, "exec", "-c", lines], stdout=subprocess.PIPE, env=client_env(daemon)) as process:
+        assert process.stdout
+        begin = process.stdout.read(40)
+        for _ in range(2):
+            daemon.restart(kill=True)
+        rest = process.stdout.read()
+    assert (begin + rest).decode() == "".join(f"line {number}\n" for number in range(300))
+    assert process.returncode == 3
+
+
+def test_exec_stops_its_step_when_nobody_reads(daemon: Daemon) -> None:
+    endless = "while True: print('y' * 1000)"
+    with subprocess.Popen(
+        [*CLIENT, "exec", "--", sys.executable, "-c", endless], stdout=subprocess.PIPE, env=client_env(daemon)
+    ) as process:
+        assert process.stdout
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.wait(30) == 141
+    until_idle(daemon)
+
+
+@contextlib.contextmanager
+def on_terminal(daemon: Daemon, *arguments: str, **env: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """A command of the client on a terminal of its own: the other end of that, and the process."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    become = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    command = [*CLIENT[:2], become + CLIENT[2], *arguments]
+    environment = client_env(daemon, TERM="xterm", COLUMNS="80", LINES="24", **env)
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        try:
+            yield ours, process
+        finally:
+            process.kill()
+            os.close(ours)
+
+
+def shown_on(terminal: int, until: str = "") -> str:
+    """What a terminal has shown when it shows `until`, else at the end of who writes there."""
+    shown = b""
+    with contextlib.suppress(OSError):
+        while (part := os.read(terminal, 65536)) and (not until or until not in shown.decode(errors="replace")):
+            shown += part
+            if until and until in shown.decode(errors="replace"):
+                break
+    return shown.decode(errors="replace")
+
+
+@posix_only
+@pytest.mark.parametrize("presses", [1, 2], ids=["ends", "killed"])
+def test_exec_stops_its_step_on_ctrl_c(daemon: Daemon, presses: int) -> None:
+    trap = "trap '' TERM; " if presses == 2 else ""
+    with on_terminal(daemon, "exec", "-c", f"{trap}echo begun; while :; do sleep 0.1; done") as (terminal, process):
+        assert "begun" in shown_on(terminal, "begun\r\n")
+        begin = time.monotonic()
+        for _ in range(presses):
+            os.write(terminal, b"\x03")
+            shown_on(terminal, "stopping")
+        shown_on(terminal)
+        assert process.wait(30) == 130 and time.monotonic() - begin < 4
+    until_idle(daemon)
+
+
+@posix_only
+def test_follow_leaves_the_task_running_on_ctrl_c_and_says_how_to_return(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(held(gate))
+    with on_terminal(daemon, "follow", task) as (terminal, process):
+        shown_on(terminal, "held")
+        os.write(terminal, b"\x03")
+        assert f"`follow {task}`" in shown_on(terminal)
+        assert process.wait(30) == 130
+    assert daemon.steps(task)[0]["state"] == 1
+    gate.touch()
+    assert ask(daemon, "wait", task).returncode == 0
+
+
+@posix_only
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_submit_follow_draws_a_line_a_step_on_a_terminal(daemon: Daemon, tmp_path: Path, no_color: str) -> None:
+    (tmp_path / "build.sh").write_text("printf '\\033[31mred\\033[0m \\007 line\\n'; sleep 0.5")
+    (tmp_path / "test.py").write_text("print('to be seen')\nraise SystemExit(4)")
+    files = [str(tmp_path / name) for name in ("build.sh", "test.py")]
+    with on_terminal(daemon, "submit", *files, "--follow", NO_COLOR=no_color) as (terminal, process):
+        shown = shown_on(terminal)
+        assert process.wait(30) == 4
+    assert re.search("▶.* build.sh +running.*red   line", shown), shown
+    assert re.search("✗.* test.py +failed", shown) and "    to be seen" in shown
+    assert "\x1b[J" in shown and ("\x1b[31m" in shown) == (not no_color)
+
+
+def test_submit_runs_scripts_in_order_and_prefixes_their_lines(daemon: Daemon, tmp_path: Path) -> None:
+    first = tmp_path / script("one.sh", "one.cmd")
+    first.write_text("echo one")
+    (tmp_path / "two").write_text("#!/usr/bin/env python3\nprint('two')\nraise SystemExit(3)")
+    done = ask(daemon, "submit", str(first), str(tmp_path / "two"), "--follow")
+    task, *lines = done.stdout.splitlines()
+    assert lines == [f"{first.name} | one", "two | two", "two | Step: 1, Name: two, Exit Code: 3"], done
+    assert (done.returncode, ask(daemon, "wait", task).returncode) == (3, 3)
+    assert ask(daemon, "log", task).stdout == f"==> {first.name} <==\none\n==> two <==\ntwo\n"
+    assert ask(daemon, "follow", task, "0").stdout == "one\n"
+
+
+def test_submit_takes_a_task_in_json_from_standard_input(daemon: Daemon) -> None:
+    task = json.dumps([step("echo one"), step("exit 5")]).encode()
+    done = ask(daemon, "submit", "-", "--wait", "--id", f"json-{uuid.uuid4()}", stdin=task)
+    assert done.returncode == 5 and done.stdout.startswith("json-") and "execution failed" in done.stderr
+
+
+def test_commands_show_and_change_tasks(daemon: Daemon, gate: Path) -> None:
+    task = daemon.submit(held(gate, name="a step"), step("echo never"), id=f"shown-{uuid.uuid4()}")
+    daemon.until_running(task)
+    table = ask(daemon, "list", "--id", "shown-*", "--result", "running").stdout.splitlines()
+    assert table[0].split() == ["ID", "RESULT", "STEPS", "ACCEPTED", "TOOK"] or "MESSAGE" in table[0]
+    assert table[1].split()[:3] == [task, "running", "2"]
+    assert [row["id"] for row in ask_json(daemon, "list", "--id", "shown-*")] == [task]
+    shown = ask(daemon, "show", task).stdout
+    assert "\x1b" not in shown and "a step" in shown and "after a step" in shown
+    assert [one["state"] for one in ask_json(daemon, "show", task)[0]["steps"]] == [1, 2]
+    assert ask(daemon, "pause", task).stdout == f"{task}: paused\n" and daemon.row(task)["result"] == "paused"
+    assert ask(daemon, "resume", task, "--json").stdout == f'{{"id": "{task}"}}\n'
+    assert ask(daemon, "stop", task, "--reason", "enough").returncode == 0
+    assert ask(daemon, "wait", "--any", task).stdout == f"{task}\n"
+    assert daemon.detail(task).json["task"]["stop_reason"] == "enough"
+    assert ask(daemon, "stop", task).returncode == 125
+    assert [ask(daemon, "delete", task).returncode for _ in range(2)] == [0, 125]
+
+
+def test_pool_is_shown_and_changed(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    assert ask(daemon, "pool").stdout == "0 running of 30, 0 waiting\n"
+    assert ask_json(daemon, "pool", "--size", "3", "--pause")[0]["size"] == 3
+    assert ask(daemon, "pool", "--resume").stdout == "0 running of 3, 0 waiting\n"
+
+
+def test_files_go_to_a_task_and_come_back(daemon: Daemon, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000
+    source_file = tmp_path / "in.bin"
+    source_file.write_bytes(content)
+    copy = python("import shutil; shutil.copy('data/in', 'out')")
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(copy))
+    done = ask(daemon, "submit", str(job), "--file", f"{source_file}:data/in", "--wait")
+    task = done.stdout.strip()
+    assert done.returncode == 0, done
+    back = tmp_path / "back"
+    assert ask(daemon, "get", task, "out", str(back)).returncode == 0 and back.read_bytes() == content
+    assert ask(daemon, "put", task, str(job)).returncode == 0
+    assert [row["name"] for row in ask_json(daemon, "ls", task)] == ["data", "job.json", "out"]
+    assert "1.2 MiB" in ask(daemon, "ls", task).stdout
+    failed = ask(daemon, "get", task, "missing", str(tmp_path / "missing"))
+    assert failed.returncode == 125 and sorted(os.listdir(tmp_path)) == ["back", "in.bin", "job.json"]
+
+
+def test_many_hosts_are_worked_on_side_by_side_and_summed_up(daemon: Daemon, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text(
+        f"# a comment\none 127.0.0.1:{daemon.port}\ntwo http://127.0.0.1:{daemon.port}/\nthree 127.0.0.1:1\n"
+    )
+    done = ask(daemon, "exec", "-H", f"@{hosts}", "-c", "echo hello")
+    assert sorted(done.stdout.splitlines()) == ["one | hello", "two | hello"] and done.returncode == 125
+    rows = [line.split()[:3] for line in done.stderr.splitlines()[-4:]]
+    assert rows == [
+        ["HOST", "RESULT", "CODE"],
+        ["one", "succeeded", "0"],
+        ["two", "succeeded", "0"],
+        ["three", "error", "125"],
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--canary=1", "--fail_fast"])
+def test_many_hosts_are_spared_after_a_failure(daemon: Daemon, flag: str) -> None:
+    hosts = f"127.0.0.1:{daemon.port},127.0.0.1:{daemon.port}"
+    rows = ask_json(daemon, "exec", "-H", hosts, "--parallel=1", flag, "-c", "exit 9")
+    assert [(row["result"], row["code"]) for row in rows] == [("failed", 9), ("not_begun", 0)]
+
+
+def test_local_daemon_is_found_by_the_url_in_its_root(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--require_token")
+    found = {"REMOTE_EXECUTOR_HOST": "", "REMOTE_EXECUTOR_ROOT": str(daemon.root)}
+    assert ask(daemon, "pool", **found).returncode == 0
+    assert "REMOTE_EXECUTOR_TOKEN" in ask(daemon, "pool").stderr
+    assert ask(daemon, "pool", REMOTE_EXECUTOR_TOKEN=token_of(daemon)).returncode == 0
+    assert ask(daemon, "pool", "--token_file", str(daemon.root / "token")).returncode == 0
+    daemon.end()
+    assert not (daemon.root / "url").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("build-7", "http://build-7:2376"),
+        ("build-7:80", "http://build-7:80"),
+        ("::1", "http://[::1]:2376"),
+        ("[::1]:80", "http://[::1]:80"),
+        ("https://build-7/prefix/", "https://build-7/prefix"),
+    ],
+)
+def test_hosts_are_named_in_these_forms(text: str, url: str) -> None:
+    assert module().parse_endpoint_url(text) == url
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
+def test_completion_is_a_script_of_the_shell(daemon: Daemon, tmp_path: Path, shell: str) -> None:
+    done = ask(daemon, "completion", shell)
+    assert (
+        done.returncode == 0
+        and "--fail_fast" in done.stdout.replace("-l ", "--")
+        and not re.search("@[A-Z_]+@", done.stdout)
+    )
+    if shell in ("bash", "zsh") and shutil.which(shell):
+        assert subprocess.run([shell, "-n"], input=done.stdout.encode()).returncode == 0
+
+
+@posix_only
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash on this host")
+def test_completion_of_bash_knows_commands_flags_and_ids(daemon: Daemon, tmp_path: Path) -> None:
+    task = daemon.submit(step(), id=f"tab-{uuid.uuid4()}")
+    program = tmp_path / "remote_executor.py"
+    program.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{PROGRAM}' \"$@\"\n")
+    program.chmod(0o755)
+    complete = (
+        'eval "$(./remote_executor.py completion bash)"; '
+        'for typed in "re" "list --wat" "show tab-"; do set -- ./remote_executor.py $typed; '
+        'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _remote_executor; echo "${COMPREPLY[@]}"; done'
+    )
+    done = subprocess.run(
+        ["bash", "-c", complete], cwd=tmp_path, env=client_env(daemon), capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["resume rerun", "--watch", task], done
+
+
+def test_completion_knows_every_command() -> None:
+    assert set(module()._DAEMON_COMMANDS) == {command.name for command in module()._COMMANDS}
+
+
+class Faulty:
+    """A server that answers each request by the next of these bytes, then cuts the connection; what it was sent."""
+
+    def __init__(self, *answers: bytes) -> None:
+        self.requests: list[str] = []
+        self._answers = answers
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = module().Endpoint("faulty", f"http://127.0.0.1:{self._server.getsockname()[1]}")
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        for answer in self._answers:
+            link, _ = self._server.accept()
+            with link:
+                self.requests.append(link.recv(65536).decode().splitlines()[0].split()[1])
+                link.sendall(answer)
+        self._server.close()
+
+
+def answer_of(body: bytes, length: int | None = None, status: str = "200 OK", *headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def test_requests_are_made_again_over_faults() -> None:
+    told = b'{"code": 0, "message": "success", "data": 7}'
+    faulty = Faulty(b"", answer_of(b"busy", None, "503 Busy"), answer_of(told[:9], len(told)), answer_of(told))
+    with module().Api(faulty.endpoint) as api:
+        assert api.call("GET", "/x").data == 7
+    assert faulty.requests == ["/x"] * 4
+
+
+def test_output_is_taken_up_at_the_byte_where_it_broke_off() -> None:
+    begin, rest, end = "X-Output-Offset: 5", "X-Output-Offset: 9", "X-Output-Offset: 12"
+    faulty = Faulty(
+        answer_of(b"abcd", 8, "200 OK", begin),
+        answer_of(b"efg", 4, "200 OK", rest),
+        answer_of(b"h", None, "200 OK", end),
+    )
+    parts: list[bytes] = []
+    with module().Api(faulty.endpoint) as api:
+        module().copy_output(api, "/o", {"tail": 1}, parts.append)
+    assert b"".join(parts) == b"abcdefgh" and faulty.requests == ["/o?tail=1", "/o?offset=9", "/o?offset=12"]
+
+
+def test_answers_of_others_are_told_as_such() -> None:
+    faulty = Faulty(answer_of(b"<html>"), answer_of(b"[]"), answer_of(b"gone", None, "404 Not Found"))
+    for words in ("not a remote_executor", "not a remote_executor", "faulty: HTTP status 404"):
+        with pytest.raises(module().ClientError, match=words), module().Api(faulty.endpoint) as api:
+            api.call("GET", "/x")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.25, "0.2s"), (59.9, "59s"), (185, "3m05s"), (7800, "2h10m"), (352800, "4d02h")]
+)
+def test_client_shows_seconds_for_people(seconds: float, text: str) -> None:
+    assert module().format_seconds(seconds) == text
 
 
 # ======================================================================================================================
@@ -11713,6 +12583,101 @@ def test_bench_output_of_a_gigabyte(table: list[Row], launch: Callable[..., Daem
         here.append(ended(lambda: daemon.submit(step(f"{command}; echo >{pipe}"))))
         until_idle(daemon)
     record_ratio(table, "output, one step that writes 1 GB", here, beside, "MB/s", 0.95)
+
+
+def cpu_s(daemon: Daemon) -> float:
+    """The CPU time of the daemon's threads so far."""
+    assert daemon.process
+    spent = [file.read_text().split()[0] for file in Path(f"/proc/{daemon.process.pid}/task").glob("*/schedstat")]
+    return sum(map(int, spent)) / 1e9
+
+
+@bench
+@linux_only
+def test_bench_waiters_and_followers_of_quiet_steps(
+    table: list[Row], launch: Callable[..., Daemon], gate: Path
+) -> None:
+    daemon, period_s = launch("--pool_size=50"), 20
+    task = daemon.submit(*[held(gate)] * 50, ansync="1")
+    daemon.until_running(task, *range(50))
+
+    def percent() -> float:
+        begin = cpu_s(daemon)
+        time.sleep(period_s)
+        return 100 * (cpu_s(daemon) - begin) / period_s
+
+    alone = percent()
+    paths = [f"/api/v1/task/{task}?wait=1h"] * 200
+    paths += [f"/api/v1/task/{task}/{index}/output?follow=true" for index in range(50)]
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            link = stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port), 60))
+            link.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        time.sleep(3)
+        assert try_events(daemon).status == 200
+        record_more(table, "200 waiters, 50 followers of quiet steps", percent(), alone, "% of a CPU", 1)
+
+
+@bench
+@linux_only
+def test_bench_line_to_follower(table: list[Row], launch: Callable[..., Daemon]) -> None:
+    daemon, late_ms = launch(), list[float]()
+    pause = "time.sleep(random.uniform(0.05, 0.15))"
+    writer = f"import random, time\nfor _ in range(150):\n {pause}\n print(time.time(), flush=True)"
+    task = daemon.submit(*[python(writer)] * 4, ansync="1")
+
+    def follow(index: int) -> None:
+        with opened(daemon, f"/api/v1/task/{task}/{index}/output?follow=true") as answer:
+            while line := answer.readline():
+                late_ms.append(1000 * (time.time() - float(line)))
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(follow, range(4)))
+    p99 = sorted(late_ms)[len(late_ms) * 99 // 100]
+    assert len(late_ms) == 600
+    record_more(table, "line to its follower, p99", p99, 0, "ms", 150)
+
+
+@bench
+@linux_only
+def test_bench_gigabyte_followed(table: list[Row], launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon, count, here, bare = launch(), 1_000_000_000, list[float](), list[float]()
+    command = f"yes 0123456789abcdef0123456789abcdef | head -c {count}"
+    buffer = bytearray(1 << 20)
+
+    def drain(descriptor: int) -> float:
+        """Megabytes a second that are read until there are as many as were written."""
+        begin, got = time.perf_counter(), 0
+        while got < count:
+            read = os.readv(descriptor, [buffer])
+            assert read
+            got += read
+        return count / 1e6 / (time.perf_counter() - begin)
+
+    assert daemon.process
+    base = 0
+    for turn in range(4):
+        file = tmp_path / f"file{turn}"
+        file.touch()
+        with subprocess.Popen(["sh", "-c", f"{command} >{file}"]) as writer:
+            with subprocess.Popen(["tail", "-c", "+1", "-f", str(file)], stdout=subprocess.PIPE) as tail:
+                assert tail.stdout
+                bare.append(drain(tail.stdout.fileno()))
+                tail.kill()
+            writer.wait()
+        file.unlink()
+        task = daemon.submit(step(command))
+        daemon.until_running(task)
+        with socket.create_connection(("127.0.0.1", daemon.port), 60) as link:
+            link.settimeout(None)
+            link.sendall(f"GET {output_path(task)} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+            here.append(drain(link.fileno()))
+        daemon.ended(task)
+        daemon.request("DELETE", f"/api/v1/task/{task}")
+        base = base or memory_bytes(daemon.process.pid, "VmHWM")
+    record_ratio(table, "1 GB followed while it is written", here, bare, "MB/s", 0.80)
+    grown = memory_bytes(daemon.process.pid, "VmHWM") / 2**20
+    record_more(table, "memory after 4 GB were followed", grown, base / 2**20, "MB", 4)
 
 
 @bench
