@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import binascii
 import bisect
 import codecs
 import collections
@@ -3816,9 +3817,12 @@ class StepProcesses(Protocol):
         cwd: str,
         env: _Environment,
         has_utf_8_console: bool = False,
+        has_stdin: bool = False,
+        stderr_is_apart: bool = False,
     ) -> ProcessTree:
-        """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
+        """Start the command behind the wrapper, its output into the step's files; `env` is added to the daemon's own.
 
+        Its standard input is the step's file `stdin`, or empty.
         Raises OSError, after which nothing runs: `is_scarcity` tells whether to try again.
         """
 
@@ -3882,20 +3886,21 @@ def _trapped_signals() -> list[int]:
 # is about to become the script: a wrapper that could not fork, with whatever code its shell ends then, has begun
 # nothing; nor has one that could not write that, and is killed for it, lest it writes a result.
 # `trap :` and not `trap ''`: children get the default handlers, the wrapper survives a signal to its group and writes
-# the result. Its own stderr is /dev/null: a shell writes "Killed" there, and would write it to the step's output if it
-# did the redirection of 2 itself and not in the subshell.
+# the result. Its own stderr is /dev/null: a shell writes "Killed" there, which is no output of the step. Descriptor 8
+# is meanwhile that of the script.
 # `set -C`: what is there already, a link perhaps, is not written to. Where the disk is full the result goes into `pid`,
 # which has a block already, by the descriptor that was opened before the script could put another file there.
 _WRAPPER = (
+    'exec 8>&2 2>/dev/null; '
     'exec 9>>"$0/pid"; echo "$$ wrapper" >&9 || exit 125; umask $1; ulimit -Sn $2; shift 2; '
     f"trap : {' '.join(map(str, _trapped_signals()))}; "
-    '(echo begun >&9 || { kill -9 $$; exit; }; exec "$@" 2>&1 9>&-); set -- $?; '
+    '(echo begun >&9 || { kill -9 $$; exit; }; exec "$@" 2>&8 8>&- 9>&-); set -- $?; '
     'umask 077; set -C; echo $1 >"$0/rc" || echo "ended $1" >&9; exit $1'
 )
 # Before it, where the daemon's service has taken the daemon off the list of what the kernel kills first (proc(5)): its
 # steps are not. To raise the score needs no privilege.
 _OOM_SCORE_FILE = "/proc/self/oom_score_adj"
-_RESET_OOM_SCORE = f"echo 0 >{_OOM_SCORE_FILE}; "
+_RESET_OOM_SCORE = f"echo 0 2>/dev/null >{_OOM_SCORE_FILE}; "
 # A shell drops variables whose names it could not have itself, and sets, resets or interprets those listed here. Their
 # values travel in a file of the step's directory, for everybody on the host may read a command line; the environment is
 # made of it after the wrapper's shell. What an interpreter ignores when it starts must be as by default in the script.
@@ -4413,11 +4418,12 @@ class _Outputs:
         self.files: set[FileIdentity] = set()
         self.begin_s = float("inf")
         for step_dir in step_dirs:
-            with contextlib.suppress(OSError):  # it is gone
-                output = os.lstat(os.path.join(step_dir, b"output"))
-                if stat.S_ISREG(output.st_mode):  # a script may have put something else there
-                    self.files.add(file_identity(output))
-                    self.begin_s = min(self.begin_s, self._begin_of(step_dir))
+            for name in _OUTPUT_NAMES:
+                with contextlib.suppress(OSError):  # it is gone, or there is none
+                    output = os.lstat(os.path.join(step_dir, name))
+                    if stat.S_ISREG(output.st_mode):  # a script may have put something else there
+                        self.files.add(file_identity(output))
+                        self.begin_s = min(self.begin_s, self._begin_of(step_dir))
 
     def _begin_of(self, step_dir: bytes) -> float:
         """Return when the wrapper wrote that it begins; 0 where the script has removed that."""
@@ -4553,6 +4559,9 @@ def _environment_marks(entries: Iterable[bytes]) -> _Marks:
     return _Marks(step_dir, is_daemon=_DAEMON_KEY in variables)
 
 
+_OUTPUT_NAMES = (b"output", b"stderr")  # in a step's directory; those of an earlier attempt N have .N behind
+
+
 def _step_of_output(pid: int) -> bytes:
     """Return the directory of the step whose output is a process's standard output or error; empty for none."""
     step_dir = b""
@@ -4560,7 +4569,7 @@ def _step_of_output(pid: int) -> bytes:
         with contextlib.suppress(OSError):  # the process is gone, or we may not read that
             target = os.readlink(f"/proc/{pid}/fd/{number}".encode())
             directory, _, name = target.rpartition(b"/")
-            if name == b"output":
+            if name.partition(b".")[0] in _OUTPUT_NAMES:
                 step_dir = directory
     return step_dir
 
@@ -4870,11 +4879,14 @@ class PosixProcesses(StepProcesses):
         cwd: str,
         env: _Environment,
         has_utf_8_console: bool = False,
+        has_stdin: bool = False,
+        stderr_is_apart: bool = False,
     ) -> PosixTree:
         self._become_reaper()
         wake_pipe = os.pipe()  # first, for nothing may fail once the step runs
         try:
-            child = self._spawn(command, step_dir, cwd, env)
+            with _open_streams(step_dir, has_stdin, stderr_is_apart) as streams:
+                child = self._spawn(command, step_dir, cwd, env, streams)
         except OSError:
             for descriptor in wake_pipe:
                 os.close(descriptor)
@@ -4953,11 +4965,11 @@ class PosixProcesses(StepProcesses):
         step_dir: str,
         cwd: str,
         env: _Environment,
+        streams: _Streams,
     ) -> _Child:
-        """Start the wrapper. Raises OSError, and leaves no file but an empty `pid` then."""
+        """Start the wrapper. Raises OSError."""
         with contextlib.suppress(FileExistsError):  # StepDirectory has made it
             os.close(_create(step_dir, "pid"))
-        output = _create(step_dir, "output", os.O_APPEND)
         mark = os.fsencode(step_dir)
         self._lifetimes.begin(mark)
         try:
@@ -4965,9 +4977,9 @@ class PosixProcesses(StepProcesses):
             environment, arguments = self._environment_for(command, step_dir, marked_env)
             return subprocess.Popen(
                 ["/bin/sh", "-c", self._wrapper, step_dir, *self._limits, *arguments],
-                stdin=self._null,
-                stdout=output,
-                stderr=self._null,
+                stdin=self._null if streams.stdin is None else streams.stdin,
+                stdout=streams.stdout,
+                stderr=streams.stderr,
                 cwd=cwd,
                 env=environment,
                 start_new_session=True,
@@ -4975,12 +4987,9 @@ class PosixProcesses(StepProcesses):
             )
         except (OSError, ValueError, MemoryError, subprocess.SubprocessError) as error:
             self._lifetimes.end(mark)
-            for name in ("output", "environment"):
-                with contextlib.suppress(OSError):  # the latter is seldom there
-                    os.unlink(os.path.join(step_dir, name))
+            with contextlib.suppress(OSError):  # it is seldom there
+                os.unlink(os.path.join(step_dir, "environment"))
             raise _as_os_error(error) from error
-        finally:
-            os.close(output)
 
     def _environment_for(
         self, command: Sequence[str], step_dir: str, env: _Environment
@@ -5019,6 +5028,35 @@ def _create(step_dir: str, name: str, flags: int = 0) -> int:
     path = os.path.join(step_dir, name)
     flags |= os.O_WRONLY | os.O_CREAT | os.O_EXCL
     return os.open(path, flags, 0o600)
+
+
+def _discard(path: str) -> None:
+    with contextlib.suppress(OSError):  # it is gone already
+        os.unlink(path)
+
+
+class _Streams(NamedTuple):
+    """The descriptors of a step's standard streams; `stdin` is None where it is empty."""
+
+    stdin: int | None
+    stdout: int
+    stderr: int
+
+
+@contextlib.contextmanager
+def _open_streams(step_dir: str, has_stdin: bool, stderr_is_apart: bool) -> Iterator[_Streams]:
+    """Yield the streams of a step that starts; on an error remove the files of its output. Raises OSError."""
+    with contextlib.ExitStack() as closing, contextlib.ExitStack() as undo:
+        stdin = None
+        if has_stdin:
+            stdin = closing.enter_context(SafeDirectory(step_dir).read("stdin")).fileno()
+        outputs = []
+        for name in ("output", "stderr")[: 1 + stderr_is_apart]:
+            outputs.append(_create(step_dir, name, os.O_APPEND))
+            closing.callback(os.close, outputs[-1])
+            undo.callback(_discard, os.path.join(step_dir, name))
+        yield _Streams(stdin, outputs[0], outputs[-1])
+        undo.pop_all()
 
 
 def _as_os_error(error: Exception) -> OSError:
@@ -5182,7 +5220,7 @@ def _has_orphan() -> bool:
 # means anything to cmd. No process of the step sees the variables that are set below `held`. A code page is set before
 # the step's process starts, which may keep the one that it began with.
 _BATCH_WRAPPER = """\
-{before}@%* 2>&1\r
+{before}@%* {stderr}\r
 @if exist "{result}" goto held\r
 @>"{result}" echo %errorlevel%& exit %errorlevel%\r
 :held\r
@@ -5648,8 +5686,10 @@ class WindowsProcesses:
         cwd: str,
         env: _Environment,
         has_utf_8_console: bool = False,
+        has_stdin: bool = False,
+        stderr_is_apart: bool = False,
     ) -> WindowsTree:
-        """Start the command behind the wrapper, its output into the step's file; `env` is added to the daemon's own.
+        """Start the command behind the wrapper, its output into the step's files; `env` is added to the daemon's own.
 
         The wrapper is suspended until it is in its job and its pid is on disk. Raises OSError.
         """
@@ -5658,7 +5698,15 @@ class WindowsProcesses:
         before = ""
         if has_utf_8_console:
             before = f'@"{system_program("chcp.com")}" 65001 >nul\r\n'
-        wrapper = _BATCH_WRAPPER.format(before=before, result=result, ping=system_program("ping.exe"))
+        stderr = "2>&1"
+        if stderr_is_apart:
+            stderr = f'2>>"{os.path.join(directory, "stderr")}"'
+        wrapper = _BATCH_WRAPPER.format(
+            before=before,
+            result=result,
+            stderr=stderr,
+            ping=system_program("ping.exe"),
+        )
         wrapper_file = os.path.join(step_dir, "run.bat")
         with retry_while_held(open, wrapper_file, "wb") as file:
             file.write(wrapper.encode("ascii"))
@@ -5668,7 +5716,8 @@ class WindowsProcesses:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT  # opened to read too: nobody can open it and deny reading
         output = retry_while_held(os.open, os.path.join(step_dir, "output"), flags, 0o600)
         try:
-            child = self._spawn(line, output, cwd, environment)
+            with SafeDirectory(step_dir).read("stdin") if has_stdin else open(os.devnull, "rb") as stdin:
+                child = self._spawn(line, stdin.fileno(), output, cwd, environment)
         except ValueError as error:  # such as a NUL
             raise OSError(errno.EINVAL, str(error)) from error
         finally:
@@ -5691,7 +5740,14 @@ class WindowsProcesses:
             misleading.add(_MODULE_PATH)
         return {name: value for name, value in merged.items() if name.upper() not in misleading}
 
-    def _spawn(self, line: str, output: int, cwd: str, environment: _Environment) -> _Child:
+    def _spawn(
+        self,
+        line: str,
+        stdin: int,
+        output: int,
+        cwd: str,
+        environment: _Environment,
+    ) -> _Child:
         """Start a suspended cmd; retry, for a virus scanner or a busy host may refuse it at first. Raises OSError."""
         shell = system_program("cmd.exe")
         command = f'"{shell}" /D /E:ON /V:OFF /S /C "{line}"'
@@ -5702,7 +5758,7 @@ class WindowsProcesses:
                 return subprocess.Popen(
                     command,
                     executable=shell,
-                    stdin=self._null,
+                    stdin=stdin,
                     stdout=output,
                     stderr=self._null,
                     cwd=cwd,
@@ -5896,7 +5952,7 @@ class Outcome(NamedTuple):
     result: Result
     reason: str = ""
     signal: int | None = None
-    output_bytes: int = 0
+    output_bytes: int | None = None  # None: its files tell
 
 
 def exited(code: int, signal_number: int | None = None) -> Outcome:
@@ -5966,8 +6022,40 @@ def step_message(
     return STEP_SUCCEEDED
 
 
+MAX_RETRIES = 100
+MAX_RETRY_DELAY_NS = 3600 * _SECOND_NS
+
+
+class Retry(NamedTuple):
+    """How often a step that failed is tried again; `codes` are the exit codes for which it is, empty for any."""
+
+    limit: int
+    delay_ns: int
+    backoff: float
+    codes: tuple[int, ...]
+
+    def applies(self, outcome: Outcome, attempt: int) -> bool:
+        """Return whether a step is tried again after this outcome of this attempt."""
+        if not outcome.code or outcome.result is Result.STOPPED or attempt > self.limit:
+            return False
+        return not self.codes or outcome.code in self.codes
+
+    def delay_after(self, attempt: int) -> int:
+        """Return how many nanoseconds pass between this attempt's end and the next one."""
+        grown_ns = self.delay_ns * self.backoff ** (attempt - 1)
+        return int(min(grown_ns, MAX_RETRY_DELAY_NS))
+
+
+class When(str, Enum):
+    """What must have become of all that a step depends on, directly or not, for it to run. Never rename."""
+
+    SUCCESS = "success"  # nothing has failed
+    FAILURE = "failure"  # something has
+    ALWAYS = "always"
+
+
 class StepSpec(NamedTuple):
-    """A step as submitted; `depends_on` are indexes of steps, `timeout_ns` is 0 for the default.
+    """A step as submitted; `depends_on` are indexes of steps, `timeout_ns` is 0 for the default, `stdin` is Base64.
 
     Give each later field a default: the fingerprint of a submission that lacks it then stays what it was.
     """
@@ -5978,13 +6066,17 @@ class StepSpec(NamedTuple):
     env: tuple[str, ...]
     depends_on: tuple[int, ...]
     timeout_ns: int
+    stdin: str = ""
+    stderr: str = "joined"
+    retry: Retry | None = None
+    when: When = When.SUCCESS
 
 
 class TaskSpec(NamedTuple):
     """A task as submitted; `timeout_ns` is 0 for none, `fingerprint` is a hash of all that makes it this task.
 
     `delay_ns` is how long it waits at least before its first step, `start_at_ns` the moment of the wall clock until
-    which it does. `query` and `steps_json` are the submission as it was given; `warnings` say what it had to no effect.
+    which it does. `query` and `steps_json` are the submission as it was given; `warnings` say what of it has no effect.
     """
 
     id: str
@@ -6031,7 +6123,20 @@ _PARAMETERS = {
     "strict": "strict",
 }
 _REPEATABLE_PARAMETER = "env_vars"
-STEP_FIELDS = ("command_type", "command_content", "name", "env_vars", "depets_on", "depends_on", "timeout")
+STEP_FIELDS = (
+    "command_type",
+    "command_content",
+    "name",
+    "env_vars",
+    "depets_on",
+    "depends_on",
+    "timeout",
+    "stdin",
+    "stdin_base64",
+    "stderr",
+    "retry",
+    "when",
+)
 _MAX_WARNINGS = 20  # of a submission; each names up to so many steps
 _MAX_SHOWN_LENGTH = 64  # of an unknown name
 _REQUIRED_FIELDS = {"command_type": "CommandType", "command_content": "CommandContent"}
@@ -6109,7 +6214,7 @@ def parse_submission(body: bytes, query: Pairs, command_types: Iterable[str]) ->
         *start,
         urllib.parse.urlencode(query),
         json.dumps(values),
-        unknown.warnings(),
+        (*unknown.warnings(), *_condition_warnings(steps)),
     )
 
 
@@ -6170,6 +6275,13 @@ def lower_keys(where: str, value: Mapping[str, Any]) -> dict[str, Any]:
             raise BadRequest(f"{where}: {_shorten(key)} stands twice in different case: give one of them")
         fields[name] = item
     return fields
+
+
+def _condition_warnings(steps: Iterable[StepSpec]) -> Iterator[str]:
+    """Yield which steps will never run, whatever the others do."""
+    for index, step in enumerate(steps):
+        if step.when is When.FAILURE and not step.depends_on:
+            yield f"[{index}].when: 'failure' is never true: the step depends on no other, so it will not run"
 
 
 def _fingerprint(submission: Any) -> str:
@@ -6331,7 +6443,75 @@ def _parse_step(
         raise BadRequest(f"{where}.command_content: contains a NUL character, which no script may have")
     env = _parse_environment(f"{where}.env_vars", item.get("env_vars"))
     timeout_ns = _parse_timeout(f"{where}.timeout", item.get("timeout"))
-    return StepSpec(name, command_type, content, env, (), timeout_ns)
+    return StepSpec(
+        name,
+        command_type,
+        content,
+        env,
+        (),
+        timeout_ns,
+        _parse_stdin(where, item),
+        _parse_word(f"{where}.stderr", item.get("stderr"), STDERR_MODES),
+        _parse_retry(f"{where}.retry", item.get("retry")),
+        When(_parse_word(f"{where}.when", item.get("when"), [*When])),
+    )
+
+
+STDERR_MODES = ("joined", "apart")
+RETRY_DEFAULTS = {"limit": 1, "delay": "1s", "backoff": 2, "codes": []}
+MAX_BACKOFF = 100
+MAX_EXIT_CODE = 0xFFFF_FFFF  # of Windows
+
+
+def _parse_word(where: str, value: Any, words: Sequence[str]) -> str:
+    """Return one of these words, the first by default."""
+    if value in (None, ""):
+        return words[0]
+    if value not in words:
+        raise BadRequest(f"{where}: invalid {value!r}: expected one of {', '.join(words)}")
+    return str(value)
+
+
+def _parse_stdin(where: str, item: Mapping[str, Any]) -> str:
+    """Return the Base64 of what a step reads from its standard input, empty by default."""
+    text = item.get("stdin") or ""
+    encoded = item.get("stdin_base64") or ""
+    if not text and not encoded:
+        return ""
+    if text and encoded:
+        raise BadRequest(f"{where}.stdin_base64: excludes stdin: give one of them")
+    import base64  # here, because few submissions need it
+
+    data = _require_str(f"{where}.stdin", text).encode()
+    if encoded:
+        try:
+            data = base64.b64decode(_require_str(f"{where}.stdin_base64", encoded), validate=True)
+        except ValueError as error:
+            raise BadRequest(f"{where}.stdin_base64: invalid Base64: {error}") from None
+    return base64.b64encode(data).decode("ascii")
+
+
+def _parse_retry(where: str, value: Any) -> Retry | None:
+    """Return how often a step is tried again, None where it is not."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not RETRY_DEFAULTS.keys() >= value.keys():
+        raise BadRequest(f"{where}: must be an object with limit, delay, backoff or codes")
+    given = {name: item for name, item in value.items() if item is not None}
+    limit, delay, backoff, codes = {**RETRY_DEFAULTS, **given}.values()
+    if type(limit) is not int or not 1 <= limit <= MAX_RETRIES:
+        raise BadRequest(f"{where}.limit: must be a number from 1 to {MAX_RETRIES}")
+    if type(backoff) not in (int, float) or not 1 <= backoff <= MAX_BACKOFF:
+        raise BadRequest(f"{where}.backoff: must be a number from 1 to {MAX_BACKOFF}")
+    if not isinstance(codes, list) or not all(type(code) is int and 0 < code <= MAX_EXIT_CODE for code in codes):
+        raise BadRequest(f"{where}.codes: must be a list of exit codes from 1 to {MAX_EXIT_CODE}")
+    try:
+        delay_ns = parse_duration(_require_str(f"{where}.delay", delay))
+    except ValueError as error:
+        raise BadRequest(f"{where}.delay: {error}") from None
+    if delay_ns > MAX_RETRY_DELAY_NS:
+        raise BadRequest(f"{where}.delay: must be at most 1h")
+    return Retry(limit, delay_ns, float(backoff), tuple(codes))
 
 
 def _dependency_names(index: int, item: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -6403,9 +6583,14 @@ def _dependency_index(
 
 
 class Plan:
-    """The dependency graph of one task, by the indexes of its steps; not thread-safe. Raises graphlib.CycleError."""
+    """The dependency graph of one task, by the indexes of its steps; not thread-safe. Raises graphlib.CycleError.
+
+    A step is over when it has ended, or never will run.
+    """
 
     def __init__(self, depends_on: Sequence[Sequence[int]]) -> None:
+        self._depends_on = depends_on
+        self._failures: set[int] = set()  # steps that failed, or depend on such a one
         graph = dict(enumerate(depends_on))
         self._sorter: graphlib.TopologicalSorter[int] = graphlib.TopologicalSorter(graph)
         self._sorter.prepare()
@@ -6415,11 +6600,20 @@ class Plan:
                 self._dependents.setdefault(dependency, []).append(index)
 
     def ready(self) -> list[int]:
-        """Return, in order, the steps whose dependencies have all succeeded, each only once."""
+        """Return, in order, the steps whose dependencies are all over, each only once."""
         return sorted(self._sorter.get_ready())
 
-    def succeed(self, index: int) -> None:
-        """Mark a step that `ready` has returned as succeeded. Raises ValueError for any other."""
+    def is_met(self, index: int, when: When) -> bool:
+        """Return whether a step that `ready` has returned runs on this condition."""
+        if when is When.ALWAYS:
+            return True
+        has_failure = not self._failures.isdisjoint(self._depends_on[index])
+        return has_failure == (when is When.FAILURE)
+
+    def finish(self, index: int, has_failed: bool = False) -> None:
+        """Mark a step that `ready` has returned as over. Raises ValueError for any other."""
+        if has_failed or not self._failures.isdisjoint(self._depends_on[index]):
+            self._failures.add(index)
         self._sorter.done(index)
 
     def dependents(self, index: int) -> Sequence[int]:
@@ -6748,13 +6942,24 @@ _HEAD_BYTES = 256  # more than a pid file or a result has
 _RESULT = re.compile(rb"(-?[0-9]{1,10})\s*\n")  # bounded, for a step may write there too
 _CODE_MODULUS = 1 << 32  # on Windows, where cmd writes those above 2**31 as negative numbers
 _LATE_RESULT = re.compile(rb"^ended (-?[0-9]{1,10})\n", re.MULTILINE)
-_OUTPUT_NAMES = {"stdout": "output", "stderr": "stderr"}
+_EARLIER_OUTPUT = re.compile(r"(output|stderr)\.[0-9]+")
+OUTPUT_STREAMS = {"stdout": "output", "stderr": "stderr"}
 
 
 def output_name(stream: str, earlier_attempt: int | None = None) -> str:
     """Return the name of the file to which a step writes a stream, or wrote it in an earlier attempt."""
-    name = _OUTPUT_NAMES[stream]
+    name = OUTPUT_STREAMS[stream]
     return name if earlier_attempt is None else f"{name}.{earlier_attempt}"
+
+
+def _rename_once(directory: SafeDirectory, name: str, new: str) -> None:
+    """Rename a file unless it is not there, or the new name is taken."""
+    with contextlib.suppress(FileNotFoundError):
+        directory.status(name)
+        try:
+            directory.status(new)
+        except FileNotFoundError:
+            directory.move_from(directory, name, new)
 
 
 class StepDirectory:
@@ -6773,12 +6978,16 @@ class StepDirectory:
         name: str,
         content: bytes,
         others: Mapping[str, bytes],
+        attempt: int = 1,
     ) -> str:
-        """Make the directory with the script and these other files alone in it; return the script's path.
+        """Make the directory with the script and these other files in it; return the script's path.
 
-        Raises OSError; then a later call begins anew.
+        Only the outputs of earlier attempts stay in it. Raises OSError; then a later call begins anew.
         """
         files = {name: content, **others}
+        if attempt > 1 and self._keep_outputs(attempt - 1):
+            self._tasks.make(*self._names, content=files, may_exist=True)
+            return os.path.join(self.path, name)
         try:
             self._tasks.make(*self._names, content=files)
         except FileNotFoundError:
@@ -6789,6 +6998,22 @@ class StepDirectory:
             is_removed = self._tasks.remove(*self._names)  # unless a crash left a process of Windows suspended in it
             self._tasks.make(*self._names, content=files, may_exist=not is_removed)
         return os.path.join(self.path, name)
+
+    def _keep_outputs(self, attempt: int) -> bool:
+        """Rename the outputs of this attempt, and remove all but these and earlier ones; return whether that is done.
+
+        A call that was cut short is repeated: what has its later name then keeps it.
+        """
+        try:
+            with self._tasks.enter(*self._names) as directory:
+                for stream in OUTPUT_STREAMS:
+                    _rename_once(directory, output_name(stream), output_name(stream, attempt))
+                names = [entry.name for entry in directory.entries()]
+                return all([directory.remove(name) for name in names if not _EARLIER_OUTPUT.fullmatch(name)])
+        except OSError as error:
+            if is_scarcity(error):
+                raise
+            return False  # the step has put something else in its place
 
     def exit_code(self) -> int | None:
         """Return the result that the wrapper left, None while there is none. Only a whole line counts.
@@ -6812,10 +7037,12 @@ class StepDirectory:
             return b""
 
     def output_bytes(self) -> int:
-        """Return how much the step has written."""
-        with contextlib.suppress(OSError):  # it has not begun, or has removed it
-            return os.lstat(os.path.join(self.path, "output")).st_size
-        return 0
+        """Return how much the last attempt has written, to both streams."""
+        total = 0
+        for stream in OUTPUT_STREAMS:
+            with contextlib.suppress(OSError):  # there is none, or the step has removed it
+                total += os.lstat(os.path.join(self.path, output_name(stream))).st_size
+        return total
 
     def writes_in_host_page(self) -> bool:
         """Return whether the script is one of cmd that leaves the console in the code page of the host."""
@@ -6836,23 +7063,26 @@ class StepDirectory:
             raise
 
     def read_output(self) -> Iterator[bytes]:
-        """Return what the step has written so far, in blocks; nothing where its output is no regular file any more.
+        """Return what the last attempt has written so far, in blocks: stdout, then stderr where that is apart.
 
-        Raises OSError where it cannot be read.
+        Nothing where an output is no regular file any more. Raises OSError where it cannot be read.
         """
-        file = self.open_output()
-        if file is None:
-            return iter(())
-        return _read_blocks(file)
+        files = [self.open_output(output_name(stream)) for stream in OUTPUT_STREAMS]
+        return _read_blocks([file for file in files if file])
 
 
-def _read_blocks(file: io.FileIO) -> Iterator[bytes]:
-    """Yield what a file has now, and close it."""
-    with file:
-        remaining = os.fstat(file.fileno()).st_size
-        while remaining > 0 and (block := file.read(min(remaining, _BLOCK_BYTES))):
-            remaining -= len(block)
-            yield block
+def _read_blocks(files: Iterable[io.FileIO]) -> Iterator[bytes]:
+    """Yield what files have now, one after another, each from the begin of a line on, and close them."""
+    last = b"\n"
+    for file in files:
+        with file:
+            remaining = os.fstat(file.fileno()).st_size
+            if remaining and not last.endswith(b"\n"):
+                yield b"\n"
+            while remaining > 0 and (block := file.read(min(remaining, _BLOCK_BYTES))):
+                remaining -= len(block)
+                last = block
+                yield block
 
 
 # ======================================================================================================================
@@ -7022,11 +7252,28 @@ def _add_results(db: sqlite3.Connection) -> None:
             db.execute(statement)
 
 
+_CONDITION_COLUMNS = """
+ALTER TABLE step ADD COLUMN condition TEXT NOT NULL DEFAULT 'success';  -- a When
+ALTER TABLE step ADD COLUMN retry TEXT NOT NULL DEFAULT 'null';         -- JSON, a Retry
+ALTER TABLE step ADD COLUMN retry_at_ns INTEGER;                        -- of one that failed: when it is tried again
+ALTER TABLE task ADD COLUMN stop_count INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE script ADD COLUMN stdin TEXT NOT NULL DEFAULT '';           -- Base64
+ALTER TABLE script ADD COLUMN stderr TEXT NOT NULL DEFAULT 'joined';
+"""
+
+
+def _add_conditions(db: sqlite3.Connection) -> None:
+    """Add what a step may ask for beyond its script."""
+    for statement in re.findall("ALTER .*?;", _CONDITION_COLUMNS):
+        db.execute(statement)
+
+
 _MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (
     _create_tables,
     _repair_ended_tasks,
     _make_codes_unsigned,
     _add_results,
+    _add_conditions,
 )
 _BATCH = 500  # tasks in a query or a transaction
 _RETRY_S = 0.5  # between attempts to store a record
@@ -7038,13 +7285,15 @@ _RESERVE_SUFFIX = ".reserve"
 _RESERVE_BYTES = 256 * 1024  # -shm takes 32 KiB, -wal what the start and the first commits write
 _RUNNING_STEPS = "SELECT task, idx, name FROM step WHERE state = 1 ORDER BY task, idx"
 _REQUEUE_TASK = (
-    "UPDATE task SET state = ?, started_ns = (SELECT min(started_ns) FROM step WHERE task = seq), "
-    "result = CASE WHEN result = 'running' AND ? = 2 THEN 'waiting' ELSE result END WHERE seq = ?"
+    "UPDATE task SET state = ?1, "
+    "started_ns = CASE ?1 WHEN 1 THEN ifnull((SELECT min(started_ns) FROM step WHERE task = seq), started_ns) END, "
+    "result = CASE WHEN result = 'running' AND ?1 = 2 THEN 'waiting' ELSE result END WHERE seq = ?2"
 )
 _END_STEP = (  # with the fields of an Outcome
     "UPDATE step SET state = 0, code = ?, result = ?, reason = ?, signal = ?, output_bytes = ?, ended_ns = ? "
     "WHERE task = ? AND idx = ?"
 )
+_RESUME_TASK = "UPDATE task SET result = CASE state WHEN 1 THEN 'running' ELSE 'waiting' END WHERE seq = ?"
 _INDEX = re.compile("0|[1-9][0-9]{0,8}")
 
 
@@ -7094,12 +7343,14 @@ class StepRow(NamedTuple):
     output_bytes: int | None = None
     stopped_by: str = ""
     stop_reason: str = ""
+    retry_at_ns: int | None = None
 
 
 class UnfinishedStep(NamedTuple):
     """What the scheduler needs of a step of an unfinished task; `stop` is why it is to be stopped, empty if it is not.
 
-    Each has the fields `name`, `depends_on` and `timeout_ns` of a StepSpec.
+    Each has the fields `name`, `depends_on`, `timeout_ns`, `retry` and `when` of a StepSpec. `attempt` is the last one
+    that began, 1 before that; `retry_at_ns` is when the next one begins at the earliest, None where there is none.
     """
 
     step_index: int
@@ -7111,6 +7362,10 @@ class UnfinishedStep(NamedTuple):
     started_ns: int | None
     stop: str
     result: str
+    when: When
+    retry: Retry | None
+    attempt: int
+    retry_at_ns: int | None
 
 
 class UnfinishedTask(NamedTuple):
@@ -7124,14 +7379,17 @@ class UnfinishedTask(NamedTuple):
     result: str
     starts_ns: int
     step_count: int
+    stop_count: int
 
 
 class Script(NamedTuple):
-    """What a step runs; `env` is the task's entries, then the step's."""
+    """What a step runs; `env` is the task's entries, then the step's; `stdin` is Base64."""
 
     command_type: str
     content: str
     env: list[str]
+    stdin: str
+    stderr: str
 
 
 class Stop(NamedTuple):
@@ -7161,7 +7419,13 @@ class TaskEnd(NamedTuple):
 
 
 # The columns whose names are not those of the attributes that hold them.
-_COLUMNS = {"task_number": "seq", "step_count": "count", "step_index": "idx", "depends_on": "needs"}
+_COLUMNS = {
+    "task_number": "seq",
+    "step_count": "count",
+    "step_index": "idx",
+    "depends_on": "needs",
+    "when": "condition",
+}
 
 
 def _select(row: Any, table: str) -> str:
@@ -7174,6 +7438,7 @@ _TASK = _select(TaskRow, "task")
 _STEP = _select(StepRow, "step")
 _UNFINISHED_TASK = _select(UnfinishedTask, "task")
 _UNFINISHED_STEP = _select(UnfinishedStep, "step")
+_SCRIPT = _select(Script, "script")
 _Apply = Callable[[sqlite3.Connection], Any]
 
 
@@ -7515,12 +7780,21 @@ class Store:
 
         return self._submit(apply, is_durable=True, notices=notices)
 
-    def begin(self, task_number: int, step_index: int, now_ns: int) -> Future[None]:
+    def begin(
+        self,
+        task_number: int,
+        step_index: int,
+        now_ns: int,
+        attempt: int = 1,
+    ) -> Future[None]:
         """Mark a step as running, whose files are made. Only what is known to have begun may run."""
 
         def apply(db: sqlite3.Connection) -> None:
-            values = (now_ns, task_number, step_index)
-            db.execute("UPDATE step SET state = 1, started_ns = ? WHERE task = ? AND idx = ?", values)
+            values = (now_ns, attempt, task_number, step_index)
+            db.execute(
+                "UPDATE step SET state = 1, started_ns = ?, attempt = ?, retry_at_ns = NULL WHERE task = ? AND idx = ?",
+                values,
+            )
             db.execute(
                 "UPDATE task SET state = 1, started_ns = ?, "
                 "result = CASE result WHEN 'waiting' THEN 'running' ELSE result END WHERE seq = ? AND state = 2",
@@ -7536,23 +7810,41 @@ class Store:
         def apply(db: sqlite3.Connection) -> None:
             key = (task_number, step_index)
             db.execute("UPDATE step SET state = 2, started_ns = NULL WHERE task = ? AND idx = ?", key)
-            db.execute(_REQUEUE_TASK, (task_state, task_state, task_number))
+            db.execute(_REQUEUE_TASK, (task_state, task_number))
 
         notice = Notice(task_number, (step_index,))
         self._record(apply, task_number, notices=lambda _: [notice])
+
+    def retry(self, task_number: int, step_index: int, retry_at_ns: int) -> None:
+        """Store that a step which failed is tried again, at this time at the earliest."""
+
+        def apply(db: sqlite3.Connection) -> None:
+            db.execute(
+                "UPDATE step SET state = 2, started_ns = NULL, retry_at_ns = ? WHERE task = ? AND idx = ?",
+                (retry_at_ns, task_number, step_index),
+            )
+
+        notice = Notice(task_number, (step_index,))
+        self._record(apply, task_number, is_durable=True, notices=lambda _: [notice])
 
     def record_stop(
         self,
         task_number: int,
         step_index: int | None,
         stop: Stop,
+        stop_count: int = 1,
     ) -> Future[None]:
-        """Store that a task is to be stopped, or a step of it; an earlier stop stays."""
+        """Store that a task is to be stopped for so many times, or a step of it; why it was first stopped stays.
+
+        A stopped task is not paused any more.
+        """
 
         def apply(db: sqlite3.Connection) -> None:
             change = "SET stop = ?, stopped_by = ?, stop_reason = ? WHERE stop = ''"
             if step_index is None:
                 db.execute(f"UPDATE task {change} AND seq = ?", (*stop, task_number))
+                db.execute("UPDATE task SET stop_count = ? WHERE seq = ?", (stop_count, task_number))
+                db.execute(f"{_RESUME_TASK} AND result = 'paused'", (task_number,))
             else:
                 db.execute(f"UPDATE step {change} AND task = ? AND idx = ?", (*stop, task_number, step_index))
 
@@ -7565,10 +7857,10 @@ class Store:
         """Store that a task is paused, or goes on."""
 
         def apply(db: sqlite3.Connection) -> None:
-            result = "'paused'"
+            change = "UPDATE task SET result = 'paused' WHERE seq = ?"
             if not is_paused:
-                result = "CASE state WHEN 1 THEN 'running' ELSE 'waiting' END"
-            db.execute(f"UPDATE task SET result = {result} WHERE seq = ? AND ended_ns IS NULL", (task_number,))
+                change = _RESUME_TASK
+            db.execute(f"{change} AND ended_ns IS NULL", (task_number,))
 
         return self._submit(apply, task_number, is_durable=True, notices=lambda _: [Notice(task_number)])
 
@@ -7773,11 +8065,11 @@ class Store:
     def script(self, task_number: int, step_index: int) -> Script:
         """Return what the step runs. Raises LookupError when its task has ended."""
         key = (task_number, step_index)
-        rows = self._read("SELECT command_type, content, env FROM script WHERE task = ? AND idx = ?", key)
+        rows = self._read(f"{_SCRIPT} WHERE task = ? AND idx = ?", key)
         if not rows:
             raise LookupError(f"no script of step {step_index} of task number {task_number}")
-        command_type, content, env = rows[0]
-        return Script(command_type, content, json.loads(env))
+        script = Script._make(rows[0])
+        return script._replace(env=json.loads(rows[0][2]))
 
     def submission(self, task_number: int) -> Submission | None:
         """Return what was submitted; None for a task that an earlier version accepted."""
@@ -7814,8 +8106,7 @@ class Store:
         task = UnfinishedTask._make(self._read(f"{_UNFINISHED_TASK} WHERE seq = ?", (task_number,))[0])
         steps = []
         for row in self._read(f"{_UNFINISHED_STEP} WHERE task = ? ORDER BY idx", (task_number,)):
-            step = UnfinishedStep._make(row)
-            steps.append(step._replace(depends_on=tuple(json.loads(row[2]))))
+            steps.append(_unfinished_step(row))
         indexes = range(task.step_count)
         if [step.step_index for step in steps] != list(indexes):
             raise ValueError("its steps are incomplete")
@@ -8018,6 +8309,17 @@ class Store:
         self._write_error = text
 
 
+def _unfinished_step(row: Sequence[Any]) -> UnfinishedStep:
+    """Raises ValueError and TypeError where what is stored is inconsistent."""
+    step = UnfinishedStep._make(row)
+    retry = json.loads(row[step._fields.index("retry")])
+    return step._replace(
+        depends_on=tuple(json.loads(row[2])),
+        when=When(step.when),
+        retry=Retry(*retry) if retry else None,
+    )
+
+
 def _fail_all(changes: Iterable[_Change], error: Exception) -> None:
     """Give the error to whoever waits for these changes."""
     for change in changes:
@@ -8114,12 +8416,16 @@ def _insert_task(db: sqlite3.Connection, task: Mapping[str, Any], spec: TaskSpec
     for index, step in enumerate(spec.steps):
         depends_on = json.dumps(step.depends_on)
         env = json.dumps(spec.env + step.env)
-        steps.append((task_number, index, step.name, depends_on, step.timeout_ns, step.command_type))
-        scripts.append((task_number, index, step.command_type, env, step.content))
+        key = (task_number, index)
+        options = (step.when.value, json.dumps(step.retry))
+        steps.append((*key, step.name, depends_on, step.timeout_ns, step.command_type, *options))
+        scripts.append((*key, step.command_type, env, step.content, step.stdin, step.stderr))
     db.executemany(
-        "INSERT INTO step (task, idx, name, needs, timeout_ns, command_type) VALUES (?, ?, ?, ?, ?, ?)", steps
+        "INSERT INTO step (task, idx, name, needs, timeout_ns, command_type, condition, retry) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        steps,
     )
-    db.executemany("INSERT INTO script VALUES (?, ?, ?, ?, ?)", scripts)
+    db.executemany("INSERT INTO script VALUES (?, ?, ?, ?, ?, ?, ?)", scripts)
     db.execute("INSERT INTO submission VALUES (?, ?, ?)", (task_number, spec.query, spec.steps_json))
 
 
@@ -8149,18 +8455,29 @@ def _end_task(
 # An unfinished task and its steps live in memory; everything else is a row. The phases of a step:
 #
 #     BLOCKED --> READY <--> STARTING --> RUNNING --> ENDED
+#                   ^           |            |
+#                   '----- RETRYING <--------'
 #
 # BLOCKED waits for other steps, READY for a slot of the pool, in the order in which steps became ready. STARTING has a
-# slot; its files are made, then its begin is stored. RUNNING has a process tree. ENDED has a code; each of the others
-# leads there too, when it is stopped or cannot start. SKIPPED, which BLOCKED alone becomes, depends on a step that
-# failed: it never runs, and is shown as pending for ever. A READY step of a task that is paused, or whose time to start
-# has not come, is held: it is not in the queue. STARTING and RUNNING go back to READY where the host lacks
-# what a start needs: a process, a descriptor, memory, disk space; nothing of the step's own has run then.
+# slot; its files are made, then its begin is stored. RUNNING has a process tree. RETRYING has failed, and waits without
+# a slot for its next attempt. ENDED has a code; each of the others leads there too, when it is stopped or cannot start.
+# SKIPPED, which BLOCKED alone becomes, never runs, and is shown as pending for ever. A READY step of a task that is
+# paused, or whose time to start has not come, is held: it is not in the queue. STARTING and RUNNING go back to READY
+# where the host lacks what a start needs: a process, a descriptor, memory, disk space; nothing of the step's own has
+# run then.
+#
+# Whether a BLOCKED step runs is decided when all that it depends on is over, directly or not, by its When; a step that
+# needs success is SKIPPED as soon as one of these has failed.
 #
 # Who moves it: `submit` and the end of other steps make it READY; `_dispatch` gives it a slot; its worker, which owns
-# it from then on, moves it to RUNNING and ENDED or back to READY; a stop ends a step that no worker owns, and else asks
-# its worker to. A stop that comes while the worker sees the step end is not lost: `finish` does not end a step that is
-# to be stopped until its tree has been. A worker that fails in between keeps its step, and tries again.
+# it from then on, moves it to RUNNING and ENDED, to RETRYING or back to READY; the timekeeper moves it from RETRYING to
+# READY; a stop ends a step that no worker owns, and else asks its worker to. A stop that comes while the worker sees
+# the step end is not lost: `finish` does not end a step that is to be stopped until its tree has been. Nor does it let
+# a step be tried again before that: two attempts never run at once. A worker that fails in between keeps its step, and
+# tries again.
+#
+# The stop of a task spares the steps that run ALWAYS, which clean up; a second stop does not. Nothing is tried again in
+# a stopped task.
 #
 # `_move` is the one site that changes a phase, and raises for a move that is not in `_MOVES`. Its record is queued for
 # the store in the same critical section, so the database has all moves in the order of memory, a task's end after its
@@ -8173,7 +8490,8 @@ def _end_task(
 #     begun     the step is stored as running, but its files show that it has no process: it is queued again
 #     spawned   the process runs: it is adopted
 #     ended     the process has left its result: it is read
-#     stored    the end is in the database, what depends on it was not started: it is queued
+#     stored    the end is in the database, what depends on it was not started: it is queued; or the end of an attempt
+#               and the time of the next one are: that is waited for
 #
 # A task ends with its last step, with the sum of the codes (`summarize`); one that was stopped also waits until nothing
 # is left of what its ended steps had started.
@@ -8186,19 +8504,22 @@ class Phase(Enum):
     READY = "ready"
     STARTING = "starting"
     RUNNING = "running"
+    RETRYING = "retrying"
     ENDED = "ended"
     SKIPPED = "skipped"
 
 
 _MOVES: Mapping[Phase, frozenset[Phase]] = {
-    Phase.BLOCKED: frozenset({Phase.READY, Phase.ENDED, Phase.SKIPPED}),
+    Phase.BLOCKED: frozenset({Phase.READY, Phase.RETRYING, Phase.ENDED, Phase.SKIPPED}),  # RETRYING as restored
     Phase.READY: frozenset({Phase.STARTING, Phase.ENDED}),
-    Phase.STARTING: frozenset({Phase.READY, Phase.RUNNING, Phase.ENDED}),
-    Phase.RUNNING: frozenset({Phase.READY, Phase.ENDED}),
+    Phase.STARTING: frozenset({Phase.READY, Phase.RUNNING, Phase.RETRYING, Phase.ENDED}),
+    Phase.RUNNING: frozenset({Phase.READY, Phase.RETRYING, Phase.ENDED}),
+    Phase.RETRYING: frozenset({Phase.READY, Phase.ENDED}),
     Phase.ENDED: frozenset(),
     Phase.SKIPPED: frozenset(),
 }
 _FINAL = (Phase.ENDED, Phase.SKIPPED)
+_CLEANUP_TIMEOUT_NS = 60 * _SECOND_NS  # of a step that runs although its task is stopped, unless it has one of its own
 _START_RETRY_S = 0.5  # between attempts where the host lacks what a start needs
 _SCARCITY_S = 5.0  # after this time without a failed start the host lacks nothing any more
 _JOIN_TIMEOUT_S = 1.5  # that an exit waits for threads, which the process ends anyway
@@ -8233,6 +8554,8 @@ class Step:
         "ready_s",
         "reason",
         "result",
+        "retry",
+        "slot_count",
         "started_ns",
         "stop_count",
         "stop_reason",
@@ -8240,6 +8563,7 @@ class Step:
         "task",
         "timeout_ns",
         "tree",
+        "when",
     )
 
     def __init__(self, task: Task, index: int, spec: StepSpec | UnfinishedStep) -> None:
@@ -8247,12 +8571,15 @@ class Step:
         self.index = index
         self.name = spec.name
         self.timeout_ns = spec.timeout_ns
+        self.when = spec.when
+        self.retry = spec.retry
+        self.attempt = 1  # the one that runs, or is the next to run
         self.phase = Phase.BLOCKED
         self.code = 0
         self.result = ""  # of one that has ended
         self.reason = ""  # of its end, where it has one
         self.ready_s = 0.0  # when it became ready, by time.monotonic()
-        self.attempt = 0  # how often it was given a slot
+        self.slot_count = 0  # how often it was given a slot
         self.started_ns = 0  # 0: it never began
         self.stop_reason = ""  # why it is to be stopped
         self.stop_count = 0  # how often that was asked for
@@ -8286,6 +8613,7 @@ class Task:
         self.skipped: list[int] = []  # steps of which it is not stored yet that they never will run
         self.stop_reason = ""  # why all of it is stopped
         self.stop_count = 0  # how often that was asked for
+        self.stopped_ns = 0  # when it was first, or was restored
         self.is_cleaning = False  # what its ended steps left running is being stopped
         self.is_paused = False
         self.is_delayed = False  # its time to start has not come
@@ -8293,10 +8621,19 @@ class Task:
     @property
     def is_held(self) -> bool:
         """Whether none of its steps may start now."""
-        return self.is_paused or self.is_delayed
+        return not self.stop_reason and (self.is_paused or self.is_delayed)
+
+    def ends_by_stop(self, step: Step) -> bool:
+        """Return whether the stop of the task has ended this step: one that cleans up needs two."""
+        return self.stop_reason != "" and (step.when is not When.ALWAYS or self.stop_count > 1)
 
     def __str__(self) -> str:
         return f"task {self.id}"
+
+    def waiting_steps(self) -> list[Step]:
+        """Return the steps that wait for a slot or for their next attempt, and that its stop ends."""
+        waiting = [step for step in self.steps if step.phase is Phase.READY and self.ends_by_stop(step)]
+        return waiting + [step for step in self.steps if step.phase is Phase.RETRYING]
 
     def ended_steps(self) -> list[Step]:
         """Return the steps that have run and may have left processes behind."""
@@ -8344,6 +8681,7 @@ class Scheduler:
         self._ended: list[Task] = []  # for the next _Deferred
         self._deadlines: list[tuple[int, int]] = []  # a heap: when, task number; the task may have ended
         self._starts: list[tuple[int, int]] = []  # the same of delayed tasks: when they may start
+        self._retries: list[tuple[int, int, int]] = []  # the same of RETRYING steps, by task number and index
         self._is_pool_paused = False
         self._pool_reason = ""
         self._workers: set[threading.Thread] = set()
@@ -8449,9 +8787,12 @@ class Scheduler:
         task = Task(stored.id, rows, stored.timeout_ns)
         task.number = stored.task_number
         task.stop_reason = stored.stop
+        if stored.stop:
+            task.stop_count = max(1, stored.stop_count)
+            task.stopped_ns = self._clock.now_ns()
         with self._lock:
-            self._restore_ended_steps(task, rows)
-            ready = self._replay_plan(task)
+            self._restore_steps(task, rows)
+            ready = self._decide(task)
             begun = [step for step in ready if rows[step.index].state == State.RUNNING]
             if len(begun) != sum(row.state == State.RUNNING for row in rows):
                 raise ValueError("a step runs before what it depends on has succeeded")
@@ -8460,7 +8801,11 @@ class Scheduler:
             self._set_deadlines(task, stored.accepted_ns, stored.starts_ns)
             self._tasks[task.number] = task  # nothing raises from here on
             for step in ready:
-                self._make_ready(step)
+                retry_at_ns = rows[step.index].retry_at_ns
+                if retry_at_ns is None:
+                    self._make_ready(step)
+                else:
+                    self._await_retry(step, retry_at_ns)
             for step in begun:
                 self._move(step, Phase.STARTING)
             deferred = self._end_restored(task)
@@ -8468,11 +8813,16 @@ class Scheduler:
         self._run_deferred(deferred._replace(cleanups=[]))
         return begun
 
-    def _restore_ended_steps(self, task: Task, rows: Sequence[UnfinishedStep]) -> None:
-        """Restore how steps have ended, and skip what depends on those that failed; the lock is held."""
+    def _restore_steps(self, task: Task, rows: Sequence[UnfinishedStep]) -> None:
+        """Restore how far steps have come, and skip what needs the success of those that failed; the lock is held."""
         for step, row in zip(task.steps, rows):
-            step.stop_reason = task.stop_reason or row.stop
+            step.stop_reason = row.stop
+            if task.ends_by_stop(step) or row.retry_at_ns is not None:
+                step.stop_reason = task.stop_reason or row.stop
+            if row.stop:
+                step.retry = None
             step.started_ns = row.started_ns or 0
+            step.attempt = row.attempt + (row.retry_at_ns is not None)
             if row.state == State.ENDED:
                 self._move(step, Phase.ENDED)
                 step.code = row.code
@@ -8481,24 +8831,12 @@ class Scheduler:
             if step.code:
                 self._skip_dependents(step)
 
-    def _replay_plan(self, task: Task) -> list[Step]:
-        """Walk the plan as far as steps have succeeded; return those that may run now. The lock is held."""
-        ready = []
-        while indexes := task.plan.ready():
-            for index in indexes:
-                step = task.steps[index]
-                if step.phase is Phase.BLOCKED:
-                    ready.append(step)
-                elif step.phase is Phase.ENDED and not step.code:
-                    task.plan.succeed(index)
-        return ready
-
     def _end_restored(self, task: Task) -> _Deferred:
         """End the steps that are to be stopped and have not begun, and the task with its last step; the lock is held.
 
         The BLOCKED steps of a task that is stopped as a whole are ended or skipped when what they wait for has ended.
         """
-        phases = {Phase.READY}
+        phases = {Phase.READY, Phase.RETRYING}
         if task.stop_reason:
             self._queue_cleanup(task)
         else:
@@ -8510,9 +8848,9 @@ class Scheduler:
     # -- stops
 
     def stop_task(self, task_number: int, stop: Stop = BY_NOBODY) -> None:
-        """Stop all steps of a task by force, and what ended ones left running; return when that is recorded.
+        """Stop the steps of a task by force, and what ended ones left running; return when that is recorded.
 
-        Raises NotFound if it has ended.
+        The first stop spares those that clean up. Raises NotFound if it has ended.
         """
         with self._lock:
             task = self._tasks.get(task_number)
@@ -8522,14 +8860,16 @@ class Scheduler:
             if cause == STOPPED or not task.stop_reason:  # a deadline does not cut the grace of a stop
                 task.stop_count += 1
             task.stop_reason = task.stop_reason or cause
+            task.stopped_ns = task.stopped_ns or self._clock.now_ns()
             if task.stop_reason != cause:
                 stop = Stop(task.stop_reason)
-            future = self._store.record_stop(task_number, None, stop)
+            future = self._store.record_stop(task_number, None, stop, task.stop_count)
             active = [step for step in self._active if step.task is task]
-            trees = self._request_stops(active, cause)
+            trees = self._request_stops(filter(task.ends_by_stop, active), cause)
+            trees += [step.tree for step in active if step.tree]  # the deadline of those that clean up is another now
             self._queue_cleanup(task)
-            ready = [step for step in task.steps if step.phase is Phase.READY]
-            self._end_steps(task, [(step, forced(task.stop_reason)) for step in ready])
+            self._hold_or_queue(task)
+            self._end_steps(task, [(step, forced(task.stop_reason)) for step in task.waiting_steps()])
             deferred = self._dispatch()
         _wake(trees)
         self._run_deferred(deferred)
@@ -8554,6 +8894,7 @@ class Scheduler:
             if step.stop_reason not in ("", STOPPED):
                 stop = Stop(step.stop_reason)
             future = self._store.record_stop(task_number, step_index, stop)
+            step.retry = None
             trees: list[ProcessTree] = []
             if step in self._active:
                 step.stop_signal = signal_name
@@ -8609,6 +8950,8 @@ class Scheduler:
             task = self._tasks.get(task_number)
             if task is None:
                 raise NotFound("the task has already ended")
+            if task.stop_reason:
+                raise NotFound("the task has been stopped")
             task.is_paused = is_paused
             self._hold_or_queue(task)
             future = self._store.record_pause(task_number, is_paused)
@@ -8637,7 +8980,12 @@ class Scheduler:
         with self._lock:
             if not step.task.is_held and not self._is_pool_paused:
                 step.started_ns = self._clock.now_ns()
-                return self._store.begin(step.task.number, step.index, step.started_ns)
+                return self._store.begin(
+                    step.task.number,
+                    step.index,
+                    step.started_ns,
+                    step.attempt,
+                )
         self.reset(step)
         return None
 
@@ -8684,24 +9032,53 @@ class Scheduler:
         self._move(step, Phase.READY)
         if step.started_ns:
             step.started_ns = 0
-            has_begun = any(other.started_ns for other in task.steps)
+            has_begun = any(other.started_ns or other.attempt > 1 for other in task.steps)
             task_state = State.RUNNING if has_begun else State.PENDING
             self._store.requeue(task.number, step.index, task_state)
         if step.stop_reason:
             self._end_steps(task, [(step, forced(step.stop_reason))])
 
-    def finish(self, step: Step, outcome: Outcome, tree_has_ended: bool = False) -> bool:
-        """End a step; return False, having done nothing, where it is to be stopped and its tree has not been."""
+    def finish(self, step: Step, outcome: Outcome, tree_has_ended: bool = False) -> Outcome | None:
+        """End a step or its attempt, and return how, with its tree taken from it where it is tried again.
+
+        Return None, having done nothing, where its tree must be stopped first.
+        """
         with self._lock:
             if step.stop_reason:
-                if not tree_has_ended:
-                    return False
                 outcome = forced(step.stop_reason)._replace(output_bytes=outcome.output_bytes)
-            self._end_steps(step.task, [(step, outcome)])
+            is_retried = self._is_retried(step, outcome)
+            if (step.stop_reason or is_retried) and not tree_has_ended:
+                return None
+            if is_retried:
+                self._retry_later(step)
+            else:
+                self._end_steps(step.task, [(step, outcome)])
             self._retry_at_s = 0.0  # what it took is free
             deferred = self._take_deferred()  # its worker takes the next step
         self._run_deferred(deferred)
-        return True
+        return outcome
+
+    def _is_retried(self, step: Step, outcome: Outcome) -> bool:
+        if step.retry is None or step.task.stop_reason:
+            return False
+        return step.retry.applies(outcome, step.attempt)
+
+    def _retry_later(self, step: Step) -> None:
+        """Let a step wait for its next attempt; the lock is held."""
+        assert step.retry
+        retry_at_ns = self._clock.now_ns() + step.retry.delay_after(step.attempt)
+        step.tree = None
+        step.attempt += 1
+        step.started_ns = 0
+        step.stop_reason = ""
+        step.stop_count = 0
+        self._store.retry(step.task.number, step.index, retry_at_ns)
+        self._await_retry(step, retry_at_ns)
+
+    def _await_retry(self, step: Step, retry_at_ns: int) -> None:
+        self._move(step, Phase.RETRYING)
+        heapq.heappush(self._retries, (retry_at_ns, step.task.number, step.index))
+        self.timekeeper_wakeup.set()
 
     # -- for the API and the janitor
 
@@ -8769,13 +9146,13 @@ class Scheduler:
         return None
 
     def next_deadline_ns(self) -> int | None:
-        """Return when the next task starts or is overdue, None where there is none."""
+        """Return when the next task or attempt starts, or a task is overdue; None where there is none."""
         with self._lock:
-            moments = [heap[0][0] for heap in (self._deadlines, self._starts) if heap]
-        return min(moments, default=None)
+            moments = [heap[0] for heap in (self._deadlines, self._starts, self._retries) if heap]
+        return min(moments)[0] if moments else None
 
-    def start_delayed_tasks(self) -> None:
-        """Let the steps of tasks start whose delay is over."""
+    def start_delayed(self) -> None:
+        """Let the steps of tasks start whose delay is over, and the attempts whose is."""
         now_ns = self._clock.now_ns()
         with self._lock:
             while self._starts and self._starts[0][0] <= now_ns:
@@ -8783,6 +9160,11 @@ class Scheduler:
                 if task:  # not stopped meanwhile
                     task.is_delayed = False
                     self._hold_or_queue(task)
+            while self._retries and self._retries[0][0] <= now_ns:
+                _, number, index = heapq.heappop(self._retries)
+                task = self._tasks.get(number)
+                if task and task.steps[index].phase is Phase.RETRYING:
+                    self._make_ready(task.steps[index])
             deferred = self._dispatch()
         self._run_deferred(deferred)
 
@@ -8829,10 +9211,12 @@ class Scheduler:
             for step, outcome in ends:
                 self._end_step(step, outcome)
                 records.append((step.index, outcome))
-            ready = self._make_dependents_ready(task)
-            if not ready or not task.stop_reason:
+            ready = self._decide(task)
+            for step in ready:
+                self._make_ready(step)
+            ends = [(step, forced(task.stop_reason)) for step in ready if task.ends_by_stop(step)]
+            if not ends:
                 break
-            ends = [(step, forced(task.stop_reason)) for step in ready]
         task_end = None
         if not task.unfinished and not task.is_cleaning:
             code, message = summarize((step.index, step.name, step.code) for step in task.steps)
@@ -8846,32 +9230,38 @@ class Scheduler:
             task.skipped = []
 
     def _end_step(self, step: Step, outcome: Outcome) -> None:
+        has_waited_for_others = step.phase is not Phase.BLOCKED
         self._move(step, Phase.ENDED)
         step.code = outcome.code
         step.result = outcome.result
         step.reason = outcome.reason
         if outcome.code:
             self._skip_dependents(step)
-        else:
-            step.task.plan.succeed(step.index)
+        if has_waited_for_others:
+            step.task.plan.finish(step.index, outcome.code != 0)
 
-    def _make_dependents_ready(self, task: Task) -> list[Step]:
-        """Make ready, and return, the steps whose dependencies have all succeeded by now."""
-        ready = []
-        for index in task.plan.ready():
-            step = task.steps[index]
-            if step.phase is Phase.BLOCKED:  # not stopped meanwhile
-                self._make_ready(step)
-                ready.append(step)
-        return ready
+    def _decide(self, task: Task) -> list[Step]:
+        """Decide which steps run, of those that wait for no other any more; return these, and skip the others."""
+        runnable = []
+        while indexes := task.plan.ready():
+            for index in indexes:
+                step = task.steps[index]
+                is_undecided = step.phase is Phase.BLOCKED
+                if is_undecided and task.plan.is_met(index, step.when):
+                    runnable.append(step)
+                    continue
+                if is_undecided:
+                    self._move(step, Phase.SKIPPED)
+                task.plan.finish(index, step.code != 0)
+        return runnable
 
     def _skip_dependents(self, step: Step) -> None:
-        """Skip what depends on a failed step, directly or not."""
+        """Skip what needs that a failed step, on which it depends, had succeeded."""
         task = step.task
         pending = [*task.plan.dependents(step.index)]
         while pending:
             dependent = task.steps[pending.pop()]
-            if dependent.phase is Phase.BLOCKED:
+            if dependent.phase is Phase.BLOCKED and dependent.when is When.SUCCESS:
                 self._move(dependent, Phase.SKIPPED)
                 pending += task.plan.dependents(dependent.index)
 
@@ -8887,7 +9277,7 @@ class Scheduler:
             self._retry_at_s = now_s + _START_RETRY_S
         step = next(iter(self._ready))
         self._move(step, Phase.STARTING)
-        step.attempt += 1
+        step.slot_count += 1
         return step
 
     def _dispatch(self) -> _Deferred:
@@ -8956,10 +9346,10 @@ class Scheduler:
 
     def _run(self, work: Step | Task) -> None:
         """Run a step or a clean-up to its end. Whatever it raises is logged, and it is tried again while it is ours."""
-        attempt = work.attempt if isinstance(work, Step) else 0
+        slot = work.slot_count if isinstance(work, Step) else 0
         while not self.is_shutting_down:
             try:
-                if not self._owns(work, attempt):
+                if not self._owns(work, slot):
                     return
                 if isinstance(work, Task):
                     return self._clean_up(work)
@@ -8971,12 +9361,12 @@ class Scheduler:
                     log.exception("%s: the daemon failed, trying again", work)
             time.sleep(_START_RETRY_S)
 
-    def _owns(self, work: Step | Task, attempt: int) -> bool:
-        """Return whether a piece of work is still that of the worker that got it, at this attempt of a step."""
+    def _owns(self, work: Step | Task, slot: int) -> bool:
+        """Return whether a piece of work is still that of the worker that got it, for a step with this slot."""
         with self._lock:
             if isinstance(work, Task):
                 return work.is_cleaning
-            return work in self._active and work.attempt == attempt
+            return work in self._active and work.slot_count == slot
 
 
 def _log_end(task: Task, now_ns: int) -> None:
@@ -9027,6 +9417,8 @@ class _Launch(NamedTuple):
     workspace: str
     env: dict[str, str]
     has_utf_8_console: bool
+    has_stdin: bool
+    stderr_is_apart: bool
 
 
 class Runner:
@@ -9058,21 +9450,23 @@ class Runner:
 
     def run(self, step: Step) -> None:
         """Run a step, or continue with an adopted one, until it has ended, is ready again, or the daemon exits."""
+        tree = step.tree
         try:
-            if step.tree is None and not self._launch(step):
+            if tree is None and not self._launch(step):
                 return
+            tree = step.tree
             self._watch(step)
         except NotStarted as error:
             self._metrics.step_requeued(step.task.id, step.index)
             try:
-                self._close_tree(step)
+                self._close_tree(step, tree)
             finally:  # else it would be launched once more while it counts as running
                 self._scheduler.requeue(step, str(error))
             return
         except LaunchError as error:
             self._finish(step, not_started(str(error)))
         if step.phase is Phase.ENDED or self._scheduler.is_shutting_down:
-            self._close_tree(step)
+            self._close_tree(step, tree)
 
     def clean_up(self, task: Task) -> None:
         """Stop what the ended steps of a stopped task have left running."""
@@ -9113,6 +9507,8 @@ class Runner:
                 command.workspace,
                 command.env,
                 command.has_utf_8_console,
+                command.has_stdin,
+                command.stderr_is_apart,
             )
             failpoint("spawned")
         except (StorageFull, Unavailable, MemoryError) as error:
@@ -9134,7 +9530,10 @@ class Runner:
         script = self._store.script(step.task.number, step.index)
         name = script_name(script.command_type)
         content = encode_script(script.command_type, script.content, (*script.env, step.name))
-        file = self.directory(step).prepare(name, content, self._processes.initial_files)
+        others = dict(self._processes.initial_files)
+        if script.stdin:
+            others["stdin"] = binascii.a2b_base64(script.stdin)
+        file = self.directory(step).prepare(name, content, others, step.attempt)
         workspace = self._make_workspace(step)
         entries = (*script_environment(script.command_type), *script.env)
         env = self._environment(step, entries, workspace)
@@ -9146,7 +9545,14 @@ class Runner:
             path,
             self._programs.find,
         )
-        return _Launch(args, workspace, env, needs_utf_8_console(script.command_type))
+        return _Launch(
+            args,
+            workspace,
+            env,
+            needs_utf_8_console(script.command_type),
+            has_stdin=script.stdin != "",
+            stderr_is_apart=script.stderr == "apart",
+        )
 
     def _make_workspace(self, step: Step) -> str:
         """Return the task's workspace, created where there is none. Raises LaunchError."""
@@ -9176,6 +9582,8 @@ class Runner:
             "TASK_STEP_NAME": step.name,
             "TASK_WORKSPACE": workspace,
         }
+        if step.retry or step.attempt > 1:  # a client may have it stopped, and with that its retries
+            own["TASK_STEP_ATTEMPT"] = str(step.attempt)
         return merge_variables(given, own.items())
 
     # -- watch
@@ -9186,10 +9594,9 @@ class Runner:
         Raises NotStarted where nothing of it has run.
         """
         assert step.tree
-        timeout_ns = step.timeout_ns or self._settings.exec_timeout
-        deadline_s = self._clock.monotonic_s(step.started_ns + timeout_ns)
         has_ended = False
         while not (has_ended or step.stop_reason or self._scheduler.is_shutting_down):
+            deadline_s = self._clock.monotonic_s(self._deadline_ns(step))
             has_ended = step.tree.wait(deadline_s)
             if not has_ended and time.monotonic() >= deadline_s:
                 self._scheduler.request_stop(step, TIMED_OUT)
@@ -9199,15 +9606,25 @@ class Runner:
         elif has_ended:
             self._finish_ended(step)
 
+    def _deadline_ns(self, step: Step) -> int:
+        """Return when a step times out; one that cleans up after a stop has less time, or its own timeout."""
+        if step.timeout_ns:
+            return step.started_ns + step.timeout_ns
+        deadline_ns = step.started_ns + self._settings.exec_timeout
+        if step.task.stop_reason:
+            begin_ns = max(step.started_ns, step.task.stopped_ns)
+            deadline_ns = min(deadline_ns, begin_ns + _CLEANUP_TIMEOUT_NS)
+        return deadline_ns
+
     def _finish_ended(self, step: Step) -> None:
-        """End a step whose wrapper has ended by itself; a stop that comes now still reaches its tree."""
+        """End a step whose wrapper has ended by itself; a stop or a retry that comes now still reaches its tree."""
         code = self._exit_code(step)
         if code is None:  # its wrapper was killed: what it ran may run on
             self._stop(step)
             self._finish(step, forced(LOST), tree_has_ended=True)
         elif not self._finish(step, self.exited(code)):
-            self._stop(step)
-            self._finish(step, forced(step.stop_reason), tree_has_ended=True)
+            self._stop(step, "it is tried again")
+            self._finish(step, self.exited(code), tree_has_ended=True)
 
     def exited(self, code: int) -> Outcome:
         """Return the outcome of a step whose wrapper has ended by itself and left this code."""
@@ -9224,10 +9641,10 @@ class Runner:
             raise NotStarted("no process could be started, or nothing written to its directory")
         return code
 
-    def _stop(self, step: Step) -> None:
+    def _stop(self, step: Step, reason: str = LOST) -> None:
         """Stop the step's tree: ask it to end, kill it when the grace period is over."""
         assert step.tree
-        log.info("%s: %s", step, step.stop_reason or LOST, extra=step.log_extra)
+        log.info("%s: %s", step, step.stop_reason or reason, extra=step.log_extra)
         directory = self.directory(step)
         max_bytes = self._settings.max_output * _EXCESS
 
@@ -9238,27 +9655,38 @@ class Runner:
         step.tree.stop(is_hurried, signal_number(step.stop_signal))
 
     def _finish(self, step: Step, outcome: Outcome, tree_has_ended: bool = False) -> bool:
-        """End the step; return False, having done nothing, where it is to be stopped and its tree has not been."""
+        """End the step or its attempt; return False, having done nothing, where its tree must be stopped first."""
         failpoint("ended")
         seconds = 0.0
         if step.started_ns:
             seconds = (self._clock.now_ns() - step.started_ns) / _SECOND_NS
         output_bytes = self.directory(step).output_bytes()
-        tree_has_ended = tree_has_ended or step.tree is None
-        if not self._scheduler.finish(step, outcome._replace(output_bytes=output_bytes), tree_has_ended):
+        tree = step.tree
+        attempt = step.attempt
+        tree_has_ended = tree_has_ended or tree is None
+        end = self._scheduler.finish(step, outcome._replace(output_bytes=output_bytes), tree_has_ended)
+        if end is None:
             return False
+        if tree and step.tree is not tree:  # it is tried again, perhaps by another worker already
+            self._processes.release(tree)
         result = "forced"
-        if step.result in (Result.SUCCEEDED, Result.FAILED):
-            result = step.result
+        if end.result in (Result.SUCCEEDED, Result.FAILED):
+            result = end.result.value
         self._metrics.step_ended(step.task.id, step.index, result, seconds, output_bytes)
-        reason = step.stop_reason or outcome.reason
-        log.debug("%s: ended with code %d %s", step, step.code, reason, extra=step.log_extra)
+        log.debug(
+            "%s: attempt %d ended with code %d %s",
+            step,
+            attempt,
+            end.code,
+            end.reason,
+            extra=step.log_extra,
+        )
         return True
 
-    def _close_tree(self, step: Step) -> None:
-        tree = step.tree
-        step.tree = None
-        if tree:
+    def _close_tree(self, step: Step, tree: ProcessTree | None) -> None:
+        """Release a tree of this step, unless that was done; by now the step may have another worker and tree."""
+        if tree and step.tree is tree:
+            step.tree = None
             self._processes.release(tree)
 
 
@@ -9358,11 +9786,12 @@ class Recovery:
             self._scheduler.attach(step, tree)
             return
         code = directory.exit_code()
-        if code is not None and not step.stop_reason:
-            outcome = self._runner.exited(code)
-            self._scheduler.finish(step, outcome._replace(output_bytes=directory.output_bytes()))
-        elif code is not None or self._processes.may_have_started(directory.path):
-            # It was stopped or killed, and may have left something: its runner ends that before anything follows.
+        if code is not None:
+            outcome = self._runner.exited(code)._replace(output_bytes=directory.output_bytes())
+            if self._scheduler.finish(step, outcome):
+                return
+        if code is not None or self._processes.may_have_started(directory.path):
+            # It was stopped or killed, or is tried again, and may have left something: its runner ends that first.
             self._scheduler.attach(step, self._processes.remains([directory.path]))
         else:
             self._scheduler.reset(step)
@@ -9459,7 +9888,7 @@ class Janitor:
     def _enforce_limits(self) -> float:
         """Stop what is overdue and what writes too much, retry what waits; return the pause until the next look."""
         self._store_sleep()
-        self._scheduler.start_delayed_tasks()
+        self._scheduler.start_delayed()
         while (task_number := self._scheduler.pop_overdue_task()) is not None:
             with contextlib.suppress(NotFound):  # it has ended
                 self._scheduler.stop_task(task_number, Stop(TIMED_OUT))
@@ -12169,6 +12598,10 @@ FEATURES = (
     "follow",
     "events",
     "head",
+    "stdin",
+    "stderr",
+    "retry",
+    "when",
 )
 _TASKS_PATH = "/api/v1/task"
 _TASK_PATH = _TASKS_PATH + "/{task}"
@@ -12748,7 +13181,7 @@ def _accepted_response() -> Json:
             "url": {"type": "string"},
             "count": integer_schema("Steps", 1),
             "timestamp": integer_schema("Nanoseconds since the epoch"),
-            "warnings": array_schema(string_schema("A name that was ignored, and where"), minItems=1),
+            "warnings": array_schema(string_schema("What has no effect, and where"), minItems=1),
         },
         optional=["warnings"],
     )
@@ -12761,6 +13194,8 @@ def _console_outcome(step: StepRow) -> tuple[Code, str]:
     """Return code and message of the envelope in which the console of a step that has started is shown."""
     if step.state == State.RUNNING:
         return Code.IN_PROGRESS, "in progress"
+    if step.state == State.PENDING:  # it has failed, and is tried again
+        return Code.IN_PROGRESS, "pending"
     if step.code:
         reason = step.reason or format_failure(step.step_index, step.name, step.code, "")
         return Code.FAILED, f"exit code: {step.code}; {reason}"
@@ -12868,8 +13303,35 @@ def _submitted_step_schema() -> Json:
             "anyOf": [schema_reference("Duration"), {"type": "null"}],
             "description": "Default --exec_timeout",
         },
+        "stdin": nullable(string_schema("What it reads from its standard input")),
+        "stdin_base64": nullable(string_schema("The same as Base64, instead", format="byte")),
+        "stderr": {"enum": [*STDERR_MODES, "", None], "description": "`apart`: in a file of its own"},
+        "retry": nullable(_retry_schema()),
+        "when": {
+            "enum": [*When, "", None],
+            "description": "What must have become of the steps that it depends on, directly or not",
+        },
     }
     return {"type": "object", "required": ["command_type", "command_content"], "properties": properties}
+
+
+def _retry_schema() -> Json:
+    code = integer_schema("Exit code", 1, maximum=MAX_EXIT_CODE)
+    delay = {**schema_reference("Duration")}
+    properties = {
+        "limit": nullable(integer_schema("How many more attempts", 1, maximum=MAX_RETRIES)),
+        "delay": {"anyOf": [delay, {"type": "null"}], "description": "Before the first of them, 1h at most"},
+        "backoff": nullable(
+            {
+                "type": "number",
+                "minimum": 1,
+                "maximum": MAX_BACKOFF,
+                "description": "By which the delay grows each time, up to 1h",
+            }
+        ),
+        "codes": nullable(array_schema(code, description="After which it is tried again, instead of any")),
+    }
+    return {"type": "object", "properties": properties, "additionalProperties": False, "default": RETRY_DEFAULTS}
 
 
 def _submission_body() -> Json:
@@ -13369,7 +13831,7 @@ class TaskApi:
     def show_console(self, request: Request) -> Response:
         task = self._store.task(request.params["task"])
         step = self._store.step(task.task_number, request.params["step"])
-        if step.state == State.PENDING:
+        if step.state == State.PENDING and step.retry_at_ns is None:
             if task.ended_ns is not None:
                 raise NotFound(NO_TASK)
             return json_response([], Code.IN_PROGRESS, "pending")

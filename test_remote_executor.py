@@ -1153,6 +1153,22 @@ def test_names_that_mean_nothing_are_told_of_in_a_few_lines() -> None:
         ("[1].timeout", {"timeout": "0s"}),
         ("[1].timeout", {"timeout": "9999999999h"}),
         ("[1].timeout", {"timeout": 5}),
+        ("[1].stdin", {"stdin": 5}),
+        ("[1].stdin_base64", {"stdin_base64": "?"}),
+        ("[1].stdin_base64", {"stdin": "a", "stdin_base64": "YQ=="}),
+        ("[1].stderr", {"stderr": "none"}),
+        ("[1].stderr", {"stderr": []}),
+        ("[1].when", {"when": "never"}),
+        ("[1].when", {"when": {}}),
+        ("[1].retry", {"retry": 3}),
+        ("[1].retry", {"retry": {"limits": 3}}),
+        ("[1].retry.limit", {"retry": {"limit": 0}}),
+        ("[1].retry.limit", {"retry": {"limit": True}}),
+        ("[1].retry.delay", {"retry": {"delay": "2h"}}),
+        ("[1].retry.delay", {"retry": {"delay": 5}}),
+        ("[1].retry.backoff", {"retry": {"backoff": 0.5}}),
+        ("[1].retry.codes", {"retry": {"codes": [0]}}),
+        ("[1].retry.codes", {"retry": {"codes": "1"}}),
     ],
 )
 def test_fields_out_of_rule_are_refused_and_located(daemon: Daemon, where: str, fields: dict[str, Any]) -> None:
@@ -2464,6 +2480,186 @@ def test_interpreter_missing_lets_independent_branches_go_on(without_interpreter
         step(kind="zsh", name="a"), step(name="b", depets_on=["a"]), step(name="c"), ansync="1"
     )
     assert [(one["state"], one["code"]) for one in answer.data] == [(0, 255), (2, 0), (0, 0)]
+
+
+# What a step reads and writes apart, and when it runs once more or at all.
+
+
+COPY = "import shutil, sys\nshutil.copyfileobj(sys.stdin.buffer, sys.stdout.buffer)\n"
+
+
+@pytest.mark.parametrize("data", [b"one\ntwo", bytes(range(256)), b"x" * 2_000_000])
+def test_stdin_reaches_the_step_byte_by_byte(daemon: Daemon, data: bytes) -> None:
+    task = daemon.submit(python(COPY, stdin_base64=base64.b64encode(data).decode()))
+    assert daemon.ended(task).code == 0
+    (output,) = daemon.root.glob(f"tasks/{number_of(daemon, task)}/0/output")
+    assert output.read_bytes() == data
+
+
+def test_stdin_is_text_too_and_belongs_to_the_submission(daemon: Daemon) -> None:
+    steps = [python(COPY, stdin="za\u017c\u00f3\u0142\u0107\n"), step(script("cat", "@more"))]
+    task = daemon.submit(*steps, id="reads")
+    assert daemon.ended(task).code == 0
+    assert daemon.console(task).data == ["za\u017c\u00f3\u0142\u0107"]
+    assert [line for line in daemon.console(task, 1).data if line] == []
+    assert daemon.try_submit(steps, id="reads").code == 0
+    assert daemon.try_submit([{**steps[0], "stdin": "other"}, steps[1]], id="reads").code == 409
+
+
+BOTH = "import sys\nprint('out', flush=True)\nprint('err', file=sys.stderr, flush=True)\nsys.stdout.write('end')"
+
+
+def test_stderr_apart_is_a_file_of_its_own_and_the_console_shows_both(daemon: Daemon) -> None:
+    task = daemon.submit(python(BOTH, stderr="apart"), python(BOTH))
+    assert daemon.ended(task).code == 0
+    assert [daemon.console(task, n).data for n in (0, 1)] == [["out", "end", "err"], ["out", "err", "end"]]
+    place = daemon.root / "tasks" / number_of(daemon, task)
+    assert ((place / "0" / "stderr").read_text(), (place / "1" / "stderr").exists()) == ("err\n", False)
+    assert daemon.steps(task)[0]["output_bytes"] == sum((place / "0" / name).stat().st_size for name in OUTPUTS)
+
+
+OUTPUTS = ("output", "stderr")
+
+
+def number_of(daemon: Daemon, task: str) -> str:
+    """The name of a task's directory."""
+    with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as database:
+        return str(database.execute("SELECT seq FROM task WHERE id = ?", (task,)).fetchone()[0])
+
+
+def test_output_limit_counts_both_streams(launch: Callable[..., Daemon]) -> None:
+    content = "import sys, time\nsys.stdout.write('x' * 600)\nsys.stdout.flush()\nsys.stderr.write('y' * 600)\n"
+    daemon = launch("--max_output=1000")
+    answer = daemon.run(python(f"{content}sys.stderr.flush()\ntime.sleep(1000)", stderr="apart"))
+    assert answer.data[0]["result"] == "output_limit" and answer.data[0]["output_bytes"] == 1200
+
+
+def fails_until(attempt: int, code: int = 3) -> str:
+    """Python that prints which attempt it is, and ends with 0 at this one."""
+    begin = "import os, sys\nn = int(os.environ['TASK_STEP_ATTEMPT'])\nprint(n)\n"
+    return f"{begin}sys.exit({code} if n < {attempt} else 0)"
+
+
+@pytest.mark.parametrize(
+    "until, retry, attempt, code",
+    [
+        (3, {"limit": 5, "delay": "10ms"}, 3, 0),
+        (9, {"limit": 1, "delay": "0s"}, 2, 3),
+        (2, {"codes": [75, 3], "delay": "1ms"}, 2, 0),
+        (2, {"codes": [75]}, 1, 3),
+    ],
+)
+def test_retry_runs_a_failed_step_again_and_keeps_each_output(
+    daemon: Daemon, until: int, retry: dict[str, Any], attempt: int, code: int
+) -> None:
+    task = daemon.submit(python(fails_until(until), retry=retry), step())
+    (first, second) = daemon.ended(task).data
+    assert (first["code"], first["attempt"], second["result"]) == (code, attempt, "not_run" if code else "succeeded")
+    assert daemon.console(task).data == [str(attempt)]
+    place = daemon.root / "tasks" / number_of(daemon, task) / "0"
+    kept = sorted(file.name for file in place.glob("output.*"))
+    assert kept == [f"output.{n}" for n in range(1, attempt)]
+    assert [int((place / name).read_text()) for name in kept] == [*range(1, attempt)]
+
+
+def test_retry_waits_without_a_slot_and_a_stop_ends_that(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--pool_size=1")
+    task = daemon.submit(python(fails_until(2), retry={"delay": "1h"}), step())
+    wait_until(lambda: daemon.console(task).data == ["1"] and daemon.steps(task)[0]["state"] == 2, "the first attempt")
+    assert daemon.console(task).head == (200, 1001, "pending")
+    assert daemon.run(step()).code == 0
+    daemon.restart(kill=True)
+    assert daemon.steps(task)[0]["result"] == "waiting" and daemon.get("/api/v1/pool").data["waiting"] == 0
+    assert daemon.put(f"/api/v1/task/{task}/0").code == 0
+    first, second = daemon.ended(task).data
+    assert (first["code"], first["result"], first["attempt"], second["result"]) == (255, "stopped", 1, "not_run")
+
+
+@posix_only
+def test_retry_leaves_nothing_of_the_attempt_before(daemon: Daemon, tmp_path: Path) -> None:
+    content = f"echo $$ >>'{tmp_path}/pids'; sleep 1000 & echo $! >>'{tmp_path}/pids'; exit $((2 - TASK_STEP_ATTEMPT))"
+    task = daemon.submit(step(content, retry={"delay": "1ms"}), step())
+    assert daemon.ended(task).code == 0
+    _, left_by_first, _, left_by_second = map(int, marks(tmp_path / "pids"))
+    wait_until(lambda: not is_alive(left_by_first), "the end of what the first attempt left")
+    assert is_alive(left_by_second)
+    os.kill(left_by_second, signal.SIGKILL)
+
+
+def test_retry_follows_a_timeout_of_the_step_but_not_of_the_task(daemon: Daemon) -> None:
+    sleeper = python("import time\ntime.sleep(1000)", timeout="100ms", retry={"delay": "1ms"})
+    (first,) = daemon.run(sleeper).data
+    assert (first["attempt"], first["result"], first["code"]) == (2, "timed_out", 255)
+    (first,) = daemon.run({**sleeper, "timeout": "90s"}, timeout="300ms").data
+    assert (first["attempt"], first["result"]) == (1, "timed_out")
+
+
+def graph(*steps: tuple[str, int, str, str]) -> list[dict[str, Any]]:
+    """Steps by name, code, `when` and what they depend on."""
+    return [step(f"exit {code}", name=name, when=when, depends_on=[*needs]) for name, code, when, needs in steps]
+
+
+@pytest.mark.parametrize(
+    "steps, results",
+    [
+        ([("a", 0, "", ""), ("b", 0, "failure", "a"), ("c", 0, "", "b"), ("d", 0, "always", "c")], "SNSS"),
+        ([("a", 1, "", ""), ("b", 0, "", "a"), ("c", 0, "failure", "b"), ("d", 0, "", "c")], "FNSN"),
+        ([("a", 1, "", ""), ("b", 0, "always", "a"), ("c", 0, "success", "b"), ("d", 2, "failure", "c")], "FSNF"),
+        ([("a", 1, "", ""), ("b", 0, "", ""), ("c", 0, "failure", "b"), ("d", 0, "failure", "ab")], "FSNS"),
+        ([("a", 0, "failure", ""), ("b", 0, "always", "a")], "NS"),
+    ],
+)
+def test_when_decides_by_all_that_a_step_depends_on(
+    daemon: Daemon, steps: list[tuple[str, int, str, str]], results: str
+) -> None:
+    answer = daemon.run(*graph(*steps), ansync="1")
+    words = {"S": "succeeded", "F": "failed", "N": "not_run"}
+    assert [one["result"] for one in answer.data] == [words[letter] for letter in results]
+    assert answer.code == (1002 if "F" in results else 0) and answer.json["task"]["code"] == sum(
+        one["code"] for one in answer.data
+    )
+
+
+def test_when_waits_for_the_end_of_all_that_it_depends_on(daemon: Daemon, gate: Path) -> None:
+    steps = graph(("a", 1, "", ""), ("b", 0, "", "as"), ("c", 0, "always", "b"))
+    task = daemon.submit(held(gate, name="s"), *steps, ansync="1")
+    wait_until(lambda: daemon.steps(task)[2]["result"] == "not_run", "a skipped step")
+    assert [one["result"] for one in daemon.steps(task)] == ["running", "failed", "not_run", "waiting"]
+    gate.touch()
+    assert [one["result"] for one in daemon.ended(task).data] == ["succeeded", "failed", "not_run", "succeeded"]
+
+
+def test_when_that_never_comes_true_is_told(daemon: Daemon) -> None:
+    answer = daemon.try_submit([step(when="failure"), step()])
+    assert "[0].when" in answer.data["warnings"][0] and "warnings" not in daemon.try_submit([step(), step()]).data
+    assert [one["result"] for one in daemon.ended(answer.data["id"]).data] == ["not_run", "succeeded"]
+
+
+@pytest.mark.parametrize("how", ["stop", "timeout"])
+def test_stop_of_a_task_lets_it_clean_up(daemon: Daemon, gate: Path, tmp_path: Path, how: str) -> None:
+    steps = [held(gate), step(when="failure"), mark(tmp_path / "cleaned", "x", when="always"), step()]
+    task = daemon.submit(*steps, **({"timeout": "500ms"} if how == "timeout" else {}))
+    if how == "stop":
+        daemon.until_running(task)
+        assert daemon.put(f"/api/v1/task/{task}").code == 0
+    answer = daemon.ended(task)
+    word = {"stop": "stopped", "timeout": "timed_out"}[how]
+    assert [one["result"] for one in answer.data] == [word, word, "succeeded", "not_run"]
+    assert answer.json["task"]["result"] == word and marks(tmp_path / "cleaned") == ["x"]
+
+
+def test_second_stop_of_a_task_ends_its_cleaning_up_too(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch()
+    task = daemon.submit(held(gate), held(gate, when="always"), step(when="always"))
+    daemon.until_running(task)
+    assert daemon.put(f"/api/v1/task/{task}?action=pause").code == 0
+    assert daemon.put(f"/api/v1/task/{task}").code == 0
+    daemon.until_running(task, 1)
+    daemon.restart(kill=True)
+    assert daemon.put(f"/api/v1/task/{task}?action=pause").code == 1003
+    assert [one["result"] for one in daemon.steps(task)] == ["stopped", "running", "waiting"]
+    assert daemon.put(f"/api/v1/task/{task}").code == 0
+    assert [one["result"] for one in daemon.ended(task).data] == ["stopped", "stopped", "stopped"]
 
 
 # ======================================================================================================================
@@ -4998,6 +5194,24 @@ def test_crash_at_any_point_loses_nothing_and_runs_nothing_twice(
         assert marks(file)[2 * run :] == [f"{run}a", f"{run}b"]
 
 
+def test_crash_at_any_point_of_any_attempt_runs_none_twice(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon, file = launch(), tmp_path / "attempts"
+    content = f"open({str(file)!r}, 'a').write(os.environ['TASK_STEP_ATTEMPT'] + '\\n')\n"
+    steps = [python(f"import os\n{content}{fails_until(6)}", retry={"limit": 9, "delay": "1ms"})]
+    for point in ("begun", "ended", "stored", "begun", "spawned", "stored", "spawned", "ended"):
+        daemon.end()
+        daemon.env["REMOTE_EXECUTOR_FAILPOINT"] = point
+        with contextlib.suppress(OSError, http.client.HTTPException, AssertionError):
+            daemon.start()
+            daemon.try_submit(steps, id="again")
+        daemon.await_end()
+    del daemon.env["REMOTE_EXECUTOR_FAILPOINT"]
+    daemon.start()
+    (first,) = daemon.ended("again").data
+    assert (first["result"], first["attempt"], marks(file)) == ("succeeded", 6, [*"123456"])
+    assert daemon.try_submit(steps, id="again").code == 0
+
+
 @repeated(4 if WINDOWS else 10, 200)
 def test_crashes_under_load_lose_nothing_and_run_nothing_twice(
     launch: Callable[..., Daemon], tmp_path: Path, runs: int
@@ -6424,13 +6638,13 @@ def test_start_that_is_due_follows_no_change_of_the_wall_clock(
     hour_ns = 3600 * 10**9
     for hours in (48, -48):
         monkeypatch.setattr(time, "time_ns", lambda hours=hours: real() + hours * hour_ns)
-        house.scheduler.start_delayed_tasks()
+        house.scheduler.start_delayed()
         assert house.scheduler.pool().waiting == 0 and not house.processes.trees
     due_ns = house.scheduler.next_deadline_ns() - house.clock.now_ns()
     assert 0.99 * hour_ns < due_ns <= hour_ns
     clock = house.clock.now_ns
     monkeypatch.setattr(house.clock, "now_ns", lambda: clock() + hour_ns)
-    house.scheduler.start_delayed_tasks()
+    house.scheduler.start_delayed()
     house.tree().end(0)
     assert house.ended(number) == [(0, 0, "")]
 
@@ -11636,28 +11850,35 @@ def test_token_whose_role_is_unknown_is_not_valid(launch: Callable[..., Daemon],
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_plan_hands_out_each_step_once_when_all_that_it_depends_on_has_succeeded(seed: int) -> None:
+def test_plan_hands_out_each_step_once_when_all_that_it_depends_on_is_over(seed: int) -> None:
     random = Random(seed)
     depends_on = [[other for other in range(index) if random.random() < 0.3] for index in range(12)]
     plan = module().Plan(depends_on)
-    succeeded: set[int] = set()
+    over: set[int] = set()
+    failures: set[int] = set()  # and what depends on them
+    when = module().When
     ready = plan.ready()
     handed_out = [*ready]
     while ready:
         index = ready.pop(random.randrange(len(ready)))
-        if random.random() < 0.8:
-            plan.succeed(index)
-            succeeded.add(index)
+        has_failure = not failures.isdisjoint(depends_on[index])
+        assert [plan.is_met(index, one) for one in when] == [not has_failure, has_failure, True]
+        if random.random() < 0.9:
+            has_failed = random.random() < 0.2
+            plan.finish(index, has_failed)
+            over.add(index)
+            if has_failed or has_failure:
+                failures.add(index)
         more = plan.ready()
         assert more == sorted(more)
         ready += more
         handed_out += more
-    assert sorted(handed_out) == [index for index in range(12) if succeeded.issuperset(depends_on[index])]
+    assert sorted(handed_out) == [index for index in range(12) if over.issuperset(depends_on[index])]
     for index in range(12):
         assert [*plan.dependents(index)] == [other for other in range(12) if index in depends_on[other]]
-    for index in succeeded:
+    for index in over:
         with pytest.raises(ValueError):
-            plan.succeed(index)
+            plan.finish(index)
 
 
 # ======================================================================================================================
