@@ -17,7 +17,7 @@ The file reads from top to bottom, a section uses only what stands above it:
     V    API               web pages, schemas, task API, follow API, workspace API, operator API, profiling,
                            API document
     VI   program           daemon, supervisors, service managers, self test, client, client output, client commands,
-                           Ansible, command line
+                           alerts, Ansible, command line
 
 Glossary: a *task* is a graph of *steps*, each one script; its steps share a *workspace*, the task's own directory. A
 *worker* is the thread of a running step, a *slot* its share of the pool. To *stop* a step is to kill its whole process
@@ -20046,7 +20046,7 @@ def run_completion(options: argparse.Namespace) -> int:
     return 0
 
 
-_DAEMON_COMMANDS = ("help", "run", "config", "selftest", "service")
+_DAEMON_COMMANDS = ("help", "run", "config", "alerts", "selftest", "service")
 CLIENT_COMMANDS = (
     ClientCommand(
         "exec",
@@ -20219,6 +20219,46 @@ def client_command(command: ClientCommand, argv: Sequence[str], program: str) ->
         os._exit(_CLIENT_FAILED)
     except KeyboardInterrupt:
         os._exit(_INTERRUPTED)  # its threads may be in the middle of a line
+
+
+# ======================================================================================================================
+# VI program / alerts: rules for Prometheus
+# ======================================================================================================================
+
+_ALERTS = """\
+groups:
+  - name: remote_executor
+    rules:
+      - alert: RemoteExecutorDown
+        expr: up{job="remote_executor"} == 0
+        for: 2m
+        labels: {severity: critical}
+        annotations: {summary: "{{ $labels.instance }} does not answer"}
+      - alert: RemoteExecutorStepsFail
+        expr: sum without (result) (increase(PREFIXsteps_ended_total{result!="succeeded"}[15m])) > 0
+        labels: {severity: warning}
+        annotations: {summary: "{{ $labels.instance }}: steps have failed or were ended by force within 15 minutes"}
+      - alert: RemoteExecutorQueueWaits
+        expr: PREFIXpool_waiting > 0
+        for: 15m
+        labels: {severity: warning}
+        annotations: {summary: "{{ $labels.instance }}: {{ $value }} steps wait; the pool is too small, or paused"}
+      - alert: RemoteExecutorDiskFills
+        expr: PREFIXdisk_free_bytes < 0.1 * PREFIXdisk_size_bytes
+        for: 5m
+        labels: {severity: warning}
+        annotations: {summary: "{{ $labels.instance }}: {{ $value | humanize1024 }}B are free for outputs and files"}
+      - alert: RemoteExecutorWarns
+        expr: PREFIXwarnings > 0
+        for: 5m
+        labels: {severity: warning}
+        annotations: {summary: "{{ $labels.instance }}: /healthyz says what is wrong, with its files perhaps"}
+"""
+
+
+def alert_rules() -> str:
+    """Return alert rules as Prometheus reads them, for targets of a job `remote_executor`."""
+    return _ALERTS.replace("PREFIX", METRIC_PREFIX)
 
 
 # ======================================================================================================================
@@ -20529,6 +20569,7 @@ _COMMANDS = (
     _Command("help", "[<command>...]", "Show help."),
     _Command("run", "", "Run server"),
     _Command("config", "[--json]", "Show the value of each flag, and whether REMOTE_EXECUTOR_<FLAG> gave it."),
+    _Command("alerts", "", "Print alert rules for Prometheus."),
     _Command("selftest", "[--json]", "Try this program on this host, and say what works; takes the flags of run."),
     _Command(
         "service",
@@ -20858,6 +20899,9 @@ def run_command(argv: Sequence[str]) -> int:
     is_json = flags.pop("json", False)
     if command == "config":
         return config_command(flags, is_json)
+    if command == "alerts":
+        print(alert_rules(), end="")
+        return 0
     if is_json and command != "selftest":
         raise UsageError(f"{command}: unexpected flag --json")
     settings = make_settings(merge_environment(flags))

@@ -19,6 +19,8 @@ Every fenced block of README.md is tested too. Its info string says how, after t
     sh suite       the test commands; CI calls the first
     text help      equals what `remote_executor.py help` prints
     powershell run   runs by pwsh, where there is one, against a daemon as above
+    yaml prometheus   scrapes a daemon, where Prometheus is on this host
+    yaml playbook  is run by Ansible into a staging directory
     nginx          forwards requests to a daemon, where nginx is on this host
     sh, json, ini, xml, python, powershell, bat: not run, but they parse, and the flags in them exist
 
@@ -11844,6 +11846,56 @@ def test_token_whose_role_is_unknown_is_not_valid(launch: Callable[..., Daemon],
     assert expected in daemon.log() and "line 2 is not valid: unknown role 'read,'" in daemon.log()
 
 
+PROMETHEUS_TEST = """
+rule_files: [rules]
+tests:
+  - interval: 1m
+    input_series:
+      - {series: 'up{job="remote_executor", instance="a"}', values: "0x60"}
+      - {series: 'remote_executor_steps_ended_total{instance="a", result="failed"}', values: "0 0 1x60"}
+      - {series: 'remote_executor_steps_ended_total{instance="b", result="succeeded"}', values: "0+1x60"}
+      - {series: 'remote_executor_pool_waiting{instance="a"}', values: "3x60"}
+      - {series: 'remote_executor_pool_waiting{instance="b"}', values: "3x9 0 3x60"}
+      - {series: 'remote_executor_disk_free_bytes{instance="a"}', values: "99x60"}
+      - {series: 'remote_executor_disk_size_bytes{instance="a"}', values: "1000x60"}
+      - {series: 'remote_executor_warnings{instance="a"}', values: "1x60"}
+    promql_expr_test:
+      - {expr: 'count by (instance, alertname) (ALERTS{alertstate="firing"})', eval_time: 16m, exp_samples: [SAMPLES]}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool on this host")
+def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
+    (tmp_path / "rules").write_text(cli("alerts").stdout)
+    names = re.findall(r"alert: (\w+)", cli("alerts").stdout)
+    samples = [f"{{labels: '{{alertname=\"{name}\", instance=\"a\"}}', value: 1}}" for name in names]
+    (tmp_path / "test").write_text(PROMETHEUS_TEST.replace("SAMPLES", ", ".join(samples)))
+    for words in (("check", "rules", "rules"), ("test", "rules", "test")):
+        done = subprocess.run(["promtool", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and len(names) == 5, done
+
+
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="no Prometheus on this host")
+def test_readme_job_of_prometheus_scrapes_with_a_token(roles: Daemon, tmp_path: Path) -> None:
+    (block,) = [block.text for block in blocks() if block.how == "prometheus"]
+    (tmp_path / "prometheus.yml").write_text(block.replace("/etc/prometheus", str(tmp_path)))
+    (tmp_path / "remote_executor.token").write_text("metrics-token-of-tests")
+    (tmp_path / "remote_executor.rules").write_text(cli("alerts").stdout)
+    (tmp_path / "remote_executor.json").write_text(json.dumps([{"targets": [f"127.0.0.1:{roles.port}"]}]))
+    config = (tmp_path / "prometheus.yml").read_text() + "global: {scrape_interval: 1s}\n"
+    (tmp_path / "prometheus.yml").write_text(config)
+    port = free_port()
+    flags = [f"--web.listen-address=127.0.0.1:{port}", f"--config.file={tmp_path / 'prometheus.yml'}"]
+    command = ["prometheus", *flags, f"--storage.tsdb.path={tmp_path / 'data'}"]
+    path = "/api/v1/query?query=remote_executor_disk_free_bytes"
+    with open(tmp_path / "log", "wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            wait_until(lambda: process.poll() is not None or listens(port), "Prometheus")
+            wait_until(lambda: b'"job":"remote_executor"' in fetch(port, path), "a sample of the daemon")
+        finally:
+            process.terminate()
+
+
 # ======================================================================================================================
 # plan: the graph of a task's steps, in process
 # ======================================================================================================================
@@ -12413,7 +12465,7 @@ def test_readme_blocks_that_serve_print_the_ready_line(launch: Callable[..., Dae
 
 
 def test_readme_says_how_every_block_is_tested() -> None:
-    told = {"run", "answer", "shape", "output", "serve", "suite", "help"}
+    told = {"run", "answer", "shape", "output", "serve", "suite", "help", "prometheus", "playbook"}
     parsed = {"sh", "json", "ini", "xml", "python", "powershell", "bat", "nginx"}
     wrong = [
         f"README.md:{one.line}" for one in blocks() if one.how not in told and (one.how or one.language not in parsed)
