@@ -20,7 +20,7 @@ Every fenced block of README.md is tested too. Its info string says how, after t
     text help      equals what `remote_executor.py help` prints
     powershell run   runs by pwsh, where there is one, against a daemon as above
     yaml prometheus   scrapes a daemon, where Prometheus is on this host
-    yaml playbook  is run by Ansible into a staging directory
+    yaml inventory, yaml playbook   are run by Ansible, into staging directories
     nginx          forwards requests to a daemon, where nginx is on this host
     sh, json, ini, xml, python, powershell, bat: not run, but they parse, and the flags in them exist
 
@@ -11896,6 +11896,139 @@ def test_readme_job_of_prometheus_scrapes_with_a_token(roles: Daemon, tmp_path: 
             process.terminate()
 
 
+PLAY = """
+- hosts: fleet
+  vars: {place: "PLACE/{{ inventory_hostname }}"}
+  tasks:
+    - {wait_for_connection: {timeout: 20}}
+    - {ping: {}}
+    - {file: {path: "{{ place }}", state: directory, mode: "0700"}}
+    - {command: {argv: [printf, "a  b"]}, register: it, failed_when: "it.stdout != 'a  b'"}
+    - {shell: "cat; echo apart >&2; exit 3", args: {stdin: fed}, register: it,
+       failed_when: "[it.rc, it.stdout, it.stderr] != [3, 'fed', 'apart']"}
+    - {raw: "echo raw $((6 * 7))", register: it, failed_when: "it.stdout | trim != 'raw 42'"}
+    - {script: script.sh one, register: it, failed_when: "it.stdout | trim != 'script one'"}
+    - {copy: {content: "listen = 1", dest: "{{ place }}/conf", mode: "0640"}}
+    - {copy: {src: bytes, dest: "{{ place }}/a b"}}
+    - {template: {src: template, dest: "{{ place }}/made"}}
+    - {lineinfile: {path: "{{ place }}/conf", regexp: "^listen", line: listen = 2}}
+    - {fetch: {src: "{{ place }}/a b", dest: "fetched-{{ inventory_hostname }}", flat: true}}
+    - {stat: {path: "{{ place }}/conf"}, register: it, failed_when: "it.stat.mode != '0640'"}
+    - {slurp: {src: "{{ place }}/conf"}, register: it, failed_when: "'listen = 2' not in (it.content | b64decode)"}
+    - {package_facts: {manager: auto}}
+    - {command: sleep 0.1, async: 20, poll: 1, register: it, failed_when: "it.rc != 0"}
+    - {command: id -u, become: BECOME, become_method: su, register: it, failed_when: "it.stdout != 'UID'"}
+    - {meta: reset_connection}
+    - {set_fact: {system: "{{ ansible_facts.system }}"}, failed_when: "not ansible_facts.system"}
+"""
+
+
+class Neighbour(Daemon):
+    """A daemon on an address of its own, which is the name of its root."""
+
+    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+        return self.request_from(self.root.name, method, path, body, headers)
+
+
+class Fleet(NamedTuple):
+    """Three daemons, each on an address of its own, and real Ansible in a directory with an inventory of them."""
+
+    place: Path
+    daemons: list[Daemon]
+
+    def play(self, text: str) -> str:
+        (self.place / "play.yml").write_text(text)
+        command = ["venv/bin/ansible-playbook", "-i", "readme.yml", "-i", "hosts", "--limit=127.*", "play.yml"]
+        environment = {**os.environ, "ANSIBLE_HOME": str(self.place), "ANSIBLE_LOCAL_TEMP": str(self.place / "local")}
+        environment.update(LC_ALL="C.UTF-8", ANSIBLE_REMOTE_TEMP=str(self.place / "remote"))
+        done = subprocess.run(command, cwd=self.place, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0 and "[WARNING]" not in done.stdout, done.stdout + done.stderr
+        return done.stdout
+
+
+ANSIBLES = {"3.9": "ansible-core==2.14.*", "3.13": "ansible-core"}  # the oldest that is supported, the newest
+
+
+@pytest.fixture(scope="module", params=ANSIBLES)
+def fleet(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Fleet]:
+    place, python = tmp_path_factory.mktemp("fleet"), old_python(request.param)
+    if not python:
+        pytest.skip(f"no Python {request.param} on this host")
+    fetched(place, python, "-m", "venv", "venv")
+    fetched(place, str(place / "venv/bin/python"), "-m", "pip", "install", "--quiet", ANSIBLES[request.param])
+    (place / "connection_plugins").mkdir()
+    (place / "connection_plugins" / PROGRAM.name).symlink_to(PROGRAM)
+    (place / "readme.yml").write_text(next(block.text for block in blocks() if block.how == "inventory"))
+    (place / "tokens").write_text("a-token-of-the-fleet # ansible\n")
+    (place / "tokens").chmod(0o600)
+    with contextlib.ExitStack() as stack:
+        daemons = []
+        for address in ("127.0.0.2", "127.0.0.3", "127.0.0.4"):
+            flags = (f"--addr={address}:0", "--require_token", f"--token_file={place / 'tokens'}")
+            daemon = Neighbour(place / address, *flags)
+            stack.callback(daemon.retire)
+            daemons.append(daemon.start())
+        hosts = [f"{daemon.root.name} ansible_port={daemon.port}" for daemon in daemons]
+        options = f"[fleet:vars]\nansible_python_interpreter={python}"
+        (place / "hosts").write_text("\n".join(["[fleet]", *hosts, options]))
+        yield Fleet(place, daemons)
+
+
+@pytest.mark.build
+@linux_only
+def test_fleet_is_driven_by_ansible(fleet: Fleet) -> None:
+    (fleet.place / "script.sh").write_text("#!/bin/sh\necho script $1\n")
+    (fleet.place / "bytes").write_bytes(bytes(range(256)) * 1000)
+    (fleet.place / "template").write_text("{{ ansible_facts.system }}")
+    become = str(os.geteuid() == 0).lower()
+    play = PLAY.replace("PLACE", str(fleet.place / "made")).replace("BECOME", become).replace("UID", str(os.geteuid()))
+    (fleet.place / "made").mkdir()
+    printed = fleet.play(play)
+    assert len(re.findall("ok=19 .* unreachable=0 +failed=0", printed)) == 3, printed
+    for daemon in fleet.daemons:
+        assert filecmp.cmp(fleet.place / "bytes", fleet.place / f"fetched-{daemon.root.name}", shallow=False)
+        assert os.listdir(daemon.root / "tasks") == []
+
+
+@pytest.mark.build
+@linux_only
+@pytest.mark.parametrize("fleet", ["3.13"], indirect=True)
+def test_fleet_stops_what_timed_out_and_outlives_a_crash(fleet: Fleet) -> None:
+    gate, begun = fleet.place / "gate", fleet.place / "begun"
+    play = f"""
+- hosts: 127.0.0.2
+  gather_facts: false
+  tasks:
+    - {{raw: "sleep 999", timeout: 1, ignore_errors: true}}
+    - {{raw: "touch {begun}; until [ -e {gate} ]; do sleep 0.1; done; echo survived", register: it,
+       failed_when: "it.stdout | trim != 'survived'"}}
+"""
+    (first, *_) = fleet.daemons
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        future = pool.submit(fleet.play, play)
+        wait_until(lambda: begun.exists() or future.done(), "the second task")
+        assert not first.processes("sleep 999")
+        first.flags = (f"--addr=127.0.0.2:{first.port}", *first.flags[1:])
+        first.restart(kill=True)
+        gate.touch()
+        assert "failed=0" in future.result()
+
+
+@pytest.mark.build
+@linux_only
+@pytest.mark.parametrize("fleet", ["3.13"], indirect=True)
+def test_fleet_is_deployed_by_the_playbook_of_the_readme(fleet: Fleet) -> None:
+    (text,) = [block.text for block in blocks() if block.how == "playbook"]
+    staging = f"{fleet.place}/{{{{ inventory_hostname }}}}.staging"
+    for directory in ("/opt/", "/etc/"):
+        text = text.replace(directory, staging + directory)
+    text = text.replace("service restart", "--version").replace(" service install", " service install --root=/var/x")
+    text = text.replace("  serial:", f"  environment: {{DESTDIR: '{staging}'}}\n  serial:")
+    (fleet.place / PROGRAM.name).write_bytes(PROGRAM.read_bytes())
+    assert len(re.findall("ok=5 +changed=4 .* failed=0", fleet.play(text))) == 3
+    assert len(re.findall("ok=3 +changed=0 .* failed=0", fleet.play(text))) == 3
+
+
 # ======================================================================================================================
 # plan: the graph of a task's steps, in process
 # ======================================================================================================================
@@ -12465,7 +12598,7 @@ def test_readme_blocks_that_serve_print_the_ready_line(launch: Callable[..., Dae
 
 
 def test_readme_says_how_every_block_is_tested() -> None:
-    told = {"run", "answer", "shape", "output", "serve", "suite", "help", "prometheus", "playbook"}
+    told = {"run", "answer", "shape", "output", "serve", "suite", "help", "prometheus", "inventory", "playbook"}
     parsed = {"sh", "json", "ini", "xml", "python", "powershell", "bat", "nginx"}
     wrong = [
         f"README.md:{one.line}" for one in blocks() if one.how not in told and (one.how or one.language not in parsed)
