@@ -20391,16 +20391,19 @@ class AnsibleHost:
             "stdin_base64": binascii.b2a_base64(stdin, newline=False).decode(),
             "stderr": "apart",
         }
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._stop, task_id)  # a task's `timeout` too: Ansible raises it by a signal, anywhere
             self._api.call("POST", "/api/v1/task", {"id": task_id, **query}, [step])
             yield task_id
-        except BaseException:  # a task's `timeout` too, which Ansible raises by a signal in the middle of anything
-            self._api.close()
-            with contextlib.suppress(ClientError), Api(self._api.endpoint) as api:  # which is soon given up
-                api.call("PUT", f"/api/v1/task/{task_id}")
-            raise
+            undo.pop_all()
         with contextlib.suppress(ClientError):  # role=submit deletes nothing: then it expires
             self._api.call("DELETE", f"/api/v1/task/{task_id}")
+
+    def _stop(self, task_id: str) -> None:
+        """Stop a task over a new connection; a daemon that does not answer is soon given up."""
+        self._api.close()
+        with contextlib.suppress(ClientError), Api(self._api.endpoint) as api:
+            api.call("PUT", f"/api/v1/task/{task_id}")
 
     def _finish(self, task_id: str) -> tuple[int, bytes, bytes]:
         """Wait for a task; return the exit code of its step, stdout and stderr."""
