@@ -22,7 +22,9 @@ Every fenced block of README.md is tested too. Its info string says how, after t
     yaml prometheus   scrapes a daemon, where Prometheus is on this host
     yaml inventory, yaml playbook   are run by Ansible, into staging directories
     nginx          forwards requests to a daemon, where nginx is on this host
-    sh, json, ini, xml, python, powershell, bat: not run, but they parse, and the flags in them exist
+    yaml rundeck, sh rundeck   run a command as Rundeck does
+    python cluster   computes with Dask on two daemons (slow)
+    sh, json, ini, xml, python, powershell, bat, groovy: not run, but they parse, and the flags in them exist
 
 The sections, in their order; a helper that two of them use stands in the harness:
 
@@ -11798,6 +11800,7 @@ def role_needed(method: str, path: str) -> str:
 def test_roles_of_every_route(roles: Daemon) -> None:
     routes = [(method.upper(), path) for path, methods in document(roles)["paths"].items() for method in methods]
     slow = {"/debug/pprof/" + name for name in ("profile", "heap", "allocs", "block", "mutex", "trace")}
+    slow.add("/api/v1/event")  # which does not end
     for (method, path), role in itertools.product(routes, ROLE_NAMES):
         is_public = path.startswith("/swagger") and not path.endswith(".json") or path in ("/healthyz", "/heartbeat")
         needed = role_needed(method, path)
@@ -11974,6 +11977,23 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
         yield Fleet(place, daemons)
 
 
+@pytest.mark.parametrize(
+    "command, command_type", [("PowerShell -NoProfile -EncodedCommand QQA=", "cmd"), ("Get-Date", "powershell")]
+)
+def test_plugin_of_ansible_sends_windows_what_it_can_run(
+    monkeypatch: pytest.MonkeyPatch, command: str, command_type: str
+) -> None:
+    def record(kind: str, content: str, stdin: bytes) -> None:
+        raise module().ClientError(f"{kind}: {content}")
+
+    host = module().AnsibleHost(None, is_windows=True)
+    monkeypatch.setattr(host, "_task", record)
+    with pytest.raises(module().ClientError, match=f"{command_type}: {command}"):
+        host.run(command, b"")
+    kind, content = host._copy_script("C:\\it's", is_upload=True)
+    assert kind == "powershell" and content.endswith("-Destination 'C:\\it''s'")
+
+
 @pytest.mark.build
 @linux_only
 def test_fleet_is_driven_by_ansible(fleet: Fleet) -> None:
@@ -12027,6 +12047,33 @@ def test_fleet_is_deployed_by_the_playbook_of_the_readme(fleet: Fleet) -> None:
     (fleet.place / PROGRAM.name).write_bytes(PROGRAM.read_bytes())
     assert len(re.findall("ok=5 +changed=4 .* failed=0", fleet.play(text))) == 3
     assert len(re.findall("ok=3 +changed=0 .* failed=0", fleet.play(text))) == 3
+
+
+@posix_only
+def test_readme_plugin_of_rundeck_runs_a_command(daemon: Daemon, tmp_path: Path) -> None:
+    plugin, content = (block.text for block in blocks() if block.how == "rundeck")
+    (tmp_path / "exec.sh").write_text(content.replace("/opt/remote_executor/remote_executor.py", str(PROGRAM)))
+    words = dict(re.findall(r"^ *-? *([\w-]+): (.*)$", plugin, re.MULTILINE))
+    values = {"${node.hostname}": f"127.0.0.1:{daemon.port}", "${exec.command}": 'echo "a  b"; exit 3'}
+    arguments = [values[word] for word in words["script-args"].split()]
+    command = [words["script-interpreter"], words["script-file"], *arguments]
+    done = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (3, "a  b\n"), done
+
+
+@pytest.mark.slow
+@linux_only
+def test_readme_cluster_of_dask_computes(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    fetched(tmp_path, sys.executable, "-m", "venv", "venv")
+    python = str(tmp_path / "venv/bin/python")
+    fetched(tmp_path, python, "-m", "pip", "install", "--quiet", "distributed")
+    (tmp_path / "cluster.py").write_text(next(block.text for block in blocks() if block.how == "cluster"))
+    (tmp_path / PROGRAM.name).symlink_to(PROGRAM)
+    path = f"{tmp_path / 'venv/bin'}:{os.environ['PATH']}"  # of the workers
+    daemons = [launch(root=tmp_path / name, env={"PATH": path}) for name in ("a", "b")]
+    hosts = [f"127.0.0.1:{daemon.port}" for daemon in daemons]
+    assert printed(tmp_path, python, "cluster.py", *hosts) == "285\n"
+    assert [daemon.get("/api/v1/task").data["total"] for daemon in daemons] == [1, 1]
 
 
 # ======================================================================================================================
@@ -12598,8 +12645,9 @@ def test_readme_blocks_that_serve_print_the_ready_line(launch: Callable[..., Dae
 
 
 def test_readme_says_how_every_block_is_tested() -> None:
-    told = {"run", "answer", "shape", "output", "serve", "suite", "help", "prometheus", "inventory", "playbook"}
-    parsed = {"sh", "json", "ini", "xml", "python", "powershell", "bat", "nginx"}
+    told = {"run", "answer", "shape", "output", "serve", "suite", "help"}
+    told |= {"prometheus", "inventory", "playbook", "rundeck", "cluster"}
+    parsed = {"sh", "json", "ini", "xml", "python", "powershell", "bat", "nginx", "groovy"}
     wrong = [
         f"README.md:{one.line}" for one in blocks() if one.how not in told and (one.how or one.language not in parsed)
     ]
