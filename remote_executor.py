@@ -17,7 +17,7 @@ The file reads from top to bottom, a section uses only what stands above it:
     V    API               web pages, dashboard page, dashboard core, dashboard views, schemas, task API, follow API,
                            workspace API, operator API, profiling, API document
     VI   program           daemon, supervisors, service managers, self test, client, client output, client commands,
-                           command line
+                           alerts, Ansible, command line
 
 Glossary: a *task* is a graph of *steps*, each one script; its steps share a *workspace*, the task's own directory. A
 *worker* is the thread of a running step, a *slot* its share of the pool. To *stop* a step is to kill its whole process
@@ -10624,8 +10624,7 @@ class FileSlice(NamedTuple):
 class Response(NamedTuple):
     """A response. A body of several blocks is streamed, for a HEAD none of them is made.
 
-    `audit` describes a change in the log, beside its path. Who sends a body
-    closes it, but not the file of a block.
+    `audit` describes a change in the log, beside its path. Who sends a body closes it, but not the file of a block.
     """
 
     status: int = 200
@@ -12002,7 +12001,7 @@ class Server(http.server.ThreadingHTTPServer):
         if ":" in self._host or (not self._host and socket.has_ipv6):
             self.address_family = socket.AF_INET6
         first = listen_addresses(self._host)[0]
-        super().__init__((first, port), Connection, bind_and_activate=False)
+        super().__init__((first, port), ConnectionHandler, bind_and_activate=False)
         self._listeners = [self.socket]  # two for `localhost`; `socket` is the one of them to accept from
 
     def open(self) -> None:
@@ -12406,7 +12405,7 @@ def _http_date(seconds: int) -> str:
     return email.utils.formatdate(seconds, usegmt=True)
 
 
-class Connection(socketserver.BaseRequestHandler):
+class ConnectionHandler(socketserver.BaseRequestHandler):
     """One client's connection, in a thread of its own."""
 
     server: Server
@@ -23287,7 +23286,7 @@ def run_completion(options: argparse.Namespace) -> int:
     return 0
 
 
-_DAEMON_COMMANDS = ("help", "run", "config", "selftest", "service")
+_DAEMON_COMMANDS = ("help", "run", "config", "alerts", "selftest", "service")
 CLIENT_COMMANDS = (
     ClientCommand(
         "exec",
@@ -23472,6 +23471,319 @@ def client_command(
 
 
 # ======================================================================================================================
+# VI program / alerts: rules for Prometheus
+# ======================================================================================================================
+
+_ALERTS = """\
+groups:
+  - name: remote_executor
+    rules:
+      - alert: RemoteExecutorDown
+        expr: up{job="remote_executor"} == 0
+        for: 2m
+        labels: {severity: critical}
+        annotations: {summary: "{{ $labels.instance }} does not answer"}
+      - alert: RemoteExecutorStepsFail
+        expr: sum without (result) (increase(PREFIXsteps_ended_total{result!="succeeded"}[15m])) > 0
+        labels: {severity: warning}
+        annotations: {summary: "{{ $labels.instance }}: steps have failed or were ended by force within 15 minutes"}
+      - alert: RemoteExecutorQueueWaits
+        expr: PREFIXpool_waiting > 0
+        for: 15m
+        labels: {severity: warning}
+        annotations: {summary: "{{ $labels.instance }}: {{ $value }} steps wait; the pool is too small, or paused"}
+      - alert: RemoteExecutorDiskFills
+        expr: PREFIXdisk_free_bytes < 0.1 * PREFIXdisk_size_bytes
+        for: 5m
+        labels: {severity: warning}
+        annotations: {summary: "{{ $labels.instance }}: {{ $value | humanize1024 }}B are free for outputs and files"}
+      - alert: RemoteExecutorWarns
+        expr: PREFIXwarnings > 0
+        for: 5m
+        labels: {severity: warning}
+        annotations: {summary: "{{ $labels.instance }}: /healthyz says what is wrong, with its files perhaps"}
+"""
+
+
+def alert_rules() -> str:
+    """Return alert rules as Prometheus reads them, for targets of a job `remote_executor`."""
+    return _ALERTS.replace("PREFIX", METRIC_PREFIX)
+
+
+# ======================================================================================================================
+# VI program / Ansible: a connection plugin, as which ansible-core loads this file
+# ======================================================================================================================
+
+# ansible-core (2.14 or later) finds a plugin by the name of its file, reads DOCUMENTATION for its options and takes the
+# class Connection. A command becomes a task of one step, whose id is the plugin's: so requests are made again over
+# restarts of the daemon. The task is stopped when Ansible gives it up, and deleted with its input when it has ended:
+# modules carry secrets.
+
+DOCUMENTATION = """
+name: remote_executor
+author: remote_executor
+short_description: Runs tasks through a remote_executor daemon
+description:
+  - Runs commands and transfers files by the HTTP API of a host's remote_executor, in place of ssh or WinRM.
+  - Commands run as the user of the daemon. C(become) works where it asks for no password.
+  - With C(ansible_shell_type=powershell) the host is one of Windows.
+options:
+  host:
+    description: Name or address of the host.
+    default: inventory_hostname
+    vars:
+      - name: inventory_hostname
+      - name: ansible_host
+  port:
+    description: Port of the daemon.
+    type: int
+    default: 2376
+    vars:
+      - name: ansible_port
+  scheme:
+    description: Whether the daemon speaks HTTPS.
+    choices: [http, https]
+    default: http
+    vars:
+      - name: ansible_remote_executor_scheme
+  token:
+    description: Token of the daemon.
+    vars:
+      - name: ansible_remote_executor_token
+    env:
+      - name: REMOTE_EXECUTOR_TOKEN
+  token_file:
+    description: File on this host whose first line is the token, unless O(token) is given.
+    type: path
+    vars:
+      - name: ansible_remote_executor_token_file
+    env:
+      - name: REMOTE_EXECUTOR_TOKEN_FILE
+  ca_file:
+    description: PEM file of the authority that has signed the certificate of the daemon.
+    type: path
+    vars:
+      - name: ansible_remote_executor_ca_file
+  cert_file:
+    description: PEM file of a client certificate.
+    type: path
+    vars:
+      - name: ansible_remote_executor_cert_file
+  key_file:
+    description: PEM file of its private key.
+    type: path
+    vars:
+      - name: ansible_remote_executor_key_file
+  pipelining:
+    description: Whether modules are sent as standard input of their interpreter.
+    type: bool
+    default: true
+    vars:
+      - name: ansible_pipelining
+"""
+
+
+class AnsibleHost:
+    """What Ansible asks of a host: commands and files. Each method raises ClientError."""
+
+    def __init__(self, api: Api, is_windows: bool) -> None:
+        self._api = api
+        self._is_windows = is_windows
+
+    def run(self, command: str, stdin: bytes) -> tuple[int, bytes, bytes]:
+        """Run a command line in the home directory, as ssh does; return its exit code, stdout and stderr."""
+        command_type = "sh"
+        content = f"cd\n{command}"
+        if self._is_windows:
+            content = command
+            command_type = "powershell"  # as WinRM takes it
+            if "-EncodedCommand" in command:
+                command_type = "cmd"
+        with self._task(command_type, content, stdin) as task_id:
+            return self._finish(task_id)
+
+    def put(self, local: str, remote: str) -> None:
+        """Copy a file to the host."""
+        with self._task(*self._copy_script(remote, is_upload=True), paused="true") as task_id:
+            upload(self._api, task_id, local, "file")
+            self._api.call("PUT", f"/api/v1/task/{task_id}", {"action": "resume"})
+            self._finish_copy(task_id)
+
+    def fetch(self, remote: str, local: str) -> None:
+        """Copy a file from the host."""
+        with self._task(*self._copy_script(remote, is_upload=False)) as task_id:
+            self._finish_copy(task_id)
+            with open(local, "wb") as file:
+                _download(self._api, task_id, "file", file.write)
+
+    def _copy_script(self, path: str, is_upload: bool) -> tuple[str, str]:
+        """Return type and content of a script that copies between a path and the task's workspace."""
+        command_type = "sh"
+        pattern = "cd\ncp -- {} {}"
+        ends = ['"$TASK_WORKSPACE/file"', shlex.quote(path)]
+        if self._is_windows:
+            command_type = "powershell"
+            pattern = "Copy-Item -Force -ErrorAction Stop -LiteralPath {} -Destination {}"
+            quoted = path.replace("'", "''")
+            ends = ['"$env:TASK_WORKSPACE/file"', f"'{quoted}'"]
+        if not is_upload:
+            ends.reverse()
+        return command_type, pattern.format(*ends)
+
+    @contextlib.contextmanager
+    def _task(self, command_type: str, content: str, stdin: bytes = b"", **query: str) -> Iterator[str]:
+        """Submit a task of one step; yield its id. It is deleted at the end, and stopped first if something fails."""
+        task_id = f"ansible-{os.urandom(16).hex()}"
+        step = {
+            "command_type": command_type,
+            "command_content": content,
+            "stdin_base64": binascii.b2a_base64(stdin, newline=False).decode(),
+            "stderr": "apart",
+        }
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._stop, task_id)  # a task's `timeout` too: Ansible raises it by a signal, anywhere
+            self._api.call("POST", "/api/v1/task", {"id": task_id, **query}, [step])
+            yield task_id
+            undo.pop_all()
+        with contextlib.suppress(ClientError):  # role=submit deletes nothing: then it expires
+            self._api.call("DELETE", f"/api/v1/task/{task_id}")
+
+    def _stop(self, task_id: str) -> None:
+        """Stop a task over a new connection; a daemon that does not answer is soon given up."""
+        self._api.close()
+        with contextlib.suppress(ClientError), Api(self._api.endpoint) as api:
+            api.call("PUT", f"/api/v1/task/{task_id}")
+
+    def _finish(self, task_id: str) -> tuple[int, bytes, bytes]:
+        """Wait for a task; return the exit code of its step, stdout and stderr."""
+        code = Code.IN_PROGRESS
+        while code == Code.IN_PROGRESS:
+            reply = self._api.call("GET", f"/api/v1/task/{task_id}", {"wait": "60s"})
+            code = Code(reply.code)
+        if code == Code.NOT_FOUND:
+            raise ClientError(f"{self._api.endpoint.name}: task {task_id} was deleted before it was read")
+        (step,) = reply.data
+        outputs = []
+        for stream in ("stdout", "stderr"):
+            blocks: list[bytes] = []
+            copy_output(self._api, f"/api/v1/task/{task_id}/0/output", {"stream": stream}, blocks.append)
+            outputs.append(b"".join(blocks))
+        if step["result"] not in ("succeeded", "failed"):
+            outputs[1] += f"remote_executor: {step['result']}: {step['msg']}\n".encode()
+        return step["code"], outputs[0], outputs[1]
+
+    def _finish_copy(self, task_id: str) -> None:
+        code, _, stderr = self._finish(task_id)
+        if code:
+            raise FileNotFoundError(stderr.decode("utf-8", "replace").strip())
+
+
+def _ansible_endpoint(option: Callable[[str], Any]) -> Endpoint:
+    """Return the daemon that the options of the plugin name. Raise ClientError."""
+    host = option("host")
+    token = option("token") or ""
+    if not token and option("token_file"):
+        token = _read_token(option("token_file"))
+    authority = host
+    if ":" in host:
+        authority = f"[{host}]"
+    return Endpoint(
+        host,
+        f"{option('scheme')}://{authority}:{option('port')}",
+        token,
+        option("ca_file") or "",
+        option("cert_file") or "",
+        option("key_file") or "",
+    )
+
+
+@contextlib.contextmanager
+def _ansible_errors() -> Iterator[None]:
+    """Raise Ansible's errors in place of ours: a host that AnsibleConnectionFailure is of counts as unreachable."""
+    import importlib
+
+    errors = importlib.import_module("ansible.errors")
+    try:
+        yield
+    except ClientError as error:
+        raise errors.AnsibleConnectionFailure(str(error)) from None
+    except UsageError as error:
+        raise errors.AnsibleError(str(error)) from None
+    except FileNotFoundError as error:
+        raise errors.AnsibleFileNotFound(str(error)) from None
+
+
+class _AnsibleConnection:
+    """What the plugin's class has beside Ansible's ConnectionBase."""
+
+    transport = "remote_executor"
+    has_pipelining = True
+    has_tty = False
+    get_option: Callable[[str], Any]
+    become: Any
+    _shell: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._api: Api | None = None
+        self._is_windows = getattr(self._shell, "_IS_WINDOWS", False)
+        if self._is_windows:  # as for ssh: modules are PowerShell, sent to its standard input
+            self.has_native_async = True
+            self.always_pipeline_modules = True
+            self.module_implementation_preferences = (".ps1", ".exe", "")
+            self.allow_executable = False
+
+    def _connect(self) -> _AnsibleConnection:
+        """Name the daemon; each request connects where it has to."""
+        if self._api is None:
+            with _ansible_errors():
+                self._api = Api(_ansible_endpoint(self.get_option))
+        self._connected = True
+        return self
+
+    def _host(self) -> AnsibleHost:
+        self._connect()
+        assert self._api
+        return AnsibleHost(self._api, self._is_windows)
+
+    def exec_command(self, cmd: str, in_data: bytes | None = None, sudoable: bool = True) -> tuple[int, bytes, bytes]:
+        with _ansible_errors():
+            if sudoable and self.become and self.become.expect_prompt():
+                raise UsageError("remote_executor: become by a password is not supported: let it ask for none")
+            return self._host().run(cmd, in_data or b"")
+
+    def put_file(self, in_path: str, out_path: str) -> None:
+        with _ansible_errors():
+            self._host().put(in_path, out_path)
+
+    def fetch_file(self, in_path: str, out_path: str) -> None:
+        with _ansible_errors():
+            self._host().fetch(in_path, out_path)
+
+    def close(self) -> None:
+        if self._api:
+            self._api.close()
+        self._api = None
+        self._connected = False
+
+    def reset(self) -> None:
+        """Forget the connection, for `meta: reset_connection`."""
+        self.close()
+
+
+def _connection_plugin() -> Any:
+    """Return the class that Ansible looks for. Only a process of Ansible's imports that."""
+    import importlib
+
+    base: Any = importlib.import_module("ansible.plugins.connection").ConnectionBase
+    return type(base)("Connection", (_AnsibleConnection, base), {})
+
+
+if __name__.startswith("ansible."):
+    Connection = _connection_plugin()
+
+
+# ======================================================================================================================
 # VI program / command line: flags, commands, main
 # ======================================================================================================================
 
@@ -23509,6 +23821,7 @@ _COMMANDS = (
     _Command("help", "[<command>...]", "Show help."),
     _Command("run", "", "Run server"),
     _Command("config", "[--json]", "Show the value of each flag, and whether REMOTE_EXECUTOR_<FLAG> gave it."),
+    _Command("alerts", "", "Print alert rules for Prometheus."),
     _Command("selftest", "[--json]", "Try this program on this host, and say what works; takes the flags of run."),
     _Command(
         "service",
@@ -23841,6 +24154,9 @@ def run_command(argv: Sequence[str]) -> int:
     is_json = flags.pop("json", False)
     if command == "config":
         return config_command(flags, is_json)
+    if command == "alerts":
+        print(alert_rules(), end="")
+        return 0
     if is_json and command != "selftest":
         raise UsageError(f"{command}: unexpected flag --json")
     settings = make_settings(merge_environment(flags))
