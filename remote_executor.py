@@ -13768,6 +13768,7 @@ def _task_parameters() -> Json:
     variables = array_schema(schema_reference("Variable"))
     reason = string_schema("One line", maxLength=_MAX_REASON_LENGTH)
     results = array_schema({"type": "string", "enum": [*Result]})
+    moment = {"anyOf": [time_schema("RFC 3339"), {"type": "string", "maxLength": 0}]}
     cursor = {"type": "string", "pattern": "^(([0-9]{1,19}-)?[0-9]{1,19})?$"}
     path = {
         "task": ("Id of the task", non_empty, "release-1"),
@@ -13786,7 +13787,7 @@ def _task_parameters() -> Json:
         "env_vars": ("KEY=value for all steps; may be repeated", variables, ["target=linux"]),
         "wait": ("How long its end is waited for, at most", schema_reference("Duration"), "30s"),
         "delay": ("How long it waits at least before its first step", schema_reference("Delay"), "10m"),
-        "at": ("Before which moment no step starts", time_schema("RFC 3339"), "2022-11-18T16:14:23+08:00"),
+        "at": ("Before which moment no step starts", moment, "2022-11-18T16:14:23+08:00"),
         "paused": ("true: held until it is resumed", boolean, "true"),
         "strict": ("true: an unknown field or parameter is refused, else told in `warnings`", boolean, "true"),
         "only": (
@@ -19201,7 +19202,7 @@ def copy_file(
             headers["Range"] = f"bytes={offset}-"
         response = api.open("GET", path, headers=headers)
         if response.getheader("Content-Disposition") is None:
-            raise ClientError(f"{api.endpoint.name}: {path} is not a file there; see `ls`")
+            raise ClientError(f"{api.endpoint.name}: no such task, or a directory and no file: {path}; see `ls`")
         if offset is None:
             begin(response.length or 0)
         return response
@@ -20120,21 +20121,23 @@ def run_log(options: argparse.Namespace) -> int:
     query = {}
     if options.tail is not None:
         query["tail"] = options.tail
-    if options.stream:
-        query["stream"] = options.stream
-    names = {options.step: options.step}
-    if not options.step:
-        names = {str(step["step"]): step["name"] for step in _call_task(api, "GET", options.id).data}
-    for step, name in names.items():
-        if len(names) > 1 and not options.json:
-            print(f"==> {printable(name)} <==", flush=True)
-        with contextlib.closing(_step_writer(options)) as writer:
-            copy_output(
-                api,
-                _task_path(options.id, step, "output"),
-                query,
-                writer.write,
-            )
+    if options.step:
+        steps = [_call_task(api, "GET", options.id, options.step).data]
+    else:
+        steps = _call_task(api, "GET", options.id).data
+    with_stderr = _steps_with_stderr(api, options.id)
+    for step in steps:
+        if len(steps) > 1 and not options.json:
+            print(f"==> {printable(step['name'])} <==", flush=True)
+        streams = ["stdout", "stderr"] if step["step"] in with_stderr else ["stdout"]
+        for stream in [options.stream] if options.stream else streams:
+            with contextlib.closing(_step_writer(options)) as writer:
+                copy_output(
+                    api,
+                    _task_path(options.id, str(step["step"]), "output"),
+                    {**query, "stream": stream},
+                    writer.write,
+                )
     return 0
 
 
@@ -20592,8 +20595,14 @@ def run_get(options: argparse.Namespace) -> int:
 
 def run_ls(options: argparse.Namespace) -> int:
     """List a directory of the workspace of a task."""
+    api = single_api(options)
     path = _workspace_path(options.id, options.path)
-    entries = single_api(options).call("GET", path).data
+    with api.open("GET", path) as response:
+        if response.getheader("Content-Disposition"):
+            raise ClientError(f"{api.endpoint.name}: {options.path!r} is a file: `get` copies it")
+    entries = api.call("GET", path).data
+    if entries is None:
+        raise ClientError(f"{api.endpoint.name}: no task {options.id!r}: never there, expired or deleted; see `list`")
     if options.json:
         for entry in entries:
             print_json_line(entry)

@@ -1977,6 +1977,61 @@ def test_follower_that_is_cut_off_goes_on_by_offset_and_loses_no_byte(daemon: Da
         assert lines.startswith(received)
 
 
+def test_answer_of_a_follower_ends_with_its_attempt_and_the_next_can_be_followed_before_it_begins(
+    daemon: Daemon, gate: Path
+) -> None:
+    content = f"print(n, flush=True)\n{until_open(gate)}\nsys.stdout.write('end')\nsys.exit(n == 1)"
+    begin = "import os, sys, time\nn = int(os.environ['TASK_STEP_ATTEMPT'])\n"
+    task = daemon.submit(python(begin + content, retry={"delay": "300ms"}))
+    end = os.linesep.encode() + b"end"
+    with opened(daemon, output_path(task)) as first, opened(daemon, output_path(task, "follow=1&attempt=2")) as second:
+        assert first.read(1) == b"1" and first.headers["X-Step-Attempt"] == "1"
+        gate.touch()
+        assert first.read() == end and daemon.steps(task)[0]["attempt"] == 1
+        assert daemon.get(output_path(task, "offset=0")).body == b"1" + end  # it waits, and has an output
+        assert [daemon.get(output_path(task, q)).status for q in ("attempt=2", "follow=1&attempt=3")] == [400, 400]
+        assert second.read() == b"2" + end and second.headers["X-Step-Attempt"] == "2"
+    assert daemon.get(output_path(task, "follow=1&attempt=3")).body == b""  # which will never be
+    assert daemon.get(output_path(task, "attempt=1")).body == b"1" + end
+
+
+def test_follower_of_a_retry_that_a_stop_ends_gets_nothing_more(daemon: Daemon) -> None:
+    task = daemon.submit(python(fails_until(2), retry={"delay": "1h"}))
+    with opened(daemon, output_path(task)) as first, opened(daemon, output_path(task, "follow=1&attempt=2")) as second:
+        assert first.read().strip() == b"1" and daemon.put(f"/api/v1/task/{task}").code == 0
+        assert second.read() == b""
+
+
+def test_output_is_the_same_while_the_next_attempt_is_prepared(tmp_path: Path) -> None:
+    program = module()
+    tasks = program.SafeDirectory(str(tmp_path))
+    tasks.open()
+    directory = program.StepDirectory(tasks, 1, 0)
+    directory.prepare("script", b"", {"output": b"out 1", "stderr": b"err 1"})
+    with directory.open_output("stdout", 1, 1) as held:  # on Windows too it does not hinder that
+        directory.prepare("script", b"", {"output": b"out 2"}, attempt=2)
+        assert held.read() == b"out 1"
+    assert b"".join(directory.read_output(1)) == b"out 1\nerr 1" and directory.output_bytes(1) == 10
+    for attempt, last, out in ((1, 1, b"out 1"), (1, 2, b"out 1"), (2, 2, b"out 2")):
+        with directory.open_output("stdout", attempt, last) as file:
+            assert file.read() == out
+    assert directory.open_output("stderr", 2, 2) is None
+    assert directory.output_bytes(2) == 5
+
+
+def test_stderr_apart_is_followed_live_and_has_offsets_of_its_own(daemon: Daemon, gate: Path) -> None:
+    content = f"import os, sys, time\nsys.stderr.write('before')\nsys.stderr.flush()\n{until_open(gate)}\n"
+    task = daemon.submit(python(f"{content}sys.stderr.write('after')\nprint('out')", stderr="apart"))
+    with opened(daemon, output_path(task, "follow=1&stream=stderr")) as answer:
+        assert answer.read(6) == b"before"
+        gate.touch()
+        assert answer.read() == b"after"
+    for query, asked, part in (("&offset=6", "", b"after"), ("&tail=1", "", b"beforeafter"), ("", "bytes=-2", b"er")):
+        path = output_path(task, f"stream=stderr{query}")
+        assert daemon.request("GET", path, headers={"Range": asked} if asked else {}).body == part
+    assert daemon.get(output_path(task, "stream=stderr&offset=12")).status == 416
+
+
 @posix_only
 def test_follower_that_reads_nothing_is_cut_off_and_delays_nobody(launch: Callable[..., Daemon]) -> None:
     daemon, count = launch("--timeout=1s"), 30_000_000
