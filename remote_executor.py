@@ -12964,6 +12964,7 @@ FEATURES = (
     "retry",
     "when",
     "rerun",
+    "workspace",
 )
 _TASKS_PATH = "/api/v1/task"
 _TASK_PATH = _TASKS_PATH + "/{task}"
@@ -13994,7 +13995,7 @@ class TaskApi:
         self._key_expire_ns = key_expire_ns
 
     def routes(self) -> list[Route]:
-        return [*self._task_routes(), *self._step_routes(), *self._pool_routes()]
+        return [*self._task_routes(), *self._rerun_routes(), *self._step_routes(), *self._pool_routes()]
 
     def _task_routes(self) -> list[Route]:
         return [
@@ -14045,6 +14046,10 @@ class TaskApi:
                 errors=(409, 507),
                 is_limited=True,
             ),
+        ]
+
+    def _rerun_routes(self) -> list[Route]:
+        return [
             Route(
                 "POST",
                 _TASK_PATH + "/rerun",

@@ -10716,6 +10716,33 @@ def test_exec_ends_with_the_code_of_its_step_or_says_why_not(
     assert (done.returncode, line in told[0]) == (code, True), done
 
 
+def test_exec_sends_stdin_and_keeps_stderr_apart(daemon: Daemon) -> None:
+    content = "import sys\nprint(*sorted(sys.stdin), end='')\nsys.exit('no way')"
+    done = ask(daemon, "exec", "--stdin", "--type", "python", "-c", content, stdin=b"b\na\n")
+    assert (done.stdout.split(), done.stderr, done.returncode) == (["a", "b"], "no way\n", 1)
+
+
+def test_client_follows_each_attempt_of_both_streams_in_turn_and_reruns_what_failed(
+    daemon: Daemon, gate: Path, tmp_path: Path
+) -> None:
+    content = "import os, sys\nn = int(os.environ['TASK_STEP_ATTEMPT'])\nprint('out', n)\n"
+    content += "print('err', n, file=sys.stderr)\nsys.exit(n < 3)"
+    first = python(content, name="a", stderr="apart", retry={"limit": 5, "delay": "1ms"})
+    cleaner = python("print('clean')", name="c", when="always")
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps([first, {**flaky(gate), "name": "b"}, cleaner]))
+    done = ask(daemon, "submit", "--follow", str(job))
+    task, *lines = done.stdout.splitlines()
+    attempts = [[line for line in lines if stream in line] for stream in ("out", "err")]
+    assert attempts == [[f"a | {stream} {n}" for n in (1, 2, 3)] for stream in ("out", "err")]
+    assert "c | clean" in lines and done.returncode != 0
+    for command in (["log", task, "a"], ["follow", task, "a"]):
+        assert ask(daemon, *command).stdout.split("\n")[-3 if command[0] == "log" else -2] == "out 3"
+    gate.touch()
+    again = ask(daemon, "rerun", "--failed", "--follow", task)
+    assert again.returncode == 0 and "c | clean" in again.stdout
+
+
 @posix_only
 def test_exec_loses_no_byte_when_the_daemon_is_killed_and_started_again(launch: Callable[..., Daemon]) -> None:
     port = free_port()
@@ -10890,6 +10917,9 @@ def test_files_go_to_a_task_and_come_back(daemon: Daemon, tmp_path: Path) -> Non
     assert ask(daemon, "put", task, str(job)).returncode == 0
     assert [row["name"] for row in ask_json(daemon, "ls", task)] == ["data", "job.json", "out"]
     assert "1.2 MiB" in ask(daemon, "ls", task).stdout
+    asked = {"ls nobody": "no task 'nobody'", "get nobody x": "no such task", f"ls {task} out": "is a file"}
+    for words, line in asked.items():
+        assert line in ask(daemon, *words.split()).stderr
     failed = ask(daemon, "get", task, "missing", str(tmp_path / "missing"))
     assert failed.returncode == 125 and sorted(os.listdir(tmp_path)) == ["back", "in.bin", "job.json"]
 
@@ -11012,20 +11042,14 @@ def answer_of(body: bytes, length: int | None = None, status: str = "200 OK", *h
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-@pytest.mark.parametrize("can", [True, False])
-def test_exec_sends_stdin_and_keeps_stderr_apart_where_the_daemon_can(can: bool) -> None:
-    features = ["wait", "output", "follow", *(["stdin", "stderr"] if can else [])]
-    version = {"code": 0, "message": "", "data": {"python": {"os": "linux"}, "features": features}}
+def test_exec_says_what_an_older_daemon_cannot() -> None:
+    version = {"code": 0, "message": "", "data": {"python": {"os": "linux"}, "features": ["wait", "output", "follow"]}}
     faulty = Faulty(answer_of(json.dumps(version).encode()))
     options = module().client_parser(module().CLIENT_COMMANDS[0], "").parse_args(["--", "sort"])
-    with module().Api(faulty.endpoint) as api:
-        job = module()._ExecJob(faulty.endpoint, options, b"b\na\n", True)
-        if can:
-            made = job._step(api)
-            assert (made["stderr"], base64.b64decode(made["stdin_base64"])) == ("apart", b"b\na\n")
-        else:
-            with pytest.raises(module().ClientError, match="too old for this: no stdin; upgrade it"):
-                job._step(api)
+    job = module()._ExecJob(faulty.endpoint, options, b"b\na\n", True)
+    refused = pytest.raises(module().ClientError, match="too old for this: no stdin; upgrade it")
+    with module().Api(faulty.endpoint) as api, refused:
+        job._step(api)
 
 
 def test_requests_are_made_again_over_faults() -> None:
