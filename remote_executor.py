@@ -14978,12 +14978,13 @@ def follow_components() -> Components:
     boolean = {"type": "string", "pattern": _bool_pattern()}
     stream = {"type": "string", "enum": ["stdout", "stderr"], "default": "stdout"}
     number = {"type": "string", "pattern": "^[0-9]{0,18}$"}
+    attempt = integer_schema("Attempt", 1, maximum=10**15 - 1)
     query: dict[str, ParameterSpec] = {
         "stream": ("stderr: what was written there, where it is apart", stream, "stdout"),
         "offset": ("Where to begin, in bytes", integer_schema("Bytes", maximum=10**15 - 1), 0),
         "tail": ("Begin with so many last lines", integer_schema("Lines", maximum=10**15 - 1), 100),
         "follow": ("true: goes on until the step has ended", boolean, "true"),
-        "attempt": ("Of an earlier attempt", integer_schema("Attempt", 1, maximum=10**15 - 1), 1),
+        "attempt": ("Of this attempt; default the last that has begun. With follow also the next one", attempt, 1),
         "last_event_id": ("The last event that is known; the header Last-Event-ID wins", number, "1668649373430556"),
     }
     parameters = parameter_objects("query", query)
@@ -20102,20 +20103,50 @@ def run_follow(options: argparse.Namespace) -> int:
         options.follow = True
         return _follow_to_end(api.endpoint, options.id, options)
     api.require(["output", "follow"])
-    path = _task_path(options.id, options.step)
-    try:
-        step = _await_in_thread(
-            lambda: follow_output(api, path, "stdout", _step_writer(options).write),
+    index = _call_task(api, "GET", options.id, options.step).data["step"]
+    path = _task_path(options.id, str(index))
+    copies = []
+    if index in _steps_with_stderr(api, options.id):
+        writer = LineWriter(_print_output_line) if options.json else OutputWriter(sys.stderr)
+        copy = threading.Thread(
+            target=_copy_stderr,
+            args=(Api(api.endpoint), path, writer),
+            name="stderr",
+            daemon=True,
         )
+        copies.append(copy)
+        copy.start()
+    try:
+        with contextlib.closing(_step_writer(options)) as writer:
+            step = _await_in_thread(
+                lambda: follow_output(api, path, "stdout", writer.write),
+            )
     except KeyboardInterrupt:
         _say_how_to_return("step", shlex.join([options.id, options.step]))
         raise
+    for copy in copies:
+        copy.join()
     return _exit_code(step["result"], step["code"])
+
+
+def _copy_stderr(api: Api, step_path: str, writer: OutputWriter | LineWriter) -> None:
+    """Show what a step writes to its stderr."""
+    try:
+        with contextlib.closing(writer):
+            follow_output(api, step_path, "stderr", writer.write)
+    except ClientError as error:
+        print_error(str(error))
+    except OSError:  # of who reads our stderr: there is nobody to be told
+        return
+
+
+def _print_output_line(line: str) -> None:
+    print_json_line({"line": line})
 
 
 def _step_writer(options: argparse.Namespace) -> OutputWriter | LineWriter:
     if options.json:
-        return LineWriter(lambda line: print_json_line({"line": line}))
+        return LineWriter(_print_output_line)
     return OutputWriter(sys.stdout)
 
 

@@ -10736,8 +10736,9 @@ def test_client_follows_each_attempt_of_both_streams_in_turn_and_reruns_what_fai
     attempts = [[line for line in lines if stream in line] for stream in ("out", "err")]
     assert attempts == [[f"a | {stream} {n}" for n in (1, 2, 3)] for stream in ("out", "err")]
     assert "c | clean" in lines and done.returncode != 0
-    for command in (["log", task, "a"], ["follow", task, "a"]):
-        assert ask(daemon, *command).stdout.split("\n")[-3 if command[0] == "log" else -2] == "out 3"
+    assert ask(daemon, "log", task, "a").stdout == "out 3\nerr 3\n"
+    followed = ask(daemon, "follow", task, "a")
+    assert followed.stdout == "out 1\nout 2\nout 3\n" and followed.stderr == "err 1\nerr 2\nerr 3\n"
     gate.touch()
     again = ask(daemon, "rerun", "--failed", "--follow", task)
     assert again.returncode == 0 and "c | clean" in again.stdout
