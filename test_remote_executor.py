@@ -2230,6 +2230,15 @@ def test_events_of_a_task_are_its_own(daemon: Daemon, gate: Path) -> None:
     assert {event.data.get("task", event.data["id"] if event.kind == "task" else "") for event in found} == {task}
 
 
+def test_events_tell_of_an_attempt_that_failed_and_of_the_next(daemon: Daemon) -> None:
+    task = daemon.submit(python(fails_until(2), retry={"delay": "1s"}), paused="true")
+    with Events(daemon, f"task={task}").connected() as events:
+        assert daemon.put(f"/api/v1/task/{task}?action=resume").code == 0
+        failed = until_kind(events, "step", attempt=1, result="waiting")[-1]
+        assert failed.data["output_bytes"]
+        until_kind(events, "step", attempt=2, result="succeeded")
+
+
 @pytest.mark.parametrize("query, code", [("last_event_id=x", 400), ("last_event_id=-1", 400), ("task=nobody", 1003)])
 def test_events_that_cannot_be_are_refused(daemon: Daemon, query: str, code: int) -> None:
     assert daemon.get(f"/api/v1/event?{query}").code == code
