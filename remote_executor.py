@@ -2443,7 +2443,11 @@ def _open_shared(name: str, parent: int | None) -> int:
 
     handle = CreateFileW(name, GENERIC_READ, FILE_SHARE_ALL, None, OPEN_EXISTING, 0, None)
     open_handle = vars(msvcrt)["open_osfhandle"]
-    return int(open_handle(handle, os.O_RDONLY | vars(os)["O_NOINHERIT"] | _FILE_FLAGS))
+    try:
+        return int(open_handle(handle, os.O_RDONLY | vars(os)["O_NOINHERIT"] | _FILE_FLAGS))
+    except OSError:
+        CloseHandle(handle)
+        raise
 
 
 class SafeDirectory:
