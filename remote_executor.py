@@ -1083,6 +1083,7 @@ if ON_WINDOWS:
     CloseHandle = _declare(_kernel32, "CloseHandle", _BOOL, _HANDLE)
     GENERIC_READ = 0x8000_0000
     OPEN_EXISTING = 3
+    FILE_SHARE_ALL = 0x07  # FILE_SHARE_READ, WRITE and DELETE, the last of which os.open leaves out
     INVALID_HANDLE_VALUE = ctypes.c_void_p(-1).value
     CreateFileW = _kernel32.CreateFileW
     CreateFileW.argtypes = (_TEXT, _DWORD, _DWORD, _VOID, _DWORD, _DWORD, _HANDLE)
@@ -2479,6 +2480,21 @@ def _check_spelling(directory: str, name: str) -> None:
         raise FileNotFoundError(errno.ENOENT, "is the short name of another entry", name)
 
 
+def _open_shared(name: str, parent: int | None) -> int:
+    """Open a file to read it, so that others may rename or remove it meanwhile. Raises OSError."""
+    if not ON_WINDOWS:
+        return os.open(name, os.O_RDONLY | _FILE_FLAGS, dir_fd=parent)
+    import msvcrt
+
+    handle = CreateFileW(name, GENERIC_READ, FILE_SHARE_ALL, None, OPEN_EXISTING, 0, None)
+    open_handle = vars(msvcrt)["open_osfhandle"]
+    try:
+        return int(open_handle(handle, os.O_RDONLY | vars(os)["O_NOINHERIT"] | _FILE_FLAGS))
+    except OSError:
+        CloseHandle(handle)
+        raise
+
+
 class SafeDirectory:
     """A directory of ours, in whose content steps may have made anything. Thread-safe.
 
@@ -2533,8 +2549,7 @@ class SafeDirectory:
                 raise OSError(errno.ELOOP, "is a link", name)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "is not a regular file", name)
-            open_file = functools.partial(os.open, dir_fd=parent)
-            descriptor = retry_while_held(open_file, name, os.O_RDONLY | _FILE_FLAGS)
+            descriptor = retry_while_held(_open_shared, name, parent)
         try:
             self._check_mount(descriptor)
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -6548,6 +6563,12 @@ def lower_keys(where: str, value: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def check_rerun(changes: Pairs) -> None:
+    """Raise BadRequest for changes that `parse_rerun` would refuse, whatever is submitted again."""
+    _parse_task_id(_parse_query(changes, _UnknownNames())["id"][1])
+    _parse_environment("env_vars", [value for name, value in changes if name == "env_vars"])
+
+
 def parse_rerun(
     query: str,
     steps: Any,
@@ -7383,13 +7404,14 @@ class StepDirectory:
                 raise
             return b""
 
-    def output_bytes(self) -> int:
-        """Return how much the last attempt has written, to both streams."""
+    def output_bytes(self, attempt: int = 1) -> int:
+        """Return how much the last attempt, which is this one, has written to both streams."""
         total = 0
         for stream in OUTPUT_STREAMS:
-            with contextlib.suppress(OSError):  # there is none, or the step has removed it
-                path = os.path.join(self.path, output_name(stream))
-                total += os.lstat(path).st_size
+            for name in (output_name(stream, attempt), output_name(stream)):
+                with contextlib.suppress(OSError):  # there is none, or the step has removed it
+                    total += os.lstat(os.path.join(self.path, name)).st_size
+                    break
         return total
 
     def writes_in_host_page(self) -> bool:
@@ -7397,11 +7419,28 @@ class StepDirectory:
         with contextlib.suppress(OSError), self._tasks.read(*self._names, script_name("cmd")) as file:
             return not changes_to_utf_8(file.read(_MAX_SCRIPT_LOOK_BYTES))
         return False
-    def open_output(self, name: str = "output") -> io.FileIO | None:
-        """Open what the step has written so far; None where that is not there, or not a regular file any more.
 
-        Raises OSError where it cannot be read.
+    def open_output(
+        self,
+        stream: str,
+        attempt: int,
+        last_attempt: int,
+    ) -> io.FileIO | None:
+        """Open what an attempt has written so far; None where that is not there, or not a regular file any more.
+
+        `last_attempt` is the last one that is stored as begun. Raises OSError where it cannot be read.
         """
+        earlier_name = output_name(stream, attempt)
+        file = self._open(earlier_name)
+        if file is None and attempt == last_attempt:
+            file = self._open(output_name(stream))
+            renamed = self._open(earlier_name)  # meanwhile, when the next attempt was prepared: then `file` may be its
+            if renamed and file:
+                file.close()
+            file = renamed or file
+        return file
+
+    def _open(self, name: str) -> io.FileIO | None:
         try:
             return self._tasks.read(*self._names, name)
         except OSError as error:
@@ -7409,16 +7448,16 @@ class StepDirectory:
                 return None
             raise
 
-    def read_output(self) -> Iterator[bytes]:
-        """Return what the last attempt has written so far, in blocks: stdout, then stderr where that is apart.
+    def read_output(self, attempt: int = 1) -> Iterator[bytes]:
+        """Return what the last attempt, which is this one, has written so far, in blocks.
 
-        Nothing where an output is not a regular file any more. Raises OSError where it cannot be read.
+        That is stdout, then stderr where that is apart; nothing where an output is not a regular file any more. Raises
+        OSError where it cannot be read.
         """
-
         files = []
         try:
             for stream in OUTPUT_STREAMS:
-                files.append(self.open_output(output_name(stream)))
+                files.append(self.open_output(stream, attempt, attempt))
         except OSError:
             for file in filter(None, files):
                 file.close()
@@ -10180,7 +10219,7 @@ class Runner:
         max_bytes = self._settings.max_output * _EXCESS
 
         def is_hurried() -> bool:
-            is_excessive = step.stop_reason == OUTPUT_EXCEEDED and directory.output_bytes() > max_bytes
+            is_excessive = step.stop_reason == OUTPUT_EXCEEDED and directory.output_bytes(step.attempt) > max_bytes
             return step.stop_count > 1 or step.stop_signal == "KILL" or is_excessive
 
         step.tree.stop(is_hurried, signal_number(step.stop_signal))
@@ -10191,7 +10230,7 @@ class Runner:
         seconds = 0.0
         if step.started_ns:
             seconds = (self._clock.now_ns() - step.started_ns) / _SECOND_NS
-        output_bytes = self.directory(step).output_bytes()
+        output_bytes = self.directory(step).output_bytes(step.attempt)
         tree = step.tree
         attempt = step.attempt
         tree_has_ended = tree_has_ended or tree is None
@@ -10322,7 +10361,7 @@ class Recovery:
             return
         code = directory.exit_code()
         if code is not None:
-            outcome = self._runner.exited(code)._replace(output_bytes=directory.output_bytes())
+            outcome = self._runner.exited(code)._replace(output_bytes=directory.output_bytes(step.attempt))
             if self._scheduler.finish(step, outcome):
                 return
         if code is not None or self._processes.may_have_started(directory.path):
@@ -10448,7 +10487,7 @@ class Janitor:
             return _TICK_S
         pause_s = _TICK_S
         for step in self._scheduler.running_steps():
-            output_bytes = StepDirectory(self._files, step.task.number, step.index).output_bytes()
+            output_bytes = StepDirectory(self._files, step.task.number, step.index).output_bytes(step.attempt)
             if output_bytes > limit:
                 self._scheduler.request_stop(step, OUTPUT_EXCEEDED)
             else:
@@ -15256,6 +15295,7 @@ FEATURES = (
     "retry",
     "when",
     "rerun",
+    "workspace",
 )
 _TASKS_PATH = "/api/v1/task"
 _TASK_PATH = _TASKS_PATH + "/{task}"
@@ -15728,7 +15768,9 @@ def _parameter(query: Pairs, name: str) -> str:
 
 def _choice(query: Pairs, name: str, choices: Sequence[str]) -> str:
     """Return a parameter that is one of these, the first by default. Raise BadRequest."""
-    value = _parameter(query, name) or choices[0]
+    value = _parameter(query, name)
+    if name not in dict(query):
+        value = choices[0]
     if value not in choices:
         raise BadRequest(f"{name}: invalid {value!r}: expected one of {', '.join(choices)}")
     return value
@@ -15877,6 +15919,14 @@ def _accepted_response() -> Json:
     return response_object("The task is stored", schema, {"stored": success_example(example)}, "X-Task-ID")
 
 
+def _rerun_response() -> Json:
+    (content,) = _accepted_response()["content"].values()
+    schema = {"oneOf": [content["schema"], schema_reference("NotFound")]}
+    example = accepted_json(4, "release-2", _EXAMPLE_BASE_URL, 1668649373430555500)
+    examples = {"stored": success_example(example), "gone": _NOT_FOUND_EXAMPLE}
+    return response_object("The task is stored", schema, examples, "X-Task-ID")
+
+
 def _console_outcome(step: StepRow) -> tuple[Code, str]:
     """Return code and message of the envelope in which the console of a step that has started is shown."""
     if step.state == State.RUNNING:
@@ -15970,12 +16020,12 @@ def _bool_pattern() -> str:
     return f"^({'|'.join(alternatives)})?$"
 
 
-def _duration_schema(is_positive: bool) -> Json:
+def _duration_schema(may_be_zero: bool = False) -> Json:
     units = json.dumps("|".join(UNIT_NS))[1:-1]  # not ASCII by the escapes of ECMA 262, as JSON Schema's patterns are
     number = r"([0-9]+(\.[0-9]*)?|\.[0-9]+)"
-    pattern = rf"^(\+?(0|({number}({units}))+))?$"
-    if is_positive:
-        pattern = rf"^((?=.*[1-9])\+?({number}({units}))+)?$"
+    pattern = rf"^((?=.*[1-9])\+?({number}({units}))+)?$"
+    if may_be_zero:
+        pattern = rf"^(\+?(0|({number}({units}))+))?$"
     return string_schema("As Go writes it", pattern=pattern, examples=["90s", "1h30m", "500ms"])
 
 
@@ -16006,10 +16056,12 @@ def _submitted_step_schema() -> Json:
 
 def _retry_schema() -> Json:
     code = integer_schema("Exit code", 1, maximum=MAX_EXIT_CODE)
-    delay = {**schema_reference("Duration")}
     properties = {
         "limit": nullable(integer_schema("How many more attempts", 1, maximum=MAX_RETRIES)),
-        "delay": {"anyOf": [delay, {"type": "null"}], "description": "Before the first of them, 1h at most"},
+        "delay": {
+            "anyOf": [schema_reference("Delay"), {"type": "null"}],
+            "description": "Before the first of them, 1h at most",
+        },
         "backoff": nullable(
             {
                 "type": "number",
@@ -16048,6 +16100,7 @@ def _task_parameters() -> Json:
     variables = array_schema(schema_reference("Variable"))
     reason = string_schema("One line", maxLength=_MAX_REASON_LENGTH)
     results = array_schema({"type": "string", "enum": [*Result]})
+    moment = {"anyOf": [time_schema("RFC 3339"), {"type": "string", "maxLength": 0}]}
     cursor = {"type": "string", "pattern": "^(([0-9]{1,19}-)?[0-9]{1,19})?$"}
     path = {
         "task": ("Id of the task", non_empty, "release-1"),
@@ -16065,8 +16118,8 @@ def _task_parameters() -> Json:
         "timeout": ("Timeout of the whole task, from its acceptance", schema_reference("Duration"), "1h30m"),
         "env_vars": ("KEY=value for all steps; may be repeated", variables, ["target=linux"]),
         "wait": ("How long its end is waited for, at most", schema_reference("Duration"), "30s"),
-        "delay": ("How long it waits at least before its first step", _duration_schema(is_positive=False), "10m"),
-        "at": ("Before which moment no step starts", time_schema("RFC 3339"), "2022-11-18T16:14:23+08:00"),
+        "delay": ("How long it waits at least before its first step", schema_reference("Delay"), "10m"),
+        "at": ("Before which moment no step starts", moment, "2022-11-18T16:14:23+08:00"),
         "paused": ("true: held until it is resumed", boolean, "true"),
         "strict": ("true: an unknown field or parameter is refused, else told in `warnings`", boolean, "true"),
         "only": (
@@ -16245,11 +16298,11 @@ def encode_lines(blocks: Iterable[bytes], decoder: OutputDecoder) -> Iterator[by
         yield comma + to_json(decoder.line(rest)).encode()
 
 
-def _output_decoder(directory: StepDirectory) -> OutputDecoder:
-    """Return what decodes the output of a step as a whole. Raises OSError."""
+def _output_decoder(directory: StepDirectory, attempt: int) -> OutputDecoder:
+    """Return what decodes the output of a step's last attempt as a whole. Raises OSError."""
     if not directory.writes_in_host_page():
         return OutputDecoder(fallback_encoding())
-    is_mixed = not is_utf_8(directory.read_output())
+    is_mixed = not is_utf_8(directory.read_output(attempt))
     return OutputDecoder(fallback_encoding(), True, is_mixed)
 
 
@@ -16293,7 +16346,7 @@ class TaskApi:
                 _TASK_PATH + "/rerun",
                 self.rerun_task,
                 "Submits a task again",
-                "Accepted",
+                "Rerun",
                 ("only", "id", "env_vars"),
                 errors=(409, 507),
                 is_limited=True,
@@ -16483,7 +16536,7 @@ class TaskApi:
         """Return a step; how much it has written is stored at its end, until then its file tells."""
         output_bytes = step.output_bytes
         if output_bytes is None:
-            output_bytes = StepDirectory(self._files, task.task_number, step.step_index).output_bytes()
+            output_bytes = StepDirectory(self._files, task.task_number, step.step_index).output_bytes(step.attempt)
         return step_json(
             step,
             task,
@@ -16516,6 +16569,7 @@ class TaskApi:
 
     def rerun_task(self, request: Request) -> Response:
         only = _choice(request.query, "only", _RERUN_CHOICES)
+        check_rerun(request.query)
         task = self._store.task(request.params["task"])
         submission = self._submission(task)
         steps = json.loads(submission.steps)
@@ -16587,8 +16641,8 @@ class TaskApi:
         code, message = _console_outcome(step)
         directory = StepDirectory(self._files, task.task_number, step.step_index)
         try:
-            output = directory.read_output()
-            lines = encode_lines(output, _output_decoder(directory))
+            output = directory.read_output(step.attempt)
+            lines = encode_lines(output, _output_decoder(directory, step.attempt))
         except OSError as error:
             if is_scarcity(error):
                 raise Unavailable(f"the output cannot be read now: {error.strerror}; try again") from None
@@ -16620,6 +16674,7 @@ def task_components() -> Components:
         responses={
             "TaskList": _task_list_response(),
             "Accepted": _accepted_response(),
+            "Rerun": _rerun_response(),
             "TaskDetail": _task_detail_response(),
             "Stopped": _stopped_response(),
             "Deleted": _deleted_response(),
@@ -16629,7 +16684,8 @@ def task_components() -> Components:
             "Pool": _pool_response(),
         },
         schemas={
-            "Duration": _duration_schema(is_positive=True),
+            "Duration": _duration_schema(),
+            "Delay": _duration_schema(may_be_zero=True),
             "Variable": string_schema("KEY=value", pattern=f"^{ENV_ENTRY_PATTERN.pattern}$"),
             "SubmittedStep": _submitted_step_schema(),
             "Submission": {"anyOf": [array_schema(step, minItems=1), step]},
@@ -16727,7 +16783,7 @@ class OutputFollower:
         task_number: int,
         step: StepRow,
         attempt: int,
-        open_file: Callable[[], io.FileIO | None],
+        open_file: Callable[[int], io.FileIO | None],
         file: io.FileIO | None,
         offset: int,
         hold: Hold,
@@ -16735,8 +16791,8 @@ class OutputFollower:
         self._store = store
         self._task_number = task_number
         self._step = step
-        self._attempt = attempt
-        self._open_file = open_file
+        self._attempt = attempt  # one that may begin yet
+        self._open_file = open_file  # with the last attempt that has begun
         self._file = file  # None until it can be opened
         self._offset = offset
         self._hold = hold
@@ -16774,7 +16830,7 @@ class OutputFollower:
             self._hold.wake()
 
     def _look(self) -> None:
-        if self._step.state != State.RUNNING:
+        if self._step.state != State.RUNNING or self._step.attempt != self._attempt:
             return
         with contextlib.suppress(OSError, ValueError):  # it was closed just now
             if self._file is None or self._left_bytes():
@@ -16794,11 +16850,13 @@ class OutputFollower:
                 self._step = self._store.step(self._task_number, str(self._step.step_index))
             except ApiError as error:
                 raise ConnectionEnded(error.message) from None
-        return bool(self._step.result) or self._step.attempt != self._attempt
+        if self._step.result or self._step.attempt > self._attempt:
+            return True
+        return self._step.attempt == self._attempt and self._step.retry_at_ns is not None
 
     def _new_parts(self) -> Iterator[bytes | FileSlice]:
         if self._file is None:
-            self._file = self._open_file()
+            self._file = self._open_file(self._step.attempt)
         if self._file is None:
             return
         while left_bytes := self._left_bytes():
@@ -17049,12 +17107,13 @@ class FollowApi:
         query = _parse_output_query(request)
         task = self._store.task(request.params["task"])
         step = self._store.step(task.task_number, request.params["step"])
-        name = self._output_name(task, step, query)
+        attempt = query.attempt or step.attempt
+        self._check_output_query(task, step, query, is_followed=request.hold is not None)
         directory = StepDirectory(self._files, task.task_number, step.step_index)
-        open_file = functools.partial(directory.open_output, name)
+        open_file = functools.partial(directory.open_output, query.stream, attempt)
         with contextlib.ExitStack() as closing:
             try:
-                file = open_file()
+                file = open_file(step.attempt)
             except OSError as error:
                 raise Unavailable(f"the output cannot be opened ({error.strerror}); try again") from None
             size = 0
@@ -17068,7 +17127,7 @@ class FollowApi:
                     self._store,
                     task.task_number,
                     step,
-                    query.attempt or step.attempt,
+                    attempt,
                     open_file,
                     file,
                     offset,
@@ -17085,27 +17144,26 @@ class FollowApi:
             _UNSTORED,
             ("X-Output-Offset", str(offset)),
             ("X-Step-Result", Result(step.result or _unfinished_result(task, step)).value),
-            ("X-Step-Attempt", str(query.attempt or step.attempt)),
+            ("X-Step-Attempt", str(attempt)),
         )
         return Response(status, own_headers + headers, body)
 
-    def _output_name(
+    def _check_output_query(
         self,
         task: TaskRow,
         step: StepRow,
         query: _OutputQuery,
-    ) -> str:
-        """Return the name of the file that a request asks for. Raise BadRequest."""
+        is_followed: bool,
+    ) -> None:
+        """Raise BadRequest for an output that the step has not got; who follows may ask for its next attempt."""
         if query.stream == "stderr":
             submission = self._store.submission(task.task_number)
             steps = json.loads(submission.steps) if submission else []
             if not steps or steps[step.step_index].get("stderr") != "apart":
                 raise BadRequest("stream: the stderr of this step is in its stdout; submit it with `stderr` as `apart`")
-        if query.attempt is None or query.attempt == step.attempt:
-            return output_name(query.stream)
-        if not 1 <= query.attempt <= step.attempt:
-            raise BadRequest(f"attempt: invalid {query.attempt}: expected 1 to {step.attempt}")
-        return output_name(query.stream, query.attempt)
+        last = step.attempt + is_followed
+        if query.attempt and query.attempt > last:
+            raise BadRequest(f"attempt: invalid {query.attempt}: expected 1 to {last}")
 
     def _part(
         self,
@@ -17230,7 +17288,7 @@ class FollowApi:
         step = self._store.step(number, str(event.step_index))
         output_bytes = step.output_bytes
         if output_bytes is None:
-            output_bytes = StepDirectory(self._files, number, step.step_index).output_bytes()
+            output_bytes = StepDirectory(self._files, number, step.step_index).output_bytes(step.attempt)
         shown = step_json(
             step,
             task,
@@ -17254,12 +17312,13 @@ def follow_components() -> Components:
     boolean = {"type": "string", "pattern": _bool_pattern()}
     stream = {"type": "string", "enum": ["stdout", "stderr"], "default": "stdout"}
     number = {"type": "string", "pattern": "^[0-9]{0,18}$"}
+    attempt = integer_schema("Attempt", 1, maximum=10**15 - 1)
     query: dict[str, ParameterSpec] = {
         "stream": ("stderr: what was written there, where it is apart", stream, "stdout"),
         "offset": ("Where to begin, in bytes", integer_schema("Bytes", maximum=10**15 - 1), 0),
         "tail": ("Begin with so many last lines", integer_schema("Lines", maximum=10**15 - 1), 100),
         "follow": ("true: goes on until the step has ended", boolean, "true"),
-        "attempt": ("Of an earlier attempt", integer_schema("Attempt", 1, maximum=10**15 - 1), 1),
+        "attempt": ("Of this attempt; default the last that has begun. With follow also the next one", attempt, 1),
         "last_event_id": ("The last event that is known; the header Last-Event-ID wins", number, "1668649373430556"),
     }
     parameters = parameter_objects("query", query)
@@ -17587,8 +17646,8 @@ class WorkspaceApi:
         return json_response(entry, audit=f"upload of {place}, {byte_count} bytes")
 
     def remove(self, request: Request) -> Response:
-        flags = [value for name, value in request.query if name == "recursive"]
-        is_recursive = bool(flags) and _parse_bool("recursive", flags[-1])
+        flags = [value for name, value in request.query if name == "recursive"] or [""]
+        is_recursive = _parse_bool("recursive", flags[-1])
         place = self._place(request)
         if not place.names:
             raise BadRequest("path: expected that of a file or directory in the workspace")
@@ -21651,6 +21710,29 @@ def copy_output(
     _copy_body(api, open_at, write)
 
 
+def follow_output(
+    api: Api,
+    step_path: str,
+    stream: str,
+    write: Callable[[bytes], Any],
+    attempt: int = 1,
+) -> Any:
+    """Write what a step puts out to its end, attempt by attempt from this one on; return the ended step.
+
+    Raise ClientError, and as `write` does.
+    """
+    while True:
+        query = {"follow": "true", "stream": stream, "attempt": attempt}
+        copy_output(api, f"{step_path}/output", query, write)
+        reply = api.call("GET", step_path)
+        if reply.data is None:
+            raise ClientError(f"{api.endpoint.name}: the task expired or was deleted meanwhile")
+        is_over = reply.data["result"] not in ("waiting", "running", "paused")
+        if is_over and reply.data["attempt"] <= attempt:
+            return reply.data
+        attempt += 1
+
+
 def copy_file(
     api: Api,
     path: str,
@@ -21665,7 +21747,7 @@ def copy_file(
             headers["Range"] = f"bytes={offset}-"
         response = api.open("GET", path, headers=headers)
         if response.getheader("Content-Disposition") is None:
-            raise ClientError(f"{api.endpoint.name}: {path} is not a file there; see `ls`")
+            raise ClientError(f"{api.endpoint.name}: no such task, or a directory and no file: {path}; see `ls`")
         if offset is None:
             begin(response.length or 0)
         return response
@@ -22295,11 +22377,10 @@ class _ExecJob(Job):
 
     def _copy(self, stream: str) -> None:
         writer = self._writers[stream]
-        path = _task_path(self.task_id, "0", "output")
-        query = {"follow": "true", "stream": stream}
+        path = _task_path(self.task_id, "0")
         try:
             with Api(self.endpoint) as api, contextlib.closing(writer):
-                copy_output(api, path, query, writer.write)
+                follow_output(api, path, stream, writer.write)
         except (ClientError, OSError):  # the latter of who reads our output, such as head(1)
             self.stop()  # else its other stream would be followed to the end
             raise
@@ -22371,6 +22452,13 @@ class _Changes:
         self._poll_s = 1.0
 
 
+def _steps_with_stderr(api: Api, task_id: str) -> set[int]:
+    """Return the indexes of the steps that write their stderr apart. Raise ClientError."""
+    data = api.call("GET", _task_path(task_id, "submission")).data or {}  # an earlier version did not keep it
+    steps = data.get("steps", [])
+    return {index for index, step in enumerate(steps) if step.get("stderr") == "apart"}
+
+
 class TaskFollower:
     """Shows a task until its end: each line of its output with its step's name, or on a terminal a line a step."""
 
@@ -22387,12 +22475,14 @@ class TaskFollower:
         self._screen = Screen(sys.stdout)
         self._prefix = prefix
         self._is_json = is_json
+        self._with_stderr: set[int] = set()  # indexes of steps
         self._is_drawn = self._screen.is_terminal and not (prefix or is_json)
-        self._copies: dict[tuple[int, int], threading.Thread] = {}  # by step and attempt
+        self._copies: dict[int, list[threading.Thread]] = {}  # by step, one for each stream
 
     def follow(self) -> Reply:
         """Return the task's detail at its end. Raise ClientError."""
         self._api.require(["output", "follow", "events"])
+        self._with_stderr = _steps_with_stderr(self._api, self._task_id)
         changes = _Changes(self._endpoint, self._task_id)
         while True:
             reply = _call_task(self._api, "GET", self._task_id)
@@ -22403,7 +22493,7 @@ class TaskFollower:
             if reply.code != Code.IN_PROGRESS:
                 break
             changes.wait(1.0 if self._is_drawn else _EVENTS_TRUST_S)
-        for copy in self._copies.values():
+        for copy in itertools.chain.from_iterable(self._copies.values()):
             copy.join()
         for step in reply.data:
             if step["result"] not in _QUIET_RESULTS:
@@ -22412,26 +22502,30 @@ class TaskFollower:
         return reply
 
     def _copy_outputs(self, steps: Sequence[Any]) -> None:
-        """Copy the output of each step that has begun, in a thread of its own."""
+        """Copy the output of each step that has begun, in a thread of its own for each stream."""
         for step in steps:
-            key = (step["step"], step["attempt"])
-            if step["result"] not in _UNBEGUN_RESULTS and key not in self._copies:
-                name = f"output {key[0]}"
-                self._copies[key] = threading.Thread(
+            index = step["step"]
+            has_begun = step["result"] not in _UNBEGUN_RESULTS or step["output_bytes"]
+            if not has_begun or index in self._copies:
+                continue
+            self._copies[index] = []
+            streams = ["stdout", "stderr"] if index in self._with_stderr else ["stdout"]
+            for stream in streams:
+                copy = threading.Thread(
                     target=self._copy,
-                    args=(step,),
-                    name=name,
+                    args=(step, stream),
+                    name=f"output {index}",
                     daemon=True,
                 )
-                self._copies[key].start()
+                self._copies[index].append(copy)
+                copy.start()
 
-    def _copy(self, step: Mapping[str, Any]) -> None:
-        path = _task_path(self._task_id, str(step["step"]), "output")
+    def _copy(self, step: Mapping[str, Any], stream: str) -> None:
+        path = _task_path(self._task_id, str(step["step"]))
         writer = LineWriter(functools.partial(self._print, step["name"]))
-        query = {"follow": "true", "attempt": step["attempt"]}
         try:
             with Api(self._endpoint) as api, contextlib.closing(writer):
-                copy_output(api, path, query, writer.write)
+                follow_output(api, path, stream, writer.write)
         except ClientError as error:
             print_error(str(error))
         except BrokenPipeError:  # of who reads our output, such as head(1); the task goes on
@@ -22548,26 +22642,50 @@ def run_follow(options: argparse.Namespace) -> int:
         options.follow = True
         return _follow_to_end(api.endpoint, options.id, options)
     api.require(["output", "follow"])
-    path = _task_path(options.id, options.step, "output")
-    try:
-        _await_in_thread(
-            lambda: copy_output(
-                api,
-                path,
-                {"follow": "true"},
-                _step_writer(options).write,
-            ),
+    index = _call_task(api, "GET", options.id, options.step).data["step"]
+    path = _task_path(options.id, str(index))
+    copies = []
+    if index in _steps_with_stderr(api, options.id):
+        writer = LineWriter(_print_output_line) if options.json else OutputWriter(sys.stderr)
+        copy = threading.Thread(
+            target=_copy_stderr,
+            args=(Api(api.endpoint), path, writer),
+            name="stderr",
+            daemon=True,
         )
+        copies.append(copy)
+        copy.start()
+    try:
+        with contextlib.closing(_step_writer(options)) as writer:
+            step = _await_in_thread(
+                lambda: follow_output(api, path, "stdout", writer.write),
+            )
     except KeyboardInterrupt:
         _say_how_to_return("step", shlex.join([options.id, options.step]))
         raise
-    step = _call_task(api, "GET", options.id, options.step).data
+    for copy in copies:
+        copy.join()
     return _exit_code(step["result"], step["code"])
+
+
+def _copy_stderr(api: Api, step_path: str, writer: OutputWriter | LineWriter) -> None:
+    """Show what a step writes to its stderr."""
+    try:
+        with contextlib.closing(writer):
+            follow_output(api, step_path, "stderr", writer.write)
+    except ClientError as error:
+        print_error(str(error))
+    except OSError:  # of who reads our stderr: there is nobody to be told
+        return
+
+
+def _print_output_line(line: str) -> None:
+    print_json_line({"line": line})
 
 
 def _step_writer(options: argparse.Namespace) -> OutputWriter | LineWriter:
     if options.json:
-        return LineWriter(lambda line: print_json_line({"line": line}))
+        return LineWriter(_print_output_line)
     return OutputWriter(sys.stdout)
 
 
@@ -22578,21 +22696,23 @@ def run_log(options: argparse.Namespace) -> int:
     query = {}
     if options.tail is not None:
         query["tail"] = options.tail
-    if options.stream:
-        query["stream"] = options.stream
-    names = {options.step: options.step}
-    if not options.step:
-        names = {str(step["step"]): step["name"] for step in _call_task(api, "GET", options.id).data}
-    for step, name in names.items():
-        if len(names) > 1 and not options.json:
-            print(f"==> {printable(name)} <==", flush=True)
-        with contextlib.closing(_step_writer(options)) as writer:
-            copy_output(
-                api,
-                _task_path(options.id, step, "output"),
-                query,
-                writer.write,
-            )
+    if options.step:
+        steps = [_call_task(api, "GET", options.id, options.step).data]
+    else:
+        steps = _call_task(api, "GET", options.id).data
+    with_stderr = _steps_with_stderr(api, options.id)
+    for step in steps:
+        if len(steps) > 1 and not options.json:
+            print(f"==> {printable(step['name'])} <==", flush=True)
+        streams = ["stdout", "stderr"] if step["step"] in with_stderr else ["stdout"]
+        for stream in [options.stream] if options.stream else streams:
+            with contextlib.closing(_step_writer(options)) as writer:
+                copy_output(
+                    api,
+                    _task_path(options.id, str(step["step"]), "output"),
+                    {**query, "stream": stream},
+                    writer.write,
+                )
     return 0
 
 
@@ -23050,8 +23170,14 @@ def run_get(options: argparse.Namespace) -> int:
 
 def run_ls(options: argparse.Namespace) -> int:
     """List a directory of the workspace of a task."""
+    api = single_api(options)
     path = _workspace_path(options.id, options.path)
-    entries = single_api(options).call("GET", path).data
+    with api.open("GET", path) as response:
+        if response.getheader("Content-Disposition"):
+            raise ClientError(f"{api.endpoint.name}: {options.path!r} is a file: `get` copies it")
+    entries = api.call("GET", path).data
+    if entries is None:
+        raise ClientError(f"{api.endpoint.name}: no task {options.id!r}: never there, expired or deleted; see `list`")
     if options.json:
         for entry in entries:
             print_json_line(entry)
