@@ -3756,7 +3756,7 @@ def tells(text: str, to: str = "") -> str:
     return f'{script("sh -c", "cmd /c")} "echo {text}{to}"'
 
 
-class Row(NamedTuple):
+class Case(NamedTuple):
     """A script, what its step ends with, and the output: its lines, or a pattern in it."""
 
     content: str
@@ -3772,52 +3772,52 @@ OF_PROGRAMS = "$PSNativeCommandUseErrorActionPreference = $true"
 TABLE = "[pscustomobject]@{ a = 1; bb = 'x' }"
 SHOWN = r"\n?a bb\n- --\n1 x\n\n?after"
 POWERSHELL = {
-    "exit 3": Row("exit 3", 3, []),
-    "exit -1": Row("exit -1", script(255, 4294967295), []),
-    "exit 300": Row("exit 300", script(44, 300), []),
-    "throw": Row("throw 'x'", 1, "x"),
-    "throw after a program": Row(f"{ends(5)}; throw 'x'; echo no", 1, r"\A((?!^no$)[^\0])*\Z"),
-    "no parse": Row("echo first\nif (", 1, r"\A((?!^first)[^\0])+\Z"),
-    "requires": Row("#requires -Version 99\necho first", 1, r"\A((?!^first)[^\0])+\Z"),
-    "program": Row(f"{ends(3)}\necho hi", 3, ["hi"]),
-    "last program": Row(f"{ends(3)}\n{ends(0)}", 0, []),
-    "bare exit": Row(f"{ends(3)}\nexit", 0, []),
-    "exit 0": Row(f"{ends(3)}\nexit 0", 0, []),
-    "called script": Row("[IO.File]::WriteAllText('a.ps1', 'exit 14')\n& ./a.ps1\necho after", 14, ["after"]),
-    "dotted script": Row("[IO.File]::WriteAllText('b.ps1', 'exit 14')\n. ./b.ps1\necho after", 14, ["after"]),
-    "errors": Row("Write-Error e1\nno-such-command\n1/0\necho after", 0, r"(?s)e1.*no-such.*divide.*\nafter\Z"),
-    "last error": Row("1/0", 0, "divide by zero"),
-    "stop": Row(f"{STOP}\necho before\nGet-Item /nope\necho after", 1, r"\Abefore\n((?!^after$)[^\0])+\Z"),
-    "stop and a program": Row(f"{STOP}\n{ends(4)}\necho after", 4, ["after"]),
-    "stop at a program": Row(f"{STOP}\n{OF_PROGRAMS}\n{ends(4)}\necho after", 1, r"\A((?!^after$)[^\0])+\Z"),
-    "exit of .NET": Row("[Environment]::Exit(6)", 6, []),
-    "exit in a function": Row("function f { try { exit 7 } finally { echo finally } }\nf\necho no", 7, ["finally"]),
-    "code set": Row("$global:LASTEXITCODE = 9", 9, []),
-    "code of the host": Row("$host.SetShouldExit(8)", 8, []),
-    "code reset": Row(f"{ends(3)}\nif ($LASTEXITCODE -lt 8) {{ $LASTEXITCODE = 0 }}", 0, []),
-    "break": Row(f"{ends(5)}\nbreak\necho no", 5, []),
-    "continue": Row(f"{ends(5)}\n1..3 | % {{ continue }}\necho no", 5, []),
-    "break alone": Row("break\necho no", 0, []),
-    "table": Row(f"{TABLE}\n'after'", 0, SHOWN),
-    "table and exit": Row(f"{TABLE}\n'after'\nexit 3", 3, SHOWN),
-    "plain": Row(f"Write-Error e1\nWrite-Warning w1\n{TABLE}\n$env:NO_COLOR", 0, r"\A[^\x1b]*e1[^\x1b]*\n1\n?\Z"),
-    "text": Row(
+    "exit 3": Case("exit 3", 3, []),
+    "exit -1": Case("exit -1", script(255, 4294967295), []),
+    "exit 300": Case("exit 300", script(44, 300), []),
+    "throw": Case("throw 'x'", 1, "x"),
+    "throw after a program": Case(f"{ends(5)}; throw 'x'; echo no", 1, r"\A((?!^no$)[^\0])*\Z"),
+    "no parse": Case("echo first\nif (", 1, r"\A((?!^first)[^\0])+\Z"),
+    "requires": Case("#requires -Version 99\necho first", 1, r"\A((?!^first)[^\0])+\Z"),
+    "program": Case(f"{ends(3)}\necho hi", 3, ["hi"]),
+    "last program": Case(f"{ends(3)}\n{ends(0)}", 0, []),
+    "bare exit": Case(f"{ends(3)}\nexit", 0, []),
+    "exit 0": Case(f"{ends(3)}\nexit 0", 0, []),
+    "called script": Case("[IO.File]::WriteAllText('a.ps1', 'exit 14')\n& ./a.ps1\necho after", 14, ["after"]),
+    "dotted script": Case("[IO.File]::WriteAllText('b.ps1', 'exit 14')\n. ./b.ps1\necho after", 14, ["after"]),
+    "errors": Case("Write-Error e1\nno-such-command\n1/0\necho after", 0, r"(?s)e1.*no-such.*divide.*\nafter\Z"),
+    "last error": Case("1/0", 0, "divide by zero"),
+    "stop": Case(f"{STOP}\necho before\nGet-Item /nope\necho after", 1, r"\Abefore\n((?!^after$)[^\0])+\Z"),
+    "stop and a program": Case(f"{STOP}\n{ends(4)}\necho after", 4, ["after"]),
+    "stop at a program": Case(f"{STOP}\n{OF_PROGRAMS}\n{ends(4)}\necho after", 1, r"\A((?!^after$)[^\0])+\Z"),
+    "exit of .NET": Case("[Environment]::Exit(6)", 6, []),
+    "exit in a function": Case("function f { try { exit 7 } finally { echo finally } }\nf\necho no", 7, ["finally"]),
+    "code set": Case("$global:LASTEXITCODE = 9", 9, []),
+    "code of the host": Case("$host.SetShouldExit(8)", 8, []),
+    "code reset": Case(f"{ends(3)}\nif ($LASTEXITCODE -lt 8) {{ $LASTEXITCODE = 0 }}", 0, []),
+    "break": Case(f"{ends(5)}\nbreak\necho no", 5, []),
+    "continue": Case(f"{ends(5)}\n1..3 | % {{ continue }}\necho no", 5, []),
+    "break alone": Case("break\necho no", 0, []),
+    "table": Case(f"{TABLE}\n'after'", 0, SHOWN),
+    "table and exit": Case(f"{TABLE}\n'after'\nexit 3", 3, SHOWN),
+    "plain": Case(f"Write-Error e1\nWrite-Warning w1\n{TABLE}\n$env:NO_COLOR", 0, r"\A[^\x1b]*e1[^\x1b]*\n1\n?\Z"),
+    "text": Case(
         f"\ufeff'żółć 世界 🚀'\n{tells('żółć 世界')}\n"
         "$env:NO_COLOR\n$env:env1\nsleep 0\n$MyInvocation.InvocationName -ne '.'",
         0,
         ["żółć 世界 🚀", "żółć 世界", "0", "a b", "True"],
         ("NO_COLOR=0", "env1=a b"),
     ),
-    "pipe": Row(f"'żółć' | {COPIES}", 0, ["żółć"]),
-    "stdin": Row(f"$input\n{COPIES}\nRead-Host\necho after", 0, r"(?s)\ARead-Host.*NonInteractive.*\nafter\Z"),
-    "streams": Row(
+    "pipe": Case(f"'żółć' | {COPIES}", 0, ["żółć"]),
+    "stdin": Case(f"$input\n{COPIES}\nRead-Host\necho after", 0, r"(?s)\ARead-Host.*NonInteractive.*\nafter\Z"),
+    "streams": Case(
         "echo s1\n[Console]::Error.WriteLine('s2')\nWrite-Host s3\nWrite-Warning s4\nWrite-Verbose s5 -Verbose\n"
         + f"Write-Debug s6 -Debug\n{tells('s7', '>&2')}",
         0,
         r"(?s)s1.*s2.*s3.*s4.*s5.*s6.*s7",
     ),
-    "blocks": Row("begin { 'begun' }\nprocess { 'processed' }\nend { 'over' }", 0, ["begun", "processed", "over"]),
-    "children": Row(
+    "blocks": Case("begin { 'begun' }\nprocess { 'processed' }\nend { 'over' }", 0, ["begun", "processed", "over"]),
+    "children": Case(
         "Start-Job { 'job' } | Receive-Job -Wait\nStart-ThreadJob { 'thread' } | Receive-Job -Wait\n"
         f"(Start-Process {EXIT_4} -Wait -PassThru).ExitCode\n"
         "[IO.File]::WriteAllText('c.ps1', 'exit 11')\npwsh -NoProfile -File c.ps1\n$LASTEXITCODE",
@@ -11002,7 +11002,7 @@ def test_limit_of_open_files_of_a_step_is_that_of_the_daemons_start(launch: Call
 # client: commands beside a real daemon, through restarts, on pipes and on a terminal
 # ======================================================================================================================
 
-CLIENT = [sys.executable, "-c", "import sys, remote_executor; sys.exit(remote_executor.main())"]  # is compiled once
+CLI_ARGV = [sys.executable, "-c", "import sys, remote_executor; sys.exit(remote_executor.main())"]  # is compiled once
 NASTY_WORDS = ["", " ", "a b", "it's", '"', 'say "hi"', "$HOME", "`id`", "*", "?", "\\", "a\\", 'a\\"', "%PATH%"]
 NASTY_WORDS += [
     "100%",
@@ -11036,7 +11036,7 @@ def client_env(daemon: Daemon, **more: str) -> dict[str, str]:
 def ask(daemon: Daemon, *arguments: str, stdin: bytes | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """What a command of the client prints, and its exit code."""
     done = subprocess.run(
-        [*CLIENT, *arguments], input=stdin or b"", capture_output=True, timeout=60, env=client_env(daemon, **env)
+        [*CLI_ARGV, *arguments], input=stdin or b"", capture_output=True, timeout=60, env=client_env(daemon, **env)
     )
     out, err = (text.decode().replace("\r\n", "\n") for text in (done.stdout, done.stderr))
     assert "Traceback" not in err, err
@@ -11115,7 +11115,7 @@ def test_exec_loses_no_byte_when_the_daemon_is_killed_and_started_again(launch: 
     port = free_port()
     daemon = launch(f"--addr=127.0.0.1:{port}")
     lines = "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i + 1)); sleep 0.01; done; exit 3"
-    with subprocess.Popen([*CLIENT, "exec", "-c", lines], stdout=subprocess.PIPE, env=client_env(daemon)) as process:
+    with subprocess.Popen([*CLI_ARGV, "exec", "-c", lines], stdout=subprocess.PIPE, env=client_env(daemon)) as process:
         assert process.stdout
         begin = process.stdout.read(40)
         for _ in range(2):
@@ -11128,7 +11128,7 @@ def test_exec_loses_no_byte_when_the_daemon_is_killed_and_started_again(launch: 
 def test_exec_stops_its_step_when_nobody_reads(daemon: Daemon) -> None:
     endless = "while True: print('y' * 1000)"
     with subprocess.Popen(
-        [*CLIENT, "exec", "--", sys.executable, "-c", endless], stdout=subprocess.PIPE, env=client_env(daemon)
+        [*CLI_ARGV, "exec", "--", sys.executable, "-c", endless], stdout=subprocess.PIPE, env=client_env(daemon)
     ) as process:
         assert process.stdout
         process.stdout.read(10)
@@ -11144,7 +11144,7 @@ def on_terminal(daemon: Daemon, *arguments: str, **env: str) -> Iterator[tuple[i
 
     ours, theirs = pty.openpty()
     become = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-    command = [*CLIENT[:2], become + CLIENT[2], *arguments]
+    command = [*CLI_ARGV[:2], become + CLI_ARGV[2], *arguments]
     environment = client_env(daemon, TERM="xterm", COLUMNS="80", LINES="24", **env)
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
         os.close(theirs)
