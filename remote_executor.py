@@ -14,8 +14,9 @@ The file reads from top to bottom, a section uses only what stands above it:
     III  tasks             task model, submission, dependency plan, metrics, step directory, store, scheduler, runner,
                            recovery, janitor
     IV   HTTP              messages, request parser, routing, authentication, connections
-    V    API               web pages, dashboard page, dashboard core, dashboard views, schemas, task API, follow API,
-                           workspace API, operator API, profiling, API document
+    V    API               web pages, dashboard page, dashboard core, dashboard overview, dashboard task,
+                           dashboard console, schemas, task API, follow API, workspace API, operator API, profiling,
+                           API document
     VI   program           daemon, supervisors, service managers, self test, client, client output, client commands,
                            command line
 
@@ -13373,7 +13374,7 @@ DASHBOARD_PAGE = r"""<!DOCTYPE html>
 
 
 # ======================================================================================================================
-# V API / dashboard core: requests, events, lists of any length and the overview
+# V API / dashboard core: requests, events, lists of any length, the frame
 # ======================================================================================================================
 
 _DASHBOARD_CORE = r"""
@@ -13884,6 +13885,11 @@ function show(newView) {
   update();
 }
 """
+
+# ======================================================================================================================
+# V API / dashboard overview: the list of tasks, the pool, what can be done to them
+# ======================================================================================================================
+
 _DASHBOARD_OVERVIEW = r"""
 // -- the overview: what runs here, and what has become of the rest
 
@@ -14107,7 +14113,7 @@ function deleteTask(task) {
 
 
 # ======================================================================================================================
-# V API / dashboard views: a task, its graph, its files, a console, a new task
+# V API / dashboard task: a task, its graph, its files
 # ======================================================================================================================
 
 _DASHBOARD_TASK = r"""
@@ -14510,6 +14516,11 @@ async function download(path, name) {
   link.click();
 }
 """
+
+# ======================================================================================================================
+# V API / dashboard console: the output of a step, a new task, keys and addresses
+# ======================================================================================================================
+
 _DASHBOARD_CONSOLE = r"""
 // -- the console of a step: its output is read once, to know where its lines begin; the page keeps what is seen
 
