@@ -13432,8 +13432,7 @@ function may(role, task) {
   return !task || task.submitted_by === client.label;
 }
 
-const taskPath = (id, ...rest) => ["api/v1/task", id, ...rest].map(String).map((part, index) =>
-  index ? encodeURIComponent(part) : part).join("/");
+const taskPath = (...parts) => ["api/v1/task", ...parts.map(encodeURIComponent)].join("/");
 
 // -- words
 
@@ -15002,7 +15001,7 @@ function createConsole(id, place, line) {
 }
 """
 _DASHBOARD_EDITOR = r"""
-// -- a new task: a card for each step, checked as one types
+// -- a new task: a card for each step
 
 const shell = (name, script, ...names) =>
   ({ name, command_type: "sh", command_content: script, depends_on: names });
@@ -15033,16 +15032,14 @@ function createCard(step, types, remove, changed) {
   inputs.command_content.value = script;
   inputs.env_vars.value = (variables || []).join("\n");
   inputs.others.value = Object.keys(others).length ? JSON.stringify(others) : "";
-  const problem = h("p.bad.small", { role: "status" });
   const title = h("h3.bar", h("span"), button("Remove", remove, { class: "push" }));
   const element = h("section.panel", title, h("div.form.pad",
     h("div.two", field("Name", inputs.name), field("Runs by", inputs.command_type)),
     inputs.command_content,
     h("div.two", field("After", inputs.depends_on), field("Timeout", inputs.timeout)),
-    h("div.two", field("Environment", inputs.env_vars, true), field("More, as JSON", inputs.others, true)),
-    problem));
+    h("div.two", field("Environment", inputs.env_vars, true), field("More, as JSON", inputs.others, true))));
   on(element, "input", changed);
-  return { element, inputs, problem, title: title.firstChild };
+  return { element, inputs, title: title.firstChild };
 }
 
 function cardStep({ inputs }) {
@@ -15055,21 +15052,6 @@ function cardStep({ inputs }) {
   if (names.length) step.depends_on = names;
   if (variables.length) step.env_vars = variables;
   return step;
-}
-
-// What the daemon would refuse, as far as the page can tell.
-function cardProblem(card, names) {
-  const { inputs } = card;
-  const name = valueOf(inputs.name);
-  if (name && names.filter((other) => other === name).length > 1) return `another step is called ${name} too`;
-  const unknown = splitWords(inputs.depends_on.value, ",").find((other) => !names.includes(other) || other === name);
-  if (unknown) return `no other step is called ${unknown}`;
-  const variable = splitWords(inputs.env_vars.value, "\n").find((line) => !/^[^=]+=/.test(line));
-  if (variable) return `environment: ${variable} is not KEY=value`;
-  try {
-    const others = JSON.parse(valueOf(inputs.others) || "{}");
-    return others.constructor === Object ? "" : "more: expected an object of JSON";
-  } catch (error) { return "more: " + error.message; }
 }
 
 function createEditor(from) {
@@ -15088,12 +15070,8 @@ function createEditor(from) {
   const known = ask("openapi.json").then(({ components }) => components.schemas.SubmittedStep.properties, () => ({}));
   let types = [];
   const check = () => {
-    const names = list.map((card) => valueOf(card.inputs.name));
-    list.forEach((card, index) => {
-      setText(card.problem, cardProblem(card, names));
-      card.title.textContent = `Step ${index}`;
-    });
-    submit.disabled = !list.length || list.some((card) => card.problem.textContent);
+    list.forEach((card, index) => { card.title.textContent = `Step ${index}`; });
+    submit.disabled = !list.length;
     problem.textContent = "";
   };
   const add = (step) => {
