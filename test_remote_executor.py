@@ -9957,7 +9957,7 @@ def test_dashboard_tells_a_wrong_token_from_none(shared_browser: Browser, launch
 
 @chromium_only
 def test_dashboard_shows_attempts_and_repeats_what_failed(board: Board) -> None:
-    retry = {"limit": 1, "delay": "500ms"}
+    retry = {"limit": 1, "delay": "2s"}  # long enough to be seen beside a load
     flaky = step("echo out; echo err >&2; [ -e ok ]", name="flaky", stderr="apart", retry=retry)
     task = board.daemon.submit(step("echo done >made", name="first"), flaky)
     board.open(f"#{task}/1")
