@@ -14,8 +14,9 @@ The file reads from top to bottom, a section uses only what stands above it:
     III  tasks             task model, submission, dependency plan, metrics, step directory, store, scheduler, runner,
                            recovery, janitor
     IV   HTTP              messages, request parser, routing, authentication, connections
-    V    API               web pages, dashboard page, dashboard core, dashboard views, schemas, task API, follow API,
-                           workspace API, operator API, profiling, API document
+    V    API               web pages, dashboard page, dashboard core, dashboard overview, dashboard task,
+                           dashboard console, schemas, task API, follow API, workspace API, operator API, profiling,
+                           API document
     VI   program           daemon, supervisors, service managers, self test, client, client output, client commands,
                            alerts, Ansible, command line
 
@@ -13129,7 +13130,7 @@ def page_response(page: str, style: str, script: str) -> Response:
 # ======================================================================================================================
 
 DASHBOARD_STYLE = PALETTE + r"""
-:root { --row: 2.5rem; --gap: 1rem; --good: var(--post); --warn: var(--put); --run: var(--link);
+:root { --row: 2.5rem; --head: 2rem; --gap: 1rem; --good: var(--post); --warn: var(--put); --run: var(--link);
   --c0: var(--soft); --c1: var(--bad); --c2: var(--good); --c3: var(--warn); --c4: var(--link); --c7: var(--text);
   --c5: light-dark(#8250df, #d2a8ff); --c6: light-dark(#0b6b75, #56d4dd); }
 html { font-size: clamp(15px, .35vw + 11px, 20px); }
@@ -13161,6 +13162,7 @@ header { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); backgr
 header nav { display: flex; flex-wrap: wrap; gap: .25rem var(--gap); }
 nav a[aria-current="page"] { color: var(--text); font-weight: 600; box-shadow: 0 2px var(--link); }
 .push { margin-left: auto; }
+.bar > span:empty { position: absolute; }
 .dot { display: inline-block; width: .625rem; height: .625rem; border-radius: 50%; background: var(--soft);
   margin-right: .375rem; }
 .dot.live { background: var(--good); }
@@ -13187,7 +13189,7 @@ meter { width: 100%; height: .375rem; display: block; }
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; position: relative; }
 .row > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .row > .plain { overflow: visible; }
-.head { font-size: var(--small); color: var(--soft); background: var(--box); height: 2rem; flex: none; }
+.head { font-size: var(--small); color: var(--soft); background: var(--box); height: var(--head); flex: none; }
 .row:not(.head):hover, .row:focus-within { background: var(--box); }
 .task { grid-template-columns: 8.5rem minmax(8rem, 1fr) 6.5rem 6rem 6rem minmax(0, 1.4fr); }
 .step { grid-template-columns: 8.5rem minmax(8rem, 14rem) minmax(6rem, 1fr) 6rem minmax(0, 16rem); }
@@ -13209,8 +13211,8 @@ meter { width: 100%; height: .375rem; display: block; }
 .result, .mark { color: var(--mark); }
 .strip { display: flex; gap: 1px; height: .5rem; border-radius: .25rem; }
 .strip i { flex: 1; background: var(--mark); min-width: 1px; }
-.strip .not_run, .strip .waiting, .strip .paused { background: var(--line); }
-.strip .failed, .strip .timed_out, .strip .lost, .strip .not_started, .strip .output_limit { margin: -2px 0; }
+.strip :is(.not_run, .waiting, .paused) { background: var(--line); }
+.strip :is(.failed, .timed_out, .lost, .not_started, .output_limit) { margin: -2px 0; }
 .lane { position: relative; height: .75rem;
   background: linear-gradient(var(--line), var(--line)) 0 50% / 100% 1px no-repeat; }
 .lane i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 2px; background: var(--mark); }
@@ -13266,7 +13268,7 @@ label.field.tall { align-items: start; }
   .task { grid-template-columns: 9rem 24rem 10rem 7rem 16rem minmax(0, 1fr); }
 }
 @media (max-width: 48rem) {
-  :root { --row: 4.5rem; --gap: .75rem; }
+  :root { --row: 4.5rem; --head: 0rem; --gap: .75rem; }
   .head { display: none; }
   header nav { order: 9; width: 100%; justify-content: space-between; }
   main { gap: .75rem; }
@@ -13286,7 +13288,7 @@ label.field.tall { align-items: start; }
   .stats { grid-template-columns: repeat(3, auto); }
   .stats > div { padding: .25rem var(--gap); }
   .stats > .pool { grid-column: 1 / 4; grid-row: 2; display: flex; gap: var(--gap); align-items: center; }
-  .stats .pool dd, .stats .pool p { display: flex; gap: .5rem; flex-wrap: nowrap; align-items: center; }
+  .stats .pool :is(dd, p) { display: flex; gap: .5rem; align-items: center; }
   .stats dd { font-size: 1rem; }
   .console .number { width: 3.5rem; padding-right: .5rem; }
   label.field { grid-template-columns: minmax(0, 1fr); }
@@ -13306,12 +13308,13 @@ DASHBOARD_PAGE = r"""<!DOCTYPE html>
 <h1><a href="#/" id="host">remote_executor</a></h1>
 <nav aria-label="Pages">
 <a href="#/">Tasks</a>
-<a href="#/new">New task</a>
+<a href="#/new" id="new">New task</a>
 <a href="metrics" id="metrics">Metrics</a>
 <a href="swagger/index.html">API</a>
 <a href="debug/pprof/">Profiles</a>
 </nav>
 <span class="push small" id="connection" role="status"></span>
+<button type="button" id="client" class="small" title="Use another token" hidden></button>
 <button type="button" id="help" aria-label="Keys">?</button>
 </header>
 <p class="notice" id="warning" role="alert" hidden></p>
@@ -13326,7 +13329,7 @@ DASHBOARD_PAGE = r"""<!DOCTYPE html>
 
 
 # ======================================================================================================================
-# V API / dashboard core: requests, events, lists of any length and the overview
+# V API / dashboard core: requests, events, lists of any length, the frame
 # ======================================================================================================================
 
 _DASHBOARD_CORE = r"""
@@ -13343,7 +13346,7 @@ const main = byId("main");
 const dialog = byId("dialog");
 const connection = byId("connection");
 const state = {
-  version: null, warning: "", daemon: null, pool: null,
+  version: { client: {} }, warning: "", daemon: null, pool: null,
   tasks: [], next: null, total: 0, filter: { group: "all", id: "" },
   details: new Map(),  // of tasks: { task, steps }, as far as they were asked for
   hasFailures: false,
@@ -13364,7 +13367,7 @@ async function send(path, options = {}) {
   }
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
-  if (response.status === 401) askForToken(Boolean(storedToken()));
+  if (response.status === 401) askForToken(storedToken() ? "Wrong token" : "Token needed");
   throw new RequestError(response.status, body.message || `the daemon answered ${response.status}`);
 }
 
@@ -13375,8 +13378,14 @@ async function ask(path, options) {
   return body;
 }
 
-const taskPath = (id, ...rest) => ["api/v1/task", id, ...rest].map(String).map((part, index) =>
-  index ? encodeURIComponent(part) : part).join("/");
+// Whether the token of this page has a role; `submit` changes tasks of its own label alone.
+function may(role, task) {
+  const { client } = state.version;
+  if (role !== "submit" || client.role !== "submit") return client.role === "admin";
+  return !task || task.submitted_by === client.label;
+}
+
+const taskPath = (...parts) => ["api/v1/task", ...parts.map(encodeURIComponent)].join("/");
 
 // -- words
 
@@ -13388,14 +13397,14 @@ function formatSeconds(seconds) {
   return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
-function formatBytes(count) {
-  const units = ["bytes", "KB", "MB", "GB", "TB"];
-  let unit = 0;
-  while (count >= 1000 && unit < units.length - 1) { count /= 1000; unit++; }
-  return (unit && count < 100 ? count.toFixed(1) : Math.round(count)) + " " + units[unit];
-}
-
 const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
+
+function formatBytes(bytes) {
+  const unit = Math.min(4, Math.floor(Math.log10(bytes + 1) / 3));
+  if (!unit) return count(bytes, "byte");
+  const value = bytes / 1000 ** unit;
+  return `${value.toFixed(value < 100 ? 1 : 0)} ${["", "KB", "MB", "GB", "TB"][unit]}`;
+}
 
 function formatAge(moment) {
   const seconds = Math.round((Date.now() - Date.parse(moment)) / 1000);
@@ -13407,9 +13416,7 @@ function formatAge(moment) {
   return seconds < 0 ? "in " + text : text + " ago";
 }
 
-function exactMoment(moment) {
-  return new Date(moment).toLocaleString();
-}
+const exactMoment = (moment) => new Date(moment).toLocaleString();
 
 function createTime(moment) {
   if (!moment) return h("span.soft", "–");
@@ -13429,10 +13436,9 @@ function createLength(row) {
   return element;
 }
 
-function createResult(result) {
-  const [sign, word] = RESULTS[result] || ["?", result];
-  return h("span", { class: "result " + result },
-    h("i", { "aria-hidden": "true" }, sign), " " + word);
+function createResult(result, attributes = {}) {
+  const [sign, word] = RESULTS[result];
+  return h("span", { class: "result " + result, ...attributes }, h("i", { "aria-hidden": "true" }, sign), " " + word);
 }
 
 // Why a step did not succeed.
@@ -13442,6 +13448,7 @@ function reasonOf(step) {
   if (step.result === "stopped")
     return "stopped" + (step.stopped_by ? ` by ${step.stopped_by}` : "") +
       (step.stop_reason ? `: ${step.stop_reason}` : "");
+  if (step.result === "waiting" && step.output_bytes) return "to be tried again";
   if (step.result === "timed_out") return "ran longer than its timeout";
   if (BAD.includes(step.result)) return step.msg.replace(/^Step: .*?, Exit Code: \d+: /, "");
   return "";
@@ -13506,12 +13513,12 @@ function showDialog(title, parts, accept, isDanger) {
   });
 }
 
-async function askForToken(wasWrong) {
+async function askForToken(title) {
   if (dialog.open) return;
   const input = h("input", { type: "password", name: "token", required: "", autocomplete: "off",
     spellcheck: "false" });
   const keep = h("input", { type: "checkbox", name: "keep" });
-  const values = await showDialog(wasWrong ? "Wrong token" : "Token needed", [
+  const values = await showDialog(title, [
     h("p.soft", "The file token in the daemon's root has it. It is kept in this tab alone."),
     field("Token", input), h("label", keep, " keep it in this browser"),
   ], "Use it");
@@ -13519,9 +13526,10 @@ async function askForToken(wasWrong) {
   sessionStorage.setItem(TOKEN_KEY, values.token.trim());
   localStorage.removeItem(TOKEN_KEY);
   if (values.keep) localStorage.setItem(TOKEN_KEY, values.token.trim());
-  if (stream.hasAccess) loadView();
+  if (stream.hasAccess) handlers.reset();
   else stream.run();
 }
+on(byId("client"), "click", () => askForToken("Another token"));
 
 const reasonField = () => field("Reason", h("input", { name: "reason", maxlength: "1000", placeholder: "optional" }));
 
@@ -13705,8 +13713,9 @@ const stream = {
       this.controller = new AbortController();
       try { await this.read(); }
       catch (error) {
-        this.hasAccess = error.status !== 401;
-        if (!this.hasAccess) { this.show("no access", "lost"); return; }
+        this.hasAccess = ![401, 403].includes(error.status);
+        if (error.status === 403) say(error.message);
+        if (!this.hasAccess) { this.show("no access", "lost"); update(); return; }
       }
       this.show("no connection, trying again", "lost");
       await new Promise((resolve) => setTimeout(resolve, this.delayMs));
@@ -13818,6 +13827,11 @@ function showFrame() {
   let title = paused ? "pool paused" : running ? `${running} running` : "idle";
   if (view?.title) title = view.title();
   document.title = `${title} · ${host}`;
+  const { label, role } = state.version.client;
+  const client = byId("client");
+  client.hidden = !role && stream.hasAccess;
+  setText(client, role ? `${label} · ${role}` : "Token");
+  byId("new").hidden = !may("submit");
   const warning = byId("warning");
   setText(warning, state.warning);
   warning.hidden = !state.warning;
@@ -13837,6 +13851,11 @@ function show(newView) {
   update();
 }
 """
+
+# ======================================================================================================================
+# V API / dashboard overview: the list of tasks, the pool, what can be done to them
+# ======================================================================================================================
+
 _DASHBOARD_OVERVIEW = r"""
 // -- the overview: what runs here, and what has become of the rest
 
@@ -13864,12 +13883,11 @@ function createOverview() {
     const task = state.tasks[index];
     const detail = state.details.get(task.id);
     const link = h("a.name", { href: "#" + task.id, title: task.id }, task.id);
-    const row = h("div.row.task", { role: "row", "data-id": task.id },
-      createResult(task.result), cell("id", link), cell("begun above", createTime(task.started_at || task.accepted_at)),
+    return h("div.row.task", { role: "row", "data-id": task.id },
+      createResult(task.result, { role: "cell" }), cell("id", link),
+      cell("begun above", createTime(task.started_at || task.accepted_at)),
       cell("length", createLength(task)), cell("steps plain", createStrip(task, detail)),
       cell("why", whyOf(task, detail)));
-    row.firstChild.setAttribute("role", "cell");
-    return row;
   };
   // Unfinished and failed tasks in view are asked for their steps once the list stands still.
   const seen = (first, last) => {
@@ -13919,7 +13937,7 @@ function createOverview() {
     keys: {
       "/": () => search.focus(),
       ...list.keys(),
-      s: () => withFocused(stopTask), r: () => withFocused(rerunTask),
+      s: () => withFocused((task) => stop(state.details.get(task.id)?.task || task)), r: () => withFocused(rerunTask),
     },
     close: () => list.close(),
   };
@@ -13967,6 +13985,7 @@ function whyOf(task, detail) {
     const names = steps.filter((step) => step.result === "running").map((step) => step.name);
     return names.join(", ");
   }
+  if (task.result === "stopped") return reasonOf(detail?.task || task);
   const failed = steps.find((step) => BAD.includes(step.result)) || steps.find((step) => step.result === "stopped");
   if (failed) return `${failed.name}: ${reasonOf(failed)}`;
   if (task.result === "paused") return "held until it is resumed";
@@ -13979,14 +13998,15 @@ function showStats(list) {
   const { pool, daemon } = state;
   const { disk_free_bytes: free, disk_total_bytes: whole } = daemon.root;
   const used = h("meter", { min: 0, max: pool.size, value: pool.running, "aria-label": "Pool in use" });
-  if (!isNews(list, pool, free)) return;
+  if (!isNews(list, pool, free, state.version)) return;
   const entry = (title, ...value) => h("div", { class: title.toLowerCase() }, h("dt", title), h("dd", value));
   const poolState = pool.paused ? ["‖ paused", h("small", pool.reason ? " " + pool.reason : "")] : ["open"];
   list.replaceChildren(
     entry("Steps running", `${pool.running} `, h("small", `of ${pool.size}`), used),
     entry("Steps waiting", String(pool.waiting)),
     entry("Pool", h("span", { class: pool.paused ? "mark paused" : "" }, poolState),
-      h("p.bar.small", button("Size", setPoolSize), button(pool.paused ? "Resume" : "Pause", pausePool))),
+      may("admin") ? h("p.bar.small", button("Size", setPoolSize),
+        button(pool.paused ? "Resume" : "Pause", pausePool)) : []),
     entry("Disk free", formatBytes(free), h("small", ` of ${formatBytes(whole)}`)),
     entry("Version", state.version.version, h("small", ` ${daemon.host.system}`)),
   );
@@ -14018,20 +14038,16 @@ function pausePool() {
 
 const put = (path, values) => ask(path + "?" + new URLSearchParams(values), { method: "PUT" });
 
-function stopTask(task) {
-  if (!UNFINISHED.includes(task.result)) { say(`${task.id} has ended`); return; }
-  act({ question: `Stop ${task.id}?`, accept: "Stop it", isDanger: true, input: reasonField(),
-    explanation: "Its running steps are killed with all their processes, the others never start.",
-    run: ({ reason }) => put(taskPath(task.id), { action: "stop", reason }),
-    done: () => `${task.id} is being stopped` });
-}
-
-function stopStep(task, step) {
-  if (!UNFINISHED.includes(step.result)) { say(`${step.name} has ended`); return; }
-  act({ question: `Stop ${step.name}?`, accept: "Stop it", isDanger: true, input: reasonField(),
-    explanation: "It is killed with all its processes; what depends on it never runs.",
-    run: ({ reason }) => put(taskPath(task.id, step.step), { action: "stop", reason }),
-    done: () => `${step.name} is being stopped` });
+// Stop a task, or a step of it.
+function stop(task, step) {
+  const { name, result } = step || { ...task, name: task.id };
+  if (!UNFINISHED.includes(result)) say(`${name} has ended`);
+  else if (!may("submit", task)) say(`not allowed: ${task.id} is not of this token`);
+  else act({ question: `Stop ${name}?`, accept: "Stop it", isDanger: true, input: reasonField(),
+    explanation: step ? "It is killed with all its processes; what depends on it never runs."
+      : "Its running steps are killed with all their processes, the others never start.",
+    run: ({ reason }) => put(taskPath(task.id, ...(step ? [step.step] : [])), { action: "stop", reason }),
+    done: () => `${name} is being stopped` });
 }
 
 function pauseTask(task) {
@@ -14040,12 +14056,11 @@ function pauseTask(task) {
     done: () => `${task.id}: ${action === "pause" ? "no further step starts" : "goes on"}` });
 }
 
-const canRerun = () => state.version.features.includes("rerun");
-
 function rerunTask(task, only = "") {
-  if (!canRerun()) { location.hash = "#/new/" + task.id; return; }
+  if (!may("submit")) { say("not allowed: this token may only read"); return; }
   const what = only ? "its failed steps and what follows them" : "all its steps";
-  act({ question: `Run ${task.id} again?`, accept: "Run again", explanation: `A new task runs ${what}, as submitted.`,
+  act({ question: `Run ${task.id} again?`, accept: "Run it again",
+    explanation: `A new task runs ${what}, as submitted.`,
     run: () => ask(taskPath(task.id, "rerun") + (only && "?only=" + only), { method: "POST" }),
     done: ({ data }) => { location.hash = "#" + data.id; return `${data.id} is accepted`; } });
 }
@@ -14060,7 +14075,7 @@ function deleteTask(task) {
 
 
 # ======================================================================================================================
-# V API / dashboard views: a task, its graph, its files, a console, a new task
+# V API / dashboard task: a task, its graph, its files
 # ======================================================================================================================
 
 _DASHBOARD_TASK = r"""
@@ -14088,14 +14103,16 @@ function createTask(id) {
   function createRow(index) {
     const step = detail.steps[index];
     const link = h("a.name", { href: `#${id}/${step.step}`, title: step.name }, step.name);
-    const row = h("div.row.step", { role: "row", "data-id": step.step }, createResult(step.result),
+    const why = [step.attempt > 1 && `attempt ${step.attempt}`, isOfParent(step) && `from ${detail.task.parent}`,
+      reasonOf(step)];
+    return h("div.row.step", { role: "row", "data-id": step.step }, createResult(step.result, { role: "cell" }),
       cell("id", link), cell("lane plain", createBar(step)), cell("length", createLength(step)),
-      cell("why", (step.attempt > 1 ? `attempt ${step.attempt} ` : "") + reasonOf(step)));
-    row.firstChild.setAttribute("role", "cell");
-    return row;
+      cell("why", why.filter(Boolean).join(": ")));
   }
+  // Whether it ran in the task before, whose failed steps alone this one repeats.
+  const isOfParent = (step) => Date.parse(step.started_at) < Date.parse(detail.task.accepted_at);
   function createBar(step) {
-    if (!step.started_at) return "";
+    if (!step.started_at || isOfParent(step)) return "";
     const [begin, end] = span;
     const bar = h("i", { class: step.result, title: exactMoment(step.started_at) });
     const started = Date.parse(step.started_at);
@@ -14104,7 +14121,7 @@ function createTask(id) {
     return bar;
   }
   function measure() {
-    const begun = detail.steps.filter((step) => step.started_at);
+    const begun = detail.steps.filter((step) => step.started_at && !isOfParent(step));
     const begins = begun.map((step) => Date.parse(step.started_at));
     const ends = begun.map((step, index) => begins[index] + secondsOf(step) * 1000);
     const begin = Math.min(...begins);
@@ -14116,17 +14133,20 @@ function createTask(id) {
   }
   function showHeading() {
     const { task } = detail;
-    if (isNews(heading, task.result, task.stop_reason)) {
-      const isLive = UNFINISHED.includes(task.result);
-      const acts = isLive
-        ? [button(task.result === "paused" ? "Resume" : "Pause", () => pauseTask(detail.task)),
-          button("Stop", () => stopTask(detail.task), { class: "danger", title: "Stop (s)" })]
-        : [button("Run again", () => rerunTask(detail.task), { title: "Run again (r)" }),
-          canRerun() && task.result !== "succeeded"
-            ? button("Run failed again", () => rerunTask(detail.task, "failed")) : [],
-          button("Delete", () => deleteTask(detail.task), { class: "danger" })];
-      heading.replaceChildren(h("h2", task.id), createResult(task.result),
-        h("span.bar.push", acts, h("a.button", { href: "#/new/" + id }, "Use as a template")));
+    if (isNews(heading, task.result, state.version.client)) {
+      const acts = [];
+      const offer = (text, ...more) => acts.push(button(text, ...more));
+      if (!UNFINISHED.includes(task.result)) {
+        if (may("submit")) offer("Run again", () => rerunTask(detail.task), { title: "Run again (r)" });
+        if (may("submit") && task.result !== "succeeded")
+          offer("Run failed again", () => rerunTask(detail.task, "failed"));
+        if (may("admin")) offer("Delete", () => deleteTask(detail.task), { class: "danger" });
+      } else if (may("submit", task)) {
+        offer(task.result === "paused" ? "Resume" : "Pause", () => pauseTask(detail.task));
+        offer("Stop", () => stop(detail.task), { class: "danger", title: "Stop (s)" });
+      }
+      if (may("submit")) acts.push(h("a.button", { href: "#/new/" + id }, "Use as a template"));
+      heading.replaceChildren(h("h2", task.id), createResult(task.result), h("span.bar.push", acts));
     }
     const parts = [count(task.count, "step"), " · "];
     if (task.started_at) parts.push("took ", createLength(task), " · ");
@@ -14134,7 +14154,7 @@ function createTask(id) {
     if (task.submitted_by) parts.push(` from ${task.submitted_by}`);
     if (task.stopped_by) parts.push(` · stopped by ${task.stopped_by}`);
     if (task.stop_reason) parts.push(`: ${task.stop_reason}`);
-    if (task.parent) parts.push(" · again, after ", h("a", { href: "#" + task.parent }, task.parent));
+    if (task.parent) parts.push(" · repeats ", h("a", { href: "#" + task.parent }, task.parent));
     if (task.expires_at) parts.push(" · kept for ", formatAge(task.expires_at).replace("in ", ""));
     facts.replaceChildren(...parts);
   }
@@ -14168,15 +14188,14 @@ function createTask(id) {
       measure();
       showGraph();
       const rows = Math.min(detail.steps.length, 12);
-      table.style.height = `calc(${rows} * var(--row) + 2rem + 2px)`;
+      table.style.height = `calc(${rows} * var(--row) + var(--head) + 2px)`;
       list.setLength(detail.steps.length);
     },
     keys: {
       ...list.keys(),
       s: () => {
         const row = list.focused();
-        if (row) stopStep(detail.task, detail.steps[row.index]);
-        else stopTask(detail.task);
+        stop(detail.task, row && detail.steps[row.index]);
       },
       r: () => rerunTask(detail.task), u: leave,
     },
@@ -14394,9 +14413,8 @@ function showSubmission(panel, id, { query, steps }) {
     const { command_content: script, name, ...others } = step;
     const values = {};
     for (const [key, value] of Object.entries(others)) {
-      if (value === null || value === undefined) continue;
-      const isList = Array.isArray(value) && value.every((item) => typeof item === "string");
-      values[key] = isList ? value.join("\n") : typeof value === "string" ? value : JSON.stringify(value);
+      if (value === null) continue;
+      values[key] = key === "env_vars" ? value.join("\n") : typeof value === "string" ? value : JSON.stringify(value);
     }
     const body = h("div");
     const element = h("details", h("summary", name || `${id}-${index}`, " ",
@@ -14424,6 +14442,7 @@ async function showFiles(panel, id, path) {
   const again = (text) => { showFiles(panel, id, path); return text; };
   let entries = [];
   let problem = "";
+  const isOwn = may("submit", state.details.get(id)?.task);
   try { entries = (await ask(address())).data; }
   catch (error) { problem = error.status === 404 ? "" : error.message; }
   const input = h("input", { type: "file", multiple: "", hidden: "" });
@@ -14442,11 +14461,12 @@ async function showFiles(panel, id, path) {
     if (entry.type === "directory") opener = button(entry.name + "/", () => showFiles(panel, id, deeper));
     return h("li.row.file", h("span.plain", opener),
       h("span", entry.bytes === undefined ? "" : formatBytes(entry.bytes)), createTime(entry.modified_at),
-      button("Delete", () => remove(entry.name), { class: "danger", "aria-label": `Delete ${entry.name}` }));
+      may("admin")
+        ? button("Delete", () => remove(entry.name), { class: "danger", "aria-label": `Delete ${entry.name}` }) : "");
   });
   const up = path ? [button("Up", () => showFiles(panel, id, path.split("/").slice(0, -1).join("/")))] : [];
   const title = h("h3.bar", "Files", h("small.soft.code", path),
-    h("span.bar.push", ...up, button("Upload", () => input.click()), input));
+    h("span.bar.push", ...up, isOwn ? button("Upload", () => input.click()) : "", input));
   const body = rows.length ? h("ul", rows)
     : h("p.pad.soft", problem || "The workspace is empty.");
   panel.replaceChildren(title, body);
@@ -14463,6 +14483,11 @@ async function download(path, name) {
   link.click();
 }
 """
+
+# ======================================================================================================================
+# V API / dashboard console: the output of a step, a new task, keys and addresses
+# ======================================================================================================================
+
 _DASHBOARD_CONSOLE = r"""
 // -- the console of a step: its output is read once, to know where its lines begin; the page keeps what is seen
 
@@ -14869,10 +14894,11 @@ function createConsole(id, place, line) {
   }
   const isLive = () => step && UNFINISHED.includes(step.result);
   function showHeading(detail) {
-    if (!isNews(heading, step.result, step.msg, step.attempt)) return;
-    const stop = isLive() ? button("Stop", () => stopStep(detail.task, step), { class: "danger", title: "s" }) : [];
+    if (!isNews(heading, step.result, step.msg, step.attempt, step.stop_reason, state.version.client)) return;
+    const canStop = isLive() && may("submit", detail.task);
+    const stopButton = canStop ? button("Stop", () => stop(detail.task, step), { class: "danger", title: "s" }) : [];
     heading.replaceChildren(h("h2", h("a", { href: "#" + id }, id), " / " + step.name),
-      createResult(step.result), h("span.soft", reasonOf(step)), createLength(step), h("span.push", stop));
+      createResult(step.result), h("span.soft", reasonOf(step)), createLength(step), h("span.push", stopButton));
     attemptChoice.hidden = !(step.attempt > 1);
     if (attemptChoice.length !== step.attempt) {
       const options = Array.from({ length: step.attempt }, (_, index) =>
@@ -14917,7 +14943,7 @@ function createConsole(id, place, line) {
       f: () => setFollow(!isFollowing), G: () => setFollow(true),
       g: () => { setFollow(false); scroller.scrollTop = 0; },
       j: () => { scroller.scrollTop += rowHeight(); }, k: () => { scroller.scrollTop -= rowHeight(); },
-      s: () => { if (step) stopStep({ id }, step); }, u: () => { location.hash = "#" + id; },
+      s: () => { if (step) stop(state.details.get(id).task, step); }, u: () => { location.hash = "#" + id; },
     },
     close() {
       output?.close();
@@ -14928,7 +14954,7 @@ function createConsole(id, place, line) {
 }
 """
 _DASHBOARD_EDITOR = r"""
-// -- a new task: a card for each step, checked as one types
+// -- a new task: a card for each step
 
 const shell = (name, script, ...names) =>
   ({ name, command_type: "sh", command_content: script, depends_on: names });
@@ -14938,7 +14964,7 @@ const TEMPLATES = {
   "A graph": { query: "async=true", steps: [shell("fetch", "echo 42 >answer"), shell("left", "cat answer", "fetch"),
     shell("right", "wc -l <answer", "fetch"), shell("join", "echo done", "left", "right")] },
 };
-const DURATION = /^\+?((\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h|d))+$/;
+const DURATION = { pattern: "\\+?((\\d+\\.?\\d*|\\.\\d+)([nuµμm]?s|m|h|d))+", title: "such as 90s, 1h30m or 500ms" };
 
 const valueOf = (input) => input.value.trim();
 const splitWords = (text, separator) => text.split(separator).map((word) => word.trim()).filter(Boolean);
@@ -14951,7 +14977,7 @@ function createCard(step, types, remove, changed) {
     command_type: h("select", ...types.map((type) => h("option", type))),
     command_content: h("textarea", { rows: "6", "aria-label": "Script", required: "" }),
     depends_on: h("input", { value: (names || []).join(", "), placeholder: "names of steps, with commas" }),
-    timeout: h("input", { value: timeout || "", placeholder: "such as 90s or 1h30m" }),
+    timeout: h("input", { value: timeout || "", placeholder: "optional", ...DURATION }),
     env_vars: h("textarea", { rows: "2", placeholder: "KEY=value, one a line" }),
     others: h("textarea", { rows: "2", placeholder: '{"stdin": "…"}' }),
   };
@@ -14959,16 +14985,14 @@ function createCard(step, types, remove, changed) {
   inputs.command_content.value = script;
   inputs.env_vars.value = (variables || []).join("\n");
   inputs.others.value = Object.keys(others).length ? JSON.stringify(others) : "";
-  const problem = h("p.bad.small", { role: "status" });
   const title = h("h3.bar", h("span"), button("Remove", remove, { class: "push" }));
   const element = h("section.panel", title, h("div.form.pad",
     h("div.two", field("Name", inputs.name), field("Runs by", inputs.command_type)),
     inputs.command_content,
     h("div.two", field("After", inputs.depends_on), field("Timeout", inputs.timeout)),
-    h("div.two", field("Environment", inputs.env_vars, true), field("More, as JSON", inputs.others, true)),
-    problem));
+    h("div.two", field("Environment", inputs.env_vars, true), field("More, as JSON", inputs.others, true))));
   on(element, "input", changed);
-  return { element, inputs, problem, title: title.firstChild };
+  return { element, inputs, title: title.firstChild };
 }
 
 function cardStep({ inputs }) {
@@ -14983,30 +15007,11 @@ function cardStep({ inputs }) {
   return step;
 }
 
-// What the daemon would refuse, as far as the page can tell.
-function cardProblem(card, names) {
-  const { inputs } = card;
-  const name = valueOf(inputs.name);
-  if (!inputs.command_content.value) return "the script is missing";
-  if (name && names.filter((other) => other === name).length > 1) return `another step is called ${name} too`;
-  const unknown = splitWords(inputs.depends_on.value, ",").find((other) => !names.includes(other) || other === name);
-  if (unknown) return `no other step is called ${unknown}`;
-  const timeout = valueOf(inputs.timeout);
-  if (timeout && !DURATION.test(timeout)) return "timeout: expected for example 90s, 1h30m or 500ms";
-  const variable = splitWords(inputs.env_vars.value, "\n").find((line) => !/^[^=]+=/.test(line));
-  if (variable) return `environment: ${variable} is not KEY=value`;
-  try {
-    const others = JSON.parse(valueOf(inputs.others) || "{}");
-    if (!others || typeof others !== "object" || Array.isArray(others)) return "more: expected an object of JSON";
-  } catch (error) { return "more: " + error.message; }
-  return "";
-}
-
 function createEditor(from) {
   const inputs = {
     id: h("input", { maxlength: "64", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]*", placeholder: "optional" }),
-    timeout: h("input", { placeholder: "such as 2h" }),
-    delay: h("input", { placeholder: "such as 10m" }),
+    timeout: h("input", { placeholder: "such as 2h", ...DURATION }),
+    delay: h("input", { placeholder: "such as 10m", ...DURATION }),
     env_vars: h("textarea", { rows: "2", placeholder: "KEY=value, one a line" }),
     async: h("input", { type: "checkbox" }),
     paused: h("input", { type: "checkbox" }),
@@ -15018,15 +15023,8 @@ function createEditor(from) {
   const known = ask("openapi.json").then(({ components }) => components.schemas.SubmittedStep.properties, () => ({}));
   let types = [];
   const check = () => {
-    const names = list.map((card) => valueOf(card.inputs.name));
-    let isGood = list.length > 0;
-    list.forEach((card, index) => {
-      const text = cardProblem(card, names);
-      setText(card.problem, text);
-      card.title.textContent = `Step ${index}`;
-      if (text) isGood = false;
-    });
-    submit.disabled = !isGood;
+    list.forEach((card, index) => { card.title.textContent = `Step ${index}`; });
+    submit.disabled = !list.length;
     problem.textContent = "";
   };
   const add = (step) => {
@@ -17869,7 +17867,7 @@ def _daemon_state_schema() -> Json:
     )
 
 
-def version_json(program: Build) -> Json:
+def version_json(program: Build, label: str, role: Role) -> Json:
     python = {
         "implementation": program.implementation,
         "version": program.python,
@@ -17882,6 +17880,7 @@ def version_json(program: Build) -> Json:
         "commit": program.commit or None,
         "built": program.built,
         "features": [*FEATURES],
+        "client": {"label": label, "role": role.name.lower()},
     }
 
 
@@ -17894,6 +17893,12 @@ def _version_schema() -> Json:
             "commit": nullable(string_schema("The git commit, null where it is unknown")),
             "built": string_schema("When it was committed, else when its file was written"),
             "features": array_schema({"type": "string"}, description="What it can beyond the original"),
+            "client": object_schema(
+                {
+                    "label": string_schema("The client that asks, as in the log"),
+                    "role": {"enum": [role.name.lower() for role in Role], "description": "What its token may do"},
+                }
+            ),
         }
     )
 
@@ -17987,8 +17992,8 @@ class OperatorApi:
             raise Unauthorized("send `Authorization: Bearer ...` with a token of the daemon (--token_file)")
         return json_response(index_json(request.base_url))
 
-    def show_version(self, _: Request) -> Response:
-        return json_response(version_json(build()))
+    def show_version(self, request: Request) -> Response:
+        return json_response(version_json(build(), request.label, request.role))
 
     def show_health(self, request: Request) -> Response:
         """Return the envelope with the members of `data` beside it too, where clients of the original look."""

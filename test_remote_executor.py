@@ -9809,10 +9809,27 @@ class Board:
             self.browser("Input.dispatchKeyEvent", type="keyDown", key=key, text=key)
             self.browser("Input.dispatchKeyEvent", type="keyUp", key=key)
 
-    def click(self, text: str) -> None:
-        buttons = "[...document.querySelectorAll('dialog[open] button, main button')]"
+    def click(self, text: str, place: str = "") -> None:
+        places = f"{place} button" if place else "dialog[open] button, main button"
+        buttons = f"[...document.querySelectorAll({places!r})]"
         wanted = f"{buttons}.find(one => one.innerText === {text!r} && !one.disabled)"
         self.browser.find(f"{wanted} && ({wanted}.click(), true)")
+
+
+    def choose(self, label: str, value: str) -> None:
+        """Chooses of a list."""
+        choice = f"document.querySelector('[aria-label={label}]')"
+        self.browser.find(f"!{choice}.hidden")
+        self.browser.value(f"{choice}.value = {value!r}; {choice}.dispatchEvent(new Event('change'))")
+
+    def upload(self, name: str) -> None:
+        """Stores a file, as if it had been chosen in the dialog of the browser."""
+        self.browser.find("!!document.querySelector('[type=file]')")
+        self.browser.value(
+            f"chosen = new DataTransfer(); chosen.items.add(new File(['x'], {name!r}));"
+            "input = document.querySelector('[type=file]'); input.files = chosen.files;"
+            "input.dispatchEvent(new Event('change'))"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -9933,6 +9950,78 @@ def test_dashboard_tells_a_wrong_token_from_none(shared_browser: Browser, launch
         assert daemon.end() == 0
 
 
+@chromium_only
+def test_dashboard_shows_attempts_and_repeats_what_failed(board: Board) -> None:
+    retry = {"limit": 1, "delay": "2s"}  # long enough to be seen beside a load
+    flaky = step("echo out; echo err >&2; [ -e ok ]", name="flaky", stderr="apart", retry=retry)
+    task = board.daemon.submit(step("echo done >made", name="first"), flaky)
+    board.open(f"#{task}/1")
+    board.text("to be tried again")
+    board.text("failed", ".result")
+    chosen = "[...document.querySelectorAll('main select')].filter(one => !one.hidden).map(one => one.value).join()"
+    board.browser.find(f"{chosen} === 'stdout,2'")
+    for label, value in (("Stream", "stderr"), ("Attempt", "1")):
+        board.choose(label, value)
+        board.browser.find("document.querySelector('.text').innerText === 'err'")
+    assert board.browser.value(chosen) == "stderr,1"
+    board.open("#" + task)
+    board.text("attempt 2: exit code 1")
+    board.upload("ok")
+    board.browser.find("document.querySelectorAll('.file').length === 2")
+    board.click("Run failed again")
+    board.click("Run it again", "dialog")
+    board.text("repeats " + task)
+    board.text("succeeded", ".result")
+    board.text("from " + task)
+    board.browser.find("document.querySelectorAll('.lane i').length === 1")
+    board.click("Delete", ".file")
+    board.click("Delete it", "dialog")
+    board.browser.find("document.querySelectorAll('.file').length === 1")
+
+
+@chromium_only
+def test_dashboard_pauses_and_resumes_a_task_and_the_pool(board: Board) -> None:
+    task = board.daemon.submit(step(), paused="true")
+    board.open()
+    board.click("Pause")
+    board.browser.find("document.activeElement.name === 'reason'")
+    board.browser("Input.insertText", text=XSS[1])
+    board.click("Pause", "dialog")
+    board.text(XSS[1], ".stats")
+    board.open("#" + task)
+    for act, result in (("Resume", "waiting"), ("Pause", "paused"), ("Resume", "waiting")):
+        board.click(act)
+        board.text(result, ".result")
+    board.open()
+    board.click("Resume")
+    board.text("open", ".stats")
+    board.text("succeeded", f"[data-id='{task}']")
+
+
+@chromium_only
+def test_dashboard_offers_what_the_role_of_a_token_allows(shared_browser: Browser, roles: Daemon) -> None:
+    path = "/api/v1/task?id=of-submit&paused=true"
+    assert status_of(roles, "submit", "POST", path, json.dumps([step()])) == 200
+    acts = {
+        "read": "",
+        "other": "Use as a template",
+        "submit": "Resume, Stop, Use as a template, Upload",
+        "admin": "Resume, Stop, Use as a template, Upload",
+    }
+    try:
+        for role, expected in acts.items():
+            shared_browser("Page.navigate", url=f"http://localhost:{roles.port}/?{role}#of-submit")
+            shared_browser.find(f"(sessionStorage.setItem(TOKEN_KEY, '{role}-token-of-tests'), true)")
+            shared_browser("Page.reload")
+            shared_browser.find(f"document.getElementById('client').innerText.startsWith('{role} · ')")
+            shared_browser.find("document.querySelector('main').innerText.includes('workspace is empty')")
+            buttons = "[...document.querySelectorAll('main button, main .button')].map(one => one.innerText).join(', ')"
+            assert shared_browser.value(buttons) == expected
+    finally:
+        shared_browser("Page.navigate", url="about:blank")
+        assert status_of(roles, "admin", "PUT", "/api/v1/task/of-submit") == 200
+
+
 XSS = (
     "<script>window.hacked=1</script>",
     "<img src=x onerror=window.hacked=1>",
@@ -9958,6 +10047,25 @@ def test_dashboard_shows_markup_of_a_task_as_text(board: Board) -> None:
     for text in XSS:
         board.open("#" + urllib.parse.quote(text) + "/" + urllib.parse.quote(text))
         board.browser.find("document.querySelector('main').innerText.length > 0 && window.hacked === undefined")
+
+
+@chromium_only
+def test_dashboard_shows_markup_of_a_client_as_text(
+    shared_browser: Browser, launch: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    (tmp_path / "tokens").write_text(f"{'a' * 32} # {XSS[1]}\n")
+    board = Board(shared_browser, launch(f"--token_file={tmp_path / 'tokens'}"))
+    token = bearer("a" * 32)
+    for method, path in (("POST", "?id=marked&paused=true"), ("PUT", f"/marked?reason={urllib.parse.quote(XSS[0])}")):
+        assert board.daemon.request(method, "/api/v1/task" + path, json.dumps([step()]), token).code == 0
+    board.browser("Page.navigate", url=f"http://localhost:{board.daemon.port}/")
+    board.browser.find("(sessionStorage.setItem(TOKEN_KEY, 'a'.repeat(32)), true)")
+    for place in ("#/", "#marked"):
+        board.open(place)
+        board.text(XSS[1], "#client")
+        board.text(f"stopped by {XSS[1]}: {XSS[0]}")
+        board.browser.find("document.querySelectorAll('img, script').length === 1 && window.hacked === undefined")
+    board.browser("Page.navigate", url="about:blank")
 
 
 @chromium_only
