@@ -2927,16 +2927,24 @@ _ROOT_ADVICE = {
 }
 
 
+_OPEN_FILES = ("lock", "remote_executor.db", "remote_executor.db-wal")  # by the daemon, all its life
+
+
 class RootWatch:
     """Detects files of the root that were removed or replaced; `look` is for the daemon's thread, `warning` for any.
 
-    Who cleans up /tmp removes files that are in use too, and what is written to them from then on is lost.
+    Who cleans up /tmp removes files that are in use too, and what is written to them from then on is lost. Not so on
+    Windows, where nobody can remove what is open (and a look costs Wine's server a descriptor for as long as a file is
+    locked).
     """
 
     def __init__(self, root: str, has_token: bool) -> None:
         self._paths: dict[str, str] = {}
         for name in _ROOT_ADVICE:
-            if has_token or name != _TOKEN_NAME:
+            is_watched = has_token or name != _TOKEN_NAME
+            if ON_WINDOWS and name in _OPEN_FILES:
+                is_watched = False
+            if is_watched:
                 self._paths[name] = os.path.join(root, name) if name else root
         self._identities: dict[str, tuple[int, int]] = {}  # by name, device and inode of the file that was there first
         self._missing: tuple[str, ...] = ()
