@@ -13431,7 +13431,6 @@ function createTime(moment) {
   return h("time", { datetime: moment, title: exactMoment(moment) }, formatAge(moment));
 }
 
-// How long it has run; it counts on while it runs.
 function secondsOf(row) {
   const age = row.result === "running" ? (performance.now() - row.receivedAt) / 1000 : 0;
   return row.seconds + age;
@@ -13449,7 +13448,6 @@ function createResult(result, attributes = {}) {
   return h("span", { class: "result " + result, ...attributes }, h("i", { "aria-hidden": "true" }, sign), " " + word);
 }
 
-// Why a step did not succeed.
 function reasonOf(step) {
   if (step.result === "failed")
     return step.signal ? `killed by signal ${step.signal}` : `exit code ${step.exit_code ?? step.code}`;
@@ -13467,7 +13465,6 @@ function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-// Whether an element was made of other values.
 function isNews(element, ...values) {
   const text = JSON.stringify(values);
   const isNew = element.dataset.made !== text;
@@ -13678,16 +13675,17 @@ const handlers = {
     const index = state.tasks.findIndex((other) => other.id === task.id);
     const before = state.tasks[index];
     if (BAD.includes(task.result) && before?.result !== task.result) state.hasFailures ||= !document.hasFocus();
-    const detail = state.details.get(task.id);
-    if (detail) detail.task = { ...detail.task, ...task };
-    if (detail && task.ended_at) loadDetail(task.id).then(update, () => {});
+    changeDetail(task.id, (detail) => {
+      detail.task = { ...detail.task, ...task };
+      if (task.ended_at) loadDetail(task.id).then(update, () => {});
+    });
     if (before && isListed(task)) state.tasks[index] = task;
     else if (before) { state.tasks.splice(index, 1); state.total--; }
     else if (isListed(task)) insertTask(task);
   },
   step(step) {
-    const detail = state.details.get(step.task);
-    if (detail?.steps[step.step]) detail.steps[step.step] = received(step);
+    received(step);
+    changeDetail(step.task, ({ steps }) => { if (steps[step.step]) steps[step.step] = step; });
   },
   pool(pool) { state.pool = pool; },
   expired({ id }) {
@@ -13774,7 +13772,6 @@ function refresh() {
   setTimeout(() => loadDaemon().then(update, () => {}).finally(() => { isRefreshing = false; }), 1000);
 }
 
-// Everything that is shown, read anew.
 async function load() {
   state.version = (await ask("version")).data;
   await loadDaemon();
@@ -13865,7 +13862,7 @@ function show(newView) {
 # ======================================================================================================================
 
 _DASHBOARD_OVERVIEW = r"""
-// -- the overview: what runs here, and what has become of the rest
+// -- the overview
 
 function createOverview() {
   const stats = h("dl.stats", { "aria-label": "This host" });
@@ -13962,12 +13959,24 @@ async function loadDetails(tasks) {
   for (const id of [...state.details.keys()].slice(0, -1000)) if (id !== view.id) state.details.delete(id);
 }
 
+const requests = new Set();  // for details
+
 async function loadDetail(id) {
-  const body = await ask(taskPath(id));
+  const request = { id, changes: [] };
+  requests.add(request);
+  const body = await ask(taskPath(id)).finally(() => requests.delete(request));
   body.data.forEach(received);
   const detail = { task: received(body.task), steps: body.data };
   state.details.set(id, detail);
+  for (const change of request.changes) change(detail);
   return detail;
+}
+
+// By an event, which may be newer than an answer on its way.
+function changeDetail(id, change) {
+  for (const request of requests) if (request.id === id) request.changes.push(change);
+  const detail = state.details.get(id);
+  if (detail) change(detail);
 }
 
 function createStrip(task, detail) {
@@ -14046,7 +14055,6 @@ function pausePool() {
 
 const put = (path, values) => ask(path + "?" + new URLSearchParams(values), { method: "PUT" });
 
-// Stop a task, or a step of it.
 function stop(task, step) {
   const { name, result } = step || { ...task, name: task.id };
   if (!UNFINISHED.includes(result)) say(`${name} has ended`);
@@ -14087,7 +14095,7 @@ function deleteTask(task) {
 # ======================================================================================================================
 
 _DASHBOARD_TASK = r"""
-// -- a task: its graph, its steps in time, what was submitted
+// -- a task
 
 const MAX_GRAPH = 200;  // of more steps a graph tells nothing that the table does not
 
