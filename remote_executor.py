@@ -22529,6 +22529,7 @@ class TaskFollower:
             has_begun = step["result"] not in _UNBEGUN_RESULTS or step["output_bytes"]
             if not has_begun or index in self._copies:
                 continue
+            self._await_copies(steps)
             self._copies[index] = []
             streams = ["stdout", "stderr"] if index in self._with_stderr else ["stdout"]
             for stream in streams:
@@ -22540,6 +22541,13 @@ class TaskFollower:
                 )
                 self._copies[index].append(copy)
                 copy.start()
+
+    def _await_copies(self, steps: Sequence[Any]) -> None:
+        """Wait for the outputs of what has ended: so those of a sequence come in its order."""
+        for step in steps:
+            if "ended_at" in step:
+                for copy in self._copies.get(step["step"], ()):
+                    copy.join()
 
     def _copy(self, step: Mapping[str, Any], stream: str) -> None:
         path = _task_path(self._task_id, str(step["step"]))

@@ -12628,9 +12628,9 @@ def test_role_submit_changes_the_tasks_of_its_label_alone(roles: Daemon, gate: P
     task = f"/api/v1/task/{answer.data['id']}"
     changes = {
         "PUT " + task: "?action=pause",
-        "PUT " + task + "/1": "",
         "PUT " + task + "/workspace/a": "",
         "POST " + task + "/workspace": "?path=a",
+        "PUT " + task + "/1": "",
     }
     for change, query in changes.items():
         method, path = change.split()
