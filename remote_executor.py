@@ -16071,22 +16071,22 @@ def _submitted_step_schema() -> Json:
 def _retry_schema() -> Json:
     code = integer_schema("Exit code", 1, maximum=MAX_EXIT_CODE)
     properties = {
-        "limit": nullable(integer_schema("How many more attempts", 1, maximum=MAX_RETRIES)),
+        "limit": nullable(integer_schema("How many more attempts, 1 by default", 1, maximum=MAX_RETRIES)),
         "delay": {
             "anyOf": [schema_reference("Delay"), {"type": "null"}],
-            "description": "Before the first of them, 1h at most",
+            "description": "Before the first of them, 1s by default, 1h at most",
         },
         "backoff": nullable(
             {
                 "type": "number",
                 "minimum": 1,
                 "maximum": MAX_BACKOFF,
-                "description": "By which the delay grows each time, up to 1h",
+                "description": "By which the delay grows each time, 2 by default, up to 1h",
             }
         ),
         "codes": nullable(array_schema(code, description="After which it is tried again, instead of any")),
     }
-    return {"type": "object", "properties": properties, "additionalProperties": False, "default": RETRY_DEFAULTS}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 def _submission_body() -> Json:
@@ -17581,7 +17581,7 @@ class WorkspaceApi:
             path,
             self.show,
             "Sends a file, or lists a directory",
-            "File",
+            "FileOrDirectory",
             query,
             errors=(404, 409, 416),
             is_limited=True,
@@ -17594,7 +17594,7 @@ class WorkspaceApi:
             "Stores a file",
             "Uploaded",
             query,
-            body="File",
+            body="FileContent",
             errors=(404, 409, 415, 507),
             is_limited=True,
             streams_body=True,
@@ -17777,9 +17777,9 @@ def workspace_components() -> Components:
     part = {"description": "The part of the file that Range asks for", "content": _bytes_content()}
     return Components(
         parameters=parameters,
-        request_bodies={"File": {"content": _bytes_content()}},  # without one the file is empty
+        request_bodies={"FileContent": {"content": _bytes_content()}},  # without one the file is empty
         responses={
-            "File": _file_response_object(),
+            "FileOrDirectory": _file_response_object(),
             "PartialFile": part,
             "NotModified": {"description": "The file has the ETag of If-None-Match"},
             "Uploaded": _uploaded_response(),
@@ -18681,7 +18681,7 @@ def _operation(route: Route) -> Json:
     responses = {success: reference("responses", route.answer)}
     if 416 in route.errors:
         responses["206"] = reference("responses", "PartialFile")
-    if route.answer == "File":
+    if route.answer == "FileOrDirectory":
         responses["304"] = reference("responses", "NotModified")
     for status in sorted((*_ERRORS_OF_EVERY_ROUTE, *route.errors)):
         responses[str(status)] = reference("responses", _error_name(status))

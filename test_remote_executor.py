@@ -11676,7 +11676,8 @@ def drive_build(place: Path, program: list[str]) -> None:
     if LINUX:
         staging = {**os.environ, "DESTDIR": str(place)}
         subprocess.run([*program, "service", "install"], env=staging, stdout=subprocess.DEVNULL, check=True)
-        assert f"\nExecStart={' '.join(program)} run --root=" in unit(place).read_text()
+        command = " ".join(program).replace(str(place), "")  # as it is named within the image
+        assert f"\nExecStart={command} run --root=" in unit(place).read_text()
 
 
 @windows_only
