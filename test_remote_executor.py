@@ -7561,6 +7561,7 @@ def test_users_of_connections_are_told_by_the_socket_and_by_the_table(
                 assert code.LocalPeers(reserve_of_tests()).user(*ends) == expected
 
 
+@pytest.mark.skipif(WINE, reason="Wine's GetExtendedTcpTable lacks a connection that is half closed")
 def test_access_of_a_client_that_half_closes(daemon: Daemon) -> None:
     with socket.create_connection(("127.0.0.1", daemon.port), 30) as link:
         link.sendall(b"GET /api/v1/pool HTTP/1.1\r\nHost: localhost\r\n\r\n")
