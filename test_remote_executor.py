@@ -71,7 +71,7 @@ if __name__ == "__main__":  # stands above the import of pytest, which this Pyth
             )
     if not sys.argv[1:]:
         print(
-            "The whole suite takes 6 to 9 minutes on two idle processors, beside others up to twice as long. It needs\n"
+            "The whole suite takes about 12 minutes on two processors, beside others up to twice as long. It needs\n"
             "ports of the loopback and 1 GB for temporary files. What needs root, go, promtool, systemd, Chromium\n"
             "or PowerShell (pwsh) is skipped where that is not there.",
             flush=True,
