@@ -20304,7 +20304,6 @@ class LaunchdServices(UnixServices):
         return self._run("launchctl", *words, accepted=accepted)
 
 
-_LAUNCHD_TARGET = f"system/{SERVICE}"
 # Exit codes of launchctl, which are errors of launchd (`launchctl error N`).
 _LAUNCHD_NO_SUCH_PROCESS = 3  # of bootout: not loaded
 _LAUNCHD_IO_ERROR = 5  # of bootstrap: loaded already, perhaps for a moment only
