@@ -725,6 +725,25 @@ class _BoundedEvent(threading.Event):
         return super().wait(timeout)
 
 
+# All modules written in Python that a function here imports, or one of the standard library that we call.
+_LAZY_IMPORTS = [
+    *("base64", "encodings.idna", "getpass", "gzip", "hashlib"),
+    *("secrets", "ssl", "tracemalloc", "urllib.request", "uuid"),
+]
+
+
+def import_before_threads() -> None:
+    """Import all that threads may, where one thread would see a module that another has only half imported.
+
+    So it is with Python before 3.10 when its library is in a zip, as in Windows' embeddable package: load_module() of
+    zipimport gives the module no `__spec__` that says so, for others to wait.
+    """
+    if sys.version_info < (3, 10) and not os.path.isdir(os.path.dirname(os.__file__)):
+        for name in _LAZY_IMPORTS:
+            with contextlib.suppress(ImportError):  # Python may be built without
+                __import__(name)
+
+
 # ======================================================================================================================
 # I foundations / logging: formatters, a stream that nobody may read, a file that rotates
 # ======================================================================================================================
@@ -21976,8 +21995,6 @@ class OutputWriter:
         self._stream = stream
         self._decoder: Any = None
         if ON_WINDOWS and stream.isatty():
-            import codecs
-
             self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def write(self, content: bytes) -> None:
@@ -24276,6 +24293,7 @@ def _find_client_command(name: str | None) -> ClientCommand | None:
 
 def run_command(argv: Sequence[str]) -> int:
     """Do what the command line says; return the exit code. Raise UsageError and StartupError."""
+    import_before_threads()
     client = _find_client_command(argv[0] if argv else None)
     if client:
         return client_command(client, argv[1:], _PROGRAM)

@@ -38,7 +38,7 @@ The sections, in their order; a helper that two of them use stands in the harnes
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import subprocess
 import sys
 
@@ -13170,6 +13170,20 @@ def test_source_imports_the_standard_library_alone() -> None:
     found = {alias.name for node in ast.walk(tree()) if isinstance(node, ast.Import) for alias in node.names}
     found |= {node.module or "" for node in ast.walk(tree()) if isinstance(node, ast.ImportFrom)}
     assert {name.partition(".")[0] for name in found} - set(known) == set()
+
+
+def test_source_imports_beforehand_what_threads_would_import() -> None:
+    alone = {"ctypes", "importlib", "importlib.util", "plistlib", "xml.parsers.expat"}  # in `main`, or on a Mac
+    late = {"encodings.idna"}  # by getaddrinfo
+    for function in functions():
+        for node in ast.walk(function):
+            if isinstance(node, ast.Import):
+                late |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                late.add(node.module or "")
+    found = {name: importlib.util.find_spec(name) for name in late - alone}
+    in_python = {name for name, spec in found.items() if spec and (spec.origin or "").endswith((".py", ".pyc"))}
+    assert in_python == set(module()._LAZY_IMPORTS)
 
 
 def test_source_functions_have_60_lines_at_most() -> None:
