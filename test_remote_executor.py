@@ -2322,14 +2322,15 @@ def test_client_of_events_that_is_cut_at_random_misses_none_and_sees_none_twice(
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         loads = [pool.submit(load) for _ in range(3)]
-        for _ in range(runs):
-            with client.connected() as events:
-                seen += itertools.islice(events, random.randrange(12))
-                if seen:
-                    client.last_id = seen[-1].id
-        stopping.set()
-        for one in loads:
-            one.result()
+        try:
+            for _ in range(runs):
+                with client.connected() as events:
+                    seen += itertools.islice(events, random.randrange(12))
+                    if seen:
+                        client.last_id = seen[-1].id
+        finally:
+            stopping.set()
+        assert [one.result() for one in loads] == [None] * 3
     last = daemon.submit(step(), id="last")
     with client.connected() as events:
         seen += until_kind(events, "task", id=last, result="succeeded")
@@ -6477,11 +6478,13 @@ def test_list_detail_metrics_and_database_agree_whatever_races(house: House, tmp
 
     timekeeper = threading.Thread(target=retry)
     timekeeper.start()
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert [*pool.map(client, [runs // 8 + n for n in range(8)])] == [None] * 8
-    wait_until(lambda: not house.store.unfinished_task_numbers(), "all tasks to end", 300)
-    stopping.set()
-    timekeeper.join()
+    try:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            assert [*pool.map(client, [runs // 8 + n for n in range(8)])] == [None] * 8
+        wait_until(lambda: not house.store.unfinished_task_numbers(), "all tasks to end", 300)
+    finally:
+        stopping.set()
+        timekeeper.join()
     wait_until(lambda: house.scheduler.pool()[1:3] == (0, 0), "an empty pool")
     for block in house.store.tasks(house.store.task_numbers()):
         for task in block:
