@@ -2074,6 +2074,60 @@ def failpoint(name: str) -> None:
         os.kill(os.getpid(), _KILL)
 
 
+# What Python is given to run this file, of which the path follows, as a module. Of a script that it is given by its
+# path it keeps the syntax tree, 40 MB, as long as that runs; of a module it keeps none, but in __pycache__ the compiled
+# form, which it checks against the file and makes anew after an upgrade (PEP 3147).
+_RUN_MODULE = (
+    "import os, sys; sys.path = [os.path.dirname(sys.argv.pop(1)), *filter(None, sys.path)]; "
+    f"from {log.name} import main; sys.exit(main())"
+)
+
+
+def compiled_command(program: Sequence[str]) -> list[str]:
+    """Return the command that runs a program of this name by its compiled form; another as it is."""
+    *python, path = program
+    if not python or os.path.basename(path) != f"{log.name}.py":
+        return [*program]
+    return [*python, "-c", _RUN_MODULE, path]
+
+
+def _compiled_path(path: str) -> str:
+    """Return where Python keeps the compiled form; empty where others than may write the file could have written it."""
+    import importlib.util
+
+    cache = importlib.util.cache_from_source(path)
+    directory = os.path.dirname(cache)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(directory, 0o755)
+    others = stat.S_IWGRP | stat.S_IWOTH
+    for entry, forbidden in ((directory, others), (cache, others & ~os.stat(path).st_mode)):
+        if os.path.lexists(entry):
+            status = os.lstat(entry)
+            if status.st_uid not in (0, os.geteuid()) or status.st_mode & forbidden:
+                return ""
+    return cache
+
+
+def _run_compiled() -> None:
+    """Execute this program anew by its compiled form, unless it was given to Python with options, or by a debugger.
+
+    Python 3.9 does not tell that, and Windows would make another process.
+    """
+    path = os.path.realpath(__file__)
+    is_plain = getattr(sys, "orig_argv", [])[1:] == sys.argv
+    if ON_WINDOWS or not is_plain or sys.dont_write_bytecode:
+        return
+    plain = [sys.orig_argv[0], path]
+    command = compiled_command(plain)
+    with contextlib.suppress(OSError):  # such as that of a directory in which no cache can be made
+        if command != plain and _compiled_path(path):
+            os.execv(sys.executable, [*command, *sys.argv[1:]])
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["run"]:  # before more is set up that it would set up again
+    _run_compiled()
+
+
 # ======================================================================================================================
 # II operating system / private files: the root, which is ours alone, and what steps may leave in it
 # ======================================================================================================================
@@ -19661,12 +19715,35 @@ class Services:
     def _protect_copy(self, path: str) -> None:
         """Do the same with the copy, where its directory's rights are not enough. Raises OSError."""
 
+    def _compile(self, program: str) -> list[str]:
+        """Write the compiled form of the program, which the service's user may not be able to; return its path, if any.
+
+        The program's directory was found to be unchangeable.
+        """
+        if not program.endswith(".py"):
+            return []
+        import importlib.util
+        import py_compile
+
+        cache = importlib.util.cache_from_source(program)
+        self._undo.callback(_remove_empty, os.path.dirname(cache))
+        self._undo.callback(_unlink_if_there, cache)
+        umask = os.umask(0o022)
+        try:
+            py_compile.compile(program, doraise=True)
+        except (OSError, py_compile.PyCompileError):  # then it is compiled at each start
+            return []
+        finally:
+            os.umask(umask)
+        return [cache]
+
     def _remove_copy(self, command: Sequence[str], destdir: str = "") -> None:
         """Remove the program that the service ran, where it was a copy of ours."""
-        for word in command[:2]:
+        for word in command[:4]:
             if os.path.dirname(word) == self.copy_dir:
                 with contextlib.suppress(OSError):  # it is gone; or, on Windows, it is the exe that runs just now
                     os.unlink(destdir + word)
+                shutil.rmtree(f"{destdir}{self.copy_dir}/__pycache__", ignore_errors=True)
                 _remove_empty(destdir + self.copy_dir)
 
     def _require_rights(self) -> None:
@@ -19844,7 +19921,9 @@ class UnixServices(Services):
             target = os.path.join(self.copy_dir, os.path.basename(source))
             self._copy_program(source, self._destdir + target)
         if not self._destdir:  # the owners in an image are those of whoever builds it
-            self._require_unchangeable([*python, target, os.__file__])
+            self._require_unchangeable(target, [*python, os.__file__])
+            for cache in self._compile(target):
+                self._require_unchangeable(cache)
         return [self._without_destdir(word) for word in [*python, target]]
 
     def uninstall(self) -> str:
@@ -19876,10 +19955,10 @@ class UnixServices(Services):
         self._after_change()
         return True, f"wrote {self._file}"
 
-    def _require_unchangeable(self, paths: Sequence[str]) -> None:
+    def _require_unchangeable(self, program: str, python: Sequence[str] = ()) -> None:
         """Raise StartupError where others than root and the service's user may change one of these files."""
         owners = [0, self._uid()]
-        for path in paths:
+        for path in (*python, program):
             try:
                 changeable = _find_changeable(path, owners)
             except OSError as error:
@@ -19889,7 +19968,7 @@ class UnixServices(Services):
                 self._undo.close()
                 entry, who = changeable
                 advice = f"--copy installs {self.copy_dir}, which is root's alone"
-                if path != paths[-2] or self._options.is_copy:
+                if path != program or self._options.is_copy:
                     advice = "use a Python that is root's alone, such as /usr/bin/python3"
                 raise StartupError(f"service: {entry} may be changed by {who}, and so what the service runs; {advice}")
 
@@ -20418,7 +20497,8 @@ class WindowsServices(Services):
             target = os.path.join(self.copy_dir, os.path.basename(source))
             self._copy_program(source, target)
         if not _has_one_user():
-            self._require_unchangeable([*python, target])
+            self._require_unchangeable(target, python)
+        self._compile(target)
         return [*python, target]
 
     def uninstall(self) -> str:
@@ -20514,9 +20594,9 @@ class WindowsServices(Services):
 
         return getpass.getpass(f"password of {account}: ")
 
-    def _require_unchangeable(self, paths: Sequence[str]) -> None:
+    def _require_unchangeable(self, program: str, python: Sequence[str]) -> None:
         """Raise StartupError where others than administrators may change one of these files."""
-        for path in paths:
+        for path in (*python, program):
             problem = ""
             try:
                 changeable = _find_changeable_on_windows(path)
@@ -20530,7 +20610,7 @@ class WindowsServices(Services):
             if problem:
                 self._undo.close()
                 advice = f"--copy installs {self.copy_dir}, which is administrators' alone"
-                if path != paths[-1] or self._options.is_copy:
+                if path != program or self._options.is_copy:
                     advice = "use a Python that was installed for all users, below %ProgramFiles%"
                 raise StartupError(f"service: {problem}; {advice}")
 
@@ -24179,7 +24259,7 @@ def _install_service(services: Services, flags: Mapping[str, Any]) -> None:
     root = os.path.abspath(flags.get("root", services.default_root))
     argv = _to_argv({**flags, "root": root})
     program = services.prepare_program(own_command())
-    print(services.install([*program, "run", *argv]))
+    print(services.install([*compiled_command(program), "run", *argv]))
     again = _join_command([*program, "service", "start"])
     print(f"next: {again}{services.advice}; clients on other hosts need the token that it writes in {root}")
 
