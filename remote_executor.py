@@ -44,15 +44,12 @@ import collections
 import concurrent.futures
 import contextlib
 import datetime
-import email.utils
 import errno
 import functools
 import gc
 import graphlib
 import heapq
-import html
-import http.client
-import http.server
+import http
 import io
 import ipaddress
 import itertools
@@ -73,7 +70,6 @@ import stat
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import types
@@ -81,8 +77,25 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from enum import Enum, IntEnum, unique
-from typing import Any, Callable, NamedTuple, Protocol, TextIO, Union
+from typing import TYPE_CHECKING, Any, Callable, Protocol, TextIO, Union
 
+if TYPE_CHECKING:
+    import http.client  # which the functions that connect import: it loads OpenSSL, 5 MB that a daemon need not
+    from typing import NamedTuple
+else:
+
+    class _NamedTupleMeta(type):
+        """Make named tuples as `typing` does, which compiles each annotation: an eighth of this program's start."""
+
+        def __new__(cls, name, bases, namespace):
+            fields = namespace.get("__annotations__", {})
+            defaults = [namespace.pop(field) for field in fields if field in namespace]
+            base = collections.namedtuple(name, fields, defaults=defaults, module=namespace["__module__"])
+            return type(name, (base,), {**namespace, "__slots__": ()})
+
+    NamedTuple = type.__new__(_NamedTupleMeta, "NamedTuple", (), {})
+
+gc.disable()  # until all of this file is there: nothing of it is garbage
 __version__ = "1.0.0"
 
 log = logging.getLogger("remote_executor")
@@ -613,6 +626,10 @@ def check_argument(option: Option, text: str) -> str:
 
 def default_text(option: Option) -> str:
     """Return the default of an option as one would type it."""
+    if "$TEMP" not in option.default:
+        return option.default
+    import tempfile
+
     return option.default.replace("$TEMP", tempfile.gettempdir())
 
 
@@ -661,7 +678,7 @@ def _setting(option: Option, flags: Mapping[str, Any]) -> Any:
     if option.is_list:
         texts = flags.get(option.field, ())
         return tuple(_parse_value(option, text) for text in texts)
-    text = flags.get(option.field, default_text(option))
+    text = flags[option.field] if option.field in flags else default_text(option)
     if not text and not option.default:
         return ""
     return _parse_value(option, text)
@@ -2093,6 +2110,60 @@ def failpoint(name: str) -> None:
         os.kill(os.getpid(), _KILL)
 
 
+# What Python is given to run this file, of which the path follows, as a module. Of a script that it is given by its
+# path it keeps the syntax tree, 40 MB, as long as that runs; of a module it keeps none, but in __pycache__ the compiled
+# form, which it checks against the file and makes anew after an upgrade (PEP 3147).
+_RUN_MODULE = (
+    "import os, sys; sys.path = [os.path.dirname(sys.argv.pop(1)), *filter(None, sys.path)]; "
+    f"from {log.name} import main; sys.exit(main())"
+)
+
+
+def compiled_command(program: Sequence[str]) -> list[str]:
+    """Return the command that runs a program of this name by its compiled form; another as it is."""
+    *python, path = program
+    if not python or os.path.basename(path) != f"{log.name}.py":
+        return [*program]
+    return [*python, "-c", _RUN_MODULE, path]
+
+
+def _compiled_path(path: str) -> str:
+    """Return where Python keeps the compiled form; empty where others than may write the file could have written it."""
+    import importlib.util
+
+    cache = importlib.util.cache_from_source(path)
+    directory = os.path.dirname(cache)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(directory, 0o755)
+    others = stat.S_IWGRP | stat.S_IWOTH
+    for entry, forbidden in ((directory, others), (cache, others & ~os.stat(path).st_mode)):
+        if os.path.lexists(entry):
+            status = os.lstat(entry)
+            if status.st_uid not in (0, os.geteuid()) or status.st_mode & forbidden:
+                return ""
+    return cache
+
+
+def _run_compiled() -> None:
+    """Execute this program anew by its compiled form, unless it was given to Python with options, or by a debugger.
+
+    Python 3.9 does not tell that, and Windows would make another process.
+    """
+    path = os.path.realpath(__file__)
+    is_plain = getattr(sys, "orig_argv", [])[1:] == sys.argv
+    if ON_WINDOWS or not is_plain or sys.dont_write_bytecode:
+        return
+    plain = [sys.orig_argv[0], path]
+    command = compiled_command(plain)
+    with contextlib.suppress(OSError):  # such as that of a directory in which no cache can be made
+        if command != plain and _compiled_path(path):
+            os.execv(sys.executable, [*command, *sys.argv[1:]])
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["run"]:  # before more is set up that it would set up again
+    _run_compiled()
+
+
 # ======================================================================================================================
 # II operating system / private files: the root, which is ours alone, and what steps may leave in it
 # ======================================================================================================================
@@ -2126,6 +2197,8 @@ def make_private_directory(path: str) -> None:
 
 def is_temporary(path: str) -> bool:
     """Return whether a path without links is in the host's temporary directory, which is cleaned at times."""
+    import tempfile
+
     return is_within(path, os.path.realpath(tempfile.gettempdir()))
 
 
@@ -11547,11 +11620,9 @@ class Authenticator:
         """Make the root's token file, unless it exists. Raise OSError."""
         if os.path.exists(self._path):
             return
-        import secrets  # here, because OpenSSL takes half a megabyte that an idle daemon need not
-
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w", encoding="ascii", newline="\n") as file:  # `$(cat token)` keeps a CR
-            file.write(secrets.token_hex(32) + "\n")
+            file.write(os.urandom(32).hex() + "\n")
 
     def rule(self) -> str:
         """Return who needs a token, and where one is; empty under --insecure, of which `start` has warned."""
@@ -12023,7 +12094,7 @@ def _listen_on_ipv6(address: str, port: int) -> socket.socket:
     return listener
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(socketserver.ThreadingTCPServer):
     """The listening socket and its connections; `open`, `start` and `stop` are for the daemon's thread."""
 
     daemon_threads = True
@@ -12104,15 +12175,12 @@ class Server(http.server.ThreadingHTTPServer):
             self._listeners.append(_listen_on_ipv6(address, port))
 
     def server_bind(self) -> None:
-        """Bind the socket, alone on Windows too; of every address, to IPv4 and IPv6. Raise OSError.
-
-        Without asking the name service for our name, as HTTPServer does.
-        """
+        """Bind the socket, alone on Windows too; of every address, to IPv4 and IPv6. Raise OSError."""
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         if self.address_family == socket.AF_INET6 and not self.server_address[0]:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        socketserver.TCPServer.server_bind(self)
+        super().server_bind()
 
     def server_activate(self) -> None:
         """Listen. An accept never waits: a client may be gone by then, which BSD does not report."""
@@ -12469,6 +12537,8 @@ def _log_fields(request: Request) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=2)  # the same for all responses of a second
 def _http_date(seconds: int) -> str:
+    import email.utils  # here, for no client needs it
+
     return email.utils.formatdate(seconds, usegmt=True)
 
 
@@ -17563,7 +17633,7 @@ def file_response(request: Request, file: io.FileIO, name: str) -> Response:
         ("ETag", etag),
     ]
     with contextlib.suppress(OverflowError, ValueError, OSError):  # a year that has not four digits
-        modified = email.utils.formatdate(status.st_mtime, usegmt=True)
+        modified = _http_date(int(status.st_mtime))
         headers.append(("Last-Modified", modified))
     known_etag = request.headers.get("if-none-match", "")
     if known_etag in (etag, "*"):
@@ -19680,12 +19750,35 @@ class Services:
     def _protect_copy(self, path: str) -> None:
         """Do the same with the copy, where its directory's rights are not enough. Raises OSError."""
 
+    def _compile(self, program: str) -> list[str]:
+        """Write the compiled form of the program, which the service's user may not be able to; return its path, if any.
+
+        The program's directory was found to be unchangeable.
+        """
+        if not program.endswith(".py"):
+            return []
+        import importlib.util
+        import py_compile
+
+        cache = importlib.util.cache_from_source(program)
+        self._undo.callback(_remove_empty, os.path.dirname(cache))
+        self._undo.callback(_unlink_if_there, cache)
+        umask = os.umask(0o022)
+        try:
+            py_compile.compile(program, doraise=True)
+        except (OSError, py_compile.PyCompileError):  # then it is compiled at each start
+            return []
+        finally:
+            os.umask(umask)
+        return [cache]
+
     def _remove_copy(self, command: Sequence[str], destdir: str = "") -> None:
         """Remove the program that the service ran, where it was a copy of ours."""
-        for word in command[:2]:
+        for word in command[:4]:
             if os.path.dirname(word) == self.copy_dir:
                 with contextlib.suppress(OSError):  # it is gone; or, on Windows, it is the exe that runs just now
                     os.unlink(destdir + word)
+                shutil.rmtree(f"{destdir}{self.copy_dir}/__pycache__", ignore_errors=True)
                 _remove_empty(destdir + self.copy_dir)
 
     def _require_rights(self) -> None:
@@ -19863,7 +19956,9 @@ class UnixServices(Services):
             target = os.path.join(self.copy_dir, os.path.basename(source))
             self._copy_program(source, self._destdir + target)
         if not self._destdir:  # the owners in an image are those of whoever builds it
-            self._require_unchangeable([*python, target, os.__file__])
+            self._require_unchangeable(target, [*python, os.__file__])
+            for cache in self._compile(target):
+                self._require_unchangeable(cache)
         return [self._without_destdir(word) for word in [*python, target]]
 
     def uninstall(self) -> str:
@@ -19895,10 +19990,10 @@ class UnixServices(Services):
         self._after_change()
         return True, f"wrote {self._file}"
 
-    def _require_unchangeable(self, paths: Sequence[str]) -> None:
+    def _require_unchangeable(self, program: str, python: Sequence[str] = ()) -> None:
         """Raise StartupError where others than root and the service's user may change one of these files."""
         owners = [0, self._uid()]
-        for path in paths:
+        for path in (*python, program):
             try:
                 changeable = _find_changeable(path, owners)
             except OSError as error:
@@ -19908,7 +20003,7 @@ class UnixServices(Services):
                 self._undo.close()
                 entry, who = changeable
                 advice = f"--copy installs {self.copy_dir}, which is root's alone"
-                if path != paths[-2] or self._options.is_copy:
+                if path != program or self._options.is_copy:
                     advice = "use a Python that is root's alone, such as /usr/bin/python3"
                 raise StartupError(f"service: {entry} may be changed by {who}, and so what the service runs; {advice}")
 
@@ -20437,7 +20532,8 @@ class WindowsServices(Services):
             target = os.path.join(self.copy_dir, os.path.basename(source))
             self._copy_program(source, target)
         if not _has_one_user():
-            self._require_unchangeable([*python, target])
+            self._require_unchangeable(target, python)
+        self._compile(target)
         return [*python, target]
 
     def uninstall(self) -> str:
@@ -20533,9 +20629,9 @@ class WindowsServices(Services):
 
         return getpass.getpass(f"password of {account}: ")
 
-    def _require_unchangeable(self, paths: Sequence[str]) -> None:
+    def _require_unchangeable(self, program: str, python: Sequence[str]) -> None:
         """Raise StartupError where others than administrators may change one of these files."""
-        for path in paths:
+        for path in (*python, program):
             problem = ""
             try:
                 changeable = _find_changeable_on_windows(path)
@@ -20549,7 +20645,7 @@ class WindowsServices(Services):
             if problem:
                 self._undo.close()
                 advice = f"--copy installs {self.copy_dir}, which is administrators' alone"
-                if path != paths[-1] or self._options.is_copy:
+                if path != program or self._options.is_copy:
                     advice = "use a Python that was installed for all users, below %ProgramFiles%"
                 raise StartupError(f"service: {problem}; {advice}")
 
@@ -20712,7 +20808,7 @@ _TASK_CHANGE_S = 10.0  # until a daemon has its root locked, or has let go of it
 class WindowsTasks(Services):
     """The service of one user on Windows: a task of the Task Scheduler that starts when this user logs on."""
 
-    default_root = os.path.join(os.environ.get("LOCALAPPDATA", tempfile.gettempdir()), SERVICE)
+    default_root = os.path.join(os.environ.get("LOCALAPPDATA", os.path.expanduser("~")), SERVICE)
     advice = " --user"
 
     def prepare_program(self, program: Sequence[str]) -> list[str]:
@@ -20725,6 +20821,8 @@ class WindowsTasks(Services):
 
     def content(self, command: Sequence[str]) -> str:
         """Return the definition of the task that runs the command."""
+        import html
+
         return _TASK_XML.format(
             title=_SERVICE_TITLE,
             user=_own_sid(),
@@ -20769,6 +20867,8 @@ class WindowsTasks(Services):
     def _install(self, command: Sequence[str]) -> tuple[bool, str]:
         if self._installed_command() == list(command):
             return False, f"unchanged: the task {SERVICE}"
+        import tempfile
+
         with tempfile.TemporaryDirectory() as directory:
             path = os.path.join(directory, "task.xml")
             with open(path, "w", encoding="utf-16") as file:
@@ -20780,6 +20880,8 @@ class WindowsTasks(Services):
         match = re.search(r"<Command>(.*?)</Command>\s*<Arguments>(.*?)</Arguments>", self._definition(), re.DOTALL)
         if not match:
             return []
+        import html
+
         return [html.unescape(match[1]), *_split_command_line("x " + html.unescape(match[2]))[1:]]
 
     def _definition(self) -> str:
@@ -20925,14 +21027,19 @@ class _TestDaemon:
             with open(path_of_token, encoding="ascii") as file:
                 headers["Authorization"] = f"Bearer {file.read().strip()}"
         data = None if body is None else json.dumps(body)
+        import http.client
+
         connection = http.client.HTTPConnection(
             "127.0.0.1",
             self._port,
             timeout=_SELF_TEST_WAIT_S,
         )
-        with contextlib.closing(connection):
-            connection.request(method, path, data, headers)
-            content = connection.getresponse().read()
+        try:
+            with contextlib.closing(connection):
+                connection.request(method, path, data, headers)
+                content = connection.getresponse().read()
+        except http.client.HTTPException as error:
+            raise OSError(str(error)) from error
         envelope: Json = json.loads(content)
         return envelope
 
@@ -20983,7 +21090,6 @@ _DAEMON_FAULTS = (
     OSError,
     ValueError,
     KeyError,
-    http.client.HTTPException,
 )
 
 
@@ -21240,6 +21346,8 @@ def _remove_tree(directory: str) -> bool:
 def self_test(settings: Settings, is_json: bool) -> int:
     """Try this program on this host and show what was seen; return 0, or 1 where something failed."""
     begin_s = time.monotonic()
+    import tempfile
+
     directory = os.path.realpath(tempfile.mkdtemp(prefix="remote_executor-selftest-"))
     try:
         checks = _SelfTest(directory).run()
@@ -21506,6 +21614,8 @@ class Api:
 
     def _connect(self) -> http.client.HTTPConnection:
         """Return a connection; it opens when the first request is sent."""
+        import http.client
+
         host = self._url.hostname or ""
         port = self._url.port
         proxy = _proxy_for(self._url.scheme, host)
@@ -24196,7 +24306,7 @@ def _install_service(services: Services, flags: Mapping[str, Any]) -> None:
     root = os.path.abspath(flags.get("root", services.default_root))
     argv = _to_argv({**flags, "root": root})
     program = services.prepare_program(own_command())
-    print(services.install([*program, "run", *argv]))
+    print(services.install([*compiled_command(program), "run", *argv]))
     again = _join_command([*program, "service", "start"])
     print(f"next: {again}{services.advice}; clients on other hosts need the token that it writes in {root}")
 
@@ -24346,6 +24456,7 @@ def escape_unencodable_output() -> None:
 
 def main() -> int:
     """Run the program; return its exit code: 0, 1 when it cannot do its work, 2 for a wrong command line."""
+    gc.freeze()  # what is loaded stays: no collection looks at it, nor does the one at the end, 8 ms each
     escape_unencodable_output()
     try:
         return run_command(sys.argv[1:])
@@ -24360,6 +24471,8 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
         return 1
 
+
+gc.enable()
 
 if __name__ == "__main__":
     sys.exit(main())

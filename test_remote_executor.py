@@ -11109,6 +11109,70 @@ def test_limit_of_open_files_of_a_step_is_that_of_the_daemons_start(launch: Call
     assert daemon.output(step("ulimit -Sn")) == ["300"]
 
 
+@linux_only
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="only since 3.10 Python tells how it was called")
+def test_run_goes_over_to_the_compiled_form_in_the_same_process(launch: Callable[..., Daemon], tmp_path: Path) -> None:
+    program = shutil.copy(PROGRAM, tmp_path)
+    daemon = launch(program=[sys.executable, str(program)], env={"PYTHONDONTWRITEBYTECODE": ""})
+    assert daemon.process
+    words = Path(f"/proc/{daemon.process.pid}/cmdline").read_text().split("\0")
+    assert words[:5] == [*module().compiled_command([sys.executable, str(program)]), "run"]
+    assert daemon.get(PPROF + "cmdline").body.decode() == "\0".join(words[:-1])
+    assert daemon.run(step("exit 3")).data[0]["code"] == 3
+    assert [file.name.split(".")[0] for file in (tmp_path / "__pycache__").iterdir()] == ["remote_executor"]
+
+
+@posix_only
+@pytest.mark.parametrize(
+    "name, options, modes, is_compiled",
+    [
+        ("remote_executor.py", [], [0o644, 0o755, 0o644], True),
+        ("remote_executor.py", [], [0o664, 0o755, 0o664], True),  # who may write the one may write the other
+        ("remote_executor.py", [], [0o644, 0o755, 0o664], False),
+        ("remote_executor.py", [], [0o644, 0o777, 0o644], False),
+        ("remote_executor.py", ["-X", "dev"], [0o644, 0o755, 0o644], False),
+        ("remote_executor.py", ["-m", "pdb"], [0o644, 0o755, 0o644], False),
+        ("remote_executor.py", None, [0o644, 0o755, 0o644], False),  # as Python 3.9
+        ("other.py", [], [0o644, 0o755, 0o644], False),
+    ],
+)
+def test_run_goes_over_only_where_it_is_safe_and_makes_no_difference(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    options: list[str] | None,
+    modes: list[int],
+    is_compiled: bool,
+) -> None:
+    program = tmp_path / name
+    cache = Path(importlib.util.cache_from_source(str(program)))
+    cache.parent.mkdir()
+    for file, mode in zip((program, cache.parent, cache), modes):
+        file.touch() if file.suffix else None
+        file.chmod(mode)
+    words = [str(program), "run", "--debug"]
+    monkeypatch.setattr(module(), "__file__", str(program))
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    monkeypatch.setattr(sys, "orig_argv", [] if options is None else ["python3", *options, *words], raising=False)
+    executed: list[Any] = []
+    monkeypatch.setattr(os, "execv", lambda *arguments: executed.append(arguments))
+    module()._run_compiled()
+    command = [*module().compiled_command(["python3", str(program)]), "run", "--debug"]
+    assert executed == ([(sys.executable, command)] if is_compiled else [])
+
+
+def test_compiled_form_is_made_anew_after_an_upgrade(tmp_path: Path) -> None:
+    program = tmp_path / "remote_executor.py"
+    command = module().compiled_command([sys.executable, str(program)])
+    for release in ("1.9", "1.10"):
+        program.write_text(f"import sys\ndef main(): print({release!r}, sys.argv[1:], '' in sys.path)\n")
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+        done = subprocess.run([*command, "run"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == (f"{release} ['run'] False\n", "")
+    assert list((tmp_path / "__pycache__").iterdir())
+
+
 # ======================================================================================================================
 # client: commands beside a real daemon, through restarts, on pipes and on a terminal
 # ======================================================================================================================
@@ -11642,6 +11706,7 @@ def build_command(program: str) -> list[str]:
 def test_build_of_a_zipapp_serves(tmp_path: Path) -> None:
     (tmp_path / "build" / "zipapp").mkdir(parents=True)
     shutil.copy(PROGRAM, tmp_path / "build" / "zipapp" / "__main__.py")
+    subprocess.run([sys.executable, *build_command("python3 -m compileall")[1:]], cwd=tmp_path, check=True)
     words = build_command("python3 -m zipapp")
     subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, check=True)
     drive_build(tmp_path, [*PYTHON, str(tmp_path / words[words.index("-o") + 1])])
@@ -11721,11 +11786,16 @@ def unit(staging: Path) -> Path:
 def test_service_install_writes_a_unit_that_systemd_accepts(tmp_path: Path) -> None:
     done = cli("service", "install", "--addr=:2377", "--root=/var/a b/100%", "--debug", env={"DESTDIR": str(tmp_path)})
     assert done.returncode == 0 and str(unit(tmp_path)) in done.stdout and "service start" in done.stdout, done
-    command = f'{sys.executable} {PROGRAM} run --addr=:2377 --debug "--root=/var/a b/100%%"'
+    command = compiled(PROGRAM) + ' run --addr=:2377 --debug "--root=/var/a b/100%%"'
     assert f"\nExecStart={command}\n" in unit(tmp_path).read_text()
     link = unit(tmp_path).parent / "multi-user.target.wants" / unit(tmp_path).name
     assert link.is_symlink() and link.samefile(unit(tmp_path))
     assert verified_by_systemd(unit(tmp_path)) == []
+
+
+def compiled(path: object) -> str:
+    """How a unit runs this program by its compiled form."""
+    return f'{sys.executable} -c "{module()._RUN_MODULE}" {path}'
 
 
 def verified_by_systemd(file: Path) -> list[str]:
@@ -11921,6 +11991,27 @@ def test_service_program_of_another_user_is_refused(systemd: Systemd, tmp_path: 
         systemd.services.prepare_program(["/bin/sh", str(program)])
 
 
+@posix_only
+def test_service_install_compiles_the_program_for_a_user_who_may_not(systemd: Systemd, tmp_path: Path) -> None:
+    program = tmp_path / "place" / "remote_executor.py"
+    program.parent.mkdir()
+    program.parent.chmod(0o755)
+    program.touch(0o644)
+    umask = os.umask(0)
+    try:
+        assert systemd.services.prepare_program(["/bin/sh", str(program)]) == ["/bin/sh", str(program)]
+    finally:
+        os.umask(umask)
+    cache = Path(importlib.util.cache_from_source(str(program)))
+    assert [file.stat().st_mode & 0o777 for file in (cache.parent, cache)] == [0o755, 0o644]
+    systemd.services._undo.close()  # as after a failure
+    assert not cache.parent.exists()
+    cache.parent.mkdir()
+    cache.parent.chmod(0o777)
+    with pytest.raises(module().StartupError, match="__pycache__ may be changed by everybody"):
+        systemd.services.prepare_program(["/bin/sh", str(program)])
+
+
 @linux_only
 def test_service_copy_is_installed_and_removed_with_the_service(tmp_path: Path) -> None:
     staging = {"DESTDIR": str(tmp_path)}
@@ -11928,7 +12019,9 @@ def test_service_copy_is_installed_and_removed_with_the_service(tmp_path: Path) 
     done = cli("service", "install", "--copy", env=staging)
     assert done.returncode == 0 and done.stdout.startswith(f"wrote {copy}; wrote {unit(tmp_path)}\n"), done
     assert copy.read_bytes() == PROGRAM.read_bytes() and copy.stat().st_mode & 0o777 == 0o755
-    assert f"ExecStart={sys.executable} /opt/remote_executor/remote_executor.py run" in unit(tmp_path).read_text()
+    assert f"ExecStart={compiled('/opt/remote_executor/remote_executor.py')} run" in unit(tmp_path).read_text()
+    (copy.parent / "__pycache__").mkdir()
+    (copy.parent / "__pycache__" / "remote_executor.cpython-39.pyc").touch()
     assert cli("service", "install", "--copy", env=staging).stdout.startswith("unchanged: ")
     assert cli("service", "uninstall", env=staging).returncode == 0
     assert not copy.parent.exists() and not unit(tmp_path).exists()
@@ -11941,7 +12034,7 @@ def test_service_in_an_image_runs_the_program_of_the_image(tmp_path: Path) -> No
     shutil.copy(PROGRAM, program)
     command = [sys.executable, str(program), "service", "install"]
     subprocess.run(command, env={**os.environ, "DESTDIR": str(tmp_path)}, stdout=subprocess.DEVNULL, check=True)
-    assert f"ExecStart={sys.executable} /opt/remote_executor.py run --root=/var/lib" in unit(tmp_path).read_text()
+    assert f"ExecStart={compiled('/opt/remote_executor.py')} run --root=/var/lib" in unit(tmp_path).read_text()
 
 
 @linux_only
@@ -12026,12 +12119,14 @@ def test_service_out_of_rule_is_refused_in_a_line(words: list[str]) -> None:
 def test_service_of_launchd_is_the_readmes() -> None:
     told = next(plistlib.loads(block.text.encode()) for block in blocks() if block.language == "xml")
     command = told["ProgramArguments"]
+    assert command == [*module().compiled_command(["/usr/bin/python3", command[3]]), *command[4:]]
     assert plistlib.loads(module().LaunchdServices("").content(command)) == told
 
 
 def test_service_of_systemd_is_the_readmes() -> None:
     told = next(block.text for block in blocks() if block.language == "ini")
-    command = re.findall("(?m)^ExecStart=(.*)$", told)[0].split()
+    command = module()._split_unit_line(re.findall("(?m)^ExecStart=(.*)$", told)[0])
+    assert command == [*module().compiled_command(["/usr/bin/python3", command[3]]), *command[4:]]
     assert module().SystemdServices("").content(command).decode() == told
 
 
