@@ -1051,6 +1051,11 @@ if ON_WINDOWS:
     NtSuspendProcess.argtypes = (_HANDLE,)
     NtResumeProcess = _ntdll.NtResumeProcess  # ResumeThread needs a handle that Popen has closed
     NtResumeProcess.argtypes = (_HANDLE,)
+    NtQueryInformationProcess = _ntdll.NtQueryInformationProcess
+    NtQueryInformationProcess.argtypes = (_HANDLE, _INT, _VOID, _DWORD, _VOID)
+    QueryFullProcessImageNameW = _declare(
+        _kernel32, "QueryFullProcessImageNameW", _BOOL, _HANDLE, _DWORD, _TEXT, _DWORD_OUT
+    )
     GetConsoleWindow = _kernel32.GetConsoleWindow
     GetConsoleWindow.restype = _HANDLE
     SetConsoleCtrlHandler = _declare(_kernel32, "SetConsoleCtrlHandler", _BOOL, _VOID, _BOOL)
@@ -5728,29 +5733,54 @@ def list_processes() -> Iterator[tuple[int, int, str]]:
         CloseHandle(snapshot)
 
 
+class _Member(NamedTuple):
+    """A live process of a job."""
+
+    pid: int
+    parent: int
+    name: str  # of its file, in lower case
+
+
+def _describe_process(pid: int) -> _Member:
+    """Describe a process; a snapshot of all that the host runs would take far longer. Raises OSError."""
+    process: int = OpenProcess(PROCESS_QUERY_LIMITED_INFORMATION, False, pid)
+    try:
+        basic = (ctypes.c_size_t * 6)()  # PROCESS_BASIC_INFORMATION, whose last field is the parent's pid
+        NtQueryInformationProcess(process, 0, basic, ctypes.sizeof(basic), None)
+        path = ctypes.create_unicode_buffer(1 << 15)
+        size = _DWORD(len(path))
+        QueryFullProcessImageNameW(process, 0, path, ctypes.byref(size))
+    finally:
+        CloseHandle(process)
+    return _Member(pid, basic[5], os.path.basename(path.value).lower())
+
+
+def _describe_members(job: int) -> list[_Member]:
+    """Describe the processes of a job that are not ending. Raises OSError."""
+    members = []
+    for pid in _list_members(job):
+        with contextlib.suppress(OSError):
+            members.append(_describe_process(pid))
+    return members
+
+
 def _open_child(parent: int, job: int) -> int:
     """Open the step's process, which the wrapper, a member of the job, has started; return 0 without one."""
-    members = set(_list_members(job)) - {parent}
-    if not members:
-        return 0
-    for pid, parent_pid, name in list_processes():
-        if parent_pid == parent and pid in members and name not in _OTHER_CHILDREN:
+    for member in _describe_members(job):
+        if member.parent == parent and member.name not in _OTHER_CHILDREN:
             with contextlib.suppress(OSError):  # it has ended meanwhile
-                handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION, False, pid)
+                handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION, False, member.pid)
                 return handle
     return 0
 
 
-def _list_shells(job: int, wrapper: int) -> set[int]:
+def _find_shells(members: Sequence[_Member], wrapper: int) -> set[int]:
     """Return the pids of a live wrapper and of each cmd that it, or another of these, has started."""
-    members = set(_list_members(job))
-    processes = [*list_processes()]
     shells: set[int] = set()
-    found = {wrapper} & members
-    while found:
-        shells |= found
-        found = {pid for pid, parent, name in processes if parent in found and name == "cmd.exe"}
-        found = (found & members) - shells
+    children = {member.pid for member in members if member.pid == wrapper}
+    while children:
+        shells |= children
+        children = {member.pid for member in members if member.parent in children and member.name == "cmd.exe"} - shells
     return shells
 
 
@@ -5762,9 +5792,9 @@ def _open_process(pid: int) -> int:
     return handle
 
 
-def _control_shells(control: Callable[[int], object], job: int, wrapper: int) -> set[int]:
-    """Suspend or resume a live wrapper and its cmds; return the pids. Raises OSError."""
-    shells = _list_shells(job, wrapper)
+def _control_shells(control: Callable[[int], object], members: Sequence[_Member], wrapper: int) -> set[int]:
+    """Suspend or resume a live wrapper and its cmds; return the pids."""
+    shells = _find_shells(members, wrapper)
     for pid in shells:
         with contextlib.suppress(OSError):  # it has ended meanwhile
             process = _open_process(pid)
@@ -5915,11 +5945,9 @@ class _JobStop:
     def _ask(self, is_hurried: Callable[[], bool], first_signal: int) -> None:
         end_s = time.monotonic() + GRACE_S
         event = _CTRL_BREAK_EVENT if first_signal == signal_number("QUIT") else _CTRL_C_EVENT
-        idle: set[int] = set()
-        if self._wrapper:
-            idle = _control_shells(NtSuspendProcess, self._jobs[0], self._wrapper)
-        programs = self._list_members() - idle
-        programs -= {pid for pid, _, name in list_processes() if name == _CONSOLE_HOST}
+        members = list(itertools.chain.from_iterable(map(_describe_members, self._jobs)))
+        shells = _control_shells(NtSuspendProcess, members, self._wrapper)
+        programs = {member.pid for member in members if member.name != _CONSOLE_HOST} - shells
         if not programs:
             return
         with _hold_pids(programs) as pids:
@@ -6306,7 +6334,8 @@ class WindowsProcesses:
             raise
         tree = WindowsTree(record, step_dir, wrapper, job, None, self._asker)
         _limit_job(job, 0)
-        _control_shells(NtResumeProcess, job, record.pid)  # if the daemon died before it did, or within a stop
+        NtResumeProcess(wrapper)  # if the daemon died before it did
+        _control_shells(NtResumeProcess, _describe_members(job), record.pid)  # or within a stop
         return tree
 
     def remains(self, step_dirs: Sequence[str]) -> WindowsRemains:

@@ -3620,25 +3620,24 @@ def test_ctrl_c_to_a_console_ends_no_step_before_its_own_process(daemon: Daemon)
 
 CLEANS_UP = """
 import time
-print("up", flush=True)
 try:
+    print("up", flush=True)
     time.sleep(1000)
 finally:
     print("cleaned", flush=True)
 """
-REPEATS = """
-import time
+GOES_ON = """
+import signal, time
+signal.signal(signal.SIGINT, lambda *_: print("asked", flush=True))
 print("up", flush=True)
 while True:
-    try:
-        time.sleep(1000)
-    except KeyboardInterrupt:
-        print("asked", flush=True)
+    time.sleep(1)
 """
 HAS_A_WINDOW = """
 import ctypes, subprocess, sys
-if len(sys.argv) == 1:  # the window's process has no console
-    subprocess.call([sys.executable, __file__, "x"], creationflags=8, stdin=-3, stdout=1)
+if len(sys.argv) == 1:
+    subprocess.Popen([sys.executable, __file__, "x"], creationflags=8, stdin=-3, stdout=1)  # without a console
+    sys.exit(3)
 user32 = ctypes.WinDLL("user32")
 window = user32.CreateWindowExW(0, "STATIC", "x", 0x10CF0000, 0, 0, 9, 9, None, None, None, None)
 print("up", flush=True)
@@ -3662,20 +3661,10 @@ def start_to_be_stopped(place: Path, monkeypatch: Any, content: str, kind: str) 
 
 @windows_only
 @no_old_wine
-@pytest.mark.parametrize(
-    "kind, content, said",
-    [
-        ("cmd", "echo up\nping -n 1000 localhost >nul\necho next", b"up\r\n"),
-        ("python", CLEANS_UP, b"up\r\ncleaned\r\nTraceback"),
-        ("python", HAS_A_WINDOW, b"up\r\ncleaned\r\n"),
-    ],
-    ids=["cmd", "python", "window"],
-)
-def test_stop_asks_a_step_of_windows_to_end(
-    tmp_path: Path, monkeypatch: Any, kind: str, content: str, said: bytes
-) -> None:
-    if content == HAS_A_WINDOW and not ctypes.windll.user32.CreateWindowExW(0, "STATIC", "", *[0] * 9):
-        pytest.skip("this Wine has neither a display nor the graphics driver `null`")
+@pytest.mark.parametrize("kind", ["cmd", "python"])
+def test_stop_asks_a_step_of_windows_to_end(tmp_path: Path, monkeypatch: Any, kind: str) -> None:
+    (tmp_path / "x.py").write_text(CLEANS_UP)
+    content = CLEANS_UP if kind == "python" else f'"{sys.executable}" "{tmp_path}\\x.py"\necho next'
     ignores_ctrl_c = ctypes.windll.kernel32.SetConsoleCtrlHandler
     monkeypatch.setattr(module(), "GetConsoleWindow", int)  # none
     ignores_ctrl_c(None, True)  # as whoever started the daemon may have had it: steps would inherit that
@@ -3685,7 +3674,19 @@ def test_stop_asks_a_step_of_windows_to_end(
         ignores_ctrl_c(None, False)
     tree.stop(lambda: False)
     assert asked and not module()._count_active(tree._job) and tree.exit_code() is None
-    assert output.read_bytes().startswith(said) and b"next" not in output.read_bytes()
+    assert output.read_bytes().startswith(b"up\r\ncleaned\r\n") and b"next" not in output.read_bytes()
+    processes.release(tree)
+
+
+@windows_only
+@no_old_wine
+def test_stop_closes_the_window_that_a_step_of_windows_left(tmp_path: Path, monkeypatch: Any) -> None:
+    if not ctypes.windll.user32.CreateWindowExW(0, "STATIC", "", *[0] * 9):
+        pytest.skip("this Wine has neither a display nor the graphics driver `null`")
+    processes, tree, output, asked = start_to_be_stopped(tmp_path, monkeypatch, HAS_A_WINDOW, "python")
+    assert tree.wait(None) and tree.exit_code() == 3
+    tree.stop(lambda: False)
+    assert asked and not module()._count_active(tree._job) and output.read_bytes() == b"up\r\ncleaned\r\n"
     processes.release(tree)
 
 
@@ -3695,7 +3696,7 @@ def test_stop_asks_a_step_of_windows_to_end(
 def test_step_of_windows_that_goes_on_is_ended_at_a_second_stop(
     tmp_path: Path, monkeypatch: Any, is_hurried: bool
 ) -> None:
-    processes, tree, output, asked = start_to_be_stopped(tmp_path, monkeypatch, REPEATS, "python")
+    processes, tree, output, asked = start_to_be_stopped(tmp_path, monkeypatch, GOES_ON, "python")
     tree.stop(lambda: is_hurried or b"asked" in output.read_bytes())
     assert not module()._count_active(tree._job) and bool(asked) != is_hurried
     processes.release(tree)
@@ -3704,12 +3705,13 @@ def test_step_of_windows_that_goes_on_is_ended_at_a_second_stop(
 @windows_only
 @pytest.mark.parametrize("command", [["there-is-no-such-program"], [sys.executable, "-c", "input()"]])
 def test_step_of_windows_that_cannot_be_asked_is_ended(tmp_path: Path, monkeypatch: Any, command: list[str]) -> None:
+    program = module()
     processes, tree, _ = start_on_windows(tmp_path, "ping -n 1000 localhost >nul")
-    wait_until(lambda: len(module()._list_shells(tree._job, tree.pid)) == 2, "the step's own cmd")
-    monkeypatch.setattr(module(), "GRACE_S", 0.1)
-    monkeypatch.setattr(module(), "_helper_command", lambda: command)
+    wait_until(lambda: "ping.exe" in [one.name for one in program._describe_members(tree._job)], "the step")
+    monkeypatch.setattr(program, "GRACE_S", 0.1)
+    monkeypatch.setattr(program, "_helper_command", lambda: command)
     tree.stop(lambda: False)
-    assert not module()._count_active(tree._job) and tree.exit_code() is None
+    assert not program._count_active(tree._job) and tree.exit_code() is None
     processes.release(tree)
 
 
@@ -3718,7 +3720,8 @@ def test_script_that_a_cut_stop_suspended_goes_on_with_a_later_daemon(tmp_path: 
     program = module()
     processes, tree, step_dir = start_on_windows(tmp_path, f'echo up\n:again\nif not exist "{gate}" goto again\nexit 5')
     wait_until(lambda: "up" in Path(step_dir, "output").read_text(), "the step")
-    assert len(program._control_shells(program.NtSuspendProcess, tree._job, tree.pid)) == 2
+    members = program._describe_members(tree._job)
+    assert len(program._control_shells(program.NtSuspendProcess, members, tree.pid)) == 2
     gate.touch()
     assert not tree.wait(time.monotonic() + 0.1)
     adopted = processes.adopt(step_dir)
@@ -3747,17 +3750,25 @@ def test_asker_starts_one_helper_for_all_that_wait() -> None:
 def job_of_fakes(monkeypatch: Any) -> tuple[Any, set[int], list[Any]]:
     """The stop of a job, its members and what has happened: of 10 to 13, 10 is no program and 12 cannot be asked."""
     program, members, events = module(), {10, 11, 12, 13}, []
-    names = [(10, 1, "conhost.exe"), (11, 1, "a.exe"), (12, 1, "detached.exe"), (13, 1, "b.exe")]
 
     def ask(*request: Any) -> set[int]:
         events.append(request)
         return {10, 11, 13, 99}
 
     monkeypatch.setattr(program, "_hold_pids", lambda pids: contextlib.nullcontext(sorted(pids)))
-    monkeypatch.setattr(program, "list_processes", lambda: names)
+    monkeypatch.setattr(program, "_describe_process", lambda pid: program._Member(pid, 1, "conhost.exe" * (pid == 10)))
+    monkeypatch.setattr(program, "NtSuspendProcess", None, raising=False)
     monkeypatch.setattr(program, "_list_members", lambda _: [*members])
     monkeypatch.setattr(program, "_end_job", events.append)
     return program._JobStop(types.SimpleNamespace(ask=ask), ["job"]), members, events
+
+
+def test_shells_of_a_wrapper_are_the_cmds_that_only_cmds_wait_for() -> None:
+    program = module()
+    names = {2: "conhost.exe", 3: "cmd.exe", 4: "cmd.exe", 5: "a.exe", 6: "cmd.exe", 7: "cmd.exe"}
+    parents = {2: 1, 3: 1, 4: 3, 5: 4, 6: 5, 7: 99}
+    members = [program._Member(pid, parents.get(pid, 3), names.get(pid, "cmd.exe")) for pid in (7, 6, 5, 4, 3, 2, 1)]
+    assert program._find_shells(members, 1) == {1, 3, 4} and program._find_shells(members, 98) == set()
 
 
 def test_stop_of_a_job_waits_for_all_that_it_asked(job_of_fakes: Any, monkeypatch: Any) -> None:
