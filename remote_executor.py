@@ -1072,6 +1072,7 @@ if ON_WINDOWS:
     PROCESS_SUSPEND_RESUME = 0x0800
     PROCESS_QUERY_LIMITED_INFORMATION = 0x1000
     CREATE_SUSPENDED = 0x0000_0004
+    DETACHED_PROCESS = 0x0000_0008
     CREATE_NO_WINDOW = 0x0800_0000
     OpenProcess = _declare(_kernel32, "OpenProcess", _HANDLE, _DWORD, _BOOL, _DWORD)
     GetCurrentProcess = _declare(_kernel32, "GetCurrentProcess", _HANDLE)
@@ -1081,8 +1082,19 @@ if ON_WINDOWS:
     ENABLE_VIRTUAL_TERMINAL_PROCESSING = 0x0004
     GetConsoleMode = _declare(_kernel32, "GetConsoleMode", _BOOL, _HANDLE, _DWORD_OUT)
     SetConsoleMode = _declare(_kernel32, "SetConsoleMode", _BOOL, _HANDLE, _DWORD)
-    NtResumeProcess = _WinDLL("ntdll").NtResumeProcess  # ResumeThread needs a handle that Popen has closed
+    _ntdll = _WinDLL("ntdll")
+    NtSuspendProcess = _ntdll.NtSuspendProcess
+    NtSuspendProcess.argtypes = (_HANDLE,)
+    NtResumeProcess = _ntdll.NtResumeProcess  # ResumeThread needs a handle that Popen has closed
     NtResumeProcess.argtypes = (_HANDLE,)
+    NtQueryInformationProcess = _ntdll.NtQueryInformationProcess
+    NtQueryInformationProcess.argtypes = (_HANDLE, _INT, _VOID, _DWORD, _VOID)
+    QueryFullProcessImageNameW = _declare(
+        _kernel32, "QueryFullProcessImageNameW", _BOOL, _HANDLE, _DWORD, _TEXT, _DWORD_OUT
+    )
+    GetConsoleWindow = _kernel32.GetConsoleWindow
+    GetConsoleWindow.restype = _HANDLE
+    SetConsoleCtrlHandler = _declare(_kernel32, "SetConsoleCtrlHandler", _BOOL, _VOID, _BOOL)
     SEM_FAILCRITICALERRORS = 0x0001
     SEM_NOGPFAULTERRORBOX = 0x0002
     SetErrorMode = _kernel32.SetErrorMode
@@ -4210,7 +4222,9 @@ _SCARCE_ON_WINDOWS = {8, 112, 1450, 1455, 1816}
 
 
 def signal_number(name: str) -> int:
-    """Return the number of a signal of STOP_SIGNALS; that of SIGTERM where this system, Windows, has none."""
+    """Return the number of a signal of STOP_SIGNALS; on Windows SIGBREAK for QUIT, and SIGTERM for what it lacks."""
+    if ON_WINDOWS and name == "QUIT":
+        name = "BREAK"
     return int(getattr(signal, f"SIG{name}", signal.SIGTERM))
 
 
@@ -5609,6 +5623,50 @@ goto again\r
 # applications (MSDN, "GetLastError"); the codes of the system and its runtimes begin with 0xC0, 0x80 or 0xE0 (C++,
 # .NET).
 _ENDED_BY_STOP = 0xE052_5252
+_CTRL_C_EVENT = 0
+_CTRL_BREAK_EVENT = 1
+_HELPER_TIMEOUT_S = 3.0  # once it has started
+# The program of a process that asks others to end. It reads lines, each an event and pids, and prints the pids of those
+# that it could ask: by WM_CLOSE the owner of a window, by the event all that share a console.
+HELPER_WORD = "ask-steps-to-end"
+_ASK_TO_END = f"""
+import ctypes, faulthandler, sys
+
+faulthandler.dump_traceback_later({_HELPER_TIMEOUT_S}, exit=True)
+kernel32 = ctypes.WinDLL("kernel32")
+user32 = ctypes.WinDLL("user32")
+windows = {{}}
+
+@ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+def note(number, _):
+    window = ctypes.c_void_p(number)
+    pid = ctypes.c_ulong()
+    user32.GetWindowThreadProcessId(window, ctypes.byref(pid))
+    if user32.IsWindowVisible(window):
+        windows.setdefault(pid.value, []).append(window)
+    return True
+
+@ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_ulong)
+def ignore(event):
+    return True
+
+user32.EnumWindows(note, None)
+for line in sys.stdin:
+    event, *pids = map(int, line.split())
+    asked = set()
+    for pid in pids:
+        for window in windows.get(pid, ()):
+            print(pid, flush=True)
+            user32.PostMessageW(window, 0x0010, None, None)  # WM_CLOSE
+        if pid not in asked and kernel32.AttachConsole(pid):
+            kernel32.SetConsoleCtrlHandler(ignore, True)
+            sharing = (ctypes.c_ulong * 1000)()
+            count = kernel32.GetConsoleProcessList(sharing, len(sharing))
+            asked.update(sharing[:count])
+            print(*sharing[:count], flush=True)
+            kernel32.GenerateConsoleCtrlEvent(event, 0)
+            kernel32.FreeConsole()
+"""
 _SPAWN_ATTEMPTS = 3
 # Files that are read again while the step runs: cmd opens a batch file for each of its lines, a later daemon reads the
 # pid. The wrapper keeps them open with these share modes, so that nobody else can open them exclusively. A script may
@@ -5616,7 +5674,8 @@ _SPAWN_ATTEMPTS = 3
 _HELD_FILES = {"pid": 0x01, "run.bat": 0x01, "script.bat": 0x07}  # FILE_SHARE_READ, and with WRITE and DELETE
 _FIND_OWN_PROCESS_S = 0.5  # until the first search for a step's own process; most steps are over by then
 _MODULE_PATH = "PSMODULEPATH"  # of PowerShell 7, where the daemon was started in it: 5.1 fails on its modules
-_OTHER_CHILDREN = ("conhost.exe", "chcp.com")  # of a wrapper: its console's host, and what sets the code page
+_CONSOLE_HOST = "conhost.exe"
+_OTHER_CHILDREN = (_CONSOLE_HOST, "chcp.com")  # of a wrapper: besides its console's host, what sets the code page
 _UNQUOTED_WORD = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
 
@@ -5766,17 +5825,55 @@ def list_processes() -> Iterator[tuple[int, int, str]]:
         CloseHandle(snapshot)
 
 
+class _Member(NamedTuple):
+    """A live process of a job."""
+
+    pid: int
+    parent: int
+    name: str  # of its file, in lower case
+
+
+def _describe_process(pid: int) -> _Member:
+    """Describe a process; a snapshot of all that the host runs would take far longer. Raises OSError."""
+    process: int = OpenProcess(PROCESS_QUERY_LIMITED_INFORMATION, False, pid)
+    try:
+        basic = (ctypes.c_size_t * 6)()  # PROCESS_BASIC_INFORMATION, whose last field is the parent's pid
+        NtQueryInformationProcess(process, 0, basic, ctypes.sizeof(basic), None)
+        path = ctypes.create_unicode_buffer(1 << 15)
+        size = _DWORD(len(path))
+        QueryFullProcessImageNameW(process, 0, path, ctypes.byref(size))
+    finally:
+        CloseHandle(process)
+    return _Member(pid, basic[5], os.path.basename(path.value).lower())
+
+
+def _describe_members(job: int) -> list[_Member]:
+    """Describe the processes of a job that are not ending. Raises OSError."""
+    members = []
+    for pid in _list_members(job):
+        with contextlib.suppress(OSError):
+            members.append(_describe_process(pid))
+    return members
+
+
 def _open_child(parent: int, job: int) -> int:
     """Open the step's process, which the wrapper, a member of the job, has started; return 0 without one."""
-    members = set(_list_members(job)) - {parent}
-    if not members:
-        return 0
-    for pid, parent_pid, name in list_processes():
-        if parent_pid == parent and pid in members and name not in _OTHER_CHILDREN:
+    for member in _describe_members(job):
+        if member.parent == parent and member.name not in _OTHER_CHILDREN:
             with contextlib.suppress(OSError):  # it has ended meanwhile
-                handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION, False, pid)
+                handle: int = OpenProcess(SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION, False, member.pid)
                 return handle
     return 0
+
+
+def _find_shells(members: Sequence[_Member], wrapper: int) -> set[int]:
+    """Return the pids of a live wrapper and of each cmd that it, or another of these, has started."""
+    shells: set[int] = set()
+    children = {member.pid for member in members if member.pid == wrapper}
+    while children:
+        shells |= children
+        children = {member.pid for member in members if member.parent in children and member.name == "cmd.exe"} - shells
+    return shells
 
 
 def _open_process(pid: int) -> int:
@@ -5785,6 +5882,17 @@ def _open_process(pid: int) -> int:
     access |= PROCESS_TERMINATE | PROCESS_DUP_HANDLE | PROCESS_SET_QUOTA | PROCESS_SUSPEND_RESUME
     handle: int = OpenProcess(access, False, pid)
     return handle
+
+
+def _control_shells(control: Callable[[int], object], members: Sequence[_Member], wrapper: int) -> set[int]:
+    """Suspend or resume a live wrapper and its cmds; return the pids."""
+    shells = _find_shells(members, wrapper)
+    for pid in shells:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            process = _open_process(pid)
+            control(process)
+            CloseHandle(process)
+    return shells
 
 
 def _open_wrapper(record: _WrapperRecord) -> int:
@@ -5831,6 +5939,121 @@ def _end_process(process: int) -> None:
         CloseHandle(process)
 
 
+@contextlib.contextmanager
+def _hold_pids(pids: Iterable[int]) -> Iterator[list[int]]:
+    """Open processes, so that their pids are nobody else's within the context; give those that could be opened."""
+    handles: dict[int, int] = {}
+    try:
+        for pid in pids:
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                handles[pid] = OpenProcess(SYNCHRONIZE, False, pid)
+        yield [pid for pid, handle in handles.items() if not _is_signalled(handle)]
+    finally:
+        for handle in handles.values():
+            CloseHandle(handle)
+
+
+def _helper_command() -> list[str]:
+    """Return what starts the helper without this file, which takes a while to compile: an exe has nothing else."""
+    if getattr(sys, "frozen", False):
+        return [sys.executable, HELPER_WORD]
+    python = getattr(sys, "_base_executable", sys.executable)  # not the launcher of a virtual environment
+    return [python, "-I", "-S", "-c", _ASK_TO_END]
+
+
+def run_helper() -> None:
+    """Do the helper's work in this process, an exe started for that."""
+    exec(_ASK_TO_END, {})
+
+
+class _Asker:
+    """Asks the processes of steps to end, before their jobs are ended. Thread-safe.
+
+    Who sends an event to a console must be attached to it, and gets it too; a process has one console at most (MSDN,
+    "AttachConsole", "GenerateConsoleCtrlEvent"). So a helper process does it, one at a time, for all steps that were
+    stopped meanwhile: 50 stops at once start two.
+    """
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()  # of the thread whose helper runs
+        self._lock = threading.Lock()  # guards _waiting
+        self._waiting: list[tuple[str, Future[set[int]]]] = []
+
+    def ask(self, event: int, pids: Iterable[int]) -> set[int]:
+        """Ask processes to end; return the pids of all that were asked, those of other steps among them."""
+        line = " ".join(map(str, (event, *pids)))
+        asked: Future[set[int]] = Future()
+        with self._lock:
+            self._waiting.append((line, asked))
+        with self._turn:
+            with self._lock:
+                batch = self._waiting
+                self._waiting = []
+            if batch:  # else another thread's helper has asked
+                all_asked = self._run_helper([line for line, _ in batch])
+                for _, future in batch:
+                    future.set_result(all_asked)
+        return asked.result()
+
+    @staticmethod
+    def _run_helper(lines: Sequence[str]) -> set[int]:
+        """Return the pids that were asked; none where the helper cannot run."""
+        try:
+            result = subprocess.run(
+                _helper_command(),
+                input="\n".join(lines),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                timeout=GRACE_S,
+                creationflags=DETACHED_PROCESS,
+                encoding="ascii",
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            log.warning("steps are ended without being asked: %s", error)
+            return set()
+        return set(map(int, result.stdout.split()))
+
+
+class _JobStop:
+    """The stop of steps' jobs, by one thread. `wrapper` is the pid of the only one that may run, else 0.
+
+    The wrapper and its cmds are suspended first: they would ask the step's output "Terminate batch job (Y/N)?", or run
+    the script's next line. No batch file can heed an event, and nobody but they wait for their ends.
+    """
+
+    def __init__(self, asker: _Asker, jobs: Sequence[int], wrapper: int = 0) -> None:
+        self._asker = asker
+        self._jobs = jobs
+        self._wrapper = wrapper
+
+    def run(self, is_hurried: Callable[[], bool], first_signal: int) -> None:
+        """Ask all members to end, unless hurried; terminate all when those are gone, or after GRACE_S."""
+        if not is_hurried():
+            with contextlib.suppress(OSError):  # what cannot be asked is ended
+                self._ask(is_hurried, first_signal)
+        for job in self._jobs:
+            _end_job(job)
+
+    def _ask(self, is_hurried: Callable[[], bool], first_signal: int) -> None:
+        end_s = time.monotonic() + GRACE_S
+        event = _CTRL_BREAK_EVENT if first_signal == signal_number("QUIT") else _CTRL_C_EVENT
+        members = list(itertools.chain.from_iterable(map(_describe_members, self._jobs)))
+        shells = _control_shells(NtSuspendProcess, members, self._wrapper)
+        programs = {member.pid for member in members if member.name != _CONSOLE_HOST} - shells
+        if not programs:
+            return
+        with _hold_pids(programs) as pids:
+            asked = self._asker.ask(event, pids) & programs
+        while asked & self._list_members() and time.monotonic() < end_s and not is_hurried():
+            time.sleep(_POLL_S)
+
+    def _list_members(self) -> set[int]:
+        members: set[int] = set()
+        for job in self._jobs:
+            members.update(_list_members(job))
+        return members
+
+
 def _quote_word(word: str) -> str:
     """Return a word of a line that cmd reads: quoted, unless it is an option, which has no letter special to cmd."""
     return word if _UNQUOTED_WORD.fullmatch(word) else f'"{word}"'
@@ -5850,6 +6073,7 @@ class WindowsTree:
         wrapper: int,
         job: int,
         child: _Child | None,
+        asker: _Asker,
     ) -> None:
         self.pid = record.pid
         self._result = os.path.join(step_dir, "rc")
@@ -5859,6 +6083,7 @@ class WindowsTree:
         self._find_after_s = _FIND_OWN_PROCESS_S
         self._job = job
         self._child = child  # None when an earlier daemon started it
+        self._asker = asker
         self._woken = CreateEventW(None, False, False, None)
         self._close_lock = threading.Lock()  # guards _woken: a closed handle's number may be another's
 
@@ -5899,11 +6124,8 @@ class WindowsTree:
         return None if code.value == _ENDED_BY_STOP else int(code.value)
 
     def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
-        """Terminate all processes of the job, also those that outlived the wrapper.
-
-        At once: no signal is sent to them first, so there is no grace that `is_hurried` could end.
-        """
-        _end_job(self._job)
+        """Ask all processes of the job to end, also those that outlived the wrapper; terminate them after GRACE_S."""
+        _JobStop(self._asker, [self._job], self.pid).run(is_hurried, first_signal)
 
     def close(self) -> None:
         """Close the handles; idempotent."""
@@ -6000,8 +6222,9 @@ class WindowsRemains:
 
     pid = 0
 
-    def __init__(self, step_dirs: Sequence[str]) -> None:
+    def __init__(self, step_dirs: Sequence[str], asker: _Asker) -> None:
         self._step_dirs = step_dirs
+        self._asker = asker
 
     def wait(self, deadline_s: float | None) -> bool:
         """Return True: the wrappers have ended."""
@@ -6015,18 +6238,17 @@ class WindowsRemains:
         return None
 
     def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
-        """Terminate all processes of the jobs, at once."""
+        """Ask all processes of the jobs to end; terminate them after GRACE_S."""
+        jobs = []
         for step_dir in self._step_dirs:
-            try:
+            with contextlib.suppress(OSError):  # nothing is left in it, or we may not open it
                 record = _WrapperRecord.read(step_dir)
-                if record is None:
-                    continue
-                job = OpenJobObjectW(JOB_OBJECT_ALL_ACCESS, False, record.job_name)
-            except OSError:  # nothing is left in it, or we may not open it
-                continue
-            try:
-                _end_job(job)
-            finally:
+                if record:
+                    jobs.append(OpenJobObjectW(JOB_OBJECT_ALL_ACCESS, False, record.job_name))
+        try:
+            _JobStop(self._asker, jobs).run(is_hurried, first_signal)
+        finally:
+            for job in jobs:
                 CloseHandle(job)
 
     def close(self) -> None:
@@ -6043,9 +6265,12 @@ class WindowsProcesses:
                 self._environment[name] = value
         # What a step starts inherits it: else a crash, a missing DLL or disk opens a box that nobody sees, and waits.
         SetErrorMode(SetErrorMode(0) | SEM_FAILCRITICALERRORS | SEM_NOGPFAULTERRORBOX)
+        if not GetConsoleWindow():  # so none reaches us; but steps would inherit that what started us ignores it
+            SetConsoleCtrlHandler(None, False)
         self._null = os.open(os.devnull, os.O_RDWR)
         self.initial_files: Mapping[str, bytes] = {}  # of a step's directory; its wrapper needs none
         self._left_jobs: collections.deque[int] = collections.deque()  # of ended steps, with processes in them
+        self._asker = _Asker()
 
     def start(
         self,
@@ -6152,7 +6377,7 @@ class WindowsProcesses:
         job = CreateJobObjectW(None, name)
         process = _open_process(child.pid)
         record = _WrapperRecord(child.pid, _creation_time(process), name, True, is_batch)
-        tree = WindowsTree(record, step_dir, process, job, child)
+        tree = WindowsTree(record, step_dir, process, job, child, self._asker)
         try:
             _limit_job(job, JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE)
             AssignProcessToJobObject(job, process)
@@ -6199,14 +6424,15 @@ class WindowsProcesses:
         except OSError:
             CloseHandle(wrapper)
             raise
-        tree = WindowsTree(record, step_dir, wrapper, job, None)
+        tree = WindowsTree(record, step_dir, wrapper, job, None, self._asker)
         _limit_job(job, 0)
         NtResumeProcess(wrapper)  # if the daemon died before it did
+        _control_shells(NtResumeProcess, _describe_members(job), record.pid)  # or within a stop
         return tree
 
     def remains(self, step_dirs: Sequence[str]) -> WindowsRemains:
         """Return what these steps, whose wrappers have ended, left running in their jobs."""
-        return WindowsRemains(step_dirs)
+        return WindowsRemains(step_dirs, self._asker)
 
     def may_have_started(self, step_dir: str) -> bool:
         """Return whether anything of the step may have run: the daemon records it first."""
@@ -24404,6 +24630,9 @@ def _find_client_command(name: str | None) -> ClientCommand | None:
 def run_command(argv: Sequence[str]) -> int:
     """Do what the command line says; return the exit code. Raise UsageError and StartupError."""
     import_before_threads()
+    if [*argv] == [HELPER_WORD]:
+        run_helper()
+        return 0
     client = _find_client_command(argv[0] if argv else None)
     if client:
         return client_command(client, argv[1:], _PROGRAM)

@@ -3619,6 +3619,182 @@ def test_ctrl_c_to_a_console_ends_no_step_before_its_own_process(daemon: Daemon)
     assert daemon.console(task).data == ["sent 1", "end"] and daemon.console(task, 1).data == ["next"]
 
 
+CLEANS_UP = """
+import time
+try:
+    print("up", flush=True)
+    time.sleep(1000)
+finally:
+    print("cleaned", flush=True)
+"""
+GOES_ON = """
+import signal, time
+signal.signal(signal.SIGINT, lambda *_: print("asked", flush=True))
+print("up", flush=True)
+while True:
+    time.sleep(1)
+"""
+HAS_A_WINDOW = """
+import ctypes, subprocess, sys
+if len(sys.argv) == 1:
+    subprocess.Popen([sys.executable, __file__, "x"], creationflags=8, stdin=-3, stdout=1)  # without a console
+    sys.exit(3)
+user32 = ctypes.WinDLL("user32")
+window = user32.CreateWindowExW(0, "STATIC", "x", 0x10CF0000, 0, 0, 9, 9, None, None, None, None)
+print("up", flush=True)
+message = ctypes.create_string_buffer(64)  # MSG
+while user32.IsWindow(window):
+    user32.GetMessageW(message, None, 0, 0)
+    user32.DispatchMessageW(message)
+print("cleaned", flush=True)
+"""
+
+
+def start_to_be_stopped(place: Path, monkeypatch: Any, content: str, kind: str) -> tuple[Any, Any, Path, list[int]]:
+    """Starts a step that gets a grace without end; the processes, its tree, its output, and who will be asked."""
+    monkeypatch.setattr(module(), "GRACE_S", 600)
+    processes, tree, step_dir = start_on_windows(place, content, kind)
+    output, asked, ask = Path(step_dir, "output"), [], processes._asker.ask
+    monkeypatch.setattr(processes._asker, "ask", lambda *words: asked.extend(told := ask(*words)) or told)
+    wait_until(lambda: b"up" in output.read_bytes(), "the step")
+    return processes, tree, output, asked
+
+
+@windows_only
+@no_old_wine
+@pytest.mark.parametrize("kind", ["cmd", "python"])
+def test_stop_asks_a_step_of_windows_to_end(tmp_path: Path, monkeypatch: Any, kind: str) -> None:
+    (tmp_path / "x.py").write_text(CLEANS_UP)
+    content = CLEANS_UP if kind == "python" else f'"{sys.executable}" "{tmp_path}\\x.py"\necho next'
+    ignores_ctrl_c = ctypes.windll.kernel32.SetConsoleCtrlHandler
+    monkeypatch.setattr(module(), "GetConsoleWindow", int)  # none
+    ignores_ctrl_c(None, True)  # as whoever started the daemon may have had it: steps would inherit that
+    try:
+        processes, tree, output, asked = start_to_be_stopped(tmp_path, monkeypatch, content, kind)
+    finally:
+        ignores_ctrl_c(None, False)
+    tree.stop(lambda: False)
+    assert asked and not module()._count_active(tree._job) and tree.exit_code() is None
+    assert output.read_bytes().startswith(b"up\r\ncleaned\r\n") and b"next" not in output.read_bytes()
+    processes.release(tree)
+
+
+@windows_only
+@no_old_wine
+def test_stop_closes_the_window_that_a_step_of_windows_left(tmp_path: Path, monkeypatch: Any) -> None:
+    if not ctypes.windll.user32.CreateWindowExW(0, "STATIC", "", *[0] * 9):
+        pytest.skip("this Wine has neither a display nor the graphics driver `null`")
+    processes, tree, output, asked = start_to_be_stopped(tmp_path, monkeypatch, HAS_A_WINDOW, "python")
+    assert tree.wait(None) and tree.exit_code() == 3
+    tree.stop(lambda: False)
+    assert asked and not module()._count_active(tree._job) and output.read_bytes() == b"up\r\ncleaned\r\n"
+    processes.release(tree)
+
+
+@windows_only
+@no_old_wine
+@pytest.mark.parametrize("is_hurried", [False, True])
+def test_step_of_windows_that_goes_on_is_ended_at_a_second_stop(
+    tmp_path: Path, monkeypatch: Any, is_hurried: bool
+) -> None:
+    processes, tree, output, asked = start_to_be_stopped(tmp_path, monkeypatch, GOES_ON, "python")
+    tree.stop(lambda: is_hurried or b"asked" in output.read_bytes())
+    assert not module()._count_active(tree._job) and bool(asked) != is_hurried
+    processes.release(tree)
+
+
+@windows_only
+@pytest.mark.parametrize("command", [["there-is-no-such-program"], [sys.executable, "-c", "input()"]])
+def test_step_of_windows_that_cannot_be_asked_is_ended(tmp_path: Path, monkeypatch: Any, command: list[str]) -> None:
+    program = module()
+    processes, tree, _ = start_on_windows(tmp_path, "ping -n 1000 localhost >nul")
+    wait_until(lambda: "ping.exe" in [one.name for one in program._describe_members(tree._job)], "the step")
+    monkeypatch.setattr(program, "GRACE_S", 0.1)
+    monkeypatch.setattr(program, "_helper_command", lambda: command)
+    tree.stop(lambda: False)
+    assert not program._count_active(tree._job) and tree.exit_code() is None
+    processes.release(tree)
+
+
+@windows_only
+def test_script_that_a_cut_stop_suspended_goes_on_with_a_later_daemon(tmp_path: Path, gate: Path) -> None:
+    program = module()
+    processes, tree, step_dir = start_on_windows(tmp_path, f'echo up\n:again\nif not exist "{gate}" goto again\nexit 5')
+    wait_until(lambda: "up" in Path(step_dir, "output").read_text(), "the step")
+    members = program._describe_members(tree._job)
+    assert len(program._control_shells(program.NtSuspendProcess, members, tree.pid)) == 2
+    gate.touch()
+    assert not tree.wait(time.monotonic() + 0.1)
+    adopted = processes.adopt(step_dir)
+    assert adopted.wait(None) and adopted.exit_code() == 5
+    for each in (tree, adopted):
+        processes.release(each)
+
+
+def test_asker_starts_one_helper_for_all_that_wait() -> None:
+    asker, batches, gate = module()._Asker(), [], threading.Event()
+    asker._run_helper = lambda lines: batches.append(lines) or gate.wait(60) and {len(lines)}
+    results: list[set[int]] = []
+    threads = [threading.Thread(target=lambda: results.append(asker.ask(0, [1, 2]))) for _ in range(50)]
+    threads[0].start()
+    wait_until(lambda: batches, "the first helper")
+    for thread in threads[1:]:
+        thread.start()
+    wait_until(lambda: len(asker._waiting) == 49, "the others")
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert batches == [["0 1 2"], ["0 1 2"] * 49] and sorted(map(max, results)) == [1] + [49] * 49
+
+
+@pytest.fixture
+def job_of_fakes(monkeypatch: Any) -> tuple[Any, set[int], list[Any]]:
+    """The stop of a job, its members and what has happened: of 10 to 13, 10 is no program and 12 cannot be asked."""
+    program, members, events = module(), {10, 11, 12, 13}, []
+
+    def ask(*request: Any) -> set[int]:
+        events.append(request)
+        return {10, 11, 13, 99}
+
+    monkeypatch.setattr(program, "_hold_pids", lambda pids: contextlib.nullcontext(sorted(pids)))
+    monkeypatch.setattr(program, "_describe_process", lambda pid: program._Member(pid, 1, "conhost.exe" * (pid == 10)))
+    monkeypatch.setattr(program, "NtSuspendProcess", None, raising=False)
+    monkeypatch.setattr(program, "_list_members", lambda _: [*members])
+    monkeypatch.setattr(program, "_end_job", events.append)
+    return program._JobStop(types.SimpleNamespace(ask=ask), ["job"]), members, events
+
+
+def test_shells_of_a_wrapper_are_the_cmds_that_only_cmds_wait_for() -> None:
+    program = module()
+    names = {2: "conhost.exe", 3: "cmd.exe", 4: "cmd.exe", 5: "a.exe", 6: "cmd.exe", 7: "cmd.exe"}
+    parents = {2: 1, 3: 1, 4: 3, 5: 4, 6: 5, 7: 99}
+    members = [program._Member(pid, parents.get(pid, 3), names.get(pid, "cmd.exe")) for pid in (7, 6, 5, 4, 3, 2, 1)]
+    assert program._find_shells(members, 1) == {1, 3, 4} and program._find_shells(members, 98) == set()
+
+
+def test_stop_of_a_job_waits_for_all_that_it_asked(job_of_fakes: Any, monkeypatch: Any) -> None:
+    stop, members, events = job_of_fakes
+    monkeypatch.setattr(module(), "GRACE_S", 600)
+    going = iter([None, 11, 13])
+    stop.run(lambda: members.discard(next(going)) or False, signal.SIGTERM)
+    assert events == [(0, [11, 12, 13]), "job"] and members == {10, 12}
+
+
+def test_stop_of_a_job_by_quit_sends_ctrl_break_and_lasts_the_grace(job_of_fakes: Any, monkeypatch: Any) -> None:
+    stop, _, events = job_of_fakes
+    monkeypatch.setattr(module(), "GRACE_S", 0)
+    stop.run(lambda: False, module().signal_number("QUIT"))
+    assert events == [(1, [11, 12, 13]), "job"]
+
+
+def test_helper_of_an_exe_is_the_exe(monkeypatch: Any, capsys: Any) -> None:
+    program = module()
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(sys, "argv", program._helper_command())
+    monkeypatch.setattr(program, "_ASK_TO_END", "print('asks')")
+    assert program.main() == 0 and sys.argv[0] == sys.executable and capsys.readouterr().out == "asks\n"
+
+
 # Opens files of the step's directory, sharing them as is said, and has a child hold them for a while.
 HOLDS = """
 import ctypes, subprocess, sys
@@ -4464,10 +4640,11 @@ def test_stop_leaves_other_tasks_alone(daemon: Daemon, gate: Path) -> None:
     assert daemon.ended(other).code == 0
 
 
-@posix_only
+@no_old_wine
 def test_stop_lets_a_step_clean_up_and_still_calls_it_stopped(daemon: Daemon) -> None:
-    task = daemon.submit(step("trap 'echo cleaned; exit 0' TERM; echo ready; while :; do sleep 0.05; done"))
-    daemon.until_printed(task, "ready")
+    trap = "trap 'echo cleaned; exit 0' TERM; echo up; while :; do sleep 0.05; done"
+    task = daemon.submit(python(CLEANS_UP) if WINDOWS else step(trap))
+    daemon.until_printed(task, "up")
     daemon.put(f"/api/v1/task/{task}")
     assert daemon.ended(task).data[0]["msg"].endswith(f"Exit Code: 255: {STOPPED}")
     assert "cleaned" in daemon.console(task).data
