@@ -21300,8 +21300,14 @@ def printable(text: str) -> str:
     return _CONTROL.sub(" ", _ANSI_SEQUENCE.sub("", text))
 
 
+Write = Callable[[bytes], Any]  # shows or stores the next bytes of an output
+
+
 class ClientError(Exception):
     """A client's command cannot do its work; the text is the one line that the user sees."""
+
+
+Options = argparse.Namespace  # of a command, and those of all: _WHERE
 
 
 class Endpoint(NamedTuple):
@@ -21633,7 +21639,7 @@ def _local_endpoint(default: Endpoint) -> Endpoint:
     return default
 
 
-def _given_token(options: argparse.Namespace) -> str:
+def _given_token(options: Options) -> str:
     path = options.token_file or os.environ.get(ENV_PREFIX + "TOKEN_FILE", "")
     if path and not path.startswith("$ROOT"):  # which is a daemon's word
         return _read_token(path)
@@ -21660,7 +21666,7 @@ def _endpoints_of_file(path: str, default: Endpoint) -> list[Endpoint]:
     return endpoints
 
 
-def endpoints_of(options: argparse.Namespace) -> list[Endpoint]:
+def endpoints_of(options: Options) -> list[Endpoint]:
     """Return the daemons that the command line and the environment name. Raise ClientError and UsageError."""
     text = options.host or os.environ.get(ENV_PREFIX + "HOST", "")
     token = _given_token(options)
@@ -21677,7 +21683,7 @@ def endpoints_of(options: argparse.Namespace) -> list[Endpoint]:
     return endpoints
 
 
-def single_api(options: argparse.Namespace) -> Api:
+def single_api(options: Options) -> Api:
     """Return the one daemon that a command speaks to. Raise ClientError and UsageError."""
     endpoints = endpoints_of(options)
     if len(endpoints) != 1:
@@ -21702,7 +21708,7 @@ def _read_parts(response: http.client.HTTPResponse) -> Iterator[bytes]:
 def _copy_body(
     api: Api,
     open_at: Callable[[int | None], http.client.HTTPResponse],
-    write: Callable[[bytes], Any],
+    write: Write,
 ) -> None:
     """Write a body, each byte once, however often the connection breaks.
 
@@ -21726,7 +21732,7 @@ def _copy_body(
         api.wait_to_retry(broken)
 
 
-def copy_output(api: Api, path: str, query: Mapping[str, Any], write: Callable[[bytes], Any]) -> None:
+def copy_output(api: Api, path: str, query: Mapping[str, Any], write: Write) -> None:
     """Write what a step has put out, to its end where `follow` is asked for. Raise ClientError, and as `write` does."""
 
     def open_at(offset: int | None) -> http.client.HTTPResponse:
@@ -21742,7 +21748,7 @@ def copy_output(api: Api, path: str, query: Mapping[str, Any], write: Callable[[
     _copy_body(api, open_at, write)
 
 
-def follow_output(api: Api, step_path: str, stream: str, write: Callable[[bytes], Any]) -> Any:
+def follow_output(api: Api, step_path: str, stream: str, write: Write) -> Any:
     """Write what a step puts out to its end, attempt by attempt; return the ended step.
 
     Raise ClientError, and as `write` does.
@@ -21760,7 +21766,7 @@ def follow_output(api: Api, step_path: str, stream: str, write: Callable[[bytes]
         attempt += 1
 
 
-def copy_file(api: Api, path: str, begin: Callable[[int], Any], write: Callable[[bytes], Any]) -> None:
+def copy_file(api: Api, path: str, begin: Callable[[int], Any], write: Write) -> None:
     """Write a file; `begin` is told its size. Raise ClientError, and as `write` does."""
 
     def open_at(offset: int | None) -> http.client.HTTPResponse:
@@ -22097,6 +22103,9 @@ _UNBEGUN_RESULTS = ("waiting", "paused", "not_run", "not_started")
 _QUIET_RESULTS = ("waiting", "running", "paused", "succeeded", "not_run")  # of which nothing has to be explained
 
 
+Record = Mapping[str, Any]  # what the daemon shows of a task or a step
+
+
 def _task_path(task_id: str, step: str = "", leaf: str = "") -> str:
     names = [urllib.parse.quote(name, safe="") for name in (task_id, step)]
     return "/".join(filter(None, ["/api/v1/task", *names, leaf]))
@@ -22107,10 +22116,12 @@ def _call_task(api: Api, method: str, task_id: str, step: str = "", leaf: str = 
     reply = api.call(method, _task_path(task_id, step, leaf), query)
     if reply.code == Code.NOT_FOUND:
         what = f"task {task_id!r}"
+        hint = "list"
         if step:
             what = f"step {step!r} of {what}"
+            hint = f"show {task_id}"
         ended = " or ended" if method == "PUT" else ""
-        raise ClientError(f"{api.endpoint.name}: no {what}: never there, expired, deleted{ended}; see `list`")
+        raise ClientError(f"{api.endpoint.name}: no {what}: never there, expired, deleted{ended}; see `{hint}`")
     return reply
 
 
@@ -22172,20 +22183,20 @@ def _task_exit_code(reply: Reply) -> int:
     return _exit_code(reply.task["result"], 0)
 
 
-def _seconds_text(record: Mapping[str, Any]) -> str:
+def _seconds_text(record: Record) -> str:
     if "started_at" not in record:
         return ""
     return format_seconds(record["seconds"])
 
 
-def _message_of(record: Mapping[str, Any]) -> str:
+def _message_of(record: Record) -> str:
     """Return why a task or a step ended as it did, where that needs a word."""
     if record["result"] in _QUIET_RESULTS:
         return ""
     return printable(record["msg"])
 
 
-def _tell(options: argparse.Namespace, data: Any, text: str) -> None:
+def _tell(options: Options, data: Any, text: str) -> None:
     """Print the data as a line of JSON where that was asked for, else the text."""
     if options.json:
         print_json_line(data)
@@ -22225,7 +22236,7 @@ class JobOutcome(NamedTuple):
 class Job:
     """A task on one host, made and followed by one thread; `stop` is for another."""
 
-    def __init__(self, endpoint: Endpoint, task_id: str, options: argparse.Namespace) -> None:
+    def __init__(self, endpoint: Endpoint, task_id: str, options: Options) -> None:
         self.endpoint = endpoint
         self.task_id = task_id
         self._options = options
@@ -22298,7 +22309,7 @@ def _run_jobs(jobs: Sequence[Job], parallel: int, is_fail_fast: bool) -> dict[Jo
     return outcomes
 
 
-def _run_on_hosts(jobs: Sequence[Job], options: argparse.Namespace) -> int:
+def _run_on_hosts(jobs: Sequence[Job], options: Options) -> int:
     """Run a job a host, canaries first, and tell what came of each; return the worst code."""
     outcomes: dict[Job, JobOutcome] = {}
     for group in (jobs[: options.canary], jobs[options.canary :]):
@@ -22337,7 +22348,7 @@ def to_cmd_line(words: Sequence[str]) -> str:
 class _ExecJob(Job):
     """Runs one step, its output shown as it comes: as it is, or behind the name of its host if there are several."""
 
-    def __init__(self, endpoint: Endpoint, options: argparse.Namespace, stdin: bytes, is_single: bool) -> None:
+    def __init__(self, endpoint: Endpoint, options: Options, stdin: bytes, is_single: bool) -> None:
         super().__init__(endpoint, f"exec-{os.urandom(16).hex()}", options)
         self._stdin = stdin
         self._labels = {} if is_single and not options.json else {"host": endpoint.name}
@@ -22383,7 +22394,7 @@ class _ExecJob(Job):
         return step
 
 
-def run_exec(options: argparse.Namespace) -> int:
+def run_exec(options: Options) -> int:
     """Run one step, its output live, and return its exit code."""
     if options.words[:1] == ["--"]:
         del options.words[0]
@@ -22439,19 +22450,19 @@ class _Changes:
         self._poll_s = 1.0
 
 
-def _streams_of_steps(api: Api, task_id: str) -> Callable[[Mapping[str, Any]], Sequence[str]]:
+def _streams_of_steps(api: Api, task_id: str) -> Callable[[Record], Sequence[str]]:
     """Return a function that tells the streams that a step of the task writes. Raise ClientError."""
     data = api.call("GET", _task_path(task_id, "submission")).data or {}  # an earlier version did not keep it
     steps = data.get("steps", [])
     apart = {index for index, step in enumerate(steps) if step.get("stderr") == "apart"}
 
-    def streams_of(step: Mapping[str, Any]) -> Sequence[str]:
+    def streams_of(step: Record) -> Sequence[str]:
         return ("stdout", "stderr") if step["step"] in apart else ("stdout",)
 
     return streams_of
 
 
-def _is_taken_over(step: Mapping[str, Any]) -> bool:
+def _is_taken_over(step: Record) -> bool:
     """Return whether a step of a rerun is one of its parent's, which had ended before."""
     return "ended_at" in step and parse_time(step["ended_at"]) < parse_time(step["accepted_at"])
 
@@ -22503,7 +22514,7 @@ class TaskFollower:
             self._copies[step["step"]] = copy
             copy.start()
 
-    def _copy(self, step: Mapping[str, Any]) -> None:
+    def _copy(self, step: Record) -> None:
         path = _task_path(self._task_id, str(step["step"]))
         labels = {**self._labels, "step": step["name"]}
         writers = {}
@@ -22514,7 +22525,7 @@ class TaskFollower:
         except ClientError as error:
             print_error(str(error))
 
-    def _explain(self, step: Mapping[str, Any]) -> None:
+    def _explain(self, step: Record) -> None:
         labels = {**self._labels, "step": step["name"]}
         if self._is_json:
             print_json_line({**labels, "result": step["result"], "msg": step["msg"]})
@@ -22541,19 +22552,19 @@ class TaskFollower:
         self._screen.draw(lines)
 
 
-def _display_rank(step: Mapping[str, Any]) -> int:
+def _display_rank(step: Record) -> int:
     order = ("running", "waiting", "paused", "succeeded", "not_run")
     return order.index(step["result"]) if step["result"] in order else 0
 
 
-def _tail(api: Api, task_id: str, step: Mapping[str, Any], count: int) -> list[str]:
+def _tail(api: Api, task_id: str, step: Record, count: int) -> list[str]:
     """Return the last lines of a step's output, printable."""
     content: list[bytes] = []
     copy_output(api, _task_path(task_id, str(step["step"]), "output"), {"tail": count}, content.append)
     return [printable(line) for line in b"".join(content).decode("utf-8", "replace").splitlines()]
 
 
-def _print_failure(api: Api, task_id: str, step: Mapping[str, Any], screen: Screen) -> None:
+def _print_failure(api: Api, task_id: str, step: Record, screen: Screen) -> None:
     """Print why a step failed, and the last lines that it wrote."""
     screen.print("", screen.paint(_message_of(step), step["result"]))
     if step["result"] not in _UNBEGUN_RESULTS:
@@ -22561,7 +22572,18 @@ def _print_failure(api: Api, task_id: str, step: Mapping[str, Any], screen: Scre
             screen.print(f"    {line}")
 
 
-def _follow_to_end(endpoint: Endpoint, task_id: str, options: argparse.Namespace) -> int:
+def _tell_end(reply: Reply, options: Options, is_quiet: bool = False) -> int:
+    """Tell how a task has ended, people only of a failure; return what this program would end with."""
+    code = _task_exit_code(reply)
+    task = reply.task
+    if options.json:
+        print_json_line({"id": task["id"], "result": task["result"], "code": code})
+    elif code and not is_quiet:
+        print_error(f"{task['id']}: {_message_of(task)}")
+    return code
+
+
+def _follow_to_end(endpoint: Endpoint, task_id: str, options: Options) -> int:
     """Follow a task, or only wait for it; Ctrl-C leaves it running and says how to come back."""
     try:
         if options.follow:
@@ -22571,19 +22593,14 @@ def _follow_to_end(endpoint: Endpoint, task_id: str, options: argparse.Namespace
     except KeyboardInterrupt:
         _say_how_to_return("task", task_id)
         raise
-    code = _task_exit_code(reply)
-    if options.json:
-        print_json_line({"id": task_id, "result": reply.task["result"], "code": code})
-    elif code and not options.follow:
-        print_error(f"{task_id}: {printable(reply.task['msg'])}")
-    return code
+    return _tell_end(reply, options, is_quiet=options.follow)
 
 
 def _say_how_to_return(what: str, words: str) -> None:
     print_error(f"the {what} goes on: `follow {words}` shows it again, `stop {words}` stops it")
 
 
-def run_follow(options: argparse.Namespace) -> int:
+def run_follow(options: Options) -> int:
     """Show the output of a task or a step as it comes; return the exit code of the first step that failed."""
     api = single_api(options)
     if not options.step:
@@ -22604,7 +22621,7 @@ def run_follow(options: argparse.Namespace) -> int:
     return _exit_code(step["result"], step["code"])
 
 
-def run_log(options: argparse.Namespace) -> None:
+def run_log(options: Options) -> None:
     """Print what the steps of a task, or one of them, have written so far."""
     api = single_api(options)
     api.require("output")
@@ -22622,27 +22639,29 @@ def run_log(options: argparse.Namespace) -> None:
                 copy_output(api, path, {**query, "stream": stream}, writer.write)
 
 
-def run_wait(options: argparse.Namespace) -> int:
+def run_wait(options: Options) -> int:
     """Wait for the end of all tasks, or of any; return the first exit code that is not 0."""
     api = single_api(options)
     changes = _Changes(api.endpoint)
     pending = list(options.ids)
     code = 0
-    while True:
-        for task_id in list(pending):
-            reply = _call_task(api, "GET", task_id)
-            if reply.code == Code.IN_PROGRESS:
-                continue
-            pending.remove(task_id)
-            task_code = _task_exit_code(reply)
-            code = code or task_code
-            if options.json or options.any:
-                _tell(options, {"id": task_id, "result": reply.task["result"], "code": task_code}, task_id)
-            elif task_code:
-                print_error(f"{task_id}: {printable(reply.task['msg'])}")
-        if not pending or (options.any and len(pending) < len(options.ids)):
-            return code
-        changes.wait()
+    try:
+        while True:
+            for task_id in list(pending):
+                reply = _call_task(api, "GET", task_id)
+                if reply.code == Code.IN_PROGRESS:
+                    continue
+                pending.remove(task_id)
+                task_code = _tell_end(reply, options, is_quiet=options.any)
+                code = code or task_code
+                if options.any and not options.json:
+                    print(task_id, flush=True)
+            if not pending or (options.any and len(pending) < len(options.ids)):
+                return code
+            changes.wait()
+    except KeyboardInterrupt:
+        print_error(f"they go on: `wait {shlex.join(pending)}` waits again, `stop` stops one")
+        raise
 
 
 # -- submit
@@ -22683,7 +22702,7 @@ def _read_text(path: str) -> str:
         raise ClientError(f"{path} is not text in UTF-8") from None
 
 
-def _steps_of(options: argparse.Namespace) -> list[Any]:
+def _steps_of(options: Options) -> list[Any]:
     """Return the steps of a task in JSON, or one for each script. Raise ClientError and UsageError."""
     texts = [_read_text(path) for path in options.files]
     first = options.files[0]
@@ -22718,7 +22737,7 @@ def _split_file(text: str) -> tuple[str, str]:
 class _SubmitJob(Job):
     """Submits a task, and follows or awaits it where that is asked for."""
 
-    def __init__(self, endpoint: Endpoint, options: argparse.Namespace, steps: Sequence[Any]) -> None:
+    def __init__(self, endpoint: Endpoint, options: Options, steps: Sequence[Any]) -> None:
         super().__init__(endpoint, options.id or os.urandom(16).hex(), options)
         self._steps = steps
 
@@ -22753,7 +22772,7 @@ class _SubmitJob(Job):
         return JobOutcome(reply.task["result"], _task_exit_code(reply), reply.task["seconds"], _message_of(reply.task))
 
 
-def run_submit(options: argparse.Namespace) -> int | None:
+def run_submit(options: Options) -> int | None:
     """Submit a task, print its id, and follow or await it where that is asked for."""
     steps = _steps_of(options)
     jobs = [_SubmitJob(endpoint, options, steps) for endpoint in endpoints_of(options)]
@@ -22768,7 +22787,7 @@ def run_submit(options: argparse.Namespace) -> int | None:
 # -- list and show
 
 
-def _list_tasks(api: Api, options: argparse.Namespace) -> Any:
+def _list_tasks(api: Api, options: Options) -> Any:
     query: dict[str, Any] = {"order": "desc", "limit": options.limit, "result": options.result}
     if options.id:
         query["id"] = options.id
@@ -22785,7 +22804,7 @@ def _task_table(tasks: Sequence[Any], screen: Screen) -> list[str]:
     return screen.table(header, rows, [task["result"] for task in tasks])
 
 
-def run_list(options: argparse.Namespace) -> None:
+def run_list(options: Options) -> None:
     """Print the tasks, newest first; with --watch again at each change."""
     api = single_api(options)
     screen = Screen(sys.stdout)
@@ -22806,7 +22825,7 @@ def run_list(options: argparse.Namespace) -> None:
         tasks = _list_tasks(api, options)
 
 
-def run_show(options: argparse.Namespace) -> None:
+def run_show(options: Options) -> None:
     """Print a task with its steps, or all of one step."""
     api = single_api(options)
     reply = _call_task(api, "GET", options.id, options.step)
@@ -22818,7 +22837,7 @@ def run_show(options: argparse.Namespace) -> None:
         _print_task(api, reply)
 
 
-def _print_step(step: Mapping[str, Any]) -> None:
+def _print_step(step: Record) -> None:
     """Print the fields of a step; the lines of its script as they are, but for what would steer a terminal."""
     for name, value in step.items():
         text = value
@@ -22853,7 +22872,7 @@ def _print_task(api: Api, reply: Reply) -> None:
 # -- what changes a task
 
 
-def _change(options: argparse.Namespace, method: str, done: str, **query: str) -> None:
+def _change(options: Options, method: str, done: str, **query: str) -> None:
     """Make a request that changes a task or a step, and tell what has been done."""
     step = getattr(options, "step", "")
     if getattr(options, "reason", ""):
@@ -22869,7 +22888,7 @@ _resume = functools.partial(_change, method="PUT", done="resumed", action="resum
 _delete = functools.partial(_change, method="DELETE", done="deleted")
 
 
-def run_rerun(options: argparse.Namespace) -> int | None:
+def run_rerun(options: Options) -> int | None:
     """Run a task again as a new one, whole or from what failed on; print the new id."""
     api = single_api(options)
     api.require("rerun")
@@ -22883,7 +22902,7 @@ def run_rerun(options: argparse.Namespace) -> int | None:
     return None
 
 
-def run_pool(options: argparse.Namespace) -> None:
+def run_pool(options: Options) -> None:
     """Show the pool, resize, pause or resume it."""
     change = {}
     if options.size is not None:
@@ -22904,7 +22923,7 @@ def _workspace_path(task_id: str, path: str) -> str:
     return _task_path(task_id, leaf=f"workspace/{quoted}".rstrip("/"))
 
 
-def _workspace_api(options: argparse.Namespace) -> Api:
+def _workspace_api(options: Options) -> Api:
     api = single_api(options)
     api.require("workspace")
     return api
@@ -22935,7 +22954,7 @@ def upload(api: Api, task_id: str, local: str, remote: str) -> None:
         raise ClientError(f"{api.endpoint.name}: {printable(reply.message)}")
 
 
-def _download(api: Api, task_id: str, path: str, write: Callable[[bytes], Any]) -> None:
+def _download(api: Api, task_id: str, path: str, write: Write) -> None:
     """Write a file of a workspace. Raise ClientError, and as `write` does."""
     with contextlib.closing(Progress(f"get {path}")) as progress:
 
@@ -22946,14 +22965,14 @@ def _download(api: Api, task_id: str, path: str, write: Callable[[bytes], Any]) 
         copy_file(api, _workspace_path(task_id, path), progress.begin, write_and_count)
 
 
-def run_put(options: argparse.Namespace) -> None:
+def run_put(options: Options) -> None:
     """Copy a file of this host into the workspace of a task."""
     remote = options.path or os.path.basename(options.local)
     upload(_workspace_api(options), options.id, options.local, remote)
     _tell(options, {"id": options.id}, f"{options.local} -> {options.id}:{remote}")
 
 
-def run_get(options: argparse.Namespace) -> None:
+def run_get(options: Options) -> None:
     """Copy a file of the workspace of a task to this host, whole or not at all; `-` is standard output."""
     api = _workspace_api(options)
     local = options.local or os.path.basename(options.path)
@@ -22975,7 +22994,7 @@ def run_get(options: argparse.Namespace) -> None:
     _tell(options, {"id": options.id}, f"{options.id}:{options.path} -> {local}")
 
 
-def run_ls(options: argparse.Namespace) -> None:
+def run_ls(options: Options) -> None:
     """List a directory of the workspace of a task."""
     api = _workspace_api(options)
     with api.open("GET", _workspace_path(options.id, options.path)) as response:
@@ -23060,7 +23079,7 @@ class ClientCommand(NamedTuple):
     name: str
     help: str
     example: str
-    run: Callable[[argparse.Namespace], int | None]
+    run: Callable[[Options], int | None]
     arguments: Sequence[_Argument]
 
     @property
@@ -23178,7 +23197,7 @@ def _is_plain_id(task_id: str) -> bool:
     return bool(re.fullmatch("[A-Za-z0-9._-]+", task_id))
 
 
-def _print_ids(options: argparse.Namespace) -> None:
+def _print_ids(options: Options) -> None:
     """Print the ids of the newest tasks, if the daemon tells them in time."""
     ids: list[str] = []
 
@@ -23197,7 +23216,7 @@ def _print_ids(options: argparse.Namespace) -> None:
     print("\n".join(ids))
 
 
-def run_completion(options: argparse.Namespace) -> int:
+def run_completion(options: Options) -> int:
     """Print a shell's script for completion, or what that asks for: ids of tasks."""
     if options.shell == "ids":
         _print_ids(options)
