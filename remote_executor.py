@@ -21416,7 +21416,7 @@ class Api:
     ) -> http.client.HTTPResponse:
         """Make a request until its answer begins, and return that; the caller reads and closes it.
 
-        `body` is bytes, or a file, of which a repetition sends all again. Raise ClientError.
+        `body` is bytes, or returns them in parts, for each repetition anew. Raise ClientError.
         """
         while True:
             try:
@@ -21482,11 +21482,9 @@ class Api:
         all_headers = {"Accept": "application/json", **headers}
         if self.endpoint.token:
             all_headers["Authorization"] = f"Bearer {self.endpoint.token}"
-        if hasattr(body, "seek"):
-            body.seek(0)
-            all_headers["Content-Length"] = str(os.fstat(body.fileno()).st_size)
+        content = body() if callable(body) else body
         try:
-            connection.request(method, target, body, all_headers)
+            connection.request(method, target, content, all_headers)
         except (BrokenPipeError, ConnectionResetError):
             if connection.sock is None:
                 raise
@@ -21843,11 +21841,15 @@ class Interrupts:
 # VI program / client output: tables, colours and times for people, output as it comes
 # ======================================================================================================================
 
-_COLORS = {"succeeded": "32", "running": "36", "waiting": "2", "paused": "33", "not_run": "2", "bold": "1"}
-_FAILED_COLOR = "31"
-_FAILED_MARK = ""
-_MARKS = {"succeeded": "✓", "running": "▶", "waiting": "·", "paused": "‖", "not_run": "–", _FAILED_MARK: "✗"}
-_ASCII_MARKS = {"succeeded": "+", "running": ">", "waiting": ".", "paused": "=", "not_run": "-", _FAILED_MARK: "x"}
+_RESULT_LOOKS = {  # of a result: its colour, its mark, and that where the terminal has only ASCII
+    "succeeded": "32✓+",
+    "running": "36▶>",
+    "waiting": "02·.",
+    "paused": "33‖=",
+    "not_run": "02–-",
+}
+_LOOK_OF_FAILURE = "31✗x"
+_BOLD = "01"
 _REDRAW_INTERVAL_S = 0.25
 _MAX_KEPT_LINE_BYTES = 1 << 16  # a longer one is written in parts, for it is kept in memory
 
@@ -21896,23 +21898,23 @@ class Screen:
         self._lock = threading.Lock()  # keeps lines whole
         self.is_terminal = is_ansi_terminal(stream)
         self._has_color = self.is_terminal and not os.environ.get("NO_COLOR")
-        self._marks = _MARKS
+        self._mark_index = 2
         try:
-            "".join(_MARKS.values()).encode(stream.encoding or "ascii")
+            "".join(_RESULT_LOOKS.values()).encode(stream.encoding or "ascii")
         except (UnicodeError, LookupError):
-            self._marks = _ASCII_MARKS
+            self._mark_index = 3
         self._drawn_lines = 0
 
-    def paint(self, text: str, word: str) -> str:
-        """Return the text in the colour of a result, or of `bold`."""
+    def paint(self, text: str, result: str, look: str = "") -> str:
+        """Return the text in the colour of a result, or as this look has it."""
         if not self._has_color:
             return text
-        return f"\x1b[{_COLORS.get(word, _FAILED_COLOR)}m{text}\x1b[0m"
+        look = look or _RESULT_LOOKS.get(result, _LOOK_OF_FAILURE)
+        return f"\x1b[{look[:2]}m{text}\x1b[0m"
 
     def mark(self, result: str) -> str:
         """Return the sign of a result, in its colour."""
-        mark = self._marks.get(result, self._marks[_FAILED_MARK])
-        return self.paint(mark, result)
+        return self.paint(_RESULT_LOOKS.get(result, _LOOK_OF_FAILURE)[self._mark_index], result)
 
     def print(self, *lines: str) -> None:
         text = "".join(f"{line}\n" for line in lines)
@@ -21933,7 +21935,7 @@ class Screen:
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], results: Sequence[str] = ()) -> list[str]:
         """Return the lines of a table, its columns aligned; a row is in the colour of its result."""
         widths = column_widths([header, *rows])
-        lines = [self.paint(align(header, widths), "bold")]
+        lines = [self.paint(align(header, widths), "", _BOLD)]
         for index, row in enumerate(rows):
             line = align(row, widths)
             if results:
@@ -22043,8 +22045,7 @@ class Progress:
 
     def __init__(self, what: str) -> None:
         self._what = printable(what)
-        self._total_bytes = 1
-        self._done_bytes = 0
+        self.begin(0)
         self._begin_s = time.monotonic()
         self._shown_s = self._begin_s
         self._is_shown = False
@@ -22052,6 +22053,7 @@ class Progress:
 
     def begin(self, total_bytes: int) -> None:
         self._total_bytes = max(total_bytes, 1)
+        self._done_bytes = 0
 
     def add(self, count: int) -> None:
         self._done_bytes += count
@@ -22929,26 +22931,20 @@ def _workspace_api(options: Options) -> Api:
     return api
 
 
-class _CountedFile:
-    """A file whose reading is shown as progress."""
-
-    def __init__(self, file: Any, progress: Progress) -> None:
-        self._file = file
-        self._progress = progress
-        self.seek = file.seek
-        self.fileno = file.fileno
-
-    def read(self, size: int = -1) -> bytes:
-        content: bytes = self._file.read(size)
-        self._progress.add(len(content))
-        return content
-
-
 def upload(api: Api, task_id: str, local: str, remote: str) -> None:
     """Copy a file of this host into the workspace of a task. Raise ClientError."""
     with _open_local(local) as file, contextlib.closing(Progress(f"put {remote}")) as progress:
-        progress.begin(os.fstat(file.fileno()).st_size)
-        with api.open("PUT", _workspace_path(task_id, remote), body=_CountedFile(file, progress)) as response:
+        size = os.fstat(file.fileno()).st_size
+
+        def read_parts() -> Iterator[bytes]:
+            file.seek(0)
+            progress.begin(size)
+            while part := file.read(_TRANSFER_BYTES):
+                progress.add(len(part))
+                yield part
+
+        headers = {"Content-Length": str(size)}
+        with api.open("PUT", _workspace_path(task_id, remote), None, read_parts, headers) as response:
             reply = api.parse(response.read())
     if reply.code:
         raise ClientError(f"{api.endpoint.name}: {printable(reply.message)}")

@@ -11341,12 +11341,13 @@ def test_exec_stops_its_step_on_ctrl_c(daemon: Daemon, presses: int) -> None:
     trap = "trap '' TERM; " if presses == 2 else ""
     with on_terminal(daemon, "exec", "-c", f"{trap}echo begun; while :; do sleep 0.1; done") as (terminal, process):
         assert "begun" in shown_on(terminal, "begun\r\n")
-        begin = time.monotonic()
         for _ in range(presses):
             os.write(terminal, b"\x03")
             shown_on(terminal, "stopping")
         shown_on(terminal)
-        assert process.wait(30) == 130 and time.monotonic() - begin < 4
+        assert process.wait(30) == 130
+    (task,) = ask_json(daemon, "list", "--id", "exec-*", "--limit", "1")
+    assert daemon.log().count(f"PUT /api/v1/task/{task['id']}: stop") == presses
     until_idle(daemon)
 
 
@@ -11517,8 +11518,8 @@ def test_client_speaks_tls_and_believes_no_other_certificate(launch_tls: Callabl
     host = ["-H", f"https://127.0.0.1:{daemon.port}"]
     trust = ["--cacert", str(tmp_path / "ca.pem")]
     known = ["--cert", str(tmp_path / "client.pem"), "--key", str(tmp_path / "client.key.pem")]
-    begin = time.monotonic()
-    assert "certificate verify failed" in ask(daemon, "pool", *host).stderr and time.monotonic() - begin < 3
+    assert "certificate verify failed" in ask(daemon, "pool", *host).stderr
+    assert not module()._is_temporary(ssl.SSLCertVerificationError())
     assert "REMOTE_EXECUTOR_TOKEN" in ask(daemon, "pool", *host, *trust).stderr
     assert ask(daemon, "exec", *host, *trust, *known, "-c", "exit 3").returncode == 3
     assert "--cacert, --cert or --key cannot be used" in ask(daemon, "pool", *host, "--cacert", os.devnull).stderr
@@ -11546,7 +11547,7 @@ def test_completion_is_a_script_of_the_shell(daemon: Daemon, tmp_path: Path, she
         and "--fail_fast" in done.stdout.replace("-l ", "--")
         and not re.search("@[A-Z_]+@", done.stdout)
     )
-    if shell in ("bash", "zsh") and shutil.which(shell):
+    if shell != "powershell" and shutil.which(shell):
         assert subprocess.run([shell, "-n"], input=done.stdout.encode()).returncode == 0
 
 
