@@ -21273,9 +21273,9 @@ def self_test(settings: Settings, is_json: bool) -> int:
 # ======================================================================================================================
 
 # A command may run for hours while its daemon restarts or the network goes away. So each request may be made again:
-# what it changes is named by an id that the client chose, output is taken up at the byte where it broke off, events
-# after the last one seen. A daemon that was never reached is given up soon, for its name is probably wrong; one that
-# was reached before is waited for as long as an upgrade takes.
+# what it changes is named by an id that the client chose, and output is taken up at the byte where it broke off. A
+# daemon that was never reached is given up soon, for its name is probably wrong; one that was reached before is waited
+# for as long as an upgrade takes.
 
 _CLIENT_PORT = 2376
 _FIRST_PATIENCE_S = 3.0
@@ -21781,34 +21781,18 @@ def copy_file(api: Api, path: str, begin: Callable[[int], Any], write: Write) ->
     _copy_body(api, open_at, write)
 
 
-class ClientEvent(NamedTuple):
-    """An event of the daemon: `name` is task, step, pool, expired or reset, or empty when the stream begins."""
-
-    name: str
-    data: Any
-
-
-def read_events(api: Api, task_id: str = "") -> Iterator[ClientEvent]:
-    """Yield the daemon's events for ever, each once; a `reset` says that some were missed. Raise ClientError."""
+def await_events(api: Api, task_id: str = "") -> Iterator[None]:
+    """Yield for ever: when the daemon tells of a change, and when one may have been missed. Raise ClientError."""
     query = {"task": task_id} if task_id else {}
-    headers = {"Accept": "text/event-stream"}
     while True:
-        with api.open("GET", "/api/v1/event", query, headers=headers) as response:
-            yield ClientEvent("", None)
-            fields: dict[str, str] = {}
+        with api.open("GET", "/api/v1/event", query, headers={"Accept": "text/event-stream"}) as response:
+            yield
             broken: Exception = ConnectionResetError("the events ended")
             try:
-                while line := response.readline().decode("utf-8", "replace"):
-                    name, _, value = line.rstrip("\r\n").partition(": ")
-                    if name:
-                        fields[name] = value
-                        continue
-                    if "id" in fields:
-                        headers["Last-Event-ID"] = fields["id"]
-                    if "event" in fields:
-                        yield ClientEvent(fields["event"], json.loads(fields.get("data", "null")))
-                    fields = {}
-            except (OSError, http.client.HTTPException, ValueError) as error:
+                while line := response.readline():
+                    if line.startswith(b"event:"):
+                        yield
+            except (OSError, http.client.HTTPException) as error:
                 broken = error
         api.wait_to_retry(broken)
 
@@ -22019,6 +22003,9 @@ class LineWriter:
         self._emit(line.decode("utf-8", "replace").rstrip("\r"))
 
 
+StepWriter = Union[OutputWriter, LineWriter]
+
+
 def line_prefix(labels: Mapping[str, str]) -> str:
     """Return what stands before a line that these labels are about."""
     return "".join(f"{printable(label)} | " for label in labels.values())
@@ -22029,7 +22016,7 @@ def output_writer(
     stream: str,
     labels: Mapping[str, str],
     is_json: bool,
-) -> OutputWriter | LineWriter:
+) -> StepWriter:
     """Return a writer that shows one stream of a step: JSON, else lines behind the labels, without these its bytes."""
     if is_json:
         return LineWriter(lambda line: print_json_line({**labels, "stream": stream, "line": line}))
@@ -22138,7 +22125,7 @@ def _await_task(api: Api, task_id: str) -> Reply:
 def follow_step(
     endpoint: Endpoint,
     step_path: str,
-    writers: Mapping[str, OutputWriter | LineWriter],
+    writers: Mapping[str, StepWriter],
     on_fault: Callable[[Exception], Any],
 ) -> Any:
     """Write what a step puts out to its end, each stream in a thread of its own; return the ended step.
@@ -22156,6 +22143,11 @@ def follow_step(
 
     with concurrent.futures.ThreadPoolExecutor(2, "output") as pool:
         return list(pool.map(copy, writers))[0]
+
+
+def _own_streams(streams: Iterable[str], labels: Mapping[str, str], is_json: bool) -> dict[str, StepWriter]:
+    """Return writers that show each of a step's streams on this program's own of the same name."""
+    return {stream: output_writer(getattr(sys, stream), stream, labels, is_json) for stream in streams}
 
 
 def _leave_if_unread(error: Exception) -> None:
@@ -22357,11 +22349,8 @@ class _ExecJob(Job):
 
     def do(self) -> JobOutcome:
         with Api(self.endpoint) as api:
-            step = self._step(api)
-            self.post(api, [step])
-            writers = {"stdout": output_writer(sys.stdout, "stdout", self._labels, self._options.json)}
-            if "stderr" in step:
-                writers["stderr"] = output_writer(sys.stderr, "stderr", self._labels, self._options.json)
+            self.post(api, [self._step(api)])
+            writers = _own_streams(("stdout", "stderr"), self._labels, self._options.json)
             follow_step(self.endpoint, _task_path(self.task_id, "0"), writers, self.stop)
             end = _await_task(api, self.task_id).data[0]
         result = end["result"]
@@ -22374,26 +22363,19 @@ class _ExecJob(Job):
 
     def _step(self, api: Api) -> dict[str, Any]:
         """Return the step: a script as it is, or a command as its host's shell takes it."""
-        features = ["wait", "output", "follow"]
-        if self._stdin:
-            features.append("stdin")
-        version = api.require(*features)
-        is_windows = version["python"]["os"] == "windows"
-        script = self._options.c
-        if not script:
-            script = to_cmd_line(self._options.words) if is_windows else shlex.join(self._options.words)
-        step = {
-            "command_type": self._options.type or ("cmd" if is_windows else "sh"),
-            "command_content": script,
+        version = api.require("wait", "output", "follow", "stderr", "stdin")
+        quote: Callable[[Sequence[str]], str] = shlex.join
+        command_type = "sh"
+        if version["python"]["os"] == "windows":
+            quote = to_cmd_line
+            command_type = "cmd"
+        return {
+            "command_type": self._options.type or command_type,
+            "command_content": self._options.c or quote(self._options.words),
             "env_vars": self._options.env,
+            "stderr": "apart",
+            "stdin_base64": binascii.b2a_base64(self._stdin, newline=False).decode(),
         }
-        if "stderr" in version["features"]:
-            step["stderr"] = "apart"
-        else:
-            print_error(f"{self.endpoint.name}: its remote_executor is older: stderr comes on standard output")
-        if self._stdin:
-            step["stdin_base64"] = binascii.b2a_base64(self._stdin, newline=False).decode()
-        return step
 
 
 def run_exec(options: Options) -> int:
@@ -22446,7 +22428,7 @@ class _Changes:
 
     def _watch(self) -> None:
         with contextlib.suppress(ClientError):
-            for _ in read_events(Api(self._endpoint), self._task_id):
+            for _ in await_events(Api(self._endpoint), self._task_id):
                 self._poll_s = _EVENTS_TRUST_S
                 self._changed.set()
         self._poll_s = 1.0
@@ -22612,9 +22594,7 @@ def run_follow(options: Options) -> int:
     step = _call_task(api, "GET", options.id, options.step).data
     path = _task_path(options.id, str(step["step"]))
     labels = {"step": step["name"]} if options.json else {}
-    writers = {}
-    for stream in _streams_of_steps(api, options.id)(step):
-        writers[stream] = output_writer(getattr(sys, stream), stream, labels, options.json)
+    writers = _own_streams(_streams_of_steps(api, options.id)(step), labels, options.json)
     try:
         step = _await_in_thread(lambda: follow_step(api.endpoint, path, writers, _leave_if_unread))
     except KeyboardInterrupt:

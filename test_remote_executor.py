@@ -11602,7 +11602,7 @@ def test_exec_says_what_an_older_daemon_cannot() -> None:
     faulty = Faulty(answer_of(json.dumps(version).encode()))
     options = module().client_parser(module().CLIENT_COMMANDS[0], "").parse_args(["--", "sort"])
     job = module()._ExecJob(faulty.endpoint, options, b"b\na\n", True)
-    refused = pytest.raises(module().ClientError, match="too old for this: no stdin; upgrade it")
+    refused = pytest.raises(module().ClientError, match="too old for this: no stderr, stdin; upgrade it")
     with module().Api(faulty.endpoint) as api, refused:
         job._step(api)
 
