@@ -21607,9 +21607,9 @@ def self_test(settings: Settings, is_json: bool) -> int:
 # ======================================================================================================================
 
 # A command may run for hours while its daemon restarts or the network goes away. So each request may be made again:
-# what it changes is named by an id that the client chose, output is taken up at the byte where it broke off, events
-# after the last one seen. A daemon that was never reached is given up soon, for its name is probably wrong; one that
-# was reached before is waited for as long as an upgrade takes.
+# what it changes is named by an id that the client chose, and output is taken up at the byte where it broke off. A
+# daemon that was never reached is given up soon, for its name is probably wrong; one that was reached before is waited
+# for as long as an upgrade takes.
 
 _CLIENT_PORT = 2376
 _FIRST_PATIENCE_S = 3.0
@@ -21634,8 +21634,14 @@ def printable(text: str) -> str:
     return _CONTROL.sub(" ", _ANSI_SEQUENCE.sub("", text))
 
 
+Write = Callable[[bytes], Any]  # shows or stores the next bytes of an output
+
+
 class ClientError(Exception):
     """A client's command cannot do its work; the text is the one line that the user sees."""
+
+
+Options = argparse.Namespace  # of a command, and those of all: _WHERE
 
 
 class Endpoint(NamedTuple):
@@ -21647,6 +21653,7 @@ class Endpoint(NamedTuple):
     ca_file: str = ""
     cert_file: str = ""
     key_file: str = ""
+    root: str = ""  # of a daemon of this host that was found by it: nobody else may be asked in its place
 
 
 def parse_endpoint_url(text: str) -> str:
@@ -21671,9 +21678,10 @@ def parse_endpoint_url(text: str) -> str:
 
 
 class Reply(NamedTuple):
-    """What the daemon answered: `code` and `data` of the envelope, and `task` beside the steps of a task."""
+    """What the daemon answered: the envelope, and `task` beside the steps of a task."""
 
     code: int
+    message: str
     data: Any
     task: Any
 
@@ -21701,13 +21709,7 @@ class Api:
             self._connection.close()
         self._connection = None
 
-    def call(
-        self,
-        method: str,
-        path: str,
-        query: Mapping[str, Any] | None = None,
-        body: Any = None,
-    ) -> Reply:
+    def call(self, method: str, path: str, query: Mapping[str, Any] | None = None, body: Any = None) -> Reply:
         """Make a request until it is answered. Raise ClientError when it is refused, or never answered."""
         content = None
         if body is not None:
@@ -21715,36 +21717,26 @@ class Api:
         while True:
             with self.open(method, path, query, content) as response:
                 try:
-                    return self._parse(response.read())
+                    return self.parse(response.read())
                 except (OSError, http.client.HTTPException) as error:
                     broken = error
             self.wait_to_retry(broken)
 
-    def require(self, features: Iterable[str]) -> Any:
+    def require(self, *features: str) -> Any:
         """Return what /version shows. Raise ClientError for a daemon that cannot do what is needed."""
         version = self.call("GET", "/version").data
-        missing = [
-            feature
-            for feature in features
-            if feature
-            not in version.get(
-                "features",
-                (),
-            )
-        ]
+        known = version.get("features", ())
+        missing = ", ".join(feature for feature in features if feature not in known)
         if missing:
-            what = ", ".join(missing)
-            raise ClientError(f"{self.endpoint.name}: its remote_executor is too old for this: no {what}; upgrade it")
+            problem = f"its remote_executor is too old for this: no {missing}; upgrade it"
+            raise ClientError(f"{self.endpoint.name}: {problem}")
         return version
 
-    def _parse(self, text: bytes) -> Reply:
+    def parse(self, text: bytes) -> Reply:
+        """Return an answer's envelope. Raise ClientError."""
         try:
             envelope = json.loads(text)
-            return Reply(
-                envelope["code"],
-                envelope.get("data"),
-                envelope.get("task"),
-            )
+            return Reply(envelope["code"], envelope["message"], envelope.get("data"), envelope.get("task"))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ClientError(f"{self.endpoint.url} is not a remote_executor: it answered {text[:60]!r}") from None
 
@@ -21758,7 +21750,7 @@ class Api:
     ) -> http.client.HTTPResponse:
         """Make a request until its answer begins, and return that; the caller reads and closes it.
 
-        `body` is bytes, or a file, of which a repetition sends all again. Raise ClientError.
+        `body` is bytes, or returns them in parts, for each repetition anew. Raise ClientError.
         """
         while True:
             try:
@@ -21788,9 +21780,7 @@ class Api:
             raise ClientError(f"{self._fault(error)}; does the daemon run there, is -H right?") from error
         if failing_s > _FIRST_PATIENCE_S:
             _tell_once(f"{self._fault(error)}; trying again for {_LATER_PATIENCE_S:.0f} s")
-        time.sleep(
-            min(_MAX_RETRY_DELAY_S, 0.05 * 2 ** min(self._failures, 10)),
-        )
+        time.sleep(min(_MAX_RETRY_DELAY_S, 0.05 * 2 ** min(self._failures, 10)))
 
     def _fault(self, error: Exception) -> str:
         if isinstance(error, ClientError):
@@ -21817,50 +21807,67 @@ class Api:
         body: Any,
         headers: Mapping[str, str],
     ) -> http.client.HTTPResponse:
-        connection = self._connection or self._connect()
-        self._connection = connection
+        connection = self._connection
+        if not connection or not connection.sock:
+            connection = self._connection = self._connect()
         target = self._target_prefix + path
         if query:
-            target += "?" + urllib.parse.urlencode(query, doseq=True).replace(
-                "=True",
-                "=true",
-            )
+            target += "?" + urllib.parse.urlencode(query, doseq=True).replace("=True", "=true")
         all_headers = {"Accept": "application/json", **headers}
         if self.endpoint.token:
             all_headers["Authorization"] = f"Bearer {self.endpoint.token}"
-        if hasattr(body, "seek"):
-            body.seek(0)
-            all_headers["Content-Length"] = str(os.fstat(body.fileno()).st_size)
+        content = body() if callable(body) else body
         try:
-            connection.request(method, target, body, all_headers)
+            connection.request(method, target, content, all_headers)
         except (BrokenPipeError, ConnectionResetError):
             if connection.sock is None:
                 raise
         return connection.getresponse()  # after a body that was not taken, it says why
 
     def _connect(self) -> http.client.HTTPConnection:
-        """Return a connection; it opens when the first request is sent."""
-        import http.client
-
+        """Return a connection; it opens when the first request is sent, but for one that has to be checked."""
         host = self._url.hostname or ""
         port = self._url.port
-        proxy = _proxy_for(self._url.scheme, host)
-        address: tuple[str, int | None] = (host, port)
-        if proxy:
-            address = (proxy.hostname, proxy.port or 8080)
         options: dict[str, Any] = {"timeout": _ANSWER_TIMEOUT_S, "blocksize": _TRANSFER_BYTES}
-        if self._url.scheme == "http":
-            if proxy:
-                self._target_prefix = self.endpoint.url  # RFC 9112, 3.2.2
-            return http.client.HTTPConnection(*address, **options)
-        secure = http.client.HTTPSConnection(
-            *address,
-            **options,
-            context=self._tls_context(),
-        )
-        if proxy:
-            secure.set_tunnel(host, port)
-        return secure
+        kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
+        if self._url.scheme == "https":
+            kind = http.client.HTTPSConnection
+            options["context"] = self._tls_context()
+        if self.endpoint.root:
+            with contextlib.ExitStack() as undo:
+                connection = undo.enter_context(contextlib.closing(kind(host, port, **options)))
+                self._check_server(connection)
+                undo.pop_all()
+            return connection
+        proxy = _proxy_for(self._url.scheme, host)
+        if not proxy:
+            return kind(host, port, **options)
+        connection = kind(proxy.hostname, proxy.port or 8080, **options)
+        if self._url.scheme == "https":
+            connection.set_tunnel(host, port)
+        else:
+            self._target_prefix = self.endpoint.url  # RFC 9112, 3.2.2
+        return connection
+
+    def _check_server(self, connection: http.client.HTTPConnection) -> None:
+        """Raise ClientError unless the daemon's own user, ours or root's holds the other end.
+
+        The daemon may have been killed, and another user have taken its port: the token and scripts are not for them.
+        """
+        connection.connect()
+        sock = connection.sock
+        connection.request("HEAD", self._target_prefix + "/heartbeat")
+        connection.getresponse().read()  # so the connection has been accepted: who holds its end is known now
+        root = self.endpoint.root
+        try:
+            user = LocalPeers(DescriptorReserve()).user(sock.getpeername()[:2], sock.getsockname()[:2])
+            is_root_safe = not is_temporary(os.path.realpath(root))  # no other user has made it
+            if is_trusted_user(user) or (is_root_safe and user == os.stat(root).st_uid):
+                return
+            problem = f"is served by another user ({user})"
+        except (LookupError, OSError) as error:
+            problem = f"is served by nobody knows whom ({error})"
+        raise ClientError(f"{self.endpoint.url}, which {root} names, {problem}; start the daemon there, or give -H")
 
     def _tls_context(self) -> Any:
         import ssl
@@ -21949,24 +21956,22 @@ def _accepts_connections(url: str) -> bool:
     return True
 
 
-def local_endpoint() -> Endpoint:
+def _local_endpoint(default: Endpoint) -> Endpoint:
     """Return the daemon of this host by the URL that it left in its root, else the default address."""
     for root in filter(None, _local_roots()):
         try:
-            url = parse_endpoint_url(
-                _read_lines("", os.path.join(root, URL_FILE))[0],
-            )
+            url = parse_endpoint_url(_read_lines("", os.path.join(root, URL_FILE))[0])
         except (ClientError, UsageError, IndexError):  # no daemon has it, or another user's
             continue
         if _accepts_connections(url):
-            token = ""
+            token = default.token
             with contextlib.suppress(ClientError):  # a client on the daemon's host may need none
-                token = _read_token(os.path.join(root, "token"))
-            return Endpoint("localhost", url, token)
-    return Endpoint("localhost", f"http://127.0.0.1:{_CLIENT_PORT}")
+                token = token or _read_token(os.path.join(root, "token"))
+            return default._replace(url=url, token=token, root=root)
+    return default
 
 
-def _given_token(options: argparse.Namespace) -> str:
+def _given_token(options: Options) -> str:
     path = options.token_file or os.environ.get(ENV_PREFIX + "TOKEN_FILE", "")
     if path and not path.startswith("$ROOT"):  # which is a daemon's word
         return _read_token(path)
@@ -21993,14 +21998,14 @@ def _endpoints_of_file(path: str, default: Endpoint) -> list[Endpoint]:
     return endpoints
 
 
-def endpoints_of(options: argparse.Namespace) -> list[Endpoint]:
+def endpoints_of(options: Options) -> list[Endpoint]:
     """Return the daemons that the command line and the environment name. Raise ClientError and UsageError."""
     text = options.host or os.environ.get(ENV_PREFIX + "HOST", "")
     token = _given_token(options)
-    default = Endpoint("", "", token, options.cacert, options.cert, options.key)
+    url = f"http://127.0.0.1:{_CLIENT_PORT}"
+    default = Endpoint("localhost", url, token, options.cacert, options.cert, options.key)
     if not text:
-        local = local_endpoint()
-        return [default._replace(name=local.name, url=local.url, token=token or local.token)]
+        return [_local_endpoint(default)]
     if text.startswith("@"):
         endpoints = _endpoints_of_file(text[1:], default)
     else:
@@ -22010,7 +22015,7 @@ def endpoints_of(options: argparse.Namespace) -> list[Endpoint]:
     return endpoints
 
 
-def single_api(options: argparse.Namespace) -> Api:
+def single_api(options: Options) -> Api:
     """Return the one daemon that a command speaks to. Raise ClientError and UsageError."""
     endpoints = endpoints_of(options)
     if len(endpoints) != 1:
@@ -22035,7 +22040,7 @@ def _read_parts(response: http.client.HTTPResponse) -> Iterator[bytes]:
 def _copy_body(
     api: Api,
     open_at: Callable[[int | None], http.client.HTTPResponse],
-    write: Callable[[bytes], Any],
+    write: Write,
 ) -> None:
     """Write a body, each byte once, however often the connection breaks.
 
@@ -22059,12 +22064,7 @@ def _copy_body(
         api.wait_to_retry(broken)
 
 
-def copy_output(
-    api: Api,
-    path: str,
-    query: Mapping[str, Any],
-    write: Callable[[bytes], Any],
-) -> None:
+def copy_output(api: Api, path: str, query: Mapping[str, Any], write: Write) -> None:
     """Write what a step has put out, to its end where `follow` is asked for. Raise ClientError, and as `write` does."""
 
     def open_at(offset: int | None) -> http.client.HTTPResponse:
@@ -22072,12 +22072,7 @@ def copy_output(
         if offset is not None:
             wanted.pop("tail", None)
             wanted["offset"] = offset
-        response = api.open(
-            "GET",
-            path,
-            wanted,
-            headers={"Accept": "*/*"},
-        )
+        response = api.open("GET", path, wanted, headers={"Accept": "*/*"})
         if response.getheader("X-Output-Offset") is None:
             raise ClientError(f"{api.endpoint.name}: no such task or step: never there, expired or deleted")
         return response
@@ -22085,17 +22080,12 @@ def copy_output(
     _copy_body(api, open_at, write)
 
 
-def follow_output(
-    api: Api,
-    step_path: str,
-    stream: str,
-    write: Callable[[bytes], Any],
-    attempt: int = 1,
-) -> Any:
-    """Write what a step puts out to its end, attempt by attempt from this one on; return the ended step.
+def follow_output(api: Api, step_path: str, stream: str, write: Write) -> Any:
+    """Write what a step puts out to its end, attempt by attempt; return the ended step.
 
     Raise ClientError, and as `write` does.
     """
+    attempt = 1
     while True:
         query = {"follow": "true", "stream": stream, "attempt": attempt}
         copy_output(api, f"{step_path}/output", query, write)
@@ -22108,12 +22098,7 @@ def follow_output(
         attempt += 1
 
 
-def copy_file(
-    api: Api,
-    path: str,
-    begin: Callable[[int], Any],
-    write: Callable[[bytes], Any],
-) -> None:
+def copy_file(api: Api, path: str, begin: Callable[[int], Any], write: Write) -> None:
     """Write a file; `begin` is told its size. Raise ClientError, and as `write` does."""
 
     def open_at(offset: int | None) -> http.client.HTTPResponse:
@@ -22130,37 +22115,18 @@ def copy_file(
     _copy_body(api, open_at, write)
 
 
-class ClientEvent(NamedTuple):
-    """An event of the daemon: `name` is task, step, pool, expired or reset, or empty when the stream begins."""
-
-    name: str
-    data: Any
-
-
-def read_events(api: Api, task_id: str = "") -> Iterator[ClientEvent]:
-    """Yield the daemon's events for ever, each once; a `reset` says that some were missed. Raise ClientError."""
+def await_events(api: Api, task_id: str = "") -> Iterator[None]:
+    """Yield for ever: when the daemon tells of a change, and when one may have been missed. Raise ClientError."""
     query = {"task": task_id} if task_id else {}
-    headers = {"Accept": "text/event-stream"}
     while True:
-        with api.open("GET", "/api/v1/event", query, headers=headers) as response:
-            yield ClientEvent("", None)
-            fields: dict[str, str] = {}
+        with api.open("GET", "/api/v1/event", query, headers={"Accept": "text/event-stream"}) as response:
+            yield
             broken: Exception = ConnectionResetError("the events ended")
             try:
-                while line := response.readline().decode("utf-8", "replace"):
-                    name, _, value = line.rstrip("\r\n").partition(": ")
-                    if name:
-                        fields[name] = value
-                        continue
-                    if "id" in fields:
-                        headers["Last-Event-ID"] = fields["id"]
-                    if "event" in fields:
-                        yield ClientEvent(
-                            fields["event"],
-                            json.loads(fields.get("data", "null")),
-                        )
-                    fields = {}
-            except (OSError, http.client.HTTPException, ValueError) as error:
+                while line := response.readline():
+                    if line.startswith(b"event:"):
+                        yield
+            except (OSError, http.client.HTTPException) as error:
                 broken = error
         api.wait_to_retry(broken)
 
@@ -22193,11 +22159,15 @@ class Interrupts:
 # VI program / client output: tables, colours and times for people, output as it comes
 # ======================================================================================================================
 
-_COLORS = {"succeeded": "32", "running": "36", "waiting": "2", "paused": "33", "not_run": "2", "bold": "1"}
-_FAILED_COLOR = "31"
-_FAILED_MARK = ""
-_MARKS = {"succeeded": "✓", "running": "▶", "waiting": "·", "paused": "‖", "not_run": "–", _FAILED_MARK: "✗"}
-_ASCII_MARKS = {"succeeded": "+", "running": ">", "waiting": ".", "paused": "=", "not_run": "-", _FAILED_MARK: "x"}
+_RESULT_LOOKS = {  # of a result: its colour, its mark, and that where the terminal has only ASCII
+    "succeeded": "32✓+",
+    "running": "36▶>",
+    "waiting": "02·.",
+    "paused": "33‖=",
+    "not_run": "02–-",
+}
+_LOOK_OF_FAILURE = "31✗x"
+_BOLD = "01"
 _REDRAW_INTERVAL_S = 0.25
 _MAX_KEPT_LINE_BYTES = 1 << 16  # a longer one is written in parts, for it is kept in memory
 
@@ -22222,8 +22192,7 @@ def format_ago(moment: str) -> str:
     """Return how long ago a moment in RFC 3339 was; an empty text where there is none."""
     if not moment:
         return ""
-    then = datetime.datetime.fromisoformat(moment.replace("Z", "+00:00"))
-    seconds = (datetime.datetime.now(datetime.timezone.utc) - then).total_seconds()
+    seconds = (time.time_ns() - parse_time(moment)) / 1e9
     return f"{format_seconds(max(0.0, seconds))} ago"  # the clock of the daemon may be ahead
 
 
@@ -22247,23 +22216,23 @@ class Screen:
         self._lock = threading.Lock()  # keeps lines whole
         self.is_terminal = is_ansi_terminal(stream)
         self._has_color = self.is_terminal and not os.environ.get("NO_COLOR")
-        self._marks = _MARKS
+        self._mark_index = 2
         try:
-            "".join(_MARKS.values()).encode(stream.encoding or "ascii")
+            "".join(_RESULT_LOOKS.values()).encode(stream.encoding or "ascii")
         except (UnicodeError, LookupError):
-            self._marks = _ASCII_MARKS
+            self._mark_index = 3
         self._drawn_lines = 0
 
-    def paint(self, text: str, word: str) -> str:
-        """Return the text in the colour of a result, or of `bold`."""
+    def paint(self, text: str, result: str, look: str = "") -> str:
+        """Return the text in the colour of a result, or as this look has it."""
         if not self._has_color:
             return text
-        return f"\x1b[{_COLORS.get(word, _FAILED_COLOR)}m{text}\x1b[0m"
+        look = look or _RESULT_LOOKS.get(result, _LOOK_OF_FAILURE)
+        return f"\x1b[{look[:2]}m{text}\x1b[0m"
 
     def mark(self, result: str) -> str:
         """Return the sign of a result, in its colour."""
-        mark = self._marks.get(result, self._marks[_FAILED_MARK])
-        return self.paint(mark, result)
+        return self.paint(_RESULT_LOOKS.get(result, _LOOK_OF_FAILURE)[self._mark_index], result)
 
     def print(self, *lines: str) -> None:
         text = "".join(f"{line}\n" for line in lines)
@@ -22281,15 +22250,10 @@ class Screen:
             self._stream.write(back + "".join(f"{line}\n" for line in shown))
             self._stream.flush()
 
-    def table(
-        self,
-        header: Sequence[str],
-        rows: Sequence[Sequence[str]],
-        results: Sequence[str] = (),
-    ) -> list[str]:
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], results: Sequence[str] = ()) -> list[str]:
         """Return the lines of a table, its columns aligned; a row is in the colour of its result."""
         widths = column_widths([header, *rows])
-        lines = [self.paint(align(header, widths), "bold")]
+        lines = [self.paint(align(header, widths), "", _BOLD)]
         for index, row in enumerate(rows):
             line = align(row, widths)
             if results:
@@ -22373,13 +22337,36 @@ class LineWriter:
         self._emit(line.decode("utf-8", "replace").rstrip("\r"))
 
 
+StepWriter = Union[OutputWriter, LineWriter]
+
+
+def line_prefix(labels: Mapping[str, str]) -> str:
+    """Return what stands before a line that these labels are about."""
+    return "".join(f"{printable(label)} | " for label in labels.values())
+
+
+def output_writer(
+    target: TextIO,
+    stream: str,
+    labels: Mapping[str, str],
+    is_json: bool,
+) -> StepWriter:
+    """Return a writer that shows one stream of a step: JSON, else lines behind the labels, without these its bytes."""
+    if is_json:
+        return LineWriter(lambda line: print_json_line({**labels, "stream": stream, "line": line}))
+    if not labels:
+        return OutputWriter(target)
+    screen = Screen(target)
+    prefix = line_prefix(labels)
+    return LineWriter(lambda line: screen.print(prefix + line))
+
+
 class Progress:
     """A bar on standard error for what takes longer than a second, on a terminal alone."""
 
     def __init__(self, what: str) -> None:
         self._what = printable(what)
-        self._total_bytes = 1
-        self._done_bytes = 0
+        self.begin(0)
         self._begin_s = time.monotonic()
         self._shown_s = self._begin_s
         self._is_shown = False
@@ -22387,6 +22374,7 @@ class Progress:
 
     def begin(self, total_bytes: int) -> None:
         self._total_bytes = max(total_bytes, 1)
+        self._done_bytes = 0
 
     def add(self, count: int) -> None:
         self._done_bytes += count
@@ -22408,9 +22396,10 @@ class Progress:
             sys.stderr.flush()
 
 
-def print_json_line(data: Any) -> None:
-    """Print an object as one line of JSON."""
-    print_json(data, indent=None)
+def print_json_line(*objects: Any) -> None:
+    """Print objects, each as one line of JSON."""
+    for data in objects:
+        print_json(data, indent=None)
     sys.stdout.flush()
 
 
@@ -22437,36 +22426,68 @@ _UNBEGUN_RESULTS = ("waiting", "paused", "not_run", "not_started")
 _QUIET_RESULTS = ("waiting", "running", "paused", "succeeded", "not_run")  # of which nothing has to be explained
 
 
-def _task_path(
-    task_id: str,
-    step: str = "",
-    leaf: str = "",
-) -> str:
-    parts = ["/api/v1/task", urllib.parse.quote(task_id, safe="")]
-    if step:
-        parts.append(urllib.parse.quote(step, safe=""))
-    if leaf:
-        parts.append(leaf)
-    return "/".join(parts)
+Record = Mapping[str, Any]  # what the daemon shows of a task or a step
 
 
-def _call_task(
-    api: Api,
-    method: str,
-    task_id: str,
-    step: str = "",
-    leaf: str = "",
-    **query: Any,
-) -> Reply:
+def _task_path(task_id: str, step: str = "", leaf: str = "") -> str:
+    names = [urllib.parse.quote(name, safe="") for name in (task_id, step)]
+    return "/".join(filter(None, ["/api/v1/task", *names, leaf]))
+
+
+def _call_task(api: Api, method: str, task_id: str, step: str = "", leaf: str = "", **query: Any) -> Reply:
     """Make a request about a task or a step. Raise ClientError where there is none."""
     reply = api.call(method, _task_path(task_id, step, leaf), query)
     if reply.code == Code.NOT_FOUND:
         what = f"task {task_id!r}"
+        hint = "list"
         if step:
             what = f"step {step!r} of {what}"
+            hint = f"show {task_id}"
         ended = " or ended" if method == "PUT" else ""
-        raise ClientError(f"{api.endpoint.name}: no {what}: never there, expired, deleted{ended}; see `list`")
+        raise ClientError(f"{api.endpoint.name}: no {what}: never there, expired, deleted{ended}; see `{hint}`")
     return reply
+
+
+def _await_task(api: Api, task_id: str) -> Reply:
+    """Wait for a task's end; return its detail. Raise ClientError."""
+    while True:
+        reply = _call_task(api, "GET", task_id, wait="1m")  # below the time that an answer may take
+        if reply.code != Code.IN_PROGRESS:
+            return reply
+
+
+def follow_step(
+    endpoint: Endpoint,
+    step_path: str,
+    writers: Mapping[str, StepWriter],
+    on_fault: Callable[[Exception], Any],
+) -> Any:
+    """Write what a step puts out to its end, each stream in a thread of its own; return the ended step.
+
+    `on_fault` is told what breaks one stream off, while the other one goes on. Raise ClientError, and as `write` does.
+    """
+
+    def copy(stream: str) -> Any:
+        try:
+            with Api(endpoint) as api, contextlib.closing(writers[stream]) as writer:
+                return follow_output(api, step_path, stream, writer.write)
+        except (ClientError, OSError) as error:
+            on_fault(error)
+            raise
+
+    with concurrent.futures.ThreadPoolExecutor(2, "output") as pool:
+        return list(pool.map(copy, writers))[0]
+
+
+def _own_streams(streams: Iterable[str], labels: Mapping[str, str], is_json: bool) -> dict[str, StepWriter]:
+    """Return writers that show each of a step's streams on this program's own of the same name."""
+    return {stream: output_writer(getattr(sys, stream), stream, labels, is_json) for stream in streams}
+
+
+def _leave_if_unread(error: Exception) -> None:
+    """End this program when nobody reads its output, such as head(1); what it follows goes on."""
+    if isinstance(error, BrokenPipeError):
+        os._exit(_BROKEN_PIPE)
 
 
 def _exit_code(result: str, code: int) -> int:
@@ -22490,10 +22511,25 @@ def _task_exit_code(reply: Reply) -> int:
     return _exit_code(reply.task["result"], 0)
 
 
-def _seconds_text(record: Mapping[str, Any]) -> str:
+def _seconds_text(record: Record) -> str:
     if "started_at" not in record:
         return ""
     return format_seconds(record["seconds"])
+
+
+def _message_of(record: Record) -> str:
+    """Return why a task or a step ended as it did, where that needs a word."""
+    if record["result"] in _QUIET_RESULTS:
+        return ""
+    return printable(record["msg"])
+
+
+def _tell(options: Options, data: Any, text: str) -> None:
+    """Print the data as a line of JSON where that was asked for, else the text."""
+    if options.json:
+        print_json_line(data)
+    else:
+        print(text, flush=True)
 
 
 def _await_in_thread(action: Callable[[], Any]) -> Any:
@@ -22528,9 +22564,10 @@ class JobOutcome(NamedTuple):
 class Job:
     """A task on one host, made and followed by one thread; `stop` is for another."""
 
-    def __init__(self, endpoint: Endpoint, task_id: str) -> None:
+    def __init__(self, endpoint: Endpoint, task_id: str, options: Options) -> None:
         self.endpoint = endpoint
         self.task_id = task_id
+        self._options = options
         self._was_stopped = False
 
     def run(self) -> JobOutcome:
@@ -22546,38 +22583,29 @@ class Job:
     def do(self) -> JobOutcome:
         raise NotImplementedError
 
-    def stop(self) -> None:
+    def stop(self, *_: object) -> None:
         """Stop the task; a second time at once."""
         self._was_stopped = True
         query = {"action": "stop", "reason": "interrupted at the client"}
         with contextlib.suppress(ClientError), Api(self.endpoint) as api:  # who follows the task tells of it
             api.call("PUT", _task_path(self.task_id), query)
 
-    def post(
-        self,
-        api: Api,
-        query: Mapping[str, Any],
-        steps: Sequence[Any],
-    ) -> Any:
+    def post(self, api: Api, steps: Sequence[Any], **query: Any) -> Any:
         """Submit the task under its id and return what the daemon says. Raise ClientError."""
-        data = api.call(
-            "POST",
-            "/api/v1/task",
-            {"id": self.task_id, **query},
-            list(steps),
-        ).data
+        if self._options.timeout:
+            query["timeout"] = self._options.timeout
+        data = api.call("POST", "/api/v1/task", {"id": self.task_id, **query}, steps).data
         for warning in data.get("warnings", ()):
             print_error(f"{self.endpoint.name}: {printable(warning)}")
         if self._was_stopped:
             self.stop()  # the first one came too early
         return data
 
+    def outcome_json(self, outcome: JobOutcome) -> Any:
+        return {"host": self.endpoint.name, "id": self.task_id, **outcome._asdict()}
 
-def _run_jobs(
-    jobs: Sequence[Job],
-    parallel: int,
-    is_fail_fast: bool,
-) -> dict[Job, JobOutcome]:
+
+def _run_jobs(jobs: Sequence[Job], parallel: int, is_fail_fast: bool) -> dict[Job, JobOutcome]:
     """Run the jobs, `parallel` at a time; Ctrl-C stops all, and after a failure no other begins if so asked.
 
     Return the outcomes of those that began.
@@ -22609,42 +22637,24 @@ def _run_jobs(
     return outcomes
 
 
-def _run_on_hosts(jobs: Sequence[Job], options: argparse.Namespace) -> int:
+def _run_on_hosts(jobs: Sequence[Job], options: Options) -> int:
     """Run a job a host, canaries first, and tell what came of each; return the worst code."""
-    outcomes = {}
-    if options.canary:
-        outcomes = _run_jobs(
-            jobs[: options.canary],
-            options.parallel,
-            options.fail_fast,
-        )
-    if not any(outcome.code for outcome in outcomes.values()):
-        others = jobs[options.canary :]
-        outcomes.update(_run_jobs(others, options.parallel, options.fail_fast))
+    outcomes: dict[Job, JobOutcome] = {}
+    for group in (jobs[: options.canary], jobs[options.canary :]):
+        if not any(outcome.code for outcome in outcomes.values()):
+            outcomes.update(_run_jobs(group, options.parallel, options.fail_fast))
     rows = []
     for job in jobs:
         outcome = outcomes.get(job) or JobOutcome("not_begun", 0)
         if options.json:
-            print_json_line(
-                {"host": job.endpoint.name, "id": job.task_id, **outcome._asdict()},
-            )
+            print_json_line(job.outcome_json(outcome))
         took = format_seconds(outcome.seconds)
         message = printable(outcome.message)
-        rows.append(
-            (
-                job.endpoint.name,
-                outcome.result,
-                str(outcome.code),
-                took,
-                job.task_id,
-                message,
-            ),
-        )
+        rows.append((job.endpoint.name, outcome.result, str(outcome.code), took, job.task_id, message))
     if not options.json:
         screen = Screen(sys.stderr)
         header = ("HOST", "RESULT", "CODE", "TOOK", "TASK", "MESSAGE")
-        results = [row[1] for row in rows]
-        screen.print(*screen.table(header, rows, results))
+        screen.print(*screen.table(header, rows, [row[1] for row in rows]))
     return max([outcome.code for outcome in outcomes.values()], default=0)
 
 
@@ -22664,102 +22674,45 @@ def to_cmd_line(words: Sequence[str]) -> str:
 
 
 class _ExecJob(Job):
-    """Runs one step, its output to the writers as it comes."""
+    """Runs one step, its output shown as it comes: as it is, or behind the name of its host if there are several."""
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        options: argparse.Namespace,
-        stdin: bytes,
-        is_single: bool,
-    ) -> None:
-        super().__init__(endpoint, f"exec-{os.urandom(16).hex()}")
-        self._options = options
+    def __init__(self, endpoint: Endpoint, options: Options, stdin: bytes, is_single: bool) -> None:
+        super().__init__(endpoint, f"exec-{os.urandom(16).hex()}", options)
         self._stdin = stdin
-        self._writers: dict[str, OutputWriter | LineWriter] = {}
-        for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
-            if options.json:
-                self._writers[name] = LineWriter(
-                    functools.partial(self._print_json, name),
-                )
-            elif is_single:
-                self._writers[name] = OutputWriter(stream)
-            else:
-                self._writers[name] = LineWriter(
-                    functools.partial(self._print, Screen(stream)),
-                )
-
-    def _print_json(self, stream: str, line: str) -> None:
-        print_json_line(
-            {"host": self.endpoint.name, "stream": stream, "line": line},
-        )
-
-    def _print(self, screen: Screen, line: str) -> None:
-        screen.print(f"{self.endpoint.name} | {line}")
+        self._labels = {} if is_single and not options.json else {"host": endpoint.name}
 
     def do(self) -> JobOutcome:
-        query = {}
-        if self._options.timeout:
-            query["timeout"] = self._options.timeout
         with Api(self.endpoint) as api:
-            step = self._step(api)
-            if "stderr" not in step:
-                del self._writers["stderr"]
-            self.post(api, query, [step])
-            with concurrent.futures.ThreadPoolExecutor(2, "output") as pool:
-                copies = [pool.submit(self._copy, stream) for stream in self._writers]
-            for copy in copies:
-                copy.result()
+            self.post(api, [self._step(api)])
+            writers = _own_streams(("stdout", "stderr"), self._labels, self._options.json)
+            follow_step(self.endpoint, _task_path(self.task_id, "0"), writers, self.stop)
             end = _await_task(api, self.task_id).data[0]
+        result = end["result"]
         message = ""
-        if end["result"] == "timed_out":
+        if result == "timed_out":
             message = f"{self.endpoint.name}: timed out after {format_seconds(end['seconds'])}; --timeout allows more"
-        elif end["result"] not in ("succeeded", "failed"):
-            message = f"{self.endpoint.name}: {printable(end['msg'])}"
-        return JobOutcome(
-            end["result"],
-            _exit_code(end["result"], end["code"]),
-            end["seconds"],
-            message,
-        )
+        elif result != "failed" and _message_of(end):
+            message = f"{self.endpoint.name}: {_message_of(end)}"
+        return JobOutcome(result, _exit_code(result, end["code"]), end["seconds"], message)
 
     def _step(self, api: Api) -> dict[str, Any]:
         """Return the step: a script as it is, or a command as its host's shell takes it."""
-        features = ["wait", "output", "follow"]
-        if self._stdin:
-            features.append("stdin")
-        version = api.require(features)
-        is_windows = version["python"]["os"] == "windows"
-        script = self._options.c
-        if not script:
-            script = to_cmd_line(self._options.words) if is_windows else shlex.join(self._options.words)
-        step = {
-            "command_type": self._options.type or ("cmd" if is_windows else "sh"),
-            "command_content": script,
+        version = api.require("wait", "output", "follow", "stderr", "stdin")
+        quote: Callable[[Sequence[str]], str] = shlex.join
+        command_type = "sh"
+        if version["python"]["os"] == "windows":
+            quote = to_cmd_line
+            command_type = "cmd"
+        return {
+            "command_type": self._options.type or command_type,
+            "command_content": self._options.c or quote(self._options.words),
             "env_vars": self._options.env,
+            "stderr": "apart",
+            "stdin_base64": binascii.b2a_base64(self._stdin, newline=False).decode(),
         }
-        if "stderr" in version["features"]:
-            step["stderr"] = "apart"
-        else:
-            print_error(f"{self.endpoint.name}: its remote_executor is older: stderr comes on standard output")
-        if self._stdin:
-            import base64
-
-            step["stdin_base64"] = base64.b64encode(self._stdin).decode()
-        return step
-
-    def _copy(self, stream: str) -> None:
-        writer = self._writers[stream]
-        path = _task_path(self.task_id, "0")
-        try:
-            with Api(self.endpoint) as api, contextlib.closing(writer):
-                follow_output(api, path, stream, writer.write)
-        except (ClientError, OSError):  # the latter of who reads our output, such as head(1)
-            self.stop()  # else its other stream would be followed to the end
-            raise
 
 
-def run_exec(options: argparse.Namespace) -> int:
+def run_exec(options: Options) -> int:
     """Run one step, its output live, and return its exit code."""
     if options.words[:1] == ["--"]:
         del options.words[0]
@@ -22774,23 +22727,13 @@ def run_exec(options: argparse.Namespace) -> int:
         return _run_on_hosts(jobs, options)
     outcome = _run_jobs(jobs, 1, is_fail_fast=False)[jobs[0]]
     if options.json:
-        print_json_line(
-            {"host": jobs[0].endpoint.name, "id": jobs[0].task_id, **outcome._asdict()},
-        )
+        print_json_line(jobs[0].outcome_json(outcome))
     elif outcome.message:
         print_error(outcome.message)
     return outcome.code
 
 
 # -- following a task
-
-
-def _await_task(api: Api, task_id: str) -> Reply:
-    """Wait for a task's end; return its detail. Raise ClientError."""
-    while True:
-        reply = _call_task(api, "GET", task_id, wait="1m")  # below the time that an answer may take
-        if reply.code != Code.IN_PROGRESS:
-            return reply
 
 
 class _Changes:
@@ -22819,309 +22762,222 @@ class _Changes:
 
     def _watch(self) -> None:
         with contextlib.suppress(ClientError):
-            for _ in read_events(Api(self._endpoint), self._task_id):
+            for _ in await_events(Api(self._endpoint), self._task_id):
                 self._poll_s = _EVENTS_TRUST_S
                 self._changed.set()
         self._poll_s = 1.0
 
 
-def _steps_with_stderr(api: Api, task_id: str) -> set[int]:
-    """Return the indexes of the steps that write their stderr apart. Raise ClientError."""
+def _streams_of_steps(api: Api, task_id: str) -> Callable[[Record], Sequence[str]]:
+    """Return a function that tells the streams that a step of the task writes. Raise ClientError."""
     data = api.call("GET", _task_path(task_id, "submission")).data or {}  # an earlier version did not keep it
     steps = data.get("steps", [])
-    return {index for index, step in enumerate(steps) if step.get("stderr") == "apart"}
+    apart = {index for index, step in enumerate(steps) if step.get("stderr") == "apart"}
+
+    def streams_of(step: Record) -> Sequence[str]:
+        return ("stdout", "stderr") if step["step"] in apart else ("stdout",)
+
+    return streams_of
+
+
+def _is_taken_over(step: Record) -> bool:
+    """Return whether a step of a rerun is one of its parent's, which had ended before."""
+    return "ended_at" in step and parse_time(step["ended_at"]) < parse_time(step["accepted_at"])
 
 
 class TaskFollower:
-    """Shows a task until its end: each line of its output with its step's name, or on a terminal a line a step."""
+    """Shows a task until its end: each line of its output behind its step's name, or on a terminal a line a step."""
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        task_id: str,
-        prefix: str = "",
-        is_json: bool = False,
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, task_id: str, is_json: bool, host: str = "") -> None:
         self._endpoint = endpoint
         self._api = Api(endpoint)
         self._task_id = task_id
         self._screen = Screen(sys.stdout)
-        self._prefix = prefix
         self._is_json = is_json
-        self._with_stderr: set[int] = set()  # indexes of steps
-        self._is_drawn = self._screen.is_terminal and not (prefix or is_json)
-        self._copies: dict[int, list[threading.Thread]] = {}  # by step, one for each stream
+        self._labels = {"host": host} if host else {}  # before the step's; one of several hosts
+        self._is_drawn = self._screen.is_terminal and not (host or is_json)
+        self._copies: dict[int, threading.Thread] = {}  # by step
 
     def follow(self) -> Reply:
         """Return the task's detail at its end. Raise ClientError."""
-        self._api.require(["output", "follow", "events"])
-        self._with_stderr = _steps_with_stderr(self._api, self._task_id)
+        self._api.require("output", "follow", "events")
+        self._streams_of = _streams_of_steps(self._api, self._task_id)
         changes = _Changes(self._endpoint, self._task_id)
         while True:
             reply = _call_task(self._api, "GET", self._task_id)
             if self._is_drawn:
                 self._draw(reply.data)
             else:
-                self._copy_outputs(reply.data)
+                self._copy_outputs(reply)
             if reply.code != Code.IN_PROGRESS:
                 break
             changes.wait(1.0 if self._is_drawn else _EVENTS_TRUST_S)
-        for copy in itertools.chain.from_iterable(self._copies.values()):
+        for copy in self._copies.values():
             copy.join()
-        for step in reply.data:
-            if step["result"] not in _QUIET_RESULTS:
-                self._explain(step)
+        for step in filter(_message_of, reply.data):
+            self._explain(step)
         self._api.close()
         return reply
 
-    def _copy_outputs(self, steps: Sequence[Any]) -> None:
-        """Copy the output of each step that has begun, in a thread of its own for each stream."""
-        for step in steps:
-            index = step["step"]
+    def _copy_outputs(self, reply: Reply) -> None:
+        """Copy the output of each step that has begun, in a thread of its own."""
+        for step in reply.data:
             has_begun = step["result"] not in _UNBEGUN_RESULTS or step["output_bytes"]
-            if not has_begun or index in self._copies:
+            if not has_begun or step["step"] in self._copies or ("parent" in reply.task and _is_taken_over(step)):
                 continue
-            self._await_copies(steps)
-            self._copies[index] = []
-            streams = ["stdout", "stderr"] if index in self._with_stderr else ["stdout"]
-            for stream in streams:
-                copy = threading.Thread(
-                    target=self._copy,
-                    args=(step, stream),
-                    name=f"output {index}",
-                    daemon=True,
-                )
-                self._copies[index].append(copy)
-                copy.start()
+            for other in reply.data:  # wait for what has ended: so the outputs of a sequence come in its order
+                if "ended_at" in other and other["step"] in self._copies:
+                    self._copies[other["step"]].join()
+            copy = threading.Thread(target=self._copy, args=(step,), name=f"output {step['step']}", daemon=True)
+            self._copies[step["step"]] = copy
+            copy.start()
 
-    def _await_copies(self, steps: Sequence[Any]) -> None:
-        """Wait for the outputs of what has ended: so those of a sequence come in its order."""
-        for step in steps:
-            if "ended_at" in step:
-                for copy in self._copies.get(step["step"], ()):
-                    copy.join()
-
-    def _copy(self, step: Mapping[str, Any], stream: str) -> None:
+    def _copy(self, step: Record) -> None:
         path = _task_path(self._task_id, str(step["step"]))
-        writer = LineWriter(functools.partial(self._print, step["name"]))
+        labels = {**self._labels, "step": step["name"]}
+        writers = {}
+        for stream in self._streams_of(step):
+            writers[stream] = output_writer(sys.stdout, stream, labels, self._is_json)
         try:
-            with Api(self._endpoint) as api, contextlib.closing(writer):
-                follow_output(api, path, stream, writer.write)
+            follow_step(self._endpoint, path, writers, _leave_if_unread)
         except ClientError as error:
             print_error(str(error))
-        except BrokenPipeError:  # of who reads our output, such as head(1); the task goes on
-            os._exit(_BROKEN_PIPE)
 
-    def _print(self, step_name: str, line: str) -> None:
+    def _explain(self, step: Record) -> None:
+        labels = {**self._labels, "step": step["name"]}
         if self._is_json:
-            print_json_line({"step": step_name, "line": line})
-        else:
-            self._screen.print(f"{self._prefix}{printable(step_name)} | {line}")
-
-    def _explain(self, step: Mapping[str, Any]) -> None:
-        if self._is_json:
-            print_json_line(
-                {"step": step["name"], "result": step["result"], "msg": step["msg"]},
-            )
+            print_json_line({**labels, "result": step["result"], "msg": step["msg"]})
         elif self._is_drawn:
             _print_failure(self._api, self._task_id, step, self._screen)
         else:
-            text = self._screen.paint(printable(step["msg"]), step["result"])
-            self._screen.print(f"{self._prefix}{printable(step['name'])} | {text}")
+            self._screen.print(line_prefix(labels) + self._screen.paint(_message_of(step), step["result"]))
 
     def _draw(self, steps: Sequence[Any]) -> None:
         """Draw a line a step, of as many as there is room for, what runs or has failed first."""
         room = shutil.get_terminal_size().lines - 3
-        chosen = sorted(
-            sorted(steps, key=_display_rank)[:room],
-            key=lambda step: int(step["step"]),
-        )
+        chosen = sorted(sorted(steps, key=_display_rank)[:room], key=lambda step: int(step["step"]))
         rows = [(printable(step["name"]), step["result"], _seconds_text(step)) for step in chosen]
         widths = column_widths(rows)
         lines = []
         for step, row in zip(chosen, rows):
             line = f"{self._screen.mark(step['result'])} {align(row, widths)}"
             if step["result"] == "running":
-                last = _tail(self._api, self._task_id, step, 1)
-                line += "  " + "".join(last)
+                line += "  " + "".join(_tail(self._api, self._task_id, step, 1))
             lines.append(line)
         if len(chosen) < len(steps):
             counts = collections.Counter(step["result"] for step in steps)
-            texts = [f"{count} {result}" for result, count in counts.items()]
-            lines.append(", ".join(texts))
+            lines.append(", ".join(f"{count} {result}" for result, count in counts.items()))
         self._screen.draw(lines)
 
 
-def _display_rank(step: Mapping[str, Any]) -> int:
+def _display_rank(step: Record) -> int:
     order = ("running", "waiting", "paused", "succeeded", "not_run")
     return order.index(step["result"]) if step["result"] in order else 0
 
 
-def _tail(
-    api: Api,
-    task_id: str,
-    step: Mapping[str, Any],
-    count: int,
-) -> list[str]:
+def _tail(api: Api, task_id: str, step: Record, count: int) -> list[str]:
     """Return the last lines of a step's output, printable."""
     content: list[bytes] = []
-    copy_output(
-        api,
-        _task_path(task_id, str(step["step"]), "output"),
-        {"tail": count},
-        content.append,
-    )
+    copy_output(api, _task_path(task_id, str(step["step"]), "output"), {"tail": count}, content.append)
     return [printable(line) for line in b"".join(content).decode("utf-8", "replace").splitlines()]
 
 
-def _print_failure(
-    api: Api,
-    task_id: str,
-    step: Mapping[str, Any],
-    screen: Screen,
-) -> None:
+def _print_failure(api: Api, task_id: str, step: Record, screen: Screen) -> None:
     """Print why a step failed, and the last lines that it wrote."""
-    message = printable(step["msg"])
-    screen.print("", screen.paint(message, step["result"]))
+    screen.print("", screen.paint(_message_of(step), step["result"]))
     if step["result"] not in _UNBEGUN_RESULTS:
         for line in _tail(api, task_id, step, _TAIL_OF_FAILED_STEP):
             screen.print(f"    {line}")
 
 
-def _follow_to_end(
-    endpoint: Endpoint,
-    task_id: str,
-    options: argparse.Namespace,
-) -> int:
+def _tell_end(reply: Reply, options: Options, is_quiet: bool = False) -> int:
+    """Tell how a task has ended, people only of a failure; return what this program would end with."""
+    code = _task_exit_code(reply)
+    task = reply.task
+    if options.json:
+        print_json_line({"id": task["id"], "result": task["result"], "code": code})
+    elif code and not is_quiet:
+        print_error(f"{task['id']}: {_message_of(task)}")
+    return code
+
+
+def _follow_to_end(endpoint: Endpoint, task_id: str, options: Options) -> int:
     """Follow a task, or only wait for it; Ctrl-C leaves it running and says how to come back."""
     try:
         if options.follow:
-            reply = TaskFollower(endpoint, task_id, is_json=options.json).follow()
+            reply = TaskFollower(endpoint, task_id, options.json).follow()
         else:
             reply = _await_in_thread(lambda: _await_task(Api(endpoint), task_id))
     except KeyboardInterrupt:
         _say_how_to_return("task", task_id)
         raise
-    code = _task_exit_code(reply)
-    if options.json:
-        print_json_line(
-            {"id": task_id, "result": reply.task["result"], "code": code},
-        )
-    elif code and not options.follow:
-        print_error(f"{task_id}: {printable(reply.task['msg'])}")
-    return code
+    return _tell_end(reply, options, is_quiet=options.follow)
 
 
 def _say_how_to_return(what: str, words: str) -> None:
     print_error(f"the {what} goes on: `follow {words}` shows it again, `stop {words}` stops it")
 
 
-def run_follow(options: argparse.Namespace) -> int:
+def run_follow(options: Options) -> int:
     """Show the output of a task or a step as it comes; return the exit code of the first step that failed."""
     api = single_api(options)
     if not options.step:
         options.follow = True
         return _follow_to_end(api.endpoint, options.id, options)
-    api.require(["output", "follow"])
-    index = _call_task(api, "GET", options.id, options.step).data["step"]
-    path = _task_path(options.id, str(index))
-    copies = []
-    if index in _steps_with_stderr(api, options.id):
-        writer = LineWriter(_print_output_line) if options.json else OutputWriter(sys.stderr)
-        copy = threading.Thread(
-            target=_copy_stderr,
-            args=(Api(api.endpoint), path, writer),
-            name="stderr",
-            daemon=True,
-        )
-        copies.append(copy)
-        copy.start()
+    api.require("output", "follow")
+    step = _call_task(api, "GET", options.id, options.step).data
+    path = _task_path(options.id, str(step["step"]))
+    labels = {"step": step["name"]} if options.json else {}
+    writers = _own_streams(_streams_of_steps(api, options.id)(step), labels, options.json)
     try:
-        with contextlib.closing(_step_writer(options)) as writer:
-            step = _await_in_thread(
-                lambda: follow_output(api, path, "stdout", writer.write),
-            )
+        step = _await_in_thread(lambda: follow_step(api.endpoint, path, writers, _leave_if_unread))
     except KeyboardInterrupt:
         _say_how_to_return("step", shlex.join([options.id, options.step]))
         raise
-    for copy in copies:
-        copy.join()
     return _exit_code(step["result"], step["code"])
 
 
-def _copy_stderr(api: Api, step_path: str, writer: OutputWriter | LineWriter) -> None:
-    """Show what a step writes to its stderr."""
-    try:
-        with contextlib.closing(writer):
-            follow_output(api, step_path, "stderr", writer.write)
-    except ClientError as error:
-        print_error(str(error))
-    except OSError:  # of who reads our stderr: there is nobody to be told
-        return
-
-
-def _print_output_line(line: str) -> None:
-    print_json_line({"line": line})
-
-
-def _step_writer(options: argparse.Namespace) -> OutputWriter | LineWriter:
-    if options.json:
-        return LineWriter(_print_output_line)
-    return OutputWriter(sys.stdout)
-
-
-def run_log(options: argparse.Namespace) -> int:
+def run_log(options: Options) -> None:
     """Print what the steps of a task, or one of them, have written so far."""
     api = single_api(options)
-    api.require(["output"])
-    query = {}
-    if options.tail is not None:
-        query["tail"] = options.tail
-    if options.step:
-        steps = [_call_task(api, "GET", options.id, options.step).data]
-    else:
-        steps = _call_task(api, "GET", options.id).data
-    with_stderr = _steps_with_stderr(api, options.id)
+    api.require("output")
+    query = {} if options.tail is None else {"tail": options.tail}
+    found = _call_task(api, "GET", options.id, options.step).data
+    steps = [found] if options.step else found
+    streams_of = _streams_of_steps(api, options.id)
     for step in steps:
         if len(steps) > 1 and not options.json:
             print(f"==> {printable(step['name'])} <==", flush=True)
-        streams = ["stdout", "stderr"] if step["step"] in with_stderr else ["stdout"]
-        for stream in [options.stream] if options.stream else streams:
-            with contextlib.closing(_step_writer(options)) as writer:
-                copy_output(
-                    api,
-                    _task_path(options.id, str(step["step"]), "output"),
-                    {**query, "stream": stream},
-                    writer.write,
-                )
-    return 0
+        path = _task_path(options.id, str(step["step"]), "output")
+        labels = {"step": step["name"]} if options.json else {}
+        for stream in [options.stream] if options.stream else streams_of(step):
+            with contextlib.closing(output_writer(sys.stdout, stream, labels, options.json)) as writer:
+                copy_output(api, path, {**query, "stream": stream}, writer.write)
 
 
-def run_wait(options: argparse.Namespace) -> int:
+def run_wait(options: Options) -> int:
     """Wait for the end of all tasks, or of any; return the first exit code that is not 0."""
     api = single_api(options)
     changes = _Changes(api.endpoint)
     pending = list(options.ids)
     code = 0
-    while True:
-        for task_id in list(pending):
-            reply = _call_task(api, "GET", task_id)
-            if reply.code == Code.IN_PROGRESS:
-                continue
-            pending.remove(task_id)
-            task_code = _task_exit_code(reply)
-            code = code or task_code
-            if options.json:
-                print_json_line(
-                    {"id": task_id, "result": reply.task["result"], "code": task_code},
-                )
-            elif options.any:
-                print(task_id)
-            elif task_code:
-                print_error(f"{task_id}: {printable(reply.task['msg'])}")
-        if not pending or (options.any and len(pending) < len(options.ids)):
-            return code
-        changes.wait()
+    try:
+        while True:
+            for task_id in list(pending):
+                reply = _call_task(api, "GET", task_id)
+                if reply.code == Code.IN_PROGRESS:
+                    continue
+                pending.remove(task_id)
+                task_code = _tell_end(reply, options, is_quiet=options.any)
+                code = code or task_code
+                if options.any and not options.json:
+                    print(task_id, flush=True)
+            if not pending or (options.any and len(pending) < len(options.ids)):
+                return code
+            changes.wait()
+    except KeyboardInterrupt:
+        print_error(f"they go on: `wait {shlex.join(pending)}` waits again, `stop` stops one")
+        raise
 
 
 # -- submit
@@ -23143,19 +22999,26 @@ def _script_type(path: str, script: str) -> str:
     raise UsageError(f"{path}: unknown type of script: name it .sh, .py, .ps1 or .cmd, begin it with #!, or use --type")
 
 
+def _open_local(path: str) -> io.BufferedReader:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise ClientError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
 def _read_text(path: str) -> str:
     try:
         if path == "-":
             return sys.stdin.buffer.read().decode("utf-8-sig")
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return file.read()
+        with _open_local(path) as file:
+            return file.read().decode("utf-8-sig")
     except OSError as error:
         raise ClientError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError:
         raise ClientError(f"{path} is not text in UTF-8") from None
 
 
-def _steps_of(options: argparse.Namespace) -> list[Any]:
+def _steps_of(options: Options) -> list[Any]:
     """Return the steps of a task in JSON, or one for each script. Raise ClientError and UsageError."""
     texts = [_read_text(path) for path in options.files]
     first = options.files[0]
@@ -23178,41 +23041,36 @@ def _steps_of(options: argparse.Namespace) -> list[Any]:
 
 
 def _split_file(text: str) -> tuple[str, str]:
-    """Return the parts of LOCAL[:REMOTE]; the colon of a drive of Windows parts nothing."""
+    """Return the parts of LOCAL[:REMOTE]; the colon of a drive of Windows parts nothing. Raise ClientError."""
     drive, rest = os.path.splitdrive(text)
-    local, _, remote = rest.partition(":")
-    return drive + local, remote or os.path.basename(local)
+    path, _, remote = rest.partition(":")
+    local = drive + path
+    if not os.path.isfile(local):
+        raise ClientError(f"--file: {local} is not a file here")
+    return local, remote or os.path.basename(local)
 
 
 class _SubmitJob(Job):
     """Submits a task, and follows or awaits it where that is asked for."""
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        options: argparse.Namespace,
-        steps: Sequence[Any],
-    ) -> None:
-        task_id = options.id or os.urandom(16).hex()
-        super().__init__(endpoint, task_id)
-        self._options = options
+    def __init__(self, endpoint: Endpoint, options: Options, steps: Sequence[Any]) -> None:
+        super().__init__(endpoint, options.id or os.urandom(16).hex(), options)
         self._steps = steps
 
     def submit(self) -> Any:
         """Submit the task with its files, and return the daemon's word of it. Raise ClientError."""
         options = self._options
         files = [_split_file(file) for file in options.file]
-        for local, _ in files:
-            if not os.path.isfile(local):
-                raise ClientError(f"--file: {local} is not a file here")
         query: dict[str, Any] = {"env_vars": options.env}
         if files:
             query["paused"] = True
-        for name in ("timeout", "delay", "async"):
+        for name in ("delay", "async"):
             if getattr(options, name):
                 query[name] = getattr(options, name)
         with Api(self.endpoint) as api:
-            data = self.post(api, query, self._steps)
+            if files:
+                api.require("workspace")
+            data = self.post(api, self._steps, **query)
             for local, remote in files:
                 upload(api, self.task_id, local, remote)
             if files:
@@ -23222,42 +23080,30 @@ class _SubmitJob(Job):
     def do(self) -> JobOutcome:
         self.submit()
         if self._options.follow:
-            reply = TaskFollower(self.endpoint, self.task_id, f"{self.endpoint.name} | ", self._options.json).follow()
+            reply = TaskFollower(self.endpoint, self.task_id, self._options.json, self.endpoint.name).follow()
         elif self._options.wait:
             reply = _await_task(Api(self.endpoint), self.task_id)
         else:
             return JobOutcome("submitted", 0)
-        task = reply.task
-        message = "" if task["result"] in _QUIET_RESULTS else task["msg"]
-        return JobOutcome(
-            task["result"],
-            _task_exit_code(reply),
-            task["seconds"],
-            message,
-        )
+        return JobOutcome(reply.task["result"], _task_exit_code(reply), reply.task["seconds"], _message_of(reply.task))
 
 
-def run_submit(options: argparse.Namespace) -> int:
+def run_submit(options: Options) -> int | None:
     """Submit a task, print its id, and follow or await it where that is asked for."""
-    endpoints = endpoints_of(options)
     steps = _steps_of(options)
-    jobs = [_SubmitJob(endpoint, options, steps) for endpoint in endpoints]
+    jobs = [_SubmitJob(endpoint, options, steps) for endpoint in endpoints_of(options)]
     if len(jobs) > 1:
         return _run_on_hosts(jobs, options)
-    data = jobs[0].submit()
-    if options.json:
-        print_json_line(data)
-    else:
-        print(jobs[0].task_id, flush=True)
+    _tell(options, jobs[0].submit(), jobs[0].task_id)
     if options.follow or options.wait:
         return _follow_to_end(jobs[0].endpoint, jobs[0].task_id, options)
-    return 0
+    return None
 
 
 # -- list and show
 
 
-def _list_tasks(api: Api, options: argparse.Namespace) -> Any:
+def _list_tasks(api: Api, options: Options) -> Any:
     query: dict[str, Any] = {"order": "desc", "limit": options.limit, "result": options.result}
     if options.id:
         query["id"] = options.id
@@ -23267,65 +23113,47 @@ def _list_tasks(api: Api, options: argparse.Namespace) -> Any:
 def _task_table(tasks: Sequence[Any], screen: Screen) -> list[str]:
     rows = []
     for task in tasks:
-        message = "" if task["result"] in _QUIET_RESULTS else printable(task["msg"])
         accepted = format_ago(task.get("accepted_at", ""))
-        rows.append(
-            (
-                printable(task["id"]),
-                printable(task["result"]),
-                str(task["count"]),
-                accepted,
-                _seconds_text(task),
-                message,
-            ),
-        )
+        state = (task["result"], str(task["count"]), accepted, _seconds_text(task))
+        rows.append((printable(task["id"]), *state, _message_of(task)))
     header = ("ID", "RESULT", "STEPS", "ACCEPTED", "TOOK", "MESSAGE")
-    return screen.table(
-        header,
-        rows,
-        [task["result"] for task in tasks],
-    )
+    return screen.table(header, rows, [task["result"] for task in tasks])
 
 
-def run_list(options: argparse.Namespace) -> int:
+def run_list(options: Options) -> None:
     """Print the tasks, newest first; with --watch again at each change."""
     api = single_api(options)
     screen = Screen(sys.stdout)
     if options.watch and (options.json or not screen.is_terminal):
         raise UsageError("list: --watch needs a terminal, and no --json")
-    api.require(["paging"])
+    api.require("paging")
+    tasks = _list_tasks(api, options)
     if options.json:
-        for task in _list_tasks(api, options):
-            print_json_line(task)
-        return 0
+        print_json_line(*tasks)
+        return
     if not options.watch:
-        screen.print(*_task_table(_list_tasks(api, options), screen))
-        return 0
+        screen.print(*_task_table(tasks, screen))
+        return
     changes = _Changes(api.endpoint)
     while True:
-        screen.draw(_task_table(_list_tasks(api, options), screen))
+        screen.draw(_task_table(tasks, screen))
         changes.wait(1.0)
+        tasks = _list_tasks(api, options)
 
 
-def run_show(options: argparse.Namespace) -> int:
+def run_show(options: Options) -> None:
     """Print a task with its steps, or all of one step."""
     api = single_api(options)
-    if options.step:
-        step = _call_task(api, "GET", options.id, options.step).data
-        if options.json:
-            print_json_line(step)
-        else:
-            _print_step(step)
-        return 0
-    reply = _call_task(api, "GET", options.id)
+    reply = _call_task(api, "GET", options.id, options.step)
     if options.json:
-        print_json_line({**reply.task, "steps": reply.data})
+        print_json_line(reply.data if options.step else {**reply.task, "steps": reply.data})
+    elif options.step:
+        _print_step(reply.data)
     else:
         _print_task(api, reply)
-    return 0
 
 
-def _print_step(step: Mapping[str, Any]) -> None:
+def _print_step(step: Record) -> None:
     """Print the fields of a step; the lines of its script as they are, but for what would steer a terminal."""
     for name, value in step.items():
         text = value
@@ -23343,112 +23171,64 @@ def _print_task(api: Api, reply: Reply) -> None:
     task = reply.task
     result = task["result"]
     head = [f"{screen.mark(result)} {printable(task['id'])}", screen.paint(result, result), _seconds_text(task)]
-    screen.print(
-        "  ".join(filter(None, [*head, f"accepted {format_ago(task.get('accepted_at', ''))}"])),
-    )
+    head.append(f"accepted {format_ago(task.get('accepted_at', ''))}")
+    screen.print("  ".join(filter(None, head)))
     rows = []
     for step in reply.data:
         before = ", ".join(step.get("depets_on", ()))
         after = f"after {printable(before)}" if before else ""
-        rows.append(
-            (
-                str(step["step"]),
-                printable(step["name"]),
-                step["result"],
-                _seconds_text(step),
-                after,
-            ),
-        )
+        rows.append((str(step["step"]), printable(step["name"]), step["result"], _seconds_text(step), after))
     widths = column_widths(rows)
     for step, row in zip(reply.data, rows):
         screen.print(f"  {screen.mark(step['result'])} {align(row, widths)}")
-    for step in reply.data:
-        if step["result"] not in _QUIET_RESULTS:
-            _print_failure(api, task["id"], step, screen)
+    for step in filter(_message_of, reply.data):
+        _print_failure(api, task["id"], step, screen)
 
 
 # -- what changes a task
 
 
-def _tell(options: argparse.Namespace, text: str) -> int:
-    if options.json:
-        print_json_line({"id": options.id})
-    else:
-        print(text)
-    return 0
-
-
-def run_stop(options: argparse.Namespace) -> int:
-    """Stop a task or a step with its whole process tree."""
-    query = {}
-    if options.reason:
+def _change(options: Options, method: str, done: str, **query: str) -> None:
+    """Make a request that changes a task or a step, and tell what has been done."""
+    step = getattr(options, "step", "")
+    if getattr(options, "reason", ""):
         query["reason"] = options.reason
-    _change(options, "stop", options.step, **query)
-    what = f"{options.id} {options.step}".rstrip()
-    return _tell(options, f"{what}: stopped")
+    _call_task(single_api(options), method, options.id, step, **query)
+    what = f"{options.id} {step}".rstrip()
+    _tell(options, {"id": options.id}, f"{what}: {done}")
 
 
-def _change(
-    options: argparse.Namespace,
-    action: str,
-    step: str = "",
-    **query: Any,
-) -> None:
-    api = single_api(options)
-    _call_task(api, "PUT", options.id, step, action=action, **query)
+_stop = functools.partial(_change, method="PUT", done="stopped", action="stop")
+_pause = functools.partial(_change, method="PUT", done="paused", action="pause")
+_resume = functools.partial(_change, method="PUT", done="resumed", action="resume")
+_delete = functools.partial(_change, method="DELETE", done="deleted")
 
 
-def run_pause(options: argparse.Namespace) -> int:
-    """Let no further step of a task start; what runs goes on."""
-    _change(options, "pause")
-    return _tell(options, f"{options.id}: paused")
-
-
-def run_resume(options: argparse.Namespace) -> int:
-    """Let the steps of a paused task start."""
-    _change(options, "resume")
-    return _tell(options, f"{options.id}: resumed")
-
-
-def run_delete(options: argparse.Namespace) -> int:
-    """Delete an ended task with its files."""
-    _call_task(single_api(options), "DELETE", options.id)
-    return _tell(options, f"{options.id}: deleted")
-
-
-def run_rerun(options: argparse.Namespace) -> int:
+def run_rerun(options: Options) -> int | None:
     """Run a task again as a new one, whole or from what failed on; print the new id."""
     api = single_api(options)
-    api.require(["rerun"])
+    api.require("rerun")
     query: dict[str, Any] = {"id": os.urandom(16).hex(), "env_vars": options.env}
     if options.failed:
         query["only"] = "failed"
     data = _call_task(api, "POST", options.id, leaf="rerun", **query).data
-    if options.json:
-        print_json_line(data)
-    else:
-        print(data["id"], flush=True)
+    _tell(options, data, data["id"])
     if options.follow:
         return _follow_to_end(api.endpoint, data["id"], options)
-    return 0
+    return None
 
 
-def run_pool(options: argparse.Namespace) -> int:
+def run_pool(options: Options) -> None:
     """Show the pool, resize, pause or resume it."""
-    api = single_api(options)
     change = {}
     if options.size is not None:
         change["size"] = options.size
     if options.pause or options.resume:
         change["paused"] = options.pause
     method = "POST" if change else "GET"
-    pool = api.call(method, "/api/v1/pool", body=change or None).data
-    if options.json:
-        print_json_line(pool)
-        return 0
+    pool = single_api(options).call(method, "/api/v1/pool", body=change or None).data
     paused = ", paused" if pool.get("paused") else ""
-    print(f"{pool['running']} running of {pool['size']}, {pool['waiting']} waiting{paused}")
-    return 0
+    _tell(options, pool, f"{pool['running']} running of {pool['size']}, {pool['waiting']} waiting{paused}")
 
 
 # -- files of the workspace
@@ -23459,81 +23239,56 @@ def _workspace_path(task_id: str, path: str) -> str:
     return _task_path(task_id, leaf=f"workspace/{quoted}".rstrip("/"))
 
 
-class _CountedFile:
-    """A file whose reading is shown as progress."""
-
-    def __init__(self, file: Any, progress: Progress) -> None:
-        self._file = file
-        self._progress = progress
-        self.seek = file.seek
-        self.fileno = file.fileno
-
-    def read(self, size: int = -1) -> bytes:
-        content: bytes = self._file.read(size)
-        self._progress.add(len(content))
-        return content
+def _workspace_api(options: Options) -> Api:
+    api = single_api(options)
+    api.require("workspace")
+    return api
 
 
-def _open_local(path: str) -> io.BufferedReader:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise ClientError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def upload(
-    api: Api,
-    task_id: str,
-    local: str,
-    remote: str,
-) -> None:
+def upload(api: Api, task_id: str, local: str, remote: str) -> None:
     """Copy a file of this host into the workspace of a task. Raise ClientError."""
-    with _open_local(local) as file:
-        progress = Progress(f"put {remote}")
-        progress.begin(os.fstat(file.fileno()).st_size)
-        path = _workspace_path(task_id, remote)
-        with contextlib.closing(progress), api.open("PUT", path, body=_CountedFile(file, progress)) as response:
-            envelope = json.loads(response.read())
-    if envelope["code"]:
-        raise ClientError(f"{api.endpoint.name}: {printable(envelope['message'])}")
+    with _open_local(local) as file, contextlib.closing(Progress(f"put {remote}")) as progress:
+        size = os.fstat(file.fileno()).st_size
+
+        def read_parts() -> Iterator[bytes]:
+            file.seek(0)
+            progress.begin(size)
+            while part := file.read(_TRANSFER_BYTES):
+                progress.add(len(part))
+                yield part
+
+        headers = {"Content-Length": str(size)}
+        with api.open("PUT", _workspace_path(task_id, remote), None, read_parts, headers) as response:
+            reply = api.parse(response.read())
+    if reply.code:
+        raise ClientError(f"{api.endpoint.name}: {printable(reply.message)}")
 
 
-def _download(
-    api: Api,
-    task_id: str,
-    path: str,
-    write: Callable[[bytes], Any],
-) -> None:
+def _download(api: Api, task_id: str, path: str, write: Write) -> None:
     """Write a file of a workspace. Raise ClientError, and as `write` does."""
-    progress = Progress(f"get {path}")
+    with contextlib.closing(Progress(f"get {path}")) as progress:
 
-    def write_and_count(part: bytes) -> None:
-        write(part)
-        progress.add(len(part))
+        def write_and_count(part: bytes) -> None:
+            write(part)
+            progress.add(len(part))
 
-    with contextlib.closing(progress):
         copy_file(api, _workspace_path(task_id, path), progress.begin, write_and_count)
 
 
-def run_put(options: argparse.Namespace) -> int:
+def run_put(options: Options) -> None:
     """Copy a file of this host into the workspace of a task."""
     remote = options.path or os.path.basename(options.local)
-    upload(single_api(options), options.id, options.local, remote)
-    return _tell(options, f"{options.local} -> {options.id}:{remote}")
+    upload(_workspace_api(options), options.id, options.local, remote)
+    _tell(options, {"id": options.id}, f"{options.local} -> {options.id}:{remote}")
 
 
-def run_get(options: argparse.Namespace) -> int:
+def run_get(options: Options) -> None:
     """Copy a file of the workspace of a task to this host, whole or not at all; `-` is standard output."""
-    api = single_api(options)
+    api = _workspace_api(options)
     local = options.local or os.path.basename(options.path)
     if local == "-":
-        _download(
-            api,
-            options.id,
-            options.path,
-            OutputWriter(sys.stdout).write,
-        )
-        return 0
+        _download(api, options.id, options.path, OutputWriter(sys.stdout).write)
+        return
     if os.path.isdir(local):
         local = os.path.join(local, os.path.basename(options.path))
     partial = f"{local}.{os.urandom(8).hex()}"
@@ -23546,39 +23301,28 @@ def run_get(options: argparse.Namespace) -> int:
     finally:
         with contextlib.suppress(OSError):  # it is there after a failure alone
             os.unlink(partial)
-    return _tell(options, f"{options.id}:{options.path} -> {local}")
+    _tell(options, {"id": options.id}, f"{options.id}:{options.path} -> {local}")
 
 
-def run_ls(options: argparse.Namespace) -> int:
+def run_ls(options: Options) -> None:
     """List a directory of the workspace of a task."""
-    api = single_api(options)
-    path = _workspace_path(options.id, options.path)
-    with api.open("GET", path) as response:
+    api = _workspace_api(options)
+    with api.open("GET", _workspace_path(options.id, options.path)) as response:
         if response.getheader("Content-Disposition"):
             raise ClientError(f"{api.endpoint.name}: {options.path!r} is a file: `get` copies it")
-    entries = api.call("GET", path).data
+        entries = api.parse(response.read()).data
     if entries is None:
         raise ClientError(f"{api.endpoint.name}: no task {options.id!r}: never there, expired or deleted; see `list`")
     if options.json:
-        for entry in entries:
-            print_json_line(entry)
-        return 0
+        print_json_line(*entries)
+        return
     screen = Screen(sys.stdout)
     rows = []
     for entry in entries:
         slash = "/" if entry["type"] == "directory" else ""
         size = format_bytes(entry["bytes"]) if "bytes" in entry else ""
-        rows.append(
-            (
-                printable(entry["name"]) + slash,
-                size,
-                format_ago(entry.get("modified_at", "")),
-            ),
-        )
-    screen.print(
-        *screen.table(("NAME", "SIZE", "MODIFIED"), rows),
-    )
-    return 0
+        rows.append((printable(entry["name"]) + slash, size, format_ago(entry.get("modified_at", ""))))
+    screen.print(*screen.table(("NAME", "SIZE", "MODIFIED"), rows))
 
 
 # -- the table of commands
@@ -23645,7 +23389,7 @@ class ClientCommand(NamedTuple):
     name: str
     help: str
     example: str
-    run: Callable[[argparse.Namespace], int]
+    run: Callable[[Options], int | None]
     arguments: Sequence[_Argument]
 
     @property
@@ -23763,7 +23507,7 @@ def _is_plain_id(task_id: str) -> bool:
     return bool(re.fullmatch("[A-Za-z0-9._-]+", task_id))
 
 
-def _print_ids(options: argparse.Namespace) -> None:
+def _print_ids(options: Options) -> None:
     """Print the ids of the newest tasks, if the daemon tells them in time."""
     ids: list[str] = []
 
@@ -23782,7 +23526,7 @@ def _print_ids(options: argparse.Namespace) -> None:
     print("\n".join(ids))
 
 
-def run_completion(options: argparse.Namespace) -> int:
+def run_completion(options: Options) -> int:
     """Print a shell's script for completion, or what that asks for: ids of tasks."""
     if options.shell == "ids":
         _print_ids(options)
@@ -23869,11 +23613,11 @@ CLIENT_COMMANDS = (
         "stop",
         "Stop a task or a step with its process tree.",
         "stop web-1 --reason 'wrong branch'",
-        run_stop,
+        _stop,
         (_ID_ARGUMENT, _STEP_ARGUMENT, _Argument("--reason", "TEXT", "shown with the task")),
     ),
-    ClientCommand("pause", "Let no further step of a task start.", "pause web-1", run_pause, (_ID_ARGUMENT,)),
-    ClientCommand("resume", "Let the steps of a paused task start.", "resume web-1", run_resume, (_ID_ARGUMENT,)),
+    ClientCommand("pause", "Let no further step of a task start.", "pause web-1", _pause, (_ID_ARGUMENT,)),
+    ClientCommand("resume", "Let the steps of a paused task start.", "resume web-1", _resume, (_ID_ARGUMENT,)),
     ClientCommand(
         "rerun",
         "Run a task again as a new one.",
@@ -23886,7 +23630,7 @@ CLIENT_COMMANDS = (
             _FOLLOW_ARGUMENT,
         ),
     ),
-    ClientCommand("delete", "Delete an ended task with its files.", "delete web-1", run_delete, (_ID_ARGUMENT,)),
+    ClientCommand("delete", "Delete an ended task with its files.", "delete web-1", _delete, (_ID_ARGUMENT,)),
     ClientCommand(
         "pool",
         "Show the pool, resize, pause or resume it.",
@@ -23964,7 +23708,7 @@ def client_command(
     try:
         code = command.run(options)
         sys.stdout.flush()
-        return code
+        return code or 0
     except ClientError as error:
         print_error(str(error))
         return _CLIENT_FAILED

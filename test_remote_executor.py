@@ -11459,7 +11459,9 @@ def test_client_follows_each_attempt_of_both_streams_in_turn_and_reruns_what_fai
     assert followed.stdout == "out 1\nout 2\nout 3\n" and followed.stderr == "err 1\nerr 2\nerr 3\n"
     gate.touch()
     again = ask(daemon, "rerun", "--failed", "--follow", task)
-    assert again.returncode == 0 and "c | clean" in again.stdout
+    assert again.returncode == 0 and "c | clean" in again.stdout and "a | " not in again.stdout
+    told = {(row.get("step"), row.get("stream"), row.get("line")) for row in ask_json(daemon, "follow", task)}
+    assert {("a", "stdout", "out 3"), ("a", "stderr", "err 3"), ("c", "stdout", "clean")} <= told
 
 
 @posix_only
@@ -11518,18 +11520,75 @@ def shown_on(terminal: int, until: str = "") -> str:
     return shown.decode(errors="replace")
 
 
+class Display:
+    """What a terminal shows of what is written to it, as far as the client steers it: lines gone up, and cleared."""
+
+    def __init__(self) -> None:
+        self.lines = [""]
+
+    def feed(self, text: str) -> None:
+        for part in re.split(r"(\x1b\[\d+A|\x1b\[J|\r\n)", text):
+            if part == "\r\n":
+                self.lines.append("")
+            elif re.fullmatch(r"\x1b\[\d+A", part):
+                self.lines[-1 - int(part[2:-1]) :] = [""]
+            elif part != "\x1b[J":
+                self.lines[-1] += part
+
+    def shows(self, frame: str) -> bool:
+        """Whether this is what it shows last, whatever the times."""
+        return plain_times("\n".join(self.lines)).strip().endswith(plain_times(frame).strip())
+
+
+def plain_times(text: str) -> str:
+    """The text with one word for each time, and one blank for several."""
+    return re.sub(" {2,}", " ", re.sub(r"\b\d+(\.\d)?s|\d+m\d\ds", "TIME", text))
+
+
+def await_frame(terminal: int, display: Display, frame: str) -> None:
+    while not display.shows(frame):
+        try:
+            display.feed(os.read(terminal, 65536).decode())
+        except OSError:
+            raise AssertionError(f"{display.lines} is not {frame}") from None
+
+
+@posix_only
+def test_terminal_shows_what_the_readme_does(
+    launch: Callable[..., Daemon], tmp_path: Path, gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = launch()
+    running, ended, watched = (block.text for block in blocks() if block.how == "terminal")
+    wait = f"while [ ! -e '{gate}' ]; do sleep 0.05; done"
+    test = f"echo 'test 1 of 2: ok'; {wait}; echo 'test 2 of 2: no answer'; exit 4"
+    for name, text in (("build.sh", "echo compiled"), ("qa.sh", test), ("deploy.sh", "exit 9")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for frames in ((running, ended), (watched,)):
+        command, first = frames[0].split("\n", 1)
+        arguments = shlex.split(command.partition("remote_executor.py ")[2])
+        with on_terminal(daemon, *arguments, NO_COLOR="1") as (terminal, process):
+            display = Display()
+            await_frame(terminal, display, first)
+            gate.touch()
+            for frame in frames[1:]:
+                await_frame(terminal, display, frame)
+                assert process.wait(30) == 4
+
+
 @posix_only
 @pytest.mark.parametrize("presses", [1, 2], ids=["ends", "killed"])
 def test_exec_stops_its_step_on_ctrl_c(daemon: Daemon, presses: int) -> None:
     trap = "trap '' TERM; " if presses == 2 else ""
     with on_terminal(daemon, "exec", "-c", f"{trap}echo begun; while :; do sleep 0.1; done") as (terminal, process):
         assert "begun" in shown_on(terminal, "begun\r\n")
-        begin = time.monotonic()
         for _ in range(presses):
             os.write(terminal, b"\x03")
             shown_on(terminal, "stopping")
         shown_on(terminal)
-        assert process.wait(30) == 130 and time.monotonic() - begin < 4
+        assert process.wait(30) == 130
+    (task,) = ask_json(daemon, "list", "--id", "exec-*", "--limit", "1")
+    assert daemon.log().count(f"PUT /api/v1/task/{task['id']}: stop") == presses
     until_idle(daemon)
 
 
@@ -11666,6 +11725,7 @@ def test_many_hosts_are_spared_after_a_failure(daemon: Daemon, flag: str) -> Non
     assert [(row["result"], row["code"]) for row in rows] == [("failed", 9), ("not_begun", 0)]
 
 
+@pytest.mark.skipif(OLD_WINE, reason="its table of connections does not tell whose they are")
 def test_local_daemon_is_found_by_the_url_in_its_root(launch: Callable[..., Daemon]) -> None:
     daemon = launch("--require_token")
     found = {"REMOTE_EXECUTOR_HOST": "", "REMOTE_EXECUTOR_ROOT": str(daemon.root)}
@@ -11677,13 +11737,30 @@ def test_local_daemon_is_found_by_the_url_in_its_root(launch: Callable[..., Daem
     assert not (daemon.root / "url").exists()
 
 
+@pytest.mark.parametrize("user", [54321, LookupError("no such connection")], ids=["another", "unknown"])
+def test_token_of_a_root_goes_to_no_other_user_who_has_taken_the_port(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, user: Any
+) -> None:
+    def user_of_peer(*_: object) -> int:
+        if isinstance(user, Exception):
+            raise user
+        return int(user)
+
+    monkeypatch.setattr(module().LocalPeers, "user", user_of_peer)
+    faulty = Faulty(answer_of(b""), answer_of(b"{}"))
+    endpoint = faulty.endpoint._replace(root=str(tmp_path), token="secret")
+    with pytest.raises(module().ClientError, match="is served by"), module().Api(endpoint) as api:
+        api.call("GET", "/x")
+    assert faulty.requests == ["/heartbeat"]
+
+
 def test_client_speaks_tls_and_believes_no_other_certificate(launch_tls: Callable[..., Daemon], tmp_path: Path) -> None:
     daemon = launch_tls("--require_token")
     host = ["-H", f"https://127.0.0.1:{daemon.port}"]
     trust = ["--cacert", str(tmp_path / "ca.pem")]
     known = ["--cert", str(tmp_path / "client.pem"), "--key", str(tmp_path / "client.key.pem")]
-    begin = time.monotonic()
-    assert "certificate verify failed" in ask(daemon, "pool", *host).stderr and time.monotonic() - begin < 3
+    assert "certificate verify failed" in ask(daemon, "pool", *host).stderr
+    assert not module()._is_temporary(ssl.SSLCertVerificationError())
     assert "REMOTE_EXECUTOR_TOKEN" in ask(daemon, "pool", *host, *trust).stderr
     assert ask(daemon, "exec", *host, *trust, *known, "-c", "exit 3").returncode == 3
     assert "--cacert, --cert or --key cannot be used" in ask(daemon, "pool", *host, "--cacert", os.devnull).stderr
@@ -11711,7 +11788,7 @@ def test_completion_is_a_script_of_the_shell(daemon: Daemon, tmp_path: Path, she
         and "--fail_fast" in done.stdout.replace("-l ", "--")
         and not re.search("@[A-Z_]+@", done.stdout)
     )
-    if shell in ("bash", "zsh") and shutil.which(shell):
+    if shell != "powershell" and shutil.which(shell):
         assert subprocess.run([shell, "-n"], input=done.stdout.encode()).returncode == 0
 
 
@@ -11766,9 +11843,32 @@ def test_exec_says_what_an_older_daemon_cannot() -> None:
     faulty = Faulty(answer_of(json.dumps(version).encode()))
     options = module().client_parser(module().CLIENT_COMMANDS[0], "").parse_args(["--", "sort"])
     job = module()._ExecJob(faulty.endpoint, options, b"b\na\n", True)
-    refused = pytest.raises(module().ClientError, match="too old for this: no stdin; upgrade it")
+    refused = pytest.raises(module().ClientError, match="too old for this: no stderr, stdin; upgrade it")
     with module().Api(faulty.endpoint) as api, refused:
         job._step(api)
+
+
+@pytest.mark.parametrize("name", ["ls", "get", "put"])
+def test_files_are_not_asked_of_a_daemon_that_has_no_workspaces(daemon: Daemon, name: str) -> None:
+    faulty = Faulty(answer_of(b'{"code": 0, "message": "", "data": {"features": ["wait"]}}'))
+    done = ask(daemon, name, "web-1", "out", REMOTE_EXECUTOR_HOST=faulty.endpoint.url)
+    assert (done.returncode, "too old for this: no workspace; upgrade it" in done.stderr) == (125, True), done
+
+
+def test_proxy_of_the_environment_is_used_but_for_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = b'{"code": 0, "message": "success", "data": 7}'
+    proxy = Faulty(answer_of(told), answer_of(b"", None, "403 Forbidden"))
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", proxy.endpoint.url)
+    monkeypatch.setenv("no_proxy", "")
+    with module().Api(module().Endpoint("", "http://build-7:2376/at")) as api:
+        assert api.call("GET", "/x").data == 7
+    with module().Api(module().Endpoint("", "https://build-7:2376")) as api, pytest.raises(OSError, match="403"):
+        api._send("GET", "/x", None, None, {})
+    own = Faulty(answer_of(told))
+    with module().Api(own.endpoint) as api:
+        assert api.call("GET", "/x").data == 7
+    assert proxy.requests == ["http://build-7:2376/at/x", "build-7:2376"] and own.requests == ["/x"]
 
 
 def test_requests_are_made_again_over_faults() -> None:
@@ -13741,7 +13841,7 @@ def test_readme_blocks_that_serve_print_the_ready_line(launch: Callable[..., Dae
 
 def test_readme_says_how_every_block_is_tested() -> None:
     told = {"run", "answer", "shape", "output", "serve", "suite", "help"}
-    told |= {"prometheus", "inventory", "playbook", "rundeck", "cluster"}
+    told |= {"prometheus", "inventory", "playbook", "rundeck", "cluster", "terminal"}
     parsed = {"sh", "json", "ini", "xml", "python", "powershell", "bat", "nginx", "groovy"}
     wrong = [
         f"README.md:{one.line}" for one in blocks() if one.how not in told and (one.how or one.language not in parsed)
