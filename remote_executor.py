@@ -6416,6 +6416,7 @@ _PARAMETERS = {
     "paused": "paused",
     "env_vars": "env_vars",
     "strict": "strict",
+    "dry": "dry",
 }
 _REPEATABLE_PARAMETER = "env_vars"
 STEP_FIELDS = (
@@ -6570,6 +6571,11 @@ def lower_keys(where: str, value: Mapping[str, Any]) -> dict[str, Any]:
             raise BadRequest(f"{where}: {_shorten(key)} stands twice in different case: give one of them")
         fields[name] = item
     return fields
+
+
+def is_dry_run(query: Pairs) -> bool:
+    """Return whether a submission is to be checked alone. Raises BadRequest."""
+    return _parse_bool(*_parse_query(query, _UnknownNames())["dry"])
 
 
 def check_rerun(changes: Pairs) -> None:
@@ -7859,7 +7865,7 @@ _Apply = Callable[[sqlite3.Connection], Any]
 class Selection(NamedTuple):
     """Which tasks a list shows, and in which order: by acceptance (st), end (et) or expiry (rt).
 
-    `results` is empty for all, `id_glob` too; `limit` is -1 for none. `after` is the cursor of the page before.
+    `results`, `id_glob` and `text` are empty for all; `limit` is -1 for none. `after` is the cursor of the page before.
     """
 
     sort: str = "st"
@@ -7868,6 +7874,7 @@ class Selection(NamedTuple):
     id_glob: str = ""
     limit: int = -1
     after: str = ""
+    text: str = ""  # that its id, its message, who did it or why, or a step says, in any case
 
 
 class Page(NamedTuple):
@@ -7930,19 +7937,30 @@ def _segment_query(
     if results:
         where += f" AND {plus}result IN ({', '.join('?' * len(results))})"
         values += results
+    filters, filter_values = _filters(selection)
+    statement = f"SELECT seq, ended_ns FROM task WHERE {where}{filters} ORDER BY {order} LIMIT ?"
+    return statement, values + filter_values
+
+
+_HAS_TEXT = (
+    "((id || ' ' || message || ' ' || submitted_by || ' ' || stopped_by || ' ' || stop_reason) LIKE ? ESCAPE '!' "
+    "OR EXISTS (SELECT 1 FROM step WHERE task = seq AND (name || ' ' || reason) LIKE ? ESCAPE '!'))"
+)
+
+
+def _filters(selection: Selection) -> tuple[str, list[str]]:
+    """Return the conditions by id and text, each behind AND, and their values."""
+    where = ""
+    values = []
     if selection.id_glob:
-        where += f" AND {_ID_GLOB}"
-        values += _id_glob_values(selection.id_glob)
-    return f"SELECT seq, ended_ns FROM task WHERE {where} ORDER BY {order} LIMIT ?", values
-
-
-_ID_GLOB = "id >= ? AND id < ? AND id GLOB ?"
-
-
-def _id_glob_values(glob: str) -> tuple[str, str, str]:
-    """Return the values of _ID_GLOB: what is literal at its begin bounds the ids, which are ASCII."""
-    prefix = re.split(r"[*?\[]", glob)[0]
-    return prefix, prefix + "\x7f", glob
+        where += " AND id >= ? AND id < ? AND id GLOB ?"
+        prefix = re.split(r"[*?\[]", selection.id_glob)[0]  # is literal, so it bounds the ids, which are ASCII
+        values += [prefix, prefix + "\x7f", selection.id_glob]
+    if selection.text:
+        where += f" AND {_HAS_TEXT}"
+        literal = re.sub("[%_!]", r"!\g<0>", selection.text)
+        values += [f"%{literal.replace('*', '%')}%"] * 2
+    return where, values
 
 
 class Notice(NamedTuple):
@@ -8450,11 +8468,11 @@ class Store:
 
     def total(self, selection: Selection) -> int:
         """Return how many tasks a list has on all its pages."""
-        if not selection.id_glob:
+        if not (selection.id_glob or selection.text):
             totals = dict(self._read("SELECT result, tasks FROM task_total"))
             return sum(totals.get(result, 0) for result in selection.results or totals)
-        statement = f"SELECT count(*) FROM task WHERE {_ID_GLOB}"
-        values: list[Any] = [*_id_glob_values(selection.id_glob)]
+        filters, values = _filters(selection)
+        statement = "SELECT count(*) FROM task WHERE true" + filters
         if selection.results:
             statement += f" AND +result IN ({', '.join('?' * len(selection.results))})"
             values += selection.results
@@ -8468,6 +8486,10 @@ class Store:
             rows = self._read(f"{_TASK} WHERE seq IN ({in_block})")
             by_number = {row[0]: TaskRow._make(row) for row in rows}
             yield [by_number[number] for number in block if number in by_number]
+
+    def accepted_before(self, spec: TaskSpec) -> Accepted | None:
+        """Return the task that the same submission has made. Raises Conflict where its id is of another one."""
+        return _accepted_before(self._read(_SAME_ID, (spec.id,)), spec)
 
     def task(self, task_id: str) -> TaskRow:
         """Return a task by its id. Raises NotFound."""
@@ -8835,13 +8857,23 @@ def _migrate(db: sqlite3.Connection, version: int) -> None:
         raise
 
 
+_SAME_ID = "SELECT seq, count, accepted_ns, digest FROM task WHERE id = ?"
+
+
 def _accept(db: sqlite3.Connection, task: Mapping[str, Any], spec: TaskSpec) -> Accepted:
     """Insert a task, unless the same submission has already done so. Raises Conflict."""
-    row = db.execute("SELECT seq, count, accepted_ns, digest FROM task WHERE id = ?", (spec.id,)).fetchone()
-    if row is None:
-        _insert_task(db, task, spec)
-        return Accepted(task["seq"], spec.id, len(spec.steps), task["accepted_ns"], is_new=True)
-    earlier_number, step_count, accepted_ns, fingerprint = row
+    earlier = _accepted_before(db.execute(_SAME_ID, (spec.id,)).fetchall(), spec)
+    if earlier:
+        return earlier
+    _insert_task(db, task, spec)
+    return Accepted(task["seq"], spec.id, len(spec.steps), task["accepted_ns"], is_new=True)
+
+
+def _accepted_before(rows: Sequence[tuple[Any, ...]], spec: TaskSpec) -> Accepted | None:
+    """Return the task that the same submission has made, from what _SAME_ID reads. Raises Conflict for another one."""
+    if not rows:
+        return None
+    earlier_number, step_count, accepted_ns, fingerprint = rows[0]
     if fingerprint != spec.fingerprint:
         raise Conflict(f"id {spec.id!r} already belongs to a different task; use another id")
     return Accepted(earlier_number, spec.id, step_count, accepted_ns, is_new=False)
@@ -15310,6 +15342,8 @@ FEATURES = (
     "when",
     "rerun",
     "workspace",
+    "dry",
+    "text",
 )
 _TASKS_PATH = "/api/v1/task"
 _TASK_PATH = _TASKS_PATH + "/{task}"
@@ -15792,6 +15826,7 @@ def _choice(query: Pairs, name: str, choices: Sequence[str]) -> str:
 
 _MAX_LIMIT = 10_000
 _MAX_GLOB_STARS = 4  # each multiplies how long an id takes that nearly matches
+_MAX_TEXT_LENGTH = 200
 _ORDERS = ("asc", "desc")
 
 
@@ -15808,6 +15843,9 @@ def _parse_selection(query: Pairs) -> Selection:
     id_glob = _parameter(query, "id")
     if id_glob.count("*") > _MAX_GLOB_STARS:
         raise BadRequest(f"id: at most {_MAX_GLOB_STARS} * are taken")
+    text = _parameter(query, "text")
+    if text.count("*") > _MAX_GLOB_STARS or len(text) > _MAX_TEXT_LENGTH:
+        raise BadRequest(f"text: at most {_MAX_TEXT_LENGTH} characters and {_MAX_GLOB_STARS} * are taken")
     cursor = _parameter(query, "cursor")
     try:
         check_cursor(cursor)
@@ -15821,6 +15859,7 @@ def _parse_selection(query: Pairs) -> Selection:
         id_glob,
         _parse_limit(_parameter(query, "limit")),
         cursor,
+        text,
     )
 
 
@@ -15904,6 +15943,7 @@ def accepted_json(
     base_url: str,
     timestamp_ns: int,
     warnings: Sequence[str] = (),
+    is_dry: bool = False,
 ) -> Json:
     """Return what answers a submission; the timestamp is of the wall clock."""
     data: Json = {
@@ -15914,6 +15954,8 @@ def accepted_json(
     }
     if warnings:
         data["warnings"] = list(warnings)
+    if is_dry:
+        data["dry"] = True
     return data
 
 
@@ -15925,8 +15967,9 @@ def _accepted_response() -> Json:
             "count": integer_schema("Steps", 1),
             "timestamp": integer_schema("Nanoseconds since the epoch"),
             "warnings": array_schema(string_schema("What has no effect, and where"), minItems=1),
+            "dry": {"const": True, "description": "Nothing was stored: `dry` was asked for"},
         },
-        optional=["warnings"],
+        optional=["warnings", "dry"],
     )
     example = accepted_json(4, "release-1", _EXAMPLE_BASE_URL, 1668649373430555500)
     schema = envelope_schema([Code.SUCCESS], data)
@@ -16113,6 +16156,7 @@ def _task_parameters() -> Json:
     task_id = {"type": "string", "pattern": f"^({ID_PATTERN.pattern})?$"}
     variables = array_schema(schema_reference("Variable"))
     reason = string_schema("One line", maxLength=_MAX_REASON_LENGTH)
+    text = string_schema("`*` is any text", maxLength=_MAX_TEXT_LENGTH)
     results = array_schema({"type": "string", "enum": [*Result]})
     moment = {"anyOf": [time_schema("RFC 3339"), {"type": "string", "maxLength": 0}]}
     cursor = {"type": "string", "pattern": "^(([0-9]{1,19}-)?[0-9]{1,19})?$"}
@@ -16136,6 +16180,8 @@ def _task_parameters() -> Json:
         "at": ("Before which moment no step starts", moment, "2022-11-18T16:14:23+08:00"),
         "paused": ("true: held until it is resumed", boolean, "true"),
         "strict": ("true: an unknown field or parameter is refused, else told in `warnings`", boolean, "true"),
+        "dry": ("true: it is checked, and nothing is stored nor run", boolean, "false"),
+        "text": ("Part of id, message, label or reason, or of a step's name or reason, in any case", text, "disk full"),
         "only": (
             "failed: what succeeded counts as done, and the workspace begins as a copy",
             {"type": "string", "enum": [*_RERUN_CHOICES], "default": _RERUN_CHOICES[0]},
@@ -16350,7 +16396,7 @@ class TaskApi:
                 self.submit_task,
                 "Submits a task",
                 "Accepted",
-                ("ansync", "async", "id", "timeout", "env_vars", "delay", "at", "paused", "strict"),
+                ("ansync", "async", "id", "timeout", "env_vars", "delay", "at", "paused", "strict", "dry"),
                 "Submission",
                 errors=(409, 507),
                 is_limited=True,
@@ -16383,7 +16429,7 @@ class TaskApi:
                 self.list_tasks,
                 "Lists tasks",
                 "TaskList",
-                ("sort", "result", "id_glob", "limit", "cursor", "order"),
+                ("sort", "result", "id_glob", "text", "limit", "cursor", "order"),
                 is_limited=True,
             ),
             Route(
@@ -16487,7 +16533,24 @@ class TaskApi:
         yield b"]," + to_json(end)[1:].encode() + b"}"
 
     def submit_task(self, request: Request) -> Response:
-        return self._submit(parse_submission(request.body, request.query, INTERPRETERS), request)
+        submission = parse_submission(request.body, request.query, INTERPRETERS)
+        if is_dry_run(request.query):
+            return self._check(submission, request)
+        return self._submit(submission, request)
+
+    def _check(self, submission: TaskSpec, request: Request) -> Response:
+        """Return what the same submission would be answered by now; change nothing."""
+        earlier = self._store.accepted_before(submission)
+        accepted_ns = earlier.accepted_ns if earlier else self._clock.now_ns()
+        data = accepted_json(
+            len(submission.steps),
+            submission.id,
+            request.base_url,
+            self._clock.wall_times().at(accepted_ns),
+            submission.warnings,
+            is_dry=True,
+        )
+        return json_response(data, audit="dry run")
 
     def _submit(self, submission: TaskSpec, request: Request) -> Response:
         accepted = self._scheduler.submit(submission, request.label)

@@ -1152,6 +1152,19 @@ def test_names_that_mean_nothing_are_told_and_refused_when_strict(daemon: Daemon
     assert "warnings" not in daemon.try_submit([step()], strict="true").data
 
 
+def test_dry_run_tells_what_would_be_and_does_nothing(daemon: Daemon) -> None:
+    was = daemon.get("/api/v1/task?id=*&limit=1").data["total"]
+    answer = daemon.try_submit([step(oops=1), step()], id="rehearsed", dry="true")
+    assert (answer.code, answer.data["id"], answer.data["count"], answer.data["dry"]) == (0, "rehearsed", 2, True)
+    assert answer.data["warnings"] == ["[0]: unknown field 'oops': ignored"]
+    assert daemon.get("/api/v1/task?id=*&limit=1").data["total"] == was
+    accepted = daemon.try_submit([step()], id="rehearsed").data
+    assert daemon.try_submit([step()], id="rehearsed", dry="true").data == {**accepted, "dry": True}
+    assert daemon.try_submit([step(), step()], id="rehearsed", dry="true").status == 409
+    assert daemon.try_submit([step(timeout="5x")], dry="true").message.startswith("[0].timeout: ")
+    assert daemon.try_submit([step()], dry="perhaps").message.startswith("dry: ")
+
+
 def test_names_that_mean_nothing_are_told_of_in_a_few_lines() -> None:
     steps = [{**step(), "x" * 999 + str(n % 100): 1} for n in range(5000)]
     warnings = module().parse_submission(json.dumps(steps).encode(), [], [SHELL]).warnings
@@ -1752,10 +1765,22 @@ def test_pages_make_the_whole_list(pages: Daemon, sort: str, order: str, narrowe
     assert shown == (expected_ids if order == "asc" else expected_ids[::-1])
 
 
+def test_list_finds_a_text_wherever_a_task_says_it(pages: Daemon) -> None:
+    assert pages.put("/api/v1/task/held-a?reason=Room_100%25").code == 0
+    pages.submit(step(name="Rollout"), id="other", paused="true")
+    expected = {"EB-3": "web-3", "room_1*%": "held-a", "_m_": "", "rollout": "other", "b-*&id=*-7": "web-7"}
+    expected.update({"b-1&result=failed": "", "artificial*termination": "held-a", "m!": "", "": "13"})
+    for query, ids in expected.items():
+        data = pages.get(f"/api/v1/task?limit=1&text={urllib.parse.quote(query, safe='=&*')}").data
+        assert str(data["total"]) == ids or [row["id"] for row in data["tasks"]] == ids.split(), query
+        assert data["total"] == (int(ids) if ids.isdecimal() else len(ids.split()))
+
+
 @pytest.mark.parametrize(
     "query",
     ["limit=0", "limit=10001", "limit=x", "limit=\u0665", "limit=1&limit=2", "cursor=x", "cursor=1-", f"cursor={2**63}"]
-    + ["order=up", "result=done", "result=", "id=*a*b*c*d*", "cursor=1-99999999999999999999"],
+    + ["order=up", "result=done", "result=", "id=*a*b*c*d*", "text=*a*b*c*d*", "text=" + 201 * "a"]
+    + ["cursor=1-99999999999999999999"],
 )
 def test_pages_that_cannot_be_are_refused(pages: Daemon, query: str) -> None:
     name = query.partition("=")[0]
@@ -6902,10 +6927,10 @@ def test_listener_that_fails_costs_no_change(house: House, caplog: pytest.LogCap
 def test_lists_are_read_by_an_index(house: House) -> None:
     code, connection = module(), house.store._connect()
     cursors = {"st": ("", "5"), "et": ("", "5", "7-5"), "rt": ("", "5", "7-5")}
-    axes = [False, True], [(), ("failed",), ("failed", "paused")], ["", "web-*", "*"]
-    for sort, (is_descending, results, id_glob) in itertools.product(cursors, itertools.product(*axes)):
+    axes = [False, True], [(), ("failed",), ("failed", "paused")], ["", "web-*", "*"], ["", "disk"]
+    for sort, (is_descending, results, id_glob, text) in itertools.product(cursors, itertools.product(*axes)):
         for after in cursors[sort]:
-            asked = code.Selection(sort, is_descending, results, id_glob, 50, after)
+            asked = code.Selection(sort, is_descending, results, id_glob, 50, after, text)
             for segment, position in code._segments(asked):
                 for group in [(one,) for one in results] or [()]:
                     query, values = code._segment_query(asked, segment, position, group)
