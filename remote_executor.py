@@ -13234,7 +13234,9 @@ meter { width: 100%; height: .375rem; display: block; }
 .task { grid-template-columns: 8.5rem minmax(8rem, 1fr) 6.5rem 6rem 6rem minmax(0, 1.4fr); }
 .step { grid-template-columns: 8.5rem minmax(8rem, 14rem) minmax(6rem, 1fr) 6rem minmax(0, 16rem); }
 .file { grid-template-columns: minmax(0, 1fr) 6rem 10rem auto; }
-.row a.name { color: var(--text); font-weight: 600; }
+.row .name { color: var(--text); font-weight: 600; }
+button.name { border: 0; padding: 0; background: none; }
+.panel .panel { border: 0; }
 .row a.name::after { content: ""; position: absolute; inset: 0; }
 .row:has(a.name:focus-visible) { outline: 3px solid var(--link); outline-offset: -3px; }
 .row a.name:focus-visible { outline: none; }
@@ -13258,8 +13260,9 @@ meter { width: 100%; height: .375rem; display: block; }
 .lane i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 2px; background: var(--mark); }
 .axis { display: flex; justify-content: space-between; }
 
-.graph { position: relative; height: 20rem; max-height: 60vh; touch-action: pan-y; overflow: hidden; }
-.graph svg { width: 100%; height: 100%; display: block; cursor: grab; user-select: none; }
+.graph { position: relative; }
+.plane { max-height: 60vh; overflow: auto; cursor: grab; user-select: none; }
+.plane svg { display: block; margin: auto; }
 .graph .bar { position: absolute; right: .5rem; bottom: .5rem; gap: .25rem; }
 .graph rect { fill: var(--back); stroke: var(--mark); stroke-width: 1.5; }
 .graph text { fill: var(--text); font-size: 13px; }
@@ -13298,7 +13301,10 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
 dialog form, .form { display: grid; gap: .75rem; }
 label.field { display: grid; grid-template-columns: 8rem minmax(0, 1fr); gap: .25rem var(--gap); align-items: center; }
 label.field.tall { align-items: start; }
+.field > span::first-letter { text-transform: uppercase; }
+.field [aria-invalid="true"] { outline: 2px solid var(--bad); }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: .75rem 2rem; }
+.two .wide { grid-column: 1 / -1; }
 #toast { position: fixed; right: 1rem; bottom: 1rem; max-width: min(32rem, 92vw); z-index: 9; }
 #toast p { padding: .5rem var(--gap); border-radius: .375rem; background: var(--text); color: var(--back); }
 
@@ -13351,7 +13357,7 @@ DASHBOARD_PAGE = r"""<!DOCTYPE html>
 <a href="#/new" id="new">New task</a>
 <a href="metrics" id="metrics">Metrics</a>
 <a href="swagger/index.html">API</a>
-<a href="debug/pprof/">Profiles</a>
+<a href="debug/pprof/" id="profiles">Profiles</a>
 </nav>
 <span class="push small" id="connection" role="status"></span>
 <button type="button" id="client" class="small" title="Use another token" hidden></button>
@@ -13387,7 +13393,7 @@ const dialog = byId("dialog");
 const connection = byId("connection");
 const state = {
   version: { client: {} }, warning: "", daemon: null, pool: null,
-  tasks: [], next: null, total: 0, filter: { group: "all", id: "" },
+  tasks: [], next: null, total: 0, filter: { group: "all", text: "" },
   details: new Map(),  // of tasks: { task, steps }, as far as they were asked for
   hasFailures: false,
 };
@@ -13602,6 +13608,8 @@ class RowList {
     this.observer.observe(scroller);
   }
   close() { this.observer.disconnect(); }
+  // Be as high as the rows are, up to so many.
+  fit(max) { this.table.style.height = `calc(${Math.min(this.length, max)} * var(--row) + var(--head) + 2px)`; }
   rowHeight() {
     const style = getComputedStyle(document.documentElement);
     return parseFloat(style.getPropertyValue("--row")) * parseFloat(style.fontSize);
@@ -13637,7 +13645,8 @@ class RowList {
     });
     while (this.window.children.length > wanted.length) this.window.lastChild.remove();
     if (focused && document.activeElement !== activeElement)
-      wanted.find((row) => row.dataset.id === focused.dataset.id)?.querySelector("a").focus({ preventScroll: true });
+      wanted.find((row) => row.dataset.id === focused.dataset.id)?.querySelector(".name")
+        .focus({ preventScroll: true });
     this.table?.setAttribute("aria-rowcount", this.length);
     this.seen(this.first, last);
   }
@@ -13659,7 +13668,7 @@ class RowList {
     if (top < scrollTop) this.scroller.scrollTop = top;
     if (top + height > scrollTop + clientHeight) this.scroller.scrollTop = top + height - clientHeight;
     this.draw();
-    this.window.querySelector(`[aria-rowindex="${index + 1}"] a`)?.focus({ preventScroll: true });
+    this.window.querySelector(`[aria-rowindex="${index + 1}"] .name`)?.focus({ preventScroll: true });
   }
   focused() {
     return this.window.contains(document.activeElement) ? document.activeElement.closest(".row") : null;
@@ -13684,22 +13693,7 @@ function received(row) {
   return row;
 }
 
-function matchesGlob(glob, id) {
-  const escaped = glob.replace(/[.+^${}()|\\]/g, "\\$&").replace(/\*/g, ".*").replace(/\?/g, ".").replace(/\[!/g, "[^");
-  try { return new RegExp("^" + escaped + "$").test(id); } catch { return false; }
-}
-
 const GROUPS = { all: [], unfinished: UNFINISHED, failed: BAD, stopped: ["stopped"], succeeded: ["succeeded"] };
-
-function idGlob() {
-  const { id } = state.filter;
-  return !id || /[*?[]/.test(id) ? id : `*${id}*`;
-}
-
-function isListed(task) {
-  const results = GROUPS[state.filter.group];
-  return (!results.length || results.includes(task.result)) && (!idGlob() || matchesGlob(idGlob(), task.id));
-}
 
 const handlers = {
   task(task) {
@@ -13711,9 +13705,11 @@ const handlers = {
       detail.task = { ...detail.task, ...task };
       if (task.ended_at) loadDetail(task.id).then(update, () => {});
     });
-    if (before && isListed(task)) state.tasks[index] = task;
+    const results = GROUPS[state.filter.group];
+    const isListed = !results.length || results.includes(task.result);
+    if (before && isListed) state.tasks[index] = task;
     else if (before) { state.tasks.splice(index, 1); state.total--; }
-    else if (isListed(task)) insertTask(task);
+    else if (isListed && !state.filter.text) insertTask(task);
   },
   step(step) {
     received(step);
@@ -13741,6 +13737,11 @@ function insertTask(task) {
   state.total++;
 }
 
+// A browser has six connections to a host, for all its tabs: one that nobody sees gives its own back.
+const HIDDEN_LOOK_MS = 15000;  // and looks now and then, for the sign in its title
+const nextTurn = (resolve) => on(document, "visibilitychange", resolve, { once: true });
+const wait = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); nextTurn(resolve); });
+
 const stream = {
   controller: null, lastId: "", delayMs: 500, hasAccess: true,
   show(text, className) {
@@ -13754,9 +13755,9 @@ const stream = {
         this.hasAccess = ![401, 403].includes(error.status);
         if (error.status === 403) say(error.message);
         if (!this.hasAccess) { this.show("no access", "lost"); update(); return; }
+        if (error.name !== "AbortError") this.show("no connection, trying again", "lost");
       }
-      this.show("no connection, trying again", "lost");
-      await new Promise((resolve) => setTimeout(resolve, this.delayMs));
+      await wait(document.hidden ? HIDDEN_LOOK_MS : this.delayMs);
       this.delayMs = Math.min(this.delayMs * 2, 10000);
     }
   },
@@ -13777,7 +13778,11 @@ const stream = {
       for (const part of parts) this.dispatch(part);
       refresh();
       update();
+      this.rest();
     }
+  },
+  rest() {
+    if (document.hidden) setTimeout(() => { if (document.hidden) this.controller.abort(); }, 1000);
   },
   dispatch(part) {
     const fields = {};
@@ -13791,25 +13796,26 @@ const stream = {
 };
 
 async function loadDaemon() {
-  state.warning = (await ask("healthyz")).data.warning || "";
-  state.daemon = (await ask("api/v1/state")).data;
+  const [health, daemon] = await Promise.all([ask("healthyz"), ask("api/v1/state")]);
+  state.warning = health.data.warning || "";
+  state.daemon = daemon.data;
   state.pool = state.daemon.pool;
 }
 
-// What no event tells: how many steps run, and the disk.
+// What no event tells: how many steps run, the disk, and whether a task has the text that is looked for.
 let isRefreshing = false;
 function refresh() {
   if (isRefreshing) return;
   isRefreshing = true;
-  setTimeout(() => loadDaemon().then(update, () => {}).finally(() => { isRefreshing = false; }), 1000);
+  const load = () => Promise.all([loadDaemon(), state.filter.text && loadTasks(null, true)]);
+  setTimeout(() => load().then(update, () => {}).finally(() => { isRefreshing = false; }), 1000);
 }
 
 async function load() {
   state.version = (await ask("version")).data;
-  await loadDaemon();
   state.details.clear();
-  await loadTasks();
-  await loadView();
+  await Promise.all([loadDaemon(), loadTasks(), loadView()]);
+  update();
 }
 
 async function loadView() {
@@ -13821,23 +13827,26 @@ async function loadView() {
   update();
 }
 
-const PAGE_TASKS = 200;
+const PAGE_TASKS = 100;
 let listing = 0;  // of the last request for the list: the answer to an earlier one is dropped
 
-async function loadTasks(cursor) {
+// Load the begin of the list, or what follows the cursor; or add to what is there the newest that it lacks.
+async function loadTasks(cursor, isMerged) {
   const number = ++listing;
   const query = new URLSearchParams({ order: "desc", limit: PAGE_TASKS });
   for (const result of GROUPS[state.filter.group]) query.append("result", result);
-  if (idGlob()) query.set("id", idGlob());
+  if (state.filter.text) query.set("text", state.filter.text);
   if (cursor) query.set("cursor", cursor);
   const { data } = await ask("api/v1/task?" + query);
   if (number !== listing) return;
   data.tasks.forEach(received);
-  if (cursor) {
+  if (cursor || isMerged) {
     const ids = new Set(state.tasks.map((task) => task.id));
-    state.tasks.push(...data.tasks.filter((task) => !ids.has(task.id)));
+    const added = data.tasks.filter((task) => !ids.has(task.id));
+    if (cursor) state.tasks.push(...added);
+    else added.forEach(insertTask);
   } else state.tasks = data.tasks;
-  state.next = data.next || null;
+  if (!isMerged) state.next = data.next || null;
   state.total = data.total;
 }
 
@@ -13900,8 +13909,8 @@ function createOverview() {
   const stats = h("dl.stats", { "aria-label": "This host" });
   const groups = Object.keys(GROUPS).map((group) =>
     button(group[0].toUpperCase() + group.slice(1), () => choose({ group }), { "data-group": group }));
-  const search = h("input", { type: "search", placeholder: "id, or a pattern: web-*",
-    "aria-label": "Filter by id", spellcheck: "false", title: "/" });
+  const search = h("input", { type: "search", placeholder: "id, step, reason, who", maxlength: "200",
+    "aria-label": "Filter by text", spellcheck: "false", title: "Any part; * is any text (/)" });
   const shown = h("span.push.soft.small", { "aria-live": "polite" });
   const { table, scroller } = createTable("Tasks", "task", ["Result", "Task", "Begun", "Took", "Steps", "Why"]);
   const empty = h("p.empty");
@@ -13942,19 +13951,21 @@ function createOverview() {
     if (task) action(task);
   };
   async function choose(filter) {
+    clearTimeout(timer);
     Object.assign(state.filter, filter);
     scroller.scrollTop = 0;
     try { await loadTasks(); } catch (error) { say(error.message); }
+    list.setLength(state.tasks.length);
     update();
   }
-  search.value = state.filter.id;
+  search.value = state.filter.text;
   on(search, "input", () => {
     clearTimeout(timer);
-    timer = setTimeout(() => choose({ id: search.value.trim() }), 200);
+    timer = setTimeout(() => choose({ text: search.value.trim() }), 200);
   });
   on(search, "keydown", (event) => {
-    if (event.key === "Escape") { search.value = ""; choose({ id: "" }); search.blur(); }
-    if (event.key === "Enter") list.focus(0);
+    if (event.key === "Escape") { search.value = ""; choose({ text: "" }); search.blur(); }
+    if (event.key === "Enter") choose({ text: search.value.trim() }).then(() => list.focus(0));
   });
   const filters = h("div.bar", { role: "search", "aria-label": "Tasks" }, search,
     h("span.bar", { role: "group", "aria-label": "Result" }, groups), shown);
@@ -13965,7 +13976,7 @@ function createOverview() {
       showStats(stats);
       for (const one of groups) one.setAttribute("aria-pressed", one.dataset.group === state.filter.group);
       setText(shown, state.daemon ? count(state.total, "task") : "loading");
-      const isFiltered = state.filter.id || state.filter.group !== "all";
+      const isFiltered = state.filter.text || state.filter.group !== "all";
       empty.textContent = isFiltered ? "No task is like this." : "No tasks yet: press n to make one.";
       empty.hidden = state.tasks.length > 0 || !state.daemon;
       list.setLength(state.tasks.length);
@@ -14141,7 +14152,7 @@ function createTask(id) {
   const submitted = h("section.panel", { "aria-label": "What was submitted" });
   const files = h("section.panel", { "aria-label": "Files" });
   let detail = null;
-  let edges = null;
+  let colour = null;
   let span = [0, 1];
 
   const list = new RowList(scroller, createRow, (index) => {
@@ -14210,9 +14221,9 @@ function createTask(id) {
     const { steps } = detail;
     graph.hidden = steps.length > MAX_GRAPH || steps.length < 2;
     if (graph.hidden) return;
-    const critical = new Set(UNFINISHED.includes(detail.task.result) ? [] : criticalPath(steps));
-    if (!edges) edges = drawGraph(graph, id, steps);
-    if (isNews(graph, steps.map((step) => step.result))) edges.colour(steps, critical);
+    colour ||= drawGraph(graph, id, steps);
+    if (isNews(graph, steps.map((step) => step.result)))
+      colour(steps, UNFINISHED.includes(detail.task.result) ? new Map() : criticalPath(steps));
   }
   async function loadSubmission() {
     try {
@@ -14235,9 +14246,8 @@ function createTask(id) {
       showHeading();
       measure();
       showGraph();
-      const rows = Math.min(detail.steps.length, 12);
-      table.style.height = `calc(${rows} * var(--row) + var(--head) + 2px)`;
       list.setLength(detail.steps.length);
+      list.fit(12);
     },
     keys: {
       ...list.keys(),
@@ -14261,80 +14271,62 @@ function dependencies(steps) {
 
 // The steps that the end waited for: from the one that ended last, each time the dependency that ended last.
 function criticalPath(steps) {
-  const end = (index) => Date.parse(steps[index].ended_at) || 0;
-  const latest = (indexes) => indexes.reduce((best, index) => best < 0 || end(index) > end(best) ? index : best, -1);
+  const end = (index) => Date.parse(steps[index]?.ended_at) || 0;
+  const latest = (indexes) => indexes.reduce((best, index) => end(index) > end(best) ? index : best, -1);
   const before = dependencies(steps);
-  const path = [];
-  let index = latest(steps.map((_, number) => number));
-  while (index >= 0 && end(index)) { path.push(index); index = latest(before[index]); }
+  const path = new Map();
+  for (let to = latest([...steps.keys()]); to >= 0; to = path.get(to)) path.set(to, latest(before[to]));
   return path;
 }
 
 // Layers from left to right (Sugiyama): an edge that skips layers gets a place in each, so that it crosses no step.
 function layOut(before) {
-  const rank = before.map(() => 0);
-  for (let round = 0, changed = true; changed && round <= before.length; round++) {
-    changed = false;
-    before.forEach((list, index) => {
-      for (const other of list) if (rank[index] <= rank[other]) { rank[index] = rank[other] + 1; changed = true; }
-    });
-  }
-  const nodes = before.map((_, index) => ({ rank: rank[index], before: [], after: [], isStep: true }));
-  const edges = [];
-  before.forEach((list, index) => {
-    for (const other of list) {
-      const path = [other];
-      for (let layer = rank[other] + 1; layer < rank[index]; layer++)
-        path.push(nodes.push({ rank: layer, before: [], after: [], isStep: false }) - 1);
-      path.push(index);
-      for (let place = 1; place < path.length; place++) {
-        nodes[path[place]].before.push(path[place - 1]);
-        nodes[path[place - 1]].after.push(path[place]);
-      }
-      edges.push({ from: other, to: index, path });
-    }
-  });
+  const ranks = [];
+  const rank = (index) => ranks[index] ??= 1 + Math.max(-1, ...before[index].map(rank));
   const layers = [];
-  nodes.forEach((node, index) => (layers[node.rank] = layers[node.rank] || []).push(index));
-  const settle = (layer) => layer.forEach((index, place) => { nodes[index].place = place; });
-  layers.forEach(settle);
-  const mean = (list, name) => list.reduce((sum, index) => sum + nodes[index][name], 0) / list.length;
-  for (let sweep = 0; sweep < 12; sweep++) {
-    const side = sweep % 2 ? "after" : "before";
-    for (const layer of sweep % 2 ? [...layers].reverse() : layers) {
-      const wish = new Map(layer.map((index) =>
-        [index, nodes[index][side].length ? mean(nodes[index][side], "place") : nodes[index].place]));
-      settle(layer.sort((one, other) => wish.get(one) - wish.get(other)));
-    }
-  }
-  placeLayers(nodes, layers, mean);
-  return { nodes, edges, layers };
+  const add = (layer, isStep) => {
+    const node = { rank: layer, isStep, before: [], after: [] };
+    (layers[layer] ||= []).push(node);
+    return node;
+  };
+  before.forEach((_, index) => rank(index));
+  const nodes = ranks.map((layer) => add(layer, true));
+  const edges = before.flatMap((list, to) => list.map((from) => {
+    const path = [nodes[from]];
+    for (let layer = ranks[from] + 1; layer < ranks[to]; layer++) path.push(add(layer, false));
+    path.push(nodes[to]);
+    path.forEach((node, place) => {
+      if (place) { node.before.push(path[place - 1]); path[place - 1].after.push(node); }
+    });
+    return { from, to, path };
+  }));
+  for (const layer of layers) layer.forEach((node, place) => { node.y = place - (layer.length - 1) / 2; });
+  for (let sweep = 0; sweep < 40; sweep++)
+    for (const layer of sweep % 2 ? [...layers].reverse() : layers) placeLayer(layer, sweep);
+  return { nodes, edges };
 }
 
-// Each as near to the middle of its neighbours as the order and the distance allow.
-function placeLayers(nodes, layers, mean) {
-  const room = (one, other) => nodes[one].isStep || nodes[other].isStep ? 1 : 0.5;
-  for (const layer of layers) layer.forEach((index, place) => { nodes[index].y = place - (layer.length - 1) / 2; });
-  for (let sweep = 0; sweep < 30; sweep++)
-    for (const layer of sweep % 2 ? [...layers].reverse() : layers) {
-      const wishes = layer.map((index) => {
-        const near = [...nodes[index].before, ...nodes[index].after];
-        return near.length ? mean(near, "y") : nodes[index].y;
-      });
-      let shift = 0;
-      layer.forEach((index, place) => {
-        const above = place ? nodes[layer[place - 1]].y + room(layer[place - 1], index) : -Infinity;
-        nodes[index].y = Math.max(wishes[place], above);
-        shift += (wishes[place] - nodes[index].y) / layer.length;
-      });
-      for (const index of layer) nodes[index].y += shift;
-    }
+// Each node goes to the middle of its neighbours, as near as the others of its layer allow.
+function placeLayer(layer, sweep) {
+  for (const node of layer) {
+    const sides = sweep < 14 ? node[sweep % 2 ? "after" : "before"] : [...node.before, ...node.after];
+    node.wish = sides.length ? sides.reduce((sum, other) => sum + other.y, 0) / sides.length : node.y;
+  }
+  if (sweep < 14) layer.sort((one, other) => one.wish - other.wish);
+  let shift = 0;
+  layer.forEach((node, place) => {
+    const above = layer[place - 1];
+    node.y = above ? Math.max(node.wish, above.y + (above.isStep || node.isStep ? 1 : 0.5)) : node.wish;
+    shift += (node.wish - node.y) / layer.length;
+  });
+  for (const node of layer) node.y += shift;
 }
 
 const STEP_WIDTH = 176;
 const STEP_HEIGHT = 36;
 const LAYER_GAP = 56;
 const ROW_GAP = 50;
+const MARGIN = 24;
 
 function createSvg(tag, attributes, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -14345,113 +14337,88 @@ function createSvg(tag, attributes, ...children) {
 
 const shorten = (text, length) => text.length > length ? text.slice(0, length - 1) + "…" : text;
 
+// Draw the graph into its panel; the function that is returned shows what has become of the steps.
 function drawGraph(panel, id, steps) {
-  const { nodes, edges } = layOut(dependencies(steps));
-  const left = (index) => nodes[index].rank * (STEP_WIDTH + LAYER_GAP);
-  const middle = (index) => nodes[index].y * ROW_GAP;
+  const before = dependencies(steps);
+  const { nodes, edges } = layOut(before);
+  const all = edges.flatMap(({ path }) => path).concat(nodes);
+  const top = Math.min(...all.map((node) => node.y));
+  const left = (node) => MARGIN + node.rank * (STEP_WIDTH + LAYER_GAP);
+  const middle = (node) => MARGIN + STEP_HEIGHT / 2 + (node.y - top) * ROW_GAP;
   const curves = edges.map(({ path }) => {
-    let line = `M${left(path[0]) + STEP_WIDTH} ${middle(path[0])}`;
-    for (let place = 1; place < path.length; place++) {
-      const from = left(path[place - 1]) + STEP_WIDTH;
-      const to = left(path[place]);
-      const bend = (from + to) / 2;
-      line += ` C${bend} ${middle(path[place - 1])} ${bend} ${middle(path[place])} ${to} ${middle(path[place])}`;
-      if (place < path.length - 1) line += ` H${to + STEP_WIDTH}`;
-    }
+    let line = "";
+    path.forEach((node, place) => {
+      const [x, y] = [left(node), middle(node)];
+      const bend = x - LAYER_GAP / 2;
+      line += place ? ` C${bend} ${middle(path[place - 1])} ${bend} ${y} ${x} ${y}` : `M${x} ${y}`;
+      if (place < path.length - 1) line += ` H${x + STEP_WIDTH}`;
+    });
     return createSvg("path", { d: line });
   });
-  const boxes = steps.map((step, index) => createSvg("a", { href: `#${id}/${step.step}`, class: "node",
-    transform: `translate(${left(index)} ${middle(index) - STEP_HEIGHT / 2})` },
+  const boxes = steps.map((step, index) => createSvg("a", { href: `#${id}/${step.step}`,
+    transform: `translate(${left(nodes[index])} ${middle(nodes[index]) - STEP_HEIGHT / 2})` },
     createSvg("rect", { width: STEP_WIDTH, height: STEP_HEIGHT, rx: 6 }),
     createSvg("text", { class: "mark", x: 10, y: 23 }), createSvg("text", { x: 30, y: 23 }, shorten(step.name, 20)),
     createSvg("title", {})));
-  const svg = createSvg("svg", { role: "group", "aria-label": `${steps.length} steps`, tabindex: "0" },
-    createSvg("g", {}, ...curves, ...boxes));
-  const lefts = nodes.map((_, index) => left(index));
-  const middles = nodes.map((_, index) => middle(index));
-  const box = { left: -16, right: Math.max(...lefts) + STEP_WIDTH + 16,
-    top: Math.min(...middles) - STEP_HEIGHT, bottom: Math.max(...middles) + STEP_HEIGHT };
-  panel.style.height = (box.bottom - box.top) * 1.1 + "px";
-  panel.replaceChildren(svg, addSteering(svg, box));
-  return {
-    colour(rows, critical) {
-      rows.forEach((step, index) => {
-        const [sign, word] = RESULTS[step.result];
-        boxes[index].setAttribute("class", "node " + step.result);
-        boxes[index].querySelector(".mark").textContent = sign;
-        const words = [step.name, word, reasonOf(step), step.ended_at && formatSeconds(step.seconds)];
-        boxes[index].querySelector("title").textContent = words.filter(Boolean).join(", ");
-      });
-      edges.forEach(({ from, to }, index) =>
-        curves[index].classList.toggle("critical", critical.has(from) && critical.has(to)));
-    },
+  const width = Math.max(...all.map(left)) + STEP_WIDTH + MARGIN;
+  const height = Math.max(...all.map(middle)) + STEP_HEIGHT / 2 + MARGIN;
+  const svg = createSvg("svg", { viewBox: `0 0 ${width} ${height}` }, ...curves, ...boxes);
+  panel.replaceChildren(...createPlane(svg, width, height));
+  return (rows, critical) => {
+    rows.forEach((step, index) => {
+      const [sign, word] = RESULTS[step.result];
+      const [, mark, , title] = boxes[index].children;
+      boxes[index].setAttribute("class", step.result);
+      mark.textContent = sign;
+      const words = [step.name, word, reasonOf(step), step.ended_at && formatSeconds(step.seconds)];
+      title.textContent = words.filter(Boolean).join(", ");
+    });
+    edges.forEach(({ from, to }, index) =>
+      curves[index].classList.toggle("critical", critical.get(to) === from));
   };
 }
 
-// Pan by pointer and arrow keys, zoom by pinch, Ctrl with the wheel, + and -, and all of it by 0.
-function addSteering(svg, box) {
-  const view = { x: 0, y: 0, scale: 1 };
-  const pointers = new Map();
-  let hasMoved = false;
-  const apply = () => {
-    const { width, height } = svg.getBoundingClientRect();
-    svg.setAttribute("viewBox", [view.x, view.y, (width || 1) / view.scale, (height || 1) / view.scale].join(" "));
+// A picture in a part of the page that scrolls: by wheel, touch, arrow keys and by dragging. It is zoomed by buttons,
+// + and -, Ctrl with the wheel or two fingers on a pad; 0 shows all of it.
+function createPlane(svg, width, height) {
+  const plane = h("div.plane", { tabindex: "0", role: "group", "aria-label": "Graph" }, svg);
+  let scale = 1;
+  let isDragged = false;
+  const zoom = (wanted, x = plane.clientWidth / 2, y = plane.clientHeight / 2) => {
+    const factor = Math.max(0.1, Math.min(3, wanted)) / scale;
+    const [left, top] = [(plane.scrollLeft + x) * factor - x, (plane.scrollTop + y) * factor - y];
+    scale *= factor;
+    svg.style.width = width * scale + "px";
+    svg.style.height = height * scale + "px";
+    plane.scrollTo(left, top);
   };
-  const fit = (least) => {
-    const { width, height } = svg.getBoundingClientRect();
-    const needed = Math.min(width / (box.right - box.left), height / (box.bottom - box.top));
-    view.scale = Math.max(least, Math.min(1.1, needed));
-    view.x = box.left - Math.max(0, width / view.scale - (box.right - box.left)) / 2;
-    view.y = (box.top + box.bottom - height / view.scale) / 2;
-    apply();
-  };
-  const zoom = (factor, x, y) => {
-    const { width, height, left, top } = svg.getBoundingClientRect();
-    const atX = x === undefined ? width / 2 : x - left;
-    const atY = y === undefined ? height / 2 : y - top;
-    const scale = Math.max(0.1, Math.min(3, view.scale * factor));
-    view.x += atX / view.scale - atX / scale;
-    view.y += atY / view.scale - atY / scale;
-    view.scale = scale;
-    apply();
-  };
-  const pan = (x, y) => { view.x += x / view.scale; view.y += y / view.scale; apply(); };
-  on(svg, "wheel", (event) => {
+  const fit = (min) => zoom(Math.max(min, Math.min(1, plane.clientWidth / width, plane.clientHeight / height)));
+  on(plane, "wheel", (event) => {
     if (!event.ctrlKey && !event.metaKey) return;
     event.preventDefault();
-    zoom(Math.exp(-event.deltaY / 200), event.clientX, event.clientY);
+    const { left, top } = plane.getBoundingClientRect();
+    zoom(scale * Math.exp(-event.deltaY / 200), event.clientX - left, event.clientY - top);
   }, { passive: false });
-  on(svg, "pointerdown", (event) => { pointers.set(event.pointerId, event); hasMoved = false; });
-  on(svg, "pointermove", (event) => {
-    const last = pointers.get(event.pointerId);
-    if (!last) return;
-    const others = [...pointers.values()].filter((other) => other.pointerId !== event.pointerId);
-    if (!hasMoved && Math.hypot(event.clientX - last.clientX, event.clientY - last.clientY) < 4) return;
-    hasMoved = true;
-    svg.setPointerCapture(event.pointerId);
-    if (others.length) {
-      const distance = (one) => Math.hypot(one.clientX - others[0].clientX, one.clientY - others[0].clientY);
-      zoom(distance(event) / Math.max(1, distance(last)), event.clientX, event.clientY);
-    } else pan(last.clientX - event.clientX, last.clientY - event.clientY);
-    pointers.set(event.pointerId, event);
+  on(plane, "pointerdown", () => { isDragged = false; });
+  on(plane, "pointermove", (event) => {
+    if (event.pointerType !== "mouse" || event.buttons !== 1) return;
+    isDragged ||= Math.abs(event.movementX) + Math.abs(event.movementY) > 2;
+    plane.scrollBy(-event.movementX, -event.movementY);
   });
-  for (const name of ["pointerup", "pointercancel"])
-    on(svg, name, (event) => pointers.delete(event.pointerId));
-  on(svg, "click", (event) => { if (hasMoved) event.preventDefault(); }, true);
-  on(svg, "dragstart", (event) => event.preventDefault());
-  const keys = { ArrowLeft: [-60, 0], ArrowRight: [60, 0], ArrowUp: [0, -60], ArrowDown: [0, 60] };
-  on(svg, "keydown", (event) => {
-    if (keys[event.key]) pan(...keys[event.key]);
-    else if (event.key === "+" || event.key === "=") zoom(1.25);
-    else if (event.key === "-") zoom(0.8);
-    else if (event.key === "0") fit(0.1);
-    else return;
+  on(plane, "click", (event) => { if (isDragged) event.preventDefault(); }, true);
+  on(plane, "dragstart", (event) => event.preventDefault());
+  const zoomIn = () => zoom(scale * 1.25);
+  const zoomOut = () => zoom(scale * 0.8);
+  const keys = { "+": zoomIn, "=": zoomIn, "-": zoomOut, 0: () => fit(0.1) };
+  on(plane, "keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || !keys[event.key]) return;
     event.preventDefault();
-    event.stopPropagation();
+    keys[event.key]();
   });
-  new ResizeObserver(() => fit(0.7)).observe(svg);  // so that labels can be read
-  return h("p.bar", button("+", () => zoom(1.25), { "aria-label": "Zoom in" }),
-    button("−", () => zoom(0.8), { "aria-label": "Zoom out" }), button("Fit", () => fit(0.1)));
+  plane.style.height = height + "px";
+  new ResizeObserver(() => fit(0.7)).observe(plane);  // so that labels can be read
+  return [plane, h("p.bar", button("+", zoomIn, { "aria-label": "Zoom in" }),
+    button("−", zoomOut, { "aria-label": "Zoom out" }), button("Fit", () => fit(0.1)))];
 }
 
 function showSubmission(panel, id, { query, steps }) {
@@ -14502,22 +14469,26 @@ async function showFiles(panel, id, path) {
   const remove = (name) => act({ question: `Delete ${name}?`, accept: "Delete it", isDanger: true,
     explanation: "It goes from the workspace, with all that is in it.",
     run: () => ask(address(name) + "?recursive=true", { method: "DELETE" }), done: () => again(`${name} is deleted`) });
-  const rows = entries.slice(0, 1000).map((entry) => {
-    const deeper = [path, entry.name].filter(Boolean).join("/");
-    let opener = `${entry.name} (${entry.type})`;
-    if (entry.type === "file") opener = button(entry.name, () => download(address(entry.name), entry.name));
-    if (entry.type === "directory") opener = button(entry.name + "/", () => showFiles(panel, id, deeper));
-    return h("li.row.file", h("span.plain", opener),
-      h("span", entry.bytes === undefined ? "" : formatBytes(entry.bytes)), createTime(entry.modified_at),
-      may("admin")
-        ? button("Delete", () => remove(entry.name), { class: "danger", "aria-label": `Delete ${entry.name}` }) : "");
-  });
-  const up = path ? [button("Up", () => showFiles(panel, id, path.split("/").slice(0, -1).join("/")))] : [];
-  const title = h("h3.bar", "Files", h("small.soft.code", path),
-    h("span.bar.push", ...up, isOwn ? button("Upload", () => input.click()) : "", input));
-  const body = rows.length ? h("ul", rows)
-    : h("p.pad.soft", problem || "The workspace is empty.");
-  panel.replaceChildren(title, body);
+  const createRow = (index) => {
+    const { name, type, bytes, modified_at: modifiedAt } = entries[index];
+    let opener = h("span.name", `${name} (${type})`);
+    const deeper = [path, name].filter(Boolean).join("/");
+    if (type === "file") opener = button(name, () => download(address(name), name), { class: "name" });
+    if (type === "directory") opener = button(name + "/", () => showFiles(panel, id, deeper), { class: "name" });
+    return h("div.row.file", { role: "row", "data-id": name }, cell("plain", opener),
+      cell("length", bytes === undefined ? "" : formatBytes(bytes)), cell("begun", createTime(modifiedAt)),
+      cell("", may("admin")
+        ? button("Delete", () => remove(name), { class: "danger", "aria-label": `Delete ${name}` }) : ""));
+  };
+  const up = path ? button("Up", () => showFiles(panel, id, path.split("/").slice(0, -1).join("/"))) : "";
+  panel.replaceChildren(h("h3.bar", "Files", h("small.soft.code", path),
+    h("span.bar.push", up, isOwn ? button("Upload", () => input.click()) : "", input)));
+  if (!entries.length) { panel.append(h("p.pad.soft", problem || "The workspace is empty.")); return; }
+  const { table, scroller } = createTable("Files", "file", ["Name", "Size", "Changed", ""]);
+  panel.append(table);
+  const list = new RowList(scroller, createRow, String);
+  list.setLength(entries.length);
+  list.fit(12);
 }
 
 // With a token the bytes come by a request of this page, for an address never has one.
@@ -14589,9 +14560,11 @@ class Output {
   async read() {
     let waitMs = 250;
     while (!this.isComplete && !this.controller.signal.aborted) {
+      const unseen = new AbortController();
+      nextTurn(() => unseen.abort());
       try {
         const path = this.address({ follow: true, offset: this.end });
-        const response = await send(path, { signal: this.controller.signal });
+        const response = await send(path, { signal: AbortSignal.any([this.controller.signal, unseen.signal]) });
         this.problem = "";
         waitMs = 250;
         for (const reader = response.body.getReader();;) {
@@ -14601,10 +14574,13 @@ class Output {
         }
         this.isComplete = true;
       } catch (error) {
-        if (error.name === "AbortError" || [401, 404].includes(error.status)) return;
-        this.problem = error.message;
-        await new Promise((resolve) => setTimeout(resolve, waitMs));
-        waitMs = Math.min(waitMs * 2, 5000);
+        if (this.controller.signal.aborted || [401, 404].includes(error.status)) return;
+        if (document.hidden) await new Promise(nextTurn);
+        else if (error.name !== "AbortError") {
+          this.problem = error.message;
+          await wait(waitMs);
+          waitMs = Math.min(waitMs * 2, 5000);
+        }
       }
       this.changed();
     }
@@ -15002,7 +14978,7 @@ function createConsole(id, place, line) {
 }
 """
 _DASHBOARD_EDITOR = r"""
-// -- a new task: a card for each step
+// -- a new task: a card for each step, with the fields that the daemon's document names
 
 const shell = (name, script, ...names) =>
   ({ name, command_type: "sh", command_content: script, depends_on: names });
@@ -15012,120 +14988,123 @@ const TEMPLATES = {
   "A graph": { query: "async=true", steps: [shell("fetch", "echo 42 >answer"), shell("left", "cat answer", "fetch"),
     shell("right", "wc -l <answer", "fetch"), shell("join", "echo done", "left", "right")] },
 };
-const DURATION = { pattern: "\\+?((\\d+\\.?\\d*|\\.\\d+)([nuµμm]?s|m|h|d))+", title: "such as 90s, 1h30m or 500ms" };
+const TASK_FIELDS = ["id", "timeout", "delay", "at", "env_vars"];
+const STEP_FIELDS = ["name", "command_type", "command_content", "depends_on", "timeout", "env_vars"];
 
-const valueOf = (input) => input.value.trim();
-const splitWords = (text, separator) => text.split(separator).map((word) => word.trim()).filter(Boolean);
-
-function createCard(step, types, remove, changed) {
-  const { name = "", command_type: type, command_content: script = "", depets_on: old, depends_on: names = old,
-    timeout = "", env_vars: variables, ...others } = step;
-  const inputs = {
-    name: h("input", { value: name || "", maxlength: "128", placeholder: "optional" }),
-    command_type: h("select", ...types.map((type) => h("option", type))),
-    command_content: h("textarea", { rows: "6", "aria-label": "Script", required: "" }),
-    depends_on: h("input", { value: (names || []).join(", "), placeholder: "names of steps, with commas" }),
-    timeout: h("input", { value: timeout || "", placeholder: "optional", ...DURATION }),
-    env_vars: h("textarea", { rows: "2", placeholder: "KEY=value, one a line" }),
-    others: h("textarea", { rows: "2", placeholder: '{"stdin": "…"}' }),
-  };
-  inputs.command_type.value = type;
-  inputs.command_content.value = script;
-  inputs.env_vars.value = (variables || []).join("\n");
-  inputs.others.value = Object.keys(others).length ? JSON.stringify(others) : "";
-  const title = h("h3.bar", h("span"), button("Remove", remove, { class: "push" }));
-  const element = h("section.panel", title, h("div.form.pad",
-    h("div.two", field("Name", inputs.name), field("Runs by", inputs.command_type)),
-    inputs.command_content,
-    h("div.two", field("After", inputs.depends_on), field("Timeout", inputs.timeout)),
-    h("div.two", field("Environment", inputs.env_vars, true), field("More, as JSON", inputs.others, true))));
-  on(element, "input", changed);
-  return { element, inputs, title: title.firstChild };
+// A list stands in its input one value a line, an object as JSON.
+function createInput(name, { enum: choices, type = "", description = "" }, value, isRequired) {
+  const kind = ["array", "object"].find((word) => type.includes(word));
+  let input = h("input");
+  if (choices) input = h("select", ["", ...choices].filter((choice, at) => choice || !(isRequired || at))
+    .map((choice) => h("option", choice)));
+  else if (kind || ["command_content", "stdin"].includes(name))
+    input = h("textarea", { rows: name === "command_content" ? 6 : 2 });
+  Object.assign(input, { name, kind, title: description, placeholder: description, required: isRequired });
+  if (kind === "array") input.placeholder = (description || "KEY=value") + ", one a line";
+  if (value) input.value = Array.isArray(value) ? value.join("\n") : kind ? JSON.stringify(value) : value;
+  const label = field(name.replace("_", " "), input, input.rows);
+  label.classList.toggle("wide", name === "command_content");
+  return label;
 }
 
-function cardStep({ inputs }) {
-  const step = JSON.parse(valueOf(inputs.others) || "{}");
-  step.command_type = inputs.command_type.value;
-  step.command_content = inputs.command_content.value;
-  for (const name of ["name", "timeout"]) if (valueOf(inputs[name])) step[name] = valueOf(inputs[name]);
-  const names = splitWords(inputs.depends_on.value, ",");
-  const variables = splitWords(inputs.env_vars.value, "\n");
-  if (names.length) step.depends_on = names;
-  if (variables.length) step.env_vars = variables;
-  return step;
+// What the fields hold that are not empty; what is no JSON is left to the daemon to refuse.
+function readInputs(element) {
+  const values = {};
+  for (const { name, kind, value } of element.querySelectorAll("[name]")) {
+    if (!value.trim()) continue;
+    values[name] = value;
+    if (kind === "array") values[name] = value.split("\n").map((line) => line.trim()).filter(Boolean);
+    if (kind === "object") try { values[name] = JSON.parse(value); } catch { /* as it stands */ }
+  }
+  return values;
 }
 
 function createEditor(from) {
-  const inputs = {
-    id: h("input", { maxlength: "64", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]*", placeholder: "optional" }),
-    timeout: h("input", { placeholder: "such as 2h", ...DURATION }),
-    delay: h("input", { placeholder: "such as 10m", ...DURATION }),
-    env_vars: h("textarea", { rows: "2", placeholder: "KEY=value, one a line" }),
-    async: h("input", { type: "checkbox" }),
-    paused: h("input", { type: "checkbox" }),
-  };
+  const fields = h("div.two");
+  const flags = ["async", "paused"].map((value) => h("input", { type: "checkbox", value }));
   const cards = h("div.form");
-  const problem = h("p.bad", { role: "alert" });
+  const problem = h("p.bad", { role: "status" });
   const submit = h("button.main", "Run it");
-  let list = [];
-  const known = ask("openapi.json").then(({ components }) => components.schemas.SubmittedStep.properties, () => ({}));
-  let types = [];
-  const check = () => {
-    list.forEach((card, index) => { card.title.textContent = `Step ${index}`; });
-    submit.disabled = !list.length;
-    problem.textContent = "";
-  };
-  const add = (step) => {
-    const remove = () => {
-      list = list.filter((other) => other !== card);
-      card.element.remove();
-      check();
-    };
-    const card = createCard(step, types, remove, check);
-    list.push(card);
-    cards.append(card.element);
+  const openapi = ask("openapi.json");
+  let known = null;
+  let asked = 0;  // the number of the last question: the answer to an earlier one is dropped
+
+  const add = (step = {}) => {
+    const { depets_on: names, ...properties } = known.properties;
+    const create = (name) => createInput(name, name === "depends_on" ? names : properties[name],
+      step[name] ?? (name === "depends_on" ? step.depets_on : ""), known.required.includes(name));
+    const others = Object.keys(properties).filter((name) => !STEP_FIELDS.includes(name));
+    const more = h("details", h("summary", "More"), h("div.two", others.map(create)));
+    more.open = others.some((name) => step[name]);
+    const card = h("section.panel", h("h3.bar", h("span"),
+      button("Remove", () => { card.remove(); check(); }, { class: "push" })),
+    h("div.form.pad", h("div.two", STEP_FIELDS.map(create)), more));
+    cards.append(card);
     check();
   };
   const fill = async ({ query, steps }) => {
-    types = (await known).command_type?.enum || ["sh"];
-    const given = new URLSearchParams(query);
-    for (const name of ["timeout", "delay"]) inputs[name].value = given.get(name) || "";
-    inputs.env_vars.value = given.getAll("env_vars").join("\n");
-    inputs.async.checked = /^(1|t|true)$/i.test(given.get("async") || given.get("ansync") || "");
-    inputs.paused.checked = /^(1|t|true)$/i.test(given.get("paused") || "");
-    list = [];
+    const { components } = await openapi;
+    known = components.schemas.SubmittedStep;
+    const values = new URLSearchParams(query);
+    values.delete("id");
+    fields.replaceChildren(...TASK_FIELDS.map((name) => {
+      const { schema, description } = components.parameters[name];
+      return createInput(name, { ...schema, description },
+        schema.type === "array" ? values.getAll(name) : values.get(name));
+    }));
+    for (const flag of flags)
+      flag.checked = /^(1|t|true)$/i.test(values.get(flag.value) || values.get("an" + flag.value.slice(1)));
     cards.replaceChildren();
-    for (const step of steps) add(step);
+    steps.forEach(add);
+  };
+  const post = (isDry) => {
+    const { env_vars: variables = [], ...values } = readInputs(fields);
+    const query = new URLSearchParams({ ...values, strict: true, dry: isDry });
+    for (const variable of variables) query.append("env_vars", variable);
+    for (const flag of flags) if (flag.checked) query.set(flag.value, "true");
+    const body = JSON.stringify([...cards.children].map(readInputs));
+    return ask("api/v1/task?" + query, { method: "POST", body });
+  };
+  const show = (message) => {
+    const [, index, name] = /^(?:\[(\d+)\]\.)?(\w+)/.exec(message) || [];
+    const place = index ? cards.children[index] : fields;
+    for (const input of form.elements) input.ariaInvalid = input.name === name && place.contains(input);
+    setText(problem, message);
+    submit.disabled = !cards.children.length;
+  };
+  // What the daemon would say, as one types; it changes nothing.
+  const check = () => {
+    const number = ++asked;
+    [...cards.children].forEach((card, index) => { card.querySelector("span").textContent = `Step ${index}`; });
+    const answer = (message) => { if (number === asked) show(message); };
+    setTimeout(() => {
+      if (number !== asked || !form.isConnected) return;
+      if (form.checkValidity()) post(true).then(() => answer(""), (error) => answer(error.message));
+      else answer("");
+    }, 300);
   };
   const form = h("form.form", { spellcheck: "false" },
     h("div.bar", h("h2", "New task"), Object.keys(TEMPLATES).map((name) => button(name, () => fill(TEMPLATES[name])))),
-    h("section.panel.pad.form",
-      h("div.two", field("Id", inputs.id), field("Timeout", inputs.timeout),
-        field("Wait", inputs.delay), field("Environment", inputs.env_vars, true)),
-      h("label", inputs.async, " steps run at once, except for what each names as before it"),
-      h("label", inputs.paused, " hold it until it is resumed, to put files into its workspace first")),
-    cards, h("p.bar", button("Add a step", () => add({ command_type: types[0] })),
-      h("span.push"), submit), problem);
+    h("section.panel.pad.form", fields,
+      h("label", flags[0], " steps run at once, except for what each depends on"),
+      h("label", flags[1], " hold it until it is resumed, to put files into its workspace first")),
+    cards, h("p.bar", button("Add a step", () => add()), problem, h("span.push"), submit));
+  on(form, "input", check);
   on(form, "submit", async (event) => {
     event.preventDefault();
-    const query = new URLSearchParams();
-    for (const name of ["id", "timeout", "delay"]) if (valueOf(inputs[name])) query.set(name, valueOf(inputs[name]));
-    for (const variable of splitWords(inputs.env_vars.value, "\n")) query.append("env_vars", variable);
-    for (const name of ["async", "paused"]) if (inputs[name].checked) query.set(name, "true");
+    asked++;
     submit.disabled = true;
     try {
-      const { data } = await ask("api/v1/task?" + query, { method: "POST", body: JSON.stringify(list.map(cardStep)) });
+      const { data } = await post(false);
       say(`${data.id} is accepted`);
       location.hash = "#" + data.id;
-    } catch (error) { problem.textContent = error.message; }
-    submit.disabled = false;
+    } catch (error) { show(error.message); }
   });
   return {
     elements: [form],
     title: () => "new task",
     async load() {
-      if (list.length) return;
-      fill(from ? (await ask(taskPath(from, "submission"))).data : TEMPLATES["One step"]);
+      if (!known) fill(from ? (await ask(taskPath(from, "submission"))).data : TEMPLATES["One step"]);
     },
     update() {},
     keys: { u: leave },
@@ -15176,13 +15155,24 @@ function route() {
   if (state.daemon) loadView();
 }
 
-on(byId("metrics"), "click", (event) => {
-  if (!storedToken()) return;  // else the link is enough
-  event.preventDefault();
-  download("metrics", "metrics.txt");
-});
+// With a token a link is not enough: no browser sends it along.
+async function showProfiles() {
+  const text = await (await send("debug/pprof/")).text();
+  const links = [...new DOMParser().parseFromString(text, "text/html").querySelectorAll("dt a")];
+  const rows = links.map((link) => [
+    h("dt", button(link.textContent, () => download("debug/pprof/" + link.getAttribute("href"), link.textContent))),
+    h("dd", link.parentElement.nextElementSibling.textContent)]);
+  showDialog("Profiles", [h("dl.facts", rows)], "Close");
+}
+for (const [id, action] of [["metrics", () => download("metrics", "metrics.txt")], ["profiles", showProfiles]])
+  on(byId(id), "click", (event) => {
+    if (!storedToken()) return;
+    event.preventDefault();
+    action();
+  });
 on(window, "hashchange", () => { route(); main.focus({ preventScroll: true }); });
 on(window, "pagehide", () => stream.controller.abort());
+on(document, "visibilitychange", () => stream.rest());
 on(window, "focus", () => { state.hasFailures = false; update(); });
 setInterval(() => { if (!document.hidden) tick(); }, 1000);
 route();
