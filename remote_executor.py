@@ -13170,7 +13170,8 @@ def page_response(page: str, style: str, script: str) -> Response:
 # ======================================================================================================================
 
 DASHBOARD_STYLE = PALETTE + r"""
-:root { --row: 2.5rem; --head: 2rem; --gap: 1rem; --good: var(--post); --warn: var(--put); --run: var(--link);
+:root { --edge: 1px solid var(--line); --row: 2.5rem; --head: 2rem; --gap: 1rem;
+  --good: var(--post); --warn: var(--put);
   --c0: var(--soft); --c1: var(--bad); --c2: var(--good); --c3: var(--warn); --c4: var(--link); --c7: var(--text);
   --c5: light-dark(#8250df, #d2a8ff); --c6: light-dark(#0b6b75, #56d4dd); }
 html { font-size: clamp(15px, .35vw + 11px, 20px); }
@@ -13182,12 +13183,14 @@ h2 { font-size: 1.25rem; }
 a { text-decoration: none; }
 a:hover, h2 a { text-decoration: underline; }
 code, pre, .code { font: var(--code); }
-small, .small { font-size: var(--small); }
+small, .small, .stats dt, .stats button, .head { font-size: var(--small); }
+.stats small, dt, .head, .empty, .number, .script span::before { color: var(--soft); }
+.row > *, .node, button { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 [hidden] { display: none !important; }
 
 button, input, select, textarea, .button { font: inherit; color: inherit; background: var(--back); max-width: 100%;
   border: 1px solid var(--soft); border-radius: .375rem; padding: .25rem .75rem; min-height: 2rem; }
-button, .button { background: var(--box); border-color: var(--line); cursor: pointer; white-space: nowrap; }
+button, .button { font-weight: 400; background: var(--box); border-color: var(--line); cursor: pointer; }
 button:hover, .button:hover { border-color: var(--soft); text-decoration: none; }
 button.main { background: var(--link); border-color: var(--link); color: var(--back); }
 button.danger { color: var(--bad); }
@@ -13198,38 +13201,33 @@ button:disabled { opacity: .5; cursor: default; }
 textarea { width: 100%; font: var(--code); padding: .5rem .75rem; resize: vertical; }
 
 .bar, header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem var(--gap); }
-header { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); background: var(--box); }
+header { padding: .5rem var(--gap); border-bottom: var(--edge); background: var(--box); }
 header nav { display: flex; flex-wrap: wrap; gap: .25rem var(--gap); }
 nav a[aria-current="page"] { color: var(--text); font-weight: 600; box-shadow: 0 2px var(--link); }
 .push { margin-left: auto; }
-.bar > span:empty { position: absolute; }
-.dot { display: inline-block; width: .625rem; height: .625rem; border-radius: 50%; background: var(--soft);
-  margin-right: .375rem; }
-.dot.live { background: var(--good); }
-.dot.lost { background: var(--bad); }
-.notice { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); color: var(--warn); }
+#connection::before { content: "● "; color: var(--mark); }
+.notice { padding: .5rem var(--gap); border-bottom: var(--edge); color: var(--warn); }
 main:focus-visible { outline: none; }
 main { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: var(--gap); padding: var(--gap); }
-.panel { border: 1px solid var(--line); border-radius: .5rem; }
-.panel > h3 { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); }
+.panel { border: var(--edge); border-radius: .5rem; }
+.panel > h3 { padding: .5rem var(--gap); border-bottom: var(--edge); }
 .pad { padding: var(--gap); }
-.stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); border: 1px solid var(--line);
-  border-radius: .5rem; }
+.stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); }
 .stats > div { padding: .5rem var(--gap); }
-.stats dt { font-size: var(--small); color: var(--soft); }
 .stats dd { font-size: 1.25rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
-.stats dd small { color: var(--soft); }
+.stats button { margin-left: .5rem; }
 meter { width: 100%; height: .375rem; display: block; }
 
 .list { flex: 1; display: flex; flex-direction: column; overflow: hidden; }
+.list > * { scrollbar-gutter: stable; overflow: hidden; }
 .scroller { flex: 1; overflow: auto; position: relative; overscroll-behavior: contain; }
 .spacer { position: relative; }
 .window { position: absolute; left: 0; right: 0; }
 .row { display: grid; align-items: center; gap: 0 .75rem; height: var(--row); padding: 0 var(--gap);
-  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; position: relative; }
-.row > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+  border-bottom: var(--edge); font-variant-numeric: tabular-nums; position: relative; }
 .row > .plain { overflow: visible; }
-.head { font-size: var(--small); color: var(--soft); background: var(--box); height: var(--head); flex: none; }
+.list > :first-child { background: var(--box); }
+.head { height: var(--head); flex: none; }
 .row:not(.head):hover, .row:focus-within { background: var(--box); }
 .task { grid-template-columns: 8.5rem minmax(8rem, 1fr) 6.5rem 6rem 6rem minmax(0, 1.4fr); }
 .step { grid-template-columns: 8.5rem minmax(8rem, 14rem) minmax(6rem, 1fr) 6rem minmax(0, 16rem); }
@@ -13241,20 +13239,19 @@ button.name { border: 0; padding: 0; background: none; }
 .row:has(a.name:focus-visible) { outline: 3px solid var(--link); outline-offset: -3px; }
 .row a.name:focus-visible { outline: none; }
 .above { position: relative; z-index: 1; }
-.empty { padding: 2rem var(--gap); text-align: center; color: var(--soft); }
+.empty { padding: 2rem var(--gap); text-align: center; }
 
 .result { font-weight: 600; }
 .result i { display: inline-block; width: 1.25em; font-style: normal; text-align: center; }
 .succeeded { --mark: var(--good); }
-.failed, .timed_out, .lost, .not_started, .output_limit { --mark: var(--bad); }
+.failed, .timed_out, .lost, .not_started, .output_limit { --mark: var(--bad); --rise: -2px; }
 .stopped, .paused { --mark: var(--warn); }
-.running { --mark: var(--run); }
+.running { --mark: var(--link); }
 .waiting, .not_run { --mark: var(--soft); }
 .result, .mark { color: var(--mark); }
 .strip { display: flex; gap: 1px; height: .5rem; border-radius: .25rem; }
-.strip i { flex: 1; background: var(--mark); min-width: 1px; }
+.strip i { flex: 1; background: var(--mark); min-width: 1px; margin: var(--rise, 0) 0; }
 .strip :is(.not_run, .waiting, .paused) { background: var(--line); }
-.strip :is(.failed, .timed_out, .lost, .not_started, .output_limit) { margin: -2px 0; }
 .lane { position: relative; height: .75rem;
   background: linear-gradient(var(--line), var(--line)) 0 50% / 100% 1px no-repeat; }
 .lane i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 2px; background: var(--mark); }
@@ -13262,45 +13259,42 @@ button.name { border: 0; padding: 0; background: none; }
 
 .graph { position: relative; }
 .plane { max-height: 60vh; overflow: auto; cursor: grab; user-select: none; }
-.plane svg { display: block; margin: auto; }
+.canvas { position: relative; width: max-content; margin: auto; }
+.canvas svg { display: block; }
+.canvas path { fill: none; stroke: var(--soft); stroke-width: 1.25; }
+.canvas path.critical { stroke: var(--text); stroke-width: 2.5; }
 .graph .bar { position: absolute; right: .5rem; bottom: .5rem; gap: .25rem; }
-.graph rect { fill: var(--back); stroke: var(--mark); stroke-width: 1.5; }
-.graph text { fill: var(--text); font-size: 13px; }
-.graph text.mark { fill: var(--mark); font-weight: 700; }
-.graph path { fill: none; stroke: var(--soft); stroke-width: 1.25; }
-.graph path.critical { stroke: var(--text); stroke-width: 2.5; }
-.graph a:focus-visible { outline: none; }
-.graph a:focus-visible rect { stroke: var(--link); stroke-width: 4; }
-.graph .running rect { stroke-dasharray: 6 3; }
-.facts { display: grid; grid-template-columns: max-content 1fr; gap: .25rem var(--gap); }
-.facts dt { color: var(--soft); }
+.node { position: absolute; width: 176px; height: 36px; padding: 0 10px; font-size: 13px; line-height: 33px;
+  color: var(--text); background: var(--back); border: 1.5px solid var(--mark); border-radius: 6px; }
+.node.running { border-style: dashed; }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: .25rem var(--gap); white-space: pre-line; }
+.panel .facts { margin: .5rem var(--gap); }
 .columns { display: grid; grid-template-columns: minmax(0, 1fr); gap: var(--gap); align-items: start; }
 .columns > * { min-width: 0; }
 summary { padding: .375rem var(--gap); cursor: pointer; }
 .script { max-height: 24rem; overflow: auto; margin: 0; padding: .5rem 0; counter-reset: line; background: var(--box); }
 .script span { display: block; padding-left: 4.5rem; text-indent: -3.5rem; white-space: pre-wrap; }
 .script span::before { counter-increment: line; content: counter(line); display: inline-block; width: 2.5rem;
-  margin-right: 1rem; text-indent: 0; text-align: right; color: var(--soft); }
+  margin-right: 1rem; text-indent: 0; text-align: right; }
 
 .console { flex: 1; min-height: 12rem; overflow: auto; background: var(--box); font: var(--code); position: relative;
   overflow-anchor: none; }
 .console .line { display: flex; min-height: 1.5em; white-space: pre; padding-right: 1rem; width: max-content;
   min-width: 100%; }
 .console.wrapped .line { white-space: pre-wrap; width: auto; }
-.console .number { flex: none; width: 5.5rem; padding-right: 1rem; text-align: right; color: var(--soft);
-  user-select: none; }
-.console .number a { color: inherit; }
+.console .number { flex: none; width: 5.5rem; padding-right: 1rem; text-align: right; user-select: none; }
+.number a { color: inherit; }
 .console .target { box-shadow: inset 3px 0 var(--link); background: var(--back); }
 mark { background: var(--put); color: var(--back); }
 .b { font-weight: 700; } .d { opacity: .8; } .i { font-style: italic; } .u { text-decoration: underline; }
 .s { text-decoration: line-through; } .v { filter: invert(1); background: var(--back); }
 
-dialog { border: 1px solid var(--line); border-radius: .5rem; background: var(--back); color: var(--text);
+dialog { border: var(--edge); border-radius: .5rem; background: var(--back); color: var(--text);
   width: min(34rem, 92vw); padding: 1.25rem; }
 dialog::backdrop { background: rgb(0 0 0 / .5); }
 dialog form, .form { display: grid; gap: .75rem; }
-label.field { display: grid; grid-template-columns: 8rem minmax(0, 1fr); gap: .25rem var(--gap); align-items: center; }
-label.field.tall { align-items: start; }
+.field { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: .25rem var(--gap); align-items: start; }
+.field > span { padding-top: .25rem; }
 .field > span::first-letter { text-transform: uppercase; }
 .field [aria-invalid="true"] { outline: 2px solid var(--bad); }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: .75rem 2rem; }
@@ -13320,7 +13314,7 @@ label.field.tall { align-items: start; }
   main { gap: .75rem; }
   [type="search"] { width: 100%; }
   [role="group"].bar { flex-wrap: nowrap; overflow-x: auto; gap: .5rem; padding: 3px; scrollbar-width: none; }
-  .task { grid-template-columns: 8.5rem minmax(0, 1fr) auto; align-content: center; }
+  .task { grid-template-columns: auto minmax(0, 1fr) auto; align-content: center; }
   .task .id { grid-column: 1 / 3; grid-row: 1; }
   .task .result { grid-column: 1; grid-row: 2; }
   .task .begun { grid-column: 3; grid-row: 1; color: var(--soft); font-size: var(--small); }
@@ -13334,10 +13328,9 @@ label.field.tall { align-items: start; }
   .stats { grid-template-columns: repeat(3, auto); }
   .stats > div { padding: .25rem var(--gap); }
   .stats > .pool { grid-column: 1 / 4; grid-row: 2; display: flex; gap: var(--gap); align-items: center; }
-  .stats .pool :is(dd, p) { display: flex; gap: .5rem; align-items: center; }
   .stats dd { font-size: 1rem; }
   .console .number { width: 3.5rem; padding-right: .5rem; }
-  label.field { grid-template-columns: minmax(0, 1fr); }
+  .field { grid-template-columns: minmax(0, 1fr); }
 }
 """
 DASHBOARD_PAGE = r"""<!DOCTYPE html>
@@ -13379,12 +13372,11 @@ DASHBOARD_PAGE = r"""<!DOCTYPE html>
 # ======================================================================================================================
 
 _DASHBOARD_CORE = r"""
-const RESULTS = {  // sign and word, so that nobody depends on the colour
-  waiting: ["○", "waiting"], running: ["▶", "running"], paused: ["‖", "paused"], succeeded: ["✓", "succeeded"],
-  failed: ["✗", "failed"], stopped: ["■", "stopped"], timed_out: ["◷", "timed out"],
-  output_limit: ["▲", "too much output"], lost: ["?", "lost"], not_started: ["!", "not started"],
-  not_run: ["–", "not run"],
+const SIGNS = {  // beside a word, so that nobody depends on the colour
+  waiting: "○", running: "▶", paused: "‖", succeeded: "✓", failed: "✗", stopped: "■", timed_out: "◷",
+  output_limit: "▲", lost: "?", not_started: "!", not_run: "–",
 };
+const wordOf = (result) => result.replace("_", " ");
 const UNFINISHED = ["waiting", "running", "paused"];
 const BAD = ["failed", "timed_out", "output_limit", "lost", "not_started"];
 const byId = (id) => document.getElementById(id);
@@ -13393,7 +13385,7 @@ const dialog = byId("dialog");
 const connection = byId("connection");
 const state = {
   version: { client: {} }, warning: "", daemon: null, pool: null,
-  tasks: [], next: null, total: 0, filter: { group: "all", text: "" },
+  tasks: [], next: null, total: 0, filter: { group: "All", text: "" },
   details: new Map(),  // of tasks: { task, steps }, as far as they were asked for
   hasFailures: false,
 };
@@ -13437,29 +13429,22 @@ const taskPath = (...parts) => ["api/v1/task", ...parts.map(encodeURIComponent)]
 
 function formatSeconds(seconds) {
   if (seconds < 10) return seconds.toFixed(seconds < 0.0995 ? 2 : 1) + " s";
-  if (seconds < 60) return Math.floor(seconds) + " s";
-  const minutes = Math.floor(seconds / 60);
-  if (minutes < 60) return `${minutes} min ${Math.floor(seconds % 60)} s`;
-  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  for (const [unit, word, smaller, part] of [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]])
+    if (seconds >= (word === "d" ? 2 : 1) * unit)
+      return `${Math.floor(seconds / unit)} ${word} ${Math.floor(seconds % unit / smaller)} ${part}`;
+  return Math.floor(seconds) + " s";
 }
 
 const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
 
-function formatBytes(bytes) {
-  const unit = Math.min(4, Math.floor(Math.log10(bytes + 1) / 3));
-  if (!unit) return count(bytes, "byte");
-  const value = bytes / 1000 ** unit;
-  return `${value.toFixed(value < 100 ? 1 : 0)} ${["", "KB", "MB", "GB", "TB"][unit]}`;
-}
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+const formatBytes = (bytes) => compact.format(bytes).replace(/[KMBT]?$/, (unit) => ` ${unit.replace("B", "G")}B`);
 
 function formatAge(moment) {
-  const seconds = Math.round((Date.now() - Date.parse(moment)) / 1000);
-  if (Math.abs(seconds) < 10) return "just now";
-  const [size, word] = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([unit, word]) =>
-    Math.abs(seconds) >= (word === "d" ? 2 * unit : unit));
-  const number = Math.floor(Math.abs(seconds) / size);
-  const text = `${word === "s" ? number - number % 10 : number} ${word}`;
-  return seconds < 0 ? "in " + text : text + " ago";
+  const seconds = Math.round((Date.now() - Date.parse(moment)) / 10000) * 10;
+  if (!seconds) return "just now";
+  const [number, word] = formatSeconds(Math.abs(seconds)).split(" ");
+  return seconds < 0 ? `in ${number} ${word}` : `${number} ${word} ago`;
 }
 
 const exactMoment = (moment) => new Date(moment).toLocaleString();
@@ -13482,9 +13467,11 @@ function createLength(row) {
 }
 
 function createResult(result, attributes = {}) {
-  const [sign, word] = RESULTS[result];
-  return h("span", { class: "result " + result, ...attributes }, h("i", { "aria-hidden": "true" }, sign), " " + word);
+  const sign = h("i", { "aria-hidden": "true" }, SIGNS[result]);
+  return h("span", { class: "result " + result, ...attributes }, sign, " " + wordOf(result));
 }
+
+const titleOf = (result, name) => `${SIGNS[result]} ${wordOf(result)} ${name}`;
 
 function reasonOf(step) {
   if (step.result === "failed")
@@ -13532,9 +13519,7 @@ function button(text, action, attributes) {
   return element;
 }
 
-function field(text, input, isTall) {
-  return h("label", { class: "field" + (isTall ? " tall" : "") }, h("span", text), input);
-}
+const field = (text, input) => h("label.field", h("span", text), input);
 
 const leave = () => { location.hash = "#/"; };
 
@@ -13634,7 +13619,7 @@ class RowList {
     for (let index = this.first; index < last; index++) {
       const key = this.key(index);
       const row = this.rows.get(key) || this.createRow(index);
-      if (this.table) row.setAttribute("aria-rowindex", index + 1);
+      if (this.table) row.ariaRowIndex = index + 1;
       row.index = index;
       rows.set(key, row);
     }
@@ -13647,7 +13632,7 @@ class RowList {
     if (focused && document.activeElement !== activeElement)
       wanted.find((row) => row.dataset.id === focused.dataset.id)?.querySelector(".name")
         .focus({ preventScroll: true });
-    this.table?.setAttribute("aria-rowcount", this.length);
+    if (this.table) this.table.ariaRowCount = this.length;
     this.seen(this.first, last);
   }
   keys() {
@@ -13684,6 +13669,8 @@ function createTable(label, className, titles) {
   return { table, scroller };
 }
 
+const nameLink = (path, name) => h("a.name", { href: "#" + path, title: name }, name);
+const createFacts = (facts) => h("dl.facts", facts.map(([name, value]) => [h("dt", name), h("dd", value)]));
 const cell = (className, ...children) => h("span", { role: "cell", class: className }, children);
 
 // -- events of the daemon
@@ -13693,7 +13680,7 @@ function received(row) {
   return row;
 }
 
-const GROUPS = { all: [], unfinished: UNFINISHED, failed: BAD, stopped: ["stopped"], succeeded: ["succeeded"] };
+const GROUPS = { All: [], Unfinished: UNFINISHED, Failed: BAD, Stopped: ["stopped"], Succeeded: ["succeeded"] };
 
 const handlers = {
   task(task) {
@@ -13708,7 +13695,7 @@ const handlers = {
     const results = GROUPS[state.filter.group];
     const isListed = !results.length || results.includes(task.result);
     if (before && isListed) state.tasks[index] = task;
-    else if (before) { state.tasks.splice(index, 1); state.total--; }
+    else if (before) dropTask(index);
     else if (isListed && !state.filter.text) insertTask(task);
   },
   step(step) {
@@ -13718,7 +13705,7 @@ const handlers = {
   pool(pool) { state.pool = pool; },
   expired({ id }) {
     const index = state.tasks.findIndex((task) => task.id === id);
-    if (index >= 0) { state.tasks.splice(index, 1); state.total--; }
+    if (index >= 0) dropTask(index);
     state.details.delete(id);
     if (view.id === id) { leave(); say(`${id} is gone`); }
   },
@@ -13727,6 +13714,11 @@ const handlers = {
     stream.controller.abort();
   },
 };
+
+function dropTask(index) {
+  state.tasks.splice(index, 1);
+  state.total--;
+}
 
 // Put a task where it belongs: nowhere yet, if that is on a page that is not loaded.
 function insertTask(task) {
@@ -13744,8 +13736,9 @@ const wait = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); nextTur
 
 const stream = {
   controller: null, lastId: "", delayMs: 500, hasAccess: true,
-  show(text, className) {
-    connection.replaceChildren(h("span", { class: "dot " + className }), text);
+  show(text, result) {
+    connection.className = "push small " + result;
+    setText(connection, text);
   },
   async run() {
     for (;;) {
@@ -13754,8 +13747,8 @@ const stream = {
       catch (error) {
         this.hasAccess = ![401, 403].includes(error.status);
         if (error.status === 403) say(error.message);
-        if (!this.hasAccess) { this.show("no access", "lost"); update(); return; }
-        if (error.name !== "AbortError") this.show("no connection, trying again", "lost");
+        if (!this.hasAccess) { this.show("no access", "failed"); update(); return; }
+        if (error.name !== "AbortError") this.show("no connection, trying again", "failed");
       }
       await wait(document.hidden ? HIDDEN_LOOK_MS : this.delayMs);
       this.delayMs = Math.min(this.delayMs * 2, 10000);
@@ -13765,7 +13758,7 @@ const stream = {
     const query = this.lastId ? "?last_event_id=" + this.lastId : "";
     const response = await send("api/v1/event" + query, { signal: this.controller.signal });
     this.hasAccess = true;
-    this.show("live", "live");
+    this.show("live", "succeeded");
     this.delayMs = 500;
     if (!this.lastId) await load();
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -13881,8 +13874,7 @@ function showFrame() {
   const warning = byId("warning");
   setText(warning, state.warning);
   warning.hidden = !state.warning;
-  let colour = running ? "%230550ae" : "%23116329";
-  if (state.hasFailures) colour = "%23b42318";
+  const colour = state.hasFailures ? "%23b42318" : running ? "%230550ae" : "%23116329";
   const icon = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>" +
     `<circle cx='8' cy='8' r='7' fill='${colour}'/></svg>`;
   const link = byId("icon");
@@ -13906,9 +13898,8 @@ _DASHBOARD_OVERVIEW = r"""
 // -- the overview
 
 function createOverview() {
-  const stats = h("dl.stats", { "aria-label": "This host" });
-  const groups = Object.keys(GROUPS).map((group) =>
-    button(group[0].toUpperCase() + group.slice(1), () => choose({ group }), { "data-group": group }));
+  const stats = h("dl.panel.stats", { "aria-label": "This host" });
+  const groups = Object.keys(GROUPS).map((group) => button(group, () => choose({ group })));
   const search = h("input", { type: "search", placeholder: "id, step, reason, who", maxlength: "200",
     "aria-label": "Filter by text", spellcheck: "false", title: "Any part; * is any text (/)" });
   const shown = h("span.push.soft.small", { "aria-live": "polite" });
@@ -13928,9 +13919,8 @@ function createOverview() {
   const createRow = (index) => {
     const task = state.tasks[index];
     const detail = state.details.get(task.id);
-    const link = h("a.name", { href: "#" + task.id, title: task.id }, task.id);
     return h("div.row.task", { role: "row", "data-id": task.id },
-      createResult(task.result, { role: "cell" }), cell("id", link),
+      createResult(task.result, { role: "cell" }), cell("id", nameLink(task.id, task.id)),
       cell("begun above", createTime(task.started_at || task.accepted_at)),
       cell("length", createLength(task)), cell("steps plain", createStrip(task, detail)),
       cell("why", whyOf(task, detail)));
@@ -13974,9 +13964,9 @@ function createOverview() {
     elements: [stats, filters, table],
     update() {
       showStats(stats);
-      for (const one of groups) one.setAttribute("aria-pressed", one.dataset.group === state.filter.group);
+      for (const one of groups) one.ariaPressed = one.textContent === state.filter.group;
       setText(shown, state.daemon ? count(state.total, "task") : "loading");
-      const isFiltered = state.filter.text || state.filter.group !== "all";
+      const isFiltered = state.filter.text || state.filter.group !== "All";
       empty.textContent = isFiltered ? "No task is like this." : "No tasks yet: press n to make one.";
       empty.hidden = state.tasks.length > 0 || !state.daemon;
       list.setLength(state.tasks.length);
@@ -14027,7 +14017,7 @@ function createStrip(task, detail) {
   if (!results.length) results = Array(task.result === "succeeded" ? task.count : 1).fill(task.result);
   const counts = new Map();
   for (const result of results) counts.set(result, (counts.get(result) || 0) + 1);
-  const words = [...counts].map(([result, number]) => `${number} ${RESULTS[result][1]}`).join(", ");
+  const words = [...counts].map(([result, number]) => `${number} ${wordOf(result)}`).join(", ");
   const label = results.length === task.count ? words : count(task.count, "step");
   // Of many steps the share of each result is shown.
   const parts = results.length > 40 ? [...counts] : results.map((result) => [result, 1]);
@@ -14040,17 +14030,14 @@ function createStrip(task, detail) {
 }
 
 function whyOf(task, detail) {
-  const steps = detail ? detail.steps : [];
-  if (task.result === "running") {
-    const names = steps.filter((step) => step.result === "running").map((step) => step.name);
-    return names.join(", ");
-  }
+  const steps = detail?.steps || [];
+  const having = (results) => steps.filter((step) => results.includes(step.result));
+  if (task.result === "running") return having(["running"]).map((step) => step.name).join(", ");
   if (task.result === "stopped") return reasonOf(detail?.task || task);
-  const failed = steps.find((step) => BAD.includes(step.result)) || steps.find((step) => step.result === "stopped");
+  const [failed] = [...having(BAD), ...having(["stopped"])];
   if (failed) return `${failed.name}: ${reasonOf(failed)}`;
-  if (task.result === "paused") return "held until it is resumed";
-  if (task.result === "waiting") return task.msg;
-  return task.result === "succeeded" ? "" : task.msg.replace(/^execution failed: /, "");
+  const words = { paused: "held until it is resumed", waiting: task.msg, succeeded: "" };
+  return words[task.result] ?? task.msg.replace(/^execution failed: /, "");
 }
 
 function showStats(list) {
@@ -14065,8 +14052,7 @@ function showStats(list) {
     entry("Steps running", `${pool.running} `, h("small", `of ${pool.size}`), used),
     entry("Steps waiting", String(pool.waiting)),
     entry("Pool", h("span", { class: pool.paused ? "mark paused" : "" }, poolState),
-      may("admin") ? h("p.bar.small", button("Size", setPoolSize),
-        button(pool.paused ? "Resume" : "Pause", pausePool)) : []),
+      may("admin") ? [button("Size", setPoolSize), button(pool.paused ? "Resume" : "Pause", pausePool)] : []),
     entry("Disk free", formatBytes(free), h("small", ` of ${formatBytes(whole)}`)),
     entry("Version", state.version.version, h("small", ` ${daemon.host.system}`)),
   );
@@ -14161,12 +14147,11 @@ function createTask(id) {
   });
   function createRow(index) {
     const step = detail.steps[index];
-    const link = h("a.name", { href: `#${id}/${step.step}`, title: step.name }, step.name);
     const why = [step.attempt > 1 && `attempt ${step.attempt}`, isOfParent(step) && `from ${detail.task.parent}`,
       reasonOf(step)];
     return h("div.row.step", { role: "row", "data-id": step.step }, createResult(step.result, { role: "cell" }),
-      cell("id", link), cell("lane plain", createBar(step)), cell("length", createLength(step)),
-      cell("why", why.filter(Boolean).join(": ")));
+      cell("id", nameLink(`${id}/${step.step}`, step.name)), cell("lane plain", createBar(step)),
+      cell("length", createLength(step)), cell("why", why.filter(Boolean).join(": ")));
   }
   // Whether it ran in the task before, whose failed steps alone this one repeats.
   const isOfParent = (step) => Date.parse(step.started_at) < Date.parse(detail.task.accepted_at);
@@ -14181,14 +14166,14 @@ function createTask(id) {
   }
   function measure() {
     const begun = detail.steps.filter((step) => step.started_at && !isOfParent(step));
+    if (!begun.length) return;
     const begins = begun.map((step) => Date.parse(step.started_at));
     const ends = begun.map((step, index) => begins[index] + secondsOf(step) * 1000);
     const begin = Math.min(...begins);
     let end = Math.max(begin + 1, ...ends);
     if (begun.some((step) => step.result === "running")) end = begin + niceLength(end - begin);
-    span = begun.length ? [begin, end] : [0, 1];
-    const middle = begun.length ? formatSeconds((end - begin) / 1000) : "";
-    axis.replaceChildren(h("span", begun.length ? "0" : ""), h("span", middle));
+    span = [begin, end];
+    axis.replaceChildren(h("span", "0"), h("span", formatSeconds((end - begin) / 1000)));
   }
   function showHeading() {
     const { task } = detail;
@@ -14196,13 +14181,13 @@ function createTask(id) {
       const acts = [];
       const offer = (text, ...more) => acts.push(button(text, ...more));
       if (!UNFINISHED.includes(task.result)) {
-        if (may("submit")) offer("Run again", () => rerunTask(detail.task), { title: "Run again (r)" });
+        if (may("submit")) offer("Run again", () => rerunTask(detail.task));
         if (may("submit") && task.result !== "succeeded")
           offer("Run failed again", () => rerunTask(detail.task, "failed"));
         if (may("admin")) offer("Delete", () => deleteTask(detail.task), { class: "danger" });
       } else if (may("submit", task)) {
         offer(task.result === "paused" ? "Resume" : "Pause", () => pauseTask(detail.task));
-        offer("Stop", () => stop(detail.task), { class: "danger", title: "Stop (s)" });
+        offer("Stop", () => stop(detail.task), { class: "danger" });
       }
       if (may("submit")) acts.push(h("a.button", { href: "#/new/" + id }, "Use as a template"));
       heading.replaceChildren(h("h2", task.id), createResult(task.result), h("span.bar.push", acts));
@@ -14211,8 +14196,7 @@ function createTask(id) {
     if (task.started_at) parts.push("took ", createLength(task), " · ");
     parts.push("accepted ", createTime(task.accepted_at));
     if (task.submitted_by) parts.push(` from ${task.submitted_by}`);
-    if (task.stopped_by) parts.push(` · stopped by ${task.stopped_by}`);
-    if (task.stop_reason) parts.push(`: ${task.stop_reason}`);
+    if (task.result === "stopped") parts.push(" · ", reasonOf(task));
     if (task.parent) parts.push(" · repeats ", h("a", { href: "#" + task.parent }, task.parent));
     if (task.expires_at) parts.push(" · kept for ", formatAge(task.expires_at).replace("in ", ""));
     facts.replaceChildren(...parts);
@@ -14225,18 +14209,12 @@ function createTask(id) {
     if (isNews(graph, steps.map((step) => step.result)))
       colour(steps, UNFINISHED.includes(detail.task.result) ? new Map() : criticalPath(steps));
   }
-  async function loadSubmission() {
-    try {
-      const { data } = await ask(taskPath(id, "submission"));
-      showSubmission(submitted, id, data);
-    } catch (error) { submitted.replaceChildren(h("p.pad.soft", error.message)); }
-  }
   return {
     elements: [heading, facts, h("div.columns", graph, table), h("div.columns.low", submitted, files)],
-    title: () => detail ? `${RESULTS[detail.task.result].join(" ")} ${id}` : id,
+    title: () => detail ? titleOf(detail.task.result, id) : id,
     async load() {
       detail = await loadDetail(id);
-      if (!submitted.childElementCount) loadSubmission();
+      if (!submitted.childElementCount) showSubmission(submitted, id);
       if (!files.childElementCount) showFiles(files, id, "");
       update();
     },
@@ -14251,10 +14229,7 @@ function createTask(id) {
     },
     keys: {
       ...list.keys(),
-      s: () => {
-        const row = list.focused();
-        stop(detail.task, row && detail.steps[row.index]);
-      },
+      s: () => stop(detail.task, detail.steps[list.focused()?.index]),
       r: () => rerunTask(detail.task), u: leave,
     },
     close: () => list.close(),
@@ -14266,7 +14241,7 @@ const niceLength = (milliseconds) => 1000 * 2 ** Math.max(0, Math.ceil(Math.log2
 
 function dependencies(steps) {
   const byName = new Map(steps.map((step, index) => [step.name, index]));
-  return steps.map((step) => (step.depets_on || []).filter((name) => byName.has(name)).map((name) => byName.get(name)));
+  return steps.map((step) => (step.depets_on || []).map((name) => byName.get(name)));
 }
 
 // The steps that the end waited for: from the one that ended last, each time the dependency that ended last.
@@ -14330,17 +14305,14 @@ const MARGIN = 24;
 
 function createSvg(tag, attributes, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  for (const name in attributes) element.setAttribute(name, attributes[name]);
   element.append(...children);
   return element;
 }
 
-const shorten = (text, length) => text.length > length ? text.slice(0, length - 1) + "…" : text;
-
 // Draw the graph into its panel; the function that is returned shows what has become of the steps.
 function drawGraph(panel, id, steps) {
-  const before = dependencies(steps);
-  const { nodes, edges } = layOut(before);
+  const { nodes, edges } = layOut(dependencies(steps));
   const all = edges.flatMap(({ path }) => path).concat(nodes);
   const top = Math.min(...all.map((node) => node.y));
   const left = (node) => MARGIN + node.rank * (STEP_WIDTH + LAYER_GAP);
@@ -14355,46 +14327,43 @@ function drawGraph(panel, id, steps) {
     });
     return createSvg("path", { d: line });
   });
-  const boxes = steps.map((step, index) => createSvg("a", { href: `#${id}/${step.step}`,
-    transform: `translate(${left(nodes[index])} ${middle(nodes[index]) - STEP_HEIGHT / 2})` },
-    createSvg("rect", { width: STEP_WIDTH, height: STEP_HEIGHT, rx: 6 }),
-    createSvg("text", { class: "mark", x: 10, y: 23 }), createSvg("text", { x: 30, y: 23 }, shorten(step.name, 20)),
-    createSvg("title", {})));
+  const boxes = steps.map((step, index) => {
+    const box = h("a", { href: `#${id}/${step.step}` });
+    box.style.left = left(nodes[index]) + "px";
+    box.style.top = middle(nodes[index]) - STEP_HEIGHT / 2 + "px";
+    return box;
+  });
   const width = Math.max(...all.map(left)) + STEP_WIDTH + MARGIN;
   const height = Math.max(...all.map(middle)) + STEP_HEIGHT / 2 + MARGIN;
-  const svg = createSvg("svg", { viewBox: `0 0 ${width} ${height}` }, ...curves, ...boxes);
-  panel.replaceChildren(...createPlane(svg, width, height));
+  const canvas = h("div.canvas", createSvg("svg", { width, height }, ...curves), boxes);
+  panel.replaceChildren(...createPlane(canvas, width, height));
   return (rows, critical) => {
     rows.forEach((step, index) => {
-      const [sign, word] = RESULTS[step.result];
-      const [, mark, , title] = boxes[index].children;
-      boxes[index].setAttribute("class", step.result);
-      mark.textContent = sign;
-      const words = [step.name, word, reasonOf(step), step.ended_at && formatSeconds(step.seconds)];
-      title.textContent = words.filter(Boolean).join(", ");
+      const words = [step.name, wordOf(step.result), reasonOf(step), step.ended_at && formatSeconds(step.seconds)];
+      boxes[index].className = "node " + step.result;
+      boxes[index].title = words.filter(Boolean).join(", ");
+      boxes[index].replaceChildren(h("b.mark", SIGNS[step.result]), " " + step.name);
     });
-    edges.forEach(({ from, to }, index) =>
-      curves[index].classList.toggle("critical", critical.get(to) === from));
+    edges.forEach(({ from, to }, index) => curves[index].classList.toggle("critical", critical.get(to) === from));
   };
 }
 
 // A picture in a part of the page that scrolls: by wheel, touch, arrow keys and by dragging. It is zoomed by buttons,
 // + and -, Ctrl with the wheel or two fingers on a pad; 0 shows all of it.
-function createPlane(svg, width, height) {
-  const plane = h("div.plane", { tabindex: "0", role: "group", "aria-label": "Graph" }, svg);
+function createPlane(canvas, width, height) {
+  const plane = h("div.plane", { tabindex: "0", role: "group", "aria-label": "Graph" }, canvas);
   let scale = 1;
   let isDragged = false;
   const zoom = (wanted, x = plane.clientWidth / 2, y = plane.clientHeight / 2) => {
     const factor = Math.max(0.1, Math.min(3, wanted)) / scale;
     const [left, top] = [(plane.scrollLeft + x) * factor - x, (plane.scrollTop + y) * factor - y];
     scale *= factor;
-    svg.style.width = width * scale + "px";
-    svg.style.height = height * scale + "px";
+    canvas.style.zoom = scale;
     plane.scrollTo(left, top);
   };
   const fit = (min) => zoom(Math.max(min, Math.min(1, plane.clientWidth / width, plane.clientHeight / height)));
   on(plane, "wheel", (event) => {
-    if (!event.ctrlKey && !event.metaKey) return;
+    if (!event.ctrlKey) return;
     event.preventDefault();
     const { left, top } = plane.getBoundingClientRect();
     zoom(scale * Math.exp(-event.deltaY / 200), event.clientX - left, event.clientY - top);
@@ -14411,35 +14380,36 @@ function createPlane(svg, width, height) {
   const zoomOut = () => zoom(scale * 0.8);
   const keys = { "+": zoomIn, "=": zoomIn, "-": zoomOut, 0: () => fit(0.1) };
   on(plane, "keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || !keys[event.key]) return;
-    event.preventDefault();
-    keys[event.key]();
+    if (!event.ctrlKey && !event.metaKey) keys[event.key]?.();
   });
-  plane.style.height = height + "px";
-  new ResizeObserver(() => fit(0.7)).observe(plane);  // so that labels can be read
+  new ResizeObserver(() => {
+    plane.style.height = 16 + height * Math.max(0.7, Math.min(1, plane.clientWidth / width)) + "px";
+    fit(0.7);  // so that labels can be read
+  }).observe(plane);
   return [plane, h("p.bar", button("+", zoomIn, { "aria-label": "Zoom in" }),
     button("−", zoomOut, { "aria-label": "Zoom out" }), button("Fit", () => fit(0.1)))];
 }
 
-function showSubmission(panel, id, { query, steps }) {
-  const facts = (values) => h("dl.facts.pad", ...Object.entries(values).flatMap(([name, value]) =>
-    [h("dt", name), h("dd.code", value)]));
+async function showSubmission(panel, id) {
+  let data;
+  try { data = (await ask(taskPath(id, "submission"))).data; }
+  catch (error) { panel.replaceChildren(h("p.pad.soft", error.message)); return; }
+  const { query, steps } = data;
   const details = steps.slice(0, MAX_GRAPH).map((step, index) => {
     const { command_content: script, name, ...others } = step;
-    const values = {};
-    for (const [key, value] of Object.entries(others)) {
-      if (value === null) continue;
-      values[key] = key === "env_vars" ? value.join("\n") : typeof value === "string" ? value : JSON.stringify(value);
-    }
+    const textOf = (value) => typeof value === "string" ? value : JSON.stringify(value);
+    const values = Object.entries(others).filter(([, value]) => value !== null).map(([key, value]) =>
+      [key, h("code", key === "env_vars" ? value.join("\n") : textOf(value))]);
     const body = h("div");
     const element = h("details", h("summary", name || `${id}-${index}`, " ",
       h("small.soft", String(step.command_type))), body);
-    on(element, "toggle", () => body.replaceChildren(facts(values), createScript(String(script))), { once: true });
+    const open = () => body.replaceChildren(createFacts(values), createScript(String(script)));
+    on(element, "toggle", open, { once: true });
     if (steps.length === 1) element.open = true;
     return element;
   });
-  const given = [...new URLSearchParams(query)].map(([name, value]) => `${name}=${value}`).join("\n");
-  panel.replaceChildren(h("h3", "What was submitted"), ...(given ? [facts({ query: given })] : []), ...details);
+  const given = [...new URLSearchParams(query)].map(([name, value]) => [name, h("code", value)]);
+  panel.replaceChildren(h("h3", "What was submitted"), createFacts(given), ...details);
   if (steps.length > MAX_GRAPH)
     panel.append(h("p.pad.soft", `and ${steps.length - MAX_GRAPH} more: see a step's own page`));
 }
@@ -14484,7 +14454,7 @@ async function showFiles(panel, id, path) {
   panel.replaceChildren(h("h3.bar", "Files", h("small.soft.code", path),
     h("span.bar.push", up, isOwn ? button("Upload", () => input.click()) : "", input)));
   if (!entries.length) { panel.append(h("p.pad.soft", problem || "The workspace is empty.")); return; }
-  const { table, scroller } = createTable("Files", "file", ["Name", "Size", "Changed", ""]);
+  const { table, scroller } = createTable("Files", "file", ["Name", "Size", "Changed", "Act"]);
   panel.append(table);
   const list = new RowList(scroller, createRow, String);
   list.setLength(entries.length);
@@ -14596,46 +14566,42 @@ class Output {
   }
   // The rows of a block, if they are here; else they are asked for, and `changed` tells when they have come.
   block(number) {
-    const end = number + 1 < this.blocks.length ? this.blocks[number + 1].offset : this.end;
-    const cached = this.cache.get(number);
-    if (cached && cached.end === end) {
-      this.cache.delete(number);
-      this.cache.set(number, cached);  // the newest last
-      return cached.rows;
+    const isLast = number === this.blocks.length - 1;
+    const end = isLast ? this.end : this.blocks[number + 1].offset;
+    let entry = this.cache.get(number);
+    if (entry?.end !== end) {
+      entry = { end, rows: isLast ? this.split(number, this.newest) : entry?.rows };
+      if (!isLast) this.fetchBlock(number, entry);
     }
-    if (number === this.blocks.length - 1) return this.keep(number, end, this.newest);
-    if (!cached?.isAsked) this.fetchBlock(number, end, cached?.rows || null);
-    return cached?.rows;
+    this.cache.delete(number);
+    this.cache.set(number, entry);  // the newest last
+    for (const old of [...this.cache.keys()].slice(0, -KEPT_BLOCKS)) this.cache.delete(old);
+    return entry.rows;
   }
-  async fetchBlock(number, end, rows) {
-    this.cache.set(number, { isAsked: true, rows, end: -1 });
+  async fetchBlock(number, entry) {
     try {
-      const headers = { Range: `bytes=${this.blocks[number].offset}-${end - 1}` };
+      const headers = { Range: `bytes=${this.blocks[number].offset}-${entry.end - 1}` };
       const response = await send(this.path, { headers, signal: this.controller.signal });
-      this.keep(number, end, new Uint8Array(await response.arrayBuffer()));
-    } catch { this.cache.delete(number); return; }
-    this.changed();
+      entry.rows = this.split(number, new Uint8Array(await response.arrayBuffer()));
+      this.changed();
+    } catch { this.cache.delete(number); }
   }
-  keep(number, end, bytes) {
+  split(number, bytes) {
     const { offset, line, continues } = this.blocks[number];
     const decoder = new TextDecoder();
     const rows = [];
-    let start = offset;
+    let start = 0;
     let current = line;
     let isFirst = !continues;
-    const add = (rowEnd, endsLine) => {
-      const text = decoder.decode(bytes.subarray(start - offset, rowEnd - offset)).replace(/\r?\n$/, "");
+    const add = (end, endsLine) => {
+      const text = decoder.decode(bytes.subarray(start, end - offset)).replace(/\r?\n$/, "");
       rows.push({ text, line: current, isFirst });
-      start = rowEnd;
+      start = end - offset;
       isFirst = endsLine;
       if (endsLine) current++;
     };
-    const splitter = new RowSplitter(offset, add);
-    splitter.feed(bytes);
-    if (start < end) add(end, false);
-    this.cache.delete(number);
-    this.cache.set(number, { end, rows });
-    for (const old of [...this.cache.keys()].slice(0, -KEPT_BLOCKS)) this.cache.delete(old);
+    new RowSplitter(offset, add).feed(bytes);
+    if (start < bytes.length) add(offset + bytes.length, false);
     return rows;
   }
   row(index) {
@@ -14664,24 +14630,18 @@ async function findLines(output, text, signal, progress) {
   const found = [];
   let line = 0;
   let rest = "";
-  let bytes = 0;
-  const end = output.end;
   const response = await send(output.address({ offset: output.offset }), { signal });
-  const decoder = new TextDecoder();
-  for (const reader = response.body.getReader();;) {
-    const { done, value } = await reader.read();
-    const lines = (rest + (done ? "" : decoder.decode(value, { stream: true }))).split("\n");
-    rest = lines.pop();
-    if (done) lines.push(rest);
-    const look = (one) => {
-      if (found.length >= MAX_FOUND || found[found.length - 1] === line) return;
-      if (one.toLowerCase().includes(wanted)) found.push(line);
-    };
-    for (const one of lines) { look(one); line++; }
+  const look = (part) => {
+    if (found.length < MAX_FOUND && found.at(-1) !== line && part.toLowerCase().includes(wanted)) found.push(line);
+  };
+  for (const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();;) {
+    const { done, value = "" } = await reader.read();
+    const lines = (rest + value).split("\n");
+    rest = done ? "" : lines.pop();
+    for (const part of lines) { look(part); line++; }
     if (rest.length > 4000000) { look(rest); rest = rest.slice(-wanted.length); }
     if (done) return found;
-    bytes += value.length;
-    progress(found.length, bytes / Math.max(1, end - output.offset));
+    progress(found.length);
   }
 }
 
@@ -14710,7 +14670,6 @@ function terminalCells(text) {
 }
 
 const FLAGS = { 1: "b", 2: "d", 3: "i", 4: "u", 7: "v", 9: "s" };
-const UNSET = { 22: "bd", 23: "i", 24: "u", 27: "v", 29: "s" };
 
 // The style after a sequence "Select Graphic Rendition" (ECMA-48, 8.3.117).
 function nextStyle(style, parameters) {
@@ -14721,7 +14680,10 @@ function nextStyle(style, parameters) {
     const side = code >= 40 && code < 50 || code >= 100 ? "back" : "fore";
     if (code === 0) next = {};
     else if (FLAGS[code]) next[FLAGS[code]] = true;
-    else if (UNSET[code]) for (const flag of UNSET[code]) delete next[flag];
+    else if (code > 20 && code < 30) {
+      delete next[FLAGS[code - 20]];
+      if (code === 22) delete next.b;
+    }
     else if (code === 39 || code === 49) delete next[side];
     else if (code === 38 || code === 48) {
       if (codes[at + 1] === 5) next[side] = paletteColour(codes[at + 2]);
@@ -14794,11 +14756,9 @@ function createConsole(id, place, line) {
   const follow = button("Follow", () => setFollow(!isFollowing), { title: "Stay at the end (f)" });
   const all = button("Read from the beginning", () => open(0), { hidden: "" });
   const bar = h("div.bar", { role: "toolbar", "aria-label": "Output" }, streamChoice, attemptChoice,
-    search, found, button("Previous", () => go(-1), { title: "N" }), button("Next", () => go(1), { title: "n" }), wrap,
-    follow, all, button("Save", () => download(path(), `${id}-${place}.txt`), { title: "Download the bytes" }),
-    note);
+    search, button("Previous", () => go(-1), { title: "N" }), button("Next", () => go(1), { title: "n" }), wrap, follow,
+    all, button("Save", () => download(path(), `${id}-${place}.txt`), { title: "Download the bytes" }), found, note);
   let output = null;
-  let list = null;
   let step = null;
   let isFollowing = !line;
   let target = line ? line - 1 : null;
@@ -14817,12 +14777,13 @@ function createConsole(id, place, line) {
   function open(offset) {
     output?.close();
     output = new Output(path(), offset, update);
-    all.hidden = offset === 0;
-    if (!list) { list = new RowList(scroller, createRow, keyOf); list.rowHeight = rowHeight; }
+    all.hidden = !offset;
     output.read();
     update();
   }
   const rowHeight = () => parseFloat(getComputedStyle(scroller).lineHeight);
+  const list = new RowList(scroller, createRow, keyOf);
+  list.rowHeight = rowHeight;
   function keyOf(index) {
     const row = output.row(index);
     if (!row) return "empty " + index;
@@ -14841,7 +14802,7 @@ function createConsole(id, place, line) {
     return element;
   }
   function switchWrap() {
-    wrap.setAttribute("aria-pressed", scroller.classList.toggle("wrapped"));
+    wrap.ariaPressed = scroller.classList.toggle("wrapped");
     update();
   }
   function setFollow(value) {
@@ -14856,7 +14817,7 @@ function createConsole(id, place, line) {
   function jump() {
     if (!isJumping) return;
     if (output.lines <= target && !output.isComplete) return;
-    const row = output.rowOfLine(Math.min(target, Math.max(0, output.lines)));
+    const row = output.rowOfLine(Math.min(target, output.lines));
     if (row === null) return;
     list.setLength(output.length);
     const height = rowHeight();
@@ -14883,9 +14844,8 @@ function createConsole(id, place, line) {
     update();
     if (!text) return;
     try {
-      matches = await findLines(output, text, finding.signal, (number, part) => {
-        found.textContent = `${number.toLocaleString("en")} so far, ${Math.min(100, Math.round(part * 100))} %`;
-      });
+      matches = await findLines(output, text, finding.signal,
+        (number) => { found.textContent = `${number.toLocaleString("en")} so far`; });
       if (matches.length) go(1);
       else found.textContent = "nothing like this";
     } catch (error) { if (error.name !== "AbortError") found.textContent = error.message; }
@@ -14910,7 +14870,7 @@ function createConsole(id, place, line) {
   for (const choice of [streamChoice, attemptChoice]) on(choice, "change", () => open(0));
 
   function showTools() {
-    follow.setAttribute("aria-pressed", isFollowing);
+    follow.ariaPressed = isFollowing;
     const lines = count(output.lines + output.length - output.rows, "line");
     const activity = output.problem || (output.isComplete ? "" : isLive() ? "live" : "reading");
     const words = [output.offset ? `the end: ${lines}` : lines, formatBytes(output.end), activity];
@@ -14920,14 +14880,13 @@ function createConsole(id, place, line) {
   function showHeading(detail) {
     if (!isNews(heading, step.result, step.msg, step.attempt, step.stop_reason, state.version.client)) return;
     const canStop = isLive() && may("submit", detail.task);
-    const stopButton = canStop ? button("Stop", () => stop(detail.task, step), { class: "danger", title: "s" }) : [];
+    const stopButton = canStop ? button("Stop", () => stop(detail.task, step), { class: "danger" }) : [];
     heading.replaceChildren(h("h2", h("a", { href: "#" + id }, id), " / " + step.name),
       createResult(step.result), h("span.soft", reasonOf(step)), createLength(step), h("span.push", stopButton));
     attemptChoice.hidden = !(step.attempt > 1);
     if (attemptChoice.length !== step.attempt) {
-      const options = Array.from({ length: step.attempt }, (_, index) =>
-        h("option", { value: index + 1 }, `attempt ${index + 1}`));
-      attemptChoice.replaceChildren(...options);
+      attemptChoice.replaceChildren(...Array(step.attempt).fill().map((_, index) =>
+        h("option", { value: index + 1 }, `attempt ${index + 1}`)));
       attemptChoice.value = step.attempt;
       if (output && step.attempt > 1) open(0);
     }
@@ -14935,7 +14894,7 @@ function createConsole(id, place, line) {
   return {
     isFilled: true,
     elements: [heading, bar, scroller],
-    title: () => step ? `${RESULTS[step.result].join(" ")} ${step.name}` : String(place),
+    title: () => step ? titleOf(step.result, step.name) : place,
     async load() {
       const detail = await loadDetail(id);
       step = detail.steps.find((one) => String(one.step) === place) || detail.steps.find((one) => one.name === place);
@@ -14971,7 +14930,7 @@ function createConsole(id, place, line) {
     },
     close() {
       output?.close();
-      list?.close();
+      list.close();
       finding?.abort();
     },
   };
@@ -14992,17 +14951,17 @@ const TASK_FIELDS = ["id", "timeout", "delay", "at", "env_vars"];
 const STEP_FIELDS = ["name", "command_type", "command_content", "depends_on", "timeout", "env_vars"];
 
 // A list stands in its input one value a line, an object as JSON.
-function createInput(name, { enum: choices, type = "", description = "" }, value, isRequired) {
+function createInput(name, { enum: choices, type = "", description = "", example = description }, value, isRequired) {
   const kind = ["array", "object"].find((word) => type.includes(word));
   let input = h("input");
   if (choices) input = h("select", ["", ...choices].filter((choice, at) => choice || !(isRequired || at))
     .map((choice) => h("option", choice)));
   else if (kind || ["command_content", "stdin"].includes(name))
     input = h("textarea", { rows: name === "command_content" ? 6 : 2 });
-  Object.assign(input, { name, kind, title: description, placeholder: description, required: isRequired });
-  if (kind === "array") input.placeholder = (description || "KEY=value") + ", one a line";
+  const placeholder = kind === "array" ? "one a line" : kind ? "JSON" : example;
+  Object.assign(input, { name, kind, title: description, placeholder, required: isRequired });
   if (value) input.value = Array.isArray(value) ? value.join("\n") : kind ? JSON.stringify(value) : value;
-  const label = field(name.replace("_", " "), input, input.rows);
+  const label = field(wordOf(name), input);
   label.classList.toggle("wide", name === "command_content");
   return label;
 }
@@ -15048,8 +15007,8 @@ function createEditor(from) {
     const values = new URLSearchParams(query);
     values.delete("id");
     fields.replaceChildren(...TASK_FIELDS.map((name) => {
-      const { schema, description } = components.parameters[name];
-      return createInput(name, { ...schema, description },
+      const { schema, description, example } = components.parameters[name];
+      return createInput(name, { ...schema, description, example },
         schema.type === "array" ? values.getAll(name) : values.get(name));
     }));
     for (const flag of flags)
@@ -15113,14 +15072,14 @@ function createEditor(from) {
 
 // -- keys and addresses
 
-const KEYS = [["/", "filter, or find in an output"], ["j k", "next, previous"], ["Enter", "open"], ["u", "up"],
-  ["f", "follow an output"], ["g G", "begin, end of an output"],
-  ["n N", "next, previous found; else n: new task"],
-  ["w", "wrap long lines"], ["s", "stop"], ["r", "run again"], ["?", "this"]];
+const KEYS = {
+  "/": "filter, or find in an output", "j k": "next, previous", Enter: "open", u: "up", f: "follow an output",
+  "g G": "begin, end of an output", "n N": "next, previous found; else n: new task", w: "wrap long lines", s: "stop",
+  r: "run again", "?": "this",
+};
 
 function showKeys() {
-  const rows = KEYS.map(([keys, text]) => [h("dt", h("code", keys)), h("dd", text)]);
-  showDialog("Keys", [h("dl.facts", rows)], "Close");
+  showDialog("Keys", createFacts(Object.entries(KEYS)), "Close");
 }
 
 on(document, "keydown", (event) => {
@@ -15151,7 +15110,7 @@ function route() {
   newView.id = task;
   show(newView);
   for (const link of document.querySelectorAll("nav a"))
-    link.setAttribute("aria-current", link.hash && link.hash === (location.hash || "#/") ? "page" : "false");
+    link.ariaCurrent = link.hash && link.hash === (location.hash || "#/") ? "page" : "false";
   if (state.daemon) loadView();
 }
 
@@ -15159,10 +15118,9 @@ function route() {
 async function showProfiles() {
   const text = await (await send("debug/pprof/")).text();
   const links = [...new DOMParser().parseFromString(text, "text/html").querySelectorAll("dt a")];
-  const rows = links.map((link) => [
-    h("dt", button(link.textContent, () => download("debug/pprof/" + link.getAttribute("href"), link.textContent))),
-    h("dd", link.parentElement.nextElementSibling.textContent)]);
-  showDialog("Profiles", [h("dl.facts", rows)], "Close");
+  showDialog("Profiles", createFacts(links.map((link) => [
+    button(link.textContent, () => download("debug/pprof/" + link.getAttribute("href"), link.textContent)),
+    link.parentElement.nextElementSibling.textContent])), "Close");
 }
 for (const [id, action] of [["metrics", () => download("metrics", "metrics.txt")], ["profiles", showProfiles]])
   on(byId(id), "click", (event) => {
@@ -15176,7 +15134,9 @@ on(document, "visibilitychange", () => stream.rest());
 on(window, "focus", () => { state.hasFailures = false; update(); });
 setInterval(() => { if (!document.hidden) tick(); }, 1000);
 route();
-stream.run();
+// The frame of the page is painted before anything is asked for.
+if (document.hidden) stream.run();
+else requestAnimationFrame(() => setTimeout(() => stream.run()));
 """
 DASHBOARD_SCRIPT = (
     COMMON_SCRIPT

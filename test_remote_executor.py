@@ -9632,7 +9632,7 @@ def test_page_has_no_outside_resource(daemon: Daemon, path: str) -> None:
     own = r"\.\./|#/|swagger/index|metrics|debug/pprof/|doc.json|data:,"
     outside = rf"(?:src|href)=\"(?!{own})|https?:(?!//www.w3.org/2000/svg)|(?<!http:)//[\w.-]+\.\w|@import|url\("
     assert re.findall(outside, page) == []  # the namespace of SVG is a name, which nobody opens
-    assert len(answer.body) < 90 * 1024
+    assert len(answer.body) < 90_000
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
     for tag, directive in (("style", "style-src"), ("script", "script-src")):
         text = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[0]
@@ -9910,7 +9910,7 @@ def test_dashboard_leads_by_keys_from_the_list_to_a_line(board: Board) -> None:
     board.browser.find(f"document.activeElement.innerText === {task!r}")
     board.browser.press("Enter", "\r")
     board.text("exit code 2")
-    board.browser.find("['svg a', '.lane i'].map(one => document.querySelectorAll(one).length).join() === '2,1'")
+    board.browser.find("['.node', '.lane i'].map(one => document.querySelectorAll(one).length).join() === '2,1'")
     board.keys("j")
     board.browser.press("Enter", "\r")
     board.text("new", ".console")
@@ -9932,6 +9932,37 @@ def test_dashboard_follows_an_output_and_finds_in_it(board: Board, gate: Path) -
     board.text("line 1 of 5", "[role=toolbar]")
     board.text("777", ".target")
     board.browser.find("document.querySelectorAll('.console .line').length < 200")
+
+
+@chromium_only
+def test_dashboard_finds_tasks_by_what_their_steps_say(board: Board, gate: Path) -> None:
+    failed = board.daemon.submit(step("exit 3", name="Zebra crossing"))
+    board.daemon.ended(failed)
+    board.open()
+    board.keys("/zebra")
+    board.browser.find(f"state.tasks.map(one => one.id).join() === {failed!r}")
+    later = board.daemon.submit(held(gate, name="another zebra"))
+    board.text("another zebra", f"[data-id='{later}']")
+    board.click("Failed")
+    board.text("1 task", "[aria-live]")
+    gate.touch()
+
+
+@chromium_only
+def test_dashboard_that_nobody_sees_gives_its_connections_back(board: Board, gate: Path) -> None:
+    task = board.daemon.submit(held(gate))
+    board.open(f"#{task}/0")
+    board.text("held", ".console")
+    count = held_count(board.daemon)
+    turn = "Object.defineProperty(document, 'hidden', {{value: {}, configurable: true}});"
+    turn += "document.dispatchEvent(new Event('visibilitychange'))"
+    board.browser("Runtime.evaluate", expression=turn.format("true"))
+    wait_until(lambda: held_count(board.daemon) == count - 2, "the events and the output to be let go")
+    board.browser("Runtime.evaluate", expression=turn.format("false"))
+    wait_until(lambda: held_count(board.daemon) == count, "the events and the output to be asked for again")
+    board.daemon.put(f"/api/v1/task/{task}")
+    board.text("stopped by local", "main")
+    board.text("live", "#connection")
 
 
 @chromium_only
@@ -9986,6 +10017,36 @@ def test_dashboard_tells_a_wrong_token_from_none(shared_browser: Browser, launch
     finally:
         browser("Page.navigate", url="about:blank")
         assert daemon.end() == 0
+
+
+@chromium_only
+def test_dashboard_downloads_with_a_token(shared_browser: Browser, roles: Daemon, tmp_path: Path) -> None:
+    script = "mkdir -p many; cd many; seq 1200 | xargs touch; echo kept >../notes; echo printed"
+    assert status_of(roles, "admin", "POST", "/api/v1/task?id=of-files", json.dumps([step(script)])) == 200
+    wait = "/api/v1/task/of-files?wait=60s"
+    assert status_of(roles, "admin", "GET", wait) == 200
+    browser, board = shared_browser, Board(shared_browser, roles)
+    browser("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    downloads = {"notes": b"kept\n", "of-files-0.txt": b"printed\n", "cmdline": os.fsencode(f"--root={roles.root}")}
+    try:
+        browser("Page.navigate", url=f"http://localhost:{roles.port}/")
+        browser.find("(sessionStorage.setItem(TOKEN_KEY, 'admin-token-of-tests'), true)")
+        board.open("#of-files")
+        board.click("notes")
+        board.click("many/")
+        browser.find("document.querySelector('[role=table][aria-label=Files]').ariaRowCount === '1200'")
+        browser.find("(document.querySelector('.file .name').closest('.scroller').scrollTop = 1e6, true)")
+        board.text("999", ".file:last-child")
+        board.open("#of-files/0")
+        board.click("Save")
+        browser.find("(document.getElementById('profiles').click(), true)")
+        board.click("cmdline", "dialog")
+        for name, content in downloads.items():
+            file = tmp_path / name
+            wait_until(lambda file=file: file.exists() and file.stat().st_size, name)  # type: ignore[misc]
+            assert content in file.read_bytes()
+    finally:
+        browser("Page.navigate", url="about:blank")
 
 
 @chromium_only
@@ -10124,19 +10185,24 @@ def test_dashboard_goes_on_when_its_daemon_comes_back(shared_browser: Browser, t
 
 
 @chromium_only
-@pytest.mark.parametrize("width, scheme", [(360, "dark"), (3840, "light")])
-def test_dashboard_fits_a_phone_and_a_wall(board: Board, tmp_path: Path, width: int, scheme: str) -> None:
-    task = board.daemon.submit(*(step(name=f"step-{number}" * 9) for number in range(3)))
+@pytest.mark.parametrize("width, height, scheme", [(360, 740, "light"), (1280, 800, "dark"), (3840, 2160, "light")])
+def test_dashboard_fits_a_phone_and_a_wall(
+    board: Board, request: pytest.FixtureRequest, width: int, height: int, scheme: str
+) -> None:
+    """Pictures of it are kept in .pytest_cache/d/dashboard, to be looked at."""
+    pictures = request.config.cache.mkdir("dashboard")
+    steps = [step(f"exit {number}", name=f"step-{number}" * 9) for number in range(2)]
+    task = board.daemon.submit(*steps, step(name="last", depends_on=[steps[0]["name"]]), **{"async": "true"})
     board.daemon.ended(task)
-    is_phone = width < 999
-    board.browser("Emulation.setDeviceMetricsOverride", width=width, height=740, deviceScaleFactor=1, mobile=is_phone)
+    shape = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 999}
+    board.browser("Emulation.setDeviceMetricsOverride", **shape)
     board.browser("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-    for place in ("#/", f"#{task}", f"#{task}/0", "#/new"):
+    for name, place in {"list": "#/", "task": f"#{task}", "console": f"#{task}/0", "new": "#/new"}.items():
         board.open(place)
         board.browser.find("document.querySelector('main').innerText.length > 9")
         board.browser.find(f"document.documentElement.scrollWidth <= {width}")
         picture = board.browser("Page.captureScreenshot")["data"]
-        (tmp_path / f"{width}-{len(place)}.png").write_bytes(base64.b64decode(picture))
+        (pictures / f"{width}-{scheme}-{name}.png").write_bytes(base64.b64decode(picture))
 
 
 @chromium_only
