@@ -6734,6 +6734,7 @@ _PARAMETERS = {
     "paused": "paused",
     "env_vars": "env_vars",
     "strict": "strict",
+    "dry": "dry",
 }
 _REPEATABLE_PARAMETER = "env_vars"
 STEP_FIELDS = (
@@ -6888,6 +6889,11 @@ def lower_keys(where: str, value: Mapping[str, Any]) -> dict[str, Any]:
             raise BadRequest(f"{where}: {_shorten(key)} stands twice in different case: give one of them")
         fields[name] = item
     return fields
+
+
+def is_dry_run(query: Pairs) -> bool:
+    """Return whether a submission is to be checked alone. Raises BadRequest."""
+    return _parse_bool(*_parse_query(query, _UnknownNames())["dry"])
 
 
 def check_rerun(changes: Pairs) -> None:
@@ -8177,7 +8183,7 @@ _Apply = Callable[[sqlite3.Connection], Any]
 class Selection(NamedTuple):
     """Which tasks a list shows, and in which order: by acceptance (st), end (et) or expiry (rt).
 
-    `results` is empty for all, `id_glob` too; `limit` is -1 for none. `after` is the cursor of the page before.
+    `results`, `id_glob` and `text` are empty for all; `limit` is -1 for none. `after` is the cursor of the page before.
     """
 
     sort: str = "st"
@@ -8186,6 +8192,7 @@ class Selection(NamedTuple):
     id_glob: str = ""
     limit: int = -1
     after: str = ""
+    text: str = ""  # that its id, its message, who did it or why, or a step says, in any case
 
 
 class Page(NamedTuple):
@@ -8248,19 +8255,30 @@ def _segment_query(
     if results:
         where += f" AND {plus}result IN ({', '.join('?' * len(results))})"
         values += results
+    filters, filter_values = _filters(selection)
+    statement = f"SELECT seq, ended_ns FROM task WHERE {where}{filters} ORDER BY {order} LIMIT ?"
+    return statement, values + filter_values
+
+
+_HAS_TEXT = (
+    "((id || ' ' || message || ' ' || submitted_by || ' ' || stopped_by || ' ' || stop_reason) LIKE ? ESCAPE '!' "
+    "OR EXISTS (SELECT 1 FROM step WHERE task = seq AND (name || ' ' || reason) LIKE ? ESCAPE '!'))"
+)
+
+
+def _filters(selection: Selection) -> tuple[str, list[str]]:
+    """Return the conditions by id and text, each behind AND, and their values."""
+    where = ""
+    values = []
     if selection.id_glob:
-        where += f" AND {_ID_GLOB}"
-        values += _id_glob_values(selection.id_glob)
-    return f"SELECT seq, ended_ns FROM task WHERE {where} ORDER BY {order} LIMIT ?", values
-
-
-_ID_GLOB = "id >= ? AND id < ? AND id GLOB ?"
-
-
-def _id_glob_values(glob: str) -> tuple[str, str, str]:
-    """Return the values of _ID_GLOB: what is literal at its begin bounds the ids, which are ASCII."""
-    prefix = re.split(r"[*?\[]", glob)[0]
-    return prefix, prefix + "\x7f", glob
+        where += " AND id >= ? AND id < ? AND id GLOB ?"
+        prefix = re.split(r"[*?\[]", selection.id_glob)[0]  # is literal, so it bounds the ids, which are ASCII
+        values += [prefix, prefix + "\x7f", selection.id_glob]
+    if selection.text:
+        where += f" AND {_HAS_TEXT}"
+        literal = re.sub("[%_!]", r"!\g<0>", selection.text)
+        values += [f"%{literal.replace('*', '%')}%"] * 2
+    return where, values
 
 
 class Notice(NamedTuple):
@@ -8768,11 +8786,11 @@ class Store:
 
     def total(self, selection: Selection) -> int:
         """Return how many tasks a list has on all its pages."""
-        if not selection.id_glob:
+        if not (selection.id_glob or selection.text):
             totals = dict(self._read("SELECT result, tasks FROM task_total"))
             return sum(totals.get(result, 0) for result in selection.results or totals)
-        statement = f"SELECT count(*) FROM task WHERE {_ID_GLOB}"
-        values: list[Any] = [*_id_glob_values(selection.id_glob)]
+        filters, values = _filters(selection)
+        statement = "SELECT count(*) FROM task WHERE true" + filters
         if selection.results:
             statement += f" AND +result IN ({', '.join('?' * len(selection.results))})"
             values += selection.results
@@ -8786,6 +8804,10 @@ class Store:
             rows = self._read(f"{_TASK} WHERE seq IN ({in_block})")
             by_number = {row[0]: TaskRow._make(row) for row in rows}
             yield [by_number[number] for number in block if number in by_number]
+
+    def accepted_before(self, spec: TaskSpec) -> Accepted | None:
+        """Return the task that the same submission has made. Raises Conflict where its id is of another one."""
+        return _accepted_before(self._read(_SAME_ID, (spec.id,)), spec)
 
     def task(self, task_id: str) -> TaskRow:
         """Return a task by its id. Raises NotFound."""
@@ -9153,13 +9175,23 @@ def _migrate(db: sqlite3.Connection, version: int) -> None:
         raise
 
 
+_SAME_ID = "SELECT seq, count, accepted_ns, digest FROM task WHERE id = ?"
+
+
 def _accept(db: sqlite3.Connection, task: Mapping[str, Any], spec: TaskSpec) -> Accepted:
     """Insert a task, unless the same submission has already done so. Raises Conflict."""
-    row = db.execute("SELECT seq, count, accepted_ns, digest FROM task WHERE id = ?", (spec.id,)).fetchone()
-    if row is None:
-        _insert_task(db, task, spec)
-        return Accepted(task["seq"], spec.id, len(spec.steps), task["accepted_ns"], is_new=True)
-    earlier_number, step_count, accepted_ns, fingerprint = row
+    earlier = _accepted_before(db.execute(_SAME_ID, (spec.id,)).fetchall(), spec)
+    if earlier:
+        return earlier
+    _insert_task(db, task, spec)
+    return Accepted(task["seq"], spec.id, len(spec.steps), task["accepted_ns"], is_new=True)
+
+
+def _accepted_before(rows: Sequence[tuple[Any, ...]], spec: TaskSpec) -> Accepted | None:
+    """Return the task that the same submission has made, from what _SAME_ID reads. Raises Conflict for another one."""
+    if not rows:
+        return None
+    earlier_number, step_count, accepted_ns, fingerprint = rows[0]
     if fingerprint != spec.fingerprint:
         raise Conflict(f"id {spec.id!r} already belongs to a different task; use another id")
     return Accepted(earlier_number, spec.id, step_count, accepted_ns, is_new=False)
@@ -13453,7 +13485,8 @@ def page_response(page: str, style: str, script: str) -> Response:
 # ======================================================================================================================
 
 DASHBOARD_STYLE = PALETTE + r"""
-:root { --row: 2.5rem; --head: 2rem; --gap: 1rem; --good: var(--post); --warn: var(--put); --run: var(--link);
+:root { --edge: 1px solid var(--line); --row: 2.5rem; --head: 2rem; --gap: 1rem;
+  --good: var(--post); --warn: var(--put);
   --c0: var(--soft); --c1: var(--bad); --c2: var(--good); --c3: var(--warn); --c4: var(--link); --c7: var(--text);
   --c5: light-dark(#8250df, #d2a8ff); --c6: light-dark(#0b6b75, #56d4dd); }
 html { font-size: clamp(15px, .35vw + 11px, 20px); }
@@ -13465,12 +13498,14 @@ h2 { font-size: 1.25rem; }
 a { text-decoration: none; }
 a:hover, h2 a { text-decoration: underline; }
 code, pre, .code { font: var(--code); }
-small, .small { font-size: var(--small); }
+small, .small, .stats dt, .stats button, .head { font-size: var(--small); }
+.stats small, dt, .head, .empty, .number, .script span::before { color: var(--soft); }
+.row > *, .node, button { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 [hidden] { display: none !important; }
 
 button, input, select, textarea, .button { font: inherit; color: inherit; background: var(--back); max-width: 100%;
   border: 1px solid var(--soft); border-radius: .375rem; padding: .25rem .75rem; min-height: 2rem; }
-button, .button { background: var(--box); border-color: var(--line); cursor: pointer; white-space: nowrap; }
+button, .button { font-weight: 400; background: var(--box); border-color: var(--line); cursor: pointer; }
 button:hover, .button:hover { border-color: var(--soft); text-decoration: none; }
 button.main { background: var(--link); border-color: var(--link); color: var(--back); }
 button.danger { color: var(--bad); }
@@ -13481,107 +13516,104 @@ button:disabled { opacity: .5; cursor: default; }
 textarea { width: 100%; font: var(--code); padding: .5rem .75rem; resize: vertical; }
 
 .bar, header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem var(--gap); }
-header { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); background: var(--box); }
+header { padding: .5rem var(--gap); border-bottom: var(--edge); background: var(--box); }
 header nav { display: flex; flex-wrap: wrap; gap: .25rem var(--gap); }
 nav a[aria-current="page"] { color: var(--text); font-weight: 600; box-shadow: 0 2px var(--link); }
 .push { margin-left: auto; }
-.bar > span:empty { position: absolute; }
-.dot { display: inline-block; width: .625rem; height: .625rem; border-radius: 50%; background: var(--soft);
-  margin-right: .375rem; }
-.dot.live { background: var(--good); }
-.dot.lost { background: var(--bad); }
-.notice { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); color: var(--warn); }
+#connection::before { content: "● "; color: var(--mark); }
+.notice { padding: .5rem var(--gap); border-bottom: var(--edge); color: var(--warn); }
 main:focus-visible { outline: none; }
 main { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: var(--gap); padding: var(--gap); }
-.panel { border: 1px solid var(--line); border-radius: .5rem; }
-.panel > h3 { padding: .5rem var(--gap); border-bottom: 1px solid var(--line); }
+.panel { border: var(--edge); border-radius: .5rem; }
+.panel > h3 { padding: .5rem var(--gap); border-bottom: var(--edge); }
 .pad { padding: var(--gap); }
-.stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); border: 1px solid var(--line);
-  border-radius: .5rem; }
+.stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); }
 .stats > div { padding: .5rem var(--gap); }
-.stats dt { font-size: var(--small); color: var(--soft); }
 .stats dd { font-size: 1.25rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
-.stats dd small { color: var(--soft); }
+.stats button { margin-left: .5rem; }
 meter { width: 100%; height: .375rem; display: block; }
 
 .list { flex: 1; display: flex; flex-direction: column; overflow: hidden; }
+.list > * { scrollbar-gutter: stable; overflow: hidden; }
 .scroller { flex: 1; overflow: auto; position: relative; overscroll-behavior: contain; }
 .spacer { position: relative; }
 .window { position: absolute; left: 0; right: 0; }
 .row { display: grid; align-items: center; gap: 0 .75rem; height: var(--row); padding: 0 var(--gap);
-  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; position: relative; }
-.row > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+  border-bottom: var(--edge); font-variant-numeric: tabular-nums; position: relative; }
 .row > .plain { overflow: visible; }
-.head { font-size: var(--small); color: var(--soft); background: var(--box); height: var(--head); flex: none; }
+.list > :first-child { background: var(--box); }
+.head { height: var(--head); flex: none; }
 .row:not(.head):hover, .row:focus-within { background: var(--box); }
 .task { grid-template-columns: 8.5rem minmax(8rem, 1fr) 6.5rem 6rem 6rem minmax(0, 1.4fr); }
 .step { grid-template-columns: 8.5rem minmax(8rem, 14rem) minmax(6rem, 1fr) 6rem minmax(0, 16rem); }
 .file { grid-template-columns: minmax(0, 1fr) 6rem 10rem auto; }
-.row a.name { color: var(--text); font-weight: 600; }
+.row .name { color: var(--text); font-weight: 600; }
+button.name { border: 0; padding: 0; background: none; }
+.panel .panel { border: 0; }
 .row a.name::after { content: ""; position: absolute; inset: 0; }
 .row:has(a.name:focus-visible) { outline: 3px solid var(--link); outline-offset: -3px; }
 .row a.name:focus-visible { outline: none; }
 .above { position: relative; z-index: 1; }
-.empty { padding: 2rem var(--gap); text-align: center; color: var(--soft); }
+.empty { padding: 2rem var(--gap); text-align: center; }
 
 .result { font-weight: 600; }
 .result i { display: inline-block; width: 1.25em; font-style: normal; text-align: center; }
 .succeeded { --mark: var(--good); }
-.failed, .timed_out, .lost, .not_started, .output_limit { --mark: var(--bad); }
+.failed, .timed_out, .lost, .not_started, .output_limit { --mark: var(--bad); --rise: -2px; }
 .stopped, .paused { --mark: var(--warn); }
-.running { --mark: var(--run); }
+.running { --mark: var(--link); }
 .waiting, .not_run { --mark: var(--soft); }
 .result, .mark { color: var(--mark); }
 .strip { display: flex; gap: 1px; height: .5rem; border-radius: .25rem; }
-.strip i { flex: 1; background: var(--mark); min-width: 1px; }
+.strip i { flex: 1; background: var(--mark); min-width: 1px; margin: var(--rise, 0) 0; }
 .strip :is(.not_run, .waiting, .paused) { background: var(--line); }
-.strip :is(.failed, .timed_out, .lost, .not_started, .output_limit) { margin: -2px 0; }
 .lane { position: relative; height: .75rem;
   background: linear-gradient(var(--line), var(--line)) 0 50% / 100% 1px no-repeat; }
 .lane i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 2px; background: var(--mark); }
 .axis { display: flex; justify-content: space-between; }
 
-.graph { position: relative; height: 20rem; max-height: 60vh; touch-action: pan-y; overflow: hidden; }
-.graph svg { width: 100%; height: 100%; display: block; cursor: grab; user-select: none; }
+.graph { position: relative; }
+.plane { max-height: 60vh; overflow: auto; cursor: grab; user-select: none; }
+.canvas { position: relative; width: max-content; margin: auto; }
+.canvas svg { display: block; }
+.canvas path { fill: none; stroke: var(--soft); stroke-width: 1.25; }
+.canvas path.critical { stroke: var(--text); stroke-width: 2.5; }
 .graph .bar { position: absolute; right: .5rem; bottom: .5rem; gap: .25rem; }
-.graph rect { fill: var(--back); stroke: var(--mark); stroke-width: 1.5; }
-.graph text { fill: var(--text); font-size: 13px; }
-.graph text.mark { fill: var(--mark); font-weight: 700; }
-.graph path { fill: none; stroke: var(--soft); stroke-width: 1.25; }
-.graph path.critical { stroke: var(--text); stroke-width: 2.5; }
-.graph a:focus-visible { outline: none; }
-.graph a:focus-visible rect { stroke: var(--link); stroke-width: 4; }
-.graph .running rect { stroke-dasharray: 6 3; }
-.facts { display: grid; grid-template-columns: max-content 1fr; gap: .25rem var(--gap); }
-.facts dt { color: var(--soft); }
+.node { position: absolute; width: 176px; height: 36px; padding: 0 10px; font-size: 13px; line-height: 33px;
+  color: var(--text); background: var(--back); border: 1.5px solid var(--mark); border-radius: 6px; }
+.node.running { border-style: dashed; }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: .25rem var(--gap); white-space: pre-line; }
+.panel .facts { margin: .5rem var(--gap); }
 .columns { display: grid; grid-template-columns: minmax(0, 1fr); gap: var(--gap); align-items: start; }
 .columns > * { min-width: 0; }
 summary { padding: .375rem var(--gap); cursor: pointer; }
 .script { max-height: 24rem; overflow: auto; margin: 0; padding: .5rem 0; counter-reset: line; background: var(--box); }
 .script span { display: block; padding-left: 4.5rem; text-indent: -3.5rem; white-space: pre-wrap; }
 .script span::before { counter-increment: line; content: counter(line); display: inline-block; width: 2.5rem;
-  margin-right: 1rem; text-indent: 0; text-align: right; color: var(--soft); }
+  margin-right: 1rem; text-indent: 0; text-align: right; }
 
 .console { flex: 1; min-height: 12rem; overflow: auto; background: var(--box); font: var(--code); position: relative;
   overflow-anchor: none; }
 .console .line { display: flex; min-height: 1.5em; white-space: pre; padding-right: 1rem; width: max-content;
   min-width: 100%; }
 .console.wrapped .line { white-space: pre-wrap; width: auto; }
-.console .number { flex: none; width: 5.5rem; padding-right: 1rem; text-align: right; color: var(--soft);
-  user-select: none; }
-.console .number a { color: inherit; }
+.console .number { flex: none; width: 5.5rem; padding-right: 1rem; text-align: right; user-select: none; }
+.number a { color: inherit; }
 .console .target { box-shadow: inset 3px 0 var(--link); background: var(--back); }
 mark { background: var(--put); color: var(--back); }
 .b { font-weight: 700; } .d { opacity: .8; } .i { font-style: italic; } .u { text-decoration: underline; }
 .s { text-decoration: line-through; } .v { filter: invert(1); background: var(--back); }
 
-dialog { border: 1px solid var(--line); border-radius: .5rem; background: var(--back); color: var(--text);
+dialog { border: var(--edge); border-radius: .5rem; background: var(--back); color: var(--text);
   width: min(34rem, 92vw); padding: 1.25rem; }
 dialog::backdrop { background: rgb(0 0 0 / .5); }
 dialog form, .form { display: grid; gap: .75rem; }
-label.field { display: grid; grid-template-columns: 8rem minmax(0, 1fr); gap: .25rem var(--gap); align-items: center; }
-label.field.tall { align-items: start; }
+.field { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: .25rem var(--gap); align-items: start; }
+.field > span { padding-top: .25rem; }
+.field > span::first-letter { text-transform: uppercase; }
+.field [aria-invalid="true"] { outline: 2px solid var(--bad); }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: .75rem 2rem; }
+.two .wide { grid-column: 1 / -1; }
 #toast { position: fixed; right: 1rem; bottom: 1rem; max-width: min(32rem, 92vw); z-index: 9; }
 #toast p { padding: .5rem var(--gap); border-radius: .375rem; background: var(--text); color: var(--back); }
 
@@ -13597,7 +13629,7 @@ label.field.tall { align-items: start; }
   main { gap: .75rem; }
   [type="search"] { width: 100%; }
   [role="group"].bar { flex-wrap: nowrap; overflow-x: auto; gap: .5rem; padding: 3px; scrollbar-width: none; }
-  .task { grid-template-columns: 8.5rem minmax(0, 1fr) auto; align-content: center; }
+  .task { grid-template-columns: auto minmax(0, 1fr) auto; align-content: center; }
   .task .id { grid-column: 1 / 3; grid-row: 1; }
   .task .result { grid-column: 1; grid-row: 2; }
   .task .begun { grid-column: 3; grid-row: 1; color: var(--soft); font-size: var(--small); }
@@ -13611,10 +13643,9 @@ label.field.tall { align-items: start; }
   .stats { grid-template-columns: repeat(3, auto); }
   .stats > div { padding: .25rem var(--gap); }
   .stats > .pool { grid-column: 1 / 4; grid-row: 2; display: flex; gap: var(--gap); align-items: center; }
-  .stats .pool :is(dd, p) { display: flex; gap: .5rem; align-items: center; }
   .stats dd { font-size: 1rem; }
   .console .number { width: 3.5rem; padding-right: .5rem; }
-  label.field { grid-template-columns: minmax(0, 1fr); }
+  .field { grid-template-columns: minmax(0, 1fr); }
 }
 """
 DASHBOARD_PAGE = r"""<!DOCTYPE html>
@@ -13634,7 +13665,7 @@ DASHBOARD_PAGE = r"""<!DOCTYPE html>
 <a href="#/new" id="new">New task</a>
 <a href="metrics" id="metrics">Metrics</a>
 <a href="swagger/index.html">API</a>
-<a href="debug/pprof/">Profiles</a>
+<a href="debug/pprof/" id="profiles">Profiles</a>
 </nav>
 <span class="push small" id="connection" role="status"></span>
 <button type="button" id="client" class="small" title="Use another token" hidden></button>
@@ -13656,12 +13687,11 @@ DASHBOARD_PAGE = r"""<!DOCTYPE html>
 # ======================================================================================================================
 
 _DASHBOARD_CORE = r"""
-const RESULTS = {  // sign and word, so that nobody depends on the colour
-  waiting: ["○", "waiting"], running: ["▶", "running"], paused: ["‖", "paused"], succeeded: ["✓", "succeeded"],
-  failed: ["✗", "failed"], stopped: ["■", "stopped"], timed_out: ["◷", "timed out"],
-  output_limit: ["▲", "too much output"], lost: ["?", "lost"], not_started: ["!", "not started"],
-  not_run: ["–", "not run"],
+const SIGNS = {  // beside a word, so that nobody depends on the colour
+  waiting: "○", running: "▶", paused: "‖", succeeded: "✓", failed: "✗", stopped: "■", timed_out: "◷",
+  output_limit: "▲", lost: "?", not_started: "!", not_run: "–",
 };
+const wordOf = (result) => result.replace("_", " ");
 const UNFINISHED = ["waiting", "running", "paused"];
 const BAD = ["failed", "timed_out", "output_limit", "lost", "not_started"];
 const byId = (id) => document.getElementById(id);
@@ -13670,7 +13700,7 @@ const dialog = byId("dialog");
 const connection = byId("connection");
 const state = {
   version: { client: {} }, warning: "", daemon: null, pool: null,
-  tasks: [], next: null, total: 0, filter: { group: "all", id: "" },
+  tasks: [], next: null, total: 0, filter: { group: "All", text: "" },
   details: new Map(),  // of tasks: { task, steps }, as far as they were asked for
   hasFailures: false,
 };
@@ -13714,29 +13744,22 @@ const taskPath = (...parts) => ["api/v1/task", ...parts.map(encodeURIComponent)]
 
 function formatSeconds(seconds) {
   if (seconds < 10) return seconds.toFixed(seconds < 0.0995 ? 2 : 1) + " s";
-  if (seconds < 60) return Math.floor(seconds) + " s";
-  const minutes = Math.floor(seconds / 60);
-  if (minutes < 60) return `${minutes} min ${Math.floor(seconds % 60)} s`;
-  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  for (const [unit, word, smaller, part] of [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]])
+    if (seconds >= (word === "d" ? 2 : 1) * unit)
+      return `${Math.floor(seconds / unit)} ${word} ${Math.floor(seconds % unit / smaller)} ${part}`;
+  return Math.floor(seconds) + " s";
 }
 
 const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
 
-function formatBytes(bytes) {
-  const unit = Math.min(4, Math.floor(Math.log10(bytes + 1) / 3));
-  if (!unit) return count(bytes, "byte");
-  const value = bytes / 1000 ** unit;
-  return `${value.toFixed(value < 100 ? 1 : 0)} ${["", "KB", "MB", "GB", "TB"][unit]}`;
-}
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+const formatBytes = (bytes) => compact.format(bytes).replace(/[KMBT]?$/, (unit) => ` ${unit.replace("B", "G")}B`);
 
 function formatAge(moment) {
-  const seconds = Math.round((Date.now() - Date.parse(moment)) / 1000);
-  if (Math.abs(seconds) < 10) return "just now";
-  const [size, word] = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([unit, word]) =>
-    Math.abs(seconds) >= (word === "d" ? 2 * unit : unit));
-  const number = Math.floor(Math.abs(seconds) / size);
-  const text = `${word === "s" ? number - number % 10 : number} ${word}`;
-  return seconds < 0 ? "in " + text : text + " ago";
+  const seconds = Math.round((Date.now() - Date.parse(moment)) / 10000) * 10;
+  if (!seconds) return "just now";
+  const [number, word] = formatSeconds(Math.abs(seconds)).split(" ");
+  return seconds < 0 ? `in ${number} ${word}` : `${number} ${word} ago`;
 }
 
 const exactMoment = (moment) => new Date(moment).toLocaleString();
@@ -13759,9 +13782,11 @@ function createLength(row) {
 }
 
 function createResult(result, attributes = {}) {
-  const [sign, word] = RESULTS[result];
-  return h("span", { class: "result " + result, ...attributes }, h("i", { "aria-hidden": "true" }, sign), " " + word);
+  const sign = h("i", { "aria-hidden": "true" }, SIGNS[result]);
+  return h("span", { class: "result " + result, ...attributes }, sign, " " + wordOf(result));
 }
+
+const titleOf = (result, name) => `${SIGNS[result]} ${wordOf(result)} ${name}`;
 
 function reasonOf(step) {
   if (step.result === "failed")
@@ -13809,9 +13834,7 @@ function button(text, action, attributes) {
   return element;
 }
 
-function field(text, input, isTall) {
-  return h("label", { class: "field" + (isTall ? " tall" : "") }, h("span", text), input);
-}
+const field = (text, input) => h("label.field", h("span", text), input);
 
 const leave = () => { location.hash = "#/"; };
 
@@ -13885,6 +13908,8 @@ class RowList {
     this.observer.observe(scroller);
   }
   close() { this.observer.disconnect(); }
+  // Be as high as the rows are, up to so many.
+  fit(max) { this.table.style.height = `calc(${Math.min(this.length, max)} * var(--row) + var(--head) + 2px)`; }
   rowHeight() {
     const style = getComputedStyle(document.documentElement);
     return parseFloat(style.getPropertyValue("--row")) * parseFloat(style.fontSize);
@@ -13909,7 +13934,7 @@ class RowList {
     for (let index = this.first; index < last; index++) {
       const key = this.key(index);
       const row = this.rows.get(key) || this.createRow(index);
-      if (this.table) row.setAttribute("aria-rowindex", index + 1);
+      if (this.table) row.ariaRowIndex = index + 1;
       row.index = index;
       rows.set(key, row);
     }
@@ -13920,8 +13945,9 @@ class RowList {
     });
     while (this.window.children.length > wanted.length) this.window.lastChild.remove();
     if (focused && document.activeElement !== activeElement)
-      wanted.find((row) => row.dataset.id === focused.dataset.id)?.querySelector("a").focus({ preventScroll: true });
-    this.table?.setAttribute("aria-rowcount", this.length);
+      wanted.find((row) => row.dataset.id === focused.dataset.id)?.querySelector(".name")
+        .focus({ preventScroll: true });
+    if (this.table) this.table.ariaRowCount = this.length;
     this.seen(this.first, last);
   }
   keys() {
@@ -13942,7 +13968,7 @@ class RowList {
     if (top < scrollTop) this.scroller.scrollTop = top;
     if (top + height > scrollTop + clientHeight) this.scroller.scrollTop = top + height - clientHeight;
     this.draw();
-    this.window.querySelector(`[aria-rowindex="${index + 1}"] a`)?.focus({ preventScroll: true });
+    this.window.querySelector(`[aria-rowindex="${index + 1}"] .name`)?.focus({ preventScroll: true });
   }
   focused() {
     return this.window.contains(document.activeElement) ? document.activeElement.closest(".row") : null;
@@ -13958,6 +13984,8 @@ function createTable(label, className, titles) {
   return { table, scroller };
 }
 
+const nameLink = (path, name) => h("a.name", { href: "#" + path, title: name }, name);
+const createFacts = (facts) => h("dl.facts", facts.map(([name, value]) => [h("dt", name), h("dd", value)]));
 const cell = (className, ...children) => h("span", { role: "cell", class: className }, children);
 
 // -- events of the daemon
@@ -13967,22 +13995,7 @@ function received(row) {
   return row;
 }
 
-function matchesGlob(glob, id) {
-  const escaped = glob.replace(/[.+^${}()|\\]/g, "\\$&").replace(/\*/g, ".*").replace(/\?/g, ".").replace(/\[!/g, "[^");
-  try { return new RegExp("^" + escaped + "$").test(id); } catch { return false; }
-}
-
-const GROUPS = { all: [], unfinished: UNFINISHED, failed: BAD, stopped: ["stopped"], succeeded: ["succeeded"] };
-
-function idGlob() {
-  const { id } = state.filter;
-  return !id || /[*?[]/.test(id) ? id : `*${id}*`;
-}
-
-function isListed(task) {
-  const results = GROUPS[state.filter.group];
-  return (!results.length || results.includes(task.result)) && (!idGlob() || matchesGlob(idGlob(), task.id));
-}
+const GROUPS = { All: [], Unfinished: UNFINISHED, Failed: BAD, Stopped: ["stopped"], Succeeded: ["succeeded"] };
 
 const handlers = {
   task(task) {
@@ -13994,9 +14007,11 @@ const handlers = {
       detail.task = { ...detail.task, ...task };
       if (task.ended_at) loadDetail(task.id).then(update, () => {});
     });
-    if (before && isListed(task)) state.tasks[index] = task;
-    else if (before) { state.tasks.splice(index, 1); state.total--; }
-    else if (isListed(task)) insertTask(task);
+    const results = GROUPS[state.filter.group];
+    const isListed = !results.length || results.includes(task.result);
+    if (before && isListed) state.tasks[index] = task;
+    else if (before) dropTask(index);
+    else if (isListed && !state.filter.text) insertTask(task);
   },
   step(step) {
     received(step);
@@ -14005,7 +14020,7 @@ const handlers = {
   pool(pool) { state.pool = pool; },
   expired({ id }) {
     const index = state.tasks.findIndex((task) => task.id === id);
-    if (index >= 0) { state.tasks.splice(index, 1); state.total--; }
+    if (index >= 0) dropTask(index);
     state.details.delete(id);
     if (view.id === id) { leave(); say(`${id} is gone`); }
   },
@@ -14014,6 +14029,11 @@ const handlers = {
     stream.controller.abort();
   },
 };
+
+function dropTask(index) {
+  state.tasks.splice(index, 1);
+  state.total--;
+}
 
 // Put a task where it belongs: nowhere yet, if that is on a page that is not loaded.
 function insertTask(task) {
@@ -14024,10 +14044,16 @@ function insertTask(task) {
   state.total++;
 }
 
+// A browser has six connections to a host, for all its tabs: one that nobody sees gives its own back.
+const HIDDEN_LOOK_MS = 15000;  // and looks now and then, for the sign in its title
+const nextTurn = (resolve) => on(document, "visibilitychange", resolve, { once: true });
+const wait = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); nextTurn(resolve); });
+
 const stream = {
   controller: null, lastId: "", delayMs: 500, hasAccess: true,
-  show(text, className) {
-    connection.replaceChildren(h("span", { class: "dot " + className }), text);
+  show(text, result) {
+    connection.className = "push small " + result;
+    setText(connection, text);
   },
   async run() {
     for (;;) {
@@ -14036,10 +14062,10 @@ const stream = {
       catch (error) {
         this.hasAccess = ![401, 403].includes(error.status);
         if (error.status === 403) say(error.message);
-        if (!this.hasAccess) { this.show("no access", "lost"); update(); return; }
+        if (!this.hasAccess) { this.show("no access", "failed"); update(); return; }
+        if (error.name !== "AbortError") this.show("no connection, trying again", "failed");
       }
-      this.show("no connection, trying again", "lost");
-      await new Promise((resolve) => setTimeout(resolve, this.delayMs));
+      await wait(document.hidden ? HIDDEN_LOOK_MS : this.delayMs);
       this.delayMs = Math.min(this.delayMs * 2, 10000);
     }
   },
@@ -14047,7 +14073,7 @@ const stream = {
     const query = this.lastId ? "?last_event_id=" + this.lastId : "";
     const response = await send("api/v1/event" + query, { signal: this.controller.signal });
     this.hasAccess = true;
-    this.show("live", "live");
+    this.show("live", "succeeded");
     this.delayMs = 500;
     if (!this.lastId) await load();
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -14060,7 +14086,11 @@ const stream = {
       for (const part of parts) this.dispatch(part);
       refresh();
       update();
+      this.rest();
     }
+  },
+  rest() {
+    if (document.hidden) setTimeout(() => { if (document.hidden) this.controller.abort(); }, 1000);
   },
   dispatch(part) {
     const fields = {};
@@ -14074,25 +14104,26 @@ const stream = {
 };
 
 async function loadDaemon() {
-  state.warning = (await ask("healthyz")).data.warning || "";
-  state.daemon = (await ask("api/v1/state")).data;
+  const [health, daemon] = await Promise.all([ask("healthyz"), ask("api/v1/state")]);
+  state.warning = health.data.warning || "";
+  state.daemon = daemon.data;
   state.pool = state.daemon.pool;
 }
 
-// What no event tells: how many steps run, and the disk.
+// What no event tells: how many steps run, the disk, and whether a task has the text that is looked for.
 let isRefreshing = false;
 function refresh() {
   if (isRefreshing) return;
   isRefreshing = true;
-  setTimeout(() => loadDaemon().then(update, () => {}).finally(() => { isRefreshing = false; }), 1000);
+  const load = () => Promise.all([loadDaemon(), state.filter.text && loadTasks(null, true)]);
+  setTimeout(() => load().then(update, () => {}).finally(() => { isRefreshing = false; }), 1000);
 }
 
 async function load() {
   state.version = (await ask("version")).data;
-  await loadDaemon();
   state.details.clear();
-  await loadTasks();
-  await loadView();
+  await Promise.all([loadDaemon(), loadTasks(), loadView()]);
+  update();
 }
 
 async function loadView() {
@@ -14104,23 +14135,26 @@ async function loadView() {
   update();
 }
 
-const PAGE_TASKS = 200;
+const PAGE_TASKS = 100;
 let listing = 0;  // of the last request for the list: the answer to an earlier one is dropped
 
-async function loadTasks(cursor) {
+// Load the begin of the list, or what follows the cursor; or add to what is there the newest that it lacks.
+async function loadTasks(cursor, isMerged) {
   const number = ++listing;
   const query = new URLSearchParams({ order: "desc", limit: PAGE_TASKS });
   for (const result of GROUPS[state.filter.group]) query.append("result", result);
-  if (idGlob()) query.set("id", idGlob());
+  if (state.filter.text) query.set("text", state.filter.text);
   if (cursor) query.set("cursor", cursor);
   const { data } = await ask("api/v1/task?" + query);
   if (number !== listing) return;
   data.tasks.forEach(received);
-  if (cursor) {
+  if (cursor || isMerged) {
     const ids = new Set(state.tasks.map((task) => task.id));
-    state.tasks.push(...data.tasks.filter((task) => !ids.has(task.id)));
+    const added = data.tasks.filter((task) => !ids.has(task.id));
+    if (cursor) state.tasks.push(...added);
+    else added.forEach(insertTask);
   } else state.tasks = data.tasks;
-  state.next = data.next || null;
+  if (!isMerged) state.next = data.next || null;
   state.total = data.total;
 }
 
@@ -14155,8 +14189,7 @@ function showFrame() {
   const warning = byId("warning");
   setText(warning, state.warning);
   warning.hidden = !state.warning;
-  let colour = running ? "%230550ae" : "%23116329";
-  if (state.hasFailures) colour = "%23b42318";
+  const colour = state.hasFailures ? "%23b42318" : running ? "%230550ae" : "%23116329";
   const icon = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>" +
     `<circle cx='8' cy='8' r='7' fill='${colour}'/></svg>`;
   const link = byId("icon");
@@ -14180,11 +14213,10 @@ _DASHBOARD_OVERVIEW = r"""
 // -- the overview
 
 function createOverview() {
-  const stats = h("dl.stats", { "aria-label": "This host" });
-  const groups = Object.keys(GROUPS).map((group) =>
-    button(group[0].toUpperCase() + group.slice(1), () => choose({ group }), { "data-group": group }));
-  const search = h("input", { type: "search", placeholder: "id, or a pattern: web-*",
-    "aria-label": "Filter by id", spellcheck: "false", title: "/" });
+  const stats = h("dl.panel.stats", { "aria-label": "This host" });
+  const groups = Object.keys(GROUPS).map((group) => button(group, () => choose({ group })));
+  const search = h("input", { type: "search", placeholder: "id, step, reason, who", maxlength: "200",
+    "aria-label": "Filter by text", spellcheck: "false", title: "Any part; * is any text (/)" });
   const shown = h("span.push.soft.small", { "aria-live": "polite" });
   const { table, scroller } = createTable("Tasks", "task", ["Result", "Task", "Begun", "Took", "Steps", "Why"]);
   const empty = h("p.empty");
@@ -14202,9 +14234,8 @@ function createOverview() {
   const createRow = (index) => {
     const task = state.tasks[index];
     const detail = state.details.get(task.id);
-    const link = h("a.name", { href: "#" + task.id, title: task.id }, task.id);
     return h("div.row.task", { role: "row", "data-id": task.id },
-      createResult(task.result, { role: "cell" }), cell("id", link),
+      createResult(task.result, { role: "cell" }), cell("id", nameLink(task.id, task.id)),
       cell("begun above", createTime(task.started_at || task.accepted_at)),
       cell("length", createLength(task)), cell("steps plain", createStrip(task, detail)),
       cell("why", whyOf(task, detail)));
@@ -14225,19 +14256,21 @@ function createOverview() {
     if (task) action(task);
   };
   async function choose(filter) {
+    clearTimeout(timer);
     Object.assign(state.filter, filter);
     scroller.scrollTop = 0;
     try { await loadTasks(); } catch (error) { say(error.message); }
+    list.setLength(state.tasks.length);
     update();
   }
-  search.value = state.filter.id;
+  search.value = state.filter.text;
   on(search, "input", () => {
     clearTimeout(timer);
-    timer = setTimeout(() => choose({ id: search.value.trim() }), 200);
+    timer = setTimeout(() => choose({ text: search.value.trim() }), 200);
   });
   on(search, "keydown", (event) => {
-    if (event.key === "Escape") { search.value = ""; choose({ id: "" }); search.blur(); }
-    if (event.key === "Enter") list.focus(0);
+    if (event.key === "Escape") { search.value = ""; choose({ text: "" }); search.blur(); }
+    if (event.key === "Enter") choose({ text: search.value.trim() }).then(() => list.focus(0));
   });
   const filters = h("div.bar", { role: "search", "aria-label": "Tasks" }, search,
     h("span.bar", { role: "group", "aria-label": "Result" }, groups), shown);
@@ -14246,9 +14279,9 @@ function createOverview() {
     elements: [stats, filters, table],
     update() {
       showStats(stats);
-      for (const one of groups) one.setAttribute("aria-pressed", one.dataset.group === state.filter.group);
+      for (const one of groups) one.ariaPressed = one.textContent === state.filter.group;
       setText(shown, state.daemon ? count(state.total, "task") : "loading");
-      const isFiltered = state.filter.id || state.filter.group !== "all";
+      const isFiltered = state.filter.text || state.filter.group !== "All";
       empty.textContent = isFiltered ? "No task is like this." : "No tasks yet: press n to make one.";
       empty.hidden = state.tasks.length > 0 || !state.daemon;
       list.setLength(state.tasks.length);
@@ -14299,7 +14332,7 @@ function createStrip(task, detail) {
   if (!results.length) results = Array(task.result === "succeeded" ? task.count : 1).fill(task.result);
   const counts = new Map();
   for (const result of results) counts.set(result, (counts.get(result) || 0) + 1);
-  const words = [...counts].map(([result, number]) => `${number} ${RESULTS[result][1]}`).join(", ");
+  const words = [...counts].map(([result, number]) => `${number} ${wordOf(result)}`).join(", ");
   const label = results.length === task.count ? words : count(task.count, "step");
   // Of many steps the share of each result is shown.
   const parts = results.length > 40 ? [...counts] : results.map((result) => [result, 1]);
@@ -14312,17 +14345,14 @@ function createStrip(task, detail) {
 }
 
 function whyOf(task, detail) {
-  const steps = detail ? detail.steps : [];
-  if (task.result === "running") {
-    const names = steps.filter((step) => step.result === "running").map((step) => step.name);
-    return names.join(", ");
-  }
+  const steps = detail?.steps || [];
+  const having = (results) => steps.filter((step) => results.includes(step.result));
+  if (task.result === "running") return having(["running"]).map((step) => step.name).join(", ");
   if (task.result === "stopped") return reasonOf(detail?.task || task);
-  const failed = steps.find((step) => BAD.includes(step.result)) || steps.find((step) => step.result === "stopped");
+  const [failed] = [...having(BAD), ...having(["stopped"])];
   if (failed) return `${failed.name}: ${reasonOf(failed)}`;
-  if (task.result === "paused") return "held until it is resumed";
-  if (task.result === "waiting") return task.msg;
-  return task.result === "succeeded" ? "" : task.msg.replace(/^execution failed: /, "");
+  const words = { paused: "held until it is resumed", waiting: task.msg, succeeded: "" };
+  return words[task.result] ?? task.msg.replace(/^execution failed: /, "");
 }
 
 function showStats(list) {
@@ -14337,8 +14367,7 @@ function showStats(list) {
     entry("Steps running", `${pool.running} `, h("small", `of ${pool.size}`), used),
     entry("Steps waiting", String(pool.waiting)),
     entry("Pool", h("span", { class: pool.paused ? "mark paused" : "" }, poolState),
-      may("admin") ? h("p.bar.small", button("Size", setPoolSize),
-        button(pool.paused ? "Resume" : "Pause", pausePool)) : []),
+      may("admin") ? [button("Size", setPoolSize), button(pool.paused ? "Resume" : "Pause", pausePool)] : []),
     entry("Disk free", formatBytes(free), h("small", ` of ${formatBytes(whole)}`)),
     entry("Version", state.version.version, h("small", ` ${daemon.host.system}`)),
   );
@@ -14424,7 +14453,7 @@ function createTask(id) {
   const submitted = h("section.panel", { "aria-label": "What was submitted" });
   const files = h("section.panel", { "aria-label": "Files" });
   let detail = null;
-  let edges = null;
+  let colour = null;
   let span = [0, 1];
 
   const list = new RowList(scroller, createRow, (index) => {
@@ -14433,12 +14462,11 @@ function createTask(id) {
   });
   function createRow(index) {
     const step = detail.steps[index];
-    const link = h("a.name", { href: `#${id}/${step.step}`, title: step.name }, step.name);
     const why = [step.attempt > 1 && `attempt ${step.attempt}`, isOfParent(step) && `from ${detail.task.parent}`,
       reasonOf(step)];
     return h("div.row.step", { role: "row", "data-id": step.step }, createResult(step.result, { role: "cell" }),
-      cell("id", link), cell("lane plain", createBar(step)), cell("length", createLength(step)),
-      cell("why", why.filter(Boolean).join(": ")));
+      cell("id", nameLink(`${id}/${step.step}`, step.name)), cell("lane plain", createBar(step)),
+      cell("length", createLength(step)), cell("why", why.filter(Boolean).join(": ")));
   }
   // Whether it ran in the task before, whose failed steps alone this one repeats.
   const isOfParent = (step) => Date.parse(step.started_at) < Date.parse(detail.task.accepted_at);
@@ -14453,14 +14481,14 @@ function createTask(id) {
   }
   function measure() {
     const begun = detail.steps.filter((step) => step.started_at && !isOfParent(step));
+    if (!begun.length) return;
     const begins = begun.map((step) => Date.parse(step.started_at));
     const ends = begun.map((step, index) => begins[index] + secondsOf(step) * 1000);
     const begin = Math.min(...begins);
     let end = Math.max(begin + 1, ...ends);
     if (begun.some((step) => step.result === "running")) end = begin + niceLength(end - begin);
-    span = begun.length ? [begin, end] : [0, 1];
-    const middle = begun.length ? formatSeconds((end - begin) / 1000) : "";
-    axis.replaceChildren(h("span", begun.length ? "0" : ""), h("span", middle));
+    span = [begin, end];
+    axis.replaceChildren(h("span", "0"), h("span", formatSeconds((end - begin) / 1000)));
   }
   function showHeading() {
     const { task } = detail;
@@ -14468,13 +14496,13 @@ function createTask(id) {
       const acts = [];
       const offer = (text, ...more) => acts.push(button(text, ...more));
       if (!UNFINISHED.includes(task.result)) {
-        if (may("submit")) offer("Run again", () => rerunTask(detail.task), { title: "Run again (r)" });
+        if (may("submit")) offer("Run again", () => rerunTask(detail.task));
         if (may("submit") && task.result !== "succeeded")
           offer("Run failed again", () => rerunTask(detail.task, "failed"));
         if (may("admin")) offer("Delete", () => deleteTask(detail.task), { class: "danger" });
       } else if (may("submit", task)) {
         offer(task.result === "paused" ? "Resume" : "Pause", () => pauseTask(detail.task));
-        offer("Stop", () => stop(detail.task), { class: "danger", title: "Stop (s)" });
+        offer("Stop", () => stop(detail.task), { class: "danger" });
       }
       if (may("submit")) acts.push(h("a.button", { href: "#/new/" + id }, "Use as a template"));
       heading.replaceChildren(h("h2", task.id), createResult(task.result), h("span.bar.push", acts));
@@ -14483,8 +14511,7 @@ function createTask(id) {
     if (task.started_at) parts.push("took ", createLength(task), " · ");
     parts.push("accepted ", createTime(task.accepted_at));
     if (task.submitted_by) parts.push(` from ${task.submitted_by}`);
-    if (task.stopped_by) parts.push(` · stopped by ${task.stopped_by}`);
-    if (task.stop_reason) parts.push(`: ${task.stop_reason}`);
+    if (task.result === "stopped") parts.push(" · ", reasonOf(task));
     if (task.parent) parts.push(" · repeats ", h("a", { href: "#" + task.parent }, task.parent));
     if (task.expires_at) parts.push(" · kept for ", formatAge(task.expires_at).replace("in ", ""));
     facts.replaceChildren(...parts);
@@ -14493,22 +14520,16 @@ function createTask(id) {
     const { steps } = detail;
     graph.hidden = steps.length > MAX_GRAPH || steps.length < 2;
     if (graph.hidden) return;
-    const critical = new Set(UNFINISHED.includes(detail.task.result) ? [] : criticalPath(steps));
-    if (!edges) edges = drawGraph(graph, id, steps);
-    if (isNews(graph, steps.map((step) => step.result))) edges.colour(steps, critical);
-  }
-  async function loadSubmission() {
-    try {
-      const { data } = await ask(taskPath(id, "submission"));
-      showSubmission(submitted, id, data);
-    } catch (error) { submitted.replaceChildren(h("p.pad.soft", error.message)); }
+    colour ||= drawGraph(graph, id, steps);
+    if (isNews(graph, steps.map((step) => step.result)))
+      colour(steps, UNFINISHED.includes(detail.task.result) ? new Map() : criticalPath(steps));
   }
   return {
     elements: [heading, facts, h("div.columns", graph, table), h("div.columns.low", submitted, files)],
-    title: () => detail ? `${RESULTS[detail.task.result].join(" ")} ${id}` : id,
+    title: () => detail ? titleOf(detail.task.result, id) : id,
     async load() {
       detail = await loadDetail(id);
-      if (!submitted.childElementCount) loadSubmission();
+      if (!submitted.childElementCount) showSubmission(submitted, id);
       if (!files.childElementCount) showFiles(files, id, "");
       update();
     },
@@ -14518,16 +14539,12 @@ function createTask(id) {
       showHeading();
       measure();
       showGraph();
-      const rows = Math.min(detail.steps.length, 12);
-      table.style.height = `calc(${rows} * var(--row) + var(--head) + 2px)`;
       list.setLength(detail.steps.length);
+      list.fit(12);
     },
     keys: {
       ...list.keys(),
-      s: () => {
-        const row = list.focused();
-        stop(detail.task, row && detail.steps[row.index]);
-      },
+      s: () => stop(detail.task, detail.steps[list.focused()?.index]),
       r: () => rerunTask(detail.task), u: leave,
     },
     close: () => list.close(),
@@ -14539,223 +14556,175 @@ const niceLength = (milliseconds) => 1000 * 2 ** Math.max(0, Math.ceil(Math.log2
 
 function dependencies(steps) {
   const byName = new Map(steps.map((step, index) => [step.name, index]));
-  return steps.map((step) => (step.depets_on || []).filter((name) => byName.has(name)).map((name) => byName.get(name)));
+  return steps.map((step) => (step.depets_on || []).map((name) => byName.get(name)));
 }
 
 // The steps that the end waited for: from the one that ended last, each time the dependency that ended last.
 function criticalPath(steps) {
-  const end = (index) => Date.parse(steps[index].ended_at) || 0;
-  const latest = (indexes) => indexes.reduce((best, index) => best < 0 || end(index) > end(best) ? index : best, -1);
+  const end = (index) => Date.parse(steps[index]?.ended_at) || 0;
+  const latest = (indexes) => indexes.reduce((best, index) => end(index) > end(best) ? index : best, -1);
   const before = dependencies(steps);
-  const path = [];
-  let index = latest(steps.map((_, number) => number));
-  while (index >= 0 && end(index)) { path.push(index); index = latest(before[index]); }
+  const path = new Map();
+  for (let to = latest([...steps.keys()]); to >= 0; to = path.get(to)) path.set(to, latest(before[to]));
   return path;
 }
 
 // Layers from left to right (Sugiyama): an edge that skips layers gets a place in each, so that it crosses no step.
 function layOut(before) {
-  const rank = before.map(() => 0);
-  for (let round = 0, changed = true; changed && round <= before.length; round++) {
-    changed = false;
-    before.forEach((list, index) => {
-      for (const other of list) if (rank[index] <= rank[other]) { rank[index] = rank[other] + 1; changed = true; }
-    });
-  }
-  const nodes = before.map((_, index) => ({ rank: rank[index], before: [], after: [], isStep: true }));
-  const edges = [];
-  before.forEach((list, index) => {
-    for (const other of list) {
-      const path = [other];
-      for (let layer = rank[other] + 1; layer < rank[index]; layer++)
-        path.push(nodes.push({ rank: layer, before: [], after: [], isStep: false }) - 1);
-      path.push(index);
-      for (let place = 1; place < path.length; place++) {
-        nodes[path[place]].before.push(path[place - 1]);
-        nodes[path[place - 1]].after.push(path[place]);
-      }
-      edges.push({ from: other, to: index, path });
-    }
-  });
+  const ranks = [];
+  const rank = (index) => ranks[index] ??= 1 + Math.max(-1, ...before[index].map(rank));
   const layers = [];
-  nodes.forEach((node, index) => (layers[node.rank] = layers[node.rank] || []).push(index));
-  const settle = (layer) => layer.forEach((index, place) => { nodes[index].place = place; });
-  layers.forEach(settle);
-  const mean = (list, name) => list.reduce((sum, index) => sum + nodes[index][name], 0) / list.length;
-  for (let sweep = 0; sweep < 12; sweep++) {
-    const side = sweep % 2 ? "after" : "before";
-    for (const layer of sweep % 2 ? [...layers].reverse() : layers) {
-      const wish = new Map(layer.map((index) =>
-        [index, nodes[index][side].length ? mean(nodes[index][side], "place") : nodes[index].place]));
-      settle(layer.sort((one, other) => wish.get(one) - wish.get(other)));
-    }
-  }
-  placeLayers(nodes, layers, mean);
-  return { nodes, edges, layers };
+  const add = (layer, isStep) => {
+    const node = { rank: layer, isStep, before: [], after: [] };
+    (layers[layer] ||= []).push(node);
+    return node;
+  };
+  before.forEach((_, index) => rank(index));
+  const nodes = ranks.map((layer) => add(layer, true));
+  const edges = before.flatMap((list, to) => list.map((from) => {
+    const path = [nodes[from]];
+    for (let layer = ranks[from] + 1; layer < ranks[to]; layer++) path.push(add(layer, false));
+    path.push(nodes[to]);
+    path.forEach((node, place) => {
+      if (place) { node.before.push(path[place - 1]); path[place - 1].after.push(node); }
+    });
+    return { from, to, path };
+  }));
+  for (const layer of layers) layer.forEach((node, place) => { node.y = place - (layer.length - 1) / 2; });
+  for (let sweep = 0; sweep < 40; sweep++)
+    for (const layer of sweep % 2 ? [...layers].reverse() : layers) placeLayer(layer, sweep);
+  return { nodes, edges };
 }
 
-// Each as near to the middle of its neighbours as the order and the distance allow.
-function placeLayers(nodes, layers, mean) {
-  const room = (one, other) => nodes[one].isStep || nodes[other].isStep ? 1 : 0.5;
-  for (const layer of layers) layer.forEach((index, place) => { nodes[index].y = place - (layer.length - 1) / 2; });
-  for (let sweep = 0; sweep < 30; sweep++)
-    for (const layer of sweep % 2 ? [...layers].reverse() : layers) {
-      const wishes = layer.map((index) => {
-        const near = [...nodes[index].before, ...nodes[index].after];
-        return near.length ? mean(near, "y") : nodes[index].y;
-      });
-      let shift = 0;
-      layer.forEach((index, place) => {
-        const above = place ? nodes[layer[place - 1]].y + room(layer[place - 1], index) : -Infinity;
-        nodes[index].y = Math.max(wishes[place], above);
-        shift += (wishes[place] - nodes[index].y) / layer.length;
-      });
-      for (const index of layer) nodes[index].y += shift;
-    }
+// Each node goes to the middle of its neighbours, as near as the others of its layer allow.
+function placeLayer(layer, sweep) {
+  for (const node of layer) {
+    const sides = sweep < 14 ? node[sweep % 2 ? "after" : "before"] : [...node.before, ...node.after];
+    node.wish = sides.length ? sides.reduce((sum, other) => sum + other.y, 0) / sides.length : node.y;
+  }
+  if (sweep < 14) layer.sort((one, other) => one.wish - other.wish);
+  let shift = 0;
+  layer.forEach((node, place) => {
+    const above = layer[place - 1];
+    node.y = above ? Math.max(node.wish, above.y + (above.isStep || node.isStep ? 1 : 0.5)) : node.wish;
+    shift += (node.wish - node.y) / layer.length;
+  });
+  for (const node of layer) node.y += shift;
 }
 
 const STEP_WIDTH = 176;
 const STEP_HEIGHT = 36;
 const LAYER_GAP = 56;
 const ROW_GAP = 50;
+const MARGIN = 24;
 
 function createSvg(tag, attributes, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  for (const name in attributes) element.setAttribute(name, attributes[name]);
   element.append(...children);
   return element;
 }
 
-const shorten = (text, length) => text.length > length ? text.slice(0, length - 1) + "…" : text;
-
+// Draw the graph into its panel; the function that is returned shows what has become of the steps.
 function drawGraph(panel, id, steps) {
   const { nodes, edges } = layOut(dependencies(steps));
-  const left = (index) => nodes[index].rank * (STEP_WIDTH + LAYER_GAP);
-  const middle = (index) => nodes[index].y * ROW_GAP;
+  const all = edges.flatMap(({ path }) => path).concat(nodes);
+  const top = Math.min(...all.map((node) => node.y));
+  const left = (node) => MARGIN + node.rank * (STEP_WIDTH + LAYER_GAP);
+  const middle = (node) => MARGIN + STEP_HEIGHT / 2 + (node.y - top) * ROW_GAP;
   const curves = edges.map(({ path }) => {
-    let line = `M${left(path[0]) + STEP_WIDTH} ${middle(path[0])}`;
-    for (let place = 1; place < path.length; place++) {
-      const from = left(path[place - 1]) + STEP_WIDTH;
-      const to = left(path[place]);
-      const bend = (from + to) / 2;
-      line += ` C${bend} ${middle(path[place - 1])} ${bend} ${middle(path[place])} ${to} ${middle(path[place])}`;
-      if (place < path.length - 1) line += ` H${to + STEP_WIDTH}`;
-    }
+    let line = "";
+    path.forEach((node, place) => {
+      const [x, y] = [left(node), middle(node)];
+      const bend = x - LAYER_GAP / 2;
+      line += place ? ` C${bend} ${middle(path[place - 1])} ${bend} ${y} ${x} ${y}` : `M${x} ${y}`;
+      if (place < path.length - 1) line += ` H${x + STEP_WIDTH}`;
+    });
     return createSvg("path", { d: line });
   });
-  const boxes = steps.map((step, index) => createSvg("a", { href: `#${id}/${step.step}`, class: "node",
-    transform: `translate(${left(index)} ${middle(index) - STEP_HEIGHT / 2})` },
-    createSvg("rect", { width: STEP_WIDTH, height: STEP_HEIGHT, rx: 6 }),
-    createSvg("text", { class: "mark", x: 10, y: 23 }), createSvg("text", { x: 30, y: 23 }, shorten(step.name, 20)),
-    createSvg("title", {})));
-  const svg = createSvg("svg", { role: "group", "aria-label": `${steps.length} steps`, tabindex: "0" },
-    createSvg("g", {}, ...curves, ...boxes));
-  const lefts = nodes.map((_, index) => left(index));
-  const middles = nodes.map((_, index) => middle(index));
-  const box = { left: -16, right: Math.max(...lefts) + STEP_WIDTH + 16,
-    top: Math.min(...middles) - STEP_HEIGHT, bottom: Math.max(...middles) + STEP_HEIGHT };
-  panel.style.height = (box.bottom - box.top) * 1.1 + "px";
-  panel.replaceChildren(svg, addSteering(svg, box));
-  return {
-    colour(rows, critical) {
-      rows.forEach((step, index) => {
-        const [sign, word] = RESULTS[step.result];
-        boxes[index].setAttribute("class", "node " + step.result);
-        boxes[index].querySelector(".mark").textContent = sign;
-        const words = [step.name, word, reasonOf(step), step.ended_at && formatSeconds(step.seconds)];
-        boxes[index].querySelector("title").textContent = words.filter(Boolean).join(", ");
-      });
-      edges.forEach(({ from, to }, index) =>
-        curves[index].classList.toggle("critical", critical.has(from) && critical.has(to)));
-    },
+  const boxes = steps.map((step, index) => {
+    const box = h("a", { href: `#${id}/${step.step}` });
+    box.style.left = left(nodes[index]) + "px";
+    box.style.top = middle(nodes[index]) - STEP_HEIGHT / 2 + "px";
+    return box;
+  });
+  const width = Math.max(...all.map(left)) + STEP_WIDTH + MARGIN;
+  const height = Math.max(...all.map(middle)) + STEP_HEIGHT / 2 + MARGIN;
+  const canvas = h("div.canvas", createSvg("svg", { width, height }, ...curves), boxes);
+  panel.replaceChildren(...createPlane(canvas, width, height));
+  return (rows, critical) => {
+    rows.forEach((step, index) => {
+      const words = [step.name, wordOf(step.result), reasonOf(step), step.ended_at && formatSeconds(step.seconds)];
+      boxes[index].className = "node " + step.result;
+      boxes[index].title = words.filter(Boolean).join(", ");
+      boxes[index].replaceChildren(h("b.mark", SIGNS[step.result]), " " + step.name);
+    });
+    edges.forEach(({ from, to }, index) => curves[index].classList.toggle("critical", critical.get(to) === from));
   };
 }
 
-// Pan by pointer and arrow keys, zoom by pinch, Ctrl with the wheel, + and -, and all of it by 0.
-function addSteering(svg, box) {
-  const view = { x: 0, y: 0, scale: 1 };
-  const pointers = new Map();
-  let hasMoved = false;
-  const apply = () => {
-    const { width, height } = svg.getBoundingClientRect();
-    svg.setAttribute("viewBox", [view.x, view.y, (width || 1) / view.scale, (height || 1) / view.scale].join(" "));
+// A picture in a part of the page that scrolls: by wheel, touch, arrow keys and by dragging. It is zoomed by buttons,
+// + and -, Ctrl with the wheel or two fingers on a pad; 0 shows all of it.
+function createPlane(canvas, width, height) {
+  const plane = h("div.plane", { tabindex: "0", role: "group", "aria-label": "Graph" }, canvas);
+  let scale = 1;
+  let isDragged = false;
+  const zoom = (wanted, x = plane.clientWidth / 2, y = plane.clientHeight / 2) => {
+    const factor = Math.max(0.1, Math.min(3, wanted)) / scale;
+    const [left, top] = [(plane.scrollLeft + x) * factor - x, (plane.scrollTop + y) * factor - y];
+    scale *= factor;
+    canvas.style.zoom = scale;
+    plane.scrollTo(left, top);
   };
-  const fit = (least) => {
-    const { width, height } = svg.getBoundingClientRect();
-    const needed = Math.min(width / (box.right - box.left), height / (box.bottom - box.top));
-    view.scale = Math.max(least, Math.min(1.1, needed));
-    view.x = box.left - Math.max(0, width / view.scale - (box.right - box.left)) / 2;
-    view.y = (box.top + box.bottom - height / view.scale) / 2;
-    apply();
-  };
-  const zoom = (factor, x, y) => {
-    const { width, height, left, top } = svg.getBoundingClientRect();
-    const atX = x === undefined ? width / 2 : x - left;
-    const atY = y === undefined ? height / 2 : y - top;
-    const scale = Math.max(0.1, Math.min(3, view.scale * factor));
-    view.x += atX / view.scale - atX / scale;
-    view.y += atY / view.scale - atY / scale;
-    view.scale = scale;
-    apply();
-  };
-  const pan = (x, y) => { view.x += x / view.scale; view.y += y / view.scale; apply(); };
-  on(svg, "wheel", (event) => {
-    if (!event.ctrlKey && !event.metaKey) return;
+  const fit = (min) => zoom(Math.max(min, Math.min(1, plane.clientWidth / width, plane.clientHeight / height)));
+  on(plane, "wheel", (event) => {
+    if (!event.ctrlKey) return;
     event.preventDefault();
-    zoom(Math.exp(-event.deltaY / 200), event.clientX, event.clientY);
+    const { left, top } = plane.getBoundingClientRect();
+    zoom(scale * Math.exp(-event.deltaY / 200), event.clientX - left, event.clientY - top);
   }, { passive: false });
-  on(svg, "pointerdown", (event) => { pointers.set(event.pointerId, event); hasMoved = false; });
-  on(svg, "pointermove", (event) => {
-    const last = pointers.get(event.pointerId);
-    if (!last) return;
-    const others = [...pointers.values()].filter((other) => other.pointerId !== event.pointerId);
-    if (!hasMoved && Math.hypot(event.clientX - last.clientX, event.clientY - last.clientY) < 4) return;
-    hasMoved = true;
-    svg.setPointerCapture(event.pointerId);
-    if (others.length) {
-      const distance = (one) => Math.hypot(one.clientX - others[0].clientX, one.clientY - others[0].clientY);
-      zoom(distance(event) / Math.max(1, distance(last)), event.clientX, event.clientY);
-    } else pan(last.clientX - event.clientX, last.clientY - event.clientY);
-    pointers.set(event.pointerId, event);
+  on(plane, "pointerdown", () => { isDragged = false; });
+  on(plane, "pointermove", (event) => {
+    if (event.pointerType !== "mouse" || event.buttons !== 1) return;
+    isDragged ||= Math.abs(event.movementX) + Math.abs(event.movementY) > 2;
+    plane.scrollBy(-event.movementX, -event.movementY);
   });
-  for (const name of ["pointerup", "pointercancel"])
-    on(svg, name, (event) => pointers.delete(event.pointerId));
-  on(svg, "click", (event) => { if (hasMoved) event.preventDefault(); }, true);
-  on(svg, "dragstart", (event) => event.preventDefault());
-  const keys = { ArrowLeft: [-60, 0], ArrowRight: [60, 0], ArrowUp: [0, -60], ArrowDown: [0, 60] };
-  on(svg, "keydown", (event) => {
-    if (keys[event.key]) pan(...keys[event.key]);
-    else if (event.key === "+" || event.key === "=") zoom(1.25);
-    else if (event.key === "-") zoom(0.8);
-    else if (event.key === "0") fit(0.1);
-    else return;
-    event.preventDefault();
-    event.stopPropagation();
+  on(plane, "click", (event) => { if (isDragged) event.preventDefault(); }, true);
+  on(plane, "dragstart", (event) => event.preventDefault());
+  const zoomIn = () => zoom(scale * 1.25);
+  const zoomOut = () => zoom(scale * 0.8);
+  const keys = { "+": zoomIn, "=": zoomIn, "-": zoomOut, 0: () => fit(0.1) };
+  on(plane, "keydown", (event) => {
+    if (!event.ctrlKey && !event.metaKey) keys[event.key]?.();
   });
-  new ResizeObserver(() => fit(0.7)).observe(svg);  // so that labels can be read
-  return h("p.bar", button("+", () => zoom(1.25), { "aria-label": "Zoom in" }),
-    button("−", () => zoom(0.8), { "aria-label": "Zoom out" }), button("Fit", () => fit(0.1)));
+  new ResizeObserver(() => {
+    plane.style.height = 16 + height * Math.max(0.7, Math.min(1, plane.clientWidth / width)) + "px";
+    fit(0.7);  // so that labels can be read
+  }).observe(plane);
+  return [plane, h("p.bar", button("+", zoomIn, { "aria-label": "Zoom in" }),
+    button("−", zoomOut, { "aria-label": "Zoom out" }), button("Fit", () => fit(0.1)))];
 }
 
-function showSubmission(panel, id, { query, steps }) {
-  const facts = (values) => h("dl.facts.pad", ...Object.entries(values).flatMap(([name, value]) =>
-    [h("dt", name), h("dd.code", value)]));
+async function showSubmission(panel, id) {
+  let data;
+  try { data = (await ask(taskPath(id, "submission"))).data; }
+  catch (error) { panel.replaceChildren(h("p.pad.soft", error.message)); return; }
+  const { query, steps } = data;
   const details = steps.slice(0, MAX_GRAPH).map((step, index) => {
     const { command_content: script, name, ...others } = step;
-    const values = {};
-    for (const [key, value] of Object.entries(others)) {
-      if (value === null) continue;
-      values[key] = key === "env_vars" ? value.join("\n") : typeof value === "string" ? value : JSON.stringify(value);
-    }
+    const textOf = (value) => typeof value === "string" ? value : JSON.stringify(value);
+    const values = Object.entries(others).filter(([, value]) => value !== null).map(([key, value]) =>
+      [key, h("code", key === "env_vars" ? value.join("\n") : textOf(value))]);
     const body = h("div");
     const element = h("details", h("summary", name || `${id}-${index}`, " ",
       h("small.soft", String(step.command_type))), body);
-    on(element, "toggle", () => body.replaceChildren(facts(values), createScript(String(script))), { once: true });
+    const open = () => body.replaceChildren(createFacts(values), createScript(String(script)));
+    on(element, "toggle", open, { once: true });
     if (steps.length === 1) element.open = true;
     return element;
   });
-  const given = [...new URLSearchParams(query)].map(([name, value]) => `${name}=${value}`).join("\n");
-  panel.replaceChildren(h("h3", "What was submitted"), ...(given ? [facts({ query: given })] : []), ...details);
+  const given = [...new URLSearchParams(query)].map(([name, value]) => [name, h("code", value)]);
+  panel.replaceChildren(h("h3", "What was submitted"), createFacts(given), ...details);
   if (steps.length > MAX_GRAPH)
     panel.append(h("p.pad.soft", `and ${steps.length - MAX_GRAPH} more: see a step's own page`));
 }
@@ -14785,22 +14754,26 @@ async function showFiles(panel, id, path) {
   const remove = (name) => act({ question: `Delete ${name}?`, accept: "Delete it", isDanger: true,
     explanation: "It goes from the workspace, with all that is in it.",
     run: () => ask(address(name) + "?recursive=true", { method: "DELETE" }), done: () => again(`${name} is deleted`) });
-  const rows = entries.slice(0, 1000).map((entry) => {
-    const deeper = [path, entry.name].filter(Boolean).join("/");
-    let opener = `${entry.name} (${entry.type})`;
-    if (entry.type === "file") opener = button(entry.name, () => download(address(entry.name), entry.name));
-    if (entry.type === "directory") opener = button(entry.name + "/", () => showFiles(panel, id, deeper));
-    return h("li.row.file", h("span.plain", opener),
-      h("span", entry.bytes === undefined ? "" : formatBytes(entry.bytes)), createTime(entry.modified_at),
-      may("admin")
-        ? button("Delete", () => remove(entry.name), { class: "danger", "aria-label": `Delete ${entry.name}` }) : "");
-  });
-  const up = path ? [button("Up", () => showFiles(panel, id, path.split("/").slice(0, -1).join("/")))] : [];
-  const title = h("h3.bar", "Files", h("small.soft.code", path),
-    h("span.bar.push", ...up, isOwn ? button("Upload", () => input.click()) : "", input));
-  const body = rows.length ? h("ul", rows)
-    : h("p.pad.soft", problem || "The workspace is empty.");
-  panel.replaceChildren(title, body);
+  const createRow = (index) => {
+    const { name, type, bytes, modified_at: modifiedAt } = entries[index];
+    let opener = h("span.name", `${name} (${type})`);
+    const deeper = [path, name].filter(Boolean).join("/");
+    if (type === "file") opener = button(name, () => download(address(name), name), { class: "name" });
+    if (type === "directory") opener = button(name + "/", () => showFiles(panel, id, deeper), { class: "name" });
+    return h("div.row.file", { role: "row", "data-id": name }, cell("plain", opener),
+      cell("length", bytes === undefined ? "" : formatBytes(bytes)), cell("begun", createTime(modifiedAt)),
+      cell("", may("admin")
+        ? button("Delete", () => remove(name), { class: "danger", "aria-label": `Delete ${name}` }) : ""));
+  };
+  const up = path ? button("Up", () => showFiles(panel, id, path.split("/").slice(0, -1).join("/"))) : "";
+  panel.replaceChildren(h("h3.bar", "Files", h("small.soft.code", path),
+    h("span.bar.push", up, isOwn ? button("Upload", () => input.click()) : "", input)));
+  if (!entries.length) { panel.append(h("p.pad.soft", problem || "The workspace is empty.")); return; }
+  const { table, scroller } = createTable("Files", "file", ["Name", "Size", "Changed", "Act"]);
+  panel.append(table);
+  const list = new RowList(scroller, createRow, String);
+  list.setLength(entries.length);
+  list.fit(12);
 }
 
 // With a token the bytes come by a request of this page, for an address never has one.
@@ -14872,9 +14845,11 @@ class Output {
   async read() {
     let waitMs = 250;
     while (!this.isComplete && !this.controller.signal.aborted) {
+      const unseen = new AbortController();
+      nextTurn(() => unseen.abort());
       try {
         const path = this.address({ follow: true, offset: this.end });
-        const response = await send(path, { signal: this.controller.signal });
+        const response = await send(path, { signal: AbortSignal.any([this.controller.signal, unseen.signal]) });
         this.problem = "";
         waitMs = 250;
         for (const reader = response.body.getReader();;) {
@@ -14884,10 +14859,13 @@ class Output {
         }
         this.isComplete = true;
       } catch (error) {
-        if (error.name === "AbortError" || [401, 404].includes(error.status)) return;
-        this.problem = error.message;
-        await new Promise((resolve) => setTimeout(resolve, waitMs));
-        waitMs = Math.min(waitMs * 2, 5000);
+        if (this.controller.signal.aborted || [401, 404].includes(error.status)) return;
+        if (document.hidden) await new Promise(nextTurn);
+        else if (error.name !== "AbortError") {
+          this.problem = error.message;
+          await wait(waitMs);
+          waitMs = Math.min(waitMs * 2, 5000);
+        }
       }
       this.changed();
     }
@@ -14903,46 +14881,42 @@ class Output {
   }
   // The rows of a block, if they are here; else they are asked for, and `changed` tells when they have come.
   block(number) {
-    const end = number + 1 < this.blocks.length ? this.blocks[number + 1].offset : this.end;
-    const cached = this.cache.get(number);
-    if (cached && cached.end === end) {
-      this.cache.delete(number);
-      this.cache.set(number, cached);  // the newest last
-      return cached.rows;
+    const isLast = number === this.blocks.length - 1;
+    const end = isLast ? this.end : this.blocks[number + 1].offset;
+    let entry = this.cache.get(number);
+    if (entry?.end !== end) {
+      entry = { end, rows: isLast ? this.split(number, this.newest) : entry?.rows };
+      if (!isLast) this.fetchBlock(number, entry);
     }
-    if (number === this.blocks.length - 1) return this.keep(number, end, this.newest);
-    if (!cached?.isAsked) this.fetchBlock(number, end, cached?.rows || null);
-    return cached?.rows;
+    this.cache.delete(number);
+    this.cache.set(number, entry);  // the newest last
+    for (const old of [...this.cache.keys()].slice(0, -KEPT_BLOCKS)) this.cache.delete(old);
+    return entry.rows;
   }
-  async fetchBlock(number, end, rows) {
-    this.cache.set(number, { isAsked: true, rows, end: -1 });
+  async fetchBlock(number, entry) {
     try {
-      const headers = { Range: `bytes=${this.blocks[number].offset}-${end - 1}` };
+      const headers = { Range: `bytes=${this.blocks[number].offset}-${entry.end - 1}` };
       const response = await send(this.path, { headers, signal: this.controller.signal });
-      this.keep(number, end, new Uint8Array(await response.arrayBuffer()));
-    } catch { this.cache.delete(number); return; }
-    this.changed();
+      entry.rows = this.split(number, new Uint8Array(await response.arrayBuffer()));
+      this.changed();
+    } catch { this.cache.delete(number); }
   }
-  keep(number, end, bytes) {
+  split(number, bytes) {
     const { offset, line, continues } = this.blocks[number];
     const decoder = new TextDecoder();
     const rows = [];
-    let start = offset;
+    let start = 0;
     let current = line;
     let isFirst = !continues;
-    const add = (rowEnd, endsLine) => {
-      const text = decoder.decode(bytes.subarray(start - offset, rowEnd - offset)).replace(/\r?\n$/, "");
+    const add = (end, endsLine) => {
+      const text = decoder.decode(bytes.subarray(start, end - offset)).replace(/\r?\n$/, "");
       rows.push({ text, line: current, isFirst });
-      start = rowEnd;
+      start = end - offset;
       isFirst = endsLine;
       if (endsLine) current++;
     };
-    const splitter = new RowSplitter(offset, add);
-    splitter.feed(bytes);
-    if (start < end) add(end, false);
-    this.cache.delete(number);
-    this.cache.set(number, { end, rows });
-    for (const old of [...this.cache.keys()].slice(0, -KEPT_BLOCKS)) this.cache.delete(old);
+    new RowSplitter(offset, add).feed(bytes);
+    if (start < bytes.length) add(offset + bytes.length, false);
     return rows;
   }
   row(index) {
@@ -14971,24 +14945,18 @@ async function findLines(output, text, signal, progress) {
   const found = [];
   let line = 0;
   let rest = "";
-  let bytes = 0;
-  const end = output.end;
   const response = await send(output.address({ offset: output.offset }), { signal });
-  const decoder = new TextDecoder();
-  for (const reader = response.body.getReader();;) {
-    const { done, value } = await reader.read();
-    const lines = (rest + (done ? "" : decoder.decode(value, { stream: true }))).split("\n");
-    rest = lines.pop();
-    if (done) lines.push(rest);
-    const look = (one) => {
-      if (found.length >= MAX_FOUND || found[found.length - 1] === line) return;
-      if (one.toLowerCase().includes(wanted)) found.push(line);
-    };
-    for (const one of lines) { look(one); line++; }
+  const look = (part) => {
+    if (found.length < MAX_FOUND && found.at(-1) !== line && part.toLowerCase().includes(wanted)) found.push(line);
+  };
+  for (const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();;) {
+    const { done, value = "" } = await reader.read();
+    const lines = (rest + value).split("\n");
+    rest = done ? "" : lines.pop();
+    for (const part of lines) { look(part); line++; }
     if (rest.length > 4000000) { look(rest); rest = rest.slice(-wanted.length); }
     if (done) return found;
-    bytes += value.length;
-    progress(found.length, bytes / Math.max(1, end - output.offset));
+    progress(found.length);
   }
 }
 
@@ -15017,7 +14985,6 @@ function terminalCells(text) {
 }
 
 const FLAGS = { 1: "b", 2: "d", 3: "i", 4: "u", 7: "v", 9: "s" };
-const UNSET = { 22: "bd", 23: "i", 24: "u", 27: "v", 29: "s" };
 
 // The style after a sequence "Select Graphic Rendition" (ECMA-48, 8.3.117).
 function nextStyle(style, parameters) {
@@ -15028,7 +14995,10 @@ function nextStyle(style, parameters) {
     const side = code >= 40 && code < 50 || code >= 100 ? "back" : "fore";
     if (code === 0) next = {};
     else if (FLAGS[code]) next[FLAGS[code]] = true;
-    else if (UNSET[code]) for (const flag of UNSET[code]) delete next[flag];
+    else if (code > 20 && code < 30) {
+      delete next[FLAGS[code - 20]];
+      if (code === 22) delete next.b;
+    }
     else if (code === 39 || code === 49) delete next[side];
     else if (code === 38 || code === 48) {
       if (codes[at + 1] === 5) next[side] = paletteColour(codes[at + 2]);
@@ -15101,11 +15071,9 @@ function createConsole(id, place, line) {
   const follow = button("Follow", () => setFollow(!isFollowing), { title: "Stay at the end (f)" });
   const all = button("Read from the beginning", () => open(0), { hidden: "" });
   const bar = h("div.bar", { role: "toolbar", "aria-label": "Output" }, streamChoice, attemptChoice,
-    search, found, button("Previous", () => go(-1), { title: "N" }), button("Next", () => go(1), { title: "n" }), wrap,
-    follow, all, button("Save", () => download(path(), `${id}-${place}.txt`), { title: "Download the bytes" }),
-    note);
+    search, button("Previous", () => go(-1), { title: "N" }), button("Next", () => go(1), { title: "n" }), wrap, follow,
+    all, button("Save", () => download(path(), `${id}-${place}.txt`), { title: "Download the bytes" }), found, note);
   let output = null;
-  let list = null;
   let step = null;
   let isFollowing = !line;
   let target = line ? line - 1 : null;
@@ -15124,12 +15092,13 @@ function createConsole(id, place, line) {
   function open(offset) {
     output?.close();
     output = new Output(path(), offset, update);
-    all.hidden = offset === 0;
-    if (!list) { list = new RowList(scroller, createRow, keyOf); list.rowHeight = rowHeight; }
+    all.hidden = !offset;
     output.read();
     update();
   }
   const rowHeight = () => parseFloat(getComputedStyle(scroller).lineHeight);
+  const list = new RowList(scroller, createRow, keyOf);
+  list.rowHeight = rowHeight;
   function keyOf(index) {
     const row = output.row(index);
     if (!row) return "empty " + index;
@@ -15148,7 +15117,7 @@ function createConsole(id, place, line) {
     return element;
   }
   function switchWrap() {
-    wrap.setAttribute("aria-pressed", scroller.classList.toggle("wrapped"));
+    wrap.ariaPressed = scroller.classList.toggle("wrapped");
     update();
   }
   function setFollow(value) {
@@ -15163,7 +15132,7 @@ function createConsole(id, place, line) {
   function jump() {
     if (!isJumping) return;
     if (output.lines <= target && !output.isComplete) return;
-    const row = output.rowOfLine(Math.min(target, Math.max(0, output.lines)));
+    const row = output.rowOfLine(Math.min(target, output.lines));
     if (row === null) return;
     list.setLength(output.length);
     const height = rowHeight();
@@ -15190,9 +15159,8 @@ function createConsole(id, place, line) {
     update();
     if (!text) return;
     try {
-      matches = await findLines(output, text, finding.signal, (number, part) => {
-        found.textContent = `${number.toLocaleString("en")} so far, ${Math.min(100, Math.round(part * 100))} %`;
-      });
+      matches = await findLines(output, text, finding.signal,
+        (number) => { found.textContent = `${number.toLocaleString("en")} so far`; });
       if (matches.length) go(1);
       else found.textContent = "nothing like this";
     } catch (error) { if (error.name !== "AbortError") found.textContent = error.message; }
@@ -15217,7 +15185,7 @@ function createConsole(id, place, line) {
   for (const choice of [streamChoice, attemptChoice]) on(choice, "change", () => open(0));
 
   function showTools() {
-    follow.setAttribute("aria-pressed", isFollowing);
+    follow.ariaPressed = isFollowing;
     const lines = count(output.lines + output.length - output.rows, "line");
     const activity = output.problem || (output.isComplete ? "" : isLive() ? "live" : "reading");
     const words = [output.offset ? `the end: ${lines}` : lines, formatBytes(output.end), activity];
@@ -15227,14 +15195,13 @@ function createConsole(id, place, line) {
   function showHeading(detail) {
     if (!isNews(heading, step.result, step.msg, step.attempt, step.stop_reason, state.version.client)) return;
     const canStop = isLive() && may("submit", detail.task);
-    const stopButton = canStop ? button("Stop", () => stop(detail.task, step), { class: "danger", title: "s" }) : [];
+    const stopButton = canStop ? button("Stop", () => stop(detail.task, step), { class: "danger" }) : [];
     heading.replaceChildren(h("h2", h("a", { href: "#" + id }, id), " / " + step.name),
       createResult(step.result), h("span.soft", reasonOf(step)), createLength(step), h("span.push", stopButton));
     attemptChoice.hidden = !(step.attempt > 1);
     if (attemptChoice.length !== step.attempt) {
-      const options = Array.from({ length: step.attempt }, (_, index) =>
-        h("option", { value: index + 1 }, `attempt ${index + 1}`));
-      attemptChoice.replaceChildren(...options);
+      attemptChoice.replaceChildren(...Array(step.attempt).fill().map((_, index) =>
+        h("option", { value: index + 1 }, `attempt ${index + 1}`)));
       attemptChoice.value = step.attempt;
       if (output && step.attempt > 1) open(0);
     }
@@ -15242,7 +15209,7 @@ function createConsole(id, place, line) {
   return {
     isFilled: true,
     elements: [heading, bar, scroller],
-    title: () => step ? `${RESULTS[step.result].join(" ")} ${step.name}` : String(place),
+    title: () => step ? titleOf(step.result, step.name) : place,
     async load() {
       const detail = await loadDetail(id);
       step = detail.steps.find((one) => String(one.step) === place) || detail.steps.find((one) => one.name === place);
@@ -15278,14 +15245,14 @@ function createConsole(id, place, line) {
     },
     close() {
       output?.close();
-      list?.close();
+      list.close();
       finding?.abort();
     },
   };
 }
 """
 _DASHBOARD_EDITOR = r"""
-// -- a new task: a card for each step
+// -- a new task: a card for each step, with the fields that the daemon's document names
 
 const shell = (name, script, ...names) =>
   ({ name, command_type: "sh", command_content: script, depends_on: names });
@@ -15295,120 +15262,123 @@ const TEMPLATES = {
   "A graph": { query: "async=true", steps: [shell("fetch", "echo 42 >answer"), shell("left", "cat answer", "fetch"),
     shell("right", "wc -l <answer", "fetch"), shell("join", "echo done", "left", "right")] },
 };
-const DURATION = { pattern: "\\+?((\\d+\\.?\\d*|\\.\\d+)([nuµμm]?s|m|h|d))+", title: "such as 90s, 1h30m or 500ms" };
+const TASK_FIELDS = ["id", "timeout", "delay", "at", "env_vars"];
+const STEP_FIELDS = ["name", "command_type", "command_content", "depends_on", "timeout", "env_vars"];
 
-const valueOf = (input) => input.value.trim();
-const splitWords = (text, separator) => text.split(separator).map((word) => word.trim()).filter(Boolean);
-
-function createCard(step, types, remove, changed) {
-  const { name = "", command_type: type, command_content: script = "", depets_on: old, depends_on: names = old,
-    timeout = "", env_vars: variables, ...others } = step;
-  const inputs = {
-    name: h("input", { value: name || "", maxlength: "128", placeholder: "optional" }),
-    command_type: h("select", ...types.map((type) => h("option", type))),
-    command_content: h("textarea", { rows: "6", "aria-label": "Script", required: "" }),
-    depends_on: h("input", { value: (names || []).join(", "), placeholder: "names of steps, with commas" }),
-    timeout: h("input", { value: timeout || "", placeholder: "optional", ...DURATION }),
-    env_vars: h("textarea", { rows: "2", placeholder: "KEY=value, one a line" }),
-    others: h("textarea", { rows: "2", placeholder: '{"stdin": "…"}' }),
-  };
-  inputs.command_type.value = type;
-  inputs.command_content.value = script;
-  inputs.env_vars.value = (variables || []).join("\n");
-  inputs.others.value = Object.keys(others).length ? JSON.stringify(others) : "";
-  const title = h("h3.bar", h("span"), button("Remove", remove, { class: "push" }));
-  const element = h("section.panel", title, h("div.form.pad",
-    h("div.two", field("Name", inputs.name), field("Runs by", inputs.command_type)),
-    inputs.command_content,
-    h("div.two", field("After", inputs.depends_on), field("Timeout", inputs.timeout)),
-    h("div.two", field("Environment", inputs.env_vars, true), field("More, as JSON", inputs.others, true))));
-  on(element, "input", changed);
-  return { element, inputs, title: title.firstChild };
+// A list stands in its input one value a line, an object as JSON.
+function createInput(name, { enum: choices, type = "", description = "", example = description }, value, isRequired) {
+  const kind = ["array", "object"].find((word) => type.includes(word));
+  let input = h("input");
+  if (choices) input = h("select", ["", ...choices].filter((choice, at) => choice || !(isRequired || at))
+    .map((choice) => h("option", choice)));
+  else if (kind || ["command_content", "stdin"].includes(name))
+    input = h("textarea", { rows: name === "command_content" ? 6 : 2 });
+  const placeholder = kind === "array" ? "one a line" : kind ? "JSON" : example;
+  Object.assign(input, { name, kind, title: description, placeholder, required: isRequired });
+  if (value) input.value = Array.isArray(value) ? value.join("\n") : kind ? JSON.stringify(value) : value;
+  const label = field(wordOf(name), input);
+  label.classList.toggle("wide", name === "command_content");
+  return label;
 }
 
-function cardStep({ inputs }) {
-  const step = JSON.parse(valueOf(inputs.others) || "{}");
-  step.command_type = inputs.command_type.value;
-  step.command_content = inputs.command_content.value;
-  for (const name of ["name", "timeout"]) if (valueOf(inputs[name])) step[name] = valueOf(inputs[name]);
-  const names = splitWords(inputs.depends_on.value, ",");
-  const variables = splitWords(inputs.env_vars.value, "\n");
-  if (names.length) step.depends_on = names;
-  if (variables.length) step.env_vars = variables;
-  return step;
+// What the fields hold that are not empty; what is no JSON is left to the daemon to refuse.
+function readInputs(element) {
+  const values = {};
+  for (const { name, kind, value } of element.querySelectorAll("[name]")) {
+    if (!value.trim()) continue;
+    values[name] = value;
+    if (kind === "array") values[name] = value.split("\n").map((line) => line.trim()).filter(Boolean);
+    if (kind === "object") try { values[name] = JSON.parse(value); } catch { /* as it stands */ }
+  }
+  return values;
 }
 
 function createEditor(from) {
-  const inputs = {
-    id: h("input", { maxlength: "64", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]*", placeholder: "optional" }),
-    timeout: h("input", { placeholder: "such as 2h", ...DURATION }),
-    delay: h("input", { placeholder: "such as 10m", ...DURATION }),
-    env_vars: h("textarea", { rows: "2", placeholder: "KEY=value, one a line" }),
-    async: h("input", { type: "checkbox" }),
-    paused: h("input", { type: "checkbox" }),
-  };
+  const fields = h("div.two");
+  const flags = ["async", "paused"].map((value) => h("input", { type: "checkbox", value }));
   const cards = h("div.form");
-  const problem = h("p.bad", { role: "alert" });
+  const problem = h("p.bad", { role: "status" });
   const submit = h("button.main", "Run it");
-  let list = [];
-  const known = ask("openapi.json").then(({ components }) => components.schemas.SubmittedStep.properties, () => ({}));
-  let types = [];
-  const check = () => {
-    list.forEach((card, index) => { card.title.textContent = `Step ${index}`; });
-    submit.disabled = !list.length;
-    problem.textContent = "";
-  };
-  const add = (step) => {
-    const remove = () => {
-      list = list.filter((other) => other !== card);
-      card.element.remove();
-      check();
-    };
-    const card = createCard(step, types, remove, check);
-    list.push(card);
-    cards.append(card.element);
+  const openapi = ask("openapi.json");
+  let known = null;
+  let asked = 0;  // the number of the last question: the answer to an earlier one is dropped
+
+  const add = (step = {}) => {
+    const { depets_on: names, ...properties } = known.properties;
+    const create = (name) => createInput(name, name === "depends_on" ? names : properties[name],
+      step[name] ?? (name === "depends_on" ? step.depets_on : ""), known.required.includes(name));
+    const others = Object.keys(properties).filter((name) => !STEP_FIELDS.includes(name));
+    const more = h("details", h("summary", "More"), h("div.two", others.map(create)));
+    more.open = others.some((name) => step[name]);
+    const card = h("section.panel", h("h3.bar", h("span"),
+      button("Remove", () => { card.remove(); check(); }, { class: "push" })),
+    h("div.form.pad", h("div.two", STEP_FIELDS.map(create)), more));
+    cards.append(card);
     check();
   };
   const fill = async ({ query, steps }) => {
-    types = (await known).command_type?.enum || ["sh"];
-    const given = new URLSearchParams(query);
-    for (const name of ["timeout", "delay"]) inputs[name].value = given.get(name) || "";
-    inputs.env_vars.value = given.getAll("env_vars").join("\n");
-    inputs.async.checked = /^(1|t|true)$/i.test(given.get("async") || given.get("ansync") || "");
-    inputs.paused.checked = /^(1|t|true)$/i.test(given.get("paused") || "");
-    list = [];
+    const { components } = await openapi;
+    known = components.schemas.SubmittedStep;
+    const values = new URLSearchParams(query);
+    values.delete("id");
+    fields.replaceChildren(...TASK_FIELDS.map((name) => {
+      const { schema, description, example } = components.parameters[name];
+      return createInput(name, { ...schema, description, example },
+        schema.type === "array" ? values.getAll(name) : values.get(name));
+    }));
+    for (const flag of flags)
+      flag.checked = /^(1|t|true)$/i.test(values.get(flag.value) || values.get("an" + flag.value.slice(1)));
     cards.replaceChildren();
-    for (const step of steps) add(step);
+    steps.forEach(add);
+  };
+  const post = (isDry) => {
+    const { env_vars: variables = [], ...values } = readInputs(fields);
+    const query = new URLSearchParams({ ...values, strict: true, dry: isDry });
+    for (const variable of variables) query.append("env_vars", variable);
+    for (const flag of flags) if (flag.checked) query.set(flag.value, "true");
+    const body = JSON.stringify([...cards.children].map(readInputs));
+    return ask("api/v1/task?" + query, { method: "POST", body });
+  };
+  const show = (message) => {
+    const [, index, name] = /^(?:\[(\d+)\]\.)?(\w+)/.exec(message) || [];
+    const place = index ? cards.children[index] : fields;
+    for (const input of form.elements) input.ariaInvalid = input.name === name && place.contains(input);
+    setText(problem, message);
+    submit.disabled = !cards.children.length;
+  };
+  // What the daemon would say, as one types; it changes nothing.
+  const check = () => {
+    const number = ++asked;
+    [...cards.children].forEach((card, index) => { card.querySelector("span").textContent = `Step ${index}`; });
+    const answer = (message) => { if (number === asked) show(message); };
+    setTimeout(() => {
+      if (number !== asked || !form.isConnected) return;
+      if (form.checkValidity()) post(true).then(() => answer(""), (error) => answer(error.message));
+      else answer("");
+    }, 300);
   };
   const form = h("form.form", { spellcheck: "false" },
     h("div.bar", h("h2", "New task"), Object.keys(TEMPLATES).map((name) => button(name, () => fill(TEMPLATES[name])))),
-    h("section.panel.pad.form",
-      h("div.two", field("Id", inputs.id), field("Timeout", inputs.timeout),
-        field("Wait", inputs.delay), field("Environment", inputs.env_vars, true)),
-      h("label", inputs.async, " steps run at once, except for what each names as before it"),
-      h("label", inputs.paused, " hold it until it is resumed, to put files into its workspace first")),
-    cards, h("p.bar", button("Add a step", () => add({ command_type: types[0] })),
-      h("span.push"), submit), problem);
+    h("section.panel.pad.form", fields,
+      h("label", flags[0], " steps run at once, except for what each depends on"),
+      h("label", flags[1], " hold it until it is resumed, to put files into its workspace first")),
+    cards, h("p.bar", button("Add a step", () => add()), problem, h("span.push"), submit));
+  on(form, "input", check);
   on(form, "submit", async (event) => {
     event.preventDefault();
-    const query = new URLSearchParams();
-    for (const name of ["id", "timeout", "delay"]) if (valueOf(inputs[name])) query.set(name, valueOf(inputs[name]));
-    for (const variable of splitWords(inputs.env_vars.value, "\n")) query.append("env_vars", variable);
-    for (const name of ["async", "paused"]) if (inputs[name].checked) query.set(name, "true");
+    asked++;
     submit.disabled = true;
     try {
-      const { data } = await ask("api/v1/task?" + query, { method: "POST", body: JSON.stringify(list.map(cardStep)) });
+      const { data } = await post(false);
       say(`${data.id} is accepted`);
       location.hash = "#" + data.id;
-    } catch (error) { problem.textContent = error.message; }
-    submit.disabled = false;
+    } catch (error) { show(error.message); }
   });
   return {
     elements: [form],
     title: () => "new task",
     async load() {
-      if (list.length) return;
-      fill(from ? (await ask(taskPath(from, "submission"))).data : TEMPLATES["One step"]);
+      if (!known) fill(from ? (await ask(taskPath(from, "submission"))).data : TEMPLATES["One step"]);
     },
     update() {},
     keys: { u: leave },
@@ -15417,14 +15387,14 @@ function createEditor(from) {
 
 // -- keys and addresses
 
-const KEYS = [["/", "filter, or find in an output"], ["j k", "next, previous"], ["Enter", "open"], ["u", "up"],
-  ["f", "follow an output"], ["g G", "begin, end of an output"],
-  ["n N", "next, previous found; else n: new task"],
-  ["w", "wrap long lines"], ["s", "stop"], ["r", "run again"], ["?", "this"]];
+const KEYS = {
+  "/": "filter, or find in an output", "j k": "next, previous", Enter: "open", u: "up", f: "follow an output",
+  "g G": "begin, end of an output", "n N": "next, previous found; else n: new task", w: "wrap long lines", s: "stop",
+  r: "run again", "?": "this",
+};
 
 function showKeys() {
-  const rows = KEYS.map(([keys, text]) => [h("dt", h("code", keys)), h("dd", text)]);
-  showDialog("Keys", [h("dl.facts", rows)], "Close");
+  showDialog("Keys", createFacts(Object.entries(KEYS)), "Close");
 }
 
 on(document, "keydown", (event) => {
@@ -15455,21 +15425,33 @@ function route() {
   newView.id = task;
   show(newView);
   for (const link of document.querySelectorAll("nav a"))
-    link.setAttribute("aria-current", link.hash && link.hash === (location.hash || "#/") ? "page" : "false");
+    link.ariaCurrent = link.hash && link.hash === (location.hash || "#/") ? "page" : "false";
   if (state.daemon) loadView();
 }
 
-on(byId("metrics"), "click", (event) => {
-  if (!storedToken()) return;  // else the link is enough
-  event.preventDefault();
-  download("metrics", "metrics.txt");
-});
+// With a token a link is not enough: no browser sends it along.
+async function showProfiles() {
+  const text = await (await send("debug/pprof/")).text();
+  const links = [...new DOMParser().parseFromString(text, "text/html").querySelectorAll("dt a")];
+  showDialog("Profiles", createFacts(links.map((link) => [
+    button(link.textContent, () => download("debug/pprof/" + link.getAttribute("href"), link.textContent)),
+    link.parentElement.nextElementSibling.textContent])), "Close");
+}
+for (const [id, action] of [["metrics", () => download("metrics", "metrics.txt")], ["profiles", showProfiles]])
+  on(byId(id), "click", (event) => {
+    if (!storedToken()) return;
+    event.preventDefault();
+    action();
+  });
 on(window, "hashchange", () => { route(); main.focus({ preventScroll: true }); });
 on(window, "pagehide", () => stream.controller.abort());
+on(document, "visibilitychange", () => stream.rest());
 on(window, "focus", () => { state.hasFailures = false; update(); });
 setInterval(() => { if (!document.hidden) tick(); }, 1000);
 route();
-stream.run();
+// The frame of the page is painted before anything is asked for.
+if (document.hidden) stream.run();
+else requestAnimationFrame(() => setTimeout(() => stream.run()));
 """
 DASHBOARD_SCRIPT = (
     COMMON_SCRIPT
@@ -15625,6 +15607,8 @@ FEATURES = (
     "when",
     "rerun",
     "workspace",
+    "dry",
+    "text",
 )
 _TASKS_PATH = "/api/v1/task"
 _TASK_PATH = _TASKS_PATH + "/{task}"
@@ -16107,6 +16091,7 @@ def _choice(query: Pairs, name: str, choices: Sequence[str]) -> str:
 
 _MAX_LIMIT = 10_000
 _MAX_GLOB_STARS = 4  # each multiplies how long an id takes that nearly matches
+_MAX_TEXT_LENGTH = 200
 _ORDERS = ("asc", "desc")
 
 
@@ -16123,6 +16108,9 @@ def _parse_selection(query: Pairs) -> Selection:
     id_glob = _parameter(query, "id")
     if id_glob.count("*") > _MAX_GLOB_STARS:
         raise BadRequest(f"id: at most {_MAX_GLOB_STARS} * are taken")
+    text = _parameter(query, "text")
+    if text.count("*") > _MAX_GLOB_STARS or len(text) > _MAX_TEXT_LENGTH:
+        raise BadRequest(f"text: at most {_MAX_TEXT_LENGTH} characters and {_MAX_GLOB_STARS} * are taken")
     cursor = _parameter(query, "cursor")
     try:
         check_cursor(cursor)
@@ -16136,6 +16124,7 @@ def _parse_selection(query: Pairs) -> Selection:
         id_glob,
         _parse_limit(_parameter(query, "limit")),
         cursor,
+        text,
     )
 
 
@@ -16219,6 +16208,7 @@ def accepted_json(
     base_url: str,
     timestamp_ns: int,
     warnings: Sequence[str] = (),
+    is_dry: bool = False,
 ) -> Json:
     """Return what answers a submission; the timestamp is of the wall clock."""
     data: Json = {
@@ -16229,6 +16219,8 @@ def accepted_json(
     }
     if warnings:
         data["warnings"] = list(warnings)
+    if is_dry:
+        data["dry"] = True
     return data
 
 
@@ -16240,8 +16232,9 @@ def _accepted_response() -> Json:
             "count": integer_schema("Steps", 1),
             "timestamp": integer_schema("Nanoseconds since the epoch"),
             "warnings": array_schema(string_schema("What has no effect, and where"), minItems=1),
+            "dry": {"const": True, "description": "Nothing was stored: `dry` was asked for"},
         },
-        optional=["warnings"],
+        optional=["warnings", "dry"],
     )
     example = accepted_json(4, "release-1", _EXAMPLE_BASE_URL, 1668649373430555500)
     schema = envelope_schema([Code.SUCCESS], data)
@@ -16428,6 +16421,7 @@ def _task_parameters() -> Json:
     task_id = {"type": "string", "pattern": f"^({ID_PATTERN.pattern})?$"}
     variables = array_schema(schema_reference("Variable"))
     reason = string_schema("One line", maxLength=_MAX_REASON_LENGTH)
+    text = string_schema("`*` is any text", maxLength=_MAX_TEXT_LENGTH)
     results = array_schema({"type": "string", "enum": [*Result]})
     moment = {"anyOf": [time_schema("RFC 3339"), {"type": "string", "maxLength": 0}]}
     cursor = {"type": "string", "pattern": "^(([0-9]{1,19}-)?[0-9]{1,19})?$"}
@@ -16451,6 +16445,8 @@ def _task_parameters() -> Json:
         "at": ("Before which moment no step starts", moment, "2022-11-18T16:14:23+08:00"),
         "paused": ("true: held until it is resumed", boolean, "true"),
         "strict": ("true: an unknown field or parameter is refused, else told in `warnings`", boolean, "true"),
+        "dry": ("true: it is checked, and nothing is stored nor run", boolean, "false"),
+        "text": ("Part of id, message, label or reason, or of a step's name or reason, in any case", text, "disk full"),
         "only": (
             "failed: what succeeded counts as done, and the workspace begins as a copy",
             {"type": "string", "enum": [*_RERUN_CHOICES], "default": _RERUN_CHOICES[0]},
@@ -16665,7 +16661,7 @@ class TaskApi:
                 self.submit_task,
                 "Submits a task",
                 "Accepted",
-                ("ansync", "async", "id", "timeout", "env_vars", "delay", "at", "paused", "strict"),
+                ("ansync", "async", "id", "timeout", "env_vars", "delay", "at", "paused", "strict", "dry"),
                 "Submission",
                 errors=(409, 507),
                 is_limited=True,
@@ -16698,7 +16694,7 @@ class TaskApi:
                 self.list_tasks,
                 "Lists tasks",
                 "TaskList",
-                ("sort", "result", "id_glob", "limit", "cursor", "order"),
+                ("sort", "result", "id_glob", "text", "limit", "cursor", "order"),
                 is_limited=True,
             ),
             Route(
@@ -16802,7 +16798,24 @@ class TaskApi:
         yield b"]," + to_json(end)[1:].encode() + b"}"
 
     def submit_task(self, request: Request) -> Response:
-        return self._submit(parse_submission(request.body, request.query, INTERPRETERS), request)
+        submission = parse_submission(request.body, request.query, INTERPRETERS)
+        if is_dry_run(request.query):
+            return self._check(submission, request)
+        return self._submit(submission, request)
+
+    def _check(self, submission: TaskSpec, request: Request) -> Response:
+        """Return what the same submission would be answered by now; change nothing."""
+        earlier = self._store.accepted_before(submission)
+        accepted_ns = earlier.accepted_ns if earlier else self._clock.now_ns()
+        data = accepted_json(
+            len(submission.steps),
+            submission.id,
+            request.base_url,
+            self._clock.wall_times().at(accepted_ns),
+            submission.warnings,
+            is_dry=True,
+        )
+        return json_response(data, audit="dry run")
 
     def _submit(self, submission: TaskSpec, request: Request) -> Response:
         accepted = self._scheduler.submit(submission, request.label)

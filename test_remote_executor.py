@@ -1152,6 +1152,19 @@ def test_names_that_mean_nothing_are_told_and_refused_when_strict(daemon: Daemon
     assert "warnings" not in daemon.try_submit([step()], strict="true").data
 
 
+def test_dry_run_tells_what_would_be_and_does_nothing(daemon: Daemon) -> None:
+    was = daemon.get("/api/v1/task?id=*&limit=1").data["total"]
+    answer = daemon.try_submit([step(oops=1), step()], id="rehearsed", dry="true")
+    assert (answer.code, answer.data["id"], answer.data["count"], answer.data["dry"]) == (0, "rehearsed", 2, True)
+    assert answer.data["warnings"] == ["[0]: unknown field 'oops': ignored"]
+    assert daemon.get("/api/v1/task?id=*&limit=1").data["total"] == was
+    accepted = daemon.try_submit([step()], id="rehearsed").data
+    assert daemon.try_submit([step()], id="rehearsed", dry="true").data == {**accepted, "dry": True}
+    assert daemon.try_submit([step(), step()], id="rehearsed", dry="true").status == 409
+    assert daemon.try_submit([step(timeout="5x")], dry="true").message.startswith("[0].timeout: ")
+    assert daemon.try_submit([step()], dry="perhaps").message.startswith("dry: ")
+
+
 def test_names_that_mean_nothing_are_told_of_in_a_few_lines() -> None:
     steps = [{**step(), "x" * 999 + str(n % 100): 1} for n in range(5000)]
     warnings = module().parse_submission(json.dumps(steps).encode(), [], [SHELL]).warnings
@@ -1752,10 +1765,22 @@ def test_pages_make_the_whole_list(pages: Daemon, sort: str, order: str, narrowe
     assert shown == (expected_ids if order == "asc" else expected_ids[::-1])
 
 
+def test_list_finds_a_text_wherever_a_task_says_it(pages: Daemon) -> None:
+    assert pages.put("/api/v1/task/held-a?reason=Room_100%25").code == 0
+    pages.submit(step(name="Rollout"), id="other", paused="true")
+    expected = {"EB-3": "web-3", "room_1*%": "held-a", "_m_": "", "rollout": "other", "b-*&id=*-7": "web-7"}
+    expected.update({"b-1&result=failed": "", "artificial*termination": "held-a", "m!": "", "": "13"})
+    for query, ids in expected.items():
+        data = pages.get(f"/api/v1/task?limit=1&text={urllib.parse.quote(query, safe='=&*')}").data
+        assert str(data["total"]) == ids or [row["id"] for row in data["tasks"]] == ids.split(), query
+        assert data["total"] == (int(ids) if ids.isdecimal() else len(ids.split()))
+
+
 @pytest.mark.parametrize(
     "query",
     ["limit=0", "limit=10001", "limit=x", "limit=\u0665", "limit=1&limit=2", "cursor=x", "cursor=1-", f"cursor={2**63}"]
-    + ["order=up", "result=done", "result=", "id=*a*b*c*d*", "cursor=1-99999999999999999999"],
+    + ["order=up", "result=done", "result=", "id=*a*b*c*d*", "text=*a*b*c*d*", "text=" + 201 * "a"]
+    + ["cursor=1-99999999999999999999"],
 )
 def test_pages_that_cannot_be_are_refused(pages: Daemon, query: str) -> None:
     name = query.partition("=")[0]
@@ -7082,10 +7107,10 @@ def test_listener_that_fails_costs_no_change(house: House, caplog: pytest.LogCap
 def test_lists_are_read_by_an_index(house: House) -> None:
     code, connection = module(), house.store._connect()
     cursors = {"st": ("", "5"), "et": ("", "5", "7-5"), "rt": ("", "5", "7-5")}
-    axes = [False, True], [(), ("failed",), ("failed", "paused")], ["", "web-*", "*"]
-    for sort, (is_descending, results, id_glob) in itertools.product(cursors, itertools.product(*axes)):
+    axes = [False, True], [(), ("failed",), ("failed", "paused")], ["", "web-*", "*"], ["", "disk"]
+    for sort, (is_descending, results, id_glob, text) in itertools.product(cursors, itertools.product(*axes)):
         for after in cursors[sort]:
-            asked = code.Selection(sort, is_descending, results, id_glob, 50, after)
+            asked = code.Selection(sort, is_descending, results, id_glob, 50, after, text)
             for segment, position in code._segments(asked):
                 for group in [(one,) for one in results] or [()]:
                     query, values = code._segment_query(asked, segment, position, group)
@@ -9787,7 +9812,7 @@ def test_page_has_no_outside_resource(daemon: Daemon, path: str) -> None:
     own = r"\.\./|#/|swagger/index|metrics|debug/pprof/|doc.json|data:,"
     outside = rf"(?:src|href)=\"(?!{own})|https?:(?!//www.w3.org/2000/svg)|(?<!http:)//[\w.-]+\.\w|@import|url\("
     assert re.findall(outside, page) == []  # the namespace of SVG is a name, which nobody opens
-    assert len(answer.body) < 90 * 1024
+    assert len(answer.body) < 90_000
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
     for tag, directive in (("style", "style-src"), ("script", "script-src")):
         text = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[0]
@@ -9885,7 +9910,9 @@ class Browser:
         raise AssertionError(f"no way by keyboard to {expression}")
 
     def complaints(self) -> list[Any]:
-        return [one for one in self.events if one["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
+        """What the browser has logged, but for refusals of a task that is checked as one types."""
+        logged = [one for one in self.events if one["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
+        return [one for one in logged if "&dry=true" not in one["params"].get("entry", {}).get("url", "")]
 
     def close(self) -> None:
         self("Browser.close")
@@ -9995,12 +10022,16 @@ class Board:
         wanted = f"{buttons}.find(one => one.innerText === {text!r} && !one.disabled)"
         self.browser.find(f"{wanted} && ({wanted}.click(), true)")
 
-
     def choose(self, label: str, value: str) -> None:
         """Chooses of a list."""
         choice = f"document.querySelector('[aria-label={label}]')"
         self.browser.find(f"!{choice}.hidden")
         self.browser.value(f"{choice}.value = {value!r}; {choice}.dispatchEvent(new Event('change'))")
+
+    def fill(self, name: str, value: str) -> None:
+        """Types into the last field of this name."""
+        field = f"[...document.getElementsByName({name!r})].pop()"
+        self.browser.find(f"({field}.value = {value!r}, {field}.dispatchEvent(new Event('input', {{bubbles: true}})))")
 
     def upload(self, name: str) -> None:
         """Stores a file, as if it had been chosen in the dialog of the browser."""
@@ -10059,7 +10090,7 @@ def test_dashboard_leads_by_keys_from_the_list_to_a_line(board: Board) -> None:
     board.browser.find(f"document.activeElement.innerText === {task!r}")
     board.browser.press("Enter", "\r")
     board.text("exit code 2")
-    board.browser.find("['svg a', '.lane i'].map(one => document.querySelectorAll(one).length).join() === '2,1'")
+    board.browser.find("['.node', '.lane i'].map(one => document.querySelectorAll(one).length).join() === '2,1'")
     board.keys("j")
     board.browser.press("Enter", "\r")
     board.text("new", ".console")
@@ -10084,6 +10115,37 @@ def test_dashboard_follows_an_output_and_finds_in_it(board: Board, gate: Path) -
 
 
 @chromium_only
+def test_dashboard_finds_tasks_by_what_their_steps_say(board: Board, gate: Path) -> None:
+    failed = board.daemon.submit(step("exit 3", name="Zebra crossing"))
+    board.daemon.ended(failed)
+    board.open()
+    board.keys("/zebra")
+    board.browser.find(f"state.tasks.map(one => one.id).join() === {failed!r}")
+    later = board.daemon.submit(held(gate, name="another zebra"))
+    board.text("another zebra", f"[data-id='{later}']")
+    board.click("Failed")
+    board.text("1 task", "[aria-live]")
+    gate.touch()
+
+
+@chromium_only
+def test_dashboard_that_nobody_sees_gives_its_connections_back(board: Board, gate: Path) -> None:
+    task = board.daemon.submit(held(gate))
+    board.open(f"#{task}/0")
+    board.text("held", ".console")
+    count = held_count(board.daemon)
+    turn = "Object.defineProperty(document, 'hidden', {{value: {}, configurable: true}});"
+    turn += "document.dispatchEvent(new Event('visibilitychange'))"
+    board.browser("Runtime.evaluate", expression=turn.format("true"))
+    wait_until(lambda: held_count(board.daemon) == count - 2, "the events and the output to be let go")
+    board.browser("Runtime.evaluate", expression=turn.format("false"))
+    wait_until(lambda: held_count(board.daemon) == count, "the events and the output to be asked for again")
+    board.daemon.put(f"/api/v1/task/{task}")
+    board.text("stopped by local", "main")
+    board.text("live", "#connection")
+
+
+@chromium_only
 def test_dashboard_stops_a_task_and_says_why(board: Board, gate: Path) -> None:
     task = board.daemon.submit(held(gate))
     board.open("#" + task)
@@ -10104,12 +10166,19 @@ def test_dashboard_stops_a_task_and_says_why(board: Board, gate: Path) -> None:
 def test_dashboard_makes_a_task(board: Board) -> None:
     board.open("#/new")
     board.click("A graph")
-    board.browser("Runtime.evaluate", expression="document.querySelector('[maxlength=\"64\"]').value = 'by-hand'")
+    scripts = "document.querySelectorAll('main textarea[required]').length"
+    board.browser.find(f"{scripts} === 4")
+    for name, wrong, right in (("retry", "{", ""), ("timeout", "5x", ""), ("id", "a/b", "by-hand")):
+        for value, words in (wrong, "'5x'|retry|invalid id"), (right, "^$"):
+            board.fill(name, value)
+            board.browser.find(f"/{words}/.test(document.querySelector('main [role=status]').textContent)")
+            is_marked = bool(value) and name != "id"
+            board.browser.find(f"document.querySelectorAll('[aria-invalid=true]').length === {int(is_marked)}")
     board.click("Run it")
     board.browser.find("location.hash === '#by-hand'")
     assert board.daemon.ended("by-hand").code == 0
     board.open("#/new/by-hand")
-    board.browser.find("document.querySelectorAll('main textarea[required]').length === 4")
+    board.browser.find(f"{scripts} === 4")
 
 
 @chromium_only
@@ -10131,6 +10200,36 @@ def test_dashboard_tells_a_wrong_token_from_none(shared_browser: Browser, launch
 
 
 @chromium_only
+def test_dashboard_downloads_with_a_token(shared_browser: Browser, roles: Daemon, tmp_path: Path) -> None:
+    script = "mkdir -p many; cd many; seq 1200 | xargs touch; echo kept >../notes; echo printed"
+    assert status_of(roles, "admin", "POST", "/api/v1/task?id=of-files", json.dumps([step(script)])) == 200
+    wait = "/api/v1/task/of-files?wait=60s"
+    assert status_of(roles, "admin", "GET", wait) == 200
+    browser, board = shared_browser, Board(shared_browser, roles)
+    browser("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    downloads = {"notes": b"kept\n", "of-files-0.txt": b"printed\n", "cmdline": os.fsencode(f"--root={roles.root}")}
+    try:
+        browser("Page.navigate", url=f"http://localhost:{roles.port}/")
+        browser.find("(sessionStorage.setItem(TOKEN_KEY, 'admin-token-of-tests'), true)")
+        board.open("#of-files")
+        board.click("notes")
+        board.click("many/")
+        browser.find("document.querySelector('[role=table][aria-label=Files]').ariaRowCount === '1200'")
+        browser.find("(document.querySelector('.file .name').closest('.scroller').scrollTop = 1e6, true)")
+        board.text("999", ".file:last-child")
+        board.open("#of-files/0")
+        board.click("Save")
+        browser.find("(document.getElementById('profiles').click(), true)")
+        board.click("cmdline", "dialog")
+        for name, content in downloads.items():
+            file = tmp_path / name
+            wait_until(lambda file=file: file.exists() and file.stat().st_size, name)  # type: ignore[misc]
+            assert content in file.read_bytes()
+    finally:
+        browser("Page.navigate", url="about:blank")
+
+
+@chromium_only
 def test_dashboard_shows_attempts_and_repeats_what_failed(board: Board) -> None:
     retry = {"limit": 1, "delay": "2s"}  # long enough to be seen beside a load
     flaky = step("echo out; echo err >&2; [ -e ok ]", name="flaky", stderr="apart", retry=retry)
@@ -10147,7 +10246,7 @@ def test_dashboard_shows_attempts_and_repeats_what_failed(board: Board) -> None:
     board.open("#" + task)
     board.text("attempt 2: exit code 1")
     board.upload("ok")
-    board.browser.find("document.querySelectorAll('.file').length === 2")
+    board.browser.find("document.querySelectorAll('.file:not(.head)').length === 2")
     board.click("Run failed again")
     board.click("Run it again", "dialog")
     board.text("repeats " + task)
@@ -10156,7 +10255,7 @@ def test_dashboard_shows_attempts_and_repeats_what_failed(board: Board) -> None:
     board.browser.find("document.querySelectorAll('.lane i').length === 1")
     board.click("Delete", ".file")
     board.click("Delete it", "dialog")
-    board.browser.find("document.querySelectorAll('.file').length === 1")
+    board.browser.find("document.querySelectorAll('.file:not(.head)').length === 1")
 
 
 @chromium_only
@@ -10266,19 +10365,24 @@ def test_dashboard_goes_on_when_its_daemon_comes_back(shared_browser: Browser, t
 
 
 @chromium_only
-@pytest.mark.parametrize("width, scheme", [(360, "dark"), (3840, "light")])
-def test_dashboard_fits_a_phone_and_a_wall(board: Board, tmp_path: Path, width: int, scheme: str) -> None:
-    task = board.daemon.submit(*(step(name=f"step-{number}" * 9) for number in range(3)))
+@pytest.mark.parametrize("width, height, scheme", [(360, 740, "light"), (1280, 800, "dark"), (3840, 2160, "light")])
+def test_dashboard_fits_a_phone_and_a_wall(
+    board: Board, request: pytest.FixtureRequest, width: int, height: int, scheme: str
+) -> None:
+    """Pictures of it are kept in .pytest_cache/d/dashboard, to be looked at."""
+    pictures = request.config.cache.mkdir("dashboard")
+    steps = [step(f"exit {number}", name=f"step-{number}" * 9) for number in range(2)]
+    task = board.daemon.submit(*steps, step(name="last", depends_on=[steps[0]["name"]]), **{"async": "true"})
     board.daemon.ended(task)
-    is_phone = width < 999
-    board.browser("Emulation.setDeviceMetricsOverride", width=width, height=740, deviceScaleFactor=1, mobile=is_phone)
+    shape = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 999}
+    board.browser("Emulation.setDeviceMetricsOverride", **shape)
     board.browser("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-    for place in ("#/", f"#{task}", f"#{task}/0", "#/new"):
+    for name, place in {"list": "#/", "task": f"#{task}", "console": f"#{task}/0", "new": "#/new"}.items():
         board.open(place)
         board.browser.find("document.querySelector('main').innerText.length > 9")
         board.browser.find(f"document.documentElement.scrollWidth <= {width}")
         picture = board.browser("Page.captureScreenshot")["data"]
-        (tmp_path / f"{width}-{len(place)}.png").write_bytes(base64.b64decode(picture))
+        (pictures / f"{width}-{scheme}-{name}.png").write_bytes(base64.b64decode(picture))
 
 
 @chromium_only
