@@ -286,6 +286,7 @@ class Clock:
         self._offset_ns = offset_ns
         self._sleeps = tuple(sleeps) or ((0, 0),)  # in the order of time
         self._kernel_slept_ns = _slept_ns()  # when the last of them was noted
+        self.on_sleep: Callable[[], None] = lambda: None  # called when one was noted; must not wait
 
     @classmethod
     def resume(cls, metadata: Mapping[str, str], latest_ns: int, boot: str = "") -> Clock:
@@ -339,6 +340,7 @@ class Clock:
                 sleep = (time.monotonic_ns() + self._base_ns, self._sleeps[-1][1] + slept_ns)
                 self._sleeps = (*self._sleeps, sleep)[-_MAX_SLEEPS:]
                 self._kernel_slept_ns = kernel_slept_ns
+                self.on_sleep()
             return self._sleeps
 
     def offset_ns(self) -> int:
@@ -4211,8 +4213,8 @@ class StepProcesses(Protocol):
     def release(self, tree: ProcessTree) -> None:
         """Release what the tree holds; it has ended, or runs on without us."""
 
-    def reap(self) -> None:
-        """Reap ended orphans of steps; for one thread, now and then."""
+    def reap(self) -> bool:
+        """Reap ended orphans of steps; return whether there are others. For one thread, now and then."""
 
 
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -5304,18 +5306,19 @@ class PosixProcesses(StepProcesses):
                     self._lifetimes.end(step_dir)
         tree.close()
 
-    def reap(self) -> None:
-        """Reap ended orphans of steps; for one thread.
+    def reap(self) -> bool:
+        """Reap ended orphans of steps; return whether there are others. For one thread.
 
         Only what was a zombie at the last call too: a child that Popen has not returned yet is no orphan.
         """
         if not _system().has_subreaper:
-            return
+            return False
         now = _clock_ticks()
-        if not _has_orphan():
+        has_orphan = _has_orphan()
+        if not has_orphan:
             self._lifetimes.forget_ended(now)
         if not _has_zombie_child():
-            return
+            return has_orphan
         own_pid = str(os.getpid()).encode()
         zombies = set()
         for name in _list_pids():
@@ -5326,6 +5329,7 @@ class PosixProcesses(StepProcesses):
             with contextlib.suppress(ChildProcessError):  # something else has waited for it
                 os.waitpid(pid, os.WNOHANG)
         self._orphans = zombies
+        return has_orphan or bool(zombies)
 
     def _become_reaper(self) -> None:
         """Make orphans of steps children of this process, where a stop finds them (prctl(2))."""
@@ -6460,14 +6464,15 @@ class WindowsProcesses:
         finally:
             tree.close()
 
-    def reap(self) -> None:
-        """Close the jobs in which nothing is left; for one thread."""
+    def reap(self) -> bool:
+        """Close the jobs in which nothing is left; return whether there are others. For one thread."""
         for _ in range(len(self._left_jobs)):
             job = self._left_jobs.popleft()
             if _count_active(job):
                 self._left_jobs.append(job)
             else:
                 CloseHandle(job)
+        return bool(self._left_jobs)
 
 
 def _has_live_windows_wrapper(step_dir: str) -> bool:
@@ -8016,6 +8021,7 @@ _GROUP_COMMIT_DELAY_S = 0.003  # that a change waits for others when nobody wait
 _READER_TIMEOUT_S = 5.0  # to wait for a connection where no more can be opened
 _MAX_IDLE_READERS = 8
 _FILE_SUFFIXES = ("", "-wal", "-shm")
+_STAMP_SUFFIX = ".stamp"
 _RESERVE_SUFFIX = ".reserve"
 _RESERVE_BYTES = 256 * 1024  # -shm takes 32 KiB, -wal what the start and the first commits write
 _RUNNING_STEPS = "SELECT task, idx, name FROM step WHERE state = 1 ORDER BY task, idx"
@@ -8028,6 +8034,12 @@ _END_STEP = (  # with the fields of an Outcome
     "UPDATE step SET state = 0, code = ?, result = ?, reason = ?, signal = ?, output_bytes = ?, ended_ns = ? "
     "WHERE task = ? AND idx = ?"
 )
+# The totals tell the states of nearly all tasks; paused tasks may have begun, lost ones may be damaged.
+_COUNTS = """
+SELECT CASE result WHEN 'waiting' THEN 2 WHEN 'running' THEN 1 ELSE 0 END, tasks FROM task_total
+    WHERE result NOT IN ('paused', 'lost')
+UNION ALL SELECT state, count(*) FROM task WHERE result IN ('paused', 'lost') GROUP BY state
+"""
 _RESUME_TASK = "UPDATE task SET result = CASE state WHEN 1 THEN 'running' ELSE 'waiting' END WHERE seq = ?"
 _INDEX = re.compile("0|[1-9][0-9]{0,8}")
 
@@ -8377,6 +8389,7 @@ class Store:
         self._file_id: tuple[int, int] = (0, 0)  # device and inode of the database
         self._start_warning = ""
         self._write_error = ""  # why changes wait to be stored
+        self._may_be_damaged = False  # as an error has said
         self.quarantine_suffix = ""  # of the names of a damaged database's files
         self.feed = Feed()
         self._thread = DaemonThread(target=self._write, name="store")
@@ -8392,24 +8405,52 @@ class Store:
         self._thread.start()
 
     def _open_all_or_use_reserve(self) -> None:
+        is_as_left = self._take_stamp()
         try:
-            self._open_all()
+            self._open_all(is_as_left)
         except sqlite3.OperationalError:
             if not self._release_reserve():
                 raise
             log.error("no space left for %s: starting with the reserved space", self._path)
-            self._open_all()
+            self._open_all(is_as_left)
 
-    def _open_all(self) -> None:
+    def _open_all(self, is_as_left: bool) -> None:
         """Open the writer's connection and the first reader's."""
         try:
-            self._writer = self._open()
+            self._writer = self._open(is_as_left)
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter of a message that quotes the file
             if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
                 raise  # the file is not at fault: it is locked, or cannot be opened
             self._quarantine(error)
-            self._writer = self._open()
+            self._writer = self._open(is_as_left=False)
         self._readers.append(self._connect())
+
+    # A look at all of a large database takes seconds. It is made unless a stamp, which the last daemon left at its
+    # orderly end, says that the file is as it was then.
+
+    def _stamp(self) -> bytes:
+        """Return what changes whenever the database does. Raises OSError, also where it is not in one file."""
+        status = os.stat(self._path)
+        if os.path.exists(self._path + "-wal"):
+            raise FileExistsError(errno.EEXIST, "a part of the database is in its log")
+        return b"%d %d %d\n" % (status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def _take_stamp(self) -> bool:
+        """Remove the stamp; return whether the database is as the last daemon left it."""
+        path = self._path + _STAMP_SUFFIX
+        try:
+            with open(path, "rb") as file:
+                stamp = file.read()
+            os.unlink(path)
+            return stamp == self._stamp()
+        except OSError:
+            return False
+
+    def _leave_stamp(self) -> None:
+        with contextlib.suppress(OSError):  # then the next daemon looks at all of it
+            stamp = self._stamp()
+            with open(self._path + _STAMP_SUFFIX, "wb") as file:
+                file.write(stamp)
 
     def _fill_reserve(self) -> None:
         """Reserve disk space for the files that SQLite needs beside the database (SQLite: Write-Ahead Logging)."""
@@ -8430,7 +8471,7 @@ class Store:
             return False
         return True
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, is_as_left: bool) -> sqlite3.Connection:
         """Return a connection to a sound database of the current version, created where there is none.
 
         Raises sqlite3.DatabaseError where it is damaged, StartupError where it is of a later version.
@@ -8442,7 +8483,7 @@ class Store:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > len(_MIGRATIONS):
                 raise StartupError(f"--root: {self._path} was made by a later version of this program; use that one")
-            if not is_new and (damage := _check_integrity(connection, version)):
+            if not is_new and not is_as_left and (damage := _check_integrity(connection, version)):
                 raise sqlite3.DatabaseError(damage)
             connection.execute("PRAGMA journal_mode = WAL")
             for number in range(version, len(_MIGRATIONS)):
@@ -8470,6 +8511,8 @@ class Store:
         with self._reader_returned:
             while self._readers:
                 self._readers.pop().close()
+        if not self._may_be_damaged:
+            self._leave_stamp()
 
     def is_alive(self) -> bool:
         """Return whether the writing thread runs."""
@@ -8739,8 +8782,14 @@ class Store:
 
     def latest_ns(self) -> int:
         """Return the latest time that is stored, 0 where there is none."""
-        rows = self._read("SELECT max(ifnull(max(accepted_ns), 0), ifnull(max(ended_ns), 0)) FROM task")
-        return int(rows[0][0] or 0)
+        accepted = self._read("SELECT accepted_ns FROM task ORDER BY seq DESC LIMIT 1")
+        ended = self._read("SELECT max(ended_ns) FROM task")
+        return max(row[0] or 0 for row in accepted + ended)
+
+    def first_end_ns(self) -> int | None:
+        """Return when the first of the kept tasks ended, None where none has."""
+        rows = self._read("SELECT min(ended_ns) FROM task")
+        return rows[0][0] and int(rows[0][0])
 
     def last_task_number(self) -> int:
         """Return the highest number that a task has, or had before it expired; 0 where there was none."""
@@ -8749,9 +8798,10 @@ class Store:
         numbers = [row[0] or 0 for row in stored + assigned]
         return max(map(int, numbers))
 
-    def task_numbers(self) -> list[int]:
-        """Return the numbers of all tasks in the order of their acceptance."""
-        return self.page(Selection()).task_numbers
+    def existing_tasks(self, task_numbers: Iterable[int]) -> set[int]:
+        """Return those of these numbers, some hundred at most, that tasks have."""
+        numbers = ",".join(map(str, task_numbers))
+        return {number for (number,) in self._read(f"SELECT seq FROM task WHERE seq IN ({numbers})")}
 
     def page(self, selection: Selection) -> Page:
         """Return the tasks of a page of a list."""
@@ -8855,11 +8905,14 @@ class Store:
 
     def has_task(self, task_number: int) -> bool:
         """Return whether the record of a task is kept, and with it its files."""
-        return bool(self._read("SELECT 1 FROM task WHERE seq = ?", (task_number,)))
+        return bool(self.existing_tasks([task_number]))
 
-    def counts(self) -> dict[int, int]:
+    def counts(self) -> Mapping[int, int]:
         """Return the number of tasks by state."""
-        return dict(self._read("SELECT state, count(*) FROM task GROUP BY state"))
+        counts = collections.Counter[int]()
+        for state, tasks in self._read(_COUNTS):
+            counts[state] += tasks
+        return counts
 
     def oldest_ns(self) -> int | None:
         """Return when the oldest task was accepted, None where there is no task."""
@@ -8905,7 +8958,13 @@ class Store:
             finally:
                 self._return_reader(connection)
         except sqlite3.Error as error:
+            self._note_damage(error)
             raise _storage_error(error) from error
+
+    def _note_damage(self, error: Exception) -> None:
+        """Have the next daemon look at all of the database, if this error says that it is damaged."""
+        if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+            self._may_be_damaged = True
 
     def _borrow_reader(self) -> sqlite3.Connection:
         """Return an idle connection, or a new one; wait for one to be returned where no more can be opened."""
@@ -9056,6 +9115,7 @@ class Store:
                     results.append(error)
             self._writer.execute("COMMIT")
         except Exception as error:
+            self._note_damage(error)
             if len(batch) == 1 and not isinstance(error, sqlite3.OperationalError):
                 log.exception("a change of the database failed")
             with contextlib.suppress(sqlite3.Error):  # there may be no transaction
@@ -9340,6 +9400,7 @@ _FINAL = (Phase.ENDED, Phase.SKIPPED)
 _CLEANUP_TIMEOUT_NS = 60 * _SECOND_NS  # of a step that runs although its task is stopped, unless it has one of its own
 _START_RETRY_S = 0.5  # between attempts where the host lacks what a start needs
 _SCARCITY_S = 5.0  # after this time without a failed start the host lacks nothing any more
+_NUMBERS_AHEAD = 1000  # of tasks to come, whose directories are looked for at once
 _JOIN_TIMEOUT_S = 1.5  # that an exit waits for threads, which the process ends anyway
 
 
@@ -9493,10 +9554,14 @@ class Scheduler:
         self._run_step: Callable[[Step], None]  # from `start` on
         self._clean_up: Callable[[Task], None]
         self._copy: Callable[[Task], None]
+        self._clear: Callable[[Sequence[int]], int]
         self.timekeeper_wakeup = threading.Event()  # set where a deadline or limit may come before its next look
+        self.sweeper_wakeup = threading.Event()  # set where a step may have left something
+        self.has_watched_steps = False  # the timekeeper looks at outputs again by itself
         self._lock = threading.Lock()  # guards all below, and what tasks and steps hold
         self._size = size
         self._last_number = 0
+        self._cleared_number = 0  # up to which the numbers to come have no directories
         self._tasks: dict[int, Task] = {}
         self._ready: collections.OrderedDict[Step, None] = collections.OrderedDict()
         self._active: set[Step] = set()  # STARTING and RUNNING: each has a slot
@@ -9522,11 +9587,16 @@ class Scheduler:
         run_step: Callable[[Step], None],
         clean_up: Callable[[Task], None],
         copy: Callable[[Task], None],
+        clear: Callable[[Sequence[int]], int],
     ) -> None:
-        """Start what is ready, and attend to what was restored."""
+        """Start what is ready, and attend to what was restored.
+
+        `clear` renames the directories of these numbers, which no task has, and returns the last that it could not.
+        """
         self._run_step = run_step
         self._clean_up = clean_up
         self._copy = copy
+        self._clear = clear
         with self._lock:
             self._is_closed = False
             adopted = [step for step in self._active if step.phase is Phase.RUNNING]
@@ -9576,23 +9646,9 @@ class Scheduler:
         task = Task(spec.id, spec.steps, spec.timeout_ns)
         task.is_paused = spec.is_paused
         task.copy_of = spec.copy_of
-        with self._lock:
-            for done in spec.done:
-                step = task.steps[done.step_index]
-                self._move(step, Phase.ENDED)
-                step.result = Result.SUCCEEDED
-            now_ns = self._clock.now_ns()  # so that tasks are accepted in the order of their numbers
-            if self._is_closed:
-                raise Unavailable("the daemon is shutting down; send the task again to the next one")
-            self._last_number += 1
-            task.number = self._last_number
-            starts_ns = now_ns + spec.delay_ns
-            if spec.start_at_ns:
-                starts_ns += spec.start_at_ns - time.time_ns()
-            starts_ns = min(max(starts_ns, now_ns), _INT64_MAX)  # `at` may be of any year
-            task.is_delayed = starts_ns > now_ns
-            future = self._store.accept(task.number, spec, now_ns, starts_ns, submitted_by)
-            self._tasks[task.number] = task
+        while (queued := self._queue_submission(task, spec, submitted_by)) is None:
+            self._clear_numbers()
+        future, starts_ns = queued
         is_new = False
         try:
             accepted = future.result()
@@ -9603,8 +9659,45 @@ class Scheduler:
                     del self._tasks[task.number]
         failpoint("accepted")
         if is_new:
-            self._activate(task, now_ns, starts_ns)
+            self._activate(task, accepted.accepted_ns, starts_ns)
         return accepted
+
+    def _queue_submission(
+        self,
+        task: Task,
+        spec: TaskSpec,
+        submitted_by: str,
+    ) -> tuple[Future[Accepted], int] | None:
+        """Give a task its number and have it stored; return when it starts too, None while no number is cleared."""
+        with self._lock:
+            if self._is_closed:
+                raise Unavailable("the daemon is shutting down; send the task again to the next one")
+            if self._last_number >= self._cleared_number:
+                return None
+            self._last_number += 1
+            task.number = self._last_number
+            for done in spec.done:
+                step = task.steps[done.step_index]
+                self._move(step, Phase.ENDED)
+                step.result = Result.SUCCEEDED
+            now_ns = self._clock.now_ns()  # so that tasks are accepted in the order of their numbers
+            starts_ns = now_ns + spec.delay_ns
+            if spec.start_at_ns:
+                starts_ns += spec.start_at_ns - time.time_ns()
+            starts_ns = min(max(starts_ns, now_ns), _INT64_MAX)  # `at` may be of any year
+            task.is_delayed = starts_ns > now_ns
+            self._tasks[task.number] = task
+            return self._store.accept(task.number, spec, now_ns, starts_ns, submitted_by), starts_ns
+
+    def _clear_numbers(self) -> None:
+        """Clear the next numbers: a step, or a daemon with another database, may have left directories of them."""
+        with self._lock:
+            first = self._last_number + 1
+        last = first + _NUMBERS_AHEAD
+        unusable = self._clear(range(first, last + 1))
+        with self._lock:
+            self._last_number = max(self._last_number, unusable)
+            self._cleared_number = max(self._cleared_number, last)
 
     def _activate(self, task: Task, accepted_ns: int, starts_ns: int) -> None:
         """Let the steps of an accepted task run."""
@@ -9889,6 +9982,7 @@ class Scheduler:
             deferred = self._dispatch()
         if is_new:
             log.error("%s: %s", step, self.scarcity, extra=step.log_extra)
+        self.timekeeper_wakeup.set()
         self._run_deferred(deferred)
 
     def _reset(self, step: Step) -> None:
@@ -10016,10 +10110,12 @@ class Scheduler:
         return None
 
     def next_deadline_ns(self) -> int | None:
-        """Return when the next task or attempt starts, or a task is overdue; None where there is none."""
+        """Return when a task or an attempt starts, a task is overdue, or `retry` is due; None for never."""
         with self._lock:
-            moments = [heap[0] for heap in (self._deadlines, self._starts, self._retries) if heap]
-        return min(moments)[0] if moments else None
+            moments = [heap[0][0] for heap in (self._deadlines, self._starts, self._retries) if heap]
+            if self.scarcity or self._without_thread:
+                moments.append(self._clock.now_ns() + int(_START_RETRY_S * _SECOND_NS))
+        return min(moments, default=None)
 
     def start_delayed(self) -> None:
         """Let the steps of tasks start whose delay is over, and the attempts whose is."""
@@ -10199,6 +10295,7 @@ class Scheduler:
                 self._workers.discard(worker)
                 if not isinstance(work, Step) or work.phase is not Phase.STARTING:
                     self._without_thread.append(work)
+                    self.timekeeper_wakeup.set()
                     return
             self.requeue(work, f"no thread can be started ({error})")
 
@@ -10346,6 +10443,7 @@ class Runner:
             tree.stop(lambda: task.stop_count > 1)
         finally:
             self._processes.release(tree)
+            self._scheduler.sweeper_wakeup.set()
         self._scheduler.finish_cleanup(task)
 
     def copy_files(self, task: Task) -> None:
@@ -10442,7 +10540,8 @@ class Runner:
                 raise NotStarted(str(error)) from error
             raise LaunchError(f"could not start: {error}") from error
         self._scheduler.attach(step, tree)
-        if 0 < self._settings.max_output < _EARLY_LOOK_BYTES:
+        limit = self._settings.max_output
+        if limit and (limit < _EARLY_LOOK_BYTES or not self._scheduler.has_watched_steps):
             self._scheduler.timekeeper_wakeup.set()
         waited_s = time.monotonic() - step.ready_s
         self._metrics.step_started(step.task.id, step.index, waited_s)
@@ -10602,6 +10701,7 @@ class Runner:
             return False
         if tree and step.tree is not tree:  # it is tried again, perhaps by another worker already
             self._processes.release(tree)
+            self._scheduler.sweeper_wakeup.set()
         result = "forced"
         if end.result in (Result.SUCCEEDED, Result.FAILED):
             result = end.result.value
@@ -10621,13 +10721,13 @@ class Runner:
         if tree and step.tree is tree:
             step.tree = None
             self._processes.release(tree)
+            self._scheduler.sweeper_wakeup.set()
 
 
 # ======================================================================================================================
 # III tasks / recovery: what an earlier daemon left
 # ======================================================================================================================
 
-_TASK_NUMBER = re.compile("[1-9][0-9]{0,17}")
 _RECOVERY_PATIENCE_S = 30.0  # with a host that has no descriptor or memory for an answer; then the daemon ends
 _RECOVERY_PAUSE_S = 0.1
 
@@ -10651,22 +10751,16 @@ class Recovery:
         self._files = files
         self._runner = runner
 
-    def run(self) -> list[str]:
-        """Restore every unfinished task; return the names of directories that belong to no task."""
+    def run(self) -> None:
+        """Restore every unfinished task."""
         self._open_files()
         self._scheduler.reserve_task_numbers(self._store.last_task_number())
-        stored = {str(number) for number in self._store.task_numbers()}
-        strays = []
-        for name in os.listdir(self._files.path):
-            if name not in stored:
-                strays.append(self._rename_for_removal(name))
         for number in self._store.unfinished_task_numbers():
             try:
                 self._restore(*self._store.unfinished_task(number))
             except (ValueError, TypeError) as error:
                 log.error("task number %d cannot be restored: %s", number, error)
                 self._store.fail(number, f"lost: what was stored of it is damaged: {error}", self._clock.now_ns())
-        return strays
 
     def _open_files(self) -> None:
         """Open the tasks' directory, a new one where the old one belongs to a database in quarantine."""
@@ -10676,19 +10770,6 @@ class Recovery:
             _move_or_copy(path, path + suffix)
         os.makedirs(path, exist_ok=True)
         self._files.open()
-
-    def _rename_for_removal(self, name: str) -> str:
-        """Rename a stray directory, for a new task may get its number before it is removed; return its new name."""
-        stem = name.partition(".")[0][:20]
-        new_name = f"{stem}.gone-{time.time_ns()}"
-        path = os.path.join(self._files.path, name)
-        try:
-            os.rename(path, os.path.join(self._files.path, new_name))
-        except OSError:  # it is a mount, or a process works in it, which Windows lets nobody move
-            if _TASK_NUMBER.fullmatch(name):
-                self._scheduler.reserve_task_numbers(int(name))
-            return name
-        return new_name
 
     def _restore(self, stored: UnfinishedTask, rows: Sequence[UnfinishedStep]) -> None:
         for step in self._scheduler.restore(stored, rows):
@@ -10747,9 +10828,14 @@ def _move_or_copy(path: str, target: str) -> None:
 # III tasks / janitor: deadlines, limits of output, expiry, removal
 # ======================================================================================================================
 
-_TICK_S = 0.5  # between checks of outputs and of what has expired
+# Both threads sleep until something is due, or somebody wakes them.
+
+_TICK_S = 0.5  # between checks of outputs, and between sweeps
 _MIN_TICK_S = 0.01
+_MAX_TICK_S = 8.0  # between looks for what a step has left and what could not be removed, which begin with _TICK_S
+_MAX_PAUSE_S = 3600.0
 _FASTEST_WRITER_BYTES_PER_S = 2 * 10**9  # a step may fill its limit that fast
+_TASK_NUMBER = re.compile("[1-9][0-9]{0,17}")
 _REMOVAL_ATTEMPTS = 20  # until a removal that fails is logged: 10 s, longer than a virus scanner holds a file
 
 
@@ -10774,17 +10860,21 @@ class Janitor:
         self._stored_sleeps = clock.sleeps()  # the timekeeper's
         self._pending_removals: dict[str, int] = {}  # names of directories, and how often that failed; the sweeper's
         self._handed_over: collections.deque[str] = collections.deque()  # for the sweeper to remove
+        self._earlier_number = 0  # the last that earlier daemons gave to a task
+        self._has_strays = True  # there may be directories that an earlier daemon left and that belong to no task
+        self._look_again_s = _TICK_S  # the next pause of the sweeper that waits for others
         self._stopping = threading.Event()
-        timekeeper = (self._enforce_limits, scheduler.timekeeper_wakeup)
-        sweeper = (self._sweep, self._stopping)
+        clock.on_sleep = scheduler.timekeeper_wakeup.set
+        timekeeper = (self._enforce_limits, self._wait_for_deadline)
+        sweeper = (self._sweep, self._wait_for_rubbish)
         self._background_threads = [
             DaemonThread(target=self._run_periodically, args=timekeeper, name="timekeeper"),
             DaemonThread(target=self._run_periodically, args=sweeper, name="sweeper"),
         ]
 
-    def start(self, strays: Iterable[str]) -> None:
-        """Start the threads; these directories are removed first."""
-        self._pending_removals.update(dict.fromkeys(strays, 0))
+    def start(self) -> None:
+        """Start the threads, before any task gets a number."""
+        self._earlier_number = self._store.last_task_number()
         for thread in self._background_threads:
             thread.start()
 
@@ -10792,6 +10882,7 @@ class Janitor:
         """End the threads, or leave them after a moment."""
         self._stopping.set()
         self._scheduler.timekeeper_wakeup.set()
+        self._scheduler.sweeper_wakeup.set()
         for thread in self._background_threads:
             if thread.is_alive():
                 thread.join(_JOIN_TIMEOUT_S)
@@ -10800,8 +10891,8 @@ class Janitor:
         """Return whether its threads run."""
         return all(thread.is_alive() for thread in self._background_threads)
 
-    def _run_periodically(self, action: Callable[[], float], wakeup: threading.Event) -> None:
-        """Repeat an action, after the pause in seconds that it returns, or at the wake-up; the body of a thread.
+    def _run_periodically(self, action: Callable[[], float], wait: Callable[[float], None]) -> None:
+        """Repeat an action, and wait for the pause in seconds that it returns; the body of a thread.
 
         What it raises is logged, the same thing only once in succession.
         """
@@ -10815,8 +10906,18 @@ class Janitor:
                 if repr(error) != last_error:
                     log.exception("%s failed, trying again", threading.current_thread().name)
                 last_error = repr(error)
-            if wakeup.wait(pause_s) and wakeup is not self._stopping:
-                wakeup.clear()
+            wait(pause_s)
+
+    def _wait_for_deadline(self, pause_s: float) -> None:
+        if self._scheduler.timekeeper_wakeup.wait(pause_s):
+            self._scheduler.timekeeper_wakeup.clear()
+
+    def _wait_for_rubbish(self, pause_s: float) -> None:
+        """Wait for at least a tick, if not stopped: many steps may end in one."""
+        self._stopping.wait(min(pause_s, _TICK_S))
+        if self._scheduler.sweeper_wakeup.wait(max(0, pause_s - _TICK_S)):
+            self._scheduler.sweeper_wakeup.clear()
+            self._look_again_s = _TICK_S
 
     def _enforce_limits(self) -> float:
         """Stop what is overdue and what writes too much, retry what waits; return the pause until the next look."""
@@ -10842,10 +10943,13 @@ class Janitor:
     def _check_outputs(self) -> float:
         """Stop the steps that write too much; return how soon another one may."""
         limit = self._settings.max_output
-        if not limit:
-            return _TICK_S
+        self._scheduler.has_watched_steps = False  # first: the runner of a step that is not seen yet wakes this thread
+        steps = self._scheduler.running_steps() if limit else []
+        if not steps:
+            return _MAX_PAUSE_S
+        self._scheduler.has_watched_steps = True
         pause_s = _TICK_S
-        for step in self._scheduler.running_steps():
+        for step in steps:
             output_bytes = StepDirectory(self._files, step.task.number, step.index).output_bytes(step.attempt)
             if output_bytes > limit:
                 self._scheduler.request_stop(step, OUTPUT_EXCEEDED)
@@ -10853,21 +10957,71 @@ class Janitor:
                 pause_s = min(pause_s, (limit - output_bytes) / _FASTEST_WRITER_BYTES_PER_S)
         return max(_MIN_TICK_S, pause_s)
 
+    def clear(self, task_numbers: Sequence[int]) -> int:
+        """Rename the directories of these numbers, which no task has; return the last that it could not, else 0."""
+        unusable = 0
+        for number in task_numbers:
+            path = os.path.join(self._files.path, str(number))
+            if not os.path.lexists(path):
+                continue
+            new_name = f"{number}.gone-{time.time_ns()}"
+            try:
+                os.rename(path, os.path.join(self._files.path, new_name))
+                self._hand_over(new_name)
+            except OSError:  # it is a mount, or a process works in it, which Windows lets nobody move
+                self._hand_over(str(number))
+                unusable = number
+        return unusable
+
+    def _find_strays(self) -> None:
+        """Have the directories removed that belong to no task; those of numbers to come are left to `clear`."""
+        with os.scandir(self._files.path) as entries:
+            names = (entry.name for entry in entries)
+            while block := [*itertools.islice(names, _BATCH)]:
+                if self._stopping.is_set():
+                    return
+                numbers = [int(name) for name in block if _TASK_NUMBER.fullmatch(name)]
+                stored = self._store.existing_tasks(numbers)
+                kept = {str(number) for number in numbers if number in stored or number > self._earlier_number}
+                self._pending_removals.update(dict.fromkeys(set(block) - kept, 0))
+        self._has_strays = False
+
     def _sweep(self) -> float:
         """Delete what has expired, and its files; return the pause until the next look."""
+        if self._has_strays:
+            self._find_strays()
+        has_orphans = True
         with contextlib.suppress(OSError):  # no descriptor to look with: the next time
-            self._processes.reap()
+            has_orphans = self._processes.reap()
         self._remove_pending()  # first, for on a full disk nothing expires
         expired = self._store.expire(self._clock.now_ns() - self._settings.key_expire)
         for task_number in expired:
             self._pending_removals[str(task_number)] = 0
-        return 0 if expired else _TICK_S
+        if expired:
+            return 0
+        pause_s = self._next_expiry_s()
+        if has_orphans or self._pending_removals:
+            pause_s = min(pause_s, self._look_again_s)
+            self._look_again_s = min(2 * self._look_again_s, _MAX_TICK_S)
+        return pause_s
+
+    def _next_expiry_s(self) -> float:
+        """Return in how many seconds the next record expires; of a task that has not ended yet that is not sooner."""
+        now_ns = self._clock.now_ns()
+        expires_ns = (self._store.first_end_ns() or now_ns) + self._settings.key_expire
+        pause_s = (expires_ns - now_ns) / _SECOND_NS
+        return min(max(_MIN_TICK_S, pause_s), _MAX_PAUSE_S)
 
     def remove_files(self, task_number: int) -> None:
         """Remove the files of a task now, or as soon as that can be; any thread may ask."""
         name = str(task_number)
         if not self._remove(name):
-            self._handed_over.append(name)
+            self._hand_over(name)
+
+    def _hand_over(self, name: str) -> None:
+        """Have the sweeper remove a directory; any thread may ask."""
+        self._handed_over.append(name)
+        self._scheduler.sweeper_wakeup.set()
 
     def _remove_pending(self) -> None:
         """Remove the directories that are pending; log once which ones cannot be."""
@@ -12162,7 +12316,7 @@ _KEEP_ALIVE_OPTIONS = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3
 _RESERVE_THREADS = 2
 _MAX_PENDING_CONNECTIONS = 8
 _RESERVE_DESCRIPTORS = 4  # of 8, for connections: the others are for what their responses open
-_STOP_POLL_S = 0.1
+_LISTENER_END_S = 1.0  # that an exit waits for it
 _ACCEPT_RETRY_S = 0.05
 _MAX_RESTART_PAUSE_S = 5.0
 _REFILL_INTERVAL_S = 10.0
@@ -12388,6 +12542,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._in_flight: set[socket.socket] = set()  # those of them with a request that --max-requests counts
         self._held: dict[socket.socket, HeldConnection] = {}  # those of them whose answers wait
         self._thread = DaemonThread(self._listen, "listener")
+        self._stop_receiver, self._stop_sender = socket.socketpair()  # a byte ends the listener
         self._pending = PendingConnections(_MAX_PENDING_CONNECTIONS)
         self._reserve_threads: list[threading.Thread] = []  # never shrinks
         self._refilled_s = -_REFILL_INTERVAL_S  # when that was last tried
@@ -12447,8 +12602,8 @@ class Server(socketserver.ThreadingTCPServer):
 
     def server_close(self) -> None:
         """Close the listening sockets."""
-        for listener in {self.socket, *self._listeners}:
-            listener.close()
+        for sock in {self.socket, *self._listeners, self._stop_receiver, self._stop_sender}:
+            sock.close()
 
     def start(self) -> None:
         """Start to accept connections."""
@@ -12485,12 +12640,13 @@ class Server(socketserver.ThreadingTCPServer):
 
     def _accept_connections(self) -> None:
         """Accept connections of each listening socket until `stop`."""
-        with _selector_of(self._listeners) as selector:
+        with _selector_of([*self._listeners, self._stop_receiver]) as selector:
             while not self.is_stopping:
-                for key, _ in selector.select(_STOP_POLL_S):
+                for key, _ in selector.select():
                     listener: Any = key.fileobj
-                    self.socket = listener
-                    self.handle_request()
+                    if listener is not self._stop_receiver:
+                        self.socket = listener
+                        self.handle_request()
 
     def is_alive(self) -> bool:
         """Return whether connections are accepted."""
@@ -12500,7 +12656,8 @@ class Server(socketserver.ThreadingTCPServer):
         """Accept no more; let the responses in flight end within a moment, close the other connections."""
         self.is_stopping = True
         if self._thread.is_alive():
-            self._thread.join(10 * _STOP_POLL_S)
+            self._stop_sender.send(b"\0")
+            self._thread.join(_LISTENER_END_S)
         self.server_close()
         with self._lock:
             connections = [*self._connections]
@@ -19126,7 +19283,8 @@ class DocumentApi:
 
 _EXIT_SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last one is of Windows
 _EXIT_SIGNALS = [getattr(signal, name) for name in _EXIT_SIGNAL_NAMES if hasattr(signal, name)]
-_POLL_INTERVAL_S = 0.5
+_POLL_INTERVAL_S = 0.05  # for the end of steps, at an exit that waits for it
+_CHECK_INTERVAL_S = 2.0
 _EVERY_ADDRESS = ("", "0.0.0.0", "::")
 
 
@@ -19136,11 +19294,13 @@ URL_FILE = "url"  # in the root while the daemon serves
 class Supervisor:
     """What started the daemon and watches it; this one stands for nobody. Called by the thread that runs the daemon."""
 
+    check_interval_s = _CHECK_INTERVAL_S  # in which `ping_watchdog` is called
+
     def ready(self, url: str) -> None:
         """Report that the daemon serves requests."""
 
     def ping_watchdog(self, is_healthy: Callable[[], bool]) -> None:
-        """Report that all of the daemon works, unless `is_healthy` denies it. Called twice a second."""
+        """Report that all of the daemon works, unless `is_healthy` denies it."""
 
     def stopping(self) -> None:
         """Report that the daemon shuts down; called again while that takes long."""
@@ -19261,7 +19421,7 @@ class Daemon:
 
     def _serve(self, closing: contextlib.ExitStack) -> None:
         receiver, sender = socket.socketpair()
-        receiver.settimeout(_POLL_INTERVAL_S)
+        receiver.settimeout(self._supervisor.check_interval_s)
         sender.setblocking(False)
         closing.callback(receiver.close)
         closing.callback(sender.close)
@@ -19484,10 +19644,10 @@ class Daemon:
         """Recover the tasks of an earlier daemon, then let steps start."""
         closing.callback(tasks.janitor.stop)
         closing.callback(self._end_steps, tasks.scheduler)
-        strays = tasks.recovery.run()
+        tasks.recovery.run()
         runner = tasks.runner
-        tasks.scheduler.start(runner.run, runner.clean_up, runner.copy_files)
-        tasks.janitor.start(strays)
+        tasks.scheduler.start(runner.run, runner.clean_up, runner.copy_files, tasks.janitor.clear)
+        tasks.janitor.start()
 
     # -- while it runs
 
@@ -19551,7 +19711,7 @@ class Daemon:
         if on_exit != "leave":
             while scheduler.pool().running and self._shutdown_requests < 2:
                 self._supervisor.stopping()
-                time.sleep(_POLL_INTERVAL_S / 10)
+                time.sleep(_POLL_INTERVAL_S)
         running = scheduler.pool().running
         if running and on_exit != "stop":
             noun = "step" if running == 1 else "steps"
@@ -19602,6 +19762,8 @@ class SystemdSupervisor(Supervisor):
     def __init__(self, address: str, watchdog_us: int) -> None:
         self._address = address
         self._ping_interval_s = watchdog_us / 2e6  # half the timeout, as the manual recommends; 0 for never
+        if watchdog_us:
+            self.check_interval_s = min(_CHECK_INTERVAL_S, self._ping_interval_s)
         self._last_ping_s = 0.0  # of time.monotonic()
         self._sock: socket.socket | None = None  # kept open: for lack of a descriptor systemd would kill the daemon
 
@@ -19624,7 +19786,7 @@ class SystemdSupervisor(Supervisor):
         if not self._ping_interval_s:
             return
         now_s = time.monotonic()
-        if now_s - self._last_ping_s < self._ping_interval_s - _POLL_INTERVAL_S:
+        if now_s - self._last_ping_s < self._ping_interval_s - self.check_interval_s:
             return
         if is_healthy() and self._notify("WATCHDOG=1"):
             self._last_ping_s = now_s
@@ -19642,7 +19804,7 @@ class SystemdSupervisor(Supervisor):
                 self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
                 self._sock.setblocking(False)
             self._sock.sendto(state.encode(), self._address)
-        except OSError:  # such as a full queue; a ping is tried again half a second later
+        except OSError:  # such as a full queue; a ping is tried again at the next check
             return False
         return True
 

@@ -5798,6 +5798,18 @@ def test_restart_takes_any_name_that_a_step_left(launch: Callable[..., Daemon]) 
     wait_until(lambda: sorted(os.listdir(daemon.root / "tasks")) == ["1", "2"], "the sweep")
 
 
+@posix_only
+def test_task_gets_no_directory_that_another_has_left(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    left = "for n in 2 3 2000; do mkdir -p ../../$n/0; echo 7 >../../$n/0/rc; done"
+    assert daemon.run(step(left)).code == 0
+    (daemon.root / "tasks" / "1").rename(daemon.root / "tasks" / "1000000000")
+    daemon.restart()
+    assert [daemon.run(step()).data[0]["code"] for _ in range(2)] == [0, 0]
+    later = {"2000", "1000000000"}  # numbers that no task gets for long
+    wait_until(lambda: {*os.listdir(daemon.root / "tasks")} == {"2", "3"} | later, "the sweep")
+
+
 @linux_only
 def test_restart_leaves_a_directory_that_it_cannot_rename_until_it_can(launch: Callable[..., Daemon]) -> None:
     daemon = launch()
@@ -6476,6 +6488,39 @@ def test_database_that_lacks_a_column_is_put_aside(launch: Callable[..., Daemon]
     assert daemon.detail("a").code == 1003 and "lacks step.reason" in daemon.get("/healthyz").data["warning"]
 
 
+def test_all_of_a_database_is_looked_at_unless_it_is_as_the_last_daemon_left_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, path, looks = module(), tmp_path / "db", list[int]()
+    monkeypatch.setattr(code, "_check_integrity", lambda db, version: looks.append(version) or "")
+
+    def is_looked_at(store: Any) -> bool:
+        looks.clear()
+        store.start()
+        return bool(looks)
+
+    def new_store() -> Any:
+        return code.Store(str(path), lambda seconds, changes: None)
+
+    store = new_store()
+    assert not is_looked_at(store)  # it is new
+    store.save_metadata({"a": "b"})
+    store.stop()
+    store = new_store()
+    assert not is_looked_at(store)
+    assert is_looked_at(new_store())  # what a killed daemon leaves: that one has not stopped
+    store.stop()
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - 1))
+    store = new_store()
+    assert is_looked_at(store)
+    store._note_damage(sqlite3.DatabaseError("database disk image is malformed"))
+    store.stop()
+    store = new_store()
+    assert is_looked_at(store)
+    store.stop()
+
+
 def test_database_of_a_later_version_is_refused(launch: Callable[..., Daemon]) -> None:
     daemon = launch()
     daemon.end()
@@ -6558,7 +6603,8 @@ class FakeProcesses:
 
     def release(self, tree: FakeTree) -> None: ...
 
-    def reap(self) -> None: ...
+    def reap(self) -> bool:
+        return False
 
 
 class House:
@@ -6582,7 +6628,7 @@ class House:
         self.recovery = code.Recovery(*rooms, self.runner)
 
     def start(self, run: Callable[[Any], None] | None = None) -> None:
-        self.scheduler.start(run or self.runner.run, self.runner.clean_up, self.runner.copy_files)
+        self.scheduler.start(run or self.runner.run, self.runner.clean_up, self.runner.copy_files, self.janitor.clear)
 
     def submit(self, *steps: dict[str, Any], **query: str) -> Any:
         """What the scheduler answers for a submission."""
@@ -6688,7 +6734,7 @@ def test_list_detail_metrics_and_database_agree_whatever_races(house: House, tmp
         stopping.set()
         timekeeper.join()
     wait_until(lambda: house.scheduler.pool()[1:3] == (0, 0), "an empty pool")
-    for block in house.store.tasks(house.store.task_numbers()):
+    for block in house.store.tasks(house.store.page(module().Selection()).task_numbers):
         for task in block:
             rows = house.store.steps(task.task_number)
             assert (task.state, task.code) == (0, sum(row.code for row in rows)), (task, rows)
@@ -6927,7 +6973,7 @@ def test_timekeeper_that_fails_at_a_task_stops_the_other_overdue_ones(
         stop_task(number, stop)
 
     monkeypatch.setattr(house.scheduler, "stop_task", failing)
-    house.janitor.start([])
+    house.janitor.start()
     assert house.ended(second) == [(0, 255, module().TIMED_OUT)]
     house.janitor.stop()
     assert [record.getMessage() for record in caplog.records if record.exc_info] == ["timekeeper failed, trying again"]
@@ -6947,7 +6993,7 @@ def test_failure_of_a_periodic_action_is_logged_once_in_succession(
     monkeypatch.setattr(house.store, "expire", expire)
     (Path(house.files.path) / "7.gone").mkdir()
     house.start()
-    house.janitor.start(["7.gone"])
+    house.janitor.start()
     wait_until(lambda: len(rounds) > 2, "three rounds")
     house.janitor.stop()
     assert len([record for record in caplog.records if record.exc_info]) == 1
@@ -6964,6 +7010,64 @@ def test_removal_that_keeps_failing_is_logged_once(
     assert [record.getMessage() for record in caplog.records] == [
         f"{Path(house.files.path) / '7'} cannot be removed yet, trying again"
     ]
+
+
+def add_records(db: sqlite3.Connection, first: int, last: int) -> None:
+    """Add tasks that have ended, each with a step, straight into the database."""
+    numbers = "WITH RECURSIVE number (n) AS (SELECT ?1 UNION ALL SELECT n + 1 FROM number WHERE n < ?2) "
+    columns = "seq, id, digest, count, timeout_ns, accepted_ns, started_ns, ended_ns, state, result, message"
+    now_ns = time.time_ns() - last * 1000
+    db.execute(
+        f"INSERT INTO task ({columns}) {numbers} SELECT n, lower(hex(randomblob(16))), '', 1, 0, ?3 + n * 1000, "
+        "?3 + n * 1000, ?3 + n * 1000, 0, 'succeeded', 'all steps executed successfully' FROM number",
+        (first, last, now_ns),
+    )
+    db.execute(
+        "INSERT INTO step (task, idx, name, needs, timeout_ns, state, result, started_ns, ended_ns, output_bytes) "
+        "SELECT seq, 0, id || '-0', '[]', 0, 0, result, started_ns, ended_ns, 0 FROM task WHERE seq >= ?",
+        (first,),
+    )
+    db.commit()
+
+
+def test_work_for_a_page_a_count_or_a_start_does_not_grow_with_the_records(house: House, tmp_path: Path) -> None:
+    code, store = module(), house.store
+    reads: list[Callable[[], Any]] = []
+    results = [(), ("succeeded",), ("failed", "succeeded")]
+    for sort, is_descending, some in itertools.product(("st", "et", "rt"), (False, True), results):
+        page = code.Selection(sort, is_descending, some, limit=10)
+        next_page = page._replace(after="9" if sort == "st" else "9-9")
+        reads += [functools.partial(store.page, page), functools.partial(store.page, next_page)]
+    reads += [store.counts, store.oldest_ns, store.latest_ns, store.last_task_number, store.first_end_ns]
+    reads += [store.running_steps, store.unfinished_task_numbers, lambda: store.total(code.Selection())]
+    reads.append(lambda: store.expire(1))
+
+    def instructions() -> list[int]:
+        """Return how many instructions of SQLite's machine each of them takes."""
+        counts = []
+        (connection,) = store._readers
+        for read in reads:
+            calls = itertools.count()
+            connection.set_progress_handler(lambda calls=calls: next(calls) < 0, 1)
+            read()
+            counts.append(next(calls))
+        connection.set_progress_handler(None, 1)
+        return counts
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "db")) as db:
+        add_records(db, 1, 100)
+        few = instructions()
+        add_records(db, 101, 5000)
+        assert instructions() == few and max(few) < 1000
+
+
+def test_counts_by_state_are_those_of_all_tasks(house: House, tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "db")) as db:
+        add_records(db, 1, 12)
+        rows = [(2, "waiting"), (1, "running"), (1, "paused"), (2, "paused"), (0, "lost"), (255, "lost"), (0, "failed")]
+        db.executemany("UPDATE task SET state = ?, result = ? WHERE seq = ?", [(*row, n) for n, row in enumerate(rows)])
+        db.commit()
+        assert house.store.counts() == dict(db.execute("SELECT state, count(*) FROM task GROUP BY state").fetchall())
 
 
 def test_begin_and_end_of_steps_are_synced_before_anything_follows(house: House) -> None:
@@ -7180,6 +7284,35 @@ def test_scripts_go_with_their_task_however_it_ends(house: House) -> None:
     tree.end(0)
 
 
+def test_threads_of_the_janitor_sleep_until_something_is_due(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    janitor, hour_s, two_days_s = house.janitor, 3600, 48 * 3600
+    assert (janitor._enforce_limits(), janitor._sweep()) == (hour_s, hour_s)
+    house.start()
+    overdue = house.submit(step(), timeout="1m").task_number
+    tree = house.tree()
+    wait_until(lambda: house.scheduler.running_steps(), "a step")
+    assert house.scheduler.timekeeper_wakeup.is_set() and janitor._enforce_limits() <= 0.5  # for its output
+    tree.end(0)
+    house.ended(overdue)
+    wait_until(house.scheduler.sweeper_wakeup.is_set, "what a step may have left is looked for")
+    assert 50 < janitor._enforce_limits() <= 60
+    now_ns = house.clock.now_ns()
+    monkeypatch.setattr(house.clock, "now_ns", lambda: now_ns + (two_days_s - 10) * 10**9)
+    assert 0 < janitor._sweep() <= 10  # until the record expires
+    house.scheduler.scarcity = "no process"
+    assert janitor._enforce_limits() == 0.5
+    monkeypatch.setattr(house.processes, "reap", lambda: True)
+    assert [janitor._sweep() for _ in range(6)] == [0.5, 1, 2, 4, 8, 8]
+
+
+def test_sleep_of_the_host_that_is_noticed_wakes_the_timekeeper(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not house.scheduler.timekeeper_wakeup.is_set()
+    slept_ns = module()._slept_ns()
+    monkeypatch.setattr(module(), "_slept_ns", lambda: slept_ns + 10**10)
+    house.clock.now_ns()
+    assert house.scheduler.timekeeper_wakeup.is_set()
+
+
 @pytest.mark.parametrize("thread", ["timekeeper", "sweeper"])
 def test_janitor_logs_an_exception_and_goes_on(
     house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, thread: str
@@ -7193,11 +7326,16 @@ def test_janitor_logs_an_exception_and_goes_on(
             raise ZeroDivisionError("odd")
         return real(*arguments)
 
+    def goes_on() -> bool:
+        house.scheduler.timekeeper_wakeup.set()
+        house.scheduler.sweeper_wakeup.set()
+        return len(calls) > 2
+
     monkeypatch.setattr(owner, name, fail_once)
     house.start()
-    house.janitor.start([])
+    house.janitor.start()
     try:
-        wait_until(lambda: len(calls) > 2, "further turns")
+        wait_until(goes_on, "further turns")
         assert house.janitor.is_alive()
     finally:
         house.janitor.stop()
@@ -8282,7 +8420,7 @@ def test_idle_connections_end_after_idle_timeout(launch: Callable[..., Daemon]) 
 def test_connections_that_are_reset_before_their_accept_leave_the_next_alone(launch: Callable[..., Daemon]) -> None:
     fates = ["none", "empty", "no host", "nothing", "nameless", errno.ECONNABORTED, errno.EMFILE, errno.EPERM]
     if WINDOWS:
-        fates.insert(0, "none")  # for the accept with which CPython makes a socket pair there
+        fates[:0] = ["none"] * 2  # for the accepts with which CPython makes socket pairs there
     daemon = launch(program=with_faults(FAILING_ACCEPTS.format(fates=fates)))
     for _ in range(5):
         assert daemon.raw(b"GET /heartbeat HTTP/1.1\r\n\r\n") == b""
