@@ -44,12 +44,15 @@ import collections
 import concurrent.futures
 import contextlib
 import datetime
+import email.utils
 import errno
 import functools
 import gc
 import graphlib
 import heapq
-import http
+import html
+import http.client
+import http.server
 import io
 import ipaddress
 import itertools
@@ -70,6 +73,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -77,25 +81,8 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from enum import Enum, IntEnum, unique
-from typing import TYPE_CHECKING, Any, Callable, Protocol, TextIO, Union
+from typing import Any, Callable, NamedTuple, Protocol, TextIO, Union
 
-if TYPE_CHECKING:
-    import http.client  # which the functions that connect import: it loads OpenSSL, 5 MB that a daemon need not
-    from typing import NamedTuple
-else:
-
-    class _NamedTupleMeta(type):
-        """Make named tuples as `typing` does, which compiles each annotation: an eighth of this program's start."""
-
-        def __new__(cls, name, bases, namespace):
-            fields = namespace.get("__annotations__", {})
-            defaults = [namespace.pop(field) for field in fields if field in namespace]
-            base = collections.namedtuple(name, fields, defaults=defaults, module=namespace["__module__"])
-            return type(name, (base,), {**namespace, "__slots__": ()})
-
-    NamedTuple = type.__new__(_NamedTupleMeta, "NamedTuple", (), {})
-
-gc.disable()  # until all of this file is there: nothing of it is garbage
 __version__ = "1.0.0"
 
 log = logging.getLogger("remote_executor")
@@ -628,10 +615,6 @@ def check_argument(option: Option, text: str) -> str:
 
 def default_text(option: Option) -> str:
     """Return the default of an option as one would type it."""
-    if "$TEMP" not in option.default:
-        return option.default
-    import tempfile
-
     return option.default.replace("$TEMP", tempfile.gettempdir())
 
 
@@ -680,7 +663,7 @@ def _setting(option: Option, flags: Mapping[str, Any]) -> Any:
     if option.is_list:
         texts = flags.get(option.field, ())
         return tuple(_parse_value(option, text) for text in texts)
-    text = flags[option.field] if option.field in flags else default_text(option)
+    text = flags.get(option.field, default_text(option))
     if not text and not option.default:
         return ""
     return _parse_value(option, text)
@@ -2211,8 +2194,6 @@ def make_private_directory(path: str) -> None:
 
 def is_temporary(path: str) -> bool:
     """Return whether a path without links is in the host's temporary directory, which is cleaned at times."""
-    import tempfile
-
     return is_within(path, os.path.realpath(tempfile.gettempdir()))
 
 
@@ -12032,9 +12013,11 @@ class Authenticator:
         """Make the root's token file, unless it exists. Raise OSError."""
         if os.path.exists(self._path):
             return
+        import secrets  # here, because OpenSSL takes half a megabyte that an idle daemon need not
+
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w", encoding="ascii", newline="\n") as file:  # `$(cat token)` keeps a CR
-            file.write(os.urandom(32).hex() + "\n")
+            file.write(secrets.token_hex(32) + "\n")
 
     def rule(self) -> str:
         """Return who needs a token, and where one is; empty under --insecure, of which `start` has warned."""
@@ -12506,7 +12489,7 @@ def _listen_on_ipv6(address: str, port: int) -> socket.socket:
     return listener
 
 
-class Server(socketserver.ThreadingTCPServer):
+class Server(http.server.ThreadingHTTPServer):
     """The listening socket and its connections; `open`, `start` and `stop` are for the daemon's thread."""
 
     daemon_threads = True
@@ -12588,12 +12571,15 @@ class Server(socketserver.ThreadingTCPServer):
             self._listeners.append(_listen_on_ipv6(address, port))
 
     def server_bind(self) -> None:
-        """Bind the socket, alone on Windows too; of every address, to IPv4 and IPv6. Raise OSError."""
+        """Bind the socket, alone on Windows too; of every address, to IPv4 and IPv6. Raise OSError.
+
+        Without asking the name service for our name, as HTTPServer does.
+        """
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         if self.address_family == socket.AF_INET6 and not self.server_address[0]:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        super().server_bind()
+        socketserver.TCPServer.server_bind(self)
 
     def server_activate(self) -> None:
         """Listen. An accept never waits: a client may be gone by then, which BSD does not report."""
@@ -12952,8 +12938,6 @@ def _log_fields(request: Request) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=2)  # the same for all responses of a second
 def _http_date(seconds: int) -> str:
-    import email.utils  # here, for no client needs it
-
     return email.utils.formatdate(seconds, usegmt=True)
 
 
@@ -18029,7 +18013,7 @@ def file_response(request: Request, file: io.FileIO, name: str) -> Response:
         ("ETag", etag),
     ]
     with contextlib.suppress(OverflowError, ValueError, OSError):  # a year that has not four digits
-        modified = _http_date(int(status.st_mtime))
+        modified = email.utils.formatdate(status.st_mtime, usegmt=True)
         headers.append(("Last-Modified", modified))
     known_etag = request.headers.get("if-none-match", "")
     if known_etag in (etag, "*"):
@@ -21209,7 +21193,7 @@ _TASK_CHANGE_S = 10.0  # until a daemon has its root locked, or has let go of it
 class WindowsTasks(Services):
     """The service of one user on Windows: a task of the Task Scheduler that starts when this user logs on."""
 
-    default_root = os.path.join(os.environ.get("LOCALAPPDATA", os.path.expanduser("~")), SERVICE)
+    default_root = os.path.join(os.environ.get("LOCALAPPDATA", tempfile.gettempdir()), SERVICE)
     advice = " --user"
 
     def prepare_program(self, program: Sequence[str]) -> list[str]:
@@ -21222,8 +21206,6 @@ class WindowsTasks(Services):
 
     def content(self, command: Sequence[str]) -> str:
         """Return the definition of the task that runs the command."""
-        import html
-
         return _TASK_XML.format(
             title=_SERVICE_TITLE,
             user=_own_sid(),
@@ -21268,8 +21250,6 @@ class WindowsTasks(Services):
     def _install(self, command: Sequence[str]) -> tuple[bool, str]:
         if self._installed_command() == list(command):
             return False, f"unchanged: the task {SERVICE}"
-        import tempfile
-
         with tempfile.TemporaryDirectory() as directory:
             path = os.path.join(directory, "task.xml")
             with open(path, "w", encoding="utf-16") as file:
@@ -21281,8 +21261,6 @@ class WindowsTasks(Services):
         match = re.search(r"<Command>(.*?)</Command>\s*<Arguments>(.*?)</Arguments>", self._definition(), re.DOTALL)
         if not match:
             return []
-        import html
-
         return [html.unescape(match[1]), *_split_command_line("x " + html.unescape(match[2]))[1:]]
 
     def _definition(self) -> str:
@@ -21428,19 +21406,14 @@ class _TestDaemon:
             with open(path_of_token, encoding="ascii") as file:
                 headers["Authorization"] = f"Bearer {file.read().strip()}"
         data = None if body is None else json.dumps(body)
-        import http.client
-
         connection = http.client.HTTPConnection(
             "127.0.0.1",
             self._port,
             timeout=_SELF_TEST_WAIT_S,
         )
-        try:
-            with contextlib.closing(connection):
-                connection.request(method, path, data, headers)
-                content = connection.getresponse().read()
-        except http.client.HTTPException as error:
-            raise OSError(str(error)) from error
+        with contextlib.closing(connection):
+            connection.request(method, path, data, headers)
+            content = connection.getresponse().read()
         envelope: Json = json.loads(content)
         return envelope
 
@@ -21491,6 +21464,7 @@ _DAEMON_FAULTS = (
     OSError,
     ValueError,
     KeyError,
+    http.client.HTTPException,
 )
 
 
@@ -21747,8 +21721,6 @@ def _remove_tree(directory: str) -> bool:
 def self_test(settings: Settings, is_json: bool) -> int:
     """Try this program on this host and show what was seen; return 0, or 1 where something failed."""
     begin_s = time.monotonic()
-    import tempfile
-
     directory = os.path.realpath(tempfile.mkdtemp(prefix="remote_executor-selftest-"))
     try:
         checks = _SelfTest(directory).run()
@@ -24604,7 +24576,6 @@ def escape_unencodable_output() -> None:
 
 def main() -> int:
     """Run the program; return its exit code: 0, 1 when it cannot do its work, 2 for a wrong command line."""
-    gc.freeze()  # what is loaded stays: no collection looks at it, nor does the one at the end, 8 ms each
     escape_unencodable_output()
     try:
         return run_command(sys.argv[1:])
@@ -24619,8 +24590,6 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
         return 1
 
-
-gc.enable()
 
 if __name__ == "__main__":
     sys.exit(main())
