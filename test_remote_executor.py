@@ -13790,7 +13790,7 @@ def test_source_imports_the_standard_library_alone() -> None:
 
 
 def test_source_imports_beforehand_what_threads_would_import() -> None:
-    alone = {"ctypes", "importlib", "importlib.util", "plistlib", "xml.parsers.expat"}  # in `main`, or on a Mac
+    alone = {"ctypes", "importlib", "importlib.util", "py_compile", "plistlib", "xml.parsers.expat"}  # in `main`, or on a Mac
     late = {"encodings.idna"}  # by getaddrinfo
     for function in functions():
         for node in ast.walk(function):
