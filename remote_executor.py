@@ -2687,8 +2687,11 @@ class SafeDirectory:
             for file_name, data in content.items():
                 path = os.path.join(name, file_name) if directory is None else file_name
                 descriptor = os.open(path, _NEW_FILE_FLAGS, 0o600, dir_fd=directory)
-                with io.FileIO(descriptor, "w") as file:
-                    file.write(data)
+                try:
+                    while data:  # a disk that becomes full takes a part, and tells so at the next write
+                        data = data[os.write(descriptor, data) :]
+                finally:
+                    os.close(descriptor)
         finally:
             if directory is not None:
                 os.close(directory)
@@ -5264,20 +5267,27 @@ class PosixProcesses(StepProcesses):
         stderr_is_apart: bool = False,
     ) -> PosixTree:
         self._become_reaper()
+        names = ["output", "stderr"] if stderr_is_apart else ["output"]
+        outputs: list[int] = []
         wake_pipe = os.pipe()  # first, for nothing may fail once the step runs
         try:
+            for name in names:
+                outputs.append(_create(step_dir, name, os.O_APPEND))
             with contextlib.ExitStack() as closing:
                 stdin = self._null
                 if has_stdin:
-                    file = closing.enter_context(SafeDirectory(step_dir).read("stdin"))
-                    stdin = file.fileno()
-                outputs = closing.enter_context(_open_outputs(step_dir, stderr_is_apart))
+                    stdin = closing.enter_context(SafeDirectory(step_dir).read("stdin")).fileno()
                 streams = _Streams(stdin, outputs[0], outputs[-1])
                 child = self._spawn(command, step_dir, cwd, env, streams)
         except OSError:
+            for name in names[: len(outputs)]:
+                _discard(os.path.join(step_dir, name))
             for descriptor in wake_pipe:
                 os.close(descriptor)
             raise
+        finally:
+            for descriptor in outputs:
+                os.close(descriptor)
         self._children.add(child.pid)
         return PosixTree((step_dir,), child.pid, child, wake_pipe, self._shared)
 
@@ -5301,7 +5311,7 @@ class PosixProcesses(StepProcesses):
 
         A script that exits with such a code by itself looks the same.
         """
-        return code - 128 if code - 128 in signal.valid_signals() else None
+        return code - 128 if code > 128 and code - 128 in signal.valid_signals() else None
 
     def release(self, tree: ProcessTree) -> None:
         if isinstance(tree, PosixTree):
@@ -5355,8 +5365,6 @@ class PosixProcesses(StepProcesses):
         streams: _Streams,
     ) -> _PosixChild:
         """Start the wrapper. Raises OSError."""
-        with contextlib.suppress(FileExistsError):  # StepDirectory has made it
-            os.close(_create(step_dir, "pid"))
         mark = os.fsencode(step_dir)
         self._lifetimes.begin(mark)
         try:
@@ -5431,25 +5439,6 @@ def _create(step_dir: str, name: str, flags: int = 0) -> int:
 def _discard(path: str) -> None:
     with contextlib.suppress(OSError):  # it is gone already
         os.unlink(path)
-
-
-@contextlib.contextmanager
-def _open_outputs(
-    step_dir: str,
-    stderr_is_apart: bool,
-) -> Iterator[list[int]]:
-    """Yield the descriptors of a new step's outputs; on an error remove their files. Raises OSError."""
-    names = ["output"]
-    if stderr_is_apart:
-        names.append("stderr")
-    outputs = []
-    with contextlib.ExitStack() as closing, contextlib.ExitStack() as undo:
-        for name in names:
-            outputs.append(_create(step_dir, name, os.O_APPEND))
-            closing.callback(os.close, outputs[-1])
-            undo.callback(_discard, os.path.join(step_dir, name))
-        yield outputs
-        undo.pop_all()
 
 
 def _as_os_error(error: Exception) -> OSError:
@@ -7530,11 +7519,17 @@ class StepDirectory:
                 raise
             return b""
 
-    def output_bytes(self, attempt: int = 1) -> int:
-        """Return how much the last attempt, which is this one, has written to both streams."""
+    def output_bytes(self, attempt: int | None = None) -> int:
+        """Return how much the last attempt has written to both streams.
+
+        Where the next one may be in preparation, the last one must be given.
+        """
         total = 0
         for stream in OUTPUT_STREAMS:
-            for name in (output_name(stream, attempt), output_name(stream)):
+            names = [output_name(stream)]
+            if attempt is not None:
+                names.insert(0, output_name(stream, attempt))
+            for name in names:
                 with contextlib.suppress(OSError):  # there is none, or the step has removed it
                     total += os.lstat(os.path.join(self.path, name)).st_size
                     break
@@ -9276,6 +9271,7 @@ class Scheduler:
         self._is_pool_paused = False
         self._pool_reason = ""
         self._workers: set[threading.Thread] = set()
+        self._returning: set[threading.Thread] = set()  # workers that have ended a step: its slot is theirs again
         self._is_closed = True  # no step starts, as until `start`
         self.is_shutting_down = False  # runners leave their steps running, and return
         self.scarcity = ""  # what the host lacks to start steps; empty for nothing
@@ -9691,7 +9687,10 @@ class Scheduler:
             else:
                 self._end_steps(step.task, [(step, outcome)])
             self._retry_at_s = 0.0  # what it took is free
-            deferred = self._take_deferred()  # its worker takes the next step
+            worker = threading.current_thread()
+            if worker in self._workers:
+                self._returning.add(worker)
+            deferred = self._dispatch()
         self._run_deferred(deferred)
         return outcome
 
@@ -9904,7 +9903,7 @@ class Scheduler:
 
     def _next_ready_step(self) -> Step | None:
         """Give a slot to the step that is ready longest; return None where there is none, or no slot."""
-        slots = min(self._size, self._capacity)
+        slots = min(self._size, self._capacity) - len(self._returning)
         if self._is_closed or self._is_pool_paused or not self._ready or len(self._active) >= slots:
             return None
         if self.scarcity:  # one at a time is tried then
@@ -9975,6 +9974,7 @@ class Scheduler:
         while work is not None:
             self._run(work)
             with self._lock:
+                self._returning.discard(threading.current_thread())
                 work = self._next_ready_step()
                 if work is None:
                     self._workers.discard(threading.current_thread())
@@ -10254,9 +10254,10 @@ class Runner:
         """Return the task's workspace, created where there is none. Raises LaunchError."""
         names = (str(step.task.number), "workspace")
         workspace = os.path.join(self._files.path, *names)
-        if not is_real_directory(workspace):
-            with contextlib.suppress(FileExistsError):  # a parallel step did
-                self._files.make(*names)
+        if is_real_directory(workspace):
+            return workspace
+        with contextlib.suppress(FileExistsError):  # a parallel step did
+            self._files.make(*names)
         if not is_real_directory(workspace):
             raise LaunchError("could not start: an earlier step has replaced the workspace by something else")
         return workspace
@@ -10345,7 +10346,7 @@ class Runner:
         max_bytes = self._settings.max_output * _EXCESS
 
         def is_hurried() -> bool:
-            is_excessive = step.stop_reason == OUTPUT_EXCEEDED and directory.output_bytes(step.attempt) > max_bytes
+            is_excessive = step.stop_reason == OUTPUT_EXCEEDED and directory.output_bytes() > max_bytes
             return step.stop_count > 1 or step.stop_signal == "KILL" or is_excessive
 
         step.tree.stop(is_hurried, signal_number(step.stop_signal))
@@ -10356,7 +10357,7 @@ class Runner:
         seconds = 0.0
         if step.started_ns:
             seconds = (self._clock.now_ns() - step.started_ns) / _SECOND_NS
-        output_bytes = self.directory(step).output_bytes(step.attempt)
+        output_bytes = self.directory(step).output_bytes()
         tree = step.tree
         attempt = step.attempt
         tree_has_ended = tree_has_ended or tree is None
@@ -10487,7 +10488,7 @@ class Recovery:
             return
         code = directory.exit_code()
         if code is not None:
-            outcome = self._runner.exited(code)._replace(output_bytes=directory.output_bytes(step.attempt))
+            outcome = self._runner.exited(code)._replace(output_bytes=directory.output_bytes())
             if self._scheduler.finish(step, outcome):
                 return
         if code is not None or self._processes.may_have_started(directory.path):
@@ -10613,7 +10614,7 @@ class Janitor:
             return _TICK_S
         pause_s = _TICK_S
         for step in self._scheduler.running_steps():
-            output_bytes = StepDirectory(self._files, step.task.number, step.index).output_bytes(step.attempt)
+            output_bytes = StepDirectory(self._files, step.task.number, step.index).output_bytes()
             if output_bytes > limit:
                 self._scheduler.request_stop(step, OUTPUT_EXCEEDED)
             else:

@@ -3071,6 +3071,13 @@ def test_script_is_called_by_its_whole_path_unless_cmd_reads_it_otherwise(root: 
         assert file + suffix in command[-1]
 
 
+def test_file_is_written_whole_whatever_a_write_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:3]))
+    module().SafeDirectory(str(tmp_path)).make("0", content={"script": b"0123456789", "pid": b""})
+    assert (tmp_path / "0" / "script").read_bytes() == b"0123456789" and (tmp_path / "0" / "pid").read_bytes() == b""
+
+
 @windows_only
 def test_directories_inherit_the_rights_on_the_root(tmp_path: Path, monkeypatch: Any) -> None:
     modes, make = [], os.mkdir
@@ -4694,6 +4701,28 @@ def test_wrapper_whose_result_finds_no_room_tells_it_in_the_pid_file(step_dir: P
     (step_dir / "rc").mkdir()
     assert run_wrapper("sh", step_dir, "exit 3").returncode == 3
     assert (step_dir / "pid").read_text().split()[2:] == ["begun", "ended", "3"]
+
+
+@linux_only
+@pytest.mark.parametrize("is_old", [False, True], ids=["posix_spawn", "an old C library"])
+def test_wrapper_starts_alike_with_any_c_library(
+    processes: Any, step_dir: Path, monkeypatch: pytest.MonkeyPatch, is_old: bool
+) -> None:
+    if is_old:
+        monkeypatch.setattr(module(), "_posix_spawn", lambda: None)
+    shown = "pwd; cut -d' ' -f6 /proc/$$/stat; grep '^Sig[BI]' /proc/$$/status"
+    (step_dir / "script.sh").write_text(shown)
+    command, cwd = ["/bin/sh", str(step_dir / "script.sh")], step_dir.parent
+    with pytest.raises(FileNotFoundError):
+        processes.start(command, str(step_dir), str(cwd / "nowhere"), {})
+    with pytest.raises(OSError, match="embedded null byte"):
+        processes.start(command, str(step_dir), str(cwd), {"A": "1\0B=2"})
+    tree = processes.start(command, str(step_dir), str(cwd), {})
+    assert tree.wait(None) and tree.exit_code() == 0
+    words = (step_dir / "output").read_text().split()
+    assert words == [str(cwd), str(tree.pid), "SigBlk:", "0" * 16, "SigIgn:", "0" * 16]
+    processes.release(tree)
+    assert tree._child.returncode == 0 and not is_running(tree.pid)
 
 
 @posix_only
@@ -6710,6 +6739,26 @@ def test_callback_that_fails_at_the_end_of_a_task_loses_no_slot(house: House, mo
     assert house.ended(stopped) == [(0, 0, ""), (0, 255, STOPPED)]
     assert [house.ended(number) for number in others] == [[(0, 0, "")] * 2] * 3
     wait_until(lambda: house.scheduler.pool()[1:3] == (0, 0), "an empty pool")
+
+
+def test_worker_that_has_ended_a_step_keeps_its_slot_for_the_next(house: House) -> None:
+    workers: list[int] = []
+    may_return = threading.Event()
+
+    def run(step: Any) -> None:
+        workers.append(threading.get_ident())
+        house.scheduler.attach(step, FakeTree())
+        assert house.scheduler.finish(step, module().exited(0))
+        if len(workers) == 20:
+            may_return.set()
+        if workers[-1] == workers[0]:  # the other one runs all other steps meanwhile
+            assert may_return.wait(30)
+
+    house.start(run)
+    house.scheduler.set_pool(2)
+    number = house.submit(*[step()] * 20, ansync="1").task_number
+    assert house.ended(number) == [(0, 0, "")] * 20
+    assert len(set(workers)) == 2
 
 
 def test_timekeeper_that_fails_at_a_task_stops_the_other_overdue_ones(
