@@ -9690,7 +9690,7 @@ class Scheduler:
             worker = threading.current_thread()
             if worker in self._workers:
                 self._returning.add(worker)
-            deferred = self._dispatch()
+            deferred = self._take_deferred()  # its worker takes the next step
         self._run_deferred(deferred)
         return outcome
 
