@@ -2755,8 +2755,11 @@ class SafeDirectory:
             for file_name, data in content.items():
                 path = os.path.join(name, file_name) if directory is None else file_name
                 descriptor = os.open(path, _NEW_FILE_FLAGS, 0o600, dir_fd=directory)
-                with io.FileIO(descriptor, "w") as file:
-                    file.write(data)
+                try:
+                    while data:  # a disk that becomes full takes a part, and tells so at the next write
+                        data = data[os.write(descriptor, data) :]
+                finally:
+                    os.close(descriptor)
         finally:
             if directory is not None:
                 os.close(directory)
@@ -4278,6 +4281,24 @@ os.execve(sys.argv[2], sys.argv[2:], dict(pairs))
 """
 
 
+class _SpawnedChild:
+    """A child of this process that Popen has not started, with as much of a Popen as is used here."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Reap it if it has ended; return its code then."""
+        if self.returncode is None:
+            with contextlib.suppress(ChildProcessError):  # something else has waited for it
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+_PosixChild = Union[_Child, _SpawnedChild]
 _Identity = tuple[int, str]  # of a process: its pid and its start time
 
 
@@ -4525,7 +4546,7 @@ class PosixTree(ProcessTree):
         self,
         step_dirs: Iterable[str],
         pid: int,
-        child: _Child | None,
+        child: _PosixChild | None,
         wake_pipe: tuple[int, int],
         shared: _Shared,
     ) -> None:
@@ -4987,10 +5008,10 @@ class _System(Protocol):
     def watch_exit(self, pid: int) -> ExitWatch | _PidFd:
         """Return what shows the end of a process; of pid 0 nothing."""
 
-    def has_ended(self, child: _Child) -> bool:
+    def has_ended(self, child: _PosixChild) -> bool:
         """Return whether a child has ended; it stays a zombie. Raises nothing."""
 
-    def exit_code(self, child: _Child) -> int | None:
+    def exit_code(self, child: _PosixChild) -> int | None:
         """Return the code of a child that has ended by itself; None of another. Raises nothing."""
 
 
@@ -5022,13 +5043,13 @@ class _LinuxSystem(_System):
     def watch_exit(self, pid: int) -> _PidFd:
         return _PidFd(pid)
 
-    def has_ended(self, child: _Child) -> bool:
+    def has_ended(self, child: _PosixChild) -> bool:
         try:
             return os.waitid(os.P_PID, child.pid, _PEEK) is not None
         except ChildProcessError:
             return True
 
-    def exit_code(self, child: _Child) -> int | None:
+    def exit_code(self, child: _PosixChild) -> int | None:
         with contextlib.suppress(ChildProcessError):  # whoever ignores SIGCHLD has none to wait for
             status = os.waitid(os.P_PID, child.pid, _PEEK)
             if status is not None and status.si_code == os.CLD_EXITED:
@@ -5096,13 +5117,13 @@ class _MacSystem(_System):
     def watch_exit(self, pid: int) -> ExitWatch:
         return ExitWatch(pid)
 
-    def has_ended(self, child: _Child) -> bool:
+    def has_ended(self, child: _PosixChild) -> bool:
         try:
             return not self._kernel.start_of(child.pid)
         except OSError:
             return False
 
-    def exit_code(self, child: _Child) -> int | None:
+    def exit_code(self, child: _PosixChild) -> int | None:
         """Return the code of a child that has ended by itself.
 
         Its end is told a moment before it is a zombie (bsd/kern/kern_exit.c, lines 2543 and 2612).
@@ -5156,13 +5177,13 @@ class _UnknownSystem(_System):
     def watch_exit(self, pid: int) -> ExitWatch:
         return ExitWatch(pid)
 
-    def has_ended(self, child: _Child) -> bool:
+    def has_ended(self, child: _PosixChild) -> bool:
         try:
             return not is_alive(child.pid)
         except OSError:
             return False
 
-    def exit_code(self, child: _Child) -> int | None:
+    def exit_code(self, child: _PosixChild) -> int | None:
         """Return the code of a child, which is reaped here."""
         for _ in range(_EXEC_SCANS):
             code = child.poll()
@@ -5203,6 +5224,83 @@ def _system() -> _System:
     return _MacSystem(kernel) if kernel else _UnknownSystem()
 
 
+class _Streams(NamedTuple):
+    """The descriptors of a step's standard streams."""
+
+    stdin: int
+    stdout: int
+    stderr: int
+
+
+class _PosixSpawn:
+    """posix_spawn(3) of Linux with what os.posix_spawn lacks: a working directory, and signals 32 and 33 not ignored.
+
+    Popen forks before Python 3.10, and the copy of this process's page tables costs a step 5 ms; later it holds the
+    interpreter until the child has called exec. Thread-safe.
+    Raises AttributeError where the C library is older than glibc 2.29 or musl 1.1.24.
+    """
+
+    def __init__(self) -> None:
+        import ctypes
+
+        libc = ctypes.PyDLL(None)  # its functions return at once: no other thread need run meanwhile
+        self._ctypes = ctypes
+        self._spawn = ctypes.CDLL(None).posix_spawn
+        self._init_actions = libc.posix_spawn_file_actions_init
+        self._add_dup2 = libc.posix_spawn_file_actions_adddup2
+        self._add_chdir = libc.posix_spawn_file_actions_addchdir_np
+        self._destroy_actions = libc.posix_spawn_file_actions_destroy
+        self._attributes = ctypes.create_string_buffer(_SPAWN_STRUCT_BYTES)
+        libc.posix_spawnattr_init(self._attributes)
+        libc.posix_spawnattr_setflags(self._attributes, _POSIX_SPAWN_SETSIGDEF | _POSIX_SPAWN_SETSID)
+        libc.posix_spawnattr_setsigdefault(self._attributes, b"\xff" * _SIGSET_BYTES)
+
+    def start(
+        self,
+        arguments: Sequence[str],
+        cwd: str,
+        environment: Mapping[bytes, bytes],
+        streams: _Streams,
+    ) -> _SpawnedChild:
+        """Start a program in a session of its own; every descriptor above 2 must be close-on-exec.
+
+        Raises OSError, also for what the child could not do before its exec, and ValueError.
+        """
+        words = [os.fsencode(argument) for argument in arguments]
+        entries = [name + b"=" + value for name, value in environment.items()]
+        if b"\0" in b"".join(words + entries):
+            raise ValueError("embedded null byte")
+        pid = self._ctypes.c_int()
+        actions = self._ctypes.create_string_buffer(_SPAWN_STRUCT_BYTES)
+        self._init_actions(actions)
+        try:
+            for target, descriptor in enumerate(streams):
+                self._add_dup2(actions, descriptor, target)
+            self._add_chdir(actions, os.fsencode(cwd))
+            error = self._spawn(
+                self._ctypes.byref(pid),
+                words[0],
+                actions,
+                self._attributes,
+                self._c_array(words),
+                self._c_array(entries),
+            )
+        finally:
+            self._destroy_actions(actions)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return _SpawnedChild(pid.value)
+
+    def _c_array(self, texts: Sequence[bytes]) -> Any:
+        return (self._ctypes.c_char_p * (len(texts) + 1))(*texts)
+
+
+_POSIX_SPAWN_SETSIGDEF = 0x04  # <spawn.h> of glibc and musl
+_POSIX_SPAWN_SETSID = 0x80
+_SPAWN_STRUCT_BYTES = 1024  # posix_spawnattr_t and posix_spawn_file_actions_t have 336 and 80 there
+_SIGSET_BYTES = 128
+
+
 class PosixProcesses(StepProcesses):
     """Starts, adopts and reaps trees. Thread-safe, but for `reap`.
 
@@ -5239,20 +5337,27 @@ class PosixProcesses(StepProcesses):
         stderr_is_apart: bool = False,
     ) -> PosixTree:
         self._become_reaper()
+        names = ["output", "stderr"] if stderr_is_apart else ["output"]
+        outputs: list[int] = []
         wake_pipe = os.pipe()  # first, for nothing may fail once the step runs
         try:
+            for name in names:
+                outputs.append(_create(step_dir, name, os.O_APPEND))
             with contextlib.ExitStack() as closing:
                 stdin = self._null
                 if has_stdin:
-                    file = closing.enter_context(SafeDirectory(step_dir).read("stdin"))
-                    stdin = file.fileno()
-                outputs = closing.enter_context(_open_outputs(step_dir, stderr_is_apart))
+                    stdin = closing.enter_context(SafeDirectory(step_dir).read("stdin")).fileno()
                 streams = _Streams(stdin, outputs[0], outputs[-1])
                 child = self._spawn(command, step_dir, cwd, env, streams)
         except OSError:
+            for name in names[: len(outputs)]:
+                _discard(os.path.join(step_dir, name))
             for descriptor in wake_pipe:
                 os.close(descriptor)
             raise
+        finally:
+            for descriptor in outputs:
+                os.close(descriptor)
         self._children.add(child.pid)
         return PosixTree((step_dir,), child.pid, child, wake_pipe, self._shared)
 
@@ -5276,7 +5381,7 @@ class PosixProcesses(StepProcesses):
 
         A script that exits with such a code by itself looks the same.
         """
-        return code - 128 if code - 128 in signal.valid_signals() else None
+        return code - 128 if code > 128 and code - 128 in signal.valid_signals() else None
 
     def release(self, tree: ProcessTree) -> None:
         if isinstance(tree, PosixTree):
@@ -5330,17 +5435,18 @@ class PosixProcesses(StepProcesses):
         cwd: str,
         env: _Environment,
         streams: _Streams,
-    ) -> _Child:
+    ) -> _PosixChild:
         """Start the wrapper. Raises OSError."""
-        with contextlib.suppress(FileExistsError):  # StepDirectory has made it
-            os.close(_create(step_dir, "pid"))
         mark = os.fsencode(step_dir)
         self._lifetimes.begin(mark)
         try:
             marked_env = {**env, STEP_ENV_VAR: step_dir}
             environment, arguments = self._environment_for(command, step_dir, marked_env)
+            words = ["/bin/sh", "-c", self._wrapper, step_dir, *self._limits, *arguments]
+            if spawn := _posix_spawn():
+                return spawn.start(words, cwd, environment, streams)
             return subprocess.Popen(
-                ["/bin/sh", "-c", self._wrapper, step_dir, *self._limits, *arguments],
+                words,
                 stdin=streams.stdin,
                 stdout=streams.stdout,
                 stderr=streams.stderr,
@@ -5387,6 +5493,14 @@ _PIPES_ARE_CLOEXEC = hasattr(os, "pipe2")
 _PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
 
 
+@functools.lru_cache(maxsize=1)
+def _posix_spawn() -> _PosixSpawn | None:
+    """Return what starts a wrapper, None where Popen must."""
+    with contextlib.suppress(AttributeError):
+        return _PosixSpawn() if ON_LINUX else None
+    return None
+
+
 def _create(step_dir: str, name: str, flags: int = 0) -> int:
     """Open a new file of a step to write. O_EXCL follows no link that another step has put there. Raises OSError."""
     path = os.path.join(step_dir, name)
@@ -5397,33 +5511,6 @@ def _create(step_dir: str, name: str, flags: int = 0) -> int:
 def _discard(path: str) -> None:
     with contextlib.suppress(OSError):  # it is gone already
         os.unlink(path)
-
-
-class _Streams(NamedTuple):
-    """The descriptors of a step's standard streams."""
-
-    stdin: int
-    stdout: int
-    stderr: int
-
-
-@contextlib.contextmanager
-def _open_outputs(
-    step_dir: str,
-    stderr_is_apart: bool,
-) -> Iterator[list[int]]:
-    """Yield the descriptors of a new step's outputs; on an error remove their files. Raises OSError."""
-    names = ["output"]
-    if stderr_is_apart:
-        names.append("stderr")
-    outputs = []
-    with contextlib.ExitStack() as closing, contextlib.ExitStack() as undo:
-        for name in names:
-            outputs.append(_create(step_dir, name, os.O_APPEND))
-            closing.callback(os.close, outputs[-1])
-            undo.callback(_discard, os.path.join(step_dir, name))
-        yield outputs
-        undo.pop_all()
 
 
 def _as_os_error(error: Exception) -> OSError:
@@ -7723,11 +7810,17 @@ class StepDirectory:
                 raise
             return b""
 
-    def output_bytes(self, attempt: int = 1) -> int:
-        """Return how much the last attempt, which is this one, has written to both streams."""
+    def output_bytes(self, attempt: int | None = None) -> int:
+        """Return how much the last attempt has written to both streams.
+
+        Where the next one may be in preparation, the last one must be given.
+        """
         total = 0
         for stream in OUTPUT_STREAMS:
-            for name in (output_name(stream, attempt), output_name(stream)):
+            names = [output_name(stream)]
+            if attempt is not None:
+                names.insert(0, output_name(stream, attempt))
+            for name in names:
                 with contextlib.suppress(OSError):  # there is none, or the step has removed it
                     total += os.lstat(os.path.join(self.path, name)).st_size
                     break
@@ -9555,6 +9648,7 @@ class Scheduler:
         self._is_pool_paused = False
         self._pool_reason = ""
         self._workers: set[threading.Thread] = set()
+        self._returning: set[threading.Thread] = set()  # workers that have ended a step: its slot is theirs again
         self._is_closed = True  # no step starts, as until `start`
         self.is_shutting_down = False  # runners leave their steps running, and return
         self.scarcity = ""  # what the host lacks to start steps; empty for nothing
@@ -9999,6 +10093,9 @@ class Scheduler:
             else:
                 self._end_steps(step.task, [(step, outcome)])
             self._retry_at_s = 0.0  # what it took is free
+            worker = threading.current_thread()
+            if worker in self._workers:
+                self._returning.add(worker)
             deferred = self._take_deferred()  # its worker takes the next step
         self._run_deferred(deferred)
         return outcome
@@ -10214,7 +10311,7 @@ class Scheduler:
 
     def _next_ready_step(self) -> Step | None:
         """Give a slot to the step that is ready longest; return None where there is none, or no slot."""
-        slots = min(self._size, self._capacity)
+        slots = min(self._size, self._capacity) - len(self._returning)
         if self._is_closed or self._is_pool_paused or not self._ready or len(self._active) >= slots:
             return None
         if self.scarcity:  # one at a time is tried then
@@ -10286,6 +10383,7 @@ class Scheduler:
         while work is not None:
             self._run(work)
             with self._lock:
+                self._returning.discard(threading.current_thread())
                 work = self._next_ready_step()
                 if work is None:
                     self._workers.discard(threading.current_thread())
@@ -10567,9 +10665,10 @@ class Runner:
         """Return the task's workspace, created where there is none. Raises LaunchError."""
         names = (str(step.task.number), "workspace")
         workspace = os.path.join(self._files.path, *names)
-        if not is_real_directory(workspace):
-            with contextlib.suppress(FileExistsError):  # a parallel step did
-                self._files.make(*names)
+        if is_real_directory(workspace):
+            return workspace
+        with contextlib.suppress(FileExistsError):  # a parallel step did
+            self._files.make(*names)
         if not is_real_directory(workspace):
             raise LaunchError("could not start: an earlier step has replaced the workspace by something else")
         return workspace
@@ -10658,7 +10757,7 @@ class Runner:
         max_bytes = self._settings.max_output * _EXCESS
 
         def is_hurried() -> bool:
-            is_excessive = step.stop_reason == OUTPUT_EXCEEDED and directory.output_bytes(step.attempt) > max_bytes
+            is_excessive = step.stop_reason == OUTPUT_EXCEEDED and directory.output_bytes() > max_bytes
             return step.stop_count > 1 or step.stop_signal == "KILL" or is_excessive
 
         step.tree.stop(is_hurried, signal_number(step.stop_signal))
@@ -10669,7 +10768,7 @@ class Runner:
         seconds = 0.0
         if step.started_ns:
             seconds = (self._clock.now_ns() - step.started_ns) / _SECOND_NS
-        output_bytes = self.directory(step).output_bytes(step.attempt)
+        output_bytes = self.directory(step).output_bytes()
         tree = step.tree
         attempt = step.attempt
         tree_has_ended = tree_has_ended or tree is None
@@ -10782,7 +10881,7 @@ class Recovery:
             return
         code = directory.exit_code()
         if code is not None:
-            outcome = self._runner.exited(code)._replace(output_bytes=directory.output_bytes(step.attempt))
+            outcome = self._runner.exited(code)._replace(output_bytes=directory.output_bytes())
             if self._scheduler.finish(step, outcome):
                 return
         if code is not None or self._processes.may_have_started(directory.path):
@@ -10931,7 +11030,7 @@ class Janitor:
         self._scheduler.has_watched_steps = True
         pause_s = _TICK_S
         for step in steps:
-            output_bytes = StepDirectory(self._files, step.task.number, step.index).output_bytes(step.attempt)
+            output_bytes = StepDirectory(self._files, step.task.number, step.index).output_bytes()
             if output_bytes > limit:
                 self._scheduler.request_stop(step, OUTPUT_EXCEEDED)
             else:
