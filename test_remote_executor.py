@@ -8401,6 +8401,20 @@ def test_mutated_requests_are_answered_or_refused(launch: Callable[..., Daemon],
     assert {b"200", b"400"} <= set(statuses)
 
 
+def test_head_that_comes_again_is_parsed_once_and_its_body_each_time() -> None:
+    code = module()
+    post = b"POST /a?x=1 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n"
+    other = post.replace(b"x=1", b"x=2")
+    reader = stream_of(post + b"1" + post + b"2" + other + b"3" + post + b"4")
+    requests, bodies = [], []
+    for _ in range(4):
+        requests.append(code.read_head(reader, 60, code.Client()))
+        bodies.append(code.read_body(reader, requests[-1], 60, 9, lambda: None))
+    assert bodies == [b"1", b"2", b"3", b"4"]
+    assert [dict(request.query)["x"] for request in requests] == ["1", "1", "2", "1"]
+    assert requests[0] is requests[1] and requests[3] == requests[0] and not requests[0].body
+
+
 # ======================================================================================================================
 # connections: many, slow, reset; without threads, descriptors or memory
 # ======================================================================================================================
@@ -8469,6 +8483,97 @@ def test_idle_connections_end_after_idle_timeout(launch: Callable[..., Daemon]) 
     daemon = launch("--idle_timeout=200ms", "--timeout=1m")
     reply = daemon.raw(b"GET /heartbeat HTTP/1.1\r\nHost: localhost\r\n\r\n", 30)
     assert reply.startswith(b"HTTP/1.1 200 ") and b"onnection: close" not in reply
+
+
+def kept_connections(daemon: Daemon, count: int, stack: contextlib.ExitStack) -> list[socket.socket]:
+    """Connections over which a request was answered, so that they are idle."""
+    links = [stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port), 30)) for _ in range(count)]
+    assert all(map(heartbeat, links))
+    return links
+
+
+def heartbeat(link: socket.socket) -> bool:
+    """Whether a request is answered over this connection. Raises ConnectionError where it was closed."""
+    link.sendall(b"GET /heartbeat HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    received = b""
+    while b"\r\n\r\n" not in received:
+        piece = link.recv(1 << 16)
+        if not piece:
+            raise ConnectionResetError
+        received += piece
+    return received.startswith(b"HTTP/1.1 200 ")
+
+
+def test_connection_that_waits_holds_no_idle_one_up(launch: Callable[..., Daemon], gate: Path) -> None:
+    daemon = launch()
+    loud = daemon.submit(python("print('y' * 30_000_000)"))
+    task = daemon.submit(held(gate))
+    daemon.ended(loud)
+    daemon.until_printed(task, "held")
+    post = b"POST /api/v1/pool HTTP/1.1\r\nHost: localhost\r\nContent-Length: 12\r\n"
+    get = "GET {} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    pipelined = get.format("/api/v1/task").encode() * 2000  # whose answers nobody reads
+    waiting = [
+        b"GET /heartbeat HTTP/1.1\r\nHost: loc",
+        post + b"\r\n{",
+        post + b"Expect: 100-continue\r\n\r\n",
+        get.format(f"/api/v1/task/{task}?wait=1h").encode(),
+        get.format(output_path(task)).encode(),
+        get.format(f"/api/v1/task/{loud}/0/console").encode(),
+        pipelined,
+    ]
+    with contextlib.ExitStack() as stack:
+        first, second, *others = kept_connections(daemon, 2 + len(waiting), stack)
+        for link, data in zip(others, waiting):
+            link.sendall(data)
+            for _ in range(2):  # whoever led has stepped down for good
+                assert heartbeat(first)
+                assert heartbeat(second)
+    gate.touch()
+
+
+# The leader fails twice, as soon as it is told of anything.
+FAILING_EPOLL = """
+import select, selectors
+class Failing:
+    faults = [MemoryError(), OSError("broken")]
+    def __init__(self):
+        self.real = epoll()
+        self.register, self.unregister = self.real.register, self.real.unregister
+    def poll(self, timeout):
+        events = self.real.poll(timeout)
+        if events and self.faults:
+            raise self.faults.pop()
+        return events
+epoll, select.epoll = select.epoll, Failing
+"""
+
+
+@linux_only
+def test_thread_that_fails_as_the_leader_lets_another_lead(launch: Callable[..., Daemon]) -> None:
+    daemon = launch(program=with_faults(FAILING_EPOLL))
+    daemon.may_log_tracebacks = True
+    with contextlib.ExitStack() as stack:
+        links = kept_connections(daemon, 6, stack)
+        answered = [link for link in links * 2 if survives(lambda link=link: heartbeat(link))]
+        assert len({*answered}) == 4
+    assert daemon.log().count("the response broke off") == 2
+
+
+def test_idle_connection_ends_beside_busy_ones(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--idle_timeout=300ms")
+    with contextlib.ExitStack() as stack:
+        idle, busy = kept_connections(daemon, 2, stack)
+        idle.setblocking(False)
+        wait_until(lambda: heartbeat(busy) and has_ended(idle), pause_s=0)
+
+
+def has_ended(link: socket.socket) -> bool:
+    """Whether the other end of a connection that does not block has closed it, and sent nothing."""
+    try:
+        return link.recv(1) == b""
+    except BlockingIOError:
+        return False
 
 
 def test_connections_that_are_reset_before_their_accept_leave_the_next_alone(launch: Callable[..., Daemon]) -> None:
@@ -13664,6 +13769,9 @@ SQL_WORDS = re.compile(
 )
 
 
+WAITING_CALLS = {"recv", "recv_into", "send", "sendall", "sendfile", "wait", "result", "sleep", "do_handshake"}
+
+
 @functools.cache
 def tree() -> ast.Module:
     return ast.parse(source())
@@ -13723,6 +13831,17 @@ def dotted(node: ast.AST) -> str:
         left = dotted(node.value)
         return f"{left}.{node.attr}" if left else ""
     return node.id if isinstance(node, ast.Name) else ""
+
+
+def methods_of(class_name: str) -> dict[str, ast.FunctionDef]:
+    """The methods of a class of the module."""
+    owner = next(node for node in tree().body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    return {node.name: node for node in owner.body if isinstance(node, ast.FunctionDef)}
+
+
+def called_in(node: ast.AST) -> set[str]:
+    """The names of the methods that are called or passed on in this node."""
+    return {one.attr for one in ast.walk(node) if isinstance(one, ast.Attribute)}
 
 
 def line_of(node: ast.AST) -> int:
@@ -13928,6 +14047,43 @@ def test_source_has_no_global_and_no_bare_except() -> None:
     nodes = list(ast.walk(tree()))
     assert [at(node) for node in nodes if isinstance(node, ast.Global)] == []
     assert [at(node) for node in nodes if isinstance(node, ast.ExceptHandler) and node.type is None] == []
+
+
+def test_source_steps_down_before_it_waits() -> None:
+    others = {
+        "_set_up": "of a connection that has not been idle",
+        "_refuse_plaintext": "the same",
+        "receive_ready": "does not wait",
+        "_serve": "calls methods of these names that step down",
+        "_receive": "goes by _before_deadline",
+        "read_into": "the same",
+        "has_ended": "called by a Hold, before which its handler has stepped down",
+        "_send_file_block": "called by _send_response, which has stepped down",
+    }
+    waiting = []
+    for name in ("RequestReader", "ConnectionHandler"):
+        for method, node in methods_of(name).items():
+            if called_in(node) & WAITING_CALLS and not called_in(node) & {"_step_down", "before_wait"}:
+                waiting.append(method)
+    assert {*waiting} == {*others}
+
+
+def test_source_waits_in_no_quick_handler() -> None:
+    quick = []
+    for node in ast.walk(tree()):
+        if isinstance(node, ast.Call) and dotted(node.func) == "Route":
+            flags = {keyword.arg: keyword.value for keyword in node.keywords}
+            handler = node.args[2]
+            if "is_quick" in flags and isinstance(handler, ast.Attribute):
+                quick.append(handler.attr)
+    assert "show_pool" in quick and "show_task" in quick
+    for api in ("TaskApi", "OperatorApi"):
+        methods = methods_of(api)
+        reached = [*methods.keys() & {*quick}]
+        for name in reached:  # which grows
+            calls = called_in(methods[name])
+            reached += [call for call in calls if call in methods and call not in reached and call != "_await_end"]
+            assert not calls & (WAITING_CALLS | {"read_output", "enter", "submit"}), name
 
 
 def test_source_logs_whatever_it_catches_of_everything() -> None:
@@ -14522,41 +14678,97 @@ def fetch(port: int, path: str) -> bytes:
         return link.getresponse().read()
 
 
-def rate(port: int, connections: int, size: int, count: int = 4000) -> float:
-    """Requests per second over so many kept connections, one in flight on each; every answer has `size` bytes."""
-    links = {
-        link.fileno(): link for link in (socket.create_connection(("127.0.0.1", port), 30) for _ in range(connections))
-    }
-    left, got, poller = count, dict.fromkeys(links, 0), select.poll()
-    begin = time.perf_counter()
-    for number, link in links.items():
-        poller.register(number, select.POLLIN)
-        link.sendall(POOL_REQUEST)
-    while left > 0:
-        for number, _ in poller.poll(30_000):
-            got[number] += len(links[number].recv(65536))
-            if got[number] == size:
-                got[number], left = 0, left - 1
-                links[number].sendall(POOL_REQUEST)
-    took = time.perf_counter() - begin
-    for link in links.values():
-        link.close()
-    return count / took
+class Load(NamedTuple):
+    """Requests per second, and how many times the median of their times the 99th percentile is."""
+
+    rate: float
+    tail: float
+
+
+def load(port: int, connections: int, path: str = "/api/v1/pool", count: int = 4000) -> Load:
+    """Requests over so many kept connections, one in flight on each."""
+    request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    took, poller = list[float](), select.epoll() if LINUX else select.poll()
+    with contextlib.ExitStack() as stack:
+        links, sent_at, got = {}, {}, {}
+        for _ in range(connections):
+            link = stack.enter_context(socket.create_connection(("127.0.0.1", port), 30))
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            links[link.fileno()] = link
+            poller.register(link.fileno(), select.POLLIN)  # which is EPOLLIN too
+        begin = time.perf_counter()
+        for number, link in links.items():
+            sent_at[number], got[number] = time.perf_counter(), b""
+            link.sendall(request)
+        while len(took) < count:
+            for number, _ in poller.poll(30):
+                got[number] += links[number].recv(65536)
+                if is_whole(got[number]):
+                    now = time.perf_counter()
+                    took.append(now - sent_at[number])
+                    sent_at[number], got[number] = now, b""
+                    links[number].sendall(request)
+        rate = len(took) / (time.perf_counter() - begin)
+    took.sort()
+    return Load(rate, took[len(took) * 99 // 100] / took[len(took) // 2])
+
+
+CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: (\d+)\r\n", re.IGNORECASE)
+
+
+def is_whole(answer: bytes) -> bool:
+    """Whether this is all of an answer, which is short."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = CONTENT_LENGTH.search(head + b"\r\n")
+    return len(body) == int(length[1]) if length else body.endswith(b"0\r\n\r\n")
+
+
+@pytest.fixture(scope="module")
+def bare_port(idle: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a handler that sends what GET /api/v1/pool is answered, and does nothing else."""
+    file = tmp_path_factory.mktemp("bare") / "answer"
+    file.write_bytes(exchange(idle.port))
+    command = [sys.executable, "-c", BARE_SERVER, str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as bare:
+        yield int((bare.stdout or io.BytesIO()).readline())
+        bare.kill()
 
 
 @bench
 @posix_only
 @pytest.mark.parametrize("connections", [1, 16])
-def test_bench_pool_requests_per_second(table: list[Row], idle: Daemon, tmp_path: Path, connections: int) -> None:
-    answer = exchange(idle.port)
-    (tmp_path / "answer").write_bytes(answer)
-    command = [sys.executable, "-c", BARE_SERVER, str(tmp_path / "answer")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as bare:
-        port = int((bare.stdout or io.BytesIO()).readline())
-        pairs = [(rate(port, connections, len(answer)), rate(idle.port, connections, len(answer))) for _ in range(7)]
-        bare.kill()
+def test_bench_pool_requests_per_second(table: list[Row], idle: Daemon, bare_port: int, connections: int) -> None:
+    pairs = [(load(bare_port, connections).rate, load(idle.port, connections).rate) for _ in range(7)]
     name = f"GET /api/v1/pool, {connections} connection{'s' * (connections > 1)}"
     record_ratio(table, name, [b for _, b in pairs], [a for a, _ in pairs], "/s", 0.80)
+
+
+@bench
+@linux_only
+@pytest.mark.parametrize(
+    "what, path, least",
+    [
+        ("pool", "/api/v1/pool", 1.4),
+        ("detail", "/api/v1/task/{}", 1.25),
+        ("list of 10", "/api/v1/task?limit=10", 1.15),
+        ("state", "/api/v1/state", 1.1),
+    ],
+)
+def test_bench_sixteen_connections(
+    table: list[Row], idle: Daemon, bare_port: int, what: str, path: str, least: float
+) -> None:
+    tasks = [idle.submit(step()) for _ in range(10)]
+    until_idle(idle)
+    rounds = []
+    for _ in range(5):
+        bare = load(bare_port, 16).rate
+        one, sixteen = (load(idle.port, count, path.format(tasks[0]), 2000) for count in (1, 16))
+        rounds.append((bare, one.rate, sixteen.rate, sixteen.tail))
+    bare, one, sixteen, tail = (statistics.median(values) for values in zip(*rounds))
+    name = f"GET {what}, 16 connections (bare: of ours, 1)"
+    record_ratio(table, name, [sixteen], [one], "/s", least)
+    name = f"GET {what}, 16 connections, p99 / p50 (bare: its rate)"
+    record(table, Row(name, f"{tail:.1f} x", f"{bare:,.0f} /s", "", "<= 4.0 x", tail <= 4))
 
 
 @bench
@@ -14721,6 +14933,19 @@ def test_bench_list_of_10_000_tasks(table: list[Row], full: Daemon) -> None:
         other <= 3 * one,
     )
     record(table, row)
+
+
+@bench
+@linux_only
+def test_bench_memory_of_eight_lists(table: list[Row], full: Daemon) -> None:
+    assert full.process
+    fetch(full.port, "/api/v1/task?limit=10")
+    before = peak = memory_bytes(full.process.pid)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        lists = [pool.submit(fetch, full.port, "/api/v1/task") for _ in range(8)]
+        while not all(future.done() for future in lists):
+            peak = max(peak, memory_bytes(full.process.pid))
+    record_more(table, "memory, eight lists of 10,000 at once (bare: before)", peak / 2**20, before / 2**20, "MB", 20)
 
 
 @bench
