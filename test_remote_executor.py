@@ -10430,15 +10430,13 @@ def test_dashboard_that_nobody_sees_gives_its_connections_back(board: Board, gat
     task = board.daemon.submit(held(gate))
     board.open(f"#{task}/0")
     board.text("held", ".console")
-    count = held_count(board.daemon)
     turn = "Object.defineProperty(document, 'hidden', {{value: {}, configurable: true}});"
     turn += "document.dispatchEvent(new Event('visibilitychange'))"
-    board.browser("Runtime.evaluate", expression=turn.format("true"))
-    wait_until(lambda: held_count(board.daemon) == count - 2, "the events and the output to be let go")
-    board.browser("Runtime.evaluate", expression=turn.format("false"))
-    wait_until(lambda: held_count(board.daemon) == count, "the events and the output to be asked for again")
+    for is_hidden, count in ("false", 2), ("true", 0), ("false", 2):
+        board.browser("Runtime.evaluate", expression=turn.format(is_hidden))
+        wait_until(lambda count=count: held_count(board.daemon) == count, f"{count} connections")  # type: ignore[misc]
     board.daemon.put(f"/api/v1/task/{task}")
-    board.text("stopped by local", "main")
+    board.text("stopped", ".result")
     board.text("live", "#connection")
 
 
@@ -10504,7 +10502,7 @@ def test_dashboard_downloads_with_a_token(shared_browser: Browser, roles: Daemon
     assert status_of(roles, "admin", "GET", wait) == 200
     browser, board = shared_browser, Board(shared_browser, roles)
     browser("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
-    downloads = {"notes": b"kept\n", "of-files-0.txt": b"printed\n", "cmdline": os.fsencode(f"--root={roles.root}")}
+    downloads = {"notes": b"kept\n", "of-files-0.txt": b"printed\n", "cmdline.txt": os.fsencode(f"--root={roles.root}")}
     try:
         browser("Page.navigate", url=f"http://localhost:{roles.port}/")
         browser.find("(sessionStorage.setItem(TOKEN_KEY, 'admin-token-of-tests'), true)")
@@ -10513,7 +10511,7 @@ def test_dashboard_downloads_with_a_token(shared_browser: Browser, roles: Daemon
         board.click("many/")
         browser.find("document.querySelector('[role=table][aria-label=Files]').ariaRowCount === '1200'")
         browser.find("(document.querySelector('.file .name').closest('.scroller').scrollTop = 1e6, true)")
-        board.text("999", ".file:last-child")
+        board.text("999", ".window .file:last-child")
         board.open("#of-files/0")
         board.click("Save")
         browser.find("(document.getElementById('profiles').click(), true)")
