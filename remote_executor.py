@@ -22535,11 +22535,12 @@ def endpoints_of(options: Options) -> list[Endpoint]:
 
 
 def single_api(options: Options) -> Api:
-    """Return the one daemon that a command speaks to. Raise ClientError and UsageError."""
+    """Return the one daemon that a command speaks to, until it ends. Raise ClientError and UsageError."""
     endpoints = endpoints_of(options)
     if len(endpoints) != 1:
         raise UsageError("-H: several hosts are for exec and submit alone; give one")
-    return Api(endpoints[0])
+    api: Api = options.closing.enter_context(Api(endpoints[0]))
+    return api
 
 
 # -- streams that are taken up where they broke off
@@ -22967,12 +22968,13 @@ def _call_task(api: Api, method: str, task_id: str, step: str = "", leaf: str = 
     return reply
 
 
-def _await_task(api: Api, task_id: str) -> Reply:
+def _await_task(endpoint: Endpoint, task_id: str) -> Reply:
     """Wait for a task's end; return its detail. Raise ClientError."""
-    while True:
-        reply = _call_task(api, "GET", task_id, wait="1m")  # below the time that an answer may take
-        if reply.code != Code.IN_PROGRESS:
-            return reply
+    with Api(endpoint) as api:
+        while True:
+            reply = _call_task(api, "GET", task_id, wait="1m")  # below the time that an answer may take
+            if reply.code != Code.IN_PROGRESS:
+                return reply
 
 
 def follow_step(
@@ -23203,9 +23205,8 @@ class _ExecJob(Job):
     def do(self) -> JobOutcome:
         with Api(self.endpoint) as api:
             self.post(api, [self._step(api)])
-            writers = _own_streams(("stdout", "stderr"), self._labels, self._options.json)
-            follow_step(self.endpoint, _task_path(self.task_id, "0"), writers, self.stop)
-            end = _await_task(api, self.task_id).data[0]
+        writers = _own_streams(("stdout", "stderr"), self._labels, self._options.json)
+        end = follow_step(self.endpoint, _task_path(self.task_id, "0"), writers, self.stop)
         result = end["result"]
         message = ""
         if result == "timed_out":
@@ -23216,7 +23217,7 @@ class _ExecJob(Job):
 
     def _step(self, api: Api) -> dict[str, Any]:
         """Return the step: a script as it is, or a command as its host's shell takes it."""
-        version = api.require("wait", "output", "follow", "stderr", "stdin")
+        version = api.require("output", "follow", "stderr", "stdin")
         quote: Callable[[Sequence[str]], str] = shlex.join
         command_type = "sh"
         if version["python"]["os"] == "windows":
@@ -23426,7 +23427,7 @@ def _follow_to_end(endpoint: Endpoint, task_id: str, options: Options) -> int:
         if options.follow:
             reply = TaskFollower(endpoint, task_id, options.json).follow()
         else:
-            reply = _await_in_thread(lambda: _await_task(Api(endpoint), task_id))
+            reply = _await_in_thread(lambda: _await_task(endpoint, task_id))
     except KeyboardInterrupt:
         _say_how_to_return("task", task_id)
         raise
@@ -23601,7 +23602,7 @@ class _SubmitJob(Job):
         if self._options.follow:
             reply = TaskFollower(self.endpoint, self.task_id, self._options.json, self.endpoint.name).follow()
         elif self._options.wait:
-            reply = _await_task(Api(self.endpoint), self.task_id)
+            reply = _await_task(self.endpoint, self.task_id)
         else:
             return JobOutcome("submitted", 0)
         return JobOutcome(reply.task["result"], _task_exit_code(reply), reply.task["seconds"], _message_of(reply.task))
@@ -24031,12 +24032,8 @@ def _print_ids(options: Options) -> None:
     ids: list[str] = []
 
     def ask() -> None:
-        with contextlib.suppress(ClientError, UsageError), single_api(options) as api:
-            page = api.call(
-                "GET",
-                "/api/v1/task",
-                {"order": "desc", "limit": 50},
-            ).data
+        with contextlib.suppress(ClientError, UsageError), Api(endpoints_of(options)[0]) as api:
+            page = api.call("GET", "/api/v1/task", {"order": "desc", "limit": 50}).data
             ids.extend(filter(_is_plain_id, [task["id"] for task in page["tasks"]]))
 
     thread = threading.Thread(target=ask, name="ids", daemon=True)
@@ -24225,7 +24222,8 @@ def client_command(
     """Run a client's command; return its exit code. Raise UsageError."""
     options = client_parser(command, program).parse_args(argv)
     try:
-        code = command.run(options)
+        with contextlib.ExitStack() as options.closing:
+            code = command.run(options)
         sys.stdout.flush()
         return code or 0
     except ClientError as error:
