@@ -13961,7 +13961,8 @@ def test_source_imports_the_standard_library_alone() -> None:
 
 
 def test_source_imports_beforehand_what_threads_would_import() -> None:
-    alone = {"ctypes", "importlib", "importlib.util", "py_compile", "plistlib", "xml.parsers.expat"}  # in `main`, or on a Mac
+    # In `main`, or on a Mac:
+    alone = {"ctypes", "importlib", "importlib.util", "py_compile", "plistlib", "xml.parsers.expat"}
     late = {"encodings.idna"}  # by getaddrinfo
     for function in functions():
         for node in ast.walk(function):
