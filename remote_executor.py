@@ -22228,7 +22228,13 @@ class Api:
             self._connection.close()
         self._connection = None
 
-    def call(self, method: str, path: str, query: Mapping[str, Any] | None = None, body: Any = None) -> Reply:
+    def call(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, Any] | None = None,
+        body: Any = None,
+    ) -> Reply:
         """Make a request until it is answered. Raise ClientError when it is refused, or never answered."""
         content = None
         if body is not None:
@@ -22618,7 +22624,12 @@ def follow_output(api: Api, step_path: str, stream: str, write: Write) -> Any:
         attempt += 1
 
 
-def copy_file(api: Api, path: str, begin: Callable[[int], Any], write: Write) -> None:
+def copy_file(
+    api: Api,
+    path: str,
+    begin: Callable[[int], Any],
+    write: Write,
+) -> None:
     """Write a file; `begin` is told its size. Raise ClientError, and as `write` does."""
 
     def open_at(offset: int | None) -> http.client.HTTPResponse:
@@ -22770,7 +22781,12 @@ class Screen:
             self._stream.write(back + "".join(f"{line}\n" for line in shown))
             self._stream.flush()
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], results: Sequence[str] = ()) -> list[str]:
+    def table(
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        results: Sequence[str] = (),
+    ) -> list[str]:
         """Return the lines of a table, its columns aligned; a row is in the colour of its result."""
         widths = column_widths([header, *rows])
         lines = [self.paint(align(header, widths), "", _BOLD)]
@@ -22954,7 +22970,14 @@ def _task_path(task_id: str, step: str = "", leaf: str = "") -> str:
     return "/".join(filter(None, ["/api/v1/task", *names, leaf]))
 
 
-def _call_task(api: Api, method: str, task_id: str, step: str = "", leaf: str = "", **query: Any) -> Reply:
+def _call_task(
+    api: Api,
+    method: str,
+    task_id: str,
+    step: str = "",
+    leaf: str = "",
+    **query: Any,
+) -> Reply:
     """Make a request about a task or a step. Raise ClientError where there is none."""
     reply = api.call(method, _task_path(task_id, step, leaf), query)
     if reply.code == Code.NOT_FOUND:
