@@ -12428,7 +12428,7 @@ def rate_limit_key(address: str) -> str:
 # a matter of speed alone: an answer that has stepped down goes on beside the others, as all do where there is no epoll.
 # Long answers and the leader take turns at the interpreter, for the same reason: a long answer has the turn while it
 # makes a block, and not while that is sent; the leader while it serves, and not while it waits for news (measured:
-# eight lists at once in a third of the time, twice the short answers beside two consoles). A block may have to wait
+# eight lists at once in less than half the time, twice the short answers beside two consoles). A block may have to wait
 # for a disk, so who waits too long for the turn goes on without it.
 #
 # An attacker wants all connections, threads or descriptors, so that nobody can stop what runs:
