@@ -12423,12 +12423,12 @@ def rate_limit_key(address: str) -> str:
 # of one). All idle connections are watched by one thread, the leader, which serves those that have news one after
 # another, with no switch; the threads of the others sleep. Before it may wait or work for long, it steps down and one
 # of them leads: before each recv() but the one that it was told of, a send() that the kernel does not take at once,
-# the second block of a body, and every handler whose Route does not say `is_quick`. There are as many threads as
+# a body of several blocks, and every handler whose Route does not say `is_quick`. There are as many threads as
 # connections, and a thread ends with whichever connection ended under it, so there is always one to lead. Who leads is
 # a matter of speed alone: an answer that has stepped down goes on beside the others, as all do where there is no epoll.
 # Long answers and the leader take turns at the interpreter, for the same reason: a long answer has the turn while it
 # makes a block, and not while that is sent; the leader while it serves, and not while it waits for news (measured:
-# eight lists at once in a third of the time, twice the short answers beside two consoles). A block may have to wait
+# eight lists at once in less than half the time, twice the short answers beside two consoles). A block may have to wait
 # for a disk, so who waits too long for the turn goes on without it.
 #
 # An attacker wants all connections, threads or descriptors, so that nobody can stop what runs:

@@ -13831,7 +13831,7 @@ def dotted(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def methods_of(class_name: str) -> dict[str, ast.FunctionDef]:
+def methods_of_class(class_name: str) -> dict[str, ast.FunctionDef]:
     """The methods of a class of the module."""
     owner = next(node for node in tree().body if isinstance(node, ast.ClassDef) and node.name == class_name)
     return {node.name: node for node in owner.body if isinstance(node, ast.FunctionDef)}
@@ -14061,7 +14061,7 @@ def test_source_steps_down_before_it_waits() -> None:
     }
     waiting = []
     for name in ("RequestReader", "ConnectionHandler"):
-        for method, node in methods_of(name).items():
+        for method, node in methods_of_class(name).items():
             if called_in(node) & WAITING_CALLS and not called_in(node) & {"_step_down", "before_wait"}:
                 waiting.append(method)
     assert {*waiting} == {*others}
@@ -14077,7 +14077,7 @@ def test_source_waits_in_no_quick_handler() -> None:
                 quick.append(handler.attr)
     assert "show_pool" in quick and "show_task" in quick
     for api in ("TaskApi", "OperatorApi"):
-        methods = methods_of(api)
+        methods = methods_of_class(api)
         reached = [*methods.keys() & {*quick}]
         for name in reached:  # which grows
             calls = called_in(methods[name])
