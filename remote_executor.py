@@ -11063,12 +11063,16 @@ class Janitor:
         strays = []
         with os.scandir(self._files.path) as entries:
             for entry in entries:
+                if self._stopping.is_set():
+                    return
                 number = int(entry.name) if _TASK_NUMBER.fullmatch(entry.name) else 0
                 if first <= number <= last:
                     are_there[number - first] = True
                 elif number < first:
                     strays.append(entry.name)
         for number in self._store.task_numbers():
+            if self._stopping.is_set():
+                return
             if number > last:
                 break
             are_there[number - first] = False
