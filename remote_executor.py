@@ -8872,10 +8872,12 @@ class Store:
         numbers = [row[0] or 0 for row in stored + assigned]
         return max(map(int, numbers))
 
-    def existing_tasks(self, task_numbers: Iterable[int]) -> set[int]:
-        """Return those of these numbers, some hundred at most, that tasks have."""
-        numbers = ",".join(map(str, task_numbers))
-        return {number for (number,) in self._read(f"SELECT seq FROM task WHERE seq IN ({numbers})")}
+    def task_numbers(self) -> Iterator[int]:
+        """Yield the numbers of all tasks, rising."""
+        number = 0
+        while rows := self._read("SELECT seq FROM task WHERE seq > ? ORDER BY seq LIMIT ?", (number, _BATCH)):
+            for (number,) in rows:
+                yield number
 
     def page(self, selection: Selection) -> Page:
         """Return the tasks of a page of a list."""
@@ -8979,7 +8981,7 @@ class Store:
 
     def has_task(self, task_number: int) -> bool:
         """Return whether the record of a task is kept, and with it its files."""
-        return bool(self.existing_tasks([task_number]))
+        return bool(self._read("SELECT 1 FROM task WHERE seq = ?", (task_number,)))
 
     def counts(self) -> Mapping[int, int]:
         """Return the number of tasks by state."""
@@ -11055,15 +11057,27 @@ class Janitor:
 
     def _find_strays(self) -> None:
         """Have the directories removed that belong to no task; those of numbers to come are left to `clear`."""
+        last = self._earlier_number
+        first = next(self._store.task_numbers(), last + 1)
+        are_there = bytearray(last + 1 - first)  # and not a set: it takes a hundredth
+        strays = []
         with os.scandir(self._files.path) as entries:
-            names = (entry.name for entry in entries)
-            while block := [*itertools.islice(names, _BATCH)]:
+            for entry in entries:
                 if self._stopping.is_set():
                     return
-                numbers = [int(name) for name in block if _TASK_NUMBER.fullmatch(name)]
-                stored = self._store.existing_tasks(numbers)
-                kept = {str(number) for number in numbers if number in stored or number > self._earlier_number}
-                self._pending_removals.update(dict.fromkeys(set(block) - kept, 0))
+                number = int(entry.name) if _TASK_NUMBER.fullmatch(entry.name) else 0
+                if first <= number <= last:
+                    are_there[number - first] = True
+                elif number < first:
+                    strays.append(entry.name)
+        for number in self._store.task_numbers():
+            if self._stopping.is_set():
+                return
+            if number > last:
+                break
+            are_there[number - first] = False
+        strays += map(str, itertools.compress(range(first, last + 1), are_there))
+        self._pending_removals.update(dict.fromkeys(strays, 0))
         self._has_strays = False
 
     def _sweep(self) -> float:

@@ -3,7 +3,8 @@
     python3 test_remote_executor.py [pytest's arguments]   fetches pytest into .venv where this Python has none
     python3 -m pytest                                      the same, where it has
     python3 -m pytest -m slow                              minutes, and gigabytes of output
-    python3 -m pytest -m bench -s                          the benchmark, which prints its table
+    python3 -m pytest -m short -s                          the benchmark in a minute, which prints its table
+    python3 -m pytest -m bench -s                          all rows of it, in half an hour
 
 A test waits for a condition, never for a time. Whatever daemon it starts ends in order, without a traceback and without
 a process left behind; the fixtures see to that.
@@ -6763,7 +6764,7 @@ def test_list_detail_metrics_and_database_agree_whatever_races(house: House, tmp
         stopping.set()
         timekeeper.join()
     wait_until(lambda: house.scheduler.pool()[1:3] == (0, 0), "an empty pool")
-    for block in house.store.tasks(house.store.page(module().Selection()).task_numbers):
+    for block in house.store.tasks([*house.store.task_numbers()]):
         for task in block:
             rows = house.store.steps(task.task_number)
             assert (task.state, task.code) == (0, sum(row.code for row in rows)), (task, rows)
@@ -14404,6 +14405,12 @@ server.serve_forever()
 """
 POOL_REQUEST = b"GET /api/v1/pool HTTP/1.1\r\nHost: localhost\r\n\r\n"
 bench = pytest.mark.bench
+IS_SHORT = "short" in sys.argv  # the marker of the rows that a newcomer runs
+
+
+def rounds(count: int) -> int:
+    """How often something is measured: less often in the short form."""
+    return max(2, count // 5) if IS_SHORT else count
 
 
 class Row(NamedTuple):
@@ -14419,7 +14426,7 @@ class Row(NamedTuple):
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[list[Row]]:
-    """Rows of the benchmark; printed when all are there."""
+    """Rows of the benchmark, printed when all are there; but in the short form all have to be good."""
     rows: list[Row] = []
     yield rows
     head = ("row", "here", "bare", "compared", "limit", "verdict")
@@ -14429,7 +14436,22 @@ def table() -> Iterator[list[Row]]:
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
         for line in cells
     ]
-    print("\n\n" + "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]))
+    print(f"\n\nPython {sys.version.split()[0]} on {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}\n")
+    print("\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]))
+    assert IS_SHORT or [row.name for row in rows if not row.good] == []
+
+
+@pytest.fixture(scope="module")
+def million(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon with 1,000,000 records, which is given up with its root."""
+    daemon = Daemon(tmp_path_factory.mktemp("million") / "root").start()
+    daemon.end()
+    with contextlib.closing(sqlite3.connect(daemon.root / "remote_executor.db")) as db:
+        db.execute("PRAGMA cache_size = -200000")
+        add_records(db, 1, 1_000_000)
+    yield daemon.start()
+    daemon.end()  # first, or all tasks would be listed
+    daemon.retire()
 
 
 @pytest.fixture(scope="module")
@@ -14458,16 +14480,10 @@ def full(idle: Daemon) -> Daemon:
     return idle
 
 
-def record(table: list[Row], row: Row) -> None:
-    table.append(row)
-    assert row.good, row
-
-
 def record_ratio(table: list[Row], name: str, here: list[float], bare: list[float], unit: str, least: float) -> None:
     """A row of two rates; `least` is how much of the bare one the issue wants."""
     one, other = statistics.median(here), statistics.median(bare)
-    record(
-        table,
+    table.append(
         Row(
             name,
             f"{one:,.0f} {unit}",
@@ -14482,8 +14498,7 @@ def record_ratio(table: list[Row], name: str, here: list[float], bare: list[floa
 def record_more(table: list[Row], name: str, here: float, bare: float, unit: str, most: float) -> None:
     """A row of two amounts; `most` is by how much the first may exceed the second."""
     more = here - bare
-    record(
-        table,
+    table.append(
         Row(
             name,
             f"{here:.2f} {unit}",
@@ -14524,7 +14539,7 @@ def test_bench_steps_per_second(table: list[Row], launch: Callable[..., Daemon],
 
     times = []
     used: list[tuple[float, float]] = []
-    for _ in range(5):
+    for _ in range(rounds(5)):
         before = children_cpu_s(), cpu_of_steps_s(daemon)
         times.append((seconds(bare), seconds(here)))
         used.append((children_cpu_s() - before[0], cpu_of_steps_s(daemon) - before[1]))
@@ -14604,7 +14619,7 @@ def test_bench_wrapper(table: list[Row], tmp_path: Path) -> None:
             (tmp_path / "pid").unlink()
         return taken_ms
 
-    pairs = [(run_ms(command), run_ms(wrapped)) for _ in range(500)]
+    pairs = [(run_ms(command), run_ms(wrapped)) for _ in range(rounds(500))]
     bare, here = (statistics.median(times) for times in zip(*pairs))
     row = Row(
         "wrapper of a step",
@@ -14614,7 +14629,7 @@ def test_bench_wrapper(table: list[Row], tmp_path: Path) -> None:
         "<= +1.50 ms",
         here - bare <= 1.5,
     )
-    record(table, row)
+    table.append(row)
 
 
 @bench
@@ -14643,7 +14658,7 @@ def test_bench_post_to_first_step_started(table: list[Row], launch: Callable[...
 
     here, bare = [], []
     children: list[subprocess.Popen[bytes]] = []
-    for _ in range(300):
+    for _ in range(rounds(300)):
         bare.append(started(lambda: children.append(subprocess.Popen(["sh", str(file)], stdin=subprocess.DEVNULL))))
         children.pop().wait()
         here.append(started(post))
@@ -14651,8 +14666,10 @@ def test_bench_post_to_first_step_started(table: list[Row], launch: Callable[...
     link.close()
     os.close(reader)
     os.close(holder)
-    for name, rank, most in (("p50", 150, 3), ("p99", 297, 10)):
-        record_more(table, f"POST to first step started, {name}", sorted(here)[rank], sorted(bare)[rank], "ms", most)
+    for percent, most in ((50, 3), (99, 10)):
+        rank = len(here) * percent // 100
+        name = f"POST to first step started, p{percent}"
+        record_more(table, name, sorted(here)[rank], sorted(bare)[rank], "ms", most)
 
 
 def exchange(port: int) -> bytes:
@@ -14737,7 +14754,7 @@ def bare_port(idle: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @posix_only
 @pytest.mark.parametrize("connections", [1, 16])
 def test_bench_pool_requests_per_second(table: list[Row], idle: Daemon, bare_port: int, connections: int) -> None:
-    pairs = [(load(bare_port, connections).rate, load(idle.port, connections).rate) for _ in range(7)]
+    pairs = [(load(bare_port, connections).rate, load(idle.port, connections).rate) for _ in range(rounds(7))]
     name = f"GET /api/v1/pool, {connections} connection{'s' * (connections > 1)}"
     record_ratio(table, name, [b for _, b in pairs], [a for a, _ in pairs], "/s", 0.80)
 
@@ -14767,7 +14784,7 @@ def test_bench_sixteen_connections(
     name = f"GET {what}, 16 connections (bare: of ours, 1)"
     record_ratio(table, name, [sixteen], [one], "/s", least)
     name = f"GET {what}, 16 connections, p99 / p50 (bare: its rate)"
-    record(table, Row(name, f"{tail:.1f} x", f"{bare:,.0f} /s", "", "<= 4.0 x", tail <= 4))
+    table.append(Row(name, f"{tail:.1f} x", f"{bare:,.0f} /s", "", "<= 4.0 x", tail <= 4))
 
 
 @bench
@@ -14801,6 +14818,63 @@ def cpu_s(daemon: Daemon) -> float:
     assert daemon.process
     spent = [file.read_text().split()[0] for file in Path(f"/proc/{daemon.process.pid}/task").glob("*/schedstat")]
     return sum(map(int, spent)) / 1e9
+
+
+def wakeups(daemon: Daemon) -> int:
+    """How often the daemon's threads went to sleep so far."""
+    assert daemon.process
+    texts = [file.read_text() for file in Path(f"/proc/{daemon.process.pid}/task").glob("*/status")]
+    return sum(int(count) for text in texts for count in re.findall(r"\nvoluntary_ctxt_switches:\s*(\d+)", text))
+
+
+@bench
+@linux_only
+def test_bench_idle(table: list[Row], launch: Callable[..., Daemon]) -> None:
+    daemon, period_s = launch(), 10
+    daemon.run(step())
+    with opened(daemon, "/api/v1/event"):
+        time.sleep(5)  # until the start is over, and what the step left was looked for
+        begin = cpu_s(daemon), wakeups(daemon)
+        time.sleep(period_s)
+        spent_s, woken = cpu_s(daemon) - begin[0], wakeups(daemon) - begin[1]
+    scale = 60 / period_s
+    record_more(table, "idle for a minute with a follower of events, CPU", scale * 1000 * spent_s, 0, "ms", 50)
+    record_more(table, "the same, wake-ups of threads", scale * woken, 0, "", 60)
+
+
+@bench
+@linux_only
+def test_bench_million_records(table: list[Row], launch: Callable[..., Daemon], million: Daemon) -> None:
+    few, count = launch(), 400
+    few.end()
+    with contextlib.closing(sqlite3.connect(few.root / "remote_executor.db")) as db:
+        add_records(db, 1, 1000)
+    few.start()
+    body = json.dumps([step()])
+
+    def post(daemon: Daemon) -> None:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=60)) as link:
+            for _ in range(count // 4):
+                link.request("POST", "/api/v1/task", body)
+                assert link.getresponse().read()
+
+    def tasks(daemon: Daemon) -> None:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(post, [daemon] * 4))
+        until_idle(daemon)
+
+    def reads(daemon: Daemon) -> None:
+        for path in ("/api/v1/state", "/metrics", "/api/v1/task?limit=10", "/api/v1/task?limit=10&sort=-et") * 25:
+            assert fetch(daemon.port, path)
+
+    for name, work, number in (("tasks of one step", tasks, count), ("states, metrics, pages", reads, 100)):
+        work(few), work(million)
+        pairs = [(seconds(lambda work=work: work(few)), seconds(lambda work=work: work(million))) for _ in range(7)]
+        rates = [[number / taken_s for taken_s in column] for column in zip(*pairs)]
+        record_ratio(table, f"{name}, 1,000,000 records (bare: 1,000)", rates[1], rates[0], "/s", 0.9)
+    assert few.process and million.process
+    resident = [memory_bytes(daemon.process.pid) / 2**20 for daemon in (few, million) if daemon.process]
+    record_more(table, "memory, 1,000,000 records (bare: 1,000)", resident[1], resident[0], "MB", 10)
 
 
 @bench
@@ -14931,7 +15005,28 @@ def test_bench_list_of_10_000_tasks(table: list[Row], full: Daemon) -> None:
         "<= 3.00 x",
         other <= 3 * one,
     )
-    record(table, row)
+    table.append(row)
+
+
+def ready(root: Path) -> float:
+    """In how many milliseconds a daemon is ready on this root."""
+    begin = time.perf_counter()
+    command = [sys.executable, str(PROGRAM), "run", "--addr=127.0.0.1:0", f"--root={root}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert (process.stdout or io.BytesIO()).readline().startswith(b"listening")
+        took = time.perf_counter() - begin
+        process.terminate()
+    return took * 1000
+
+
+@bench
+@linux_only
+def test_bench_start_with_a_million_records(table: list[Row], million: Daemon, tmp_path: Path) -> None:
+    million.end()
+    pairs = [(ready(tmp_path / "empty"), ready(million.root)) for _ in range(7)]
+    million.start()
+    empty, full = (statistics.median(column) for column in zip(*pairs))
+    record_more(table, "start to ready line, 1,000,000 records (bare: none)", full, empty, "ms", 50)
 
 
 @bench
@@ -14951,16 +15046,6 @@ def test_bench_memory_of_eight_lists(table: list[Row], full: Daemon) -> None:
 @posix_only
 def test_bench_start_to_ready_line(table: list[Row], full: Daemon, tmp_path: Path) -> None:
     full.end()
-
-    def ready(root: Path) -> float:
-        begin = time.perf_counter()
-        command = [sys.executable, str(PROGRAM), "run", "--addr=127.0.0.1:0", f"--root={root}"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-            assert (process.stdout or io.BytesIO()).readline().startswith(b"listening")
-            took = time.perf_counter() - begin
-            process.terminate()
-        return took * 1000
-
     bare, empty, tasks = [], [], []
     for number in range(11):
         bare.append(
@@ -14973,3 +15058,13 @@ def test_bench_start_to_ready_line(table: list[Row], full: Daemon, tmp_path: Pat
     record_more(
         table, "start to ready line, 10,000 tasks", statistics.median(tasks), statistics.median(bare), "ms", 250
     )
+
+
+for measure in (
+    test_bench_steps_per_second,
+    test_bench_wrapper,
+    test_bench_post_to_first_step_started,
+    test_bench_pool_requests_per_second,
+    test_bench_idle,
+):
+    pytest.mark.short(measure)
