@@ -3736,7 +3736,7 @@ def test_step_of_windows_that_goes_on_is_ended_at_a_second_stop(
 
 
 @windows_only
-@pytest.mark.parametrize("command", [["there-is-no-such-program"], [sys.executable, "-c", "input()"]])
+@pytest.mark.parametrize("command", [["there-is-no-such-program"], [sys.executable, "-c", "import time; time.sleep(1000)"]])
 def test_step_of_windows_that_cannot_be_asked_is_ended(tmp_path: Path, monkeypatch: Any, command: list[str]) -> None:
     program = module()
     processes, tree, _ = start_on_windows(tmp_path, "ping -n 1000 localhost >nul")
