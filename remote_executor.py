@@ -6055,12 +6055,12 @@ class _Asker:
     def __init__(self) -> None:
         self._turn = threading.Lock()  # of the thread whose helper runs
         self._lock = threading.Lock()  # guards _waiting
-        self._waiting: list[tuple[str, Future[set[int]]]] = []
+        self._waiting: list[tuple[str, set[int]]] = []  # the helper's lines, and whom it asked
 
     def ask(self, event: int, pids: Iterable[int]) -> set[int]:
         """Ask processes to end; return the pids of all that were asked, those of other steps among them."""
         line = " ".join(map(str, (event, *pids)))
-        asked: Future[set[int]] = Future()
+        asked: set[int] = set()
         with self._lock:
             self._waiting.append((line, asked))
         with self._turn:
@@ -6068,10 +6068,10 @@ class _Asker:
                 batch = self._waiting
                 self._waiting = []
             if batch:  # else another thread's helper has asked
-                all_asked = self._run_helper([line for line, _ in batch])
-                for _, future in batch:
-                    future.set_result(all_asked)
-        return asked.result()
+                answer = self._run_helper([line for line, _ in batch])
+                for _, pids_asked in batch:
+                    pids_asked |= answer
+        return asked
 
     @staticmethod
     def _run_helper(lines: Sequence[str]) -> set[int]:
@@ -6097,7 +6097,7 @@ class _Asker:
                     helper.wait(_KILL_TIMEOUT_S)
                 answers.seek(0)
                 return set(map(int, answers.read().split()))
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
             log.warning("steps are ended without being asked: %s", error)
             return set()
 
