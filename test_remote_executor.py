@@ -597,8 +597,9 @@ def held(gate: Path, **fields: Any) -> dict[str, Any]:
 
 
 def until_open(gate: Path) -> str:
-    """Python that waits for the gate."""
-    return f"while os.path.isdir({str(gate.parent)!r}) and not os.path.exists({str(gate)!r}): time.sleep(0.02)\n"
+    """Python that waits for the gate; a stop ends it without a word."""
+    quiet = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+    return f"{quiet}while os.path.isdir({str(gate.parent)!r}) and not os.path.exists({str(gate)!r}): time.sleep(0.02)\n"
 
 
 def mark(file: Path, word: str, **fields: Any) -> dict[str, Any]:
