@@ -5702,12 +5702,13 @@ _HELPER_TIMEOUT_S = 3.0  # once it has started
 # that it could ask: by WM_CLOSE the owner of a window, by the event all that share a console.
 HELPER_WORD = "ask-steps-to-end"
 _ASK_TO_END = f"""
-import ctypes, faulthandler, sys
+import ctypes, faulthandler, sys, time
 
 faulthandler.dump_traceback_later({_HELPER_TIMEOUT_S}, exit=True)
 kernel32 = ctypes.WinDLL("kernel32")
 user32 = ctypes.WinDLL("user32")
 windows = {{}}
+events = []
 
 @ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 def note(number, _):
@@ -5720,6 +5721,7 @@ def note(number, _):
 
 @ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_ulong)
 def ignore(event):
+    events.append(event)
     return True
 
 user32.EnumWindows(note, None)
@@ -5731,12 +5733,16 @@ for line in sys.stdin:
             print(pid, flush=True)
             user32.PostMessageW(window, 0x0010, None, None)  # WM_CLOSE
         if pid not in asked and kernel32.AttachConsole(pid):
+            events.clear()
             kernel32.SetConsoleCtrlHandler(ignore, True)
             sharing = (ctypes.c_ulong * 1000)()
             count = kernel32.GetConsoleProcessList(sharing, len(sharing))
             asked.update(sharing[:count])
             print(*sharing[:count], flush=True)
             kernel32.GenerateConsoleCtrlEvent(event, 0)
+            for _ in range(30):  # its thread would fail without the console
+                if not events:
+                    time.sleep(0.01)
             kernel32.FreeConsole()
 """
 _SPAWN_ATTEMPTS = 3
@@ -6049,12 +6055,12 @@ class _Asker:
     def __init__(self) -> None:
         self._turn = threading.Lock()  # of the thread whose helper runs
         self._lock = threading.Lock()  # guards _waiting
-        self._waiting: list[tuple[str, Future[set[int]]]] = []
+        self._waiting: list[tuple[str, set[int]]] = []  # the helper's lines, and whom it asked
 
     def ask(self, event: int, pids: Iterable[int]) -> set[int]:
         """Ask processes to end; return the pids of all that were asked, those of other steps among them."""
         line = " ".join(map(str, (event, *pids)))
-        asked: Future[set[int]] = Future()
+        asked: set[int] = set()
         with self._lock:
             self._waiting.append((line, asked))
         with self._turn:
@@ -6062,28 +6068,38 @@ class _Asker:
                 batch = self._waiting
                 self._waiting = []
             if batch:  # else another thread's helper has asked
-                all_asked = self._run_helper([line for line, _ in batch])
-                for _, future in batch:
-                    future.set_result(all_asked)
-        return asked.result()
+                answer = self._run_helper([line for line, _ in batch])
+                for _, pids_asked in batch:
+                    pids_asked |= answer
+        return asked
 
     @staticmethod
     def _run_helper(lines: Sequence[str]) -> set[int]:
-        """Return the pids that were asked; none where the helper cannot run."""
+        """Return the pids that were asked; none where the helper cannot run.
+
+        Files, no pipes: a process that the helper leaves, such as a debugger, would keep those open.
+        """
         try:
-            result = subprocess.run(
-                _helper_command(),
-                input="\n".join(lines),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                timeout=GRACE_S,
-                creationflags=DETACHED_PROCESS,
-                encoding="ascii",
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
+            with tempfile.TemporaryFile("w+") as requests, tempfile.TemporaryFile("w+") as answers:
+                requests.write("\n".join(lines))
+                requests.seek(0)
+                helper = subprocess.Popen(
+                    _helper_command(),
+                    stdin=requests,
+                    stdout=answers,
+                    stderr=subprocess.DEVNULL,
+                    creationflags=DETACHED_PROCESS,
+                )
+                try:
+                    helper.wait(GRACE_S)
+                except subprocess.TimeoutExpired:
+                    helper.kill()
+                    helper.wait(_KILL_TIMEOUT_S)
+                answers.seek(0)
+                return set(map(int, answers.read().split()))
+        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
             log.warning("steps are ended without being asked: %s", error)
             return set()
-        return set(map(int, result.stdout.split()))
 
 
 class _JobStop:

@@ -598,8 +598,9 @@ def held(gate: Path, **fields: Any) -> dict[str, Any]:
 
 
 def until_open(gate: Path) -> str:
-    """Python that waits for the gate."""
-    return f"while os.path.isdir({str(gate.parent)!r}) and not os.path.exists({str(gate)!r}): time.sleep(0.02)\n"
+    """Python that waits for the gate; a stop ends it without a word."""
+    quiet = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+    return f"{quiet}while os.path.isdir({str(gate.parent)!r}) and not os.path.exists({str(gate)!r}): time.sleep(0.02)\n"
 
 
 def mark(file: Path, word: str, **fields: Any) -> dict[str, Any]:
@@ -3737,12 +3738,13 @@ def test_step_of_windows_that_goes_on_is_ended_at_a_second_stop(
 
 
 @windows_only
-@pytest.mark.parametrize("command", [["there-is-no-such-program"], [sys.executable, "-c", "input()"]])
-def test_step_of_windows_that_cannot_be_asked_is_ended(tmp_path: Path, monkeypatch: Any, command: list[str]) -> None:
+@pytest.mark.parametrize("program_text", ["", "import time\ntime.sleep(1000)", "print('no number')"])
+def test_step_of_windows_that_cannot_be_asked_is_ended(tmp_path: Path, monkeypatch: Any, program_text: str) -> None:
+    command = [sys.executable, "-c", program_text] if program_text else ["there-is-no-such-program"]
     program = module()
     processes, tree, _ = start_on_windows(tmp_path, "ping -n 1000 localhost >nul")
     wait_until(lambda: "ping.exe" in [one.name for one in program._describe_members(tree._job)], "the step")
-    monkeypatch.setattr(program, "GRACE_S", 0.1)
+    monkeypatch.setattr(program, "GRACE_S", 0.1 if "sleep" in program_text else 600)
     monkeypatch.setattr(program, "_helper_command", lambda: command)
     tree.stop(lambda: False)
     assert not program._count_active(tree._job) and tree.exit_code() is None
@@ -4067,10 +4069,12 @@ def test_powershell_does_what_a_script_says(powershell: tuple[Daemon, str], name
 def test_powershell_leaves_no_process_after_a_stop(powershell: tuple[Daemon, str]) -> None:
     daemon, _ = powershell
     background = "Start-Job { Start-Sleep 1000 } | Out-Null\nStart-Process pwsh '-NoProfile -Command sleep 1000'\n"
-    task = daemon.submit(step(background + "'ready'\nStart-Sleep 1000", "pwsh"))
+    waits = "try { 'ready'; Start-Sleep 1000 } finally { [Console]::WriteLine('cleaned') }"
+    task = daemon.submit(step(background + waits, "pwsh"))
     daemon.until_printed(task, "ready")
     assert daemon.put(f"/api/v1/task/{task}").code == 0
     assert daemon.ended(task).data[0]["msg"].endswith(STOPPED)
+    assert not WINDOWS or "cleaned" in daemon.console(task).data
     wait_until(lambda: not daemon.processes(), "the end of its processes", 15)
 
 
