@@ -13978,12 +13978,13 @@ a:hover, h2 a { text-decoration: underline; }
 code, pre, .code { font: var(--code); }
 small, .small, .stats dt, .stats button, .head { font-size: var(--small); }
 .stats small, dt, .head, .empty, .number, .script span::before { color: var(--soft); }
-.row > *, .node, button { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.row > *, .row button, .node { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 [hidden] { display: none !important; }
 
 button, input, select, textarea, .button { font: inherit; color: inherit; background: var(--back); max-width: 100%;
   border: 1px solid var(--soft); border-radius: .375rem; padding: .25rem .75rem; min-height: 2rem; }
-button, .button { font-weight: 400; background: var(--box); border-color: var(--line); cursor: pointer; }
+button, .button { font-weight: 400; background: var(--box); border-color: var(--line); cursor: pointer;
+  white-space: nowrap; }
 button:hover, .button:hover { border-color: var(--soft); text-decoration: none; }
 button.main { background: var(--link); border-color: var(--link); color: var(--back); }
 button.danger { color: var(--bad); }
@@ -14051,7 +14052,7 @@ button.name { border: 0; padding: 0; background: none; }
 .axis { display: flex; justify-content: space-between; }
 
 .graph { position: relative; }
-.plane { max-height: 60vh; overflow: auto; cursor: grab; user-select: none; }
+.plane { min-height: 7rem; max-height: 60vh; overflow: auto; cursor: grab; user-select: none; }
 .canvas { position: relative; width: max-content; margin: auto; }
 .canvas svg { display: block; }
 .canvas path { fill: none; stroke: var(--soft); stroke-width: 1.25; }
