@@ -11738,6 +11738,22 @@ def test_run_goes_over_only_where_it_is_safe_and_makes_no_difference(
     assert executed == ([(sys.executable, command)] if is_compiled else [])
 
 
+@posix_only
+def test_compiled_form_that_is_old_is_left_where_it_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "remote_executor.py"
+    cache = Path(importlib.util.cache_from_source(str(program)))
+    program.touch()
+    cache.parent.mkdir(mode=0o755)
+    cache.touch(mode=0o644)
+    assert module()._compiled_path(str(program)) == str(cache)
+    os.utime(cache, (1, 1))
+    assert module()._compiled_path(str(program)) == str(cache)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert module()._compiled_path(str(program)) == ""
+
+
 def test_compiled_form_is_made_anew_after_an_upgrade(tmp_path: Path) -> None:
     program = tmp_path / "remote_executor.py"
     command = module().compiled_command([sys.executable, str(program)])
