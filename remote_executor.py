@@ -2125,7 +2125,7 @@ def compiled_command(program: Sequence[str]) -> list[str]:
 
 
 def _compiled_path(path: str) -> str:
-    """Return where Python keeps the compiled form; empty where others than may write the file could have written it."""
+    """Return where Python keeps the compiled form; empty where it cannot be made, or others could have written it."""
     import importlib.util
 
     cache = importlib.util.cache_from_source(path)
@@ -2138,6 +2138,9 @@ def _compiled_path(path: str) -> str:
             status = os.lstat(entry)
             if status.st_uid not in (0, os.geteuid()) or status.st_mode & forbidden:
                 return ""
+    is_fresh = os.path.exists(cache) and os.stat(cache).st_mtime >= os.stat(path).st_mtime
+    if not is_fresh and not os.access(directory, os.W_OK):  # compiled into memory it is no smaller
+        return ""
     return cache
 
 
