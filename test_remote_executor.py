@@ -14895,11 +14895,12 @@ def test_bench_million_records(table: list[Row], launch: Callable[..., Daemon], 
         for path in ("/api/v1/state", "/metrics", "/api/v1/task?limit=10", "/api/v1/task?limit=10&sort=-et") * 25:
             assert fetch(daemon.port, path)
 
-    for name, work, number in (("tasks of one step", tasks, count), ("states, metrics, pages", reads, 100)):
+    kinds = (("tasks of one step", tasks, count, 0.9), ("states, metrics, pages", reads, 100, 0.8))
+    for name, work, number, least in kinds:
         work(few), work(million)
         pairs = [(seconds(lambda work=work: work(few)), seconds(lambda work=work: work(million))) for _ in range(7)]
         rates = [[number / taken_s for taken_s in column] for column in zip(*pairs)]
-        record_ratio(table, f"{name}, 1,000,000 records (bare: 1,000)", rates[1], rates[0], "/s", 0.9)
+        record_ratio(table, f"{name}, 1,000,000 records (bare: 1,000)", rates[1], rates[0], "/s", least)
     assert few.process and million.process
     resident = [memory_bytes(daemon.process.pid) / 2**20 for daemon in (few, million) if daemon.process]
     record_more(table, "memory, 1,000,000 records (bare: 1,000)", resident[1], resident[0], "MB", 10)
