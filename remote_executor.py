@@ -16723,7 +16723,7 @@ def _accepted_response() -> Json:
             "count": integer_schema("Steps", 1),
             "timestamp": integer_schema("Nanoseconds since the epoch"),
             "warnings": array_schema(string_schema("What has no effect, and where"), minItems=1),
-            "dry": {"const": True, "description": "Nothing was stored: `dry` was asked for"},
+            "dry": {"type": "boolean", "description": "Nothing was stored: `dry` was asked for"},
         },
         optional=["warnings", "dry"],
     )
