@@ -8360,8 +8360,11 @@ def _segment_query(
     if results:
         where += f" AND {plus}result IN ({', '.join('?' * len(results))})"
         values += results
+    table = "task"
+    if segment == "unfinished" and results and not plus:
+        table += " INDEXED BY task_result_ended"  # else SQLite 3.35 reads all tasks of that result
     filters, filter_values = _filters(selection)
-    statement = f"SELECT seq, ended_ns FROM task WHERE {where}{filters} ORDER BY {order} LIMIT ?"
+    statement = f"SELECT seq, ended_ns FROM {table} WHERE {where}{filters} ORDER BY {order} LIMIT ?"
     return statement, values + filter_values
 
 
