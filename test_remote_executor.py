@@ -2056,7 +2056,7 @@ def test_answer_of_a_follower_ends_with_its_attempt_and_the_next_can_be_followed
 ) -> None:
     content = f"print(n, flush=True)\n{until_open(gate)}\nsys.stdout.write('end')\nsys.exit(n == 1)"
     begin = "import os, sys, time\nn = int(os.environ['TASK_STEP_ATTEMPT'])\n"
-    task = daemon.submit(python(begin + content, retry={"delay": "300ms"}))
+    task = daemon.submit(python(begin + content, retry={"delay": "1s"}))
     end = os.linesep.encode() + b"end"
     with opened(daemon, output_path(task)) as first, opened(daemon, output_path(task, "follow=1&attempt=2")) as second:
         assert first.read(1) == b"1" and first.headers["X-Step-Attempt"] == "1"
