@@ -5550,7 +5550,8 @@ def test_on_exit_stop_ends_what_runs(launch: Callable[..., Daemon], tmp_path: Pa
 
 def test_max_output_stops_a_step_and_keeps_what_it_wrote(launch: Callable[..., Daemon]) -> None:
     daemon = launch("--max_output=1MiB")
-    task = daemon.submit(python("while True: print('x' * 99)", name="n"), python("print('y' * 9999)"), ansync="1")
+    writer = python(f"{DIES_SILENTLY}while True: print('x' * 99)", name="n")
+    task = daemon.submit(writer, python("print('y' * 9999)"), ansync="1")
     answer = daemon.ended(task)
     assert answer.data[0]["msg"] == "Step: 0, Name: n, Exit Code: 255: output limit exceeded"
     assert answer.data[1]["code"] == 0
@@ -11844,11 +11845,7 @@ def test_exec_passes_each_word_as_it_is(daemon: Daemon) -> None:
     [
         (["-c", "exit 7"], 7, ""),
         (["-c", script("echo $word", "echo %word%"), "--env", "word=green"], 0, ""),
-        (
-            ["--timeout", "300ms", "--", sys.executable, "-c", f"{DIES_SILENTLY}import time\ntime.sleep(60)"],
-            124,
-            "--timeout allows more",
-        ),
+        (["--timeout", "300ms", "-c", script("sleep 60", "ping -n 60 127.0.0.1 >NUL")], 124, "--timeout allows more"),
         (["-c", "exit 1", "--type", "nonsense"], 125, "nonsense"),
         (["-H", "127.0.0.1:1", "--", "true"], 125, "cannot be reached"),
         (["-H", "no.such.host.invalid", "--", "true"], 125, "cannot be reached"),
