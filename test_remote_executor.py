@@ -5495,6 +5495,7 @@ def test_task_whose_record_is_damaged_has_state_255(launch: Callable[..., Daemon
         db.execute("UPDATE step SET needs = '[1]' WHERE idx = 0")
         db.commit()
     daemon.start()
+    wait_until(lambda: daemon.detail(task).code != 1001, "the end to be stored")
     answer, row = daemon.detail(task), daemon.row(task)
     assert (answer.status, answer.code) == (200, 1002) and answer.message.startswith("lost: ")
     assert answer.headers["X-Task-STATE"] == "System Error"
@@ -8570,7 +8571,7 @@ def test_thread_that_fails_as_the_leader_lets_another_lead(launch: Callable[...,
         links = kept_connections(daemon, 6, stack)
         answered = [link for link in links * 2 if survives(lambda link=link: heartbeat(link))]
         assert len({*answered}) == 4
-    assert daemon.log().count("the response broke off") == 2
+    wait_until(lambda: daemon.log().count("the response broke off") == 2, "the lines of both")
 
 
 def test_idle_connection_ends_beside_busy_ones(launch: Callable[..., Daemon]) -> None:
