@@ -14551,6 +14551,7 @@ const stream = {
         if (error.name !== "AbortError") this.show("no connection, trying again", "failed");
       }
       await wait(document.hidden ? HIDDEN_LOOK_MS : this.delayMs);
+      if (this.isAway) await new Promise((resolve) => on(window, "pageshow", resolve));
       this.delayMs = Math.min(this.delayMs * 2, 10000);
     }
   },
@@ -14621,11 +14622,11 @@ async function loadView() {
 }
 
 const PAGE_TASKS = 100;
-let listing = 0;  // of the last request for the list: the answer to an earlier one is dropped
+let listing = 0;  // of the last whole list: answers to what was asked before it are dropped
 
 // Load the begin of the list, or what follows the cursor; or add to what is there the newest that it lacks.
 async function loadTasks(cursor, isMerged) {
-  const number = ++listing;
+  const number = cursor || isMerged ? listing : ++listing;
   const query = new URLSearchParams({ order: "desc", limit: PAGE_TASKS });
   for (const result of GROUPS[state.filter.group]) query.append("result", result);
   if (state.filter.text) query.set("text", state.filter.text);
@@ -15766,7 +15767,7 @@ function createInput(name, { enum: choices, type = "", description = "", example
   return label;
 }
 
-// What the fields hold that are not empty; what is no JSON is left to the daemon to refuse.
+// What is no JSON is left to the daemon to refuse.
 function readInputs(element) {
   const values = {};
   for (const { name, kind, value } of element.querySelectorAll("[name]")) {
@@ -15914,7 +15915,7 @@ function route() {
   if (state.daemon) loadView();
 }
 
-// With a token a link is not enough: no browser sends it along.
+// No browser sends a token with a link.
 async function showProfiles() {
   const text = await (await send("debug/pprof/")).text();
   const links = [...new DOMParser().parseFromString(text, "text/html").querySelectorAll("dt a")];
@@ -15929,12 +15930,13 @@ for (const [id, action] of [["metrics", () => download("metrics", "metrics.txt")
     action();
   });
 on(window, "hashchange", () => { route(); main.focus({ preventScroll: true }); });
-on(window, "pagehide", () => stream.controller.abort());
+on(window, "pagehide", () => { stream.isAway = true; stream.controller.abort(); });
+on(window, "pageshow", () => { stream.isAway = false; });
 on(document, "visibilitychange", () => stream.rest());
 on(window, "focus", () => { state.hasFailures = false; update(); });
 setInterval(() => { if (!document.hidden) tick(); }, 1000);
 route();
-// The frame of the page is painted before anything is asked for.
+// The frame is painted first.
 if (document.hidden) stream.run();
 else requestAnimationFrame(() => setTimeout(() => stream.run()));
 """
