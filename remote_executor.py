@@ -8101,18 +8101,25 @@ def _add_conditions(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
+def _index_parents(db: sqlite3.Connection) -> None:
+    """Find the reruns of a task; most tasks are none."""
+    db.execute("CREATE INDEX task_parent ON task (parent) WHERE parent > ''")
+
+
 _MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (
     _create_tables,
     _repair_ended_tasks,
     _make_codes_unsigned,
     _add_results,
     _add_conditions,
+    _index_parents,
 )
 _BATCH = 500  # tasks in a query or a transaction
 _RETRY_S = 0.5  # between attempts to store a record
 _GROUP_COMMIT_DELAY_S = 0.003  # that a change waits for others when nobody waits for it
 _READER_TIMEOUT_S = 5.0  # to wait for a connection where no more can be opened
 _MAX_IDLE_READERS = 8
+_MAX_RERUNS = 100  # that a task names
 _FILE_SUFFIXES = ("", "-wal", "-shm")
 _STAMP_SUFFIX = ".stamp"
 _RESERVE_SUFFIX = ".reserve"
@@ -8963,6 +8970,11 @@ class Store:
         if not rows:
             raise NotFound(NO_TASK)
         return TaskRow._make(rows[0])
+
+    def reruns(self, task: TaskRow) -> list[str]:
+        """Return the ids of the last tasks that repeat this one, the newest first."""
+        statement = "SELECT id FROM task WHERE parent > '' AND parent = ? AND seq > ? ORDER BY seq DESC LIMIT ?"
+        return [row[0] for row in self._read(statement, (task.id, task.task_number, _MAX_RERUNS))]
 
     def steps(self, task_number: int) -> list[StepRow]:
         """Return the steps of a task, in order."""
@@ -13933,21 +13945,20 @@ def profiles_page(rows: Iterable[tuple[str, str]]) -> str:
     return PROFILES_PAGE.replace("{rows}", "\n".join(items))
 
 
-def _csp_hash(text: str) -> str:
-    """Return the source expression that allows an inline style or script with this text."""
+def _digest(text: str) -> str:
     import base64
     import hashlib  # here, because OpenSSL takes half a megabyte that an idle daemon need not
 
-    digest = hashlib.sha256(text.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def page_response(page: str, style: str, script: str) -> Response:
+@functools.lru_cache(maxsize=4)
+def _make_page(page: str, style: str, script: str) -> Response:
     """Return a page with this style and script, which loads nothing and calls this daemon only (CSP Level 3)."""
     directives = (
         "default-src 'none'",
-        f"style-src {_csp_hash(style)}",
-        f"script-src {_csp_hash(script)}",
+        f"style-src 'sha256-{_digest(style)}'",  # inline, with this text alone
+        f"script-src 'sha256-{_digest(script)}'",
         "connect-src 'self'",
         "img-src data:",
         "base-uri 'none'",
@@ -13959,9 +13970,20 @@ def page_response(page: str, style: str, script: str) -> Response:
         ("Content-Security-Policy", "; ".join(directives)),
         ("X-Content-Type-Options", "nosniff"),
         ("Referrer-Policy", "no-referrer"),
+        ("Cache-Control", "no-cache"),
+        ("Vary", "Accept"),  # the root is an index for programs
+        ("ETag", f'"{_digest(page + style + script)}"'),
     )
     html = page.replace("{style}", style).replace("{script}", script)
     return Response(200, headers, html.encode())
+
+
+def page_response(request: Request, page: str, style: str, script: str) -> Response:
+    """Return a page, or its headers alone where the browser has it."""
+    response = _make_page(page, style, script)
+    if dict(response.headers)["ETag"] in request.headers.get("if-none-match", ""):
+        return response._replace(status=304, body=b"")
+    return response
 
 
 # ======================================================================================================================
@@ -14184,7 +14206,7 @@ const main = byId("main");
 const dialog = byId("dialog");
 const connection = byId("connection");
 const state = {
-  version: { client: {} }, warning: "", daemon: null, pool: null,
+  client: {}, daemon: null, pool: null,
   tasks: [], next: null, total: 0, filter: { group: "All", text: "" },
   details: new Map(),  // of tasks: { task, steps }, as far as they were asked for
   hasFailures: false,
@@ -14218,7 +14240,7 @@ async function ask(path, options) {
 
 // Whether the token of this page has a role; `submit` changes tasks of its own label alone.
 function may(role, task) {
-  const { client } = state.version;
+  const { client } = state;
   if (role !== "submit" || client.role !== "submit") return client.role === "admin";
   return !task || task.submitted_by === client.label;
 }
@@ -14569,8 +14591,8 @@ const stream = {
       if (done) throw new Error("the daemon has ended the stream");
       const parts = (text + value).split("\n\n");
       text = parts.pop();
+      if (this.lastId) refresh();
       for (const part of parts) this.dispatch(part);
-      refresh();
       update();
       this.rest();
     }
@@ -14590,10 +14612,9 @@ const stream = {
 };
 
 async function loadDaemon() {
-  const [health, daemon] = await Promise.all([ask("healthyz"), ask("api/v1/state")]);
-  state.warning = health.data.warning || "";
-  state.daemon = daemon.data;
+  state.daemon = (await ask("api/v1/state")).data;
   state.pool = state.daemon.pool;
+  state.client = state.daemon.client;
 }
 
 // What no event tells: how many steps run, the disk, and whether a task has the text that is looked for.
@@ -14606,7 +14627,6 @@ function refresh() {
 }
 
 async function load() {
-  state.version = (await ask("version")).data;
   state.details.clear();
   await Promise.all([loadDaemon(), loadTasks(), loadView()]);
   update();
@@ -14667,14 +14687,14 @@ function showFrame() {
   let title = paused ? "pool paused" : running ? `${running} running` : "idle";
   if (view?.title) title = view.title();
   document.title = `${title} · ${host}`;
-  const { label, role } = state.version.client;
+  const { label, role } = state.client;
   const client = byId("client");
   client.hidden = !role && stream.hasAccess;
   setText(client, role ? `${label} · ${role}` : "Token");
   byId("new").hidden = !may("submit");
   const warning = byId("warning");
-  setText(warning, state.warning);
-  warning.hidden = !state.warning;
+  setText(warning, state.daemon?.warning || "");
+  warning.hidden = !warning.textContent;
   const colour = state.hasFailures ? "%23b42318" : running ? "%230550ae" : "%23116329";
   const icon = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>" +
     `<circle cx='8' cy='8' r='7' fill='${colour}'/></svg>`;
@@ -14846,7 +14866,7 @@ function showStats(list) {
   const { pool, daemon } = state;
   const { disk_free_bytes: free, disk_total_bytes: whole } = daemon.root;
   const used = h("meter", { min: 0, max: pool.size, value: pool.running, "aria-label": "Pool in use" });
-  if (!isNews(list, pool, free, state.version)) return;
+  if (!isNews(list, pool, free, state.client)) return;
   const entry = (title, ...value) => h("div", { class: title.toLowerCase() }, h("dt", title), h("dd", value));
   const poolState = pool.paused ? ["‖ paused", h("small", pool.reason ? " " + pool.reason : "")] : ["open"];
   list.replaceChildren(
@@ -14855,7 +14875,7 @@ function showStats(list) {
     entry("Pool", h("span", { class: pool.paused ? "mark paused" : "" }, poolState),
       may("admin") ? [button("Size", setPoolSize), button(pool.paused ? "Resume" : "Pause", pausePool)] : []),
     entry("Disk free", formatBytes(free), h("small", ` of ${formatBytes(whole)}`)),
-    entry("Version", state.version.version, h("small", ` ${daemon.host.system}`)),
+    entry("Version", daemon.version, h("small", ` ${daemon.host.system}`)),
   );
 }
 
@@ -14978,7 +14998,7 @@ function createTask(id) {
   }
   function showHeading() {
     const { task } = detail;
-    if (isNews(heading, task.result, state.version.client)) {
+    if (isNews(heading, task.result, state.client)) {
       const acts = [];
       const offer = (text, ...more) => acts.push(button(text, ...more));
       if (!UNFINISHED.includes(task.result)) {
@@ -14998,7 +15018,10 @@ function createTask(id) {
     parts.push("accepted ", createTime(task.accepted_at));
     if (task.submitted_by) parts.push(` from ${task.submitted_by}`);
     if (task.result === "stopped") parts.push(" · ", reasonOf(task));
-    if (task.parent) parts.push(" · repeats ", h("a", { href: "#" + task.parent }, task.parent));
+    const link = (other) => h("a", { href: "#" + other }, other);
+    if (task.parent) parts.push(" · repeats ", link(task.parent));
+    if (task.reruns?.length) parts.push(" · repeated by");
+    for (const other of task.reruns?.slice(0, 5) || []) parts.push(" ", link(other));
     if (task.expires_at) parts.push(" · kept for ", formatAge(task.expires_at).replace("in ", ""));
     facts.replaceChildren(...parts);
   }
@@ -15679,7 +15702,7 @@ function createConsole(id, place, line) {
   }
   const isLive = () => step && UNFINISHED.includes(step.result);
   function showHeading(detail) {
-    if (!isNews(heading, step.result, step.msg, step.attempt, step.stop_reason, state.version.client)) return;
+    if (!isNews(heading, step.result, step.msg, step.attempt, step.stop_reason, state.client)) return;
     const canStop = isLive() && may("submit", detail.task);
     const stopButton = canStop ? button("Stop", () => stop(detail.task, step), { class: "danger" }) : [];
     heading.replaceChildren(h("h2", h("a", { href: "#" + id }, id), " / " + step.name),
@@ -16226,9 +16249,9 @@ _CLIENT_WORDS = {
 }
 
 
-def task_words(task: TaskRow, steps: Sequence[StepRow]) -> Json:
+def task_words(task: TaskRow, steps: Sequence[StepRow], reruns: Sequence[str] = ()) -> Json:
     """Return what only a whole task shows for programs."""
-    words: Json = {}
+    words: Json = {"reruns": [*reruns]}
     for name in _CLIENT_WORDS:
         if value := getattr(task, name):
             words[name] = value
@@ -16328,6 +16351,8 @@ def _whole_task_schema() -> Json:
     for name, description in _CLIENT_WORDS.items():
         properties[name] = string_schema(description)
     properties["failed_steps"] = array_schema(integer_schema("Index of a step that failed"))
+    reruns = "The last tasks that repeat it, the newest first"
+    properties["reruns"] = array_schema({"type": "string"}, description=reruns)
     return object_schema(properties, optional=(*_OPTIONAL_MOMENTS, *_CLIENT_WORDS))
 
 
@@ -17374,7 +17399,8 @@ class TaskApi:
         data = [self._step_json(row, task, names, request, time_format) for row in rows]
         code, message = _task_outcome(task, rows)
         running = [(row.step_index, row.name) for row in rows if row.state == State.RUNNING]
-        whole = {**task_json(task, running, request.base_url, time_format), **task_words(task, rows)}
+        words = task_words(task, rows, self._store.reruns(task))
+        whole = {**task_json(task, running, request.base_url, time_format), **words}
         envelope = {"code": code, "message": message, "data": data, "task": whole}
         state_header = ("X-Task-STATE", STATE_NAMES[State(task.state)])
         return Response(headers=(JSON_TYPE, state_header), body=to_json(envelope).encode())
@@ -18726,20 +18752,41 @@ def _root_schema() -> Json:
     )
 
 
+def _client_json(request: Request) -> Json:
+    return {"label": request.label, "role": request.role.name.lower()}
+
+
+def _client_schema() -> Json:
+    return object_schema(
+        {
+            "label": string_schema("The client that asks, as in the log"),
+            "role": {"enum": [role.name.lower() for role in Role], "description": "What its token may do"},
+        }
+    )
+
+
+def _warning_schema() -> Json:
+    return string_schema("What the operator should know")
+
+
 def _daemon_state_schema() -> Json:
     return object_schema(
         {
+            "version": string_schema("Version of the program"),
+            "client": _client_schema(),
+            "warning": _warning_schema(),
             "host": _host_schema(),
             "process": _process_schema(),
             "pool": schema_reference("Pool"),
             "tasks": _tasks_schema(),
             "store": _store_schema(),
             "root": _root_schema(),
-        }
+        },
+        optional=("warning",),
     )
 
 
-def version_json(program: Build, label: str, role: Role) -> Json:
+def version_json(program: Build, client: Json) -> Json:
     python = {
         "implementation": program.implementation,
         "version": program.python,
@@ -18752,7 +18799,7 @@ def version_json(program: Build, label: str, role: Role) -> Json:
         "commit": program.commit or None,
         "built": program.built,
         "features": [*FEATURES],
-        "client": {"label": label, "role": role.name.lower()},
+        "client": client,
     }
 
 
@@ -18765,12 +18812,7 @@ def _version_schema() -> Json:
             "commit": nullable(string_schema("The git commit, null where it is unknown")),
             "built": string_schema("When it was committed, else when its file was written"),
             "features": array_schema({"type": "string"}, description="What it can beyond the original"),
-            "client": object_schema(
-                {
-                    "label": string_schema("The client that asks, as in the log"),
-                    "role": {"enum": [role.name.lower() for role in Role], "description": "What its token may do"},
-                }
-            ),
+            "client": _client_schema(),
         }
     )
 
@@ -18809,8 +18851,7 @@ def _health_properties() -> Json:
 
 
 def _health_schema() -> Json:
-    warning = string_schema("What the operator should know")
-    return object_schema({**_health_properties(), "warning": warning}, optional=("warning",))
+    return object_schema({**_health_properties(), "warning": _warning_schema()}, optional=("warning",))
 
 
 def _health_response() -> Json:
@@ -18883,27 +18924,28 @@ class OperatorApi:
     def show_index(self, request: Request) -> Response:
         """Return the dashboard for a browser: it is public, since a browser can send a token only from a page."""
         if "text/html" in request.headers.get("accept", ""):
-            return page_response(DASHBOARD_PAGE, DASHBOARD_STYLE, DASHBOARD_SCRIPT)
+            return page_response(request, DASHBOARD_PAGE, DASHBOARD_STYLE, DASHBOARD_SCRIPT)
         if not request.label:
             raise Unauthorized("send `Authorization: Bearer ...` with a token of the daemon (--token_file)")
         return json_response(index_json(request.base_url))
 
     def show_version(self, request: Request) -> Response:
-        return json_response(version_json(build(), request.label, request.role))
+        return json_response(version_json(build(), _client_json(request)))
 
     def show_health(self, request: Request) -> Response:
         """Return the envelope with the members of `data` beside it too, where clients of the original look."""
         health = health_json(request.host, request.peer, time.time_ns())
-        data = health
-        warnings = self._current_warnings()
-        if request.label and warnings:
-            data = {**health, "warning": "; ".join(warnings)}
+        data = {**health, **(self._warning_json() if request.label else {})}
         envelope = {"code": 0, "message": "success", "data": data, **health}
         return Response(headers=(JSON_TYPE,), body=to_json(envelope).encode())
 
     def _current_warnings(self) -> list[str]:
         warnings = [warn() for warn in self._warnings]
         return [warning for warning in warnings if warning]
+
+    def _warning_json(self) -> Json:
+        warnings = self._current_warnings()
+        return {"warning": "; ".join(warnings)} if warnings else {}
 
     def heartbeat(self, _: Request) -> Response:
         return Response()
@@ -18937,13 +18979,17 @@ class OperatorApi:
             families.append(metric(METRIC_PREFIX + name, "gauge", description, value))
         return families
 
-    def show_state(self, _: Request) -> Response:
+    def show_state(self, request: Request) -> Response:
+        """Return all that the dashboard shows of the daemon, so that it asks once."""
         counts = self._store.counts()
         oldest_ns = self._store.oldest_ns()
         oldest = None
         if oldest_ns is not None:
             oldest = format_time(self._clock.wall_times().at(oldest_ns) // _SECOND_NS)
         state = {
+            "version": __version__,
+            "client": _client_json(request),
+            **self._warning_json(),
             "host": _host_json(host_info(), boot_time_s()),
             "process": _process_json(process_stats(), build()),
             "pool": pool_json(self._scheduler.pool()),
@@ -19379,13 +19425,13 @@ class ProfileApi:
     def _instant_route(self, name: str, handle: Callable[[Request], Response]) -> Route:
         return Route("GET", _PPROF_PATH + name, handle, _PROFILES[name], "Profile", ("debug",))
 
-    def show_index(self, _: Request) -> Response:
+    def show_index(self, request: Request) -> Response:
         rows = []
         for name, description in _PROFILES.items():
             level = _INDEX_DEBUG_LEVELS.get(name)
             link = f"{name}?debug={level}" if level else name
             rows.append((link, description))
-        return page_response(profiles_page(rows), API_STYLE, "")
+        return page_response(request, profiles_page(rows), API_STYLE, "")
 
     def show_command_line(self, _: Request) -> Response:
         argv = getattr(sys, "orig_argv", None) or [sys.executable, *sys.argv]  # Python 3.10
@@ -19561,7 +19607,7 @@ def _operation(route: Route) -> Json:
     responses = {success: reference("responses", route.answer)}
     if 416 in route.errors:
         responses["206"] = reference("responses", "PartialFile")
-    if route.answer == "FileOrDirectory":
+    if route.answer in ("FileOrDirectory", "Page", "Index"):
         responses["304"] = reference("responses", "NotModified")
     for status in sorted((*_ERRORS_OF_EVERY_ROUTE, *route.errors)):
         responses[str(status)] = reference("responses", _error_name(status))
@@ -19662,8 +19708,8 @@ class DocumentApi:
         document = api_document([*self._other_routes, *self.routes()], request.forwarded.prefix)
         return Response(headers=(JSON_TYPE,), body=to_json(document).encode())
 
-    def show_page(self, _: Request) -> Response:
-        return page_response(API_PAGE, API_STYLE, API_SCRIPT)
+    def show_page(self, request: Request) -> Response:
+        return page_response(request, API_PAGE, API_STYLE, API_SCRIPT)
 
     def redirect_to_page(self, request: Request) -> Response:
         """Lead to the page by a relative reference, which holds behind a proxy too (RFC 9110, 10.2.2)."""

@@ -2829,6 +2829,7 @@ def test_rerun_of_what_failed_takes_over_the_rest_and_outlives_its_parent(daemon
     answer = rerun(daemon, task, "only=failed&id=build-again&env_vars=kind=second")
     assert (answer.code, answer.data["id"]) == (0, "build-again")
     assert daemon.ended("build-again").json["task"]["parent"] == "build"
+    assert daemon.detail(task).json["task"]["reruns"] == ["build-again"]
     assert rerun(daemon, task, "only=failed&id=build-again&env_vars=kind=second").data == answer.data
     assert rerun(daemon, task, "id=build-again").status == 409
     assert daemon.request("DELETE", f"/api/v1/task/{task}").code == 0
@@ -7111,6 +7112,7 @@ def test_work_for_a_page_a_count_or_a_start_does_not_grow_with_the_records(house
     reads += [store.counts, store.oldest_ns, store.latest_ns, store.last_task_number, store.first_end_ns]
     reads += [store.running_steps, store.unfinished_task_numbers, lambda: store.total(code.Selection())]
     reads.append(lambda: store.expire(1))
+    reads.append(lambda: store.reruns(next(store.tasks([1]))[0]))
 
     def instructions() -> list[int]:
         """Return how many instructions of SQLite's machine each of them takes."""
@@ -9823,7 +9825,9 @@ def test_state_shows_the_daemons_own_figures(launch: Callable[..., Daemon]) -> N
     answer = daemon.get("/api/v1/state")
     assert answer.head == (200, 0, "success")
     parts = answer.data
-    assert set(parts) == {"host", "process", "pool", "tasks", "store", "root"}
+    assert set(parts) == {"version", "client", "host", "process", "pool", "tasks", "store", "root"}
+    version = daemon.get("/version").data
+    assert (parts["version"], parts["client"]) == (version["version"], version["client"])
     assert parts["host"]["name"] and re.fullmatch(LOCAL_TIME, parts["host"]["boot_time"])
     assert daemon.process and (parts["process"]["pid"] == daemon.process.pid or WINDOWS)
     assert 0 < parts["process"]["uptime_s"] < 600 and parts["process"]["rss_bytes"] > 2**20
@@ -10126,6 +10130,8 @@ def test_page_has_no_outside_resource(daemon: Daemon, path: str) -> None:
     outside = rf"(?:src|href)=\"(?!{own})|https?:(?!//www.w3.org/2000/svg)|(?<!http:)//[\w.-]+\.\w|@import|url\("
     assert re.findall(outside, page) == []  # the namespace of SVG is a name, which nobody opens
     assert len(answer.body) < 90_000
+    known = daemon.request("GET", path, headers={"Accept": "text/html", "If-None-Match": answer.headers["ETag"]})
+    assert (known.status, known.body) == (304, b"")
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
     for tag, directive in (("style", "style-src"), ("script", "script-src")):
         text = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[0]
@@ -10575,6 +10581,9 @@ def test_dashboard_shows_attempts_and_repeats_what_failed(board: Board) -> None:
     board.click("Delete", ".file")
     board.click("Delete it", "dialog")
     board.browser.find("document.querySelectorAll('.file:not(.head)').length === 1")
+    again = board.browser.value("location.hash.slice(1)")
+    board.browser("Runtime.evaluate", expression="document.querySelector('main p a').click()")
+    board.text("repeated by " + again)
 
 
 @chromium_only
