@@ -13999,10 +13999,10 @@ html { font-size: clamp(15px, .35vw + 11px, 20px); }
 body { margin: 0; min-height: 100vh; display: flex; flex-direction: column; background: var(--back); color: var(--text);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 body.filled { height: 100dvh; }
-h1, h2, h3, p, dl, dd, ul { margin: 0; padding: 0; font-size: 1rem; }
+h1, h2, h3, p, dl, dd { margin: 0; font-size: 1rem; }
 h2 { font-size: 1.25rem; }
 a { text-decoration: none; }
-a:hover, h2 a { text-decoration: underline; }
+a:hover, h2 a, p a { text-decoration: underline; }
 code, pre, .code { font: var(--code); }
 small, .small, .stats dt, .stats button, .head { font-size: var(--small); }
 .stats small, dt, .head, .empty, .number, .script span::before { color: var(--soft); }
@@ -14032,9 +14032,10 @@ nav a[aria-current="page"] { color: var(--text); font-weight: 600; box-shadow: 0
 main:focus-visible { outline: none; }
 main { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: var(--gap); padding: var(--gap); }
 .panel { border: var(--edge); border-radius: .5rem; }
-.panel > h3 { padding: .5rem var(--gap); border-bottom: var(--edge); }
+.panel > h3 { display: flex; align-items: center; gap: .75rem; min-height: 3.125rem; padding: 0 var(--gap);
+  border-bottom: var(--edge); }
 .pad { padding: var(--gap); }
-.stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); }
+.stats { display: grid; grid: auto / repeat(auto-fit, minmax(9rem, 1fr)); }
 .stats > div { padding: .5rem var(--gap); }
 .stats dd { font-size: 1.25rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
 .stats button { margin-left: .5rem; }
@@ -14042,18 +14043,19 @@ meter { width: 100%; height: .375rem; display: block; }
 
 .list { flex: 1; display: flex; flex-direction: column; overflow: hidden; }
 .list > * { scrollbar-gutter: stable; overflow: hidden; }
-.scroller { flex: 1; overflow: auto; position: relative; overscroll-behavior: contain; }
+.scroller { flex: 1; overflow: auto; overscroll-behavior: contain; }
 .spacer { position: relative; }
 .window { position: absolute; left: 0; right: 0; }
 .row { display: grid; align-items: center; gap: 0 .75rem; height: var(--row); padding: 0 var(--gap);
   border-bottom: var(--edge); font-variant-numeric: tabular-nums; position: relative; }
 .row > .plain { overflow: visible; }
 .list > :first-child { background: var(--box); }
+.window .row:last-child { border: 0; }
 .head { height: var(--head); flex: none; }
 .row:not(.head):hover, .row:focus-within { background: var(--box); }
-.task { grid-template-columns: 8.5rem minmax(8rem, 1fr) 6.5rem 6rem 6rem minmax(0, 1.4fr); }
-.step { grid-template-columns: 8.5rem minmax(8rem, 14rem) minmax(6rem, 1fr) 6rem minmax(0, 16rem); }
-.file { grid-template-columns: minmax(0, 1fr) 6rem 10rem auto; }
+.task { grid: auto / 8.5rem minmax(8rem, 1fr) 6.5rem 6rem 6rem minmax(0, 1.4fr); }
+.step { grid: auto / 8.5rem minmax(8rem, 14rem) minmax(6rem, 1fr) 6rem minmax(0, 16rem); }
+.file { grid: auto / minmax(0, 1fr) 6rem 10rem auto; }
 .row .name { color: var(--text); font-weight: 600; }
 button.name { border: 0; padding: 0; background: none; }
 .panel .panel { border: 0; }
@@ -14080,7 +14082,7 @@ button.name { border: 0; padding: 0; background: none; }
 .axis { display: flex; justify-content: space-between; }
 
 .graph { position: relative; }
-.plane { min-height: 7rem; max-height: 60vh; overflow: auto; cursor: grab; user-select: none; }
+.plane { min-height: 7rem; max-height: 60vh; overflow: auto; cursor: grab; user-select: none; touch-action: pan-x pan-y; }
 .canvas { position: relative; width: max-content; margin: auto; }
 .canvas svg { display: block; }
 .canvas path { fill: none; stroke: var(--soft); stroke-width: 1.25; }
@@ -14089,18 +14091,16 @@ button.name { border: 0; padding: 0; background: none; }
 .node { position: absolute; width: 176px; height: 36px; padding: 0 10px; font-size: 13px; line-height: 33px;
   color: var(--text); background: var(--back); border: 1.5px solid var(--mark); border-radius: 6px; }
 .node.running { border-style: dashed; }
-.facts { display: grid; grid-template-columns: max-content 1fr; gap: .25rem var(--gap); white-space: pre-line; }
+.facts { display: grid; grid: auto / max-content 1fr; gap: .25rem var(--gap); white-space: pre-line; }
 .panel .facts { margin: .5rem var(--gap); }
-.columns { display: grid; grid-template-columns: minmax(0, 1fr); gap: var(--gap); align-items: start; }
-.columns > * { min-width: 0; }
+.columns { display: grid; grid: auto / minmax(0, 1fr); gap: var(--gap); align-items: start; }
 summary { padding: .375rem var(--gap); cursor: pointer; }
 .script { max-height: 24rem; overflow: auto; margin: 0; padding: .5rem 0; counter-reset: line; background: var(--box); }
 .script span { display: block; padding-left: 4.5rem; text-indent: -3.5rem; white-space: pre-wrap; }
 .script span::before { counter-increment: line; content: counter(line); display: inline-block; width: 2.5rem;
   margin-right: 1rem; text-indent: 0; text-align: right; }
 
-.console { flex: 1; min-height: 12rem; overflow: auto; background: var(--box); font: var(--code); position: relative;
-  overflow-anchor: none; }
+.console { flex: 1; min-height: 12rem; overflow: auto; background: var(--box); font: var(--code); overflow-anchor: none; }
 .console .line { display: flex; min-height: 1.5em; white-space: pre; padding-right: 1rem; width: max-content;
   min-width: 100%; }
 .console.wrapped .line { white-space: pre-wrap; width: auto; }
@@ -14115,19 +14115,19 @@ dialog { border: var(--edge); border-radius: .5rem; background: var(--back); col
   width: min(34rem, 92vw); padding: 1.25rem; }
 dialog::backdrop { background: rgb(0 0 0 / .5); }
 dialog form, .form { display: grid; gap: .75rem; }
-.field { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: .25rem var(--gap); align-items: start; }
+.field { display: grid; grid: auto / 7.75rem minmax(0, 1fr); gap: .25rem .5rem; align-items: start; }
 .field > span { padding-top: .25rem; }
 .field > span::first-letter { text-transform: uppercase; }
 .field [aria-invalid="true"] { outline: 2px solid var(--bad); }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: .75rem 2rem; }
+.two { display: grid; grid: auto / repeat(auto-fit, minmax(19rem, 1fr)); gap: .75rem 2rem; }
 .two .wide { grid-column: 1 / -1; }
 #toast { position: fixed; right: 1rem; bottom: 1rem; max-width: min(32rem, 92vw); z-index: 9; }
 #toast p { padding: .5rem var(--gap); border-radius: .375rem; background: var(--text); color: var(--back); }
 
-@media (min-width: 70rem) { .columns.low { grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); } }
+@media (min-width: 70rem) { .columns.low { grid: auto / minmax(0, 3fr) minmax(0, 2fr); } }
 @media (min-width: 120rem) {
-  .columns { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
-  .task { grid-template-columns: 9rem 24rem 10rem 7rem 16rem minmax(0, 1fr); }
+  .columns { grid: auto / minmax(0, 1fr) minmax(0, 1fr); }
+  .task { grid: auto / 9rem 24rem 10rem 7rem 16rem minmax(0, 1fr); }
 }
 @media (max-width: 48rem) {
   :root { --row: 4.5rem; --head: 0rem; --gap: .75rem; }
@@ -14135,24 +14135,27 @@ dialog form, .form { display: grid; gap: .75rem; }
   header nav { order: 9; width: 100%; justify-content: space-between; }
   main { gap: .75rem; }
   [type="search"] { width: 100%; }
-  [role="group"].bar { flex-wrap: nowrap; overflow-x: auto; gap: .5rem; padding: 3px; scrollbar-width: none; }
-  .task { grid-template-columns: auto minmax(0, 1fr) auto; align-content: center; }
-  .task .id { grid-column: 1 / 3; grid-row: 1; }
-  .task .result { grid-column: 1; grid-row: 2; }
-  .task .begun { grid-column: 3; grid-row: 1; color: var(--soft); font-size: var(--small); }
-  .task .length { grid-column: 3; grid-row: 2; text-align: right; }
+  [role="search"] [type="search"] { flex: 1; }
+  [role="group"].bar { order: 1; flex-wrap: nowrap; overflow-x: auto; gap: .5rem; padding: 3px; scrollbar-width: none; }
+  .task { grid: auto / auto minmax(0, 1fr) auto; align-content: center; }
+  .task .id { grid-area: 1 / 1 / auto / 3; }
+  .task .result { grid-area: 2 / 1; }
+  .task .begun { grid-area: 1 / 3; color: var(--soft); font-size: var(--small); }
+  .task .length { grid-area: 2 / 3; text-align: right; }
   .task .steps { display: none; }
-  .task .why { grid-column: 2; grid-row: 2; font-size: var(--small); }
-  .step { grid-template-columns: 8.5rem minmax(0, 1fr) auto; align-content: center; }
-  .step .lane { grid-column: 1 / 4; grid-row: 2; }
-  .step .why, .stats .version { display: none; }
-  .file { grid-template-columns: minmax(0, 1fr) auto; align-content: center; }
-  .stats { grid-template-columns: repeat(3, auto); }
+  .task .why { grid-area: 2 / 2; font-size: var(--small); }
+  .step { grid: auto / 8.5rem minmax(0, 1fr) auto; align-content: center; }
+  .step .why { grid-area: 2 / 2 / auto / 4; font-size: var(--small); }
+  .step .lane { grid-area: 3 / 1 / auto / 4; }
+  .stats .version, .stats .free small { display: none; }
+  .graph .bar { position: static; justify-content: end; padding: .5rem; }
+  .file { grid: auto / minmax(0, 1fr) auto; align-content: center; }
+  .stats { grid: auto / repeat(3, auto); }
   .stats > div { padding: .25rem var(--gap); }
-  .stats > .pool { grid-column: 1 / 4; grid-row: 2; display: flex; gap: var(--gap); align-items: center; }
+  .stats > .pool { grid-area: 2 / 1 / auto / 4; display: flex; gap: var(--gap); align-items: center; }
   .stats dd { font-size: 1rem; }
   .console .number { width: 3.5rem; padding-right: .5rem; }
-  .field { grid-template-columns: minmax(0, 1fr); }
+  .field { grid: auto / minmax(0, 1fr); }
 }
 """
 DASHBOARD_PAGE = r"""<!DOCTYPE html>
@@ -14213,9 +14216,7 @@ const state = {
 };
 let view = null;  // what is shown: { update, keys, close }
 
-class RequestError extends Error {
-  constructor(status, message) { super(message); this.status = status; }
-}
+const requestError = (status, message) => Object.assign(new Error(message), { status });
 
 async function send(path, options = {}) {
   const headers = { ...authorizationHeaders(storedToken()), ...options.headers };
@@ -14223,18 +14224,18 @@ async function send(path, options = {}) {
   try { response = await fetch(path, { ...options, headers }); }
   catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new RequestError(0, "no connection to the daemon");
+    throw requestError(0, "no connection to the daemon");
   }
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
   if (response.status === 401) askForToken(storedToken() ? "Wrong token" : "Token needed");
-  throw new RequestError(response.status, body.message || `the daemon answered ${response.status}`);
+  throw requestError(response.status, body.message || `the daemon answered ${response.status}`);
 }
 
 // The JSON of an answer. What does not exist is an error too, though its status is 200.
 async function ask(path, options) {
   const body = await (await send(path, options)).json();
-  if (body.code === 1003) throw new RequestError(404, body.message);
+  if (body.code === 1003) throw requestError(404, body.message);
   return body;
 }
 
@@ -14250,7 +14251,8 @@ const taskPath = (...parts) => ["api/v1/task", ...parts.map(encodeURIComponent)]
 // -- words
 
 function formatSeconds(seconds) {
-  if (seconds < 10) return seconds.toFixed(seconds < 0.0995 ? 2 : 1) + " s";
+  if (seconds < 0.1) return Math.round(seconds * 1000) + " ms";
+  if (seconds < 10) return seconds.toFixed(1) + " s";
   for (const [unit, word, smaller, part] of [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]])
     if (seconds >= (word === "d" ? 2 : 1) * unit)
       return `${Math.floor(seconds / unit)} ${word} ${Math.floor(seconds % unit / smaller)} ${part}`;
@@ -14283,9 +14285,8 @@ function secondsOf(row) {
 
 function createLength(row) {
   if (!row.started_at) return h("span.soft.length", "–");
-  const element = h("span.length", formatSeconds(secondsOf(row)));
-  if (row.result === "running") { element.classList.add("ticks"); element.row = row; }
-  return element;
+  const element = h(row.result === "running" ? "span.length.ticks" : "span.length", formatSeconds(secondsOf(row)));
+  return Object.assign(element, { row });
 }
 
 function createResult(result, attributes = {}) {
@@ -14350,7 +14351,7 @@ function showDialog(title, parts, accept, isDanger) {
   return new Promise((resolve) => {
     const form = h("form", { method: "dialog" }, h("h2", { id: "dialog-title" }, title), parts);
     const submit = h("button", { class: isDanger ? "danger" : "main" }, accept);
-    form.append(h("p.bar", submit, button("Cancel", () => dialog.close("cancel"))));
+    form.append(h("p.bar", submit, accept === "Close" ? "" : button("Cancel", () => dialog.close())));
     let values = null;
     on(form, "submit", (event) => {
       event.preventDefault();
@@ -14374,8 +14375,7 @@ async function askForToken(title) {
   ], "Use it");
   if (!values) return;
   sessionStorage.setItem(TOKEN_KEY, values.token.trim());
-  localStorage.removeItem(TOKEN_KEY);
-  if (values.keep) localStorage.setItem(TOKEN_KEY, values.token.trim());
+  localStorage[values.keep ? "setItem" : "removeItem"](TOKEN_KEY, values.token.trim());
   if (stream.hasAccess) handlers.reset();
   else stream.run();
 }
@@ -14410,11 +14410,14 @@ class RowList {
     this.window = h("div.window", this.table ? { role: "rowgroup" } : {});
     this.spacer = h("div.spacer", { role: "presentation" }, this.window);
     scroller.append(this.spacer);
-    on(scroller, "scroll", () => this.draw(), { passive: true });
-    this.observer = new ResizeObserver(() => this.draw());
-    this.observer.observe(scroller);
+    on(scroller, "scroll", () => this.draw());
+    on(scroller, "wheel", (event) => {
+      if (this.scale === 1 || event.ctrlKey || event.shiftKey) return;
+      event.preventDefault();  // else a turn of the wheel would go past some pages
+      scroller.scrollTop += event.deltaY / this.scale;
+    }, { passive: false });
+    new ResizeObserver(() => { if (scroller.isConnected) this.draw(); }).observe(scroller);
   }
-  close() { this.observer.disconnect(); }
   // Be as high as the rows are, up to so many.
   fit(max) { this.table.style.height = `calc(${Math.min(this.length, max)} * var(--row) + var(--head) + 2px)`; }
   rowHeight() {
@@ -14430,7 +14433,7 @@ class RowList {
     const total = this.length * height;
     const { scrollTop, clientHeight } = this.scroller;
     this.spacer.style.height = Math.min(total, MAX_HEIGHT) + "px";
-    const scale = total > MAX_HEIGHT ? (total - clientHeight) / (MAX_HEIGHT - clientHeight) : 1;
+    const scale = this.scale = total > MAX_HEIGHT ? (total - clientHeight) / (MAX_HEIGHT - clientHeight) : 1;
     const seen = Math.ceil(clientHeight / height) + 10;
     this.first = Math.max(0, Math.min(Math.floor(scrollTop * scale / height) - 5, this.length - seen));
     const last = Math.min(this.length, this.first + seen);
@@ -14470,10 +14473,9 @@ class RowList {
   }
   focus(index) {
     const height = this.rowHeight();
-    const top = index * height;
-    const { scrollTop, clientHeight } = this.scroller;
-    if (top < scrollTop) this.scroller.scrollTop = top;
-    if (top + height > scrollTop + clientHeight) this.scroller.scrollTop = top + height - clientHeight;
+    const end = index * height - this.scroller.clientHeight;
+    const begin = this.scroller.scrollTop * this.scale;
+    this.scroller.scrollTop = Math.max(end + height, Math.min(begin, index * height)) / this.scale;
     this.draw();
     this.window.querySelector(`[aria-rowindex="${index + 1}"] .name`)?.focus({ preventScroll: true });
   }
@@ -14486,9 +14488,8 @@ function createTable(label, className, titles) {
   const head = h("div", { class: `row head ${className}`, role: "row" },
     ...titles.map((title) => h("span", { role: "columnheader" }, title)));
   const scroller = h("div.scroller", { role: "presentation" });
-  const table = h("div.panel.list", { role: "table", "aria-label": label },
-    h("div", { role: "rowgroup" }, head), scroller);
-  return { table, scroller };
+  h("div.panel.list", { role: "table", "aria-label": label }, h("div", { role: "rowgroup" }, head), scroller);
+  return scroller;
 }
 
 const nameLink = (path, name) => h("a.name", { href: "#" + path, title: name }, name);
@@ -14671,7 +14672,6 @@ function update() {
   if (isScheduled) return;
   isScheduled = true;
   const draw = () => {
-    if (!isScheduled) return;
     isScheduled = false;
     showFrame();
     view.update();
@@ -14698,8 +14698,7 @@ function showFrame() {
   const colour = state.hasFailures ? "%23b42318" : running ? "%230550ae" : "%23116329";
   const icon = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>" +
     `<circle cx='8' cy='8' r='7' fill='${colour}'/></svg>`;
-  const link = byId("icon");
-  if (link.getAttribute("href") !== icon) link.setAttribute("href", icon);
+  if (isNews(byId("icon"), icon)) byId("icon").href = icon;
 }
 
 function show(newView) {
@@ -14724,9 +14723,9 @@ function createOverview() {
   const search = h("input", { type: "search", placeholder: "id, step, reason, who", maxlength: "200",
     "aria-label": "Filter by text", spellcheck: "false", title: "Any part; * is any text (/)" });
   const shown = h("span.push.soft.small", { "aria-live": "polite" });
-  const { table, scroller } = createTable("Tasks", "task", ["Result", "Task", "Begun", "Took", "Steps", "Why"]);
+  const scroller = createTable("Tasks", "task", ["Result", "Task", "Begun", "Took", "Steps", "Why"]);
   const empty = h("p.empty");
-  table.append(empty);
+  scroller.after(empty);
   let timer = 0;
   let isLoading = false;
   let lookUp = 0;
@@ -14782,7 +14781,7 @@ function createOverview() {
     h("span.bar", { role: "group", "aria-label": "Result" }, groups), shown);
   return {
     isFilled: true,
-    elements: [stats, filters, table],
+    elements: [stats, filters, list.table],
     update() {
       showStats(stats);
       for (const one of groups) one.ariaPressed = one.textContent === state.filter.group;
@@ -14798,7 +14797,6 @@ function createOverview() {
       ...list.keys(),
       s: () => withFocused((task) => stop(state.details.get(task.id)?.task || task)), r: () => withFocused(rerunTask),
     },
-    close: () => list.close(),
   };
 }
 
@@ -14953,8 +14951,8 @@ function createTask(id) {
   const heading = h("div.bar");
   const facts = h("p.soft");
   const graph = h("section.panel.graph", { "aria-label": "Graph of the steps" });
-  const { table, scroller } = createTable("Steps", "step", ["Result", "Step", "", "Took", "Why"]);
-  const axis = table.querySelector("[role=columnheader]:nth-child(3)");
+  const scroller = createTable("Steps", "step", ["Result", "Step", "Time", "Took", "Why"]);
+  const axis = scroller.parentElement.querySelector("[role=columnheader]:nth-child(3)");
   axis.classList.add("axis");
   const submitted = h("section.panel", { "aria-label": "What was submitted" });
   const files = h("section.panel", { "aria-label": "Files" });
@@ -15034,7 +15032,7 @@ function createTask(id) {
       colour(steps, UNFINISHED.includes(detail.task.result) ? new Map() : criticalPath(steps));
   }
   return {
-    elements: [heading, facts, h("div.columns", graph, table), h("div.columns.low", submitted, files)],
+    elements: [heading, facts, h("div.columns", graph, list.table), h("div.columns.low", submitted, files)],
     title: () => detail ? titleOf(detail.task.result, id) : id,
     async load() {
       detail = await loadDetail(id);
@@ -15056,7 +15054,6 @@ function createTask(id) {
       s: () => stop(detail.task, detail.steps[list.focused()?.index]),
       r: () => rerunTask(detail.task), u: leave,
     },
-    close: () => list.close(),
   };
 }
 
@@ -15146,7 +15143,7 @@ function drawGraph(panel, id, steps) {
     path.forEach((node, place) => {
       const [x, y] = [left(node), middle(node)];
       const bend = x - LAYER_GAP / 2;
-      line += place ? ` C${bend} ${middle(path[place - 1])} ${bend} ${y} ${x} ${y}` : `M${x} ${y}`;
+      line += place ? ` C${bend} ${middle(path[place - 1])} ${bend} ${y} ${x} ${y}` : `M${x + STEP_WIDTH} ${y}`;
       if (place < path.length - 1) line += ` H${x + STEP_WIDTH}`;
     });
     return createSvg("path", { d: line });
@@ -15173,7 +15170,7 @@ function drawGraph(panel, id, steps) {
 }
 
 // A picture in a part of the page that scrolls: by wheel, touch, arrow keys and by dragging. It is zoomed by buttons,
-// + and -, Ctrl with the wheel or two fingers on a pad; 0 shows all of it.
+// + and -, Ctrl with the wheel or two fingers; 0 shows all of it.
 function createPlane(canvas, width, height) {
   const plane = h("div.plane", { tabindex: "0", role: "group", "aria-label": "Graph" }, canvas);
   let scale = 1;
@@ -15186,11 +15183,22 @@ function createPlane(canvas, width, height) {
     plane.scrollTo(left, top);
   };
   const fit = (min) => zoom(Math.max(min, Math.min(1, plane.clientWidth / width, plane.clientHeight / height)));
-  on(plane, "wheel", (event) => {
-    if (!event.ctrlKey) return;
+  const zoomAt = (event, factor, x, y) => {
     event.preventDefault();
     const { left, top } = plane.getBoundingClientRect();
-    zoom(scale * Math.exp(-event.deltaY / 200), event.clientX - left, event.clientY - top);
+    zoom(scale * factor, x - left, y - top);
+  };
+  on(plane, "wheel", (event) => {
+    if (event.ctrlKey) zoomAt(event, Math.exp(-event.deltaY / 200), event.clientX, event.clientY);
+  }, { passive: false });
+  let apart = 0;  // how far two fingers are
+  on(plane, "touchstart", () => { apart = 0; });
+  on(plane, "touchmove", (event) => {
+    if (event.touches.length !== 2) return;
+    const [one, other] = event.touches;
+    const before = apart;
+    apart = Math.hypot(one.clientX - other.clientX, one.clientY - other.clientY);
+    zoomAt(event, apart / (before || apart), (one.clientX + other.clientX) / 2, (one.clientY + other.clientY) / 2);
   }, { passive: false });
   on(plane, "pointerdown", () => { isDragged = false; });
   on(plane, "pointermove", (event) => {
@@ -15275,12 +15283,11 @@ async function showFiles(panel, id, path) {
         ? button("Delete", () => remove(name), { class: "danger", "aria-label": `Delete ${name}` }) : ""));
   };
   const up = path ? button("Up", () => showFiles(panel, id, path.split("/").slice(0, -1).join("/"))) : "";
-  panel.replaceChildren(h("h3.bar", "Files", h("small.soft.code", path),
+  panel.replaceChildren(h("h3", "Files", h("small.soft.code", path),
     h("span.bar.push", up, isOwn ? button("Upload", () => input.click()) : "", input)));
   if (!entries.length) { panel.append(h("p.pad.soft", problem || "The workspace is empty.")); return; }
-  const { table, scroller } = createTable("Files", "file", ["Name", "Size", "Changed", "Act"]);
-  panel.append(table);
-  const list = new RowList(scroller, createRow, String);
+  const list = new RowList(createTable("Files", "file", ["Name", "Size", "Changed", "Act"]), createRow, String);
+  panel.append(list.table);
   list.setLength(entries.length);
   list.fit(12);
 }
@@ -15637,18 +15644,14 @@ function createConsole(id, place, line) {
   on(scroller, "scroll", () => {
     const isAtEnd = scroller.scrollTop + scroller.clientHeight > scroller.scrollHeight - rowHeight() * 1.5;
     if (isAtEnd !== isFollowing && !isJumping) { isFollowing = isAtEnd; showTools(); }
-  }, { passive: true });
+  });
   function jump() {
     if (!isJumping) return;
     if (output.lines <= target && !output.isComplete) return;
     const row = output.rowOfLine(Math.min(target, output.lines));
     if (row === null) return;
     list.setLength(output.length);
-    const height = rowHeight();
-    const total = output.length * height;
-    const at = Math.max(0, row * height - scroller.clientHeight / 3);
-    scroller.scrollTop = total > MAX_HEIGHT
-      ? at * (MAX_HEIGHT - scroller.clientHeight) / (total - scroller.clientHeight) : at;
+    scroller.scrollTop = (row * rowHeight() - scroller.clientHeight / 3) / list.scale;
     setTimeout(() => { isJumping = false; }, 100);
     list.draw();
   }
@@ -15685,12 +15688,6 @@ function createConsole(id, place, line) {
     if (event.key === "Enter") go(event.shiftKey ? -1 : 1);
     if (event.key === "Escape") { search.value = ""; find(); scroller.focus(); }
   });
-  on(scroller, "wheel", (event) => {
-    const scale = output.length * rowHeight() / MAX_HEIGHT;
-    if (scale <= 1 || event.ctrlKey || event.shiftKey) return;
-    event.preventDefault();  // else a turn of the wheel would go past some pages
-    scroller.scrollTop += event.deltaY / scale;
-  }, { passive: false });
   for (const choice of [streamChoice, attemptChoice]) on(choice, "change", () => open(0));
 
   function showTools() {
@@ -15722,7 +15719,7 @@ function createConsole(id, place, line) {
     async load() {
       const detail = await loadDetail(id);
       step = detail.steps.find((one) => String(one.step) === place) || detail.steps.find((one) => one.name === place);
-      if (!step) throw new RequestError(404, `${id} has no step ${place}`);
+      if (!step) throw requestError(404, `${id} has no step ${place}`);
       place = String(step.step);
       if (!output) {
         const isLong = step.output_bytes > MAX_UNASKED_BYTES && !line;
@@ -15754,7 +15751,6 @@ function createConsole(id, place, line) {
     },
     close() {
       output?.close();
-      list.close();
       finding?.abort();
     },
   };
@@ -15819,7 +15815,7 @@ function createEditor(from) {
     const others = Object.keys(properties).filter((name) => !STEP_FIELDS.includes(name));
     const more = h("details", h("summary", "More"), h("div.two", others.map(create)));
     more.open = others.some((name) => step[name]);
-    const card = h("section.panel", h("h3.bar", h("span"),
+    const card = h("section.panel", h("h3", h("span"),
       button("Remove", () => { card.remove(); check(); }, { class: "push" })),
     h("div.form.pad", h("div.two", STEP_FIELDS.map(create)), more));
     cards.append(card);
