@@ -15184,7 +15184,7 @@ function createPlane(canvas, width, height) {
   };
   const fit = (min) => zoom(Math.max(min, Math.min(1, plane.clientWidth / width, plane.clientHeight / height)));
   const zoomAt = (event, factor, x, y) => {
-    event.preventDefault();
+    if (event.cancelable) event.preventDefault();
     const { left, top } = plane.getBoundingClientRect();
     zoom(scale * factor, x - left, y - top);
   };
@@ -15192,13 +15192,14 @@ function createPlane(canvas, width, height) {
     if (event.ctrlKey) zoomAt(event, Math.exp(-event.deltaY / 200), event.clientX, event.clientY);
   }, { passive: false });
   let apart = 0;  // how far two fingers are
-  on(plane, "touchstart", () => { apart = 0; });
+  const distance = ([one, other]) => Math.hypot(one.clientX - other.clientX, one.clientY - other.clientY);
+  on(plane, "touchstart", ({ touches }) => { if (touches.length === 2) apart = distance(touches); });
   on(plane, "touchmove", (event) => {
-    if (event.touches.length !== 2) return;
     const [one, other] = event.touches;
+    if (event.touches.length !== 2) return;
     const before = apart;
-    apart = Math.hypot(one.clientX - other.clientX, one.clientY - other.clientY);
-    zoomAt(event, apart / (before || apart), (one.clientX + other.clientX) / 2, (one.clientY + other.clientY) / 2);
+    apart = distance(event.touches);
+    zoomAt(event, apart / before, (one.clientX + other.clientX) / 2, (one.clientY + other.clientY) / 2);
   }, { passive: false });
   on(plane, "pointerdown", () => { isDragged = false; });
   on(plane, "pointermove", (event) => {

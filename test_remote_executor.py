@@ -10420,6 +10420,23 @@ def test_dashboard_leads_by_keys_from_the_list_to_a_line(board: Board) -> None:
 
 
 @chromium_only
+def test_dashboard_zooms_a_graph_by_two_fingers_and_not_the_page(board: Board) -> None:
+    task = board.daemon.submit(step(), step())
+    board.browser("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
+    board.open("#" + task)
+    zoom = "document.querySelector('.canvas').style.zoom"
+    before = float(board.browser.find(zoom))
+    place = "(({left, top}) => [left, top])(document.querySelector('.plane').getBoundingClientRect())"
+    left, top = board.browser.value(place)
+    for kind, distance in ("touchStart", 20), ("touchMove", 60), ("touchMove", 100):
+        fingers = [{"x": left + 150 + n * distance, "y": top + 40, "id": n} for n in range(2)]
+        board.browser("Input.dispatchTouchEvent", type=kind, touchPoints=fingers)
+    board.browser("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    board.browser.find(f"{zoom} > {1.5 * before}")
+    assert board.browser.value("visualViewport.scale") == 1
+
+
+@chromium_only
 def test_dashboard_follows_an_output_and_finds_in_it(board: Board, gate: Path) -> None:
     task = board.daemon.submit(step(f'seq 1 5000; while [ ! -e "{gate}" ]; do sleep 0.02; done; echo the last'))
     board.open(f"#{task}/0")
