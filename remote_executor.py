@@ -13654,7 +13654,8 @@ const TOKEN_KEY = "remote_executor token";
 // An element, as hyperscript writes it: a tag with classes, attributes and children, each where there are any.
 function h(name, ...parts) {
   const [tag, ...classes] = name.split(".");
-  const element = document.createElement(tag);
+  const isSvg = ["svg", "path"].includes(tag);
+  const element = isSvg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   if (classes.length) element.className = classes.join(" ");
   for (const part of parts)
     if (part && part.constructor === Object) for (const key in part) element.setAttribute(key, part[key]);
@@ -14045,8 +14046,9 @@ meter { width: 100%; height: .375rem; display: block; }
 .list > * { scrollbar-gutter: stable; overflow: hidden; }
 .scroller { flex: 1; overflow: auto; overscroll-behavior: contain; }
 .spacer { position: relative; }
+.scroller .spacer { line-height: var(--row); }
 .window { position: absolute; left: 0; right: 0; }
-.row { display: grid; align-items: center; gap: 0 .75rem; height: var(--row); padding: 0 var(--gap);
+.row { display: grid; align-items: center; gap: 0 .75rem; height: var(--row); padding: 0 var(--gap); line-height: 1.5;
   border-bottom: var(--edge); font-variant-numeric: tabular-nums; position: relative; }
 .row > .plain { overflow: visible; }
 .list > :first-child { background: var(--box); }
@@ -14420,10 +14422,7 @@ class RowList {
   }
   // Be as high as the rows are, up to so many.
   fit(max) { this.table.style.height = `calc(${Math.min(this.length, max)} * var(--row) + var(--head) + 2px)`; }
-  rowHeight() {
-    const style = getComputedStyle(document.documentElement);
-    return parseFloat(style.getPropertyValue("--row")) * parseFloat(style.fontSize);
-  }
+  rowHeight() { return parseFloat(getComputedStyle(this.spacer).lineHeight); }
   setLength(length) {
     this.length = length;
     this.draw();
@@ -14594,7 +14593,6 @@ const stream = {
       text = parts.pop();
       if (this.lastId) refresh();
       for (const part of parts) this.dispatch(part);
-      update();
       this.rest();
     }
   },
@@ -14608,7 +14606,9 @@ const stream = {
       if (colon > 0) fields[line.slice(0, colon)] = line.slice(colon + 2);
     }
     if (fields.id) this.lastId = fields.id;
-    if (handlers[fields.event]) handlers[fields.event](JSON.parse(fields.data));
+    if (!handlers[fields.event]) return;
+    handlers[fields.event](JSON.parse(fields.data));
+    update();
   },
 };
 
@@ -14715,8 +14715,6 @@ function show(newView) {
 # ======================================================================================================================
 
 _DASHBOARD_OVERVIEW = r"""
-// -- the overview
-
 function createOverview() {
   const stats = h("dl.panel.stats", { "aria-label": "This host" });
   const groups = Object.keys(GROUPS).map((group) => button(group, () => choose({ group })));
@@ -14862,7 +14860,7 @@ function whyOf(task, detail) {
 function showStats(list) {
   if (!state.daemon) return;
   const { pool, daemon } = state;
-  const { disk_free_bytes: free, disk_total_bytes: whole } = daemon.root;
+  const [free, whole] = [daemon.root.disk_free_bytes, daemon.root.disk_total_bytes].map(formatBytes);
   const used = h("meter", { min: 0, max: pool.size, value: pool.running, "aria-label": "Pool in use" });
   if (!isNews(list, pool, free, state.client)) return;
   const entry = (title, ...value) => h("div", { class: title.toLowerCase() }, h("dt", title), h("dd", value));
@@ -14872,7 +14870,7 @@ function showStats(list) {
     entry("Steps waiting", String(pool.waiting)),
     entry("Pool", h("span", { class: pool.paused ? "mark paused" : "" }, poolState),
       may("admin") ? [button("Size", setPoolSize), button(pool.paused ? "Resume" : "Pause", pausePool)] : []),
-    entry("Disk free", formatBytes(free), h("small", ` of ${formatBytes(whole)}`)),
+    entry("Disk free", free, h("small", ` of ${whole}`)),
     entry("Version", daemon.version, h("small", ` ${daemon.host.system}`)),
   );
 }
@@ -14943,8 +14941,6 @@ function deleteTask(task) {
 # ======================================================================================================================
 
 _DASHBOARD_TASK = r"""
-// -- a task
-
 const MAX_GRAPH = 200;  // of more steps a graph tells nothing that the table does not
 
 function createTask(id) {
@@ -15124,13 +15120,6 @@ const LAYER_GAP = 56;
 const ROW_GAP = 50;
 const MARGIN = 24;
 
-function createSvg(tag, attributes, ...children) {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const name in attributes) element.setAttribute(name, attributes[name]);
-  element.append(...children);
-  return element;
-}
-
 // Draw the graph into its panel; the function that is returned shows what has become of the steps.
 function drawGraph(panel, id, steps) {
   const { nodes, edges } = layOut(dependencies(steps));
@@ -15146,7 +15135,7 @@ function drawGraph(panel, id, steps) {
       line += place ? ` C${bend} ${middle(path[place - 1])} ${bend} ${y} ${x} ${y}` : `M${x + STEP_WIDTH} ${y}`;
       if (place < path.length - 1) line += ` H${x + STEP_WIDTH}`;
     });
-    return createSvg("path", { d: line });
+    return h("path", { d: line });
   });
   const boxes = steps.map((step, index) => {
     const box = h("a", { href: `#${id}/${step.step}` });
@@ -15156,7 +15145,7 @@ function drawGraph(panel, id, steps) {
   });
   const width = Math.max(...all.map(left)) + STEP_WIDTH + MARGIN;
   const height = Math.max(...all.map(middle)) + STEP_HEIGHT / 2 + MARGIN;
-  const canvas = h("div.canvas", createSvg("svg", { width, height }, ...curves), boxes);
+  const canvas = h("div.canvas", h("svg", { width, height }, curves), boxes);
   panel.replaceChildren(...createPlane(canvas, width, height));
   return (rows, critical) => {
     rows.forEach((step, index) => {
@@ -15309,9 +15298,8 @@ async function download(path, name) {
 # V API / dashboard console: the output of a step, a new task, keys and addresses
 # ======================================================================================================================
 
+# The output of a step is read once, to know where its lines begin; the page keeps what is seen.
 _DASHBOARD_CONSOLE = r"""
-// -- the console of a step: its output is read once, to know where its lines begin; the page keeps what is seen
-
 const BLOCK_ROWS = 256;
 const MAX_ROW_BYTES = 16384;  // a longer line goes on in the next row
 const MAX_UNASKED_BYTES = 64000000;  // of more the page reads the end alone, until it is asked for all
@@ -15613,9 +15601,8 @@ function createConsole(id, place, line) {
     output.read();
     update();
   }
-  const rowHeight = () => parseFloat(getComputedStyle(scroller).lineHeight);
   const list = new RowList(scroller, createRow, keyOf);
-  list.rowHeight = rowHeight;
+  const rowHeight = () => list.rowHeight();
   function keyOf(index) {
     const row = output.row(index);
     if (!row) return "empty " + index;
@@ -15757,9 +15744,8 @@ function createConsole(id, place, line) {
   };
 }
 """
+# A new task has a card for each step, with the fields that the daemon's document names.
 _DASHBOARD_EDITOR = r"""
-// -- a new task: a card for each step, with the fields that the daemon's document names
-
 const shell = (name, script, ...names) =>
   ({ name, command_type: "sh", command_content: script, depends_on: names });
 const TEMPLATES = {
