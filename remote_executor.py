@@ -14642,13 +14642,14 @@ async function loadView() {
   update();
 }
 
-const PAGE_TASKS = 100;
+const FIRST_TASKS = 60;  // most windows show fewer
+const MORE_TASKS = 200;
 let listing = 0;  // of the last whole list: answers to what was asked before it are dropped
 
 // Load the begin of the list, or what follows the cursor; or add to what is there the newest that it lacks.
 async function loadTasks(cursor, isMerged) {
   const number = cursor || isMerged ? listing : ++listing;
-  const query = new URLSearchParams({ order: "desc", limit: PAGE_TASKS });
+  const query = new URLSearchParams({ order: "desc", limit: cursor ? MORE_TASKS : FIRST_TASKS });
   for (const result of GROUPS[state.filter.group]) query.append("result", result);
   if (state.filter.text) query.set("text", state.filter.text);
   if (cursor) query.set("cursor", cursor);
@@ -14747,7 +14748,7 @@ function createOverview() {
   const seen = (first, last) => {
     clearTimeout(lookUp);
     lookUp = setTimeout(() => loadDetails(state.tasks.slice(first, last)), 150);
-    if (state.next && last > state.tasks.length - PAGE_TASKS / 2 && !isLoading) {
+    if (state.next && last > state.tasks.length - FIRST_TASKS / 2 && !isLoading) {
       isLoading = true;
       loadTasks(state.next).catch(() => {}).finally(() => { isLoading = false; update(); });
     }
