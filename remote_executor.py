@@ -14038,6 +14038,7 @@ main { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: var(-
 .pad { padding: var(--gap); }
 .stats { display: grid; grid: auto / repeat(auto-fit, minmax(9rem, 1fr)); }
 .stats > div { padding: .5rem var(--gap); }
+.stats dt { white-space: nowrap; }
 .stats dd { font-size: 1.25rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
 .stats button { margin-left: .5rem; }
 meter { width: 100%; height: .375rem; display: block; }
@@ -14084,7 +14085,8 @@ button.name { border: 0; padding: 0; background: none; }
 .axis { display: flex; justify-content: space-between; }
 
 .graph { position: relative; }
-.plane { min-height: 7rem; max-height: 60vh; overflow: auto; cursor: grab; user-select: none; touch-action: pan-x pan-y; }
+.plane { min-height: 7rem; max-height: 60vh; overflow: auto; cursor: grab; user-select: none;
+  touch-action: pan-x pan-y; }
 .canvas { position: relative; width: max-content; margin: auto; }
 .canvas svg { display: block; }
 .canvas path { fill: none; stroke: var(--soft); stroke-width: 1.25; }
@@ -14102,7 +14104,8 @@ summary { padding: .375rem var(--gap); cursor: pointer; }
 .script span::before { counter-increment: line; content: counter(line); display: inline-block; width: 2.5rem;
   margin-right: 1rem; text-indent: 0; text-align: right; }
 
-.console { flex: 1; min-height: 12rem; overflow: auto; background: var(--box); font: var(--code); overflow-anchor: none; }
+.console { flex: 1; min-height: 12rem; overflow: auto; background: var(--box); font: var(--code);
+  overflow-anchor: none; }
 .console .line { display: flex; min-height: 1.5em; white-space: pre; padding-right: 1rem; width: max-content;
   min-width: 100%; }
 .console.wrapped .line { white-space: pre-wrap; width: auto; }
@@ -15008,15 +15011,17 @@ function createTask(id) {
       if (may("submit")) acts.push(h("a.button", { href: "#/new/" + id }, "Use as a template"));
       heading.replaceChildren(h("h2", task.id), createResult(task.result), h("span.bar.push", acts));
     }
-    const parts = [count(task.count, "step"), " · "];
+    const why = whyOf(task, detail);
+    const parts = why ? [h("b.mark", why), " · "] : [];
+    parts.push(count(task.count, "step"), " · ");
+    facts.className = "soft " + task.result;
     if (task.started_at) parts.push("took ", createLength(task), " · ");
     parts.push("accepted ", createTime(task.accepted_at));
     if (task.submitted_by) parts.push(` from ${task.submitted_by}`);
-    if (task.result === "stopped") parts.push(" · ", reasonOf(task));
     const link = (other) => h("a", { href: "#" + other }, other);
     if (task.parent) parts.push(" · repeats ", link(task.parent));
     if (task.reruns?.length) parts.push(" · repeated by");
-    for (const other of task.reruns?.slice(0, 5) || []) parts.push(" ", link(other));
+    for (const other of task.reruns?.slice(0, 3) || []) parts.push(" ", link(other));
     if (task.expires_at) parts.push(" · kept for ", formatAge(task.expires_at).replace("in ", ""));
     facts.replaceChildren(...parts);
   }
