@@ -14215,7 +14215,7 @@ const dialog = byId("dialog");
 const connection = byId("connection");
 const state = {
   client: {}, daemon: null, pool: null,
-  tasks: [], next: null, total: 0, filter: { group: "All", text: "" },
+  tasks: [], next: null, total: 0, isListed: false, filter: { group: "All", text: "" },
   details: new Map(),  // of tasks: { task, steps }, as far as they were asked for
   hasFailures: false,
 };
@@ -14320,8 +14320,8 @@ function setText(element, text) {
 
 function isNews(element, ...values) {
   const text = JSON.stringify(values);
-  const isNew = element.dataset.made !== text;
-  element.dataset.made = text;
+  const isNew = element.made !== text;
+  element.made = text;
   return isNew;
 }
 
@@ -14632,15 +14632,17 @@ function refresh() {
 
 async function load() {
   state.details.clear();
-  await Promise.all([loadDaemon(), loadTasks(), loadView()]);
+  state.isListed = false;
+  await loadDaemon();  // with what this client may do
+  await loadView();
   update();
 }
 
 async function loadView() {
   try { await view.load(); }
   catch (error) {
-    if (error.status === 404) main.replaceChildren(h("p.empty", error.message));
-    else say(error.message);
+    if (error.status !== 404) throw error;
+    main.replaceChildren(h("p.empty", error.message));
   }
   update();
 }
@@ -14665,6 +14667,7 @@ async function loadTasks(cursor, isMerged) {
     if (cursor) state.tasks.push(...added);
     else added.forEach(insertTask);
   } else state.tasks = data.tasks;
+  state.isListed = true;
   if (!isMerged) state.next = data.next || null;
   state.total = data.total;
 }
@@ -14787,13 +14790,13 @@ function createOverview() {
     update() {
       showStats(stats);
       for (const one of groups) one.ariaPressed = one.textContent === state.filter.group;
-      setText(shown, state.daemon ? count(state.total, "task") : "loading");
+      setText(shown, state.isListed ? count(state.total, "task") : "loading");
       const isFiltered = state.filter.text || state.filter.group !== "All";
       empty.textContent = isFiltered ? "No task is like this." : "No tasks yet: press n to make one.";
-      empty.hidden = state.tasks.length > 0 || !state.daemon;
+      empty.hidden = state.tasks.length > 0 || !state.isListed;
       list.setLength(state.tasks.length);
     },
-    async load() {},
+    async load() { if (!state.isListed) await loadTasks(); },
     keys: {
       "/": () => search.focus(),
       ...list.keys(),
@@ -15924,7 +15927,7 @@ function route() {
   show(newView);
   for (const link of document.querySelectorAll("nav a"))
     link.ariaCurrent = link.hash && link.hash === (location.hash || "#/") ? "page" : "false";
-  if (state.daemon) loadView();
+  if (state.daemon) loadView().catch((error) => say(error.message));
 }
 
 // No browser sends a token with a link.
