@@ -14215,7 +14215,7 @@ const dialog = byId("dialog");
 const connection = byId("connection");
 const state = {
   client: {}, daemon: null, pool: null,
-  tasks: [], next: null, total: 0, isListed: false, filter: { group: "All", text: "" },
+  tasks: [], next: null, total: 0, filter: { group: "All", text: "" },
   details: new Map(),  // of tasks: { task, steps }, as far as they were asked for
   hasFailures: false,
 };
@@ -14264,7 +14264,8 @@ function formatSeconds(seconds) {
   return Math.floor(seconds) + " s";
 }
 
-const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
+const grouped = (number) => number.toLocaleString("en");
+const count = (number, word) => `${grouped(number)} ${word}${number === 1 ? "" : "s"}`;
 
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 const formatBytes = (bytes) => compact.format(bytes).replace(/[KMBT]?$/, (unit) => ` ${unit.replace("B", "G")}B`);
@@ -14351,7 +14352,7 @@ const field = (text, input) => h("label.field", h("span", text), input);
 
 const leave = () => { location.hash = "#/"; };
 
-// Show a form; the promise is of its values once it is sent, of null when it is left.
+// Show a form; the promise is of its values, of null when it is left.
 function showDialog(title, parts, accept, isDanger) {
   return new Promise((resolve) => {
     const form = h("form", { method: "dialog" }, h("h2", { id: "dialog-title" }, title), parts);
@@ -14416,9 +14417,9 @@ class RowList {
     this.spacer = h("div.spacer", { role: "presentation" }, this.window);
     scroller.append(this.spacer);
     on(scroller, "scroll", () => this.draw());
-    on(scroller, "wheel", (event) => {
+    on(scroller, "wheel", (event) => {  // else a turn of the wheel would go past some pages
       if (this.scale === 1 || event.ctrlKey || event.shiftKey) return;
-      event.preventDefault();  // else a turn of the wheel would go past some pages
+      event.preventDefault();
       scroller.scrollTop += event.deltaY / this.scale;
     }, { passive: false });
     new ResizeObserver(() => { if (scroller.isConnected) this.draw(); }).observe(scroller);
@@ -14692,7 +14693,7 @@ function showFrame() {
   byId("host").textContent = host;
   const { running = 0, paused } = state.pool || {};
   let title = paused ? "pool paused" : running ? `${running} running` : "idle";
-  if (view?.title) title = view.title();
+  if (view.title) title = view.title();
   document.title = `${title} · ${host}`;
   const { label, role } = state.client;
   const client = byId("client");
@@ -14861,7 +14862,7 @@ function whyOf(task, detail) {
   const [failed] = [...having(BAD), ...having(["stopped"])];
   if (failed) return `${failed.name}: ${reasonOf(failed)}`;
   const words = { paused: "held until it is resumed", waiting: task.msg, succeeded: "" };
-  return words[task.result] ?? task.msg.replace(/^execution failed: /, "");
+  return words[task.result] ?? task.msg.replace(/^execution failed: \[?|Step: \d+, Name: |\]$/g, "");
 }
 
 function showStats(list) {
@@ -15015,8 +15016,7 @@ function createTask(id) {
       heading.replaceChildren(h("h2", task.id), createResult(task.result), h("span.bar.push", acts));
     }
     const why = whyOf(task, detail);
-    const parts = why ? [h("b.mark", why), " · "] : [];
-    parts.push(count(task.count, "step"), " · ");
+    const parts = [why && h("b.mark", why), why && " · ", count(task.count, "step"), " · "];
     facts.className = "soft " + task.result;
     if (task.started_at) parts.push("took ", createLength(task), " · ");
     parts.push("accepted ", createTime(task.accepted_at));
@@ -15167,8 +15167,8 @@ function drawGraph(panel, id, steps) {
   };
 }
 
-// A picture in a part of the page that scrolls: by wheel, touch, arrow keys and by dragging. It is zoomed by buttons,
-// + and -, Ctrl with the wheel or two fingers; 0 shows all of it.
+// A picture that scrolls by wheel, touch, arrow keys and dragging, and is zoomed by buttons, + and -, Ctrl with the
+// wheel or two fingers; 0 shows all of it.
 function createPlane(canvas, width, height) {
   const plane = h("div.plane", { tabindex: "0", role: "group", "aria-label": "Graph" }, canvas);
   let scale = 1;
@@ -15196,7 +15196,7 @@ function createPlane(canvas, width, height) {
     const [one, other] = event.touches;
     if (event.touches.length !== 2) return;
     const before = apart;
-    apart = distance(event.touches);
+    apart = distance([one, other]);
     zoomAt(event, apart / before, (one.clientX + other.clientX) / 2, (one.clientY + other.clientY) / 2);
   }, { passive: false });
   on(plane, "pointerdown", () => { isDragged = false; });
@@ -15669,7 +15669,7 @@ function createConsole(id, place, line) {
     if (!text) return;
     try {
       matches = await findLines(output, text, finding.signal,
-        (number) => { found.textContent = `${number.toLocaleString("en")} so far`; });
+        (number) => { found.textContent = `${grouped(number)} so far`; });
       if (matches.length) go(1);
       else found.textContent = "nothing like this";
     } catch (error) { if (error.name !== "AbortError") found.textContent = error.message; }
@@ -15678,7 +15678,7 @@ function createConsole(id, place, line) {
     if (search.value !== text) { find(); return; }
     if (!matches.length) return;
     current = (current + direction + matches.length) % matches.length;
-    found.textContent = `line ${current + 1} of ${matches.length.toLocaleString("en")}`;
+    found.textContent = `line ${current + 1} of ${grouped(matches.length)}`;
     goTo(matches[current]);
   }
   on(search, "keydown", (event) => {
