@@ -14358,13 +14358,12 @@ function showDialog(title, parts, accept, isDanger) {
     const form = h("form", { method: "dialog" }, h("h2", { id: "dialog-title" }, title), parts);
     const submit = h("button", { class: isDanger ? "danger" : "main" }, accept);
     form.append(h("p.bar", submit, accept === "Close" ? "" : button("Cancel", () => dialog.close())));
-    let values = null;
     on(form, "submit", (event) => {
       event.preventDefault();
-      values = Object.fromEntries(new FormData(form));
       dialog.close();
+      resolve(Object.fromEntries(new FormData(form)));
     });
-    on(dialog, "close", () => resolve(values), { once: true });
+    dialog.onclose = () => { if (!dialog.open) resolve(null); };  // not when it tells late of the dialog before
     dialog.replaceChildren(form);
     if (!dialog.open) dialog.showModal();
   });
@@ -15173,6 +15172,7 @@ function createPlane(canvas, width, height) {
   const plane = h("div.plane", { tabindex: "0", role: "group", "aria-label": "Graph" }, canvas);
   let scale = 1;
   let isDragged = false;
+  let shownWidth = 0;
   const zoom = (wanted, x = plane.clientWidth / 2, y = plane.clientHeight / 2) => {
     const factor = Math.max(0.1, Math.min(3, wanted)) / scale;
     const [left, top] = [(plane.scrollLeft + x) * factor - x, (plane.scrollTop + y) * factor - y];
@@ -15214,6 +15214,8 @@ function createPlane(canvas, width, height) {
     if (!event.ctrlKey && !event.metaKey) keys[event.key]?.();
   });
   new ResizeObserver(() => {
+    if (plane.offsetWidth === shownWidth) return;  // a scroll bar alone has come or gone
+    shownWidth = plane.offsetWidth;
     plane.style.height = 16 + height * Math.max(0.7, Math.min(1, plane.clientWidth / width)) + "px";
     fit(0.7);  // so that labels can be read
   }).observe(plane);

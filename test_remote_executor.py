@@ -10155,7 +10155,7 @@ class Browser:
     def __init__(self, place: Path) -> None:
         answers, theirs = os.pipe()
         ours, commands = os.pipe()
-        quiet = ["quic", "gpu", "background-networking", "component-update", "sync"]
+        quiet = ["quic", "smooth-scrolling", "gpu", "background-networking", "component-update", "sync"]
         flags = ["--headless", "--no-sandbox", "--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={place}"]
         self.process = subprocess.Popen(
             [
@@ -10177,10 +10177,26 @@ class Browser:
         self.answers, self.commands = os.fdopen(answers, "rb", 0), os.fdopen(commands, "wb", 0)
         self.numbers, self.buffer, self.events = itertools.count(1), b"", list[Any]()
         self.session: dict[str, str] = {}
-        target = self("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self.open_tab()
+
+    def open_tab(self) -> None:
+        """Opens a tab before the others, and speaks to it from now on."""
+        self.session = {}
+        self.target = self("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self("Target.attachToTarget", targetId=self.target, flatten=True)["sessionId"]}
         for domain in ("Page", "Runtime", "Network", "Log"):
             self(f"{domain}.enable")
+
+    @contextlib.contextmanager
+    def another_tab(self) -> Iterator[None]:
+        """A tab before the present one, which nobody sees meanwhile."""
+        before = self.target, self.session
+        self.open_tab()
+        try:
+            yield
+        finally:
+            self("Target.closeTarget", targetId=self.target)
+            self.target, self.session = before
 
     def __call__(self, method: str, **params: Any) -> Any:
         number = next(self.numbers)
@@ -10335,6 +10351,24 @@ class Board:
             self.browser("Input.dispatchKeyEvent", type="keyDown", key=key, text=key)
             self.browser("Input.dispatchKeyEvent", type="keyUp", key=key)
 
+    def mouse(self, kind: str, x: float, y: float, **more: Any) -> None:
+        self.browser("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
+
+    def drag(self, selector: str, dx: int, dy: int) -> None:
+        """Moves the mouse with its button pressed, from the middle of what the selector names."""
+        x, y = self.box(selector)[:2]
+        button = {"button": "left", "clickCount": 1}
+        self.mouse("mouseMoved", x, y)
+        self.mouse("mousePressed", x, y, **button)
+        if dx or dy:
+            self.mouse("mouseMoved", x + dx, y + dy, button="left", buttons=1)
+        self.mouse("mouseReleased", x + dx, y + dy, **button)
+
+    def box(self, selector: str) -> list[float]:
+        """The middle and the width of an element, as one sees it."""
+        box = f"document.querySelector({selector!r}).getBoundingClientRect()"
+        return self.browser.find(f"(box = {box}, [box.x + box.width / 2, box.y + box.height / 2, box.width])")
+
     def click(self, text: str, place: str = "") -> None:
         places = f"{place} button" if place else "dialog[open] button, main button"
         buttons = f"[...document.querySelectorAll({places!r})]"
@@ -10410,13 +10444,24 @@ def test_dashboard_leads_by_keys_from_the_list_to_a_line(board: Board) -> None:
     board.browser.press("Enter", "\r")
     board.text("exit code 2")
     board.browser.find("['.node', '.lane i'].map(one => document.querySelectorAll(one).length).join() === '2,1'")
-    board.keys("j")
+    board.keys("jjk")
     board.browser.press("Enter", "\r")
     board.text("new", ".console")
     assert board.browser.value("document.querySelector('.console [style*=--c1]').innerText") == "red"
     assert "old" not in board.browser.value("document.querySelector('.console').innerText")
     board.browser("Runtime.evaluate", expression="document.querySelector('.console a').click()")
     board.browser.find(f"location.hash === '#{task}/0/L1' && document.querySelector('.target').innerText.includes('a')")
+    board.keys("u")
+    board.browser.find(f"location.hash === '#{task}' && !!document.querySelector('.node')")
+    board.keys("?")
+    board.text("follow an output", "dialog[open]")
+    board.click("Close")
+    board.keys("r")
+    board.text("all its steps", "dialog[open]")
+    board.click("Run it again")
+    board.text("is accepted", "#toast")
+    board.text("repeats " + task)
+    board.text("exit code 2")
 
 
 @chromium_only
@@ -10448,6 +10493,43 @@ def test_dashboard_follows_an_output_and_finds_in_it(board: Board, gate: Path) -
     board.text("line 1 of 5", "[role=toolbar]")
     board.text("777", ".target")
     board.browser.find("document.querySelectorAll('.console .line').length < 200")
+
+
+@chromium_only
+def test_dashboard_keeps_the_place_in_an_output_that_grows(board: Board, gate: Path) -> None:
+    until_open = f'while [ ! -e "{gate}" ]; do sleep 0.02; done'
+    task = board.daemon.submit(step(f"seq 1 3000; {until_open}; seq 3001 6000; sleep 60"))
+    board.open(f"#{task}/0")
+    board.text("3000", ".console")
+    follow = "[title='Stay at the end (f)']"
+    board.browser.find(f"document.querySelector({follow!r}).ariaPressed === 'true'")
+    x, y, _ = board.box(".console")
+    board.mouse("mouseWheel", x, y, deltaX=0, deltaY=-2000)
+    board.browser.find(f"document.querySelector({follow!r}).ariaPressed === 'false'")
+    seen = f"document.elementFromPoint({x}, {y}).innerText"
+    place = board.browser.value(seen)
+    gate.touch()
+    board.text("6,000 lines", "[role=toolbar]")
+    assert board.browser.value(seen) == place
+    for leave, come_back in ("g", "G"), ("g", "f"):
+        board.keys(leave)
+        board.browser.find("document.querySelector('.console .text').innerText === '1'")
+        board.keys(come_back)
+        board.browser.find("[...document.querySelectorAll('.console .text')].pop().innerText === '6000'")
+    board.browser.find("(at = document.querySelector('.console')).scrollTop + at.clientHeight > at.scrollHeight - 2")
+    board.daemon.put(f"/api/v1/task/{task}")
+
+
+@chromium_only
+def test_dashboard_wraps_long_lines_where_one_asks(board: Board) -> None:
+    task = board.daemon.submit(step("echo short; printf '%09000d\\n' 7; echo last"))
+    board.open(f"#{task}/0")
+    board.text("last", ".console")
+    is_wide = "(at = document.querySelector('.console')).scrollWidth > at.clientWidth + 9"
+    lines = "[...document.querySelectorAll('.console .text')].map(one => one.offsetHeight > 40).join()"
+    for wide, high in ("true", "false,false,false"), ("false", "false,true,false"), ("true", "false,false,false"):
+        board.browser.find(f"{lines} === '{high}' && ({is_wide}) === {wide}")
+        board.keys("w")
 
 
 @chromium_only
@@ -10485,6 +10567,39 @@ def test_dashboard_that_nobody_sees_gives_its_connections_back(board: Board, gat
     board.daemon.put(f"/api/v1/task/{task}")
     board.text("stopped", ".result")
     board.browser.find("!document.querySelector('[role=toolbar]').innerText.includes('live')")
+
+
+@chromium_only
+def test_dashboard_in_six_tabs_leaves_a_connection_to_the_seventh_request(board: Board) -> None:
+    """A browser has six for a host; each tab that is seen holds one, and the others give theirs back."""
+    first = board.browser.target
+    board.open()
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(board.browser.another_tab())
+            board.open()
+        task = board.daemon.submit(step(), paused="true")
+        board.text(task)
+        board.browser("Target.activateTarget", targetId=first)
+    board.text(task)
+    board.text("live", "#connection")
+
+
+@chromium_only
+def test_dashboard_stops_one_step_and_the_others_go_on(board: Board, gate: Path) -> None:
+    task = board.daemon.submit(held(gate, name="hangs"), held(gate, name="goes on"), **{"async": "true"})
+    board.open(f"#{task}/0")
+    board.text("held", ".console")
+    board.keys("s")
+    board.text("Stop hangs?", "dialog[open]")
+    board.browser("Input.insertText", text="it hangs")
+    board.click("Stop it")
+    board.text("hangs is being stopped", "#toast")
+    board.text("stopped by local: it hangs")
+    assert [one["result"] for one in board.daemon.steps(task)] == ["stopped", "running"]
+    board.keys("s")
+    board.text("hangs has ended", "#toast")
+    gate.touch()
 
 
 @chromium_only
@@ -10604,6 +10719,61 @@ def test_dashboard_shows_attempts_and_repeats_what_failed(board: Board) -> None:
 
 
 @chromium_only
+def test_dashboard_marks_what_the_end_of_a_task_waited_for(board: Board, gate: Path) -> None:
+    follows = functools.partial(step, depends_on=["first"])
+    steps = [step(name="first"), follows(name="quick"), held(gate, name="slow", depends_on=["first"])]
+    steps += [step(name="last", depends_on=["quick", "slow"]), follows(name="aside")]
+    task = board.daemon.submit(*steps, **{"async": "true"})
+    board.open("#" + task)
+    board.browser.find("document.querySelectorAll('.node.succeeded').length === 3")
+    assert board.browser.value("document.querySelectorAll('.critical').length") == 0
+    gate.touch()
+    board.browser.find("document.querySelectorAll('.node.succeeded').length === 5")
+    touching = """
+        at = (path, length) => path.getPointAtLength(length).matrixTransform(path.getScreenCTM());
+        near = (box, side, point) => Math.hypot(box[side] - point.x, box.y + box.height / 2 - point.y) < 5;
+        boxes = [...document.querySelectorAll('.node')].map((node) => [node.innerText, node.getBoundingClientRect()]);
+        named = (side, point) => boxes.find(([name, box]) => near(box, side, point))[0].slice(2);
+        [...document.querySelectorAll('.critical')].map((path) =>
+            named('left', at(path, 0)) + ' > ' + named('left', at(path, path.getTotalLength()))).join()
+    """
+    assert board.browser.find(touching) == "first > slow,slow > last"
+
+
+@chromium_only
+def test_dashboard_moves_and_zooms_a_graph_by_mouse_and_keys(board: Board) -> None:
+    steps = [step(name=f"s{n}", depends_on=[f"s{n - 1}"] if n else []) for n in range(12)]
+    task = board.daemon.submit(*steps, **{"async": "true", "paused": "true"})
+    board.open("#" + task)
+    board.browser.find("document.querySelectorAll('.node').length === 12")
+    node = f".node[href='#{task}/2']"
+
+    def changes(action: Callable[[], None]) -> tuple[float, float]:
+        """By how much a node has moved to the right, and how many times wider it has become, once it has changed."""
+        before = board.box(node)
+        action()
+        after = wait_until(lambda: (box := board.box(node)) != before and box, "the node to change")
+        return after[0] - before[0], after[2] / before[2]
+
+    x, y, _ = board.box(".plane")
+    assert changes(lambda: board.drag(node, -90, 0))[0] == pytest.approx(-90, abs=2)
+    assert board.browser.value("location.hash") == "#" + task  # what is dragged is not opened
+    assert changes(lambda: board.mouse("mouseWheel", x, y, deltaX=0, deltaY=-80, modifiers=2))[1] > 1.2
+    board.browser.value("document.querySelector('.plane').focus()")
+    for key, factor in ("+", 1.25), ("-", 0.8):
+        assert changes(lambda key=key: board.keys(key))[1] == pytest.approx(factor, abs=0.02)  # type: ignore[misc]
+    frames = "requestAnimationFrame(() => requestAnimationFrame(() => { settled = true; })); settled = false"
+    for key, is_all in ("0", True), ("+", False), ("0", True):  # and so it stays, though scroll bars come and go
+        assert changes(lambda key=key: board.keys(key))[1] != 1  # type: ignore[misc]
+        board.browser.value(frames)
+        board.browser.find("settled")
+        assert board.browser.value("(at = document.querySelector('.plane')).scrollWidth <= at.clientWidth") is is_all
+    board.drag(node, 0, 0)
+    board.browser.find(f"location.hash === '#{task}/2'")
+    board.daemon.put(f"/api/v1/task/{task}")
+
+
+@chromium_only
 def test_dashboard_pauses_and_resumes_a_task_and_the_pool(board: Board) -> None:
     task = board.daemon.submit(step(), paused="true")
     board.open()
@@ -10620,6 +10790,34 @@ def test_dashboard_pauses_and_resumes_a_task_and_the_pool(board: Board) -> None:
     board.click("Resume")
     board.text("open", ".stats")
     board.text("succeeded", f"[data-id='{task}']")
+
+
+@chromium_only
+def test_dashboard_sets_the_size_of_the_pool(board: Board) -> None:
+    size = board.daemon.get("/api/v1/pool").data["size"]
+    board.open()
+    for wanted in (size + 7, size):
+        board.click("Size")
+        board.fill("size", str(wanted))
+        board.click("Set it")
+        board.text(f"the pool has {wanted} slots", "#toast")
+        board.text(f"of {wanted}", ".stats")
+        assert board.daemon.get("/api/v1/pool").data["size"] == wanted
+
+
+@chromium_only
+def test_dashboard_reddens_its_dot_until_somebody_looks(board: Board) -> None:
+    dot = "/fill='(.*?)'/.exec(document.getElementById('icon').href)[1]"
+    board.open()
+    board.browser.find(f"{dot} === '%23116329'")
+    board.browser("Emulation.setFocusEmulationEnabled", enabled=False)
+    front = board.browser.session
+    with board.browser.another_tab():
+        board.daemon.run(step("exit 1"))
+        other, board.browser.session = board.browser.session, front
+        board.browser.find(f"{dot} === '%23b42318'")
+        board.browser.session = other
+    board.browser.find(f"{dot} === '%23116329'")
 
 
 @chromium_only
