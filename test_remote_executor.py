@@ -10133,6 +10133,7 @@ def test_page_has_no_outside_resource(daemon: Daemon, path: str) -> None:
     known = daemon.request("GET", path, headers={"Accept": "text/html", "If-None-Match": answer.headers["ETag"]})
     assert (known.status, known.body) == (304, b"")
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
+    assert policy.endswith("; form-action 'none'; frame-ancestors 'none'")
     for tag, directive in (("style", "style-src"), ("script", "script-src")):
         text = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[0]
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -10650,7 +10651,24 @@ def test_dashboard_tells_a_wrong_token_from_none(shared_browser: Browser, launch
             browser.press("Enter", "\r")
         browser.find("document.getElementById('connection').textContent === 'live'")
         browser.find("Object.values(sessionStorage).length === 1 && localStorage.length === 0 && !document.cookie")
-        assert not any(token_of(daemon) in json.dumps(one["params"].get("documentURL", "")) for one in browser.events)
+        for is_known in (False, True):  # in another tab: asked for again, and then kept in the browser
+            with browser.another_tab():
+                browser("Page.navigate", url=f"http://localhost:{daemon.port}/")
+                if not is_known:
+                    browser.find("document.querySelector('dialog[open] h2').innerText === 'Token needed'")
+                    browser("Input.insertText", text=token_of(daemon))
+                    browser.value("document.querySelector('dialog [name=keep]').click()")
+                    browser.press("Enter", "\r")
+                browser.find("document.getElementById('connection').textContent === 'live'")
+                assert browser.value("localStorage.length") == 1
+        browser.value("document.getElementById('client').click()")
+        browser.find("document.querySelector('dialog[open] h2').innerText === 'Another token'")
+        browser("Input.insertText", text=token_of(daemon))
+        browser.press("Enter", "\r")
+        browser.find("localStorage.length === 0")
+        sent = [one["params"]["request"] for one in browser.events if one["method"] == "Network.requestWillBeSent"]
+        assert any(token_of(daemon) in json.dumps(request["headers"]) for request in sent)
+        assert not any(token_of(daemon) in request["url"] for request in sent)
     finally:
         browser("Page.navigate", url="about:blank")
         assert daemon.end() == 0
@@ -10837,8 +10855,15 @@ def test_dashboard_offers_what_the_role_of_a_token_allows(shared_browser: Browse
             shared_browser("Page.reload")
             shared_browser.find(f"document.getElementById('client').innerText.startsWith('{role} · ')")
             shared_browser.find("document.querySelector('main').innerText.includes('workspace is empty')")
-            buttons = "[...document.querySelectorAll('main button, main .button')].map(one => one.innerText).join(', ')"
+            buttons = "[...document.querySelectorAll('main :is(button, .button):not([hidden])')]"
+            buttons += ".map(one => one.innerText).join(', ')"
             assert shared_browser.value(buttons) == expected
+            if role == "read":
+                others = {"/": "All, Unfinished, Failed, Stopped, Succeeded"}
+                others["of-submit/0"] = "Previous, Next, Wrap, Follow, Save"
+                for place, shown in others.items():
+                    shared_browser.value(f"location.hash = {place!r}")
+                    shared_browser.find(f"{buttons} === {shown!r} && document.getElementById('new').hidden")
     finally:
         shared_browser("Page.navigate", url="about:blank")
         assert status_of(roles, "admin", "PUT", "/api/v1/task/of-submit") == 200
@@ -10856,19 +10881,31 @@ XSS = (
 
 @chromium_only
 def test_dashboard_shows_markup_of_a_task_as_text(board: Board) -> None:
-    script = "print({!r}); open('<img src=x onerror=hacked=1>', 'w').close(); exit(2)"
-    steps = [python(script.format(text), name=text, env_vars=[f"A={text}"]) for text in XSS]
+    files = [text for text in XSS if "/" not in text]
+    script = f"for text in {XSS}: print(text)\nfor name in {files}: open(name, 'w').close()\nexit(2)"
+    steps = [python(script, name=text, env_vars=[f"A={text}"]) for text in XSS]
     task = board.daemon.submit(*steps, **{"async": "true", "env_vars": f"B={XSS[1]}"})
     board.daemon.ended(task)
-    places = {"#/": XSS[0], f"#{task}": "onerror=hacked", f"#{task}/1": XSS[1], f"#/new/{task}": "New task"}
+    open_all = "document.querySelectorAll('details').forEach((one) => { one.open = true; })"
+    places = {"#/": XSS[:1], f"#{task}": (*XSS, f"A={XSS[5]}", f"B={XSS[1]}", files[2], "for text"), f"#{task}/1": XSS}
+    places[f"#/new/{task}"] = ("Remove",)
     for place, shown in places.items():
         board.open(place)
-        board.text(shown)
+        for text in shown:
+            board.browser.find(f"({open_all}, document.querySelector('main').innerText.includes({text!r}))")
+        if place == f"#{task}/1":
+            board.keys("/" + XSS[1])
+            board.browser.press("Enter", "\r")
+            board.browser.find(f"document.querySelector('mark').innerText === {XSS[1]!r}")
+        if "new" in place:
+            board.fill("id", XSS[1])
+            board.text(f"invalid id '{XSS[1]}'")
         board.browser.find("document.querySelectorAll('script').length === 1 && window.hacked === undefined")
-        assert board.browser.value("document.querySelectorAll('main img, main script, main style').length") == 0
+        assert board.browser.value("document.querySelectorAll('main :is(img, script, style, [onload])').length") == 0
     for text in XSS:
-        board.open("#" + urllib.parse.quote(text) + "/" + urllib.parse.quote(text))
-        board.browser.find("document.querySelector('main').innerText.length > 0 && window.hacked === undefined")
+        board.browser.value(f"location.hash = encodeURIComponent({text!r}) + '/' + encodeURIComponent({text!r})")
+        board.browser.find(f"view.id === {text!r} && document.querySelector('main .empty').innerText.length > 0")
+        assert board.browser.value("window.hacked === undefined")
 
 
 @chromium_only
@@ -10888,6 +10925,25 @@ def test_dashboard_shows_markup_of_a_client_as_text(
         board.text(f"stopped by {XSS[1]}: {XSS[0]}")
         board.browser.find("document.querySelectorAll('img, script').length === 1 && window.hacked === undefined")
     board.browser("Page.navigate", url="about:blank")
+
+
+@chromium_only
+def test_dashboard_is_of_no_use_to_a_page_of_another_site(board: Board) -> None:
+    there, total = f"http://localhost:{board.daemon.port}", board.daemon.get("/api/v1/task").data["total"]
+    post = f"fetch('{there}/api/v1/task', {{method: 'POST', mode: 'no-cors', body: '{json.dumps([step()])}'}})"
+    page = f"<link rel=icon href=data:,><iframe src='{there}/'></iframe><script src='{there}/api/v1/pool'></script>"
+    page += f"<script>{post}.finally(() => {{ done = 1; }})</script>"
+    with socket.create_server(("127.0.0.1", 0)) as site:
+        board.browser.value(f"location = 'http://127.0.0.1:{site.getsockname()[1]}/'")
+        link = site.accept()[0]
+        link.recv(65536)
+        link.sendall(f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n{page}".encode())
+        link.close()
+        board.browser.find("done && document.readyState === 'complete'")
+    heard = [one["params"] for one in board.browser.events if one["method"] == "Network.responseReceivedExtraInfo"]
+    assert [one["statusCode"] for one in heard if "Date" in one["headers"]] == [403, 403, 403]
+    assert board.daemon.get("/api/v1/task").data["total"] == total
+    board.browser.events.clear()  # which tell of the refusals
 
 
 @chromium_only
