@@ -14277,11 +14277,9 @@ function formatAge(moment) {
   return seconds < 0 ? `in ${number} ${word}` : `${number} ${word} ago`;
 }
 
-const exactMoment = (moment) => new Date(moment).toLocaleString();
-
 function createTime(moment) {
   if (!moment) return h("span.soft", "–");
-  return h("time", { datetime: moment, title: exactMoment(moment) }, formatAge(moment));
+  return h("time", { datetime: moment, title: new Date(moment).toLocaleString() }, formatAge(moment));
 }
 
 function secondsOf(row) {
@@ -14363,7 +14361,7 @@ function showDialog(title, parts, accept, isDanger) {
       dialog.close();
       resolve(Object.fromEntries(new FormData(form)));
     });
-    dialog.onclose = () => { if (!dialog.open) resolve(null); };  // not when it tells late of the dialog before
+    dialog.onclose = () => dialog.open || resolve(null);  // open: it was told late of the one before
     dialog.replaceChildren(form);
     if (!dialog.open) dialog.showModal();
   });
@@ -14980,7 +14978,7 @@ function createTask(id) {
   function createBar(step) {
     if (!step.started_at || isOfParent(step)) return "";
     const [begin, end] = span;
-    const bar = h("i", { class: step.result, title: exactMoment(step.started_at) });
+    const bar = h("i", { class: step.result, title: new Date(step.started_at).toLocaleString() });
     const started = Date.parse(step.started_at);
     bar.style.left = 100 * (started - begin) / (end - begin) + "%";
     bar.style.width = 100 * Math.min(secondsOf(step) * 1000, end - started) / (end - begin) + "%";
@@ -15172,7 +15170,7 @@ function createPlane(canvas, width, height) {
   const plane = h("div.plane", { tabindex: "0", role: "group", "aria-label": "Graph" }, canvas);
   let scale = 1;
   let isDragged = false;
-  let shownWidth = 0;
+  let shownWidth;
   const zoom = (wanted, x = plane.clientWidth / 2, y = plane.clientHeight / 2) => {
     const factor = Math.max(0.1, Math.min(3, wanted)) / scale;
     const [left, top] = [(plane.scrollLeft + x) * factor - x, (plane.scrollTop + y) * factor - y];
@@ -15214,7 +15212,7 @@ function createPlane(canvas, width, height) {
     if (!event.ctrlKey && !event.metaKey) keys[event.key]?.();
   });
   new ResizeObserver(() => {
-    if (plane.offsetWidth === shownWidth) return;  // a scroll bar alone has come or gone
+    if (plane.offsetWidth === shownWidth) return;  // for a scroll bar
     shownWidth = plane.offsetWidth;
     plane.style.height = 16 + height * Math.max(0.7, Math.min(1, plane.clientWidth / width)) + "px";
     fit(0.7);  // so that labels can be read
@@ -15549,10 +15547,9 @@ function terminalNodes(text) {
   const nodes = [];
   let run = "";
   for (let at = 0; at < cells.length; at++) {
-    const { character, style } = cells[at] || { character: " ", style: null };
+    const { character, style } = cells[at] || { character: " " };
     run += character;
-    const following = cells[at + 1] ? cells[at + 1].style : null;
-    if (at + 1 < cells.length && following === style) continue;
+    if (at + 1 < cells.length && cells[at + 1]?.style === style) continue;
     nodes.push(style && Object.keys(style).length ? styledSpan(run, style) : run);
     run = "";
   }
