@@ -14403,7 +14403,7 @@ async function act({ question, explanation, accept, isDanger, input, run, done }
 
 // -- a list of any length, of which the page holds what is seen
 
-const MAX_HEIGHT = 8000000;  // browsers lay out nothing beyond some 30 million pixels
+const MAX_HEIGHT = 8e6;  // browsers lay out nothing beyond some 30 million pixels
 
 class RowList {
   // `createRow(index)` makes a row, `key(index)` is a value that changes with what the row shows.
@@ -14660,7 +14660,7 @@ async function loadTasks(cursor, isMerged) {
   if (number !== listing) return;
   data.tasks.forEach(received);
   if (cursor || isMerged) {
-    const ids = new Set(state.tasks.map((task) => task.id));
+    const ids = new Set(state.tasks.slice(cursor ? -PAGE_TASKS : 0).map((task) => task.id));
     const added = data.tasks.filter((task) => !ids.has(task.id));
     if (cursor) state.tasks.push(...added);
     else added.forEach(insertTask);
@@ -15311,10 +15311,10 @@ async function download(path, name) {
 _DASHBOARD_CONSOLE = r"""
 const BLOCK_ROWS = 256;
 const MAX_ROW_BYTES = 16384;  // a longer line goes on in the next row
-const MAX_UNASKED_BYTES = 64000000;  // of more the page reads the end alone, until it is asked for all
-const TAIL_BYTES = 4000000;
+const MAX_UNASKED_BYTES = 64e6;  // of more the page reads the end alone, until asked for all
+const TAIL_BYTES = 4e6;
 const KEPT_BLOCKS = 16;
-const MAX_FOUND = 100000;
+const MAX_FOUND = 1e5;
 
 // Cuts bytes into rows as they come. `onRow(end, endsLine)` is told the offset behind each row.
 class RowSplitter {
@@ -15468,7 +15468,7 @@ async function findLines(output, text, signal, progress) {
     const lines = (rest + value).split("\n");
     rest = done ? "" : lines.pop();
     for (const part of lines) { look(part); line++; }
-    if (rest.length > 4000000) { look(rest); rest = rest.slice(-wanted.length); }
+    if (rest.length > 4e6) { look(rest); rest = rest.slice(-wanted.length); }
     if (done) return found;
     progress(found.length);
   }

@@ -10985,31 +10985,39 @@ def test_dashboard_fits_a_phone_and_a_wall(
 
 
 @chromium_only
-@pytest.mark.slow  # 10,000 submissions, and 300 MB to be written
+@pytest.mark.slow  # 100,000 records to be scrolled through, and 1 GB to be written
 def test_dashboard_stays_quick_with_very_much(shared_browser: Browser, launch: Callable[..., Daemon]) -> None:
     board = Board(shared_browser, launch())
+    board.daemon.end()
+    with contextlib.closing(sqlite3.connect(board.daemon.root / "remote_executor.db")) as db:
+        add_records(db, 1, 100_000)
+    board.daemon.start()
+    watch = "new PerformanceObserver((list) => blocks.push(...list.getEntries().map((one) => one.duration)))"
     with contextlib.ExitStack() as stack:
-        stack.callback(board.daemon.end)  # else the fixture would stop each task first
-        big = board.daemon.submit(step("seq 1 38000000 | head -c 300000000"))
+        stack.callback(board.daemon.end)  # else the fixture would list all tasks
+        big = board.daemon.submit(step("yes $(printf '%079d' 7) | head -c 1000000000"))
         steps = [step(name=f"s{n}", depends_on=[f"s{(n - 1) // 3}"] if n else []) for n in range(5000)]
         graph = board.daemon.submit(*steps, **{"async": "true", "paused": "true"})
-        with concurrent.futures.ThreadPoolExecutor(8) as threads:
-            list(threads.map(lambda _: board.daemon.submit(step(), paused="true"), range(10_000)))
         board.daemon.ended(big)
         assert seconds(board.open) < 5
-        board.text("10,002 tasks")
-        board.browser.find("state.next === null || !(document.querySelector('.scroller').scrollTop = 1e9)")
-        assert board.browser.value("state.tasks.length") == 10_002
+        board.text("100,002 tasks")
+        board.browser.value(f"blocks = []; {watch}.observe({{type: 'longtask'}})")
+        board.browser.value("timer = setInterval(() => { document.querySelector('.scroller').scrollTop = 1e9; }, 20)")
+        wait_until(lambda: board.browser.value("state.next === null"), "the end of the list", 600)
+        board.browser.value("clearInterval(timer)")
+        assert board.browser.value("state.tasks.length") == 100_002
         board.browser.find("document.querySelectorAll('.row').length < 100")
+        assert board.browser.value("blocks.filter((ms) => ms > 100).length") < 5  # of 1,000 pages
         board.open("#" + graph)
         board.browser.find("document.querySelectorAll('.row.step').length > 5")
         board.browser.find("document.querySelector('.graph').hidden")
         board.open(f"#{big}/0")
         board.text("the end", "[role=toolbar]")
-        board.open(f"#{big}/0/L20000000")
-        board.text("20000000", ".target")
+        board.open(f"#{big}/0/L12000000")
+        board.text("12000000", ".target")
+        board.text("12,500,000 lines · 1 GB", "[role=toolbar]")
         board.browser("HeapProfiler.collectGarbage")
-        board.browser.find("document.querySelectorAll('*').length < 1000 && performance.memory.usedJSHeapSize < 5e7")
+        board.browser.find("document.querySelectorAll('*').length < 1000 && performance.memory.usedJSHeapSize < 1e7")
         shared_browser("Page.navigate", url="about:blank")
 
 
@@ -15234,6 +15242,38 @@ def test_bench_line_to_follower(table: list[Row], launch: Callable[..., Daemon])
     p99 = sorted(late_ms)[len(late_ms) * 99 // 100]
     assert len(late_ms) == 600
     record_more(table, "line to its follower, p99", p99, 0, "ms", 150)
+
+
+@bench
+@chromium_only
+def test_bench_event_to_the_dashboard(table: list[Row], shared_browser: Browser, launch: Callable[..., Daemon]) -> None:
+    board = Board(shared_browser, launch())
+    board.open()
+    now = "performance.timeOrigin + performance.now()"
+    look = f"() => document.querySelectorAll('.row.task').forEach(({{ dataset }}) => {{ shown[dataset.id] ||= {now}; }})"
+    board.browser.value(f"shown = {{}}; new MutationObserver({look}).observe(main, {{childList: true, subtree: true}})")
+
+    def arrival_ms(link: socket.socket, task: str) -> float:
+        received = b""
+        while task.encode() not in received:
+            received += link.recv(65536)
+        return 1000 * time.time()
+
+    here, bare = [], []
+    link = socket.create_connection(("127.0.0.1", board.daemon.port), 60)
+    with contextlib.closing(link), concurrent.futures.ThreadPoolExecutor(1) as thread:
+        link.sendall(b"GET /api/v1/event HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for number in range(rounds(100)):
+            arrival = thread.submit(arrival_ms, link, f"t{number}.")
+            begin_ms = 1000 * time.time()
+            board.daemon.submit(step(), id=f"t{number}.x", paused="true")
+            bare.append(arrival.result() - begin_ms)
+            here.append(board.browser.find(f"shown['t{number}.x']") - begin_ms)
+    shared_browser("Page.navigate", url="about:blank")
+    for percent in (50, 99):
+        rank = len(here) * percent // 100
+        name = f"event to the dashboard, p{percent} (bare: to a socket)"
+        record_more(table, name, sorted(here)[rank], sorted(bare)[rank], "ms", 300)
 
 
 @bench
