@@ -15250,8 +15250,9 @@ def test_bench_event_to_the_dashboard(table: list[Row], shared_browser: Browser,
     board = Board(shared_browser, launch())
     board.open()
     now = "performance.timeOrigin + performance.now()"
-    look = f"() => document.querySelectorAll('.row.task').forEach(({{ dataset }}) => {{ shown[dataset.id] ||= {now}; }})"
-    board.browser.value(f"shown = {{}}; new MutationObserver({look}).observe(main, {{childList: true, subtree: true}})")
+    look = f"document.querySelectorAll('.row.task').forEach(({{ dataset }}) => {{ shown[dataset.id] ||= {now}; }})"
+    board.browser.value(f"shown = {{}}; observer = new MutationObserver(() => {look})")
+    board.browser.value("observer.observe(main, {childList: true, subtree: true})")
 
     def arrival_ms(link: socket.socket, task: str) -> float:
         received = b""
