@@ -14361,7 +14361,7 @@ function showDialog(title, parts, accept, isDanger) {
       dialog.close();
       resolve(Object.fromEntries(new FormData(form)));
     });
-    dialog.onclose = () => dialog.open || resolve(null);  // open: it was told late of the one before
+    dialog.onclose = () => dialog.open || resolve(null);  // open: the one before was closed
     dialog.replaceChildren(form);
     if (!dialog.open) dialog.showModal();
   });
@@ -14403,7 +14403,7 @@ async function act({ question, explanation, accept, isDanger, input, run, done }
 
 // -- a list of any length, of which the page holds what is seen
 
-const MAX_HEIGHT = 8e6;  // browsers lay out nothing beyond some 30 million pixels
+const MAX_HEIGHT = 8e6;  // browsers lay out no more than 30 million pixels
 
 class RowList {
   // `createRow(index)` makes a row, `key(index)` is a value that changes with what the row shows.
@@ -14660,7 +14660,7 @@ async function loadTasks(cursor, isMerged) {
   if (number !== listing) return;
   data.tasks.forEach(received);
   if (cursor || isMerged) {
-    const ids = new Set(state.tasks.slice(cursor ? -PAGE_TASKS : 0).map((task) => task.id));
+    const ids = new Set(state.tasks.slice(cursor ? -MORE_TASKS : 0).map((task) => task.id));
     const added = data.tasks.filter((task) => !ids.has(task.id));
     if (cursor) state.tasks.push(...added);
     else added.forEach(insertTask);
@@ -15311,7 +15311,7 @@ async function download(path, name) {
 _DASHBOARD_CONSOLE = r"""
 const BLOCK_ROWS = 256;
 const MAX_ROW_BYTES = 16384;  // a longer line goes on in the next row
-const MAX_UNASKED_BYTES = 64e6;  // of more the page reads the end alone, until asked for all
+const MAX_UNASKED_BYTES = 64e6;  // of more only the end is read, until asked for all
 const TAIL_BYTES = 4e6;
 const KEPT_BLOCKS = 16;
 const MAX_FOUND = 1e5;
