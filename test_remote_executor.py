@@ -10929,22 +10929,26 @@ def test_dashboard_shows_markup_of_a_client_as_text(
 
 
 @chromium_only
-def test_dashboard_is_of_no_use_to_a_page_of_another_site(board: Board) -> None:
-    there, total = f"http://localhost:{board.daemon.port}", board.daemon.get("/api/v1/task").data["total"]
+def test_dashboard_is_of_no_use_to_a_page_of_another_site(shared_browser: Browser, daemon: Daemon) -> None:
+    there, total = f"http://localhost:{daemon.port}", daemon.get("/api/v1/task").data["total"]
     post = f"fetch('{there}/api/v1/task', {{method: 'POST', mode: 'no-cors', body: '{json.dumps([step()])}'}})"
     page = f"<link rel=icon href=data:,><iframe src='{there}/'></iframe><script src='{there}/api/v1/pool'></script>"
     page += f"<script>{post}.finally(() => {{ done = 1; }})</script>"
     with socket.create_server(("127.0.0.1", 0)) as site:
-        board.browser.value(f"location = 'http://127.0.0.1:{site.getsockname()[1]}/'")
+        shared_browser.value(f"location = 'http://127.0.0.1:{site.getsockname()[1]}/'")
         link = site.accept()[0]
         link.recv(65536)
         link.sendall(f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n{page}".encode())
         link.close()
-        board.browser.find("done && document.readyState === 'complete'")
-    heard = [one["params"] for one in board.browser.events if one["method"] == "Network.responseReceivedExtraInfo"]
-    assert [one["statusCode"] for one in heard if "Date" in one["headers"]] == [403, 403, 403]
-    assert board.daemon.get("/api/v1/task").data["total"] == total
-    board.browser.events.clear()  # which tell of the refusals
+        shared_browser.find("done && document.readyState === 'complete'")
+    events = [(one["method"], one["params"]) for one in shared_browser.events]
+    foreign = {"Sec-Fetch-Site": "cross-site", "Host": there[len("http://") :]}.items()
+    sent = [one for method, one in events if method == "Network.requestWillBeSentExtraInfo"]
+    asked = [one["requestId"] for one in sent if foreign <= one["headers"].items()]
+    received = [one for method, one in events if method == "Network.responseReceivedExtraInfo"]
+    assert [one["statusCode"] for one in received if one["requestId"] in asked] == [403, 403, 403]
+    assert daemon.get("/api/v1/task").data["total"] == total
+    shared_browser("Page.navigate", url="about:blank")
 
 
 @chromium_only
