@@ -7774,6 +7774,7 @@ class StepDirectory:
     ) -> str:
         """Make the directory with the script and these other files in it; return the script's path.
 
+        The task's own is there already.
         Only the outputs of earlier attempts stay in it. Raises OSError; then a later call begins anew.
         """
         files = {name: content, **others}
@@ -7781,10 +7782,6 @@ class StepDirectory:
             self._tasks.make(*self._names, content=files, may_exist=True)
             return os.path.join(self.path, name)
         try:
-            self._tasks.make(*self._names, content=files)
-        except FileNotFoundError:
-            with contextlib.suppress(FileExistsError):  # a parallel step did
-                self._tasks.make(self._names[0])
             self._tasks.make(*self._names, content=files)
         except FileExistsError:  # an earlier attempt made it, which did not start the step; or another step of the task
             is_removed = self._tasks.remove(*self._names)  # unless a crash left a process of Windows suspended in it
@@ -9517,7 +9514,7 @@ _FINAL = (Phase.ENDED, Phase.SKIPPED)
 _CLEANUP_TIMEOUT_NS = 60 * _SECOND_NS  # of a step that runs although its task is stopped, unless it has one of its own
 _START_RETRY_S = 0.5  # between attempts where the host lacks what a start needs
 _SCARCITY_S = 5.0  # after this time without a failed start the host lacks nothing any more
-_NUMBERS_AHEAD = 1000  # of tasks to come, whose directories are looked for at once
+_NUMBERS_AHEAD = 100  # of tasks to come, whose directories are looked for at once: half a millisecond
 _JOIN_TIMEOUT_S = 1.5  # that an exit waits for threads, which the process ends anyway
 
 
@@ -10729,13 +10726,13 @@ class Runner:
         others = dict(self._processes.initial_files)
         if script.stdin:
             others["stdin"] = binascii.a2b_base64(script.stdin)
+        workspace = self._make_workspace(step)
         file = self.directory(step).prepare(
             name,
             content,
             others,
             step.attempt,
         )
-        workspace = self._make_workspace(step)
         entries = (*script_environment(script.command_type), *script.env)
         env = self._environment(step, entries, workspace)
         path = variable(env, "PATH", self._path)
@@ -10761,8 +10758,9 @@ class Runner:
         workspace = os.path.join(self._files.path, *names)
         if is_real_directory(workspace):
             return workspace
-        with contextlib.suppress(FileExistsError):  # a parallel step did
-            self._files.make(*names)
+        for count in (1, 2):
+            with contextlib.suppress(FileExistsError):  # an earlier or a parallel step did
+                self._files.make(*names[:count])
         if not is_real_directory(workspace):
             raise LaunchError("could not start: an earlier step has replaced the workspace by something else")
         return workspace

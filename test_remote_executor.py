@@ -2080,6 +2080,7 @@ def test_output_is_the_same_while_the_next_attempt_is_prepared(tmp_path: Path) -
     program = module()
     tasks = program.SafeDirectory(str(tmp_path))
     tasks.open()
+    tasks.make("1")
     directory = program.StepDirectory(tasks, 1, 0)
     directory.prepare("script", b"", {"output": b"out 1", "stderr": b"err 1"})
     with directory.open_output("stdout", 1, 1) as held:  # on Windows too it does not hinder that
@@ -2954,6 +2955,7 @@ def test_codes_of_a_failed_task_never_sum_to_0(daemon: Daemon) -> None:
 
 def test_result_of_a_wrapper_is_unsigned(tmp_path: Path) -> None:
     program = module()
+    (tmp_path / "1").mkdir()
     directory = program.StepDirectory(program.SafeDirectory(str(tmp_path)), 1, 0)
     directory.prepare("script", b"", {"rc": b"-1073741819\r\n"})
     assert directory.exit_code() == 0xC000_0005
@@ -3913,6 +3915,7 @@ def test_files_of_a_step_that_others_hold_when_it_starts_are_waited_for(tmp_path
 @windows_only
 def test_files_of_a_step_that_others_hold_are_read_after_it(tmp_path: Path) -> None:
     program = module()
+    (tmp_path / "1").mkdir()
     directory = program.StepDirectory(program.SafeDirectory(str(tmp_path)), 1, 0)
     directory.prepare("script", b"", {"rc": b"3\r\n", "output": b"x", "pid": b"1 2 Global\\x\nstarted\n"})
     place = Path(directory.path)
