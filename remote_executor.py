@@ -730,7 +730,7 @@ class _BoundedEvent(threading.Event):
 # All modules written in Python that a function here imports, or one of the standard library that we call.
 _LAZY_IMPORTS = [
     *("base64", "encodings.idna", "getpass", "gzip", "hashlib"),
-    *("secrets", "ssl", "tracemalloc", "urllib.request", "uuid"),
+    *("secrets", "ssl", "tracemalloc", "urllib.request"),
 ]
 
 
@@ -7102,12 +7102,17 @@ def _parse_query(query: Pairs, unknown: _UnknownNames) -> dict[str, tuple[str, s
     return parameters
 
 
+def _new_uuid() -> str:
+    """Return a random UUID (RFC 9562, version 4); to import `uuid`, and `platform` with it, takes 3 ms and 0.2 MB."""
+    digits = os.urandom(16).hex()
+    variant = "89ab"[int(digits[16], 16) % 4]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
+
+
 def _parse_task_id(text: str) -> str:
     """Return a valid task id, a new UUID where none is given."""
     if not text:
-        import uuid
-
-        return str(uuid.uuid4())
+        return _new_uuid()
     if not ID_PATTERN.fullmatch(text) or _WINDOWS_DEVICE.fullmatch(text):
         raise BadRequest(
             f"invalid id {text!r}: use 1 to 64 of A-Z a-z 0-9 . _ -, starting with a letter or digit, "
