@@ -2080,6 +2080,7 @@ def test_output_is_the_same_while_the_next_attempt_is_prepared(tmp_path: Path) -
     program = module()
     tasks = program.SafeDirectory(str(tmp_path))
     tasks.open()
+    tasks.make("1")
     directory = program.StepDirectory(tasks, 1, 0)
     directory.prepare("script", b"", {"output": b"out 1", "stderr": b"err 1"})
     with directory.open_output("stdout", 1, 1) as held:  # on Windows too it does not hinder that
@@ -2955,6 +2956,7 @@ def test_codes_of_a_failed_task_never_sum_to_0(daemon: Daemon) -> None:
 
 def test_result_of_a_wrapper_is_unsigned(tmp_path: Path) -> None:
     program = module()
+    (tmp_path / "1").mkdir()
     directory = program.StepDirectory(program.SafeDirectory(str(tmp_path)), 1, 0)
     directory.prepare("script", b"", {"rc": b"-1073741819\r\n"})
     assert directory.exit_code() == 0xC000_0005
@@ -3914,6 +3916,7 @@ def test_files_of_a_step_that_others_hold_when_it_starts_are_waited_for(tmp_path
 @windows_only
 def test_files_of_a_step_that_others_hold_are_read_after_it(tmp_path: Path) -> None:
     program = module()
+    (tmp_path / "1").mkdir()
     directory = program.StepDirectory(program.SafeDirectory(str(tmp_path)), 1, 0)
     directory.prepare("script", b"", {"rc": b"3\r\n", "output": b"x", "pid": b"1 2 Global\\x\nstarted\n"})
     place = Path(directory.path)
@@ -7142,15 +7145,56 @@ def test_counts_by_state_are_those_of_all_tasks(house: House, tmp_path: Path) ->
         assert house.store.counts() == dict(db.execute("SELECT state, count(*) FROM task GROUP BY state").fetchall())
 
 
-def test_begin_and_end_of_steps_are_synced_before_anything_follows(house: House) -> None:
+@pytest.mark.parametrize(("size", "commits"), [(2, 1), (1, 2)], ids=["free slot", "no slot"])
+def test_task_and_begin_of_its_step_are_synced_before_anything_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, commits: int
+) -> None:
+    monkeypatch.setattr(module(), "_GROUP_COMMIT_DELAY_S", 60)
+    house = House(tmp_path, size)
+    house.start()
+    house.submit(step())
+    first = house.tree()
     statements: list[str] = []
     house.store._writer.set_trace_callback(statements.append)
+    house.submit(step())
+    if commits > 1:
+        first.end(0)
+    house.tree(1)  # the process has been started
+    assert [text.rpartition(" ")[2] for text in statements if "synchronous" in text] == ["FULL"] * commits
+    house.scheduler.stop()
+    house.store.stop()
+
+
+@pytest.mark.parametrize("can_launch", [True, False], ids=["good", "bad"])
+@pytest.mark.parametrize("is_full", [True, False], ids=["full disk", "there before"])
+def test_step_of_a_task_that_is_not_stored_does_not_run(
+    house: House, monkeypatch: pytest.MonkeyPatch, is_full: bool, can_launch: bool
+) -> None:
+    def fail(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    def refuse(*_: Any) -> None:
+        raise module().LaunchError("odd")
+
     house.start()
-    number = house.submit(step()).task_number
-    house.tree()  # the process has been started
-    assert [text.rpartition(" ")[2] for text in statements if "synchronous" in text] == ["FULL", "FULL"]
+    house.submit(step(), id="a", ansync="1")
     house.tree().end(0)
-    house.ended(number)
+    house.ended(1)
+    if not can_launch:
+        monkeypatch.setattr(module(), "interpreter_command", refuse)
+    if is_full:
+        monkeypatch.setattr(module(), "_accept", fail)
+        with pytest.raises(module().StorageFull):
+            house.submit(step(), id="b", ansync="1")
+    else:
+        assert not house.submit(step(), id="a", ansync="1").is_new
+    wait_until(lambda: not house.scheduler._workers, "the worker to find that out")
+    assert len(house.processes.trees) == 1 and not Path(house.files.path, "2").exists()
+    assert house.scheduler.pool()[:3] == (30, 0, 0) and not house.scheduler.scarcity
+    monkeypatch.undo()
+    house.submit(step())
+    house.tree(1).end(0)
+    assert house.ended(3) == [(0, 0, "")]
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), RecursionError(), sqlite3.IntegrityError("x"), KeyError("x")])
