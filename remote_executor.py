@@ -8,7 +8,7 @@ that writes its pid and its result into the step's own directory, so that a step
 
 The file reads from top to bottom, a section uses only what stands above it:
 
-    I    foundations       errors, time, options, threads, logging
+    I    foundations       errors, patterns, time, options, threads, logging
     II   operating system  Windows API, macOS processes, own process, private files, network peers, system information,
                            interpreters, step processes, POSIX processes, Windows processes
     III  tasks             task model, submission, dependency plan, metrics, step directory, store, scheduler, runner,
@@ -58,7 +58,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import logging.handlers
 import os
 import re
 import select
@@ -81,7 +80,7 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from enum import Enum, IntEnum, unique
-from typing import Any, Callable, NamedTuple, Protocol, TextIO, Union
+from typing import Any, AnyStr, Callable, NamedTuple, Protocol, TextIO, Union, cast
 
 __version__ = "1.0.0"
 
@@ -200,6 +199,27 @@ class NotInstalled(StartupError):
 
 class UsageError(Exception):
     """The command line is wrong; the text is the one line that the user sees."""
+
+
+# ======================================================================================================================
+# I foundations / patterns: regular expressions that cost nothing until they are used
+# ======================================================================================================================
+
+
+class _LazyPattern:
+    """A regular expression that is compiled at its first use: of all at once that took a tenth of each start."""
+
+    def __init__(self, *args: Any) -> None:
+        self._args = args
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(re.compile(*self._args), name)
+        setattr(self, name, value)
+        return value
+
+
+def pattern(expression: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
+    return cast("re.Pattern[AnyStr]", _LazyPattern(expression, flags))
 
 
 # ======================================================================================================================
@@ -358,7 +378,7 @@ UNIT_NS = {
     "h": 3600 * _SECOND_NS,
     "d": 24 * 3600 * _SECOND_NS,  # which Go has not: a day is taken, but never shown
 }
-_DURATION_PART = re.compile(rf"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?({'|'.join(UNIT_NS)})")
+_DURATION_PART = pattern(rf"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?({'|'.join(UNIT_NS)})")
 
 
 def parse_duration(text: str) -> int:
@@ -533,11 +553,11 @@ class Settings(NamedTuple):
 
 
 # Stricter than urllib.parse.urlsplit, which takes user@host, a path, and on Python 3.9 a port such as 2_376.
-_ADDRESS = re.compile(r"(?:tcp://)?(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]]*)):([0-9]{1,5})")
-_COUNT = re.compile("[0-9]{1,15}")
-_SIZE = re.compile(r"([0-9]{1,15}) ?(?:([KMGT])i?)?B?", re.IGNORECASE)
+_ADDRESS = pattern(r"(?:tcp://)?(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]]*)):([0-9]{1,5})")
+_COUNT = pattern("[0-9]{1,15}")
+_SIZE = pattern(r"([0-9]{1,15}) ?(?:([KMGT])i?)?B?", re.IGNORECASE)
 # A scheme and a host (RFC 6454, 6.2), of whatever has pages: chrome-extension://..., tauri://localhost.
-_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+")
+_ORIGIN = pattern(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+")
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -931,23 +951,26 @@ _LOG_FILE_BACKUPS = 5
 _ROTATION_RETRY_S = 60.0
 
 
-class LogFile(logging.handlers.RotatingFileHandler):
+class LogFile(logging.FileHandler):
     """Handler that writes the log to a file and rotates it; while it cannot be written, the daemon goes on without."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(
-            path,
-            maxBytes=_LOG_FILE_BYTES,
-            backupCount=_LOG_FILE_BACKUPS,
-            encoding="utf-8",
-            delay=True,
-        )
+        super().__init__(path, encoding="utf-8", delay=True)
+        self.max_bytes = _LOG_FILE_BYTES
         self._rotate_after_s = 0.0  # of time.monotonic()
         self._has_warned = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line, into a new file where the last one was deleted, or renamed as logrotate(8) does."""
         self._close_if_moved()
+        try:
+            self.stream = self.stream or self._open()
+            line = self.format(record) + self.terminator
+            if self.stream.tell() + len(line) > self.max_bytes and time.monotonic() >= self._rotate_after_s:
+                self._rotate()
+        except (OSError, MemoryError):
+            self.handleError(record)
+            return
         super().emit(record)
 
     def reopen(self) -> None:
@@ -955,20 +978,20 @@ class LogFile(logging.handlers.RotatingFileHandler):
         with self.lock or contextlib.nullcontext():
             self._close_stream()
 
-    def shouldRollover(self, record: logging.LogRecord) -> int:
-        if time.monotonic() < self._rotate_after_s:
-            return False
-        return super().shouldRollover(record)
-
-    def doRollover(self) -> None:
-        """Rotate, unless somebody reads the file: Windows would refuse to rename it after all older ones had moved."""
+    def _rotate(self) -> None:
+        """Begin a new file, unless somebody reads this one: Windows would refuse to rename it after all older ones."""
         self._close_stream()
+        path = self.baseFilename
         try:
-            os.rename(self.baseFilename, self.baseFilename + ".next")
-            os.rename(self.baseFilename + ".next", self.baseFilename)
-            super().doRollover()
+            os.rename(path, path + ".next")
+            os.rename(path + ".next", path)
+            for number in range(_LOG_FILE_BACKUPS - 1, 0, -1):
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(f"{path}.{number}", f"{path}.{number + 1}")
+            os.replace(path, path + ".1")
         except OSError:
             self._rotate_after_s = time.monotonic() + _ROTATION_RETRY_S
+        self.stream = self._open()
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Warn once that the file cannot be written; standard error has the record too."""
@@ -2309,7 +2332,7 @@ def _account_name(sid: str) -> str:
 
 _MAX_ACCOUNT_NAME = 512
 _MAX_ROOT_LENGTH = 200  # so that a step's files stay below MAX_PATH, which cmd.exe cannot pass
-_ACCESS_ENTRY = re.compile(r"\((\w+);[^()]*?;([^;()]+)(?:;\(.*?\))?\)")  # the type of an ACE, and its SID
+_ACCESS_ENTRY = pattern(r"\((\w+);[^()]*?;([^;()]+)(?:;\(.*?\))?\)")  # the type of an ACE, and its SID
 
 
 def _granted_sids(descriptor: Any) -> set[str]:
@@ -2524,7 +2547,7 @@ _REMOVAL_S = 10.0  # for one directory, before others have their turn
 # and later takes 0o700 for a list of its own (os.mkdir), on which that user stands as the owner alone.
 _DIRECTORY_MODE = 0o777 if ON_WINDOWS else 0o700
 # What Windows would take for another drive, a stream of a file (`a:b`), a pattern, or a device (Naming Files, MSDN).
-_NO_WINDOWS_NAME = re.compile(
+_NO_WINDOWS_NAME = pattern(
     r'.*[<>:"|?*\\\x00-\x1f].*|.*[. ]|(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\..*)?',
     re.IGNORECASE | re.DOTALL,
 )
@@ -3958,7 +3981,7 @@ def interpreter_command(
     raise LaunchError(f"{' or '.join(interpreter.programs)} is not on the PATH of this host")
 
 
-_SPECIAL_TO_CMD = re.compile("[%!^&]")  # also within quotes, in a line that CALL reads a second time
+_SPECIAL_TO_CMD = pattern("[%!^&]")  # also within quotes, in a line that CALL reads a second time
 def _starts(command: Sequence[str]) -> bool:
     """Return whether a candidate for Python starts: the launcher `py` may be there, but know no Python that we may run.
 
@@ -3994,8 +4017,8 @@ def _try_python(command: tuple[str, ...], _modified_ns: int, _size: int) -> bool
 
 
 _TRIAL_TIMEOUT_S = 10.0
-_FILE_PLACEHOLDER = re.compile(r"\{(?:file|quoted)\}")
-_POWERSHELL_QUOTE = re.compile("['\u2018\u2019\u201a\u201b]")  # the typographic ones too (about_Quoting_Rules)
+_FILE_PLACEHOLDER = pattern(r"\{(?:file|quoted)\}")
+_POWERSHELL_QUOTE = pattern("['\u2018\u2019\u201a\u201b]")  # the typographic ones too (about_Quoting_Rules)
 
 
 def _substitute_file(argument: str, file: str) -> str:
@@ -4048,7 +4071,7 @@ def encode_script(command_type: str, text: str, variables: Sequence[str] = ()) -
 
 
 # A command of its own, not a word of `echo` or `rem`: at the begin of a line or of what follows another command.
-_CHANGES_PAGE = re.compile(
+_CHANGES_PAGE = pattern(
     r'(?:^|[&|(@]|>\s*nul\b)\s*(?:"?[^\s"&|]*\\)?chcp(?:\.com)?"?\s+(\d+)',
     re.IGNORECASE,
 )
@@ -4266,7 +4289,7 @@ _RESET_OOM_SCORE = f"echo 0 2>/dev/null >{_OOM_SCORE_FILE}; "
 # A shell drops variables whose names it could not have itself, and sets, resets or interprets those listed here. Their
 # values travel in a file of the step's directory, for everybody on the host may read a command line; the environment is
 # made of it after the wrapper's shell. What an interpreter ignores when it starts must be as by default in the script.
-_ORDINARY_NAME = re.compile(
+_ORDINARY_NAME = pattern(
     r"(?!(?:_|A__z|BASH\w*|COLUMNS|COMP_\w*|COPROC|CPUTYPE|DIRSTACK|E?[UG]ID|ENV|EPOCH\w*|ERRNO|FUNCNAME|GROUPS|HIST\w*"
     r"|IFS|KSH\w*|LINENO|LINES|MACHTYPE|OLDPWD|OPT\w+|OSTYPE|PATHSEP|PGRP|PIPESTATUS|POSIXLY_CORRECT|PPID|PS[1-4]|PWD"
     r"|RANDOM|REPLY|SECONDS|SHELLOPTS|SHLVL|SRANDOM|TMOUT|TTY|USERNAME|USER_ID|VENDOR|ZSH\w*|signals)\Z)"
@@ -5757,7 +5780,7 @@ _FIND_OWN_PROCESS_S = 0.5  # until the first search for a step's own process; mo
 _MODULE_PATH = "PSMODULEPATH"  # of PowerShell 7, where the daemon was started in it: 5.1 fails on its modules
 _CONSOLE_HOST = "conhost.exe"
 _OTHER_CHILDREN = (_CONSOLE_HOST, "chcp.com")  # of a wrapper: besides its console's host, what sets the code page
-_UNQUOTED_WORD = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
+_UNQUOTED_WORD = pattern(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
 
 class _WrapperRecord(NamedTuple):
@@ -6801,8 +6824,8 @@ class TaskSpec(NamedTuple):
 # III tasks / submission: JSON to frozen specs; an error says where
 # ======================================================================================================================
 
-ID_PATTERN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
-ENV_ENTRY_PATTERN = re.compile(r"[^=\x00]+=[^\x00]*")
+ID_PATTERN = pattern(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
+ENV_ENTRY_PATTERN = pattern(r"[^=\x00]+=[^\x00]*")
 BOOLEANS = {
     "1": True,
     "t": True,
@@ -6811,8 +6834,8 @@ BOOLEANS = {
     "f": False,
     "false": False,
 }
-_WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
-_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_WINDOWS_DEVICE = pattern(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+_CONTROL_CHARACTER = pattern(r"[\x00-\x1f\x7f-\x9f]")
 MAX_NAME_LENGTH = 128
 # What a submission may have: what is not here is told to be unknown. The parameters by each name that they may have.
 _PARAMETERS = {
@@ -6877,7 +6900,7 @@ def _decode_body(body: bytes) -> str:
 
 
 # The begin of application/x-www-form-urlencoded, of which no field has a quote or a brace, or of multipart/form-data.
-_FORM_START = re.compile(r"[^\s\"'{}\[\]=&]+=|--\S+\r?\nContent-", re.IGNORECASE)
+_FORM_START = pattern(r"[^\s\"'{}\[\]=&]+=|--\S+\r?\nContent-", re.IGNORECASE)
 
 
 def _reject_constant(word: str) -> None:
@@ -7726,10 +7749,10 @@ _MAX_SCRIPT_LOOK_BYTES = 1 << 20
 # It has not begun, or has removed it, or replaced it or a directory above it; of a socket it is ENXIO.
 _NO_OUTPUT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO}
 _HEAD_BYTES = 256  # more than a pid file or a result has
-_RESULT = re.compile(rb"(-?[0-9]{1,10})\s*\n")  # bounded, for a step may write there too
+_RESULT = pattern(rb"(-?[0-9]{1,10})\s*\n")  # bounded, for a step may write there too
 _CODE_MODULUS = 1 << 32  # on Windows, where cmd writes those above 2**31 as negative numbers
-_LATE_RESULT = re.compile(rb"^ended (-?[0-9]{1,10})\n", re.MULTILINE)
-_EARLIER_OUTPUT = re.compile(r"(output|stderr)\.[0-9]+")
+_LATE_RESULT = pattern(rb"^ended (-?[0-9]{1,10})\n", re.MULTILINE)
+_EARLIER_OUTPUT = pattern(r"(output|stderr)\.[0-9]+")
 OUTPUT_STREAMS = {"stdout": "output", "stderr": "stderr"}
 
 
@@ -8134,7 +8157,7 @@ SELECT CASE result WHEN 'waiting' THEN 2 WHEN 'running' THEN 1 ELSE 0 END, tasks
 UNION ALL SELECT state, count(*) FROM task WHERE result IN ('paused', 'lost') GROUP BY state
 """
 _RESUME_TASK = "UPDATE task SET result = CASE state WHEN 1 THEN 'running' ELSE 'waiting' END WHERE seq = ?"
-_INDEX = re.compile("0|[1-9][0-9]{0,8}")
+_INDEX = pattern("0|[1-9][0-9]{0,8}")
 
 
 class Accepted(NamedTuple):
@@ -8309,7 +8332,7 @@ class Page(NamedTuple):
 
 # A list is read in segments, each by an index: a task that has not ended has no time to sort it by.
 _SEGMENTS = {"st": ("all",), "et": ("unfinished", "ended"), "rt": ("ended", "unfinished")}
-_CURSOR = re.compile("(?:([0-9]{1,19})-)?([0-9]{1,19})")  # when it ended, where that is sorted by, and its number
+_CURSOR = pattern("(?:([0-9]{1,19})-)?([0-9]{1,19})")  # when it ended, where that is sorted by, and its number
 _Position = tuple[int, int]  # the same as numbers
 
 
@@ -10939,7 +10962,7 @@ _MIN_TICK_S = 0.01
 _MAX_TICK_S = 8.0  # between looks for what a step has left and what could not be removed, which begin with _TICK_S
 _MAX_PAUSE_S = 3600.0
 _FASTEST_WRITER_BYTES_PER_S = 2 * 10**9  # a step may fill its limit that fast
-_TASK_NUMBER = re.compile("[1-9][0-9]{0,17}")
+_TASK_NUMBER = pattern("[1-9][0-9]{0,17}")
 _REMOVAL_ATTEMPTS = 20  # until a removal that fails is logged: 10 s, longer than a virus scanner holds a file
 
 
@@ -11320,7 +11343,7 @@ def json_response(
     return Response(status, (JSON_TYPE, *headers), to_json(envelope).encode(), audit)
 
 
-_BYTE_RANGE = re.compile(r"bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*", re.IGNORECASE)
+_BYTE_RANGE = pattern(r"bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*", re.IGNORECASE)
 
 
 def parse_range(header: str, total_bytes: int) -> tuple[int, int] | None:
@@ -11391,12 +11414,12 @@ _STREAM_BLOCK_BYTES = 1 << 18  # one for each upload: larger ones are no faster
 _MIN_STREAM_BYTES = 1 << 16
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 # A target has ASCII alone (RFC 3986), but curl sends UTF-8 as it was typed.
-_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
-_FIELD_LINE = re.compile(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)")
-_BARE_CR_LF_OR_NUL = re.compile(rb"(?<!\r)\n|\r[^\n]|\0")
-_AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(?::[0-9]{1,5})?")
-_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,12})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+_REQUEST_LINE = pattern(rf"({_TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
+_FIELD_LINE = pattern(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)")
+_BARE_CR_LF_OR_NUL = pattern(rb"(?<!\r)\n|\r[^\n]|\0")
+_AUTHORITY = pattern(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(?::[0-9]{1,5})?")
+_BAD_ESCAPE = pattern(r"%(?![0-9A-Fa-f]{2})")
+_CHUNK_SIZE = pattern(rb"([0-9A-Fa-f]{1,12})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 _SINGLE_FIELDS = {"host", "content-length", "transfer-encoding", "authorization", "origin", "expect"}
 
 
@@ -11754,10 +11777,10 @@ def _decode_query(query: str) -> tuple[tuple[str, str], ...]:
 # What a proxy says of a request is believed of a --trusted_proxy alone. Each proxy adds what it sees at the end of a
 # list, so the list is read from there, as far as the proxies are trusted: what stands before comes from anybody.
 
-_FORWARDED_PAIR = re.compile(rf'\s*({_TOKEN})=(?:({_TOKEN})|"([^"\\]*)")\s*(;|,|$)')
-_FORWARDED_NODE = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+)(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
-_HIDDEN_NODE = re.compile(r"unknown|_[A-Za-z0-9._-]+", re.IGNORECASE)
-_PREFIX = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+;=:@-]+)*/?")
+_FORWARDED_PAIR = pattern(rf'\s*({_TOKEN})=(?:({_TOKEN})|"([^"\\]*)")\s*(;|,|$)')
+_FORWARDED_NODE = pattern(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+)(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
+_HIDDEN_NODE = pattern(r"unknown|_[A-Za-z0-9._-]+", re.IGNORECASE)
+_PREFIX = pattern(r"(?:/[A-Za-z0-9._~!$&'()*+;=:@-]+)*/?")
 
 
 def _parse_forwarded(request: Request) -> Forwarded:
@@ -12086,14 +12109,14 @@ def _match_template(template: _Segments, segments: _Segments) -> dict[str, str] 
 
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
 # Names, not addresses: ipaddress would take spellings such as [0:0::1], which no browser sends.
-_LOCAL_HOST = re.compile(rf"(?:localhost|127(?:\.{_OCTET}){{3}}|\[::1\])(?::([0-9]+))?", re.IGNORECASE)
+_LOCAL_HOST = pattern(rf"(?:localhost|127(?:\.{_OCTET}){{3}}|\[::1\])(?::([0-9]+))?", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # which an origin leaves out
 _PROXY_FIELDS = ("forwarded", "x-forwarded", "x-real-ip", "via")  # beginnings of the fields that a proxy adds
 _WRONG_TOKENS_WINDOW_S = 60.0
 _MAX_WRONG_TOKENS = 10  # of a client in that time: a typing error is no attack, 2**256 tokens are out of reach
 _MIN_TOKEN_BYTES = 16  # of 64 random bits at least: at 10,000 guesses a second 58 million years
 _MAX_REMEMBERED_CLIENTS = 10_000  # that sent wrong tokens: a few megabytes
-_ROLE_WORDS = re.compile(r"(?<!\S)role\s*=\s*(\S*)", re.IGNORECASE)
+_ROLE_WORDS = pattern(r"(?<!\S)role\s*=\s*(\S*)", re.IGNORECASE)
 
 
 class Identity(NamedTuple):
@@ -12188,11 +12211,9 @@ class Authenticator:
         """Make the root's token file, unless it exists. Raise OSError."""
         if os.path.exists(self._path):
             return
-        import secrets  # here, because OpenSSL takes half a megabyte that an idle daemon need not
-
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w", encoding="ascii", newline="\n") as file:  # `$(cat token)` keeps a CR
-            file.write(secrets.token_hex(32) + "\n")
+            file.write(os.urandom(32).hex() + "\n")  # as `secrets` does, which would load OpenSSL
 
     def rule(self) -> str:
         """Return who needs a token, and where one is; empty under --insecure, of which `start` has warned."""
@@ -15940,13 +15961,13 @@ route();
 if (document.hidden) stream.run();
 else requestAnimationFrame(() => setTimeout(() => stream.run()));
 """
-DASHBOARD_SCRIPT = (
-    COMMON_SCRIPT
-    + _DASHBOARD_CORE
-    + _DASHBOARD_OVERVIEW
-    + _DASHBOARD_TASK
-    + _DASHBOARD_CONSOLE
-    + _DASHBOARD_EDITOR
+DASHBOARD_SCRIPTS = (
+    COMMON_SCRIPT,
+    _DASHBOARD_CORE,
+    _DASHBOARD_OVERVIEW,
+    _DASHBOARD_TASK,
+    _DASHBOARD_CONSOLE,
+    _DASHBOARD_EDITOR,
 )
 
 
@@ -17034,7 +17055,7 @@ class OutputDecoder:
 
 _MAX_ACCIDENT_BYTES = 120  # of a line: in a longer one some character is no UTF-8
 _FIRST_NOT_LATIN = "\u0370"
-_ASCII = re.compile(r"[\x00-\x7f]+")
+_ASCII = pattern(r"[\x00-\x7f]+")
 
 
 def _is_foreign_word(text: str) -> bool:
@@ -17046,7 +17067,7 @@ def _is_foreign_word(text: str) -> bool:
     return not any(first.islower() and second.isupper() for first, second in pairs)
 
 
-_TOUCHES_ASCII = re.compile(r"[A-Za-z][^\x00-\x7f]|[^\x00-\x7f][A-Za-z]")
+_TOUCHES_ASCII = pattern(r"[A-Za-z][^\x00-\x7f]|[^\x00-\x7f][A-Za-z]")
 
 
 def _is_latin_word(text: str) -> bool:
@@ -18214,7 +18235,7 @@ _WORKSPACE_PATH = _TASK_PATH + "/workspace"
 _WORKSPACE_FILE_PATH = _WORKSPACE_PATH + "/{path}"
 _LISTED_AT_ONCE = 5000
 _Entries = Iterator[os.DirEntry[str]]
-_NO_PLAIN_CHARACTER = re.compile(r'[^\x20-\x7e]|["\\]')
+_NO_PLAIN_CHARACTER = pattern(r'[^\x20-\x7e]|["\\]')
 
 
 class _Place(NamedTuple):
@@ -18883,7 +18904,7 @@ class OperatorApi:
     def show_index(self, request: Request) -> Response:
         """Return the dashboard for a browser: it is public, since a browser can send a token only from a page."""
         if "text/html" in request.headers.get("accept", ""):
-            return page_response(DASHBOARD_PAGE, DASHBOARD_STYLE, DASHBOARD_SCRIPT)
+            return page_response(DASHBOARD_PAGE, DASHBOARD_STYLE, "".join(DASHBOARD_SCRIPTS))
         if not request.label:
             raise Unauthorized("send `Authorization: Bearer ...` with a token of the daemon (--token_file)")
         return json_response(index_json(request.base_url))
@@ -21232,7 +21253,7 @@ _CHANGE_RIGHTS = 0x500D_0000  # GENERIC_ALL, GENERIC_WRITE, WRITE_OWNER, WRITE_D
 _FILE_CHANGE_RIGHTS = _CHANGE_RIGHTS | 0x0006  # FILE_WRITE_DATA, FILE_APPEND_DATA
 _OWN_DIRECTORY_CHANGE_RIGHTS = _CHANGE_RIGHTS | 0x0046  # FILE_ADD_FILE, FILE_ADD_SUBDIRECTORY, FILE_DELETE_CHILD
 _DIRECTORY_CHANGE_RIGHTS = 0x100D_0040  # not those that add to it; GENERIC_WRITE does no more than that
-_ACL_ENTRY = re.compile(r"\((\w+);(\w*);(\w*);[^;()]*;[^;()]*;([^;()]+)[^()]*\)")
+_ACL_ENTRY = pattern(r"\((\w+);(\w*);(\w*);[^;()]*;[^;()]*;([^;()]+)[^()]*\)")
 _ACL_RIGHTS = {
     **{"GA": 0x1000_0000, "GW": 0x4000_0000, "GR": 0, "GX": 0},
     **{"FA": 0x1F_01FF, "FW": 0x12_0116, "FR": 0, "FX": 0},
@@ -22183,8 +22204,8 @@ _BROKEN_PIPE = 141  # as a shell shows a death by SIGPIPE
 _MAX_EXIT_CODE = 0x7FFF_FFFF  # of Windows, as a C long
 
 
-_ANSI_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_ANSI_SEQUENCE = pattern(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_CONTROL = pattern(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
@@ -22993,7 +23014,7 @@ _TYPE_BY_SUFFIX = {
     ".cmd": "cmd",
     ".bat": "cmd",
 }
-_CMD_SPECIAL = re.compile(r'([()!^"<>&|])')
+_CMD_SPECIAL = pattern(r'([()!^"<>&|])')
 _INTERRUPT_CHECK_S = 0.2
 _EVENTS_TRUST_S = 15.0
 _TAIL_OF_FAILED_STEP = 10

@@ -10914,7 +10914,7 @@ def events(daemon: Daemon) -> list[dict[str, Any]]:
 
 def test_log_rotates_only_where_no_reader_holds_it(tmp_path: Path) -> None:
     handler = module().LogFile(str(tmp_path / "log"))
-    handler.maxBytes = 100
+    handler.max_bytes = 100
 
     def write(*lines: str) -> dict[str, str]:
         for line in lines:
