@@ -431,7 +431,7 @@ def format_duration(ns: int) -> str:
     return f"{hours}h{minutes}m{seconds}s"
 
 
-_RFC_3339 = re.compile(
+_RFC_3339 = pattern(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(?:([Zz])|([+ -]\d\d:\d\d))", re.ASCII
 )
 
@@ -3594,18 +3594,26 @@ class ProcessStats(NamedTuple):
     max_files: int | None
 
 
+def _open_files() -> int:
+    """Return how many descriptors this process has open."""
+    if ON_LINUX:
+        size = os.stat("/proc/self/fd").st_size  # since Linux 6.2 their number (proc_pid_fd(5)), before 0
+        if size:
+            return size
+    return len(os.listdir("/dev/fd")) - 1  # the listing itself takes one
+
+
 def process_stats() -> ProcessStats:
     """Return what this process uses now. Raises OSError."""
     if ON_WINDOWS:
         return _windows_stats()
-    open_files = len(os.listdir("/dev/fd")) - 1  # the listing itself takes one
     stats = ProcessStats(
         cpu_s=time.process_time(),
         started_s=_LOADED_S,
         threads=threading.active_count(),
         resident_bytes=None,
         virtual_bytes=None,
-        open_files=open_files,
+        open_files=_open_files(),
         max_files=_max_files(),
     )
     if not ON_LINUX:
@@ -3614,7 +3622,7 @@ def process_stats() -> ProcessStats:
             return stats
         resident, virtual, threads = kernel.memory()
         return stats._replace(resident_bytes=resident, virtual_bytes=virtual, threads=threads)
-    with open("/proc/self/stat", "rb") as file:
+    with open("/proc/self/stat", "rb", buffering=0) as file:
         fields = file.read().rpartition(b")")[2].split()  # from the state on (proc_pid_stat(5))
     return stats._replace(
         started_s=boot_time_s() + int(fields[19]) / os.sysconf("SC_CLK_TCK"),
@@ -16612,6 +16620,7 @@ _MAX_TEXT_LENGTH = 200
 _ORDERS = ("asc", "desc")
 
 
+@functools.lru_cache(maxsize=64)  # who polls a list asks for the same one
 def _parse_selection(query: Pairs) -> Selection:
     """Return which tasks a list is to show. Raise BadRequest."""
     sort_keys = [value for name, value in query if name == "sort"] or ["st"]

@@ -9901,6 +9901,22 @@ def test_metrics_of_the_process_have_the_official_names(daemon: Daemon) -> None:
     assert any(name.startswith(f'remote_executor_build_info{{version="{version()}"') for name in found)
 
 
+@linux_only
+def test_open_files_are_counted_whether_the_kernel_does_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    files, older = len(os.listdir("/proc/self/fd")) - 1, os.stat(os.devnull)  # of size 0, as the directory before 6.2
+    assert module()._open_files() == files
+    monkeypatch.setattr(os, "stat", lambda path: older)
+    assert module()._open_files() == files
+
+
+@linux_only
+def test_idle_daemon_loads_no_module_that_it_can_do_without(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    assert daemon.get("/api/v1/pool").code == 0 and daemon.process
+    loaded = Path(f"/proc/{daemon.process.pid}/maps").read_text()
+    assert re.findall("_(?:ctypes|hashlib|pickle|uuid)[.]", loaded) == []
+
+
 @pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool on this host")
 def test_metrics_pass_promtool_without_a_warning(daemon: Daemon) -> None:
     daemon.run(step("exit 1"))
@@ -14046,6 +14062,12 @@ def test_source_lines_have_8_tokens_in_the_mean_and_22_at_most_but_for_5_percent
     percentile = counts[int(len(counts) * 0.95)]
     assert mean <= 8
     assert percentile <= 22
+
+
+def test_source_patterns_are_compiled_when_they_are_used() -> None:
+    assert re.findall(r"^\w+ = re\.compile", source(), re.MULTILINE) == []
+    patterns = [value for value in vars(module()).values() if isinstance(value, module()._LazyPattern)]
+    assert len(patterns) > 20 and all(value.pattern for value in patterns)
 
 
 def test_source_has_no_conditional_expression_within_another() -> None:
