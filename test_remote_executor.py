@@ -8548,18 +8548,19 @@ def test_connection_that_waits_holds_no_idle_one_up(launch: Callable[..., Daemon
     gate.touch()
 
 
-# The leader fails twice, as soon as it is told of anything.
+# The leader fails twice, as soon as it is told of anything after the first requests of six connections.
 FAILING_EPOLL = """
 import select, selectors
 class Failing:
-    faults = [MemoryError(), OSError("broken")]
+    faults = [MemoryError(), OSError("broken"), *[None] * 6]
     def __init__(self):
         self.real = epoll()
         self.register, self.unregister = self.real.register, self.real.unregister
     def poll(self, timeout):
         events = self.real.poll(timeout)
-        if events and self.faults:
-            raise self.faults.pop()
+        fault = self.faults.pop() if events and self.faults else None
+        if fault:
+            raise fault
         return events
 epoll, select.epoll = select.epoll, Failing
 """
@@ -8582,6 +8583,16 @@ def test_idle_connection_ends_beside_busy_ones(launch: Callable[..., Daemon]) ->
         idle, busy = kept_connections(daemon, 2, stack)
         idle.setblocking(False)
         wait_until(lambda: heartbeat(busy) and has_ended(idle), pause_s=0)
+
+
+def test_silent_connection_ends_in_time_beside_idle_and_busy_ones(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--timeout=300ms", "--idle_timeout=1m")
+    with contextlib.ExitStack() as stack:
+        idle, busy = kept_connections(daemon, 2, stack)
+        silent = stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port), 30))
+        silent.setblocking(False)
+        wait_until(lambda: heartbeat(busy) and has_ended(silent), pause_s=0)
+        assert heartbeat(idle)
 
 
 def has_ended(link: socket.socket) -> bool:
@@ -14114,6 +14125,7 @@ def test_source_steps_down_before_it_waits() -> None:
         "_serve": "calls methods of these names that step down",
         "_receive": "goes by _before_deadline",
         "read_into": "the same",
+        "wait_unread": "the same",
         "has_ended": "called by a Hold, before which its handler has stepped down",
         "_send_file_block": "called by _send_response, which has stepped down",
     }
