@@ -12933,7 +12933,7 @@ class Server(http.server.ThreadingHTTPServer):
                     listener: Any = key.fileobj
                     if listener is not self._stop_receiver:
                         self.socket = listener
-                        self._handle_request_noblock()  # type: ignore[attr-defined]  # `handle_request`, without its poll
+                        self._handle_request_noblock()  # type: ignore[attr-defined]  # without a second poll
 
     def is_alive(self) -> bool:
         """Return whether connections are accepted."""
@@ -25037,6 +25037,7 @@ def run_command(argv: Sequence[str]) -> int:
     if command == "selftest":
         return self_test(settings, is_json)
     leave_step()
+    gc.collect()  # the parser of the command line, a ring of 64 KB, which an idle daemon would keep for ever
     return run_supervised(settings)
 
 
