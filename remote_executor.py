@@ -1934,14 +1934,9 @@ class DescriptorReserve:
                 self._borrowers -= 1
             self.fill()
 
-    @contextlib.contextmanager
-    def lend_if_scarce(self, look_now: bool = False) -> Iterator[None]:
+    def lend_if_scarce(self, look_now: bool = False) -> contextlib.AbstractContextManager[None]:
         """Lend where hardly any other descriptor is free, by a look of this moment or of the last 50 ms."""
-        if self._is_scarce(look_now):
-            with self.lend():
-                yield
-        else:
-            yield
+        return self.lend() if self._is_scarce(look_now) else contextlib.nullcontext()
 
     def _is_scarce(self, look_now: bool) -> bool:
         """Return whether few are free. Each call of a look lets another thread run: that slows many connections."""
@@ -3607,28 +3602,26 @@ def process_stats() -> ProcessStats:
     """Return what this process uses now. Raises OSError."""
     if ON_WINDOWS:
         return _windows_stats()
-    stats = ProcessStats(
+    started_s = _LOADED_S
+    threads = threading.active_count()
+    resident = virtual = None
+    if ON_LINUX:
+        with open("/proc/self/stat", "rb", buffering=0) as file:
+            fields = file.read().rpartition(b")")[2].split()  # from the state on (proc_pid_stat(5))
+        threads = int(fields[17])
+        started_s = boot_time_s() + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        virtual = int(fields[20])
+        resident = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    elif kernel := mac_kernel():
+        resident, virtual, threads = kernel.memory()
+    return ProcessStats(
         cpu_s=time.process_time(),
-        started_s=_LOADED_S,
-        threads=threading.active_count(),
-        resident_bytes=None,
-        virtual_bytes=None,
+        started_s=started_s,
+        threads=threads,
+        resident_bytes=resident,
+        virtual_bytes=virtual,
         open_files=_open_files(),
         max_files=_max_files(),
-    )
-    if not ON_LINUX:
-        kernel = mac_kernel()
-        if kernel is None:
-            return stats
-        resident, virtual, threads = kernel.memory()
-        return stats._replace(resident_bytes=resident, virtual_bytes=virtual, threads=threads)
-    with open("/proc/self/stat", "rb", buffering=0) as file:
-        fields = file.read().rpartition(b")")[2].split()  # from the state on (proc_pid_stat(5))
-    return stats._replace(
-        started_s=boot_time_s() + int(fields[19]) / os.sysconf("SC_CLK_TCK"),
-        threads=int(fields[17]),
-        resident_bytes=int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
-        virtual_bytes=int(fields[20]),
     )
 
 
