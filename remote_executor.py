@@ -269,6 +269,9 @@ class WallTimes(NamedTuple):
     offset_ns: int
     sleeps: tuple[_Sleep, ...]
 
+    def __hash__(self) -> int:
+        return hash((self.offset_ns, self.sleeps[-1]))  # not of all
+
     def at(self, moment_ns: int) -> int:
         last_woken_ns, last_slept_ns = self.sleeps[-1]
         if moment_ns >= last_woken_ns:  # nearly always, and three times as fast
@@ -16179,11 +16182,15 @@ class TimeFormat(NamedTuple):
             times["st"] = format_time(self.wall_times.at(begin_ns) // _SECOND_NS)
         if end_ns is not None:
             times["et"] = format_time(self.wall_times.at(end_ns) // _SECOND_NS)
+        times["rt"] = self.time_left(kept_since_ns)
+        return times
+
+    def time_left(self, kept_since_ns: int | None) -> str:
+        """Return how long a record is still kept, as Go prints a duration."""
         left_ns = self.key_expire_ns
         if kept_since_ns is not None:
             left_ns -= self.now_ns - kept_since_ns
-        times["rt"] = format_duration(max(0, left_ns))
-        return times
+        return format_duration(max(0, left_ns))
 
     def seconds(self, row: TaskRow | StepRow) -> float:
         """Return how long a task or a step has run, to the millisecond."""
@@ -16332,6 +16339,26 @@ def task_json(
         "times": time_format.task_times(task),
         **result_words(task, task, time_format),
     }
+
+
+def _task_text(
+    task: TaskRow,
+    running: Sequence[tuple[int, str]],
+    base_url: str,
+    time_format: TimeFormat,
+) -> str:
+    """Return the JSON of `task_json`, sooner for a task that has ended and was shown before."""
+    if task.ended_ns is None:
+        return to_json(task_json(task, running, base_url, time_format))
+    before, after = _ended_task_text(task, base_url, time_format._replace(now_ns=0))
+    return before + time_format.time_left(task.ended_ns) + after
+
+
+@functools.lru_cache(maxsize=256)
+def _ended_task_text(task: TaskRow, base_url: str, time_format: TimeFormat) -> tuple[str, str]:
+    """Return the JSON of a task that has ended, before and behind the time that is left: that alone changes."""
+    before, mark, after = to_json(task_json(task, (), base_url, time_format)).partition('"rt":"')
+    return before + mark, after[after.index('"') :]
 
 
 def _task_properties() -> Json:
@@ -16654,6 +16681,11 @@ def _parse_selection(query: Pairs) -> Selection:
         cursor,
         text,
     )
+
+
+def _is_short(first: Page) -> bool:
+    """Return whether a list has no more than its first page, which is made at once."""
+    return len(first.task_numbers) < _PART_OF_LIST
 
 
 def _parse_limit(text: str) -> int:
@@ -17303,8 +17335,7 @@ class TaskApi:
         if selection != Selection(selection.sort):
             total = self._store.total(selection)
         blocks = self._task_list(selection, first, total, request.base_url)
-        is_short = len(first.task_numbers) < _PART_OF_LIST
-        return Response(headers=(JSON_TYPE,), body=b"".join(blocks) if is_short else blocks)
+        return Response(headers=(JSON_TYPE,), body=b"".join(blocks) if _is_short(first) else blocks)
 
     def _pages(self, selection: Selection, first: Page) -> Iterator[Page]:
         """Yield a list page by page, so that memory stays flat for any number of tasks; it begins with `first`.
@@ -17334,6 +17365,7 @@ class TaskApi:
         `total` is None where the list is of all tasks: those that are shown.
         """
         running = self._store.running_steps()
+        is_short = _is_short(first)
         shown = 0
         yield b'{"code":0,"message":"success","data":{"running":%d,"tasks":[' % len(running)
         pages = self._pages(selection, first)
@@ -17341,12 +17373,13 @@ class TaskApi:
             if not rows:
                 continue
             time_format = self._time_format()
-            block = []
-            for row in rows:
-                running_steps = running.get(row.task_number, ())
-                block.append(task_json(row, running_steps, base_url, time_format))
+            tasks = [(row, running.get(row.task_number, ()), base_url, time_format) for row in rows]
+            if is_short:
+                text = ",".join(itertools.starmap(_task_text, tasks))
+            else:
+                text = to_json([*itertools.starmap(task_json, tasks)])[1:-1]
             separator = b"," if shown else b""
-            yield separator + to_json(block)[1:-1].encode()
+            yield separator + text.encode()
             shown += len(rows)
         end: Json = {"total": shown}
         if total is not None:

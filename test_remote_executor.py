@@ -1554,6 +1554,20 @@ def test_list_shows_an_ended_task(daemon: Daemon) -> None:
     assert 47.9 * 3600 < go_seconds(row["times"]["rt"]) < 48 * 3600
 
 
+def test_list_shows_an_ended_task_again_with_less_time_left(daemon: Daemon) -> None:
+    task = daemon.submit(step("exit 2", name='"rt":"1h"'))
+    daemon.ended(task)
+    first, second = (daemon.get(f"/api/v1/task?id={task}").data["tasks"][0] for _ in range(2))
+    whole = daemon.get(f"/api/v1/task/{task}").json["task"]
+    left_s = [go_seconds(row["times"].pop("rt")) for row in (first, second, whole)]
+    assert left_s == sorted(left_s, reverse=True) and len({*left_s}) == 3
+    assert first == second == {name: whole[name] for name in first}
+    assert first["msg"] == 'execution failed: [Step: 0, Name: "rt":"1h"]'
+    elsewhere = {"Host": f"localhost:{daemon.port}"}
+    third = daemon.request("GET", f"/api/v1/task?id={task}", None, elsewhere).data["tasks"][0]
+    assert third["url"] == f"http://localhost:{daemon.port}/api/v1/task/{task}"
+
+
 def test_list_shows_a_running_task(daemon: Daemon, gate: Path) -> None:
     task = daemon.submit(held(gate, name="a"), held(gate, name="b"), step(name="c", depets_on=["a"]), ansync="1")
     daemon.until_running(task, 0, 1)
