@@ -8,7 +8,7 @@ that writes its pid and its result into the step's own directory, so that a step
 
 The file reads from top to bottom, a section uses only what stands above it:
 
-    I    foundations       errors, time, options, threads, logging
+    I    foundations       errors, patterns, time, options, threads, logging
     II   operating system  Windows API, macOS processes, own process, private files, network peers, system information,
                            interpreters, step processes, POSIX processes, Windows processes
     III  tasks             task model, submission, dependency plan, metrics, step directory, store, scheduler, runner,
@@ -58,7 +58,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import logging.handlers
 import os
 import re
 import select
@@ -81,7 +80,7 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from enum import Enum, IntEnum, unique
-from typing import Any, Callable, NamedTuple, Protocol, TextIO, Union
+from typing import Any, AnyStr, Callable, NamedTuple, Protocol, TextIO, Union, cast
 
 __version__ = "1.0.0"
 
@@ -203,6 +202,27 @@ class UsageError(Exception):
 
 
 # ======================================================================================================================
+# I foundations / patterns: regular expressions that cost nothing until they are used
+# ======================================================================================================================
+
+
+class _LazyPattern:
+    """A regular expression that is compiled at its first use: of all at once that took a tenth of each start."""
+
+    def __init__(self, *args: Any) -> None:
+        self._args = args
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(re.compile(*self._args), name)
+        setattr(self, name, value)
+        return value
+
+
+def pattern(expression: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
+    return cast("re.Pattern[AnyStr]", _LazyPattern(expression, flags))
+
+
+# ======================================================================================================================
 # I foundations / time: a clock that never jumps, Go's durations, RFC 3339
 # ======================================================================================================================
 
@@ -248,6 +268,9 @@ class WallTimes(NamedTuple):
 
     offset_ns: int
     sleeps: tuple[_Sleep, ...]
+
+    def __hash__(self) -> int:
+        return hash((self.offset_ns, self.sleeps[-1]))  # not of all
 
     def at(self, moment_ns: int) -> int:
         last_woken_ns, last_slept_ns = self.sleeps[-1]
@@ -358,7 +381,7 @@ UNIT_NS = {
     "h": 3600 * _SECOND_NS,
     "d": 24 * 3600 * _SECOND_NS,  # which Go has not: a day is taken, but never shown
 }
-_DURATION_PART = re.compile(rf"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?({'|'.join(UNIT_NS)})")
+_DURATION_PART = pattern(rf"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?({'|'.join(UNIT_NS)})")
 
 
 def parse_duration(text: str) -> int:
@@ -411,7 +434,7 @@ def format_duration(ns: int) -> str:
     return f"{hours}h{minutes}m{seconds}s"
 
 
-_RFC_3339 = re.compile(
+_RFC_3339 = pattern(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(?:([Zz])|([+ -]\d\d:\d\d))", re.ASCII
 )
 
@@ -533,11 +556,11 @@ class Settings(NamedTuple):
 
 
 # Stricter than urllib.parse.urlsplit, which takes user@host, a path, and on Python 3.9 a port such as 2_376.
-_ADDRESS = re.compile(r"(?:tcp://)?(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]]*)):([0-9]{1,5})")
-_COUNT = re.compile("[0-9]{1,15}")
-_SIZE = re.compile(r"([0-9]{1,15}) ?(?:([KMGT])i?)?B?", re.IGNORECASE)
+_ADDRESS = pattern(r"(?:tcp://)?(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]]*)):([0-9]{1,5})")
+_COUNT = pattern("[0-9]{1,15}")
+_SIZE = pattern(r"([0-9]{1,15}) ?(?:([KMGT])i?)?B?", re.IGNORECASE)
 # A scheme and a host (RFC 6454, 6.2), of whatever has pages: chrome-extension://..., tauri://localhost.
-_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+")
+_ORIGIN = pattern(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+")
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -931,23 +954,26 @@ _LOG_FILE_BACKUPS = 5
 _ROTATION_RETRY_S = 60.0
 
 
-class LogFile(logging.handlers.RotatingFileHandler):
+class LogFile(logging.FileHandler):
     """Handler that writes the log to a file and rotates it; while it cannot be written, the daemon goes on without."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(
-            path,
-            maxBytes=_LOG_FILE_BYTES,
-            backupCount=_LOG_FILE_BACKUPS,
-            encoding="utf-8",
-            delay=True,
-        )
+        super().__init__(path, encoding="utf-8", delay=True)
+        self.max_bytes = _LOG_FILE_BYTES
         self._rotate_after_s = 0.0  # of time.monotonic()
         self._has_warned = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line, into a new file where the last one was deleted, or renamed as logrotate(8) does."""
         self._close_if_moved()
+        try:
+            self.stream = self.stream or self._open()
+            line = self.format(record) + self.terminator
+            if self.stream.tell() + len(line) > self.max_bytes and time.monotonic() >= self._rotate_after_s:
+                self._rotate()
+        except (OSError, MemoryError):
+            self.handleError(record)
+            return
         super().emit(record)
 
     def reopen(self) -> None:
@@ -955,20 +981,20 @@ class LogFile(logging.handlers.RotatingFileHandler):
         with self.lock or contextlib.nullcontext():
             self._close_stream()
 
-    def shouldRollover(self, record: logging.LogRecord) -> int:
-        if time.monotonic() < self._rotate_after_s:
-            return False
-        return super().shouldRollover(record)
-
-    def doRollover(self) -> None:
-        """Rotate, unless somebody reads the file: Windows would refuse to rename it after all older ones had moved."""
+    def _rotate(self) -> None:
+        """Begin a new file, unless somebody reads this one: Windows would refuse to rename it after all older ones."""
         self._close_stream()
+        path = self.baseFilename
         try:
-            os.rename(self.baseFilename, self.baseFilename + ".next")
-            os.rename(self.baseFilename + ".next", self.baseFilename)
-            super().doRollover()
+            os.rename(path, path + ".next")
+            os.rename(path + ".next", path)
+            for number in range(_LOG_FILE_BACKUPS - 1, 0, -1):
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(f"{path}.{number}", f"{path}.{number + 1}")
+            os.replace(path, path + ".1")
         except OSError:
             self._rotate_after_s = time.monotonic() + _ROTATION_RETRY_S
+        self.stream = self._open()
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Warn once that the file cannot be written; standard error has the record too."""
@@ -1911,14 +1937,9 @@ class DescriptorReserve:
                 self._borrowers -= 1
             self.fill()
 
-    @contextlib.contextmanager
-    def lend_if_scarce(self, look_now: bool = False) -> Iterator[None]:
+    def lend_if_scarce(self, look_now: bool = False) -> contextlib.AbstractContextManager[None]:
         """Lend where hardly any other descriptor is free, by a look of this moment or of the last 50 ms."""
-        if self._is_scarce(look_now):
-            with self.lend():
-                yield
-        else:
-            yield
+        return self.lend() if self._is_scarce(look_now) else contextlib.nullcontext()
 
     def _is_scarce(self, look_now: bool) -> bool:
         """Return whether few are free. Each call of a look lets another thread run: that slows many connections."""
@@ -2309,7 +2330,7 @@ def _account_name(sid: str) -> str:
 
 _MAX_ACCOUNT_NAME = 512
 _MAX_ROOT_LENGTH = 200  # so that a step's files stay below MAX_PATH, which cmd.exe cannot pass
-_ACCESS_ENTRY = re.compile(r"\((\w+);[^()]*?;([^;()]+)(?:;\(.*?\))?\)")  # the type of an ACE, and its SID
+_ACCESS_ENTRY = pattern(r"\((\w+);[^()]*?;([^;()]+)(?:;\(.*?\))?\)")  # the type of an ACE, and its SID
 
 
 def _granted_sids(descriptor: Any) -> set[str]:
@@ -2524,7 +2545,7 @@ _REMOVAL_S = 10.0  # for one directory, before others have their turn
 # and later takes 0o700 for a list of its own (os.mkdir), on which that user stands as the owner alone.
 _DIRECTORY_MODE = 0o777 if ON_WINDOWS else 0o700
 # What Windows would take for another drive, a stream of a file (`a:b`), a pattern, or a device (Naming Files, MSDN).
-_NO_WINDOWS_NAME = re.compile(
+_NO_WINDOWS_NAME = pattern(
     r'.*[<>:"|?*\\\x00-\x1f].*|.*[. ]|(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\..*)?',
     re.IGNORECASE | re.DOTALL,
 )
@@ -3571,33 +3592,39 @@ class ProcessStats(NamedTuple):
     max_files: int | None
 
 
+def _open_files() -> int:
+    """Return how many descriptors this process has open."""
+    if ON_LINUX:
+        size = os.stat("/proc/self/fd").st_size  # since Linux 6.2 their number (proc_pid_fd(5)), before 0
+        if size:
+            return size
+    return len(os.listdir("/dev/fd")) - 1  # the listing itself takes one
+
+
 def process_stats() -> ProcessStats:
     """Return what this process uses now. Raises OSError."""
     if ON_WINDOWS:
         return _windows_stats()
-    open_files = len(os.listdir("/dev/fd")) - 1  # the listing itself takes one
-    stats = ProcessStats(
-        cpu_s=time.process_time(),
-        started_s=_LOADED_S,
-        threads=threading.active_count(),
-        resident_bytes=None,
-        virtual_bytes=None,
-        open_files=open_files,
-        max_files=_max_files(),
-    )
-    if not ON_LINUX:
-        kernel = mac_kernel()
-        if kernel is None:
-            return stats
+    started_s = _LOADED_S
+    threads = threading.active_count()
+    resident = virtual = None
+    if ON_LINUX:
+        with open("/proc/self/stat", "rb", buffering=0) as file:
+            fields = file.read().rpartition(b")")[2].split()  # from the state on (proc_pid_stat(5))
+        threads = int(fields[17])
+        started_s = boot_time_s() + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        virtual = int(fields[20])
+        resident = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    elif kernel := mac_kernel():
         resident, virtual, threads = kernel.memory()
-        return stats._replace(resident_bytes=resident, virtual_bytes=virtual, threads=threads)
-    with open("/proc/self/stat", "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()  # from the state on (proc_pid_stat(5))
-    return stats._replace(
-        started_s=boot_time_s() + int(fields[19]) / os.sysconf("SC_CLK_TCK"),
-        threads=int(fields[17]),
-        resident_bytes=int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
-        virtual_bytes=int(fields[20]),
+    return ProcessStats(
+        cpu_s=time.process_time(),
+        started_s=started_s,
+        threads=threads,
+        resident_bytes=resident,
+        virtual_bytes=virtual,
+        open_files=_open_files(),
+        max_files=_max_files(),
     )
 
 
@@ -3958,7 +3985,7 @@ def interpreter_command(
     raise LaunchError(f"{' or '.join(interpreter.programs)} is not on the PATH of this host")
 
 
-_SPECIAL_TO_CMD = re.compile("[%!^&]")  # also within quotes, in a line that CALL reads a second time
+_SPECIAL_TO_CMD = pattern("[%!^&]")  # also within quotes, in a line that CALL reads a second time
 def _starts(command: Sequence[str]) -> bool:
     """Return whether a candidate for Python starts: the launcher `py` may be there, but know no Python that we may run.
 
@@ -3994,8 +4021,8 @@ def _try_python(command: tuple[str, ...], _modified_ns: int, _size: int) -> bool
 
 
 _TRIAL_TIMEOUT_S = 10.0
-_FILE_PLACEHOLDER = re.compile(r"\{(?:file|quoted)\}")
-_POWERSHELL_QUOTE = re.compile("['\u2018\u2019\u201a\u201b]")  # the typographic ones too (about_Quoting_Rules)
+_FILE_PLACEHOLDER = pattern(r"\{(?:file|quoted)\}")
+_POWERSHELL_QUOTE = pattern("['\u2018\u2019\u201a\u201b]")  # the typographic ones too (about_Quoting_Rules)
 
 
 def _substitute_file(argument: str, file: str) -> str:
@@ -4048,7 +4075,7 @@ def encode_script(command_type: str, text: str, variables: Sequence[str] = ()) -
 
 
 # A command of its own, not a word of `echo` or `rem`: at the begin of a line or of what follows another command.
-_CHANGES_PAGE = re.compile(
+_CHANGES_PAGE = pattern(
     r'(?:^|[&|(@]|>\s*nul\b)\s*(?:"?[^\s"&|]*\\)?chcp(?:\.com)?"?\s+(\d+)',
     re.IGNORECASE,
 )
@@ -4266,7 +4293,7 @@ _RESET_OOM_SCORE = f"echo 0 2>/dev/null >{_OOM_SCORE_FILE}; "
 # A shell drops variables whose names it could not have itself, and sets, resets or interprets those listed here. Their
 # values travel in a file of the step's directory, for everybody on the host may read a command line; the environment is
 # made of it after the wrapper's shell. What an interpreter ignores when it starts must be as by default in the script.
-_ORDINARY_NAME = re.compile(
+_ORDINARY_NAME = pattern(
     r"(?!(?:_|A__z|BASH\w*|COLUMNS|COMP_\w*|COPROC|CPUTYPE|DIRSTACK|E?[UG]ID|ENV|EPOCH\w*|ERRNO|FUNCNAME|GROUPS|HIST\w*"
     r"|IFS|KSH\w*|LINENO|LINES|MACHTYPE|OLDPWD|OPT\w+|OSTYPE|PATHSEP|PGRP|PIPESTATUS|POSIXLY_CORRECT|PPID|PS[1-4]|PWD"
     r"|RANDOM|REPLY|SECONDS|SHELLOPTS|SHLVL|SRANDOM|TMOUT|TTY|USERNAME|USER_ID|VENDOR|ZSH\w*|signals)\Z)"
@@ -5757,7 +5784,7 @@ _FIND_OWN_PROCESS_S = 0.5  # until the first search for a step's own process; mo
 _MODULE_PATH = "PSMODULEPATH"  # of PowerShell 7, where the daemon was started in it: 5.1 fails on its modules
 _CONSOLE_HOST = "conhost.exe"
 _OTHER_CHILDREN = (_CONSOLE_HOST, "chcp.com")  # of a wrapper: besides its console's host, what sets the code page
-_UNQUOTED_WORD = re.compile(r"[-/][A-Za-z0-9:]+|Bypass|call")
+_UNQUOTED_WORD = pattern(r"[-/][A-Za-z0-9:]+|Bypass|call")
 
 
 class _WrapperRecord(NamedTuple):
@@ -6801,8 +6828,8 @@ class TaskSpec(NamedTuple):
 # III tasks / submission: JSON to frozen specs; an error says where
 # ======================================================================================================================
 
-ID_PATTERN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
-ENV_ENTRY_PATTERN = re.compile(r"[^=\x00]+=[^\x00]*")
+ID_PATTERN = pattern(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
+ENV_ENTRY_PATTERN = pattern(r"[^=\x00]+=[^\x00]*")
 BOOLEANS = {
     "1": True,
     "t": True,
@@ -6811,8 +6838,8 @@ BOOLEANS = {
     "f": False,
     "false": False,
 }
-_WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
-_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_WINDOWS_DEVICE = pattern(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+_CONTROL_CHARACTER = pattern(r"[\x00-\x1f\x7f-\x9f]")
 MAX_NAME_LENGTH = 128
 # What a submission may have: what is not here is told to be unknown. The parameters by each name that they may have.
 _PARAMETERS = {
@@ -6877,7 +6904,7 @@ def _decode_body(body: bytes) -> str:
 
 
 # The begin of application/x-www-form-urlencoded, of which no field has a quote or a brace, or of multipart/form-data.
-_FORM_START = re.compile(r"[^\s\"'{}\[\]=&]+=|--\S+\r?\nContent-", re.IGNORECASE)
+_FORM_START = pattern(r"[^\s\"'{}\[\]=&]+=|--\S+\r?\nContent-", re.IGNORECASE)
 
 
 def _reject_constant(word: str) -> None:
@@ -7731,10 +7758,10 @@ _MAX_SCRIPT_LOOK_BYTES = 1 << 20
 # It has not begun, or has removed it, or replaced it or a directory above it; of a socket it is ENXIO.
 _NO_OUTPUT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO}
 _HEAD_BYTES = 256  # more than a pid file or a result has
-_RESULT = re.compile(rb"(-?[0-9]{1,10})\s*\n")  # bounded, for a step may write there too
+_RESULT = pattern(rb"(-?[0-9]{1,10})\s*\n")  # bounded, for a step may write there too
 _CODE_MODULUS = 1 << 32  # on Windows, where cmd writes those above 2**31 as negative numbers
-_LATE_RESULT = re.compile(rb"^ended (-?[0-9]{1,10})\n", re.MULTILINE)
-_EARLIER_OUTPUT = re.compile(r"(output|stderr)\.[0-9]+")
+_LATE_RESULT = pattern(rb"^ended (-?[0-9]{1,10})\n", re.MULTILINE)
+_EARLIER_OUTPUT = pattern(r"(output|stderr)\.[0-9]+")
 OUTPUT_STREAMS = {"stdout": "output", "stderr": "stderr"}
 
 
@@ -8143,7 +8170,7 @@ SELECT CASE result WHEN 'waiting' THEN 2 WHEN 'running' THEN 1 ELSE 0 END, tasks
 UNION ALL SELECT state, count(*) FROM task WHERE result IN ('paused', 'lost') GROUP BY state
 """
 _RESUME_TASK = "UPDATE task SET result = CASE state WHEN 1 THEN 'running' ELSE 'waiting' END WHERE seq = ?"
-_INDEX = re.compile("0|[1-9][0-9]{0,8}")
+_INDEX = pattern("0|[1-9][0-9]{0,8}")
 
 
 class Accepted(NamedTuple):
@@ -8325,7 +8352,7 @@ class Page(NamedTuple):
 
 # A list is read in segments, each by an index: a task that has not ended has no time to sort it by.
 _SEGMENTS = {"st": ("all",), "et": ("unfinished", "ended"), "rt": ("ended", "unfinished")}
-_CURSOR = re.compile("(?:([0-9]{1,19})-)?([0-9]{1,19})")  # when it ended, where that is sorted by, and its number
+_CURSOR = pattern("(?:([0-9]{1,19})-)?([0-9]{1,19})")  # when it ended, where that is sorted by, and its number
 _Position = tuple[int, int]  # the same as numbers
 
 
@@ -11027,7 +11054,7 @@ _MIN_TICK_S = 0.01
 _MAX_TICK_S = 8.0  # between looks for what a step has left and what could not be removed, which begin with _TICK_S
 _MAX_PAUSE_S = 3600.0
 _FASTEST_WRITER_BYTES_PER_S = 2 * 10**9  # a step may fill its limit that fast
-_TASK_NUMBER = re.compile("[1-9][0-9]{0,17}")
+_TASK_NUMBER = pattern("[1-9][0-9]{0,17}")
 _REMOVAL_ATTEMPTS = 20  # until a removal that fails is logged: 10 s, longer than a virus scanner holds a file
 
 
@@ -11408,7 +11435,7 @@ def json_response(
     return Response(status, (JSON_TYPE, *headers), to_json(envelope).encode(), audit)
 
 
-_BYTE_RANGE = re.compile(r"bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*", re.IGNORECASE)
+_BYTE_RANGE = pattern(r"bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*", re.IGNORECASE)
 
 
 def parse_range(header: str, total_bytes: int) -> tuple[int, int] | None:
@@ -11479,12 +11506,12 @@ _STREAM_BLOCK_BYTES = 1 << 18  # one for each upload: larger ones are no faster
 _MIN_STREAM_BYTES = 1 << 16
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 # A target has ASCII alone (RFC 3986), but curl sends UTF-8 as it was typed.
-_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
-_FIELD_LINE = re.compile(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)")
-_BARE_CR_LF_OR_NUL = re.compile(rb"(?<!\r)\n|\r[^\n]|\0")
-_AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(?::[0-9]{1,5})?")
-_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,12})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+_REQUEST_LINE = pattern(rf"({_TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
+_FIELD_LINE = pattern(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)")
+_BARE_CR_LF_OR_NUL = pattern(rb"(?<!\r)\n|\r[^\n]|\0")
+_AUTHORITY = pattern(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(?::[0-9]{1,5})?")
+_BAD_ESCAPE = pattern(r"%(?![0-9A-Fa-f]{2})")
+_CHUNK_SIZE = pattern(rb"([0-9A-Fa-f]{1,12})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 _SINGLE_FIELDS = {"host", "content-length", "transfer-encoding", "authorization", "origin", "expect"}
 
 
@@ -11575,6 +11602,10 @@ class RequestReader:
         """
         while len(self._buffer) <= 2 and not self._buffer.strip(b"\r\n"):
             self._receive()
+
+    def wait_unread(self) -> None:
+        """Wait for the first byte of a request, which stays unread. Raise ConnectionEnded if there is none in time."""
+        self._before_deadline(lambda size: self._sock.recv(size, socket.MSG_PEEK), 1)
 
     def read_head(self) -> bytes:
         """Return a head with the empty line at its end. Raise BadRequest or ConnectionEnded."""
@@ -11842,10 +11873,10 @@ def _decode_query(query: str) -> tuple[tuple[str, str], ...]:
 # What a proxy says of a request is believed of a --trusted_proxy alone. Each proxy adds what it sees at the end of a
 # list, so the list is read from there, as far as the proxies are trusted: what stands before comes from anybody.
 
-_FORWARDED_PAIR = re.compile(rf'\s*({_TOKEN})=(?:({_TOKEN})|"([^"\\]*)")\s*(;|,|$)')
-_FORWARDED_NODE = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+)(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
-_HIDDEN_NODE = re.compile(r"unknown|_[A-Za-z0-9._-]+", re.IGNORECASE)
-_PREFIX = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+;=:@-]+)*/?")
+_FORWARDED_PAIR = pattern(rf'\s*({_TOKEN})=(?:({_TOKEN})|"([^"\\]*)")\s*(;|,|$)')
+_FORWARDED_NODE = pattern(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+)(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
+_HIDDEN_NODE = pattern(r"unknown|_[A-Za-z0-9._-]+", re.IGNORECASE)
+_PREFIX = pattern(r"(?:/[A-Za-z0-9._~!$&'()*+;=:@-]+)*/?")
 
 
 def _parse_forwarded(request: Request) -> Forwarded:
@@ -12174,14 +12205,14 @@ def _match_template(template: _Segments, segments: _Segments) -> dict[str, str] 
 
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
 # Names, not addresses: ipaddress would take spellings such as [0:0::1], which no browser sends.
-_LOCAL_HOST = re.compile(rf"(?:localhost|127(?:\.{_OCTET}){{3}}|\[::1\])(?::([0-9]+))?", re.IGNORECASE)
+_LOCAL_HOST = pattern(rf"(?:localhost|127(?:\.{_OCTET}){{3}}|\[::1\])(?::([0-9]+))?", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # which an origin leaves out
 _PROXY_FIELDS = ("forwarded", "x-forwarded", "x-real-ip", "via")  # beginnings of the fields that a proxy adds
 _WRONG_TOKENS_WINDOW_S = 60.0
 _MAX_WRONG_TOKENS = 10  # of a client in that time: a typing error is no attack, 2**256 tokens are out of reach
 _MIN_TOKEN_BYTES = 16  # of 64 random bits at least: at 10,000 guesses a second 58 million years
 _MAX_REMEMBERED_CLIENTS = 10_000  # that sent wrong tokens: a few megabytes
-_ROLE_WORDS = re.compile(r"(?<!\S)role\s*=\s*(\S*)", re.IGNORECASE)
+_ROLE_WORDS = pattern(r"(?<!\S)role\s*=\s*(\S*)", re.IGNORECASE)
 
 
 class Identity(NamedTuple):
@@ -12276,11 +12307,9 @@ class Authenticator:
         """Make the root's token file, unless it exists. Raise OSError."""
         if os.path.exists(self._path):
             return
-        import secrets  # here, because OpenSSL takes half a megabyte that an idle daemon need not
-
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w", encoding="ascii", newline="\n") as file:  # `$(cat token)` keeps a CR
-            file.write(secrets.token_hex(32) + "\n")
+            file.write(os.urandom(32).hex() + "\n")  # as `secrets` does, which would load OpenSSL
 
     def rule(self) -> str:
         """Return who needs a token, and where one is; empty under --insecure, of which `start` has warned."""
@@ -12542,7 +12571,7 @@ def rate_limit_key(address: str) -> str:
 #     lingering close                     5 s, as nginx: a close with unread input is a reset, which may destroy a
 #                                         response on its way (RFC 9112, 9.6)
 #
-# On Linux, and without TLS, a connection leaves its thread between two requests, because a switch from one thread to
+# On Linux, and without TLS, a connection leaves its thread before each request, because a switch from one thread to
 # another costs more than most answers do (measured: 16 threads, each with its connection, gave a third of the answers
 # of one). All idle connections are watched by one thread, the leader, which serves those that have news one after
 # another, with no switch; the threads of the others sleep. Before it may wait or work for long, it steps down and one
@@ -12988,7 +13017,7 @@ class Server(http.server.ThreadingHTTPServer):
                     listener: Any = key.fileobj
                     if listener is not self._stop_receiver:
                         self.socket = listener
-                        self.handle_request()
+                        self._handle_request_noblock()  # type: ignore[attr-defined]  # without a second poll
 
     def is_alive(self) -> bool:
         """Return whether connections are accepted."""
@@ -13365,8 +13394,9 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
         self.is_idle = False
         try:
             begin()
-            self._reader.wait()
-            self._handle_requests()
+            if not self.is_idle:
+                self._reader.wait()
+                self._handle_requests()
         except (OSError, ConnectionEnded) as error:
             log.debug("connection of %s: %s", self._client.address, error)
         finally:
@@ -13374,8 +13404,12 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
                 self.server.authenticator.release(self._client.endpoints)
 
     def _begin(self) -> None:
+        """Set the connection up; its first request is for whoever leads, as all later ones."""
         self._client = self._set_up(self._client)
         self._reader.set_deadline(self._timeout_s)
+        if self.server.idle_connections and not self._is_scarce:
+            self._reader.wait_unread()
+            self.is_idle = True
 
     def seconds_left(self) -> float:
         """Return how long an idle connection is still kept."""
@@ -16030,13 +16064,13 @@ route();
 if (document.hidden) stream.run();
 else requestAnimationFrame(() => setTimeout(() => stream.run()));
 """
-DASHBOARD_SCRIPT = (
-    COMMON_SCRIPT
-    + _DASHBOARD_CORE
-    + _DASHBOARD_OVERVIEW
-    + _DASHBOARD_TASK
-    + _DASHBOARD_CONSOLE
-    + _DASHBOARD_EDITOR
+DASHBOARD_SCRIPTS = (
+    COMMON_SCRIPT,
+    _DASHBOARD_CORE,
+    _DASHBOARD_OVERVIEW,
+    _DASHBOARD_TASK,
+    _DASHBOARD_CONSOLE,
+    _DASHBOARD_EDITOR,
 )
 
 
@@ -16238,11 +16272,15 @@ class TimeFormat(NamedTuple):
             times["st"] = format_time(self.wall_times.at(begin_ns) // _SECOND_NS)
         if end_ns is not None:
             times["et"] = format_time(self.wall_times.at(end_ns) // _SECOND_NS)
+        times["rt"] = self.time_left(kept_since_ns)
+        return times
+
+    def time_left(self, kept_since_ns: int | None) -> str:
+        """Return how long a record is still kept, as Go prints a duration."""
         left_ns = self.key_expire_ns
         if kept_since_ns is not None:
             left_ns -= self.now_ns - kept_since_ns
-        times["rt"] = format_duration(max(0, left_ns))
-        return times
+        return format_duration(max(0, left_ns))
 
     def seconds(self, row: TaskRow | StepRow) -> float:
         """Return how long a task or a step has run, to the millisecond."""
@@ -16391,6 +16429,26 @@ def task_json(
         "times": time_format.task_times(task),
         **result_words(task, task, time_format),
     }
+
+
+def _task_text(
+    task: TaskRow,
+    running: Sequence[tuple[int, str]],
+    base_url: str,
+    time_format: TimeFormat,
+) -> str:
+    """Return the JSON of `task_json`, sooner for a task that has ended and was shown before."""
+    if task.ended_ns is None:
+        return to_json(task_json(task, running, base_url, time_format))
+    before, after = _ended_task_text(task, base_url, time_format._replace(now_ns=0))
+    return before + time_format.time_left(task.ended_ns) + after
+
+
+@functools.lru_cache(maxsize=256)
+def _ended_task_text(task: TaskRow, base_url: str, time_format: TimeFormat) -> tuple[str, str]:
+    """Return the JSON of a task that has ended, before and behind the time that is left: that alone changes."""
+    before, mark, after = to_json(task_json(task, (), base_url, time_format)).partition('"rt":"')
+    return before + mark, after[after.index('"') :]
 
 
 def _task_properties() -> Json:
@@ -16683,6 +16741,7 @@ _MAX_TEXT_LENGTH = 200
 _ORDERS = ("asc", "desc")
 
 
+@functools.lru_cache(maxsize=64)  # who polls a list asks for the same one
 def _parse_selection(query: Pairs) -> Selection:
     """Return which tasks a list is to show. Raise BadRequest."""
     sort_keys = [value for name, value in query if name == "sort"] or ["st"]
@@ -16714,6 +16773,11 @@ def _parse_selection(query: Pairs) -> Selection:
         cursor,
         text,
     )
+
+
+def _is_short(first: Page) -> bool:
+    """Return whether a list has no more than its first page, which is made at once."""
+    return len(first.task_numbers) < _PART_OF_LIST
 
 
 def _parse_limit(text: str) -> int:
@@ -17126,7 +17190,7 @@ class OutputDecoder:
 
 _MAX_ACCIDENT_BYTES = 120  # of a line: in a longer one some character is no UTF-8
 _FIRST_NOT_LATIN = "\u0370"
-_ASCII = re.compile(r"[\x00-\x7f]+")
+_ASCII = pattern(r"[\x00-\x7f]+")
 
 
 def _is_foreign_word(text: str) -> bool:
@@ -17138,7 +17202,7 @@ def _is_foreign_word(text: str) -> bool:
     return not any(first.islower() and second.isupper() for first, second in pairs)
 
 
-_TOUCHES_ASCII = re.compile(r"[A-Za-z][^\x00-\x7f]|[^\x00-\x7f][A-Za-z]")
+_TOUCHES_ASCII = pattern(r"[A-Za-z][^\x00-\x7f]|[^\x00-\x7f][A-Za-z]")
 
 
 def _is_latin_word(text: str) -> bool:
@@ -17363,8 +17427,7 @@ class TaskApi:
         if selection != Selection(selection.sort):
             total = self._store.total(selection)
         blocks = self._task_list(selection, first, total, request.base_url)
-        is_short = len(first.task_numbers) < _PART_OF_LIST
-        return Response(headers=(JSON_TYPE,), body=b"".join(blocks) if is_short else blocks)
+        return Response(headers=(JSON_TYPE,), body=b"".join(blocks) if _is_short(first) else blocks)
 
     def _pages(self, selection: Selection, first: Page) -> Iterator[Page]:
         """Yield a list page by page, so that memory stays flat for any number of tasks; it begins with `first`.
@@ -17394,6 +17457,7 @@ class TaskApi:
         `total` is None where the list is of all tasks: those that are shown.
         """
         running = self._store.running_steps()
+        is_short = _is_short(first)
         shown = 0
         yield b'{"code":0,"message":"success","data":{"running":%d,"tasks":[' % len(running)
         pages = self._pages(selection, first)
@@ -17401,12 +17465,13 @@ class TaskApi:
             if not rows:
                 continue
             time_format = self._time_format()
-            block = []
-            for row in rows:
-                running_steps = running.get(row.task_number, ())
-                block.append(task_json(row, running_steps, base_url, time_format))
+            tasks = [(row, running.get(row.task_number, ()), base_url, time_format) for row in rows]
+            if is_short:
+                text = ",".join(itertools.starmap(_task_text, tasks))
+            else:
+                text = to_json([*itertools.starmap(task_json, tasks)])[1:-1]
             separator = b"," if shown else b""
-            yield separator + to_json(block)[1:-1].encode()
+            yield separator + text.encode()
             shown += len(rows)
         end: Json = {"total": shown}
         if total is not None:
@@ -18307,7 +18372,7 @@ _WORKSPACE_PATH = _TASK_PATH + "/workspace"
 _WORKSPACE_FILE_PATH = _WORKSPACE_PATH + "/{path}"
 _LISTED_AT_ONCE = 5000
 _Entries = Iterator[os.DirEntry[str]]
-_NO_PLAIN_CHARACTER = re.compile(r'[^\x20-\x7e]|["\\]')
+_NO_PLAIN_CHARACTER = pattern(r'[^\x20-\x7e]|["\\]')
 
 
 class _Place(NamedTuple):
@@ -18991,7 +19056,7 @@ class OperatorApi:
     def show_index(self, request: Request) -> Response:
         """Return the dashboard for a browser: it is public, since a browser can send a token only from a page."""
         if "text/html" in request.headers.get("accept", ""):
-            return page_response(request, DASHBOARD_PAGE, DASHBOARD_STYLE, DASHBOARD_SCRIPT)
+            return page_response(request, DASHBOARD_PAGE, DASHBOARD_STYLE, "".join(DASHBOARD_SCRIPTS))
         if not request.label:
             raise Unauthorized("send `Authorization: Bearer ...` with a token of the daemon (--token_file)")
         return json_response(index_json(request.base_url))
@@ -21345,7 +21410,7 @@ _CHANGE_RIGHTS = 0x500D_0000  # GENERIC_ALL, GENERIC_WRITE, WRITE_OWNER, WRITE_D
 _FILE_CHANGE_RIGHTS = _CHANGE_RIGHTS | 0x0006  # FILE_WRITE_DATA, FILE_APPEND_DATA
 _OWN_DIRECTORY_CHANGE_RIGHTS = _CHANGE_RIGHTS | 0x0046  # FILE_ADD_FILE, FILE_ADD_SUBDIRECTORY, FILE_DELETE_CHILD
 _DIRECTORY_CHANGE_RIGHTS = 0x100D_0040  # not those that add to it; GENERIC_WRITE does no more than that
-_ACL_ENTRY = re.compile(r"\((\w+);(\w*);(\w*);[^;()]*;[^;()]*;([^;()]+)[^()]*\)")
+_ACL_ENTRY = pattern(r"\((\w+);(\w*);(\w*);[^;()]*;[^;()]*;([^;()]+)[^()]*\)")
 _ACL_RIGHTS = {
     **{"GA": 0x1000_0000, "GW": 0x4000_0000, "GR": 0, "GX": 0},
     **{"FA": 0x1F_01FF, "FW": 0x12_0116, "FR": 0, "FX": 0},
@@ -22296,8 +22361,8 @@ _BROKEN_PIPE = 141  # as a shell shows a death by SIGPIPE
 _MAX_EXIT_CODE = 0x7FFF_FFFF  # of Windows, as a C long
 
 
-_ANSI_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_ANSI_SEQUENCE = pattern(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_CONTROL = pattern(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
@@ -23106,7 +23171,7 @@ _TYPE_BY_SUFFIX = {
     ".cmd": "cmd",
     ".bat": "cmd",
 }
-_CMD_SPECIAL = re.compile(r'([()!^"<>&|])')
+_CMD_SPECIAL = pattern(r'([()!^"<>&|])')
 _INTERRUPT_CHECK_S = 0.2
 _EVENTS_TRUST_S = 15.0
 _TAIL_OF_FAILED_STEP = 10
@@ -25111,6 +25176,7 @@ def run_command(argv: Sequence[str]) -> int:
     if command == "selftest":
         return self_test(settings, is_json)
     leave_step()
+    gc.collect()  # the parser of the command line, a ring of 64 KB, which an idle daemon would keep for ever
     return run_supervised(settings)
 
 

@@ -1554,6 +1554,20 @@ def test_list_shows_an_ended_task(daemon: Daemon) -> None:
     assert 47.9 * 3600 < go_seconds(row["times"]["rt"]) < 48 * 3600
 
 
+def test_list_shows_an_ended_task_again_with_less_time_left(daemon: Daemon) -> None:
+    task = daemon.submit(step("exit 2", name='"rt":"1h"'))
+    daemon.ended(task)
+    first, second = (daemon.get(f"/api/v1/task?id={task}").data["tasks"][0] for _ in range(2))
+    whole = daemon.get(f"/api/v1/task/{task}").json["task"]
+    left_s = [go_seconds(row["times"].pop("rt")) for row in (first, second, whole)]
+    assert left_s == sorted(left_s, reverse=True) and len({*left_s}) == 3
+    assert first == second == {name: whole[name] for name in first}
+    assert first["msg"] == 'execution failed: [Step: 0, Name: "rt":"1h"]'
+    elsewhere = {"Host": f"localhost:{daemon.port}"}
+    third = daemon.request("GET", f"/api/v1/task?id={task}", None, elsewhere).data["tasks"][0]
+    assert third["url"] == f"http://localhost:{daemon.port}/api/v1/task/{task}"
+
+
 def test_list_shows_a_running_task(daemon: Daemon, gate: Path) -> None:
     task = daemon.submit(held(gate, name="a"), held(gate, name="b"), step(name="c", depets_on=["a"]), ansync="1")
     daemon.until_running(task, 0, 1)
@@ -8594,18 +8608,19 @@ def test_connection_that_waits_holds_no_idle_one_up(launch: Callable[..., Daemon
     gate.touch()
 
 
-# The leader fails twice, as soon as it is told of anything.
+# The leader fails twice, as soon as it is told of anything after the first requests of six connections.
 FAILING_EPOLL = """
 import select, selectors
 class Failing:
-    faults = [MemoryError(), OSError("broken")]
+    faults = [MemoryError(), OSError("broken"), *[None] * 6]
     def __init__(self):
         self.real = epoll()
         self.register, self.unregister = self.real.register, self.real.unregister
     def poll(self, timeout):
         events = self.real.poll(timeout)
-        if events and self.faults:
-            raise self.faults.pop()
+        fault = self.faults.pop() if events and self.faults else None
+        if fault:
+            raise fault
         return events
 epoll, select.epoll = select.epoll, Failing
 """
@@ -8628,6 +8643,16 @@ def test_idle_connection_ends_beside_busy_ones(launch: Callable[..., Daemon]) ->
         idle, busy = kept_connections(daemon, 2, stack)
         idle.setblocking(False)
         wait_until(lambda: heartbeat(busy) and has_ended(idle), pause_s=0)
+
+
+def test_silent_connection_ends_in_time_beside_idle_and_busy_ones(launch: Callable[..., Daemon]) -> None:
+    daemon = launch("--timeout=300ms", "--idle_timeout=1m")
+    with contextlib.ExitStack() as stack:
+        idle, busy = kept_connections(daemon, 2, stack)
+        silent = stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port), 30))
+        silent.setblocking(False)
+        wait_until(lambda: heartbeat(busy) and has_ended(silent), pause_s=0)
+        assert heartbeat(idle)
 
 
 def has_ended(link: socket.socket) -> bool:
@@ -9949,6 +9974,22 @@ def test_metrics_of_the_process_have_the_official_names(daemon: Daemon) -> None:
     assert any(name.startswith(f'remote_executor_build_info{{version="{version()}"') for name in found)
 
 
+@linux_only
+def test_open_files_are_counted_whether_the_kernel_does_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    files, older = len(os.listdir("/proc/self/fd")) - 1, os.stat(os.devnull)  # of size 0, as the directory before 6.2
+    assert module()._open_files() == files
+    monkeypatch.setattr(os, "stat", lambda path: older)
+    assert module()._open_files() == files
+
+
+@linux_only
+def test_idle_daemon_loads_no_module_that_it_can_do_without(launch: Callable[..., Daemon]) -> None:
+    daemon = launch()
+    assert daemon.get("/api/v1/pool").code == 0 and daemon.process
+    loaded = Path(f"/proc/{daemon.process.pid}/maps").read_text()
+    assert re.findall("_(?:ctypes|hashlib|pickle|uuid)[.]", loaded) == []
+
+
 @pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool on this host")
 def test_metrics_pass_promtool_without_a_warning(daemon: Daemon) -> None:
     daemon.run(step("exit 1"))
@@ -11251,7 +11292,7 @@ def events(daemon: Daemon) -> list[dict[str, Any]]:
 
 def test_log_rotates_only_where_no_reader_holds_it(tmp_path: Path) -> None:
     handler = module().LogFile(str(tmp_path / "log"))
-    handler.maxBytes = 100
+    handler.max_bytes = 100
 
     def write(*lines: str) -> dict[str, str]:
         for line in lines:
@@ -14385,6 +14426,12 @@ def test_source_lines_have_8_tokens_in_the_mean_and_22_at_most_but_for_5_percent
     assert percentile <= 22
 
 
+def test_source_patterns_are_compiled_when_they_are_used() -> None:
+    assert re.findall(r"^\w+ = re\.compile", source(), re.MULTILINE) == []
+    patterns = [value for value in vars(module()).values() if isinstance(value, module()._LazyPattern)]
+    assert len(patterns) > 20 and all(value.pattern for value in patterns)
+
+
 def test_source_has_no_conditional_expression_within_another() -> None:
     outer = [node for node in ast.walk(tree()) if isinstance(node, ast.IfExp)]
     assert [at(node) for node in outer if sum(isinstance(one, ast.IfExp) for one in ast.walk(node)) > 1] == []
@@ -14429,6 +14476,7 @@ def test_source_steps_down_before_it_waits() -> None:
         "_serve": "calls methods of these names that step down",
         "_receive": "goes by _before_deadline",
         "read_into": "the same",
+        "wait_unread": "the same",
         "has_ended": "called by a Hold, before which its handler has stepped down",
         "_send_file_block": "called by _send_response, which has stepped down",
     }
