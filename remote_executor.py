@@ -968,8 +968,7 @@ class LogFile(logging.FileHandler):
         self._close_if_moved()
         try:
             self.stream = self.stream or self._open()
-            line = self.format(record) + self.terminator
-            if self.stream.tell() + len(line) > self.max_bytes and time.monotonic() >= self._rotate_after_s:
+            if self.stream.tell() >= self.max_bytes and time.monotonic() >= self._rotate_after_s:
                 self._rotate()
         except (OSError, MemoryError):
             self.handleError(record)
@@ -13017,7 +13016,7 @@ class Server(http.server.ThreadingHTTPServer):
                     listener: Any = key.fileobj
                     if listener is not self._stop_receiver:
                         self.socket = listener
-                        self._handle_request_noblock()  # type: ignore[attr-defined]  # without a second poll
+                        self.handle_request()
 
     def is_alive(self) -> bool:
         """Return whether connections are accepted."""
