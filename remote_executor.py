@@ -14106,7 +14106,8 @@ DASHBOARD_STYLE = PALETTE + r"""
   --c0: var(--soft); --c1: var(--bad); --c2: var(--good); --c3: var(--warn); --c4: var(--link); --c7: var(--text);
   --c5: light-dark(#8250df, #d2a8ff); --c6: light-dark(#0b6b75, #56d4dd); }
 html { font-size: clamp(15px, .35vw + 11px, 20px); }
-body { margin: 0; min-height: 100vh; display: flex; flex-direction: column; background: var(--back); color: var(--text);
+body, main, .list { display: flex; flex-direction: column; }
+body { margin: 0; min-height: 100vh; background: var(--back); color: var(--text);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 body.filled { height: 100dvh; }
 h1, h2, h3, p, dl, dd { margin: 0; font-size: 1rem; }
@@ -14132,15 +14133,14 @@ button:disabled { opacity: .5; cursor: default; }
 [type="checkbox"] { min-height: 0; margin: 0 .25rem 0 0; vertical-align: -.125em; }
 textarea { width: 100%; font: var(--code); padding: .5rem .75rem; resize: vertical; }
 
-.bar, header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem var(--gap); }
+.bar, header, nav { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem var(--gap); }
 header { padding: .5rem var(--gap); border-bottom: var(--edge); background: var(--box); }
-header nav { display: flex; flex-wrap: wrap; gap: .25rem var(--gap); }
 nav a[aria-current="page"] { color: var(--text); font-weight: 600; box-shadow: 0 2px var(--link); }
 .push { margin-left: auto; }
 #connection::before { content: "● "; color: var(--mark); }
 .notice { padding: .5rem var(--gap); border-bottom: var(--edge); color: var(--warn); }
 main:focus-visible { outline: none; }
-main { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: var(--gap); padding: var(--gap); }
+main { flex: 1; min-height: 0; gap: var(--gap); padding: var(--gap); }
 .panel { border: var(--edge); border-radius: .5rem; }
 .panel > h3 { display: flex; align-items: center; gap: .75rem; min-height: 3.125rem; padding: 0 var(--gap);
   border-bottom: var(--edge); }
@@ -14152,7 +14152,7 @@ main { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: var(-
 .stats button { margin-left: .5rem; }
 meter { width: 100%; height: .375rem; display: block; }
 
-.list { flex: 1; display: flex; flex-direction: column; overflow: hidden; }
+.list { flex: 1; overflow: hidden; }
 .list > * { scrollbar-gutter: stable; overflow: hidden; }
 .scroller { flex: 1; overflow: auto; overscroll-behavior: contain; }
 .spacer { position: relative; }
@@ -14164,7 +14164,7 @@ meter { width: 100%; height: .375rem; display: block; }
 .list > :first-child { background: var(--box); }
 .window .row:last-child { border: 0; }
 .head { height: var(--head); flex: none; }
-.row:not(.head):hover, .row:focus-within { background: var(--box); }
+.row:hover, .row:focus-within { background: var(--box); }
 .task { grid: auto / 8.5rem minmax(8rem, 1fr) 6.5rem 6rem 6rem minmax(0, 1.4fr); }
 .step { grid: auto / 8.5rem minmax(8rem, 14rem) minmax(6rem, 1fr) 6rem minmax(0, 16rem); }
 .file { grid: auto / minmax(0, 1fr) 6rem 10rem auto; }
@@ -14197,7 +14197,6 @@ button.name { border: 0; padding: 0; background: none; }
 .plane { min-height: 7rem; max-height: 60vh; overflow: auto; cursor: grab; user-select: none;
   touch-action: pan-x pan-y; }
 .canvas { position: relative; width: max-content; margin: auto; }
-.canvas svg { display: block; }
 .canvas path { fill: none; stroke: var(--soft); stroke-width: 1.25; }
 .canvas path.critical { stroke: var(--text); stroke-width: 2.5; }
 .graph .bar { position: absolute; right: .5rem; bottom: .5rem; gap: .25rem; }
@@ -14220,20 +14219,21 @@ summary { padding: .375rem var(--gap); cursor: pointer; }
 .console.wrapped .line { white-space: pre-wrap; width: auto; }
 .console .number { flex: none; width: 5.5rem; padding-right: 1rem; text-align: right; user-select: none; }
 .number a { color: inherit; }
+.console.empty::before { content: "It wrote nothing."; }
 .console .target { box-shadow: inset 3px 0 var(--link); background: var(--back); }
 mark { background: var(--put); color: var(--back); }
 .b { font-weight: 700; } .d { opacity: .8; } .i { font-style: italic; } .u { text-decoration: underline; }
-.s { text-decoration: line-through; } .v { filter: invert(1); background: var(--back); }
+.v { filter: invert(1); background: var(--back); }
 
 dialog { border: var(--edge); border-radius: .5rem; background: var(--back); color: var(--text);
   width: min(34rem, 92vw); padding: 1.25rem; }
 dialog::backdrop { background: rgb(0 0 0 / .5); }
-dialog form, .form { display: grid; gap: .75rem; }
+dialog form, .form, .two { display: grid; gap: .75rem 2rem; }
 .field { display: grid; grid: auto / 7.75rem minmax(0, 1fr); gap: .25rem .5rem; align-items: start; }
 .field > span { padding-top: .25rem; }
 .field > span::first-letter { text-transform: uppercase; }
 .field [aria-invalid="true"] { outline: 2px solid var(--bad); }
-.two { display: grid; grid: auto / repeat(auto-fit, minmax(19rem, 1fr)); gap: .75rem 2rem; }
+.two { grid: auto / repeat(auto-fit, minmax(19rem, 1fr)); }
 .two .wide { grid-column: 1 / -1; }
 #toast { position: fixed; right: 1rem; bottom: 1rem; max-width: min(32rem, 92vw); z-index: 9; }
 #toast p { padding: .5rem var(--gap); border-radius: .375rem; background: var(--text); color: var(--back); }
@@ -14292,7 +14292,7 @@ DASHBOARD_PAGE = r"""<!DOCTYPE html>
 <a href="debug/pprof/" id="profiles">Profiles</a>
 </nav>
 <span class="push small" id="connection" role="status"></span>
-<button type="button" id="client" class="small" title="Use another token" hidden></button>
+<button type="button" id="client" class="small" hidden></button>
 <button type="button" id="help" aria-label="Keys">?</button>
 </header>
 <p class="notice" id="warning" role="alert" hidden></p>
@@ -14334,12 +14334,9 @@ const requestError = (status, message) => Object.assign(new Error(message), { st
 
 async function send(path, options = {}) {
   const headers = { ...authorizationHeaders(storedToken()), ...options.headers };
-  let response;
-  try { response = await fetch(path, { ...options, headers }); }
-  catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw requestError(0, "no connection to the daemon");
-  }
+  const response = await fetch(path, { ...options, headers }).catch((error) => {
+    throw error.name === "AbortError" ? error : requestError(0, "no connection to the daemon");
+  });
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
   if (response.status === 401) askForToken(storedToken() ? "Wrong token" : "Token needed");
@@ -14499,9 +14496,7 @@ const reasonField = () => field("Reason", h("input", { name: "reason", maxlength
 async function act({ question, explanation, accept, isDanger, input, run, done }) {
   let values = {};
   if (question) {
-    const parts = [h("p", explanation)];
-    if (input) parts.push(input);
-    values = await showDialog(question, parts, accept, isDanger);
+    values = await showDialog(question, [h("p", explanation), input || ""], accept, isDanger);
     if (!values) return;
   }
   try { say(done(await run(values)) || "done"); }
@@ -14513,6 +14508,7 @@ async function act({ question, explanation, accept, isDanger, input, run, done }
 // -- a list of any length, of which the page holds what is seen
 
 const MAX_HEIGHT = 8e6;  // browsers lay out no more than 30 million pixels
+const MAX_WRAPPED = 3500;  // rows, all laid out, for each has a height of its own
 
 class RowList {
   // `createRow(index)` makes a row, `key(index)` is a value that changes with what the row shows.
@@ -14541,9 +14537,11 @@ class RowList {
     const height = this.rowHeight();
     const total = this.length * height;
     const { scrollTop, clientHeight } = this.scroller;
-    this.spacer.style.height = Math.min(total, MAX_HEIGHT) + "px";
+    const isWhole = this.length <= MAX_WRAPPED && this.scroller.matches(".wrapped");
+    this.spacer.style.height = isWhole ? "auto" : Math.min(total, MAX_HEIGHT) + "px";
+    this.window.style.position = isWhole ? "static" : "";
     const scale = this.scale = total > MAX_HEIGHT ? (total - clientHeight) / (MAX_HEIGHT - clientHeight) : 1;
-    const seen = Math.ceil(clientHeight / height) + 10;
+    const seen = isWhole ? this.length : Math.ceil(clientHeight / height) + 10;
     this.first = Math.max(0, Math.min(Math.floor(scrollTop * scale / height) - 5, this.length - seen));
     const last = Math.min(this.length, this.first + seen);
     this.window.style.top = scrollTop - scrollTop * scale + this.first * height + "px";
@@ -14619,7 +14617,7 @@ const handlers = {
     received(task);
     const index = state.tasks.findIndex((other) => other.id === task.id);
     const before = state.tasks[index];
-    if (BAD.includes(task.result) && before?.result !== task.result) state.hasFailures ||= !document.hasFocus();
+    notice(task);
     changeDetail(task.id, (detail) => {
       detail.task = { ...detail.task, ...task };
       if (task.ended_at) loadDetail(task.id).then(update, () => {});
@@ -14646,6 +14644,12 @@ const handlers = {
     stream.controller.abort();
   },
 };
+
+// The dot reddens for what fails while nobody looks.
+function notice(task) {
+  const before = state.tasks.find((other) => other.id === task.id);
+  if (BAD.includes(task.result) && before?.result !== task.result) state.hasFailures ||= !document.hasFocus();
+}
 
 function dropTask(index) {
   state.tasks.splice(index, 1);
@@ -14698,7 +14702,7 @@ const stream = {
     let text = "";
     for (;;) {
       const { done, value } = await reader.read();
-      if (done) throw new Error("the daemon has ended the stream");
+      if (done) throw new Error("the stream has ended");
       const parts = (text + value).split("\n\n");
       text = parts.pop();
       if (this.lastId) refresh();
@@ -14728,7 +14732,7 @@ async function loadDaemon() {
   state.client = state.daemon.client;
 }
 
-// What no event tells: how many steps run, the disk, and whether a task has the text that is looked for.
+// What no event tells: how many steps run, the disk, which tasks have a text.
 let isRefreshing = false;
 function refresh() {
   if (isRefreshing) return;
@@ -14773,7 +14777,10 @@ async function loadTasks(cursor, isMerged) {
     const added = data.tasks.filter((task) => !ids.has(task.id));
     if (cursor) state.tasks.push(...added);
     else added.forEach(insertTask);
-  } else state.tasks = data.tasks;
+  } else {
+    if (state.tasks.length) data.tasks.forEach(notice);
+    state.tasks = data.tasks;
+  }
   state.isListed = true;
   if (!isMerged) state.next = data.next || null;
   state.total = data.total;
@@ -15297,14 +15304,13 @@ function createPlane(canvas, width, height) {
     if (event.ctrlKey) zoomAt(event, Math.exp(-event.deltaY / 200), event.clientX, event.clientY);
   }, { passive: false });
   let apart = 0;  // how far two fingers are
-  const distance = ([one, other]) => Math.hypot(one.clientX - other.clientX, one.clientY - other.clientY);
-  on(plane, "touchstart", ({ touches }) => { if (touches.length === 2) apart = distance(touches); });
+  on(plane, "touchstart", () => { apart = 0; });
   on(plane, "touchmove", (event) => {
     const [one, other] = event.touches;
-    if (event.touches.length !== 2) return;
+    if (!other) return;
     const before = apart;
-    apart = distance([one, other]);
-    zoomAt(event, apart / before, (one.clientX + other.clientX) / 2, (one.clientY + other.clientY) / 2);
+    apart = Math.hypot(one.clientX - other.clientX, one.clientY - other.clientY);
+    if (before) zoomAt(event, apart / before, (one.clientX + other.clientX) / 2, (one.clientY + other.clientY) / 2);
   }, { passive: false });
   on(plane, "pointerdown", () => { isDragged = false; });
   on(plane, "pointermove", (event) => {
@@ -15607,7 +15613,7 @@ function terminalCells(text) {
   return cells;
 }
 
-const FLAGS = { 1: "b", 2: "d", 3: "i", 4: "u", 7: "v", 9: "s" };
+const FLAGS = { 1: "b", 2: "d", 3: "i", 4: "u", 7: "v" };
 
 // The style after a sequence "Select Graphic Rendition" (ECMA-48, 8.3.117).
 function nextStyle(style, parameters) {
@@ -15643,7 +15649,7 @@ function paletteColour(number) {
 
 function styledSpan(text, style) {
   const span = h("span", text);
-  for (const flag of "bdiuvs") if (style[flag]) span.classList.add(flag);
+  for (const flag of "bdiuv") if (style[flag]) span.classList.add(flag);
   if (style.fore) span.style.color = style.fore;
   if (style.back) span.style.background = `color-mix(in srgb, ${style.back} 30%, transparent)`;  // text stays readable
   return span;
@@ -15694,7 +15700,7 @@ function createConsole(id, place, line) {
   const all = button("Read from the beginning", () => open(0), { hidden: "" });
   const bar = h("div.bar", { role: "toolbar", "aria-label": "Output" }, streamChoice, attemptChoice,
     search, button("Previous", () => go(-1), { title: "N" }), button("Next", () => go(1), { title: "n" }), wrap, follow,
-    all, button("Save", () => download(path(), `${id}-${place}.txt`), { title: "Download the bytes" }), found, note);
+    all, button("Save", () => download(path(), `${id}-${place}.txt`)), found, note);
   let output = null;
   let step = null;
   let isFollowing = !line;
@@ -15756,9 +15762,10 @@ function createConsole(id, place, line) {
     const row = output.rowOfLine(Math.min(target, output.lines));
     if (row === null) return;
     list.setLength(output.length);
-    scroller.scrollTop = (row * rowHeight() - scroller.clientHeight / 3) / list.scale;
+    scroller.scrollTop = row * rowHeight() / list.scale;
     setTimeout(() => { isJumping = false; }, 100);
     list.draw();
+    list.window.children[row - list.first]?.scrollIntoView({ block: "center" });
   }
   function goTo(number) {
     target = number;
@@ -15797,6 +15804,7 @@ function createConsole(id, place, line) {
 
   function showTools() {
     follow.ariaPressed = isFollowing;
+    scroller.classList.toggle("empty", output.isComplete && !output.end);
     const lines = count(output.lines + output.length - output.rows, "line");
     const activity = output.problem || (output.isComplete ? "" : isLive() ? "live" : "reading");
     const words = [output.offset ? `the end: ${lines}` : lines, formatBytes(output.end), activity];
@@ -15969,8 +15977,8 @@ function createEditor(from) {
   const form = h("form.form", { spellcheck: "false" },
     h("div.bar", h("h2", "New task"), Object.keys(TEMPLATES).map((name) => button(name, () => fill(TEMPLATES[name])))),
     h("section.panel.pad.form", fields,
-      h("label", flags[0], " steps run at once, except for what each depends on"),
-      h("label", flags[1], " hold it until it is resumed, to put files into its workspace first")),
+      h("label", flags[0], " steps run at once, but for what each depends on"),
+      h("label", flags[1], " hold it until it is resumed, to upload files first")),
     cards, h("p.bar", button("Add a step", () => add()), problem, h("span.push"), submit));
   on(form, "input", check);
   on(form, "submit", async (event) => {
@@ -16059,9 +16067,7 @@ on(document, "visibilitychange", () => stream.rest());
 on(window, "focus", () => { state.hasFailures = false; update(); });
 setInterval(() => { if (!document.hidden) tick(); }, 1000);
 route();
-// The frame is painted first.
-if (document.hidden) stream.run();
-else requestAnimationFrame(() => setTimeout(() => stream.run()));
+stream.run();
 """
 DASHBOARD_SCRIPTS = (
     COMMON_SCRIPT,

@@ -10619,6 +10619,34 @@ def test_dashboard_wraps_long_lines_where_one_asks(board: Board) -> None:
 
 
 @chromium_only
+def test_dashboard_shows_all_of_long_lines_when_it_wraps_them(board: Board) -> None:
+    """On a phone, where each of these lines is higher than the window."""
+    board.browser("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
+    task = board.daemon.submit(python("for number in range(120): print(number, 'x' * 9000)"))
+    board.daemon.ended(task)
+    board.open(f"#{task}/0/L100")
+    target = "(box = document.querySelector('.console .target').getBoundingClientRect())"
+    frame = "(frame = document.querySelector('.console').getBoundingClientRect())"
+    board.browser.find(f"{target}.top >= {frame}.top && box.bottom <= frame.bottom")
+    board.keys("w")
+    high = "[...document.querySelectorAll('.console .line')].map(one => one.offsetHeight)"
+    board.browser.find(f"(all = {high}).length === 120 && Math.min(...all) > frame.height")
+    reached = "document.querySelector('.console').scrollHeight - all.reduce((sum, one) => sum + one)"
+    assert abs(board.browser.value(reached)) < 120  # each height is rounded
+    board.keys("g")
+    board.browser.find("document.elementFromPoint(200, frame.top + 9).innerText.startsWith('0 ')")
+    board.keys("G")
+    board.browser.find("document.elementFromPoint(200, frame.bottom - 9).innerText.startsWith('119 ')")
+
+
+@chromium_only
+def test_dashboard_says_that_a_step_wrote_nothing(board: Board) -> None:
+    task = board.daemon.submit(step("exit 3"))
+    board.open(f"#{task}/0")
+    board.browser.find("getComputedStyle(document.querySelector('.console.empty'), '::before').content.length > 9")
+
+
+@chromium_only
 def test_dashboard_finds_tasks_by_what_their_steps_say(board: Board, gate: Path) -> None:
     failed = board.daemon.submit(step("exit 3", name="Zebra crossing"))
     board.daemon.ended(failed)
@@ -10919,6 +10947,24 @@ def test_dashboard_reddens_its_dot_until_somebody_looks(board: Board) -> None:
         other, board.browser.session = board.browser.session, front
         board.browser.find(f"{dot} === '%23b42318'")
         board.browser.session = other
+    board.browser.find(f"{dot} === '%23116329'")
+
+
+@chromium_only
+def test_dashboard_reddens_its_dot_for_what_no_event_told(board: Board) -> None:
+    """As after a restart of the daemon, whose events are others."""
+    dot = "/fill='(.*?)'/.exec(document.getElementById('icon').href)[1]"
+    board.daemon.run(step("exit 1"))
+    board.open()
+    board.browser.find("state.isListed && stream.lastId")
+    board.browser.value("document.hasFocus = () => false; dispatch = stream.dispatch; stream.dispatch = () => {}; 0")
+    board.browser.value("handlers.reset(); 0")
+    board.browser.find(f"state.isListed && !stream.lastId && {dot} === '%23116329'")
+    task = board.daemon.submit(step("exit 1"))
+    board.daemon.ended(task)
+    board.browser.value("stream.dispatch = dispatch; handlers.reset(); 0")
+    board.browser.find(f"{dot} === '%23b42318'")
+    board.browser.value("delete document.hasFocus; window.dispatchEvent(new Event('focus')); 0")
     board.browser.find(f"{dot} === '%23116329'")
 
 
