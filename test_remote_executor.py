@@ -14920,10 +14920,18 @@ def million(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     daemon.retire()
 
 
+CACHED = {"PYTHONDONTWRITEBYTECODE": ""}  # for Python to keep what it compiles
+
+
+def as_service() -> list[str]:
+    """The program as a service runs it."""
+    return list(module().compiled_command([sys.executable, str(PROGRAM)]))
+
+
 @pytest.fixture(scope="module")
 def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """The daemon that is measured; a module's, so that its 10,000 tasks are made once."""
-    daemon = Daemon(tmp_path_factory.mktemp("bench") / "root").start()
+    """The daemon that is measured, as a service runs it; a module's, so that its 10,000 tasks are made once."""
+    daemon = Daemon(tmp_path_factory.mktemp("bench") / "root", program=as_service(), env=CACHED).start()
     yield daemon
     daemon.retire()
 
@@ -15460,14 +15468,6 @@ def test_bench_gigabyte_followed(table: list[Row], launch: Callable[..., Daemon]
     record_ratio(table, "1 GB followed while it is written", here, bare, "MB/s", 0.80)
     grown = memory_bytes(daemon.process.pid, "VmHWM") / 2**20
     record_more(table, "memory after 4 GB were followed", grown, base / 2**20, "MB", 4)
-
-
-CACHED = {"PYTHONDONTWRITEBYTECODE": ""}  # for Python to keep what it compiles
-
-
-def as_service() -> list[str]:
-    """The program as a service runs it."""
-    return list(module().compiled_command([sys.executable, str(PROGRAM)]))
 
 
 @bench
