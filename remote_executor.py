@@ -1917,9 +1917,11 @@ class DescriptorReserve:
                 self._held.append(os.open(os.devnull, os.O_RDONLY))
 
     def is_short(self) -> bool:
-        """Return whether some are missing: all others are used, or they are lent."""
+        """Return whether some are missing, for all others are used; or would be, if they came back that are lent."""
         self.fill()
         with self._lock:
+            if self._borrowers:
+                return not self._can_open(self._count + 1)
             return len(self._held) < self._count
 
     @contextlib.contextmanager
@@ -1945,13 +1947,13 @@ class DescriptorReserve:
         now_s = time.monotonic()
         if look_now or now_s >= self._next_look_s:
             self._next_look_s = now_s + _SCARCITY_LOOK_S
-            self._was_scarce = not self._can_open_some()
+            self._was_scarce = not self._can_open(_DESCRIPTORS_PER_RESPONSE)
         return self._was_scarce
 
-    def _can_open_some(self) -> bool:
+    def _can_open(self, count: int) -> bool:
         copies: list[int] = []
         try:
-            for _ in range(_DESCRIPTORS_PER_RESPONSE):
+            for _ in range(count):
                 copies.append(os.dup(self._probe))
         except OSError:
             return False
@@ -13262,7 +13264,9 @@ class Server(http.server.ThreadingHTTPServer):
         with self._lock:
             if self.is_stopping:
                 raise Unavailable("the daemon is shutting down; send the request again to the next one")
-            if sock in self._reserved or sock in self._on_reserve or len(self._held) >= limit:
+            if sock in self._reserved or sock in self._on_reserve:
+                raise TooManyHeld("no connection or descriptor is left for this one to wait; try again")
+            if len(self._held) >= limit:
                 raise TooManyHeld(f"{limit} connections may wait at once, half of --max_connections; try again")
             self._held[sock] = held
         return held
