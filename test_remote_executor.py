@@ -177,9 +177,11 @@ def seconds(action: Callable[[], Any]) -> float:
 
 
 def until_idle(daemon: Daemon) -> None:
-    wait_until(
-        lambda: sum(daemon.get("/api/v1/pool").data[key] for key in ("running", "waiting")) == 0, "idle", 600, 0.02
-    )
+    def is_idle() -> bool:
+        pool = daemon.get("/api/v1/pool").data  # one answer: between two a step may begin
+        return pool["running"] + pool["waiting"] == 0
+
+    wait_until(is_idle, "idle", 600, 0.02)
 
 
 # -- a client and a daemon
