@@ -8730,19 +8730,14 @@ class Store:
         now_ns: int,
         attempt: int = 1,
     ) -> Future[None]:
-        """Mark a step as running, whose files are made. Only what is known to have begun may run.
-
-        Fails with Unavailable where its task is not stored.
-        """
+        """Mark a step as running, whose files are made. Only what is known to have begun may run."""
 
         def apply(db: sqlite3.Connection) -> None:
             values = (now_ns, attempt, task_number, step_index)
-            changed = db.execute(
+            db.execute(
                 "UPDATE step SET state = 1, started_ns = ?, attempt = ?, retry_at_ns = NULL WHERE task = ? AND idx = ?",
                 values,
             )
-            if not changed.rowcount:
-                raise Unavailable("the task is not stored")
             db.execute(
                 "UPDATE task SET state = 1, started_ns = ?, "
                 "result = CASE result WHEN 'waiting' THEN 'running' ELSE result END WHERE seq = ? AND state = 2",
@@ -10725,6 +10720,8 @@ class Runner:
             if begun is None:
                 return False
             begun.result()  # only what is known to have begun may run
+            if self._is_dropped(step):
+                return False
             if step.stop_reason:
                 self._finish(step, forced(step.stop_reason))
             if step.phase is Phase.ENDED or self._scheduler.is_shutting_down:
