@@ -8146,7 +8146,7 @@ _MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (
 )
 _BATCH = 500  # tasks in a query or a transaction
 _RETRY_S = 0.5  # between attempts to store a record
-_GROUP_COMMIT_DELAY_S = 0.003  # that a change waits for others when nobody waits for it, or others are about to come
+_GROUP_COMMIT_DELAY_S = 0.003  # that a change waits for others when nobody waits for it
 _READER_TIMEOUT_S = 5.0  # to wait for a connection where no more can be opened
 _MAX_IDLE_READERS = 8
 _MAX_RERUNS = 100  # that a task names
@@ -8270,13 +8270,6 @@ class Script(NamedTuple):
     env: list[str]
     stdin: str
     stderr: str
-
-
-def submitted_script(spec: TaskSpec, step_index: int) -> Script:
-    """Return what a step of a submission runs."""
-    step = spec.steps[step_index]
-    env = [*spec.env, *step.env]
-    return Script(step.command_type, step.content, env, step.stdin, step.stderr)
 
 
 class Stop(NamedTuple):
@@ -8509,7 +8502,6 @@ class _Change(NamedTuple):
     task_number: int  # no later change of the same task overtakes it; 0 for no task
     is_durable: bool  # it must survive a loss of power
     notices: _Notices = _no_notices  # what it has changed, from what `apply` returned
-    is_followed: bool = False  # another change is about to come, which it is best committed with
 
 
 class Store:
@@ -8695,12 +8687,8 @@ class Store:
         now_ns: int,
         starts_ns: int = 0,
         submitted_by: str = "",
-        is_followed: bool = False,
     ) -> Future[Accepted]:
-        """Add a task, or find the one that the same submission made; fails with Conflict if another has its id.
-
-        `is_followed` says that the begin of a step is about to come: one commit is enough for both.
-        """
+        """Add a task, or find the one that the same submission made; fails with Conflict if another has its id."""
         row = {
             "seq": task_number,
             "id": spec.id,
@@ -8721,7 +8709,7 @@ class Store:
         def notices(accepted: Accepted) -> list[Notice]:
             return [Notice(task_number)] * accepted.is_new
 
-        return self._submit(apply, is_durable=True, notices=notices, is_followed=is_followed)
+        return self._submit(apply, is_durable=True, notices=notices)
 
     def begin(
         self,
@@ -9160,11 +9148,10 @@ class Store:
         task_number: int = 0,
         is_durable: bool = False,
         notices: _Notices = _no_notices,
-        is_followed: bool = False,
     ) -> Future[Any]:
         """Queue a change that somebody waits for, and that may fail."""
         future: Future[Any] = Future()
-        self._enqueue(_Change(apply, future, task_number, is_durable, notices, is_followed))
+        self._enqueue(_Change(apply, future, task_number, is_durable, notices))
         return future
 
     def _record(
@@ -9214,14 +9201,12 @@ class Store:
             if not self._queue and not self._is_closing:
                 timeout_s = _RETRY_S if batch else None
                 self._queue_changed.wait(timeout_s)
-            self._queue_changed.wait_for(self._is_urgent, _GROUP_COMMIT_DELAY_S)
+            has_waiter = any(change.future for change in self._queue)
+            if not self._is_closing and not has_waiter:
+                self._queue_changed.wait(_GROUP_COMMIT_DELAY_S)  # the end of a step goes with the begin of the next
             batch += self._queue
             self._queue = []
             return self._is_closing
-
-    def _is_urgent(self) -> bool:
-        """Return whether to commit at once: the end of a step, and the submission of a task, go with a begin."""
-        return self._is_closing or any(change.future and not change.is_followed for change in self._queue)
 
     def _commit(self, batch: Sequence[_Change]) -> list[_Change]:
         """Commit the changes together, else one by one; return those to be tried again."""
@@ -9506,10 +9491,6 @@ def _end_task(
 # a step be tried again before that: two attempts never run at once. A worker that fails in between keeps its step, and
 # tries again.
 #
-# Where slots are free, `submit` gives them to a task's first steps before the task is stored: their workers make the
-# files meanwhile, and one commit stores the task and that they begin. Nothing runs before that. A task that cannot be
-# stored, or was there before, is dropped with its slots; its workers find that out (`is_stored`), and remove the files.
-#
 # The stop of a task spares the steps that run ALWAYS, which clean up; a second stop does not. Nothing is tried again in
 # a stopped task.
 #
@@ -9523,7 +9504,7 @@ def _end_task(
 #
 # What a crash leaves at each edge, by the names of the failpoints:
 #
-#     accepted  the task is stored: the next daemon queues those of its steps that have not begun
+#     accepted  the task is stored, none of its steps has begun: the next daemon queues them
 #     begun     the step is stored as running, but its files show that it has no process: it is queued again
 #     spawned   the process runs: it is adopted
 #     ended     the process has left its result: it is read
@@ -9634,7 +9615,7 @@ class Step:
 
 
 class Task:
-    """A task that has not ended. Guarded by the scheduler's lock, but for `submission`, which only becomes None."""
+    """A task that has not ended. Guarded by the scheduler's lock."""
 
     def __init__(
         self,
@@ -9644,8 +9625,6 @@ class Task:
     ) -> None:
         self.id = task_id
         self.number = 0  # from its acceptance on
-        self.submission: TaskSpec | None = None  # until it is stored
-        self.accepted: Future[Accepted] | None = None  # None for one that was restored
         self.timeout_ns = timeout_ns
         self.steps = [Step(self, index, spec) for index, spec in enumerate(specs)]
         self.plan = Plan([spec.depends_on for spec in specs])
@@ -9658,13 +9637,6 @@ class Task:
         self.copy_of = 0  # the task whose files it needs before it can start; 0 for none, or when it has them
         self.is_paused = False
         self.is_delayed = False  # its time to start has not come
-
-    def is_stored(self) -> bool:
-        """Wait until it is known, and return whether the submission is stored, and made a new task."""
-        try:
-            return self.accepted is None or self.accepted.result().is_new
-        except ApiError:
-            return False
 
     @property
     def is_held(self) -> bool:
@@ -9817,17 +9789,15 @@ class Scheduler:
         task.copy_of = spec.copy_of
         while (queued := self._queue_submission(task, spec, submitted_by)) is None:
             self._clear_numbers()
-        starts_ns, deferred = queued
-        self._run_deferred(deferred)
+        future, starts_ns = queued
         is_new = False
         try:
-            assert task.accepted
-            accepted = task.accepted.result()
+            accepted = future.result()
             is_new = accepted.is_new
         finally:
             if not is_new:
-                self._drop(task)
-        task.submission = None
+                with self._lock:
+                    del self._tasks[task.number]
         failpoint("accepted")
         if is_new:
             self._activate(task, accepted.accepted_ns, starts_ns)
@@ -9838,11 +9808,8 @@ class Scheduler:
         task: Task,
         spec: TaskSpec,
         submitted_by: str,
-    ) -> tuple[int, _Deferred] | None:
-        """Give a task its number and have it stored; return when it starts, None while no number is cleared.
-
-        Where slots are free its first steps get them now, so that one commit stores the task and that they begin.
-        """
+    ) -> tuple[Future[Accepted], int] | None:
+        """Give a task its number and have it stored; return when it starts too, None while no number is cleared."""
         with self._lock:
             if self._is_closed:
                 raise Unavailable("the daemon is shutting down; send the task again to the next one")
@@ -9861,22 +9828,7 @@ class Scheduler:
             starts_ns = min(max(starts_ns, now_ns), _INT64_MAX)  # `at` may be of any year
             task.is_delayed = starts_ns > now_ns
             self._tasks[task.number] = task
-            has_slots = task.unfinished > 0 and not task.is_held and self._has_free_slot()
-            task.submission = spec
-            task.accepted = self._store.accept(task.number, spec, now_ns, starts_ns, submitted_by, has_slots)
-            if has_slots:
-                self._end_steps(task, [])
-            return starts_ns, self._dispatch()
-
-    def _drop(self, task: Task) -> None:
-        """Forget a task that could not be stored, or was there before; its workers find that out."""
-        with self._lock:
-            del self._tasks[task.number]
-            for step in task.steps:
-                self._ready.pop(step, None)
-                self._active.discard(step)
-            deferred = self._dispatch()
-        self._run_deferred(deferred)
+            return self._store.accept(task.number, spec, now_ns, starts_ns, submitted_by), starts_ns
 
     def _clear_numbers(self) -> None:
         """Clear the next numbers: a step, or a daemon with another database, may have left directories of them."""
@@ -10177,8 +10129,6 @@ class Scheduler:
     def _reset(self, step: Step) -> None:
         """Make a step ready again, or end it where it is to be stopped; the lock is held."""
         task = step.task
-        if task.number not in self._tasks:
-            return  # it was dropped
         self._move(step, Phase.READY)
         if step.started_ns:
             step.started_ns = 0
@@ -10425,13 +10375,10 @@ class Scheduler:
                 self._move(dependent, Phase.SKIPPED)
                 pending += task.plan.dependents(dependent.index)
 
-    def _has_free_slot(self) -> bool:
-        slots = min(self._size, self._capacity) - len(self._returning)
-        return not self._is_closed and not self._is_pool_paused and len(self._active) < slots
-
     def _next_ready_step(self) -> Step | None:
         """Give a slot to the step that is ready longest; return None where there is none, or no slot."""
-        if not self._ready or not self._has_free_slot():
+        slots = min(self._size, self._capacity) - len(self._returning)
+        if self._is_closed or self._is_pool_paused or not self._ready or len(self._active) >= slots:
             return None
         if self.scarcity:  # one at a time is tried then
             now_s = time.monotonic()
@@ -10622,8 +10569,6 @@ class Runner:
             tree = step.tree
             self._watch(step)
         except NotStarted as error:
-            if self._is_dropped(step):
-                return
             self._metrics.step_requeued(step.task.id, step.index)
             try:
                 self._close_tree(step, tree)
@@ -10631,8 +10576,6 @@ class Runner:
                 self._scheduler.requeue(step, str(error))
             return
         except LaunchError as error:
-            if self._is_dropped(step):
-                return
             self._finish(step, not_started(str(error)))
         if step.phase is Phase.ENDED or self._scheduler.is_shutting_down:
             self._close_tree(step, tree)
@@ -10720,8 +10663,6 @@ class Runner:
             if begun is None:
                 return False
             begun.result()  # only what is known to have begun may run
-            if self._is_dropped(step):
-                return False
             if step.stop_reason:
                 self._finish(step, forced(step.stop_reason))
             if step.phase is Phase.ENDED or self._scheduler.is_shutting_down:
@@ -10752,20 +10693,9 @@ class Runner:
         log.debug("%s: started, pid %d", step, tree.pid, extra=step.log_extra)
         return True
 
-    def _is_dropped(self, step: Step) -> bool:
-        """Return whether the step's task is none, since it could not be stored; its files are removed then."""
-        if step.task.is_stored():
-            return False
-        self._files.remove(str(step.task.number))
-        return True
-
     def _prepare(self, step: Step) -> _Launch:
         """Make the files of a step; return what is to be started. Raises what `_launch` sorts, and LaunchError."""
-        submission = step.task.submission
-        if submission:
-            script = submitted_script(submission, step.index)
-        else:
-            script = self._store.script(step.task.number, step.index)
+        script = self._store.script(step.task.number, step.index)
         name = script_name(script.command_type)
         content = encode_script(script.command_type, script.content, (*script.env, step.name))
         others = dict(self._processes.initial_files)

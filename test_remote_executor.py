@@ -7177,56 +7177,15 @@ def test_counts_by_state_are_those_of_all_tasks(house: House, tmp_path: Path) ->
         assert house.store.counts() == dict(db.execute("SELECT state, count(*) FROM task GROUP BY state").fetchall())
 
 
-@pytest.mark.parametrize(("size", "commits"), [(2, 1), (1, 2)], ids=["free slot", "no slot"])
-def test_task_and_begin_of_its_step_are_synced_before_anything_follows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, commits: int
-) -> None:
-    monkeypatch.setattr(module(), "_GROUP_COMMIT_DELAY_S", 60)
-    house = House(tmp_path, size)
-    house.start()
-    house.submit(step())
-    first = house.tree()
+def test_begin_and_end_of_steps_are_synced_before_anything_follows(house: House) -> None:
     statements: list[str] = []
     house.store._writer.set_trace_callback(statements.append)
-    house.submit(step())
-    if commits > 1:
-        first.end(0)
-    house.tree(1)  # the process has been started
-    assert [text.rpartition(" ")[2] for text in statements if "synchronous" in text] == ["FULL"] * commits
-    house.scheduler.stop()
-    house.store.stop()
-
-
-@pytest.mark.parametrize("can_launch", [True, False], ids=["good", "bad"])
-@pytest.mark.parametrize("is_full", [True, False], ids=["full disk", "there before"])
-def test_step_of_a_task_that_is_not_stored_does_not_run(
-    house: House, monkeypatch: pytest.MonkeyPatch, is_full: bool, can_launch: bool
-) -> None:
-    def fail(*_: Any) -> None:
-        raise sqlite3.OperationalError("database or disk is full")
-
-    def refuse(*_: Any) -> None:
-        raise module().LaunchError("odd")
-
     house.start()
-    house.submit(step(), id="a", ansync="1")
+    number = house.submit(step()).task_number
+    house.tree()  # the process has been started
+    assert [text.rpartition(" ")[2] for text in statements if "synchronous" in text] == ["FULL", "FULL"]
     house.tree().end(0)
-    house.ended(1)
-    if not can_launch:
-        monkeypatch.setattr(module(), "interpreter_command", refuse)
-    if is_full:
-        monkeypatch.setattr(module(), "_accept", fail)
-        with pytest.raises(module().StorageFull):
-            house.submit(step(), id="b", ansync="1")
-    else:
-        assert not house.submit(step(), id="a", ansync="1").is_new
-    wait_until(lambda: not house.scheduler._workers, "the worker to find that out")
-    assert len(house.processes.trees) == 1 and not Path(house.files.path, "2").exists()
-    assert house.scheduler.pool()[:3] == (30, 0, 0) and not house.scheduler.scarcity
-    monkeypatch.undo()
-    house.submit(step())
-    house.tree(1).end(0)
-    assert house.ended(3) == [(0, 0, "")]
+    house.ended(number)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), RecursionError(), sqlite3.IntegrityError("x"), KeyError("x")])
