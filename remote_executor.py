@@ -9702,6 +9702,7 @@ class Scheduler:
         self._size = size
         self._last_number = 0
         self._cleared_number = 0  # up to which the numbers to come have no directories
+        self._clearing = threading.Lock()  # taken before `_lock`
         self._tasks: dict[int, Task] = {}
         self._ready: collections.OrderedDict[Step, None] = collections.OrderedDict()
         self._active: set[Step] = set()  # STARTING and RUNNING: each has a slot
@@ -9832,13 +9833,16 @@ class Scheduler:
 
     def _clear_numbers(self) -> None:
         """Clear the next numbers: a step, or a daemon with another database, may have left directories of them."""
-        with self._lock:
-            first = self._last_number + 1
-        last = first + _NUMBERS_AHEAD
-        unusable = self._clear(range(first, last + 1))
-        with self._lock:
-            self._last_number = max(self._last_number, unusable)
-            self._cleared_number = max(self._cleared_number, last)
+        with self._clearing:  # one thread at a time: what another has cleared may be a task's by now
+            with self._lock:
+                first = self._last_number + 1
+                if first <= self._cleared_number:
+                    return
+            last = first + _NUMBERS_AHEAD
+            unusable = self._clear(range(first, last + 1))
+            with self._lock:
+                self._last_number = max(self._last_number, unusable)
+                self._cleared_number = max(self._cleared_number, last)
 
     def _activate(self, task: Task, accepted_ns: int, starts_ns: int) -> None:
         """Let the steps of an accepted task run."""

@@ -6847,6 +6847,17 @@ def follows_failure(row: Any, rows: list[Any]) -> bool:
     return any(one.code or follows_failure(one, rows) for one in needed)
 
 
+def test_numbers_that_another_thread_has_cleared_are_not_cleared_again(house: House) -> None:
+    house.start()
+    cleared: list[Any] = []
+    house.scheduler._clear = lambda numbers: cleared.append(numbers) or 0
+    house.scheduler._clear_numbers()
+    house.scheduler._clear_numbers()  # of a thread that had to wait for the first
+    assert len(cleared) == 1
+    house.submit(step())
+    house.tree().end(0)
+
+
 def test_stop_finds_a_task_as_soon_as_it_can_be_seen(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     house.start()
     seen, may_go = threading.Event(), threading.Event()
