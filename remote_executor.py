@@ -15684,6 +15684,7 @@ function createConsole(id, place, line) {
   }
   function setFollow(value) {
     isFollowing = value;
+    if (value) toEnd();  // at once: an event of scrolling may wait, and is to find it there
     update();
   }
   function toEnd() { scroller.scrollTop = scroller.scrollHeight; }
@@ -20278,7 +20279,10 @@ class SystemdSupervisor(Supervisor):
         if watchdog_us:
             self.check_interval_s = min(_CHECK_INTERVAL_S, self._ping_interval_s)
         self._last_ping_s = 0.0  # of time.monotonic()
-        self._sock: socket.socket | None = None  # kept open: for lack of a descriptor systemd would kill the daemon
+        # Open from the beginning: for lack of a descriptor systemd would kill the daemon.
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
+        if self._sock:
+            self._sock.setblocking(False)
 
     @classmethod
     def from_environ(cls) -> SystemdSupervisor:
@@ -20310,12 +20314,9 @@ class SystemdSupervisor(Supervisor):
 
     def _notify(self, state: str) -> bool:
         """Return False when systemd did not take it."""
-        if not self._address:
+        if not self._sock:
             return True
         try:
-            if not self._sock:
-                self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                self._sock.setblocking(False)
             self._sock.sendto(state.encode(), self._address)
         except OSError:  # such as a full queue; a ping is tried again at the next check
             return False
