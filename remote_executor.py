@@ -4914,6 +4914,14 @@ def _start_time(pid: int) -> str:
     return fields[19].decode("ascii") if _is_live(fields) else ""
 
 
+def is_live_process(pid: int) -> bool:
+    """Return whether the process lives, and is no zombie; True where that cannot be read. POSIX alone."""
+    try:
+        return bool(_system().start_time(pid))
+    except OSError:
+        return True
+
+
 def _is_running(process: _Identity) -> bool:
     """Return whether the process with this pid and start time lives; True where that cannot be read."""
     pid, start = process
@@ -22132,16 +22140,13 @@ class _SelfTest:
 
 def _has_gone(line: str, file: str) -> bool:
     """Return whether the process whose pid is in the line has ended; on Windows whether nobody holds the file."""
+    if not ON_WINDOWS:
+        return not is_live_process(int(line))
     try:
-        if ON_WINDOWS:
-            os.unlink(file)
-        else:
-            os.kill(int(line), 0)
-    except ProcessLookupError:
-        return True
+        os.unlink(file)
     except OSError:
         return False
-    return ON_WINDOWS
+    return True
 
 
 def _mount_type(path: str) -> str:
