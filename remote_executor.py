@@ -8764,7 +8764,7 @@ class Store:
 
         def apply(db: sqlite3.Connection) -> None:
             db.execute(
-                "UPDATE step SET state = 2, started_ns = NULL, retry_at_ns = ? WHERE task = ? AND idx = ?",
+                "UPDATE step SET state = 2, started_ns = NULL, retry_at_ns = ?, stop = '' WHERE task = ? AND idx = ?",
                 (retry_at_ns, task_number, step_index),
             )
 
@@ -8785,17 +8785,20 @@ class Store:
     ) -> Future[None]:
         """Store that a task is to be stopped for so many times, or a step of it; why it was first stopped stays.
 
-        A stopped task is not paused any more.
+        A stopped task is not paused any more. A client's stop of a step takes the place of a limit's: it ends the
+        retries too.
         """
 
         def apply(db: sqlite3.Connection) -> None:
-            change = "SET stop = ?, stopped_by = ?, stop_reason = ? WHERE stop = ''"
+            change = "SET stop = ?, stopped_by = ?, stop_reason = ?"
             if step_index is None:
-                db.execute(f"UPDATE task {change} AND seq = ?", (*stop, task_number))
+                db.execute(f"UPDATE task {change} WHERE stop = '' AND seq = ?", (*stop, task_number))
                 db.execute("UPDATE task SET stop_count = ? WHERE seq = ?", (stop_count, task_number))
                 db.execute(f"{_RESUME_TASK} AND result = 'paused'", (task_number,))
             else:
-                db.execute(f"UPDATE step {change} AND task = ? AND idx = ?", (*stop, task_number, step_index))
+                replaced = f"stop != '{STOPPED}'" if stop.cause == STOPPED else "stop = ''"
+                key = (task_number, step_index)
+                db.execute(f"UPDATE step {change} WHERE {replaced} AND task = ? AND idx = ?", (*stop, *key))
 
         notice = Notice(task_number)
         if step_index is not None:
@@ -9904,7 +9907,7 @@ class Scheduler:
             step.stop_reason = row.stop
             if task.ends_by_stop(step) or row.retry_at_ns is not None:
                 step.stop_reason = task.stop_reason or row.stop
-            if row.stop:
+            if row.stop == STOPPED:
                 step.retry = None
             step.started_ns = row.started_ns or 0
             step.attempt = row.attempt + (row.retry_at_ns is not None)
@@ -9980,7 +9983,7 @@ class Scheduler:
                 raise NotFound("the step has already ended")
             step = task.steps[step_index]
             if step.stop_reason not in ("", STOPPED):
-                stop = Stop(step.stop_reason)
+                stop = BY_NOBODY  # a limit was there before
             future = self._store.record_stop(task_number, step_index, stop)
             step.retry = None
             trees: list[ProcessTree] = []
@@ -9995,10 +9998,14 @@ class Scheduler:
         _wait_until_recorded(step, future)
 
     def request_stop(self, step: Step, reason: str) -> None:
-        """Have a step stopped by its runner, if it has one; do not wait for it."""
+        """Have a step that has passed a limit stopped by its runner, if it has one; do not wait for it.
+
+        It is recorded, so that the next daemon does not take what the script answers to the stop for its own end.
+        """
         trees: list[ProcessTree] = []
         with self._lock:
             if step in self._active:
+                self._store.record_stop(step.task.number, step.index, Stop(reason))
                 trees = self._request_stops([step], reason)
         _wake(trees)
 

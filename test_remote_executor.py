@@ -5603,6 +5603,43 @@ def test_on_exit_stop_ends_what_runs(launch: Callable[..., Daemon], tmp_path: Pa
     assert (answer.data[1]["state"], marks(file)) == (2, [])
 
 
+ENDS_WELL_WHEN_STOPPED = """
+import os, signal, sys, time
+
+def end(*_):
+    open({asked!r}, "w").close()
+    while not os.path.exists({gate!r}):
+        time.sleep(0.01)
+    open({left!r}, "w").close()
+    os._exit(0)
+
+if os.environ.get("TASK_STEP_ATTEMPT") != "2":
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    print("x" * 1010, flush=True)
+    while True:
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("fields, expected", [({}, "output_limit 1"), ({"retry": {"delay": "1ms"}}, "succeeded 2")])
+def test_restart_knows_that_a_limit_was_passed_before(
+    launch: Callable[..., Daemon], gate: Path, tmp_path: Path, fields: dict[str, Any], expected: str
+) -> None:
+    """The script ends well when it is asked to end, while no daemon runs."""
+    asked, left = tmp_path / "asked", tmp_path / "left"
+    content = ENDS_WELL_WHEN_STOPPED.format(asked=str(asked), left=str(left), gate=str(gate))
+    daemon = launch("--max_output=1000")
+    task = daemon.submit(python(content, **fields))
+    wait_until(asked.exists)
+    daemon.kill()
+    gate.touch()
+    wait_until(left.exists)
+    daemon.start()
+    (one,) = daemon.ended(task).data
+    assert f"{one['result']} {one['attempt']}" == expected
+
+
 def test_max_output_stops_a_step_and_keeps_what_it_wrote(launch: Callable[..., Daemon]) -> None:
     daemon = launch("--max_output=1MiB")
     writer = python(f"{DIES_SILENTLY}while True: print('x' * 99)", name="n")
@@ -7515,6 +7552,31 @@ def test_recovery_finishes_a_stop_that_is_stored(
     assert house.ended(1) == [(0, 255, STOPPED), (2, 0, "")] and not house.processes.trees
     assert tree.stops == (left == "its tree")
     assert house.processes.remaining == ([["0"]] if left == "its code" else [])
+
+
+@pytest.mark.parametrize(
+    "causes, expected", [(["TIMED_OUT"], "succeeded 2"), (["TIMED_OUT", "STOPPED"], "stopped 1")], ids=["limit", "both"]
+)
+def test_recovery_tries_again_what_passed_a_limit_and_not_what_a_client_stopped(
+    house: House, tmp_path: Path, causes: list[str], expected: str
+) -> None:
+    """The limit of an attempt is not that of the next."""
+    now_ns = house.clock.now_ns()
+    house.store.accept(1, house.parse(step(retry={"delay": "1ms"}), id="a"), now_ns).result(60)
+    house.store.begin(1, 0, now_ns).result(60)
+    for cause in causes:
+        house.store.record_stop(1, 0, module().Stop(getattr(module(), cause))).result(60)
+    (tmp_path / "tasks" / "1" / "0").mkdir(parents=True)
+    (tmp_path / "tasks" / "1" / "0" / "rc").write_text("0\n")
+    house.recovery.run()
+    house.start()
+    house.janitor.start()
+    if len(causes) == 1:
+        house.tree().end(0)
+    house.ended(1)
+    house.janitor.stop()
+    (row,) = house.store.steps(1)
+    assert f"{row.result} {row.attempt}" == expected
 
 
 @pytest.mark.parametrize("failures", [2, 10_000], ids=["for a moment", "for good"])
