@@ -14902,7 +14902,7 @@ function changeDetail(id, change) {
 
 function createStrip(task, detail) {
   let results = detail?.steps.map((step) => step.result) || [];
-  if (!results.length) results = Array(task.result === "succeeded" ? task.count : 1).fill(task.result);
+  if (!results.length) results = [task.result];  // some steps of a task that succeeded may not have run
   const counts = new Map();
   for (const result of results) counts.set(result, (counts.get(result) || 0) + 1);
   const words = [...counts].map(([result, number]) => `${number} ${wordOf(result)}`).join(", ");
