@@ -1004,15 +1004,19 @@ class LogFile(logging.FileHandler):
             log.warning("the log file %s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
 
     def _close_if_moved(self) -> None:
-        """Close the file, and make its directory, where its name is another file's or no more."""
+        """Close the file where its name is another file's or no more."""
         if not self.stream:
             return
         with contextlib.suppress(OSError):  # it is gone
             if os.path.samestat(os.stat(self.baseFilename), os.fstat(self.stream.fileno())):
                 return
         self._close_stream()
+
+    def _open(self) -> Any:
+        """Open the file, in its directory, which may have been deleted with it."""
         with contextlib.suppress(OSError):  # it is there, or the root is gone too, which its watch tells
             os.mkdir(os.path.dirname(self.baseFilename))
+        return super()._open()
 
     def _close_stream(self) -> None:
         """Close the file; the next record opens it again."""

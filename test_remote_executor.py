@@ -8707,7 +8707,7 @@ def test_thread_that_fails_as_the_leader_lets_another_lead(launch: Callable[...,
 
 
 def test_idle_connection_ends_beside_busy_ones(launch: Callable[..., Daemon]) -> None:
-    daemon = launch("--idle_timeout=300ms")
+    daemon = launch("--idle_timeout=2s")  # more than a loaded host lets the busy one wait
     with contextlib.ExitStack() as stack:
         idle, busy = kept_connections(daemon, 2, stack)
         idle.setblocking(False)
@@ -8715,7 +8715,7 @@ def test_idle_connection_ends_beside_busy_ones(launch: Callable[..., Daemon]) ->
 
 
 def test_silent_connection_ends_in_time_beside_idle_and_busy_ones(launch: Callable[..., Daemon]) -> None:
-    daemon = launch("--timeout=300ms", "--idle_timeout=1m")
+    daemon = launch("--timeout=2s", "--idle_timeout=1m")
     with contextlib.ExitStack() as stack:
         idle, busy = kept_connections(daemon, 2, stack)
         silent = stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port), 30))
@@ -11423,6 +11423,16 @@ def test_log_rotates_only_where_no_reader_holds_it(tmp_path: Path) -> None:
         handler._rotate_after_s = 0
     assert "jjj" in "".join(write("k").values()) and len(list(tmp_path.iterdir())) == 6
     handler.close()
+
+
+def test_log_file_begins_anew_where_its_directory_is_deleted_while_it_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "log"
+    handler = module().LogFile(str(path))
+    for line in ("first", "second"):
+        handler.emit(logging.LogRecord("x", logging.INFO, "", 0, line, None, None))
+        assert path.read_text() == f"{line}\n"
+        handler.reopen()
+        shutil.rmtree(path.parent)
 
 
 @pytest.mark.parametrize("flag", ["--addr=:0", "--require_token", "--insecure"])
