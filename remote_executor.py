@@ -14686,7 +14686,7 @@ async function loadDaemon() {
   state.client = state.daemon.client;
 }
 
-// What no event tells: how many steps run, the disk, which tasks have a text.
+// What no event tells: steps that run, the disk, which tasks have a text.
 let isRefreshing = false;
 function refresh() {
   if (isRefreshing) return;
@@ -14714,9 +14714,9 @@ async function loadView() {
 
 const FIRST_TASKS = 60;  // most windows show fewer
 const MORE_TASKS = 200;
-let listing = 0;  // of the last whole list: answers to what was asked before it are dropped
+let listing = 0;  // of the last whole list: earlier answers are dropped
 
-// Load the begin of the list, or what follows the cursor; or add to what is there the newest that it lacks.
+// Load the begin of the list, or what follows the cursor, or add the newest that it lacks.
 async function loadTasks(cursor, isMerged) {
   const number = cursor || isMerged ? listing : ++listing;
   const query = new URLSearchParams({ order: "desc", limit: cursor ? MORE_TASKS : FIRST_TASKS });
@@ -14759,8 +14759,7 @@ function showFrame() {
   const host = state.daemon?.host.name || location.host;
   byId("host").textContent = host;
   const { running = 0, paused } = state.pool || {};
-  let title = paused ? "pool paused" : running ? `${running} running` : "idle";
-  if (view.title) title = view.title();
+  const title = view.title?.() || (paused ? "pool paused" : running ? `${running} running` : "idle");
   document.title = `${title} · ${host}`;
   const { label, role } = state.client;
   const client = byId("client");
@@ -14906,7 +14905,7 @@ function changeDetail(id, change) {
 
 function createStrip(task, detail) {
   let results = detail?.steps.map((step) => step.result) || [];
-  if (!results.length) results = [task.result];  // some steps of a task that succeeded may not have run
+  if (!results.length) results = [task.result];  // they are not known
   const counts = new Map();
   for (const result of results) counts.set(result, (counts.get(result) || 0) + 1);
   const words = [...counts].map(([result, number]) => `${number} ${wordOf(result)}`).join(", ");
@@ -15703,7 +15702,7 @@ function createConsole(id, place, line) {
   }
   function setFollow(value) {
     isFollowing = value;
-    if (value) toEnd();  // at once: an event of scrolling may wait, and is to find it there
+    if (value) toEnd();  // before a scroll event that waits
     update();
   }
   function toEnd() { scroller.scrollTop = scroller.scrollHeight; }
