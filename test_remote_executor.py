@@ -1530,10 +1530,15 @@ def test_timeout_ends_requests_that_dawdle(launch: Callable[..., Daemon]) -> Non
 def test_max_requests_bounds_the_requests_served_at_once(launch: Callable[..., Daemon]) -> None:
     daemon = launch("--max-requests=1")
     task = daemon.submit(python("[print('y' * 999) for _ in range(30_000)]"))
-    wait_until(lambda: daemon.get("/api/v1/pool").data["running"] == 0)
-    with socket.create_connection(("127.0.0.1", daemon.port), 30) as reader:
-        reader.sendall(f"GET /api/v1/task/{task}/0/console HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        assert reader.recv(10)
+    wait_until(lambda: daemon.get("/api/v1/pool").json.get("data", {}).get("running") == 0)
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> bool:  # again, for an answer counts a moment longer than its client waits for it
+            reader = stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port), 30))
+            reader.sendall(f"GET /api/v1/task/{task}/0/console HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            return reader.recv(15).endswith(b" 200 O")
+
+        wait_until(begin)
         error_response = wait_until(lambda: (answer := daemon.get("/api/v1/pool")).status == 429 and answer)
         assert error_response.code == 429 and int(error_response.headers["Retry-After"]) > 0
         assert {daemon.get(path).status for path in ("/heartbeat", "/healthyz", "/metrics", "/version")} == {200}
