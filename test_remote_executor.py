@@ -2088,7 +2088,7 @@ def test_answer_of_a_follower_ends_with_its_attempt_and_the_next_can_be_followed
 ) -> None:
     content = f"print(n, flush=True)\n{until_open(gate)}\nsys.stdout.write('end')\nsys.exit(n == 1)"
     begin = "import os, sys, time\nn = int(os.environ['TASK_STEP_ATTEMPT'])\n"
-    task = daemon.submit(python(begin + content, retry={"delay": "1s"}))
+    task = daemon.submit(python(begin + content, retry={"delay": "5s"}))
     end = os.linesep.encode() + b"end"
     with opened(daemon, output_path(task)) as first, opened(daemon, output_path(task, "follow=1&attempt=2")) as second:
         assert first.read(1) == b"1" and first.headers["X-Step-Attempt"] == "1"
@@ -6237,7 +6237,8 @@ def test_clock_goes_on_after_a_boot(monkeypatch: pytest.MonkeyPatch) -> None:
     before, memory = clock.now_ns(), {**clock.metadata(), "boot": "another"}
     hour_ns = 3600 * 10**9
     monkeypatch.setattr(time, "time_ns", lambda: real() + hour_ns)
-    assert 0 <= clock_type.resume(memory, before).now_ns() - before - hour_ns < 10 * 10**9
+    second_ns = 10**9  # clocks tick; those of Windows each 16 ms
+    assert -second_ns < clock_type.resume(memory, before).now_ns() - before - hour_ns < 10 * second_ns
     monkeypatch.setattr(time, "time_ns", lambda: real() - hour_ns)
     assert 0 <= clock_type.resume(memory, before).now_ns() - before < 10 * 10**9
 
@@ -12892,8 +12893,9 @@ def test_systemd_journal_gets_priorities_and_no_second_time(
     status = (tmp_path / "root.err").stat()
     daemon = launch(env={"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not is_ours)}"})
     ours = "<6>" if is_ours else r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} "
-    assert re.search(rf"(?m)^{ours}INFO .* listens on ", daemon.log()), daemon.log()
-    assert re.search(r"(?m)^\d{4}-\d\d-\d\d .* listens on ", (daemon.root / "logs/remote_executor.log").read_text())
+    wait_until(lambda: re.search(rf"(?m)^{ours}INFO .* listens on ", daemon.log()), "the line of the journal")
+    file = daemon.root / "logs/remote_executor.log"
+    wait_until(lambda: file.exists() and re.search(r"(?m)^\d{4}-\d\d-\d\d .* listens on ", file.read_text()))
 
 
 @posix_only
