@@ -9556,6 +9556,7 @@ _CLEANUP_TIMEOUT_NS = 60 * _SECOND_NS  # of a step that runs although its task i
 _START_RETRY_S = 0.5  # between attempts where the host lacks what a start needs
 _SCARCITY_S = 5.0  # after this time without a failed start the host lacks nothing any more
 _NUMBERS_AHEAD = 100  # of tasks to come, whose directories are looked for at once: half a millisecond
+_STOP_RECORD_S = 2.0  # that a stop for a limit waits for its record: not for ever, where the disk hangs
 _JOIN_TIMEOUT_S = 1.5  # that an exit waits for threads, which the process ends anyway
 
 
@@ -10002,14 +10003,18 @@ class Scheduler:
         _wait_until_recorded(step, future)
 
     def request_stop(self, step: Step, reason: str) -> None:
-        """Have a step that has passed a limit stopped by its runner, if it has one; do not wait for it.
+        """Have a step that has passed a limit stopped by its runner, if it has one; do not wait for that.
 
-        It is recorded, so that the next daemon does not take what the script answers to the stop for its own end.
+        It is recorded first: the next daemon is not to take what the script answers to the stop for its own end.
         """
+        with self._lock:
+            if step not in self._active:
+                return
+            future = self._store.record_stop(step.task.number, step.index, Stop(reason))
+        concurrent.futures.wait([future], _STOP_RECORD_S)
         trees: list[ProcessTree] = []
         with self._lock:
             if step in self._active:
-                self._store.record_stop(step.task.number, step.index, Stop(reason))
                 trees = self._request_stops([step], reason)
         _wake(trees)
 
