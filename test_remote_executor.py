@@ -816,7 +816,9 @@ PATIENCE_S = 60
 def patient(tmp_path: Path) -> Path:
     """The program with a grace of a minute: a stop that waits for its end is told from one on a loaded host."""
     copy = tmp_path / "patient.py"
-    copy.write_text(re.sub(r"(?m)^GRACE_S = .*", f"GRACE_S = {PATIENCE_S}", source()), encoding="utf-8")
+    content, found = re.subn(r"(?m)^GRACE_S = .*", f"GRACE_S = {PATIENCE_S}", source())
+    assert found == 1  # else whoever waits for the grace would pass too
+    copy.write_text(content, encoding="utf-8")
     return copy
 
 
@@ -5609,7 +5611,7 @@ def test_on_exit_stop_ends_what_runs(launch: Callable[..., Daemon], tmp_path: Pa
 
 
 ENDS_WELL_WHEN_STOPPED = """
-import os, signal, sys, time
+import os, signal, time
 
 def end(*_):
     open({asked!r}, "w").close()
