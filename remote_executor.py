@@ -16733,7 +16733,7 @@ def _parse_selection(query: Pairs) -> Selection:
         is_descending,
         tuple(dict.fromkeys(results)),
         id_glob,
-        _parse_limit(_parameter(query, "limit")),
+        _parse_limit(query),
         cursor,
         text,
     )
@@ -16744,13 +16744,24 @@ def _is_short(first: Page) -> bool:
     return len(first.task_numbers) < _PART_OF_LIST
 
 
-def _parse_limit(text: str) -> int:
-    """Return how many tasks a page has at most, -1 for all. Raise BadRequest."""
-    if not text:
-        return -1
-    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= _MAX_LIMIT:
-        raise BadRequest(f"limit: invalid {text!r}: expected 1 to {_MAX_LIMIT}")
+def _parse_number(query: Pairs, name: str) -> int | None:
+    """Return the number that a parameter gives, None where it is not given. Raise BadRequest."""
+    if name not in dict(query):
+        return None
+    text = _parameter(query, name)
+    if not re.fullmatch("[0-9]{1,15}", text):
+        raise BadRequest(f"{name}: invalid {text!r}: expected a number")
     return int(text)
+
+
+def _parse_limit(query: Pairs) -> int:
+    """Return how many tasks a page has at most, -1 for all. Raise BadRequest."""
+    limit = _parse_number(query, "limit")
+    if limit is None:
+        return -1
+    if not 1 <= limit <= _MAX_LIMIT:
+        raise BadRequest(f"limit: invalid {limit}: expected 1 to {_MAX_LIMIT}")
+    return limit
 
 
 _MAX_WAIT = "1h"
@@ -17916,13 +17927,6 @@ def _parse_output_query(request: Request) -> _OutputQuery:
     return _OutputQuery(stream, attempt, offset, tail)
 
 
-def _parse_number(query: Pairs, name: str) -> int | None:
-    text = _parameter(query, name)
-    if text and not re.fullmatch("[0-9]{1,15}", text):
-        raise BadRequest(f"{name}: invalid {text!r}: expected a number")
-    return int(text) if text else None
-
-
 def _has_range(request: Request) -> bool:
     """Return whether a request asks for a range; one that has a condition is ignored, for there is no validator."""
     return "range" in request.headers and "if-range" not in request.headers
@@ -18549,11 +18553,17 @@ class WorkspaceApi:
 
     def routes(self) -> list[Route]:
         return [
-            *self._routes(_WORKSPACE_PATH, "POST", ("workspace_path",)),
-            *self._routes(_WORKSPACE_FILE_PATH, "PUT", ()),
+            *self._routes(_WORKSPACE_PATH, "POST", ("workspace_path",), ("workspace_entry",)),
+            *self._routes(_WORKSPACE_FILE_PATH, "PUT", (), ()),
         ]
 
-    def _routes(self, path: str, upload_method: str, query: tuple[str, ...]) -> list[Route]:
+    def _routes(
+        self,
+        path: str,
+        upload_method: str,
+        query: tuple[str, ...],
+        change_query: tuple[str, ...],
+    ) -> list[Route]:
         show = Route(
             "GET",
             path,
@@ -18571,7 +18581,7 @@ class WorkspaceApi:
             self.upload,
             "Stores a file",
             "Uploaded",
-            query,
+            change_query,
             body="FileContent",
             errors=(404, 409, 415, 507),
             is_limited=True,
@@ -18584,7 +18594,7 @@ class WorkspaceApi:
             self.remove,
             "Removes a file or directory",
             "Removed",
-            (*query, "recursive"),
+            (*change_query, "recursive"),
             errors=(404, 409),
             is_limited=True,
             names_file=True,
@@ -18748,9 +18758,10 @@ def workspace_components() -> Components:
     in_url = ("Path in the workspace, whose slashes may be escaped", any_path, "dist/app.tar")
     in_query = ("Path in the workspace; default the workspace itself", any_path, "dist/app.tar")
     recursive = ("true: a directory is removed with all that is in it", boolean, "true")
-    specs = {"path": in_query, "recursive": recursive}
-    parameters = parameter_objects("query", specs)
-    parameters["workspace_path"] = parameters["path"]
+    entry = ("Path of a file or directory in the workspace", {"type": "string", "pattern": "[^/]"}, "dist/app.tar")
+    parameters = parameter_objects("query", {"recursive": recursive})
+    parameters["workspace_path"] = parameter_objects("query", {"path": in_query})["path"]
+    parameters["workspace_entry"] = {**parameter_objects("query", {"path": entry})["path"], "required": True}
     parameters.update(parameter_objects("path", {"path": in_url}))
     part = {"description": "The part of the file that Range asks for", "content": _bytes_content()}
     return Components(

@@ -10179,6 +10179,28 @@ def test_document_tells_of_answers_as_they_are(daemon: Daemon, gate: Path) -> No
             assert faults(whole, told["schema"], answer.json, path) == []
 
 
+def test_document_tells_where_a_parameter_may_be_empty(daemon: Daemon) -> None:
+    whole = document(daemon)
+    task = daemon.submit(step())
+    daemon.ended(task)
+    asked = 0
+    for template, operations in whole["paths"].items():
+        path = template.replace("{task}", task).replace("{step}", "0").replace("{path}", "none")
+        for method, operation in operations.items():
+            given = [resolved(whole, one) for one in operation.get("parameters", [])]
+            query = [one for one in given if one["in"] == "query" and path != "/api/v1/event"]  # whose answer never ends
+            body = json.dumps([step()]) if (method, template) == ("post", "/api/v1/task") else None
+            for parameter in query:
+                needed = {one["name"]: one["example"] for one in query if one.get("required")}
+                asked_for = urllib.parse.urlencode({**needed, parameter["name"]: ""})
+                schema = resolved(whole, parameter["schema"])
+                may = not faults(whole, schema, [""] if schema.get("type") == "array" else "")
+                answer = daemon.request(method.upper(), f"{path}?{asked_for}", body)
+                assert (answer.status != 400) == may, (method, template, parameter, answer.body)
+                asked += 1
+    assert asked > 40
+
+
 @pytest.mark.skipif(not shutil.which("openapi-spec-validator"), reason="no openapi-spec-validator on this host")
 def test_document_passes_openapi_spec_validator(daemon: Daemon, tmp_path: Path) -> None:
     file = tmp_path / "document.json"
