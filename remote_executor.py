@@ -18383,6 +18383,14 @@ def _raw_path(request: Request) -> bytes:
     return "".join(paths).encode("latin-1")
 
 
+def _parse_path(request: Request) -> list[str]:
+    """Return the names in the path that a request gives. Raise BadRequest."""
+    try:
+        return split_path(_raw_path(request))
+    except ValueError as error:
+        raise BadRequest(f"invalid path: {error}") from None
+
+
 @contextlib.contextmanager
 def _answer_os_errors(place: _Place) -> Iterator[None]:
     """Raise the ApiError that an OSError stands for."""
@@ -18628,7 +18636,7 @@ class WorkspaceApi:
         return response
 
     def upload(self, request: Request) -> Response:
-        place = self._place(request)
+        place = self._place_of_entry(request, "a file")
         check_owner(request, place.task.submitted_by)
         self._check_upload(request, place)
         with _answer_os_errors(place), self._files.temporary_file() as (name, file):
@@ -18650,9 +18658,7 @@ class WorkspaceApi:
     def remove(self, request: Request) -> Response:
         flags = [value for name, value in request.query if name == "recursive"] or [""]
         is_recursive = _parse_bool("recursive", flags[-1])
-        place = self._place(request)
-        if not place.names:
-            raise BadRequest("path: expected that of a file or directory in the workspace")
+        place = self._place_of_entry(request, "a file or directory")
         with _answer_os_errors(place), self._files.enter(*place.workspace) as workspace:
             status = workspace.status(*place.names)
             is_directory = stat.S_ISDIR(status.st_mode)
@@ -18666,11 +18672,15 @@ class WorkspaceApi:
 
     def _place(self, request: Request) -> _Place:
         """Return what a request is about. Raise NotFound for its task, BadRequest for its path."""
+        names = _parse_path(request)
         task = self._store.task(request.params["task"])
-        try:
-            return _Place(task, split_path(_raw_path(request)))
-        except ValueError as error:
-            raise BadRequest(f"invalid path: {error}") from None
+        return _Place(task, names)
+
+    def _place_of_entry(self, request: Request, kind: str) -> _Place:
+        """Return what a request is about that cannot be about the workspace itself. Raise NotFound, BadRequest."""
+        if not _parse_path(request):
+            raise BadRequest(f"path: expected that of {kind} in the workspace")
+        return self._place(request)
 
     def _url(self, place: _Place, base_url: str) -> str:
         path = "/".join(map(_quote_name, place.names))
@@ -18722,8 +18732,6 @@ class WorkspaceApi:
 
     def _check_upload(self, request: Request, place: _Place) -> None:
         """Raise ApiError for an upload that cannot end well, before its body is read."""
-        if not place.names:
-            raise BadRequest("path: expected that of a file in the workspace")
         content_type = request.headers.get("content-type", "")
         if content_type.lower().startswith("multipart/"):
             raise UnsupportedMediaType("a form is not stored: send the bytes of the file, as curl -T does")
