@@ -10932,7 +10932,8 @@ class Recovery:
         self._scheduler.reserve_task_numbers(self._store.last_task_number())
         for number in self._store.unfinished_task_numbers():
             try:
-                self._restore(*self._store.unfinished_task(number))
+                for step in self._scheduler.restore(*self._store.unfinished_task(number)):
+                    self._restore_patiently(step)
             except (ValueError, TypeError) as error:
                 log.error("task number %d cannot be restored: %s", number, error)
                 self._store.fail(number, f"lost: what was stored of it is damaged: {error}", self._clock.now_ns())
@@ -10945,10 +10946,6 @@ class Recovery:
             _move_or_copy(path, path + suffix)
         os.makedirs(path, exist_ok=True)
         self._files.open()
-
-    def _restore(self, stored: UnfinishedTask, rows: Sequence[UnfinishedStep]) -> None:
-        for step in self._scheduler.restore(stored, rows):
-            self._restore_patiently(step)
 
     def _restore_patiently(self, step: Step) -> None:
         """Restore a step that had begun; what cannot be found out now is asked again. Raises OSError in the end."""
