@@ -10550,17 +10550,6 @@ class NotStarted(Exception):
     """A step could not be started for now; the text says what the host lacks."""
 
 
-class _Launch(NamedTuple):
-    """What starts a step; `env` is added to the daemon's environment."""
-
-    args: list[str]
-    workspace: str
-    env: dict[str, str]
-    has_utf_8_console: bool
-    has_stdin: bool
-    stderr_is_apart: bool
-
-
 class Runner:
     """Runs steps, each in a worker of the scheduler; any thread may call it."""
 
@@ -10686,7 +10675,7 @@ class Runner:
         Raises LaunchError, and NotStarted where it can be tried again.
         """
         try:
-            command = self._prepare(step)
+            start = self._prepare(step)
             begun = self._scheduler.begin(step)
             if begun is None:
                 return False
@@ -10696,15 +10685,7 @@ class Runner:
             if step.phase is Phase.ENDED or self._scheduler.is_shutting_down:
                 return False
             failpoint("begun")
-            tree = self._processes.start(
-                command.args,
-                self.directory(step).path,
-                command.workspace,
-                command.env,
-                command.has_utf_8_console,
-                command.has_stdin,
-                command.stderr_is_apart,
-            )
+            tree = start()
             failpoint("spawned")
         except (StorageFull, Unavailable, MemoryError) as error:
             raise NotStarted(str(error)) from error
@@ -10721,8 +10702,8 @@ class Runner:
         log.debug("%s: started, pid %d", step, tree.pid, extra=step.log_extra)
         return True
 
-    def _prepare(self, step: Step) -> _Launch:
-        """Make the files of a step; return what is to be started. Raises what `_launch` sorts, and LaunchError."""
+    def _prepare(self, step: Step) -> Callable[[], ProcessTree]:
+        """Make the files of a step; return what starts it. Both raise what `_launch` sorts, this LaunchError too."""
         script = self._store.script(step.task.number, step.index)
         name = script_name(script.command_type)
         content = encode_script(script.command_type, script.content, (*script.env, step.name))
@@ -10730,7 +10711,8 @@ class Runner:
         if script.stdin:
             others["stdin"] = binascii.a2b_base64(script.stdin)
         workspace = self._make_workspace(step)
-        file = self.directory(step).prepare(
+        directory = self.directory(step)
+        file = directory.prepare(
             name,
             content,
             others,
@@ -10746,8 +10728,10 @@ class Runner:
             path,
             self._programs.find,
         )
-        return _Launch(
+        return functools.partial(
+            self._processes.start,
             args,
+            directory.path,
             workspace,
             env,
             needs_utf_8_console(script.command_type),

@@ -6725,7 +6725,7 @@ class FakeProcesses:
         self.remaining: list[list[str]] = []
         self.has_started = True
 
-    def start(self, command: Any, step_dir: str, cwd: str, env: Any, *_: Any) -> FakeTree:
+    def start(self, command: Any, step_dir: str, cwd: str, env: Any, *_: Any, **options: Any) -> FakeTree:
         if self.errors:
             raise self.errors.pop()
         self.trees.append(FakeTree())
