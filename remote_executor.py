@@ -8021,10 +8021,16 @@ CREATE TABLE script (                       -- of a task that has not ended
 """
 
 
+def _execute_all(db: sqlite3.Connection, *scripts: str) -> None:
+    """Execute statements, each with lines of its own; within the transaction, which `executescript` would commit."""
+    for script in scripts:
+        for statement in re.split(r";\s*(?:--.*)?\n(?! )", script)[:-1]:
+            db.execute(statement)
+
+
 def _create_tables(db: sqlite3.Connection) -> None:
     """Create the tables of version 1.0.0."""
-    for statement in _SCHEMA.split(";\n")[:-1]:
-        db.execute(statement)
+    _execute_all(db, _SCHEMA)
 
 
 def _repair_ended_tasks(db: sqlite3.Connection) -> None:
@@ -8120,9 +8126,7 @@ INSERT INTO task_total SELECT result, count(*) FROM task GROUP BY result;
 
 def _add_results(db: sqlite3.Connection) -> None:
     """Add what programs ask for: results, moments, who did it; of earlier tasks as far as their texts tell."""
-    for script in (_RESULT_COLUMNS, _RESULTS_BY_TEXT, _RESULT_INDEXES):
-        for statement in re.split(r";\s*(?:--.*)?\n(?! )", script)[:-1]:
-            db.execute(statement)
+    _execute_all(db, _RESULT_COLUMNS, _RESULTS_BY_TEXT, _RESULT_INDEXES)
 
 
 _CONDITION_COLUMNS = """
@@ -8139,8 +8143,7 @@ ALTER TABLE script ADD COLUMN stderr TEXT NOT NULL DEFAULT 'joined';
 
 def _add_conditions(db: sqlite3.Connection) -> None:
     """Add what a step may ask for beyond its script."""
-    for statement in re.findall("ALTER .*?;", _CONDITION_COLUMNS):
-        db.execute(statement)
+    _execute_all(db, _CONDITION_COLUMNS)
 
 
 def _index_parents(db: sqlite3.Connection) -> None:
