@@ -8462,15 +8462,12 @@ _EVERY_TASK = -1  # which is the number of none
 class Feed:
     """Tells what each commit has changed, in the order of the database. Thread-safe.
 
-    A listener is called by the thread that writes, so it must not wait. While there is none, nothing is done.
+    A listener is called by the thread that writes, so it must not wait.
     """
 
     def __init__(self) -> None:
         self._listeners: dict[int, tuple[_Listener, ...]] = {}  # by the number of the task
         self._lock = threading.Lock()  # guards changes of _listeners
-
-    def has_listeners(self) -> bool:
-        return bool(self._listeners)
 
     @contextlib.contextmanager
     def listen(self, listener: _Listener, task_number: int = _EVERY_TASK) -> Iterator[None]:
@@ -8498,13 +8495,6 @@ class Feed:
                 log.exception("a listener of the store failed")
 
 
-_Notices = Callable[[Any], Iterable[Notice]]
-
-
-def _no_notices(_: Any) -> Iterable[Notice]:
-    return ()
-
-
 class _Change(NamedTuple):
     """A change of the database in the queue.
 
@@ -8516,7 +8506,6 @@ class _Change(NamedTuple):
     future: Future[Any] | None
     task_number: int  # no later change of the same task overtakes it; 0 for no task
     is_durable: bool  # it must survive a loss of power
-    notices: _Notices = _no_notices  # what it has changed, from what `apply` returned
 
 
 class Store:
@@ -8534,6 +8523,7 @@ class Store:
         self._readers: list[sqlite3.Connection] = []
         self._reader_returned = threading.Condition()  # guards _readers
         self._writer: sqlite3.Connection  # from `start` on; the writing thread's
+        self._notices: list[Notice] = []  # what the changes of a transaction add, to be told after it; the same
         self._file_id: tuple[int, int] = (0, 0)  # device and inode of the database
         self._start_warning = ""
         self._write_error = ""  # why changes wait to be stored
@@ -8719,12 +8709,14 @@ class Store:
         }
 
         def apply(db: sqlite3.Connection) -> Accepted:
-            return _accept(db, row, spec)
+            earlier = _accepted_before(db.execute(_SAME_ID, (spec.id,)).fetchall(), spec)
+            if earlier:
+                return earlier
+            _insert_task(db, row, spec)
+            self._notices.append(Notice(task_number))
+            return Accepted(task_number, spec.id, len(spec.steps), now_ns, is_new=True)
 
-        def notices(accepted: Accepted) -> list[Notice]:
-            return [Notice(task_number)] * accepted.is_new
-
-        return self._submit(apply, is_durable=True, notices=notices)
+        return self._submit(apply, is_durable=True)
 
     def begin(
         self,
@@ -8746,9 +8738,9 @@ class Store:
                 "result = CASE result WHEN 'waiting' THEN 'running' ELSE result END WHERE seq = ? AND state = 2",
                 (now_ns, task_number),
             )
+            self._notices.append(Notice(task_number, (step_index,)))
 
-        notice = Notice(task_number, (step_index,))
-        return self._submit(apply, task_number, is_durable=True, notices=lambda _: [notice])
+        return self._submit(apply, task_number, is_durable=True)
 
     def requeue(self, task_number: int, step_index: int, task_state: State) -> None:
         """Mark a step that was marked as running, and has not run, as pending again."""
@@ -8757,9 +8749,9 @@ class Store:
             key = (task_number, step_index)
             db.execute("UPDATE step SET state = 2, started_ns = NULL WHERE task = ? AND idx = ?", key)
             db.execute(_REQUEUE_TASK, (task_state, task_number))
+            self._notices.append(Notice(task_number, (step_index,)))
 
-        notice = Notice(task_number, (step_index,))
-        self._record(apply, task_number, notices=lambda _: [notice])
+        self._record(apply, task_number)
 
     def retry(
         self,
@@ -8774,14 +8766,9 @@ class Store:
                 "UPDATE step SET state = 2, started_ns = NULL, retry_at_ns = ?, stop = '' WHERE task = ? AND idx = ?",
                 (retry_at_ns, task_number, step_index),
             )
+            self._notices.append(Notice(task_number, (step_index,)))
 
-        notice = Notice(task_number, (step_index,))
-        self._record(
-            apply,
-            task_number,
-            is_durable=True,
-            notices=lambda _: [notice],
-        )
+        self._record(apply, task_number, is_durable=True)
 
     def record_stop(
         self,
@@ -8802,15 +8789,14 @@ class Store:
                 db.execute(f"UPDATE task {change} WHERE stop = '' AND seq = ?", (*stop, task_number))
                 db.execute("UPDATE task SET stop_count = ? WHERE seq = ?", (stop_count, task_number))
                 db.execute(f"{_RESUME_TASK} AND result = 'paused'", (task_number,))
+                self._notices.append(Notice(task_number))
             else:
                 replaced = f"stop != '{STOPPED}'" if stop.cause == STOPPED else "stop = ''"
                 key = (task_number, step_index)
                 db.execute(f"UPDATE step {change} WHERE {replaced} AND task = ? AND idx = ?", (*stop, *key))
+                self._notices.append(Notice(task_number, (step_index,)))
 
-        notice = Notice(task_number)
-        if step_index is not None:
-            notice = Notice(task_number, (step_index,))
-        return self._submit(apply, task_number, is_durable=True, notices=lambda _: [notice])
+        return self._submit(apply, task_number, is_durable=True)
 
     def record_copy(self, task_number: int) -> None:
         """Store that a task has all the files that it takes over."""
@@ -8828,17 +8814,19 @@ class Store:
             if not is_paused:
                 change = _RESUME_TASK
             db.execute(f"{change} AND ended_ns IS NULL", (task_number,))
+            self._notices.append(Notice(task_number))
 
-        return self._submit(apply, task_number, is_durable=True, notices=lambda _: [Notice(task_number)])
+        return self._submit(apply, task_number, is_durable=True)
 
     def record_pool(self, pool: Mapping[str, Any]) -> Future[None]:
         """Store what a client has set of the pool."""
         text = json.dumps(pool)
-        return self._submit(
-            lambda db: db.execute("INSERT OR REPLACE INTO meta VALUES ('pool', ?)", (text,)),
-            is_durable=True,
-            notices=lambda _: [Notice(0)],
-        )
+
+        def apply(db: sqlite3.Connection) -> None:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('pool', ?)", (text,))
+            self._notices.append(Notice(0))
+
+        return self._submit(apply, is_durable=True)
 
     def delete(self, task_id: str) -> Future[int]:
         """Delete an ended task, and return its number. Fails with Conflict if it has not ended, with NotFound."""
@@ -8851,13 +8839,10 @@ class Store:
             if ended_ns is None:
                 raise Conflict(f"task {task_id!r} has not ended: stop it first")
             _delete_tasks(db, [(task_number,)])
+            self._notices.append(Notice(task_number, deleted_id=task_id))
             return int(task_number)
 
-        return self._submit(
-            apply,
-            is_durable=True,
-            notices=lambda task_number: [Notice(task_number, deleted_id=task_id)],
-        )
+        return self._submit(apply, is_durable=True)
 
     def end(
         self,
@@ -8879,17 +8864,15 @@ class Store:
             db.executemany("UPDATE step SET result = 'not_run' WHERE task = ? AND idx = ?", skipped_rows)
             if task_end:
                 _end_task(db, task_number, State.ENDED, task_end, now_ns)
-
-        def notices(_: Any) -> list[Notice]:
             indexes = [index for index, _ in ends]
-            return [Notice(task_number, (*indexes, *skipped), has_ended=task_end is not None)]
+            self._notices.append(Notice(task_number, (*indexes, *skipped), has_ended=task_end is not None))
 
-        self._record(apply, task_number, is_durable=True, notices=notices)
+        self._record(apply, task_number, is_durable=True)
 
     def fail(self, task_number: int, message: str, now_ns: int) -> None:
         """End a task that cannot be restored with a system error; its running steps are lost."""
 
-        def apply(db: sqlite3.Connection) -> tuple[int, ...]:
+        def apply(db: sqlite3.Connection) -> None:
             rows = db.execute("SELECT idx FROM step WHERE task = ? AND state != 0", (task_number,)).fetchall()
             db.execute(
                 "UPDATE step SET state = 0, code = ?, result = 'lost', reason = ?, ended_ns = ? "
@@ -8898,32 +8881,28 @@ class Store:
             )
             db.execute("UPDATE step SET result = 'not_run' WHERE task = ? AND state = 2", (task_number,))
             _end_task(db, task_number, State.ERROR, TaskEnd(FORCED_CODE, message, Result.LOST), now_ns)
-            return tuple(index for (index,) in rows)
+            indexes = tuple(index for (index,) in rows)
+            self._notices.append(Notice(task_number, indexes, has_ended=True))
 
-        self._record(
-            apply,
-            task_number,
-            is_durable=True,
-            notices=lambda indexes: [Notice(task_number, indexes, has_ended=True)],
-        )
+        self._record(apply, task_number, is_durable=True)
 
     def expire(self, ended_before_ns: int) -> list[int]:
         """Delete the records of tasks that ended before, at most a batch; return the tasks' numbers."""
 
-        def apply(db: sqlite3.Connection) -> list[tuple[int, str]]:
+        def apply(db: sqlite3.Connection) -> list[int]:
             rows = db.execute(
                 "SELECT seq, id FROM task WHERE ended_ns < ? ORDER BY ended_ns LIMIT ?", (ended_before_ns, _BATCH)
             )
             expired = rows.fetchall()
-            _delete_tasks(db, [(number,) for number, _ in expired])
-            return expired
-
-        def notices(expired: Iterable[tuple[int, str]]) -> list[Notice]:
-            return [Notice(number, deleted_id=task_id) for number, task_id in expired]
+            numbers = [number for number, _ in expired]
+            _delete_tasks(db, [(number,) for number in numbers])
+            self._notices += [Notice(number, deleted_id=task_id) for number, task_id in expired]
+            return numbers
 
         if not self._read("SELECT 1 FROM task WHERE ended_ns < ? LIMIT 1", (ended_before_ns,)):
             return []
-        return [number for number, _ in self._submit(apply, notices=notices).result()]
+        expired_numbers: list[int] = self._submit(apply).result()
+        return expired_numbers
 
     # -- reads
 
@@ -9165,11 +9144,10 @@ class Store:
         apply: _Apply,
         task_number: int = 0,
         is_durable: bool = False,
-        notices: _Notices = _no_notices,
     ) -> Future[Any]:
         """Queue a change that somebody waits for, and that may fail."""
         future: Future[Any] = Future()
-        self._enqueue(_Change(apply, future, task_number, is_durable, notices))
+        self._enqueue(_Change(apply, future, task_number, is_durable))
         return future
 
     def _record(
@@ -9177,10 +9155,9 @@ class Store:
         apply: _Apply,
         task_number: int = 0,
         is_durable: bool = False,
-        notices: _Notices = _no_notices,
     ) -> None:
         """Queue a change that records what has happened; it is tried again until it is stored."""
-        self._enqueue(_Change(apply, None, task_number, is_durable, notices))
+        self._enqueue(_Change(apply, None, task_number, is_durable))
 
     def _enqueue(self, change: _Change) -> None:
         """Queue a change; wake the writing thread for it, or leave it to the one that woke it."""
@@ -9262,6 +9239,7 @@ class Store:
     def _try_commit(self, batch: Sequence[_Change]) -> Exception | None:
         """Commit the changes, the one place that writes; return the error that undid all of them, or None."""
         results: list[Any] = []
+        self._notices = []
         try:
             level = "FULL" if any(change.is_durable for change in batch) else "NORMAL"
             self._writer.execute(f"PRAGMA synchronous = {level}")
@@ -9288,16 +9266,9 @@ class Store:
                 change.future.set_exception(result)
             else:
                 change.future.set_result(result)
-        if self.feed.has_listeners():
-            self._tell(batch, results)
+        for notice in self._notices:
+            self.feed.tell(notice)
         return None
-
-    def _tell(self, batch: Sequence[_Change], results: Sequence[Any]) -> None:
-        """Tell the listeners what these changes, which are committed, have changed."""
-        for change, result in zip(batch, results):
-            if not isinstance(result, ApiError):
-                for notice in change.notices(result):
-                    self.feed.tell(notice)
 
     def _set_write_error(self, text: str) -> None:
         """Set why changes wait, empty for none do; log when that begins, and when it is over."""
@@ -9394,15 +9365,6 @@ def _migrate(db: sqlite3.Connection, version: int) -> None:
 
 
 _SAME_ID = "SELECT seq, count, accepted_ns, digest FROM task WHERE id = ?"
-
-
-def _accept(db: sqlite3.Connection, task: Mapping[str, Any], spec: TaskSpec) -> Accepted:
-    """Insert a task, unless the same submission has already done so. Raises Conflict."""
-    earlier = _accepted_before(db.execute(_SAME_ID, (spec.id,)).fetchall(), spec)
-    if earlier:
-        return earlier
-    _insert_task(db, task, spec)
-    return Accepted(task["seq"], spec.id, len(spec.steps), task["accepted_ns"], is_new=True)
 
 
 def _accepted_before(rows: Sequence[tuple[Any, ...]], spec: TaskSpec) -> Accepted | None:

@@ -7354,7 +7354,7 @@ def test_feed_tells_each_commit_in_its_order_and_nothing_without_a_listener(hous
         house.submit(step(), step(), step(), id="a")
         house.scheduler.set_pool(7)
         house.store.delete("a").result(60)
-    assert not house.store.feed.has_listeners()
+    assert not house.store.feed._listeners
     house.scheduler.set_pool(8)
     steps = [(number, (0,), ""), (number, (0,), ""), (number, (1,), ""), (number, (1, 2), "")]
     assert heard == [(number, (), ""), *steps, (0, (), ""), (number, (), "a")]
@@ -7378,7 +7378,7 @@ def test_listener_of_a_task_hears_all_while_others_come_and_go() -> None:
         stopping.set()
         for other in others:
             other.join()
-    assert heard == [7] * 10_000 and not feed.has_listeners()
+    assert heard == [7] * 10_000 and not feed._listeners
 
 
 def test_listener_that_fails_costs_no_change(house: House, caplog: pytest.LogCaptureFixture) -> None:
