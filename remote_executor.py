@@ -7611,8 +7611,8 @@ class Metrics:
         self._output_bytes = 0
         self._commit_seconds = Histogram(_REQUEST_BOUNDS_S)
         self._changes = 0
-        self._requests: collections.Counter[tuple[str, str, int]] = collections.Counter()
-        self._request_seconds: dict[tuple[str, str], Histogram] = {}
+        self._requests: collections.Counter[Pairs] = collections.Counter()  # by route, method and status
+        self._request_seconds: dict[Pairs, Histogram] = {}  # by route and method
         self._running: dict[tuple[str, int], Span] = {}  # steps, with no end yet
         self._spans: list[Span] | None = None  # while a trace is taken
 
@@ -7658,12 +7658,12 @@ class Metrics:
         """Count an answered request; the template is empty where no route has its path."""
         if method not in _METHODS:
             method = "other"
-        key = (template, method)
+        labels = (("route", template or "none"), ("method", method))
         with self._lock:
-            self._requests[template, method, status] += 1
-            if key not in self._request_seconds:
-                self._request_seconds[key] = Histogram(_REQUEST_BOUNDS_S)
-            self._request_seconds[key].add(seconds)
+            self._requests[(*labels, ("status", str(status)))] += 1
+            if labels not in self._request_seconds:
+                self._request_seconds[labels] = Histogram(_REQUEST_BOUNDS_S)
+            self._request_seconds[labels].add(seconds)
             if self._spans is not None:
                 self._trace(f"{method} {template}", "request", seconds, {"status": status})
 
@@ -7710,19 +7710,13 @@ class Metrics:
         ]
 
     def _request_families(self) -> list[MetricFamily]:
-        requests = []
-        for (template, method, status), count in self._requests.items():
-            labels = (*_route_labels(template, method), ("status", str(status)))
-            requests.append(("", labels, count))
-        histograms = {}
-        for (template, method), histogram in self._request_seconds.items():
-            histograms[_route_labels(template, method)] = histogram
+        requests = [("", labels, count) for labels, count in self._requests.items()]
         return [
             MetricFamily(METRIC_PREFIX + "http_requests_total", "counter", "Requests answered.", requests),
             histogram_metric(
                 METRIC_PREFIX + "http_request_duration_seconds",
                 "From a request's first byte to its answer's last.",
-                histograms,
+                self._request_seconds,
             ),
         ]
 
@@ -7735,10 +7729,6 @@ class Metrics:
             ),
             metric(METRIC_PREFIX + "store_changes_total", "counter", "Changes in these commits.", self._changes),
         ]
-
-
-def _route_labels(template: str, method: str) -> Pairs:
-    return ("route", template or "none"), ("method", method)
 
 
 def process_families(stats: ProcessStats) -> list[MetricFamily]:
