@@ -52,7 +52,6 @@ import graphlib
 import heapq
 import html
 import http.client
-import http.server
 import io
 import ipaddress
 import itertools
@@ -66,7 +65,6 @@ import shlex
 import shutil
 import signal
 import socket
-import socketserver
 import sqlite3
 import stat
 import struct
@@ -12674,18 +12672,22 @@ def listen_addresses(host: str) -> list[str]:
     return ["127.0.0.1", "::1"]
 
 
-def _listen_on_ipv6(address: str, port: int) -> socket.socket:
-    """Listen on a port, alone on Windows too. Raise OSError."""
-    listener = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
-    option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
-    try:
+def _listen_on(address: str, port: int, family: socket.AddressFamily) -> socket.socket:
+    """Listen on a port, alone on Windows too; of every address, on IPv4 and IPv6. Raise OSError.
+
+    An accept never waits: a client may be gone by then, which BSD does not report.
+    """
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)  # by the latter Windows would share the port
+    with contextlib.ExitStack() as undo:
+        undo.callback(listener.close)
         listener.setsockopt(socket.SOL_SOCKET, option, 1)
+        if family == socket.AF_INET6 and not address:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind((address, port))
         listener.listen(_BACKLOG)
         listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
+        undo.pop_all()
     return listener
 
 
@@ -12762,13 +12764,8 @@ class IdleConnections:
             self._changed.notify()
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """The listening socket and its connections; `open`, `start` and `stop` are for the daemon's thread."""
-
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = _BACKLOG
-    allow_reuse_address = not hasattr(socket, "SO_EXCLUSIVEADDRUSE")  # on Windows it would share the port
+class Server:
+    """The listening sockets and their connections; `open`, `start` and `stop` are for the daemon's thread."""
 
     def __init__(
         self,
@@ -12807,65 +12804,38 @@ class Server(http.server.ThreadingHTTPServer):
         self._reserve_threads: list[threading.Thread] = []  # never shrinks
         self._refilled_s = -_REFILL_INTERVAL_S  # when that was last tried
         self._warned_s = -_WARNING_INTERVAL_S  # when a lack of threads was last logged; the listener's
-        self._host, port = parse_address(settings.addr)
-        self.address_family = socket.AF_INET
-        if ":" in self._host or (not self._host and socket.has_ipv6):
-            self.address_family = socket.AF_INET6
-        first = listen_addresses(self._host)[0]
-        super().__init__((first, port), ConnectionHandler, bind_and_activate=False)
-        self._listeners = [self.socket]  # two for `localhost`; `socket` is the one of them to accept from
+        self._listeners: list[socket.socket] = []  # two for `localhost`
 
     def open(self) -> None:
         """Bind the port. Raise StartupError."""
+        host, port = parse_address(self._settings.addr)
         try:
-            self._bind()
+            self._bind(host, port)
         except OSError as error:
-            self.server_close()
             reason = error.strerror or error
             raise StartupError(
                 f"--addr: {self._settings.addr} cannot be used: {reason}; port 0 takes a free one"
             ) from None
-        host = self._host or "localhost"
-        if ":" in host:
-            host = f"[{host}]"
-        self.authority = f"{host}:{self.server_address[1]}"
+        port = self._listeners[0].getsockname()[1]
+        self.authority = _show_endpoint((host or "localhost", port))
 
-    def _bind(self) -> None:
-        try:
-            self.server_bind()
-        except OSError as error:
-            is_every_address = not self._host and self.address_family == socket.AF_INET6
-            if not is_every_address or error.errno == errno.EADDRINUSE:
-                raise
-            self.socket.close()  # a host whose IPv6 is switched off
-            self.address_family = socket.AF_INET
-            self.socket = socket.socket(self.address_family, self.socket_type)
-            self.server_bind()
-        self.server_activate()
-        self._listeners = [self.socket]
-        for address in listen_addresses(self._host)[1:]:
-            port = int(self.server_address[1])
-            self._listeners.append(_listen_on_ipv6(address, port))
+    def _bind(self, host: str, port: int) -> None:
+        if not host and socket.has_ipv6:
+            try:
+                self._listeners = [_listen_on(host, port, socket.AF_INET6)]
+                return
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise
+            # The kernel has no IPv6, or it is switched off.
+        for address in listen_addresses(host):
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            listener = _listen_on(address, port, family)
+            self._listeners.append(listener)
+            port = listener.getsockname()[1]
 
-    def server_bind(self) -> None:
-        """Bind the socket, alone on Windows too; of every address, to IPv4 and IPv6. Raise OSError.
-
-        Without asking the name service for our name, as HTTPServer does.
-        """
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        if self.address_family == socket.AF_INET6 and not self.server_address[0]:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        socketserver.TCPServer.server_bind(self)
-
-    def server_activate(self) -> None:
-        """Listen. An accept never waits: a client may be gone by then, which BSD does not report."""
-        super().server_activate()
-        self.socket.setblocking(False)
-
-    def server_close(self) -> None:
-        """Close the listening sockets."""
-        for sock in {self.socket, *self._listeners, self._stop_receiver, self._stop_sender}:
+    def _close_sockets(self) -> None:
+        for sock in (*self._listeners, self._stop_receiver, self._stop_sender):
             sock.close()
 
     def start(self) -> None:
@@ -12908,8 +12878,20 @@ class Server(http.server.ThreadingHTTPServer):
                 for key, _ in selector.select():
                     listener: Any = key.fileobj
                     if listener is not self._stop_receiver:
-                        self.socket = listener
-                        self.handle_request()
+                        self._serve_next(listener)
+
+    def _serve_next(self, listener: socket.socket) -> None:
+        """Accept a connection and have it served; what fails ends this connection alone."""
+        try:
+            sock, address = self._next_connection(listener)
+        except OSError:  # the client has gone, or something is missing for now
+            return
+        try:
+            self._start_connection(sock, address)
+        except Exception:
+            with contextlib.suppress(MemoryError):  # then there is no line, but a listener
+                log.exception("connection of %s: the response broke off", address[0])
+            self._close_connection(sock)
 
     def is_alive(self) -> bool:
         """Return whether connections are accepted."""
@@ -12921,7 +12903,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self._thread.is_alive():
             self._stop_sender.send(b"\0")
             self._thread.join(_LISTENER_END_S)
-        self.server_close()
+        self._close_sockets()
         with self._lock:
             connections = [*self._connections]
             held = [*self._held.values()]
@@ -12935,10 +12917,10 @@ class Server(http.server.ThreadingHTTPServer):
         while self._held and time.monotonic() < deadline_s:
             time.sleep(_ACCEPT_RETRY_S / 10)
 
-    def get_request(self) -> tuple[Any, Any]:
+    def _next_connection(self, listener: socket.socket) -> tuple[socket.socket, Any]:
         """Return the next connection and its address. Raise OSError if there is none, after a pause for resources."""
         try:
-            sock, address, uses_reserve = self._accept()
+            sock, address, uses_reserve = self._accept(listener)
         except OSError as error:
             if error.errno in RESOURCE_ERRNOS:
                 time.sleep(_ACCEPT_RETRY_S)  # the client waits in the backlog
@@ -12954,11 +12936,11 @@ class Server(http.server.ThreadingHTTPServer):
                 self._on_reserve.add(sock)
         return sock, address
 
-    def _accept(self) -> tuple[socket.socket, Any, bool]:
+    def _accept(self, listener: socket.socket) -> tuple[socket.socket, Any, bool]:
         """Return the next connection, its address, and whether its descriptor is of the reserve. Raise OSError."""
         if not self.descriptors.is_short():
             try:
-                sock, address = super().get_request()
+                sock, address = listener.accept()
                 return sock, address, False
             except OSError as error:
                 if error.errno not in DESCRIPTOR_ERRNOS:
@@ -12968,37 +12950,38 @@ class Server(http.server.ThreadingHTTPServer):
         if borrowers >= _RESERVE_DESCRIPTORS:
             raise OSError(errno.EMFILE, "the connections have their share of the reserve")
         with self.descriptors.lend():
-            sock, address = super().get_request()
+            sock, address = listener.accept()
             return sock, address, True
 
-    def process_request(self, request: Any, client_address: Any) -> None:
+    def _start_connection(self, sock: socket.socket, address: Any) -> None:
         """Serve a connection in a thread of its own, or reject it if there are too many."""
-        client = rate_limit_key(client_address[0])
-        is_bounded = not is_loopback(client) and not _is_in(client_address[0], self._settings.trusted_proxy)
-        if not self._add_connection(request, client, is_bounded):
-            self._reject_connection(request)
+        client = rate_limit_key(address[0])
+        is_bounded = not is_loopback(client) and not _is_in(address[0], self._settings.trusted_proxy)
+        if not self._add_connection(sock, client, is_bounded):
+            self._reject_connection(sock)
             return
         try:
-            DaemonThread(self.process_request_thread, "connection", (request, client_address)).start()
+            DaemonThread(self._serve_connections, "connection", (sock, address)).start()
         except (RuntimeError, MemoryError) as error:
-            self._queue_for_reserve(request, client_address, error)
+            self._queue_for_reserve(sock, address, error)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def _serve_connections(self, sock: socket.socket, address: Any) -> None:
         """Serve a connection, then whichever of the idle ones has a request, until one of them ends."""
         try:
-            connection = ConnectionHandler(request, client_address, self)
+            connection = ConnectionHandler(sock, address, self)
+            connection.handle()
             while self.idle_connections and connection.is_idle:
                 connection = self.idle_connections.swap(connection)
-                request = connection.request
-                client_address = connection.client_address
+                sock = connection.request
+                address = connection.client_address
                 connection.resume()
         except Exception:
             with contextlib.suppress(MemoryError):  # of logging
-                log.exception("connection of %s: the response broke off", client_address[0])
+                log.exception("connection of %s: the response broke off", address[0])
         finally:
             if self.idle_connections:
-                self.idle_connections.leave(request)
-            self.shutdown_request(request)
+                self.idle_connections.leave(sock)
+            self._close_connection(sock)
 
     def _add_connection(self, sock: socket.socket, client: str, is_bounded: bool) -> bool:
         """Add a connection. Return False if there are too many, or too many of a client that is bounded."""
@@ -13034,7 +13017,7 @@ class Server(http.server.ThreadingHTTPServer):
                 pending = self._pending.take()
                 if pending is None:
                     return
-                self.process_request_thread(*pending)
+                self._serve_connections(*pending)
             except Exception:
                 with contextlib.suppress(MemoryError):  # then there is no line, but a thread
                     log.exception("a reserve connection failed")
@@ -13049,7 +13032,7 @@ class Server(http.server.ThreadingHTTPServer):
                 sock.send(response)
                 sock.shutdown(socket.SHUT_WR)
                 sock.recv(_REFUSED_BODY_BYTES)  # a close with unread bytes would reset the connection
-        super().shutdown_request(sock)
+        _shut_down(sock)
 
     def make_in_turn(self, blocks: Iterable[bytes | FileSlice]) -> Iterator[bytes | FileSlice]:
         """Yield the blocks of a long answer, each made when it has its turn."""
@@ -13217,20 +13200,20 @@ class Server(http.server.ThreadingHTTPServer):
         """Count a request whose head was malformed."""
         self._metrics.request("", "", error.status, seconds)
 
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection."""
-        self._forget_connection(request)
+    def _close_connection(self, sock: Any) -> None:
+        self._forget_connection(sock)
         if self._tls:
             with contextlib.suppress(OSError, ValueError):  # it may have broken, or never begun
-                request.settimeout(0)
-                request.unwrap()  # says that nothing was cut off, and waits for no answer
-        super().shutdown_request(request)
+                sock.settimeout(0)
+                sock.unwrap()  # says that nothing was cut off, and waits for no answer
+        _shut_down(sock)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log that a response broke off. Never raises: that would end the listener."""
-        client = client_address[0] if client_address else "a client"
-        with contextlib.suppress(MemoryError):  # then there is no line, but a listener
-            log.error("connection of %s: the response broke off", client, exc_info=True)
+
+def _shut_down(sock: socket.socket) -> None:
+    """Close a connection, even where somebody still refers to its socket."""
+    with contextlib.suppress(OSError):  # the client has gone
+        sock.shutdown(socket.SHUT_WR)
+    sock.close()
 
 
 def _path(request: Request) -> str:
@@ -13251,10 +13234,9 @@ def _http_date(seconds: int) -> str:
     return email.utils.formatdate(seconds, usegmt=True)
 
 
-class ConnectionHandler(socketserver.BaseRequestHandler):
+class ConnectionHandler:
     """One client's connection; `handle` is called in a thread of its own, `resume` by whoever leads."""
 
-    server: Server
     is_idle = False  # it waits for another request, and no thread for it
     is_watched = False  # by IdleConnections: it is idle, or the leader has it
     _reader: RequestReader
@@ -13264,6 +13246,11 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
     _timeout_s = 0.0  # of a request, and again of its response
     _send_deadline_s = 0.0
     _sent_bytes = 0  # of the response, with its head
+
+    def __init__(self, request: Any, client_address: Any, server: Server) -> None:
+        self.request = request
+        self.client_address = client_address
+        self.server = server
 
     def handle(self) -> None:
         """Serve the connection until it is idle, or the client or the daemon ends it."""

@@ -8764,12 +8764,10 @@ def test_accept_pauses_only_for_want_of_something(
 ) -> None:
     server, pauses = bare_server(), []
     monkeypatch.setattr(module().time, "sleep", pauses.append)
-    server.socket.close()
-    server.socket = FailingListener(number)
     with pytest.raises(OSError):
-        server.get_request()
+        server._next_connection(FailingListener(number))
     assert bool(pauses) == is_paused
-    server.server_close()
+    server.stop()
 
 
 class FailingListener:
@@ -8781,9 +8779,6 @@ class FailingListener:
     def accept(self) -> Any:
         raise OSError(self.number, "no")
 
-    def close(self) -> None:
-        pass
-
 
 def bare_server(**given: Any) -> Any:
     """A server of no route, which does not listen."""
@@ -8794,11 +8789,37 @@ def bare_server(**given: Any) -> Any:
     return code.Server(settings, code.Router([]), access, code.Metrics(), None, reserve)
 
 
-@pytest.mark.parametrize("address", [None, "", (), ("::1", 1)])
-def test_error_of_a_connection_is_told_whatever_its_address(address: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_connection_that_cannot_be_begun_ends_alone_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
     server = bare_server()
-    server.handle_error(None, address)
-    server.server_close()
+    server.open()
+    server._add_connection = None  # so that its call fails
+    with socket.create_connection(("127.0.0.1", int(server.authority.partition(":")[2]))) as link:
+        server._serve_next(server._listeners[0])
+        assert link.recv(1) == b""
+    server.stop()
+    assert [record.getMessage() for record in caplog.records] == ["connection of 127.0.0.1: the response broke off"]
+
+
+@pytest.mark.parametrize("place", ["socket", "bind"])
+def test_every_address_is_of_ipv4_where_the_kernel_has_no_ipv6(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    class Socket(socket.socket):
+        def __init__(self, family: int = socket.AF_INET, *arguments: Any) -> None:
+            self.fails(place == "socket" and family == socket.AF_INET6)
+            super().__init__(family, *arguments)
+
+        def bind(self, address: Any) -> None:
+            self.fails(self.family == socket.AF_INET6)
+            super().bind(address)
+
+        def fails(self, is_ipv6: bool) -> None:
+            if is_ipv6:
+                raise OSError(errno.EAFNOSUPPORT, "no IPv6")
+
+    monkeypatch.setattr(socket, "socket", Socket)
+    server = bare_server(addr=":0")
+    server.open()
+    assert [listener.family for listener in server._listeners] == [socket.AF_INET]
+    server.stop()
 
 
 def test_listener_survives_whatever_fails_in_it(launch: Callable[..., Daemon]) -> None:
