@@ -13286,7 +13286,7 @@ class ConnectionHandler:
 
     def _begin(self) -> None:
         """Set the connection up; its first request is for whoever leads, as all later ones."""
-        self._client = self._set_up(self._client)
+        self._set_up()
         self._reader.set_deadline(self._timeout_s)
         if self.server.idle_connections and not self._is_scarce:
             self._reader.wait_unread()
@@ -13303,7 +13303,7 @@ class ConnectionHandler:
 
     def _handle_requests(self) -> None:
         """Handle requests until the connection is idle or ends. Raise ConnectionEnded or OSError."""
-        while self._handle_one_request(self._reader, self._client):
+        while self._handle_one_request():
             self._reader.set_deadline(self.server.idle_timeout_s)
             if self.server.idle_connections and not self._reader.has_buffered(1):
                 self.is_idle = True
@@ -13311,8 +13311,8 @@ class ConnectionHandler:
             self._step_down()
             self._reader.wait()
 
-    def _set_up(self, client: Client) -> Client:
-        """Set time limits and do the TLS handshake. Return the client with its certificate's name. Raise OSError."""
+    def _set_up(self) -> None:
+        """Set time limits and do the TLS handshake. Raise OSError."""
         server = self.server
         self._is_reserved = server.is_reserved(self.request)
         self._is_scarce = server.is_scarce(self.request)
@@ -13322,13 +13322,14 @@ class ConnectionHandler:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if server.scheme == "http":
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(self._timeout_s))
-            return client
+            return
         self.request.settimeout(self._timeout_s)
         first_byte = socket.socket.recv(self.request, 1, socket.MSG_PEEK)
         if first_byte.isalpha():  # of a method; TLS begins with 22 (RFC 8446, 5.1)
             self._refuse_plaintext()
         self.request.do_handshake()
-        return client._replace(certificate=certificate_name(self.request.getpeercert()))
+        name = certificate_name(self.request.getpeercert())
+        self._client = self._client._replace(certificate=name)
 
     def _refuse_plaintext(self) -> None:
         """Answer in clear text that this port speaks TLS. Raise ConnectionEnded or OSError."""
@@ -13350,16 +13351,16 @@ class ConnectionHandler:
         else:
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(seconds))
 
-    def _handle_one_request(self, reader: RequestReader, client: Client) -> bool:
+    def _handle_one_request(self) -> bool:
         """Read a request and send its response. Return whether another may follow. Raise ConnectionEnded or OSError."""
         server = self.server
         begin_s = time.perf_counter()
         try:
-            request = read_head(reader, self._timeout_s, client)
+            request = read_head(self._reader, self._timeout_s, self._client)
         except ApiError as error:
             self._send_response(None, error_response(error), is_kept=False)
             server.log_bad_request(error, time.perf_counter() - begin_s)
-            self._linger_and_close(reader)
+            self._linger_and_close()
             return False
 
         route: Route | None = None
@@ -13370,10 +13371,10 @@ class ConnectionHandler:
             refusal = error
         is_body_read = False
         try:
-            request = self._read_body(reader, request, route, refusal)
+            request = self._read_body(request, route, refusal)
             is_body_read = True
             if route and route.is_held(request):
-                request = request._replace(hold=server.hold(self.request, reader))
+                request = request._replace(hold=server.hold(self.request, self._reader))
         except ApiError as error:
             refusal = error
 
@@ -13397,7 +13398,7 @@ class ConnectionHandler:
                 server.release(self.request)
                 server.log_request(request, route, response, time.perf_counter() - begin_s, sent)
         if not is_body_read:
-            self._linger_and_close(reader)
+            self._linger_and_close()
         return is_kept
 
     def _lend_descriptors(self, request: Request) -> contextlib.AbstractContextManager[None]:
@@ -13408,7 +13409,6 @@ class ConnectionHandler:
 
     def _read_body(
         self,
-        reader: RequestReader,
         request: Request,
         route: Route | None,
         refusal: ApiError | None,
@@ -13420,7 +13420,7 @@ class ConnectionHandler:
         if route and route.streams_body and not refusal:
             if self._is_scarce:
                 raise Unavailable("too many connections for an upload; try again")
-            stream = IncomingBody(reader, request, self._timeout_s, self._send_continue)
+            stream = IncomingBody(self._reader, request, self._timeout_s, self._send_continue)
             return request._replace(stream=stream)
         max_bytes = self.server.max_body_bytes
         if refusal:
@@ -13428,7 +13428,7 @@ class ConnectionHandler:
             if request.expects_continue or (request.body_bytes or 0) > max_bytes:
                 raise refusal
         try:
-            body = read_body(reader, request, self._timeout_s, max_bytes, self._send_continue)
+            body = read_body(self._reader, request, self._timeout_s, max_bytes, self._send_continue)
         except ContentTooLarge as error:
             raise refusal or error from None
         return request._replace(body=body) if body else request
@@ -13448,10 +13448,10 @@ class ConnectionHandler:
             return "keep-alive" in options
         return "close" not in options
 
-    def _linger_and_close(self, reader: RequestReader) -> None:
+    def _linger_and_close(self) -> None:
         """Lingering close: shut down writes and drain input, so that a reset does not destroy the response."""
         socket.socket.shutdown(self.request, socket.SHUT_WR)
-        reader.drain(min(_LINGER_S, self._timeout_s))
+        self._reader.drain(min(_LINGER_S, self._timeout_s))
 
     def _send_continue(self) -> None:
         self._step_down()
