@@ -7694,39 +7694,27 @@ class Metrics:
     def families(self) -> list[MetricFamily]:
         """Return all counts as metrics."""
         with self._lock:
-            return [*self._step_families(), *self._request_families(), *self._store_families()]
-
-    def _step_families(self) -> list[MetricFamily]:
-        steps = [("", (("result", result),), count) for result, count in self._steps.items()]
-        return [
-            MetricFamily(METRIC_PREFIX + "steps_ended_total", "counter", "Steps that ended, by result.", steps),
-            histogram_metric(METRIC_PREFIX + "step_duration_seconds", "How long steps ran.", {(): self._step_seconds}),
-            histogram_metric(
-                METRIC_PREFIX + "step_queue_seconds", "How long ready steps waited.", {(): self._queue_seconds}
-            ),
-            metric(METRIC_PREFIX + "step_output_bytes_total", "counter", "What ended steps wrote.", self._output_bytes),
-        ]
-
-    def _request_families(self) -> list[MetricFamily]:
-        requests = [("", labels, count) for labels, count in self._requests.items()]
-        return [
-            MetricFamily(METRIC_PREFIX + "http_requests_total", "counter", "Requests answered.", requests),
-            histogram_metric(
-                METRIC_PREFIX + "http_request_duration_seconds",
-                "From a request's first byte to its answer's last.",
-                self._request_seconds,
-            ),
-        ]
-
-    def _store_families(self) -> list[MetricFamily]:
-        return [
-            histogram_metric(
-                METRIC_PREFIX + "store_commit_duration_seconds",
-                "How long commits took.",
-                {(): self._commit_seconds},
-            ),
-            metric(METRIC_PREFIX + "store_changes_total", "counter", "Changes in these commits.", self._changes),
-        ]
+            steps = [("", (("result", result),), count) for result, count in self._steps.items()]
+            requests = [("", labels, count) for labels, count in self._requests.items()]
+            families = [
+                MetricFamily("steps_ended_total", "counter", "Steps that ended, by result.", steps),
+                histogram_metric("step_duration_seconds", "How long steps ran.", {(): self._step_seconds}),
+                histogram_metric("step_queue_seconds", "How long ready steps waited.", {(): self._queue_seconds}),
+                metric("step_output_bytes_total", "counter", "What ended steps wrote.", self._output_bytes),
+                MetricFamily("http_requests_total", "counter", "Requests answered.", requests),
+                histogram_metric(
+                    "http_request_duration_seconds",
+                    "From a request's first byte to its answer's last.",
+                    self._request_seconds,
+                ),
+                histogram_metric(
+                    "store_commit_duration_seconds",
+                    "How long commits took.",
+                    {(): self._commit_seconds},
+                ),
+                metric("store_changes_total", "counter", "Changes in these commits.", self._changes),
+            ]
+        return [family._replace(name=METRIC_PREFIX + family.name) for family in families]
 
 
 def process_families(stats: ProcessStats) -> list[MetricFamily]:
