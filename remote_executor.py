@@ -6969,7 +6969,6 @@ class _UnknownNames:
         self._places: dict[tuple[str, str], list[str]] = {}  # by kind (parameter or field) and name
 
     def add(self, kind: str, name: str, where: str) -> None:
-        """Note a name."""
         self._places.setdefault((kind, name), []).append(where)
 
     def refuse(self) -> None:
@@ -7517,7 +7516,6 @@ class Histogram:
         self._sum = 0.0
 
     def add(self, value: float) -> None:
-        """Count a value."""
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
 
@@ -7535,7 +7533,6 @@ class Histogram:
 
 
 def histogram_metric(name: str, text: str, histograms: Mapping[Pairs, Histogram]) -> MetricFamily:
-    """Return a metric of histograms, each with its labels."""
     samples = []
     for labels, histogram in histograms.items():
         samples += histogram.samples(labels)
@@ -9033,7 +9030,6 @@ class Store:
         return int(rows[0][0]) if rows else None
 
     def size_bytes(self) -> int:
-        """Return the size of the database on disk."""
         total = 0
         for suffix in _FILE_SUFFIXES:
             with contextlib.suppress(OSError):  # SQLite may remove it at any moment
@@ -10515,7 +10511,6 @@ class Runner:
         self._programs = ProgramCache()
 
     def directory(self, step: Step) -> StepDirectory:
-        """Return the directory of a step."""
         return StepDirectory(self._files, step.task.number, step.index)
 
     def run(self, step: Step) -> None:
@@ -10604,7 +10599,6 @@ class Runner:
                     self._files.copy_file(source, number, index, entry.name)
 
     def remove_empty_workspace(self, task_number: int) -> None:
-        """Remove the workspace of an ended task if it is empty."""
         with contextlib.suppress(OSError):  # it is not empty, or was never made
             self._files.remove_empty(str(task_number), "workspace")
 
@@ -10852,7 +10846,6 @@ class Recovery:
         self._runner = runner
 
     def run(self) -> None:
-        """Restore every unfinished task."""
         self._open_files()
         self._scheduler.reserve_task_numbers(self._store.last_task_number())
         for number in self._store.unfinished_task_numbers():
@@ -12554,8 +12547,7 @@ class PendingConnections:
     Only one whose client has sent something gets a thread; silent ones give way to others, and time out.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._changed = threading.Condition()  # guards all below
         self._pending: dict[socket.socket, tuple[Any, float]] = {}  # address and time of arrival; the oldest first
         self._is_closed = False
@@ -12564,7 +12556,7 @@ class PendingConnections:
         """Add a connection. Return the one that must be closed for it, perhaps itself; None if there is room."""
         with self._changed:
             surplus = None
-            if len(self._pending) >= self._limit:
+            if len(self._pending) >= _MAX_PENDING_CONNECTIONS:
                 readable = _readable(self._pending)
                 silent = (other for other in self._pending if other not in readable)
                 surplus = next(silent, sock)
@@ -12788,7 +12780,7 @@ class Server:
         self._held: dict[socket.socket, HeldConnection] = {}  # those of them whose answers wait
         self._thread = DaemonThread(self._listen, "listener")
         self._stop_receiver, self._stop_sender = socket.socketpair()  # a byte ends the listener
-        self._pending = PendingConnections(_MAX_PENDING_CONNECTIONS)
+        self._pending = PendingConnections()
         self._reserve_threads: list[threading.Thread] = []  # never shrinks
         self._refilled_s = -_REFILL_INTERVAL_S  # when that was last tried
         self._warned_s = -_WARNING_INTERVAL_S  # when a lack of threads was last logged; the listener's
@@ -12827,7 +12819,6 @@ class Server:
             sock.close()
 
     def start(self) -> None:
-        """Start to accept connections."""
         self._thread.start()
         self.fill_reserve()
 
