@@ -12946,13 +12946,14 @@ class Server:
 
     def _serve_connections(self, sock: socket.socket, address: Any) -> None:
         """Serve a connection, then whichever of the idle ones has a request, until one of them ends."""
+        connection: ConnectionHandler | None = None
         try:
             connection = ConnectionHandler(sock, address, self)
             connection.handle()
             while self.idle_connections and connection.is_idle:
                 connection = self.idle_connections.swap(connection)
                 sock = connection.request
-                address = connection.client_address
+                address = connection.address
                 connection.resume()
         except Exception:
             with contextlib.suppress(MemoryError):  # of logging
@@ -12960,6 +12961,8 @@ class Server:
         finally:
             if self.idle_connections:
                 self.idle_connections.leave(sock)
+            if connection:
+                self.authenticator.release(connection.client.endpoints)
             self._close_connection(sock)
 
     def _add_connection(self, sock: socket.socket, client: str, is_bounded: bool) -> bool:
@@ -13218,30 +13221,30 @@ class ConnectionHandler:
 
     is_idle = False  # it waits for another request, and no thread for it
     is_watched = False  # by IdleConnections: it is idle, or the leader has it
+    client = Client()  # until `handle` knows more
     _reader: RequestReader
-    _client: Client
     _is_reserved = False
     _is_scarce = False
     _timeout_s = 0.0  # of a request, and again of its response
     _send_deadline_s = 0.0
     _sent_bytes = 0  # of the response, with its head
 
-    def __init__(self, request: Any, client_address: Any, server: Server) -> None:
+    def __init__(self, request: Any, address: Any, server: Server) -> None:
         self.request = request
-        self.client_address = client_address
+        self.address = address
         self.server = server
 
     def handle(self) -> None:
         """Serve the connection until it is idle, or the client or the daemon ends it."""
         try:
-            host, port = self.client_address[:2]
+            host, port = self.address[:2]
             own_host, own_port = self.request.getsockname()[:2]
             client_end = (str(_parse_ip(host)), port)
             own_end = (str(_parse_ip(own_host)), own_port)
         except (OSError, TypeError, ValueError) as error:  # it was reset: macOS knows no address of it any more
             log.debug("a connection has gone: %s", error)
             return
-        self._client = self.server.client((client_end, own_end))
+        self.client = self.server.client((client_end, own_end))
         self._reader = RequestReader(self.request, self._set_recv_timeout, self._step_down)
         self._serve(self._begin)
 
@@ -13250,7 +13253,7 @@ class ConnectionHandler:
         self._serve(self._reader.receive_ready)
 
     def _serve(self, begin: Callable[[], None]) -> None:
-        """Handle requests until the connection is idle, or end it; `begin` comes before the first of them."""
+        """Handle requests until the connection is idle or ends; `begin` comes before the first of them."""
         self.is_idle = False
         try:
             begin()
@@ -13258,10 +13261,7 @@ class ConnectionHandler:
                 self._reader.wait()
                 self._handle_requests()
         except (OSError, ConnectionEnded) as error:
-            log.debug("connection of %s: %s", self._client.address, error)
-        finally:
-            if not self.is_idle:
-                self.server.authenticator.release(self._client.endpoints)
+            log.debug("connection of %s: %s", self.client.address, error)
 
     def _begin(self) -> None:
         """Set the connection up; its first request is for whoever leads, as all later ones."""
@@ -13308,7 +13308,7 @@ class ConnectionHandler:
             self._refuse_plaintext()
         self.request.do_handshake()
         name = certificate_name(self.request.getpeercert())
-        self._client = self._client._replace(certificate=name)
+        self.client = self.client._replace(certificate=name)
 
     def _refuse_plaintext(self) -> None:
         """Answer in clear text that this port speaks TLS. Raise ConnectionEnded or OSError."""
@@ -13335,7 +13335,7 @@ class ConnectionHandler:
         server = self.server
         begin_s = time.perf_counter()
         try:
-            request = read_head(self._reader, self._timeout_s, self._client)
+            request = read_head(self._reader, self._timeout_s, self.client)
         except ApiError as error:
             self._send_response(None, error_response(error), is_kept=False)
             server.log_bad_request(error, time.perf_counter() - begin_s)

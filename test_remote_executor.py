@@ -8800,6 +8800,20 @@ def test_connection_that_cannot_be_begun_ends_alone_and_is_told(caplog: pytest.L
     assert [record.getMessage() for record in caplog.records] == ["connection of 127.0.0.1: the response broke off"]
 
 
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")
+def test_user_of_a_connection_that_cannot_be_watched_is_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    server = bare_server()
+    server.open()
+    server.idle_connections.swap = None  # so that its call fails, as where the kernel watches no more
+    with socket.create_connection(("127.0.0.1", int(server.authority.partition(":")[2]))) as link:
+        link.sendall(b"G")
+        accepted, address = server._next_connection(server._listeners[0])
+        server.authenticator._trusted[link.getsockname(), link.getpeername()] = True
+        server._serve_connections(accepted, address)
+    server.stop()
+    assert server.authenticator._trusted == {} and len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("place", ["socket", "bind"])
 def test_every_address_is_of_ipv4_where_the_kernel_has_no_ipv6(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     class Socket(socket.socket):
