@@ -7039,13 +7039,8 @@ def parse_rerun(
     command_types: Iterable[str],
 ) -> TaskSpec:
     """Return the task that repeats a submission, with the id and `env_vars` of these changes. Raises BadRequest."""
-    parameters = []
-    for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
-        if name != "id":
-            parameters.append((name, value))
-    for name, value in changes:
-        if name == "env_vars":
-            parameters.append((name, value))
+    parameters = [pair for pair in urllib.parse.parse_qsl(query, keep_blank_values=True) if pair[0] != "id"]
+    parameters += [pair for pair in changes if pair[0] == "env_vars"]
     task_id = _parse_task_id(_parse_query(changes, _UnknownNames())["id"][1])
     parameters.append(("id", task_id))
     _rename_defaults(steps, parent, task_id)
@@ -8142,7 +8137,6 @@ _FILE_SUFFIXES = ("", "-wal", "-shm")
 _STAMP_SUFFIX = ".stamp"
 _RESERVE_SUFFIX = ".reserve"
 _RESERVE_BYTES = 256 * 1024  # -shm takes 32 KiB, -wal what the start and the first commits write
-_RUNNING_STEPS = "SELECT task, idx, name FROM step WHERE state = 1 ORDER BY task, idx"
 _REQUEUE_TASK = (
     "UPDATE task SET state = ?1, "
     "started_ns = CASE ?1 WHEN 1 THEN ifnull((SELECT min(started_ns) FROM step WHERE task = seq), started_ns) END, "
@@ -8629,18 +8623,15 @@ class Store:
         """Return whether the writing thread runs."""
         return self._thread.is_alive()
 
-    def is_in_place(self) -> bool:
-        """Return whether the open database is still the file of its name; True where that cannot be known."""
-        try:
-            return self._stat_id() == self._file_id
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True
-
     def check_in_place(self) -> None:
         """Raise Unavailable if the database was removed, and what is stored from now on would be lost."""
-        if not self.is_in_place():
+        try:
+            is_in_place = self._stat_id() == self._file_id
+        except FileNotFoundError:
+            is_in_place = False
+        except OSError:  # it cannot be known
+            is_in_place = True
+        if not is_in_place:
             raise Unavailable(f"the database {self._path} was removed while in use; restart the daemon")
 
     def _stat_id(self) -> tuple[int, int]:
@@ -8995,8 +8986,9 @@ class Store:
     def running_steps(self) -> dict[int, list[tuple[int, str]]]:
         """Return index and name of the running steps, by task number."""
         running = collections.defaultdict(list)
-        for task_number, *step in self._read(_RUNNING_STEPS):
-            running[task_number].append(tuple(step))
+        rows = self._read("SELECT task, idx, name FROM step WHERE state = 1 ORDER BY task, idx")
+        for task_number, index, name in rows:
+            running[task_number].append((index, name))
         return running
 
     def script(self, task_number: int, step_index: int) -> Script:
