@@ -7514,7 +7514,7 @@ class Histogram:
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def samples(self, labels: Pairs = ()) -> list[Sample]:
+    def samples(self, labels: Pairs) -> list[Sample]:
         """Return the samples of a metric: cumulative buckets, sum and count."""
         samples: list[Sample] = []
         total = 0
@@ -12507,9 +12507,8 @@ class Tls:
             context.minimum_version = ssl.TLSVersion.TLSv1_2
             context.options |= ssl.OP_NO_RENEGOTIATION
             subject = f"--tls_cert: {cert} with the key in {key}"
-            context.load_cert_chain(
-                cert, self._settings.tls_key or None, password=""
-            )  # else OpenSSL asks on the terminal
+            no_password = ""  # else OpenSSL asks on the terminal
+            context.load_cert_chain(cert, self._settings.tls_key or None, no_password)
             if authority:
                 subject = f"--tls_client_ca: {authority}"
                 context.load_verify_locations(authority)
@@ -13055,8 +13054,7 @@ class Server:
         try:
             route, params = self._router.match(request)
         except (PathNotFound, MethodNotAllowed) as error:
-            path_exists = isinstance(error, MethodNotAllowed)
-            if not path_exists or not self.authenticator.is_preflight(request):
+            if isinstance(error, PathNotFound) or not self.authenticator.is_preflight(request):
                 self.authenticator.authorize(request, is_public=False)
                 raise
         else:
