@@ -9471,14 +9471,14 @@ class Phase(Enum):
     SKIPPED = "skipped"
 
 
-_MOVES: Mapping[Phase, frozenset[Phase]] = {
-    Phase.BLOCKED: frozenset({Phase.READY, Phase.RETRYING, Phase.ENDED, Phase.SKIPPED}),  # RETRYING as restored
-    Phase.READY: frozenset({Phase.STARTING, Phase.ENDED}),
-    Phase.STARTING: frozenset({Phase.READY, Phase.RUNNING, Phase.RETRYING, Phase.ENDED}),
-    Phase.RUNNING: frozenset({Phase.READY, Phase.RETRYING, Phase.ENDED}),
-    Phase.RETRYING: frozenset({Phase.READY, Phase.ENDED}),
-    Phase.ENDED: frozenset(),
-    Phase.SKIPPED: frozenset(),
+_MOVES: Mapping[Phase, set[Phase]] = {
+    Phase.BLOCKED: {Phase.READY, Phase.RETRYING, Phase.ENDED, Phase.SKIPPED},  # RETRYING as restored
+    Phase.READY: {Phase.STARTING, Phase.ENDED},
+    Phase.STARTING: {Phase.READY, Phase.RUNNING, Phase.RETRYING, Phase.ENDED},
+    Phase.RUNNING: {Phase.READY, Phase.RETRYING, Phase.ENDED},
+    Phase.RETRYING: {Phase.READY, Phase.ENDED},
+    Phase.ENDED: set(),
+    Phase.SKIPPED: set(),
 }
 _FINAL = (Phase.ENDED, Phase.SKIPPED)
 _CLEANUP_TIMEOUT_NS = 60 * _SECOND_NS  # of a step that runs although its task is stopped, unless it has one of its own
