@@ -12679,7 +12679,7 @@ class IdleConnections:
 
     def swap(self, connection: ConnectionHandler) -> ConnectionHandler:
         """Leave an idle connection here. Wait until this thread leads, and return one that has news for it."""
-        number = connection.sock.fileno()
+        number = connection.request.fileno()
         own = threading.get_ident()
         with self._changed:
             self._idle[number] = connection
@@ -12711,7 +12711,7 @@ class IdleConnections:
     def step_down(self, connection: ConnectionHandler) -> None:
         """Let another thread lead; for the leader, which keeps the connection that it serves."""
         connection.is_watched = False
-        self._epoll.unregister(connection.sock.fileno())
+        self._epoll.unregister(connection.request.fileno())
         self._end_lead()
 
     def leave(self, sock: socket.socket) -> None:
@@ -12943,7 +12943,7 @@ class Server:
             connection.handle()
             while self.idle_connections and connection.is_idle:
                 connection = self.idle_connections.swap(connection)
-                sock = connection.sock
+                sock = connection.request
                 address = connection.address
                 connection.resume()
         except Exception:
@@ -13219,8 +13219,8 @@ class ConnectionHandler:
     _send_deadline_s = 0.0
     _sent_bytes = 0  # of the response, with its head
 
-    def __init__(self, sock: Any, address: Any, server: Server) -> None:
-        self.sock = sock
+    def __init__(self, request: Any, address: Any, server: Server) -> None:
+        self.request = request
         self.address = address
         self.server = server
 
@@ -13228,14 +13228,14 @@ class ConnectionHandler:
         """Serve the connection until it is idle, or the client or the daemon ends it."""
         try:
             host, port = self.address[:2]
-            own_host, own_port = self.sock.getsockname()[:2]
+            own_host, own_port = self.request.getsockname()[:2]
             client_end = (str(_parse_ip(host)), port)
             own_end = (str(_parse_ip(own_host)), own_port)
         except (OSError, TypeError, ValueError) as error:  # it was reset: macOS knows no address of it any more
             log.debug("a connection has gone: %s", error)
             return
         self.client = self.server.client((client_end, own_end))
-        self._reader = RequestReader(self.sock, self._set_recv_timeout, self._step_down)
+        self._reader = RequestReader(self.request, self._set_recv_timeout, self._step_down)
         self._serve(self._begin)
 
     def resume(self) -> None:
@@ -13283,42 +13283,42 @@ class ConnectionHandler:
     def _set_up(self) -> None:
         """Set time limits and do the TLS handshake. Raise OSError."""
         server = self.server
-        self._is_reserved = server.is_reserved(self.sock)
-        self._is_scarce = server.is_scarce(self.sock)
+        self._is_reserved = server.is_reserved(self.request)
+        self._is_scarce = server.is_scarce(self.request)
         self._timeout_s = server.timeout_s
         if self._is_scarce:
             self._timeout_s = min(server.timeout_s, _RESERVED_TIMEOUT_S)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if server.scheme == "http":
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(self._timeout_s))
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, socket_timeout(self._timeout_s))
             return
-        self.sock.settimeout(self._timeout_s)
-        first_byte = socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
+        self.request.settimeout(self._timeout_s)
+        first_byte = socket.socket.recv(self.request, 1, socket.MSG_PEEK)
         if first_byte.isalpha():  # of a method; TLS begins with 22 (RFC 8446, 5.1)
             self._refuse_plaintext()
-        self.sock.do_handshake()
-        name = certificate_name(self.sock.getpeercert())
+        self.request.do_handshake()
+        name = certificate_name(self.request.getpeercert())
         self.client = self.client._replace(certificate=name)
 
     def _refuse_plaintext(self) -> None:
         """Answer in clear text that this port speaks TLS. Raise ConnectionEnded or OSError."""
         error = BadRequest("plain HTTP was sent to the port of HTTPS: use https:// in the URL")
         self.server.log_bad_request(error, 0.0)
-        socket.socket.sendall(self.sock, _last_response(error))
-        socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        socket.socket.sendall(self.request, _last_response(error))
+        socket.socket.shutdown(self.request, socket.SHUT_WR)
         linger_s = min(_LINGER_S, self._timeout_s)
-        self.sock.settimeout(linger_s)
+        self.request.settimeout(linger_s)
         end_s = time.monotonic() + linger_s
-        while time.monotonic() < end_s and socket.socket.recv(self.sock, 1 << 16):
+        while time.monotonic() < end_s and socket.socket.recv(self.request, 1 << 16):
             pass
         raise ConnectionEnded(error.message)
 
     def _set_recv_timeout(self, seconds: float) -> None:
         """Limit each recv: by the kernel, which costs least, but TLS may need several reads of it for one."""
         if self.server.scheme == "https":
-            self.sock.settimeout(seconds)
+            self.request.settimeout(seconds)
         else:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(seconds))
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, socket_timeout(seconds))
 
     def _handle_one_request(self) -> bool:
         """Read a request and send its response. Return whether another may follow. Raise ConnectionEnded or OSError."""
@@ -13343,14 +13343,14 @@ class ConnectionHandler:
             request = self._read_body(request, route, refusal)
             is_body_read = True
             if route and route.is_held(request):
-                request = request._replace(hold=server.hold(self.sock, self._reader))
+                request = request._replace(hold=server.hold(self.request, self._reader))
         except ApiError as error:
             refusal = error
 
         if request.hold or not route or not route.is_quick:
             self._step_down()
         with self._lend_descriptors(request):
-            response = error_response(refusal) if refusal else server.dispatch(self.sock, route, request)
+            response = error_response(refusal) if refusal else server.dispatch(self.request, route, request)
             if cors_headers := server.authenticator.cors_headers(request):
                 response = response._replace(headers=response.headers + cors_headers)
             if request.stream:
@@ -13364,7 +13364,7 @@ class ConnectionHandler:
                 server.log_cut(request, sent, error)
                 raise
             finally:
-                server.release(self.sock)
+                server.release(self.request)
                 server.log_request(request, route, response, time.perf_counter() - begin_s, sent)
         if not is_body_read:
             self._linger_and_close()
@@ -13419,12 +13419,12 @@ class ConnectionHandler:
 
     def _linger_and_close(self) -> None:
         """Lingering close: shut down writes and drain input, so that a reset does not destroy the response."""
-        socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        socket.socket.shutdown(self.request, socket.SHUT_WR)
         self._reader.drain(min(_LINGER_S, self._timeout_s))
 
     def _send_continue(self) -> None:
         self._step_down()
-        self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _send_response(self, request: Request | None, response: Response, is_kept: bool) -> int:
         """Send a response; `request` is None if its head was malformed. Return the bytes of the body.
@@ -13525,7 +13525,7 @@ class ConnectionHandler:
             block = file.read(max_bytes)
             self._send_bytes(block)
             return len(block)
-        count = os.sendfile(self.sock.fileno(), file.fileno(), offset, max_bytes)
+        count = os.sendfile(self.request.fileno(), file.fileno(), offset, max_bytes)
         self._send_deadline_s += count / _MIN_BODY_BYTES_PER_S
         if time.monotonic() > self._send_deadline_s:
             raise ConnectionEnded("the client reads too slowly")
@@ -13540,7 +13540,7 @@ class ConnectionHandler:
             if left_s <= 0:
                 raise ReaderTooSlow("the client reads too slowly")
             if self.server.scheme == "https":
-                self.sock.settimeout(left_s)
+                self.request.settimeout(left_s)
             try:
                 count = self._send_some(rest)
             except (BlockingIOError, TimeoutError, socket.timeout):  # SO_SNDTIMEO; on Windows; TLS
@@ -13552,10 +13552,10 @@ class ConnectionHandler:
         """Send what the kernel takes of `data`; return how many bytes. Raise OSError."""
         if self.is_watched:
             try:
-                return int(self.sock.send(data, socket.MSG_DONTWAIT))
+                return int(self.request.send(data, socket.MSG_DONTWAIT))
             except BlockingIOError:
                 self._step_down()
-        return int(self.sock.send(data))
+        return int(self.request.send(data))
 
 
 # ======================================================================================================================

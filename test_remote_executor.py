@@ -8625,7 +8625,7 @@ def test_head_makes_no_block_of_a_streamed_body() -> None:
     code, made, sent = module(), [], []
     connection = object.__new__(code.ConnectionHandler)
     connection.server = code.Client()  # of which the scheme is asked
-    connection.sock = type("Link", (), {"send": lambda _, data: sent.append(bytes(data)) or len(data)})()
+    connection.request = type("Link", (), {"send": lambda _, data: sent.append(bytes(data)) or len(data)})()
     request = request_of(code.Client(), "localhost", {}, "")
     body = (made.append(block) or b"x" for block in range(2))
     connection._timeout_s = 1.0
