@@ -52,6 +52,7 @@ import graphlib
 import heapq
 import html
 import http.client
+import http.server
 import io
 import ipaddress
 import itertools
@@ -65,6 +66,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import stat
 import struct
@@ -12643,22 +12645,18 @@ def listen_addresses(host: str) -> list[str]:
     return ["127.0.0.1", "::1"]
 
 
-def _listen_on(address: str, port: int, family: socket.AddressFamily) -> socket.socket:
-    """Listen on a port, alone on Windows too; of every address, on IPv4 and IPv6. Raise OSError.
-
-    An accept never waits: a client may be gone by then, which BSD does not report.
-    """
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)  # by the latter Windows would share the port
-    with contextlib.ExitStack() as undo:
-        undo.callback(listener.close)
+def _listen_on_ipv6(address: str, port: int) -> socket.socket:
+    """Listen on a port, alone on Windows too. Raise OSError."""
+    listener = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+    option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+    try:
         listener.setsockopt(socket.SOL_SOCKET, option, 1)
-        if family == socket.AF_INET6 and not address:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind((address, port))
         listener.listen(_BACKLOG)
         listener.setblocking(False)
-        undo.pop_all()
+    except OSError:
+        listener.close()
+        raise
     return listener
 
 
@@ -12735,8 +12733,13 @@ class IdleConnections:
             self._changed.notify()
 
 
-class Server:
-    """The listening sockets and their connections; `open`, `start` and `stop` are for the daemon's thread."""
+class Server(http.server.ThreadingHTTPServer):
+    """The listening socket and its connections; `open`, `start` and `stop` are for the daemon's thread."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = _BACKLOG
+    allow_reuse_address = not hasattr(socket, "SO_EXCLUSIVEADDRUSE")  # on Windows it would share the port
 
     def __init__(
         self,
@@ -12775,38 +12778,68 @@ class Server:
         self._reserve_threads: list[threading.Thread] = []  # never shrinks
         self._refilled_s = -_REFILL_INTERVAL_S  # when that was last tried
         self._warned_s = -_WARNING_INTERVAL_S  # when a lack of threads was last logged; the listener's
-        self._listeners: list[socket.socket] = []  # two for `localhost`
+        self._host, port = parse_address(settings.addr)
+        first = listen_addresses(self._host)[0]
+        super().__init__((first, port), ConnectionHandler, bind_and_activate=False)
+        self._listeners = [self.socket]  # two for `localhost`; `socket` is the one of them to accept from
 
     def open(self) -> None:
         """Bind the port. Raise StartupError."""
-        host, port = parse_address(self._settings.addr)
         try:
-            self._bind(host, port)
+            self._bind()
         except OSError as error:
+            self.server_close()
             reason = error.strerror or error
             raise StartupError(
                 f"--addr: {self._settings.addr} cannot be used: {reason}; port 0 takes a free one"
             ) from None
-        port = self._listeners[0].getsockname()[1]
-        self.authority = _show_endpoint((host or "localhost", port))
+        host = self._host or "localhost"
+        if ":" in host:
+            host = f"[{host}]"
+        self.authority = f"{host}:{self.server_address[1]}"
 
-    def _bind(self, host: str, port: int) -> None:
-        if not host and socket.has_ipv6:
+    def _bind(self) -> None:
+        families = [socket.AF_INET6 if ":" in self._host else socket.AF_INET]
+        if not self._host and socket.has_ipv6:
+            families.insert(0, socket.AF_INET6)
+        for family in families:
             try:
-                self._listeners = [_listen_on(host, port, socket.AF_INET6)]
-                return
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
+                self._bind_to(family)
+                break
+            except OSError as error:  # such as that of a kernel without IPv6
+                if family == families[-1] or error.errno == errno.EADDRINUSE:
                     raise
-            # The kernel has no IPv6, or it is switched off.
-        for address in listen_addresses(host):
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            listener = _listen_on(address, port, family)
-            self._listeners.append(listener)
-            port = listener.getsockname()[1]
+        self.server_activate()
+        self._listeners = [self.socket]
+        for address in listen_addresses(self._host)[1:]:
+            port = int(self.server_address[1])
+            self._listeners.append(_listen_on_ipv6(address, port))
 
-    def _close_sockets(self) -> None:
-        for sock in (*self._listeners, self._stop_receiver, self._stop_sender):
+    def _bind_to(self, family: socket.AddressFamily) -> None:
+        self.socket.close()
+        self.address_family = family
+        self.socket = socket.socket(family, self.socket_type)
+        self.server_bind()
+
+    def server_bind(self) -> None:
+        """Bind the socket, alone on Windows too; of every address, to IPv4 and IPv6. Raise OSError.
+
+        Without asking the name service for our name, as HTTPServer does.
+        """
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        if self.address_family == socket.AF_INET6 and not self.server_address[0]:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+
+    def server_activate(self) -> None:
+        """Listen. An accept never waits: a client may be gone by then, which BSD does not report."""
+        super().server_activate()
+        self.socket.setblocking(False)
+
+    def server_close(self) -> None:
+        """Close the listening sockets."""
+        for sock in {self.socket, *self._listeners, self._stop_receiver, self._stop_sender}:
             sock.close()
 
     def start(self) -> None:
@@ -12848,20 +12881,8 @@ class Server:
                 for key, _ in selector.select():
                     listener: Any = key.fileobj
                     if listener is not self._stop_receiver:
-                        self._serve_next(listener)
-
-    def _serve_next(self, listener: socket.socket) -> None:
-        """Accept a connection and have it served; what fails ends this connection alone."""
-        try:
-            sock, address = self._next_connection(listener)
-        except OSError:  # the client has gone, or something is missing for now
-            return
-        try:
-            self._start_connection(sock, address)
-        except Exception:
-            with contextlib.suppress(MemoryError):  # then there is no line, but a listener
-                log.exception("connection of %s: the response broke off", address[0])
-            self._close_connection(sock)
+                        self.socket = listener
+                        self.handle_request()
 
     def is_alive(self) -> bool:
         """Return whether connections are accepted."""
@@ -12873,7 +12894,7 @@ class Server:
         if self._thread.is_alive():
             self._stop_sender.send(b"\0")
             self._thread.join(_LISTENER_END_S)
-        self._close_sockets()
+        self.server_close()
         with self._lock:
             connections = [*self._connections]
             held = [*self._held.values()]
@@ -12887,10 +12908,10 @@ class Server:
         while self._held and time.monotonic() < deadline_s:
             time.sleep(_ACCEPT_RETRY_S / 10)
 
-    def _next_connection(self, listener: socket.socket) -> tuple[socket.socket, Any]:
+    def get_request(self) -> tuple[Any, Any]:
         """Return the next connection and its address. Raise OSError if there is none, after a pause for resources."""
         try:
-            sock, address, uses_reserve = self._accept(listener)
+            sock, address, uses_reserve = self._accept()
         except OSError as error:
             if error.errno in RESOURCE_ERRNOS:
                 time.sleep(_ACCEPT_RETRY_S)  # the client waits in the backlog
@@ -12906,11 +12927,11 @@ class Server:
                 self._on_reserve.add(sock)
         return sock, address
 
-    def _accept(self, listener: socket.socket) -> tuple[socket.socket, Any, bool]:
+    def _accept(self) -> tuple[socket.socket, Any, bool]:
         """Return the next connection, its address, and whether its descriptor is of the reserve. Raise OSError."""
         if not self.descriptors.is_short():
             try:
-                sock, address = listener.accept()
+                sock, address = super().get_request()
                 return sock, address, False
             except OSError as error:
                 if error.errno not in DESCRIPTOR_ERRNOS:
@@ -12920,41 +12941,41 @@ class Server:
         if borrowers >= _RESERVE_DESCRIPTORS:
             raise OSError(errno.EMFILE, "the connections have their share of the reserve")
         with self.descriptors.lend():
-            sock, address = listener.accept()
+            sock, address = super().get_request()
             return sock, address, True
 
-    def _start_connection(self, sock: socket.socket, address: Any) -> None:
+    def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own, or reject it if there are too many."""
-        client = rate_limit_key(address[0])
-        is_bounded = not is_loopback(client) and not _is_in(address[0], self._settings.trusted_proxy)
-        if not self._add_connection(sock, client, is_bounded):
-            self._reject_connection(sock)
+        client = rate_limit_key(client_address[0])
+        is_bounded = not is_loopback(client) and not _is_in(client_address[0], self._settings.trusted_proxy)
+        if not self._add_connection(request, client, is_bounded):
+            self._reject_connection(request)
             return
         try:
-            DaemonThread(self._serve_connections, "connection", (sock, address)).start()
+            DaemonThread(self.process_request_thread, "connection", (request, client_address)).start()
         except (RuntimeError, MemoryError) as error:
-            self._queue_for_reserve(sock, address, error)
+            self._queue_for_reserve(request, client_address, error)
 
-    def _serve_connections(self, sock: socket.socket, address: Any) -> None:
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve a connection, then whichever of the idle ones has a request, until one of them ends."""
         connection: ConnectionHandler | None = None
         try:
-            connection = ConnectionHandler(sock, address, self)
+            connection = ConnectionHandler(request, client_address, self)
             connection.handle()
             while self.idle_connections and connection.is_idle:
                 connection = self.idle_connections.swap(connection)
-                sock = connection.request
-                address = connection.address
+                request = connection.request
+                client_address = connection.client_address
                 connection.resume()
         except Exception:
             with contextlib.suppress(MemoryError):  # of logging
-                log.exception("connection of %s: the response broke off", address[0])
+                log.exception("connection of %s: the response broke off", client_address[0])
         finally:
             if self.idle_connections:
-                self.idle_connections.leave(sock)
+                self.idle_connections.leave(request)
             if connection:
                 self.authenticator.release(connection.client.endpoints)
-            self._close_connection(sock)
+            self.shutdown_request(request)
 
     def _add_connection(self, sock: socket.socket, client: str, is_bounded: bool) -> bool:
         """Add a connection. Return False if there are too many, or too many of a client that is bounded."""
@@ -12990,7 +13011,7 @@ class Server:
                 pending = self._pending.take()
                 if pending is None:
                     return
-                self._serve_connections(*pending)
+                self.process_request_thread(*pending)
             except Exception:
                 with contextlib.suppress(MemoryError):  # then there is no line, but a thread
                     log.exception("a reserve connection failed")
@@ -13005,7 +13026,7 @@ class Server:
                 sock.send(response)
                 sock.shutdown(socket.SHUT_WR)
                 sock.recv(_REFUSED_BODY_BYTES)  # a close with unread bytes would reset the connection
-        _shut_down(sock)
+        super().shutdown_request(sock)
 
     def make_in_turn(self, blocks: Iterable[bytes | FileSlice]) -> Iterator[bytes | FileSlice]:
         """Yield the blocks of a long answer, each made when it has its turn."""
@@ -13172,20 +13193,20 @@ class Server:
         """Count a request whose head was malformed."""
         self._metrics.request("", "", error.status, seconds)
 
-    def _close_connection(self, sock: Any) -> None:
-        self._forget_connection(sock)
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        self._forget_connection(request)
         if self._tls:
             with contextlib.suppress(OSError, ValueError):  # it may have broken, or never begun
-                sock.settimeout(0)
-                sock.unwrap()  # says that nothing was cut off, and waits for no answer
-        _shut_down(sock)
+                request.settimeout(0)
+                request.unwrap()  # says that nothing was cut off, and waits for no answer
+        super().shutdown_request(request)
 
-
-def _shut_down(sock: socket.socket) -> None:
-    """Close a connection, even where somebody still refers to its socket."""
-    with contextlib.suppress(OSError):  # the client has gone
-        sock.shutdown(socket.SHUT_WR)
-    sock.close()
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log that a response broke off. Never raises: that would end the listener."""
+        client = client_address[0] if client_address else "a client"
+        with contextlib.suppress(MemoryError):  # then there is no line, but a listener
+            log.error("connection of %s: the response broke off", client, exc_info=True)
 
 
 def _path(request: Request) -> str:
@@ -13206,7 +13227,7 @@ def _http_date(seconds: int) -> str:
     return email.utils.formatdate(seconds, usegmt=True)
 
 
-class ConnectionHandler:
+class ConnectionHandler(socketserver.BaseRequestHandler):
     """One client's connection; `handle` is called in a thread of its own, `resume` by whoever leads."""
 
     is_idle = False  # it waits for another request, and no thread for it
@@ -13219,15 +13240,16 @@ class ConnectionHandler:
     _send_deadline_s = 0.0
     _sent_bytes = 0  # of the response, with its head
 
-    def __init__(self, request: Any, address: Any, server: Server) -> None:
+    def __init__(self, request: Any, client_address: Any, server: Server) -> None:
+        """Keep what is given; the base would serve the connection here, and nobody would know it where that fails."""
         self.request = request
-        self.address = address
-        self.server = server
+        self.client_address = client_address
+        self.server: Server = server
 
     def handle(self) -> None:
         """Serve the connection until it is idle, or the client or the daemon ends it."""
         try:
-            host, port = self.address[:2]
+            host, port = self.client_address[:2]
             own_host, own_port = self.request.getsockname()[:2]
             client_end = (str(_parse_ip(host)), port)
             own_end = (str(_parse_ip(own_host)), own_port)

@@ -8764,10 +8764,12 @@ def test_accept_pauses_only_for_want_of_something(
 ) -> None:
     server, pauses = bare_server(), []
     monkeypatch.setattr(module().time, "sleep", pauses.append)
+    server.socket.close()
+    server.socket = FailingListener(number)
     with pytest.raises(OSError):
-        server._next_connection(FailingListener(number))
+        server.get_request()
     assert bool(pauses) == is_paused
-    server.stop()
+    server.server_close()
 
 
 class FailingListener:
@@ -8779,6 +8781,9 @@ class FailingListener:
     def accept(self) -> Any:
         raise OSError(self.number, "no")
 
+    def close(self) -> None:
+        pass
+
 
 def bare_server(**given: Any) -> Any:
     """A server of no route, which does not listen."""
@@ -8789,15 +8794,11 @@ def bare_server(**given: Any) -> Any:
     return code.Server(settings, code.Router([]), access, code.Metrics(), None, reserve)
 
 
-def test_connection_that_cannot_be_begun_ends_alone_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("address", [None, "", (), ("::1", 1)])
+def test_error_of_a_connection_is_told_whatever_its_address(address: Any, caplog: pytest.LogCaptureFixture) -> None:
     server = bare_server()
-    server.open()
-    server._add_connection = None  # so that its call fails
-    with socket.create_connection(("127.0.0.1", int(server.authority.partition(":")[2]))) as link:
-        server._serve_next(server._listeners[0])
-        assert link.recv(1) == b""
-    server.stop()
-    assert [record.getMessage() for record in caplog.records] == ["connection of 127.0.0.1: the response broke off"]
+    server.handle_error(None, address)
+    server.server_close()
 
 
 @pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")
@@ -8807,9 +8808,8 @@ def test_user_of_a_connection_that_cannot_be_watched_is_forgotten(caplog: pytest
     server.idle_connections.swap = None  # so that its call fails, as where the kernel watches no more
     with socket.create_connection(("127.0.0.1", int(server.authority.partition(":")[2]))) as link:
         link.sendall(b"G")
-        accepted, address = server._next_connection(server._listeners[0])
         server.authenticator._trusted[link.getsockname(), link.getpeername()] = True
-        server._serve_connections(accepted, address)
+        server.process_request_thread(*server.get_request())
     server.stop()
     assert server.authenticator._trusted == {} and len(caplog.records) == 1
 
