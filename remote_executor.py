@@ -4596,15 +4596,14 @@ class PosixTree(ProcessTree):
         self._wake_out, self._wake_in = wake_pipe  # -1 where no descriptor was free
         self._is_woken = False
         self._is_signalled = False  # the script, if it ran, had the signal to its group
-        self._exit_watch = self._system.watch_exit(pid)
-        self._pidfd = self._exit_watch.descriptor  # readable from the wrapper's end on
+        self._exit_watch = self._system.watch_exit(pid)  # its descriptor is readable from the wrapper's end on
         self._members: set[_Identity] = set()  # processes that are or were of the tree
         self._denied: set[_Identity] = set()  # members that we are not permitted to signal
         self._scan_incomplete = False  # the last scan may have missed a member
         self._close_lock = threading.Lock()  # guards _wake_in: a closed descriptor's number may be another's
 
     def wait(self, deadline_s: float | None) -> bool:
-        while not self._ended and (self._pidfd >= 0 or not self._has_ended()):
+        while not self._ended and (self._exit_watch.descriptor >= 0 or not self._has_ended()):
             left_s = _MAX_WAIT_S if deadline_s is None else deadline_s - time.monotonic()
             if left_s <= 0:
                 return False
@@ -4641,7 +4640,6 @@ class PosixTree(ProcessTree):
                 if descriptor >= 0:
                     os.close(descriptor)
             self._exit_watch.close()
-            self._pidfd = -1
             self._wake_in = -1
             self._wake_out = -1
 
@@ -4652,16 +4650,17 @@ class PosixTree(ProcessTree):
 
     def _pause(self, seconds: float) -> bool:
         """Wait at most this long for a `wake` or the wrapper's end; return whether it was a wake."""
+        exit_watch = self._exit_watch.descriptor
         poller = select.poll()
         if self._wake_out >= 0:
             poller.register(self._wake_out, select.POLLIN)
-        if self._pidfd >= 0 and not self._ended:
-            poller.register(self._pidfd, select.POLLIN)
-        if self._wake_out < 0 or (self._pidfd < 0 and not self._ended):
+        if exit_watch >= 0 and not self._ended:
+            poller.register(exit_watch, select.POLLIN)
+        if self._wake_out < 0 or (exit_watch < 0 and not self._ended):
             seconds = min(seconds, _POLL_S)
         timeout_ms = seconds * 1000 + 0.999
         ready = dict(poller.poll(timeout_ms))
-        if self._pidfd in ready:
+        if exit_watch in ready:
             self._ended = True
         elif self._wake_out in ready:
             os.read(self._wake_out, 4096)
@@ -4912,12 +4911,6 @@ def _is_live(fields: Sequence[bytes]) -> bool:
     return bool(fields) and fields[0] not in (b"Z", b"X")
 
 
-def _start_time(pid: int) -> str:
-    """Return when the process started, as /proc shows it; empty when it is gone or a zombie. Raises OSError."""
-    fields = _stat_of(pid)
-    return fields[19].decode("ascii") if _is_live(fields) else ""
-
-
 def is_live_process(pid: int) -> bool:
     """Return whether the process lives, and is no zombie; True where that cannot be read. POSIX alone."""
     try:
@@ -4935,38 +4928,9 @@ def _is_running(process: _Identity) -> bool:
         return True
 
 
-def _scan_processes() -> Iterator[ProcessInfo]:
-    """Yield every live process of the host but the kernel's, from /proc. Raises OSError."""
-    seen: set[str] = set()
-    while new := _list_pids() - seen:
-        seen |= new  # what these fork meanwhile, the next listing has
-        for name in new:
-            fields = _stat_of(name)
-            if _is_live(fields) and not int(fields[6]) & _KERNEL_THREAD:
-                parent_pid, group_id, session = map(int, fields[1:4])
-                start = fields[19].decode("ascii")
-                yield ProcessInfo(int(name), parent_pid, group_id, session, start)
-
-
 def _list_pids() -> set[str]:
     """Return the names of the processes in /proc. Raises OSError."""
     return set(filter(str.isdigit, os.listdir("/proc")))
-
-
-def _read_marks(pid: int) -> _Marks | None:
-    """Return the marks of a process; None in the middle of an exec or an exit. Raises OSError.
-
-    A process without a mark belongs to the step whose output it has open.
-    """
-    environ = _read_proc(pid, "environ")
-    if environ == b"" and _is_between_programs(pid):
-        return None
-    if environ and environ == _own_environ():
-        return _NO_MARKS  # a wrapper before its exec; never one of a tree that is being stopped
-    marks = _environment_marks((environ or b"").split(b"\0"))
-    if marks.step_dir or marks.is_daemon:
-        return marks
-    return marks._replace(step_dir=_step_of_output(pid))
 
 
 def _environment_marks(entries: Iterable[bytes]) -> _Marks:
@@ -4994,11 +4958,6 @@ def _step_of_output(pid: int) -> bytes:
     return step_dir
 
 
-@functools.lru_cache(maxsize=1)
-def _own_environ() -> bytes | None:
-    return _read_proc("self", "environ")
-
-
 def _is_between_programs(pid: int) -> bool:
     """Return whether a process with an empty environment is in the middle of an exec or an exit."""
     fields = _stat_of(pid)
@@ -5024,8 +4983,8 @@ class _PidFd:
 class _System(Protocol):
     """What this operating system tells of processes. Thread-safe; what cannot be told now raises OSError."""
 
-    has_subreaper: bool  # orphans become children of this process
-    hides_environments: bool  # of some programs, whose files must tell of their step
+    has_subreaper: bool = False  # orphans become children of this process
+    hides_environments: bool = False  # of some programs, whose files must tell of their step
 
     def scan(self) -> Iterator[ProcessInfo]:
         """Yield every live process of the host but the kernel's."""
@@ -5038,9 +4997,11 @@ class _System(Protocol):
 
     def written_files(self, process: ProcessInfo) -> frozenset[FileIdentity]:
         """Return the regular files that a process may write; none where its marks tell of them already."""
+        return frozenset()
 
     def is_older(self, process: ProcessInfo, time_s: float) -> bool:
-        """Return whether a process was started before this time, in seconds since the epoch."""
+        """Return whether a process was started before this time, in seconds since the epoch; True if no file tells."""
+        return True
 
     def is_wrapper(self, pid: int, step_dir: bytes) -> bool:
         """Return whether the process is the wrapper of a step."""
@@ -5050,9 +5011,14 @@ class _System(Protocol):
 
     def watch_exit(self, pid: int) -> ExitWatch | _PidFd:
         """Return what shows the end of a process; of pid 0 nothing."""
+        return ExitWatch(pid)
 
     def has_ended(self, child: _PosixChild) -> bool:
         """Return whether a child has ended; it stays a zombie. Raises nothing."""
+        try:
+            return not self.start_time(child.pid)
+        except OSError:
+            return False
 
     def exit_code(self, child: _PosixChild) -> int | None:
         """Return the code of a child that has ended by itself; None of another. Raises nothing."""
@@ -5060,28 +5026,58 @@ class _System(Protocol):
 
 class _LinuxSystem(_System):
     has_subreaper = True
-    hides_environments = False
+
+    def __init__(self) -> None:
+        self._own_environ = _read_proc("self", "environ")
 
     def scan(self) -> Iterator[ProcessInfo]:
-        return _scan_processes()
+        seen: set[str] = set()
+        while new := _list_pids() - seen:
+            seen |= new  # what these fork meanwhile, the next listing has
+            for name in new:
+                fields = _stat_of(name)
+                if _is_live(fields) and not int(fields[6]) & _KERNEL_THREAD:
+                    parent_pid, group_id, session = map(int, fields[1:4])
+                    start = fields[19].decode("ascii")
+                    yield ProcessInfo(int(name), parent_pid, group_id, session, start)
 
     def start_time(self, pid: int) -> str:
-        return _start_time(pid)
+        fields = _stat_of(pid)
+        return fields[19].decode("ascii") if _is_live(fields) else ""
 
     def read_marks(self, process: ProcessInfo) -> _Marks | None:
-        return _read_marks(process.pid)
-
-    def written_files(self, process: ProcessInfo) -> frozenset[FileIdentity]:
-        return frozenset()
-
-    def is_older(self, process: ProcessInfo, time_s: float) -> bool:
-        return True
+        """Return the marks of a process; one without a mark belongs to the step whose output it has open."""
+        environ = _read_proc(process.pid, "environ")
+        if environ == b"" and _is_between_programs(process.pid):
+            return None
+        if environ and environ == self._own_environ:
+            return _NO_MARKS  # a wrapper before its exec; never one of a tree that is being stopped
+        marks = _environment_marks((environ or b"").split(b"\0"))
+        if marks.step_dir or marks.is_daemon:
+            return marks
+        return marks._replace(step_dir=_step_of_output(process.pid))
 
     def is_wrapper(self, pid: int, step_dir: bytes) -> bool:
-        return _is_wrapper(pid, step_dir)
+        """Return whether the process is the wrapper of a step: it leads a session, and bears the step's mark."""
+        fields = _stat_of(pid)
+        if not _is_live(fields) or int(fields[3]) != pid:
+            return False
+        environ = _read_proc(pid, "environ") or b""
+        mark = _STEP_KEY + b"=" + step_dir
+        return mark in environ.split(b"\0")
 
     def find_wrapper(self, step_dir: bytes) -> int:
-        return _find_wrapper(step_dir)
+        for _ in range(_EXEC_SCANS):
+            leaders = [process.pid for process in self.scan() if process.session == process.pid]
+            for pid in leaders:
+                if self.is_wrapper(pid, step_dir):
+                    words = (_read_proc(pid, "cmdline") or b"").split(b"\0")
+                    if words[1:2] == [b"-c"] and step_dir in words[3:5]:  # not what it started in a session of its own
+                        return pid
+            if not any(map(_is_in_exec, leaders)):
+                break
+            time.sleep(_POLL_S)  # one of them may become the wrapper
+        return 0
 
     def watch_exit(self, pid: int) -> _PidFd:
         return _PidFd(pid)
@@ -5101,7 +5097,6 @@ class _LinuxSystem(_System):
 
 
 class _MacSystem(_System):
-    has_subreaper = False
     hides_environments = True
 
     def __init__(self, kernel: MacKernel) -> None:
@@ -5157,15 +5152,6 @@ class _MacSystem(_System):
                 return process.pid
         return 0
 
-    def watch_exit(self, pid: int) -> ExitWatch:
-        return ExitWatch(pid)
-
-    def has_ended(self, child: _PosixChild) -> bool:
-        try:
-            return not self._kernel.start_of(child.pid)
-        except OSError:
-            return False
-
     def exit_code(self, child: _PosixChild) -> int | None:
         """Return the code of a child that has ended by itself.
 
@@ -5184,9 +5170,6 @@ class _MacSystem(_System):
 class _UnknownSystem(_System):
     """A Mac, or another of its family, whose structures are not as declared: a step is its wrapper's session."""
 
-    has_subreaper = False
-    hides_environments = False
-
     def scan(self) -> Iterator[ProcessInfo]:
         for pid in mac_pids():
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -5200,12 +5183,6 @@ class _UnknownSystem(_System):
     def read_marks(self, process: ProcessInfo) -> _Marks | None:
         return _Marks(b"", is_daemon=False)
 
-    def written_files(self, process: ProcessInfo) -> frozenset[FileIdentity]:
-        return frozenset()
-
-    def is_older(self, process: ProcessInfo, time_s: float) -> bool:
-        return True
-
     def is_wrapper(self, pid: int, step_dir: bytes) -> bool:
         """Return whether the process is the wrapper of a step, by its arguments, which are in no structure."""
         try:
@@ -5216,15 +5193,6 @@ class _UnknownSystem(_System):
 
     def find_wrapper(self, step_dir: bytes) -> int:
         return 0
-
-    def watch_exit(self, pid: int) -> ExitWatch:
-        return ExitWatch(pid)
-
-    def has_ended(self, child: _PosixChild) -> bool:
-        try:
-            return not is_alive(child.pid)
-        except OSError:
-            return False
 
     def exit_code(self, child: _PosixChild) -> int | None:
         """Return the code of a child, which is reaped here."""
@@ -5630,31 +5598,6 @@ def _read_pid_file(step_dir: str) -> list[bytes] | None:
         if is_scarcity(error):
             raise
         return None
-
-
-def _is_wrapper(pid: int, step_dir: bytes) -> bool:
-    """Return whether the process is the wrapper of a step: it leads a session, and bears the step's mark."""
-    fields = _stat_of(pid)
-    if not _is_live(fields) or int(fields[3]) != pid:
-        return False
-    environ = _read_proc(pid, "environ") or b""
-    mark = _STEP_KEY + b"=" + step_dir
-    return mark in environ.split(b"\0")
-
-
-def _find_wrapper(step_dir: bytes) -> int:
-    """Return the pid of a step's wrapper that has not written it; 0 where none runs. Raises OSError."""
-    for _ in range(_EXEC_SCANS):
-        leaders = [process.pid for process in _scan_processes() if process.session == process.pid]
-        for pid in leaders:
-            if _is_wrapper(pid, step_dir):
-                words = (_read_proc(pid, "cmdline") or b"").split(b"\0")
-                if words[1:2] == [b"-c"] and step_dir in words[3:5]:  # not what it started in a session of its own
-                    return pid
-        if not any(map(_is_in_exec, leaders)):
-            break
-        time.sleep(_POLL_S)  # one of them may become the wrapper
-    return 0
 
 
 def _is_in_exec(pid: int) -> bool:
