@@ -3120,7 +3120,8 @@ def socket_timeout(seconds: float) -> bytes:
 
 
 _Address = tuple[str, int]  # the host, numeric, and the port
-_Ends = tuple[str, str]  # the addresses of a connection, the client's and ours, as the kernel shows them
+_End = tuple[bytes, int]  # the host in network order, of an IPv4-mapped address that of IPv4, and the port
+_Ends = tuple[_End, _End]  # of a connection the client's and ours
 _Users = dict[_Ends, Any]  # of each connection the uid; on Windows the pid, and when it was opened
 
 
@@ -3164,8 +3165,8 @@ def _user_of_socket(peer: _Address, ours: _Address) -> int | None:
     port, other_port, address, other_address, _, _ = _DIAG_SOCKET.unpack(found)
     # It may be a listener on that port, or nobody's any more: then it has no inode, and its uid means nothing.
     is_held = state in _HELD_STATES and inode != 0
-    ends = (port, other_port, _unmapped(address), _unmapped(other_address))
-    if is_held and ends == (peer[1], ours[1], *padded):
+    padded_answer = [_unmapped(answered).ljust(16, b"\0") for answered in (address, other_address)]
+    if is_held and (port, other_port, *padded_answer) == (peer[1], ours[1], *padded):
         return int(user)
     return None
 
@@ -3184,10 +3185,8 @@ def _ask_kernel(question: bytes) -> bytes:
 
 
 def _unmapped(address: bytes) -> bytes:
-    """Return 16 bytes of the kernel's, of an IPv4-mapped address those of IPv4 with zeros behind them."""
-    if address.startswith(_MAPPED_BYTES):
-        return address[12:].ljust(16, b"\0")
-    return address
+    """Return the IPv4 address of an IPv4-mapped one, any other as it is; both in network order."""
+    return address.removeprefix(_MAPPED_BYTES)
 
 
 class LocalPeers:
@@ -3212,7 +3211,7 @@ class LocalPeers:
                 user = _user_of_socket(peer, ours)
             if user is not None:
                 return user
-        ends = (_kernel_address(*peer), _kernel_address(*ours))
+        ends = (_end(*peer), _end(*ours))
         tables: tuple[str, ...] = ("tcp", "tcp6")  # the latter has IPv4 of IPv6's sockets
         if ON_MAC:
             tables = (_MAC_TABLE,)
@@ -3274,33 +3273,19 @@ def _connections(table: str, port: int) -> Iterator[tuple[_Ends, int]]:
                 continue
             fields = line.decode("ascii").split()
             if fields[9] != "0":  # the inode, which a socket that no process has lacks
-                ends = (_unmap(fields[1]), _unmap(fields[2]))
+                ends = (_parse_end(fields[1]), _parse_end(fields[2]))
                 yield ends, int(fields[7])
 
 
-def _kernel_address(host: str, port: int) -> str:
-    """Return an address as the kernel's tables show it: 32-bit words as this host reads them, in hexadecimal."""
-    try:
-        packed = ipaddress.ip_address(host).packed
-    except ValueError:
-        return ""
-    return _show_address(packed, port)
+def _end(host: str, port: int) -> _End:
+    return ipaddress.ip_address(host).packed, port
 
 
-def _show_address(packed: bytes, port: int) -> str:
-    """Return an address of bytes in network order as `_kernel_address` returns it."""
-    words = struct.unpack(f"={len(packed) // 4}I", packed)
-    return "".join(f"{word:08X}" for word in words) + f":{port:04X}"
-
-
-_MAPPED_PREFIX = _kernel_address("::ffff:0.0.0.0", 0)[:24]
-
-
-def _unmap(address: str) -> str:
-    """Return the IPv4 address of an IPv4-mapped one, any other as it is; both as the kernel shows them."""
-    if address.startswith(_MAPPED_PREFIX):
-        return address[len(_MAPPED_PREFIX) :]
-    return address
+def _parse_end(text: str) -> _End:
+    """Return an end as Linux' table shows it in hexadecimal: 32-bit words as this host reads them, and the port."""
+    host, _, port = text.partition(":")
+    words = [int(host[start : start + 8], 16) for start in range(0, len(host), 8)]
+    return _unmapped(struct.pack(f"={len(words)}I", *words)), int(port, 16)
 
 
 # What a Mac shows of its TCP sockets: a header, of each socket a group of records, and a trailer like the header. A
@@ -3341,9 +3326,8 @@ def _connections_on_mac(table: bytes, port: int) -> Iterator[tuple[_Ends, int]]:
         (state,) = struct.unpack_from("=i", record, 36)
         if peer_port == port and state in _HELD_STATES_OF_MAC:
             peer, client = _addresses_on_mac(inpcb)
-            ends = (_show_address(client, client_port), _show_address(peer, peer_port))
             (user,) = struct.unpack_from("=I", records[_XSO_SOCKET], 64)  # so_uid
-            yield ends, user
+            yield ((client, client_port), (peer, peer_port)), user
 
 
 def _records_on_mac(table: bytes) -> Iterator[tuple[int, bytes]]:
@@ -3417,9 +3401,8 @@ def _connections_on_windows(
         address, client_port, peer_address, peer_port = fields
         if peer_port != packed_port or state not in _HELD_STATES_OF_WINDOWS or pid == 0:
             continue
-        number = int.from_bytes(client_port, "big")
-        client = _unmap(_show_address(address, number))
-        peer = _unmap(_show_address(peer_address, port))
+        client = (_unmapped(address), int.from_bytes(client_port, "big"))
+        peer = (_unmapped(peer_address), port)
         yield (client, peer), (pid, opened)
 
 

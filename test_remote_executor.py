@@ -7772,7 +7772,7 @@ def test_windows_table_of_connections_tells_who_holds_the_ends_of_our_clients(
     content = struct.pack("=Q", len(rows)) + b"".join(rows) + bytes(500)
     told = dict(code._connections_on_windows(table, content, 7))
     host, own = client.replace("::ffff:", ""), peer.replace("::ffff:", "")
-    ends = {(code._kernel_address(host, 100 + state), code._kernel_address(own, 7)): state for state in (5, 6, 7)}
+    ends = {(code._end(host, 100 + state), code._end(own, 7)): state for state in (5, 6, 7)}
     assert told == {pair: (40 + state, 700) for pair, state in ends.items()}
 
 
