@@ -3896,13 +3896,7 @@ _POWERSHELL = _PWSH._replace(programs=("powershell",)) if ON_WINDOWS else _PWSH
 INTERPRETERS: Mapping[str, Interpreter] = {
     "sh": _SH,
     "shell": _SH,
-    "bash": _SH._replace(programs=("bash",)),
-    "ash": _SH._replace(programs=("ash",)),
-    "dash": _SH._replace(programs=("dash",)),
-    "ksh": _SH._replace(programs=("ksh",)),
-    "zsh": _SH._replace(programs=("zsh",)),
-    "csh": _SH._replace(programs=("csh",)),
-    "tcsh": _SH._replace(programs=("tcsh",)),
+    **{name: _SH._replace(programs=(name,)) for name in ("bash", "ash", "dash", "ksh", "zsh", "csh", "tcsh")},
     "python": _PYTHON,
     "python3": _PYTHON,
     "py": _PYTHON,
@@ -3916,8 +3910,6 @@ INTERPRETERS: Mapping[str, Interpreter] = {
     "ps1": _POWERSHELL,
     "pwsh": _PWSH,
 }
-
-
 
 
 class ProgramCache:
@@ -3974,6 +3966,8 @@ def interpreter_command(
 
 
 _SPECIAL_TO_CMD = pattern("[%!^&]")  # also within quotes, in a line that CALL reads a second time
+
+
 def _starts(command: Sequence[str]) -> bool:
     """Return whether a candidate for Python starts: the launcher `py` may be there, but know no Python that we may run.
 
@@ -3994,7 +3988,7 @@ def _try_python(command: tuple[str, ...], _modified_ns: int, _size: int) -> bool
     """Return whether Python runs an empty script by this command. Raises OSError and TimeoutExpired."""
     environment = {}
     for name, value in os.environ.items():
-        if not name.startswith("REMOTE_EXECUTOR_"):  # the PATH that led to the file may be a step's
+        if not name.startswith(ENV_PREFIX):  # the PATH that led to the file may be a step's
             environment[name] = value
     process = subprocess.run(
         [*command, "-c", ""],
@@ -4039,11 +4033,6 @@ def script_name(command_type: str) -> str:
 def script_environment(command_type: str) -> tuple[str, ...]:
     """Return what the interpreter, and what a script may call, needs in its environment, as KEY=value."""
     return (*_STEP_ENVIRONMENT, *INTERPRETERS[command_type].env)
-
-
-def needs_utf_8_console(command_type: str) -> bool:
-    """Return whether the console of the script must have code page 65001 before it starts."""
-    return INTERPRETERS[command_type].has_utf_8_console
 
 
 def encode_script(command_type: str, text: str, variables: Sequence[str] = ()) -> bytes:
@@ -4102,8 +4091,6 @@ def changes_to_utf_8(batch: bytes) -> bool:
 
 def _page_encoding(page: str) -> str:
     """Return the encoding of a console's code page, UTF-8 for one that is not known."""
-    if page == _UTF_8_PAGE:
-        return "utf-8"
     try:
         return codecs.lookup(f"cp{page}").name
     except LookupError:
@@ -10589,7 +10576,7 @@ class Runner:
             directory.path,
             workspace,
             env,
-            needs_utf_8_console(script.command_type),
+            INTERPRETERS[script.command_type].has_utf_8_console,
             has_stdin=script.stdin != "",
             stderr_is_apart=script.stderr == "apart",
         )
