@@ -1896,6 +1896,7 @@ def is_alive(pid: int) -> bool:
 # values of its own for sockets.
 DESCRIPTOR_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE})
 RESOURCE_ERRNOS = DESCRIPTOR_ERRNOS | {errno.ENOMEM, errno.ENOBUFS, getattr(errno, "WSAENOBUFS", errno.ENOBUFS)}
+_RESERVED_DESCRIPTORS = 8
 _SCARCITY_LOOK_S = 0.05
 _DESCRIPTORS_PER_RESPONSE = 4  # the file of an output, the two directories above it, and one of the database
 
@@ -1903,8 +1904,7 @@ _DESCRIPTORS_PER_RESPONSE = 4  # the file of an output, the two directories abov
 class DescriptorReserve:
     """Descriptors held open, to be released for what must not fail for want of one: a stop, a response. Thread-safe."""
 
-    def __init__(self, count: int = 8) -> None:
-        self._count = count
+    def __init__(self) -> None:
         self._lock = threading.Lock()  # guards all below
         self._held: list[int] = []
         self._borrowers = 0
@@ -1913,11 +1913,11 @@ class DescriptorReserve:
         self._probe = -1  # duplicated to learn whether others are free; never released
 
     def fill(self) -> None:
-        """Hold as many descriptors as are free, at most `count`."""
+        """Hold as many descriptors as are free, as far as they are missing."""
         with self._lock, contextlib.suppress(OSError):  # what is missing is taken the next time
             if self._probe < 0:
                 self._probe = os.open(os.devnull, os.O_RDONLY)
-            while len(self._held) < self._count and not self._borrowers:
+            while len(self._held) < _RESERVED_DESCRIPTORS and not self._borrowers:
                 self._held.append(os.open(os.devnull, os.O_RDONLY))
 
     def is_short(self) -> bool:
@@ -1925,8 +1925,8 @@ class DescriptorReserve:
         self.fill()
         with self._lock:
             if self._borrowers:
-                return not self._can_open(self._count + 1)
-            return len(self._held) < self._count
+                return not self._can_open(_RESERVED_DESCRIPTORS + 1)
+            return len(self._held) < _RESERVED_DESCRIPTORS
 
     @contextlib.contextmanager
     def lend(self) -> Iterator[None]:
