@@ -2502,6 +2502,12 @@ def retry_while_held(action: Callable[..., Any], *arguments: Any) -> Any:
         time.sleep(0.05)
 
 
+def unlink_if_there(path: str) -> None:
+    """Remove a file; what cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 def rename(path: str, new: str) -> None:
     """Rename a file or directory; on Windows retry for seconds. Raises OSError."""
     retry_while_held(os.rename, path, new)
@@ -5332,7 +5338,7 @@ class PosixProcesses(StepProcesses):
                 child = self._spawn(command, step_dir, cwd, env, streams)
         except OSError:
             for name in names[: len(outputs)]:
-                _discard(os.path.join(step_dir, name))
+                unlink_if_there(os.path.join(step_dir, name))
             for descriptor in wake_pipe:
                 os.close(descriptor)
             raise
@@ -5438,8 +5444,7 @@ class PosixProcesses(StepProcesses):
             )
         except (OSError, ValueError, MemoryError, subprocess.SubprocessError) as error:
             self._lifetimes.end(mark)
-            with contextlib.suppress(OSError):  # it is seldom there
-                os.unlink(os.path.join(step_dir, "environment"))
+            unlink_if_there(os.path.join(step_dir, "environment"))
             raise _as_os_error(error) from error
 
     def _environment_for(
@@ -5487,11 +5492,6 @@ def _create(step_dir: str, name: str, flags: int = 0) -> int:
     path = os.path.join(step_dir, name)
     flags |= os.O_WRONLY | os.O_CREAT | os.O_EXCL
     return os.open(path, flags, 0o600)
-
-
-def _discard(path: str) -> None:
-    with contextlib.suppress(OSError):  # it is gone already
-        os.unlink(path)
 
 
 def _as_os_error(error: Exception) -> OSError:
@@ -19745,11 +19745,6 @@ def _ignore_signals(numbers: Iterable[int]) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _unlink_if_there(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-
-
 def _resolve_root(path: str) -> str:
     """Return the root's absolute path; a link at its end, which the root must not be, stays. Raise StartupError."""
     parent, name = os.path.split(os.path.abspath(path))
@@ -19851,7 +19846,7 @@ class Daemon:
         except OSError as error:
             log.warning("%s cannot be written: %s", path, error)
             return
-        closing.callback(_unlink_if_there, path)
+        closing.callback(unlink_if_there, path)
 
     def _log_start(self, url: str) -> None:
         """Log where the daemon listens, where its data lies, who needs a token, and how to go on."""
@@ -20546,7 +20541,7 @@ class Services:
 
         cache = importlib.util.cache_from_source(program)
         self._undo.callback(_remove_empty, os.path.dirname(cache))
-        self._undo.callback(_unlink_if_there, cache)
+        self._undo.callback(unlink_if_there, cache)
         umask = os.umask(0o022)
         try:
             py_compile.compile(program, doraise=True)
@@ -23866,8 +23861,7 @@ def run_get(options: Options) -> None:
     except OSError as error:
         raise ClientError(f"{local} cannot be written: {error.strerror or error}") from None
     finally:
-        with contextlib.suppress(OSError):  # it is there after a failure alone
-            os.unlink(partial)
+        unlink_if_there(partial)  # after a failure alone
     _tell(options, {"id": options.id}, f"{options.id}:{options.path} -> {local}")
 
 
