@@ -2195,11 +2195,6 @@ if __name__ == "__main__" and sys.argv[1:2] == ["run"]:  # before more is set up
 # ======================================================================================================================
 
 
-def set_private_umask() -> int:
-    """Set the umask to 077 and return the earlier one, which steps get back."""
-    return os.umask(0o077)
-
-
 def make_private_directory(path: str) -> None:
     """Make a directory that only we can enter. Raises StartupError for a link, another's, or one open to others.
 
@@ -19906,7 +19901,7 @@ class Daemon:
     def _start(self, closing: contextlib.ExitStack) -> str:
         """Build and start all parts, return the URL; `closing` stops them. Raise StartupError, ApiError and OSError."""
         settings = self._settings
-        steps_umask = set_private_umask()
+        steps_umask = os.umask(0o077)
         if self._tls:
             self._tls.load()
         self._open_root(closing)
