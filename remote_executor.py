@@ -2808,13 +2808,14 @@ class SafeDirectory:
             with self._parent(names) as (name, parent):
                 if parent is None:
                     return _remove_by_path(name)
-                return _remove(name, parent, _mount_id(parent))
+                _remove(name, parent, _mount_id(parent))
         except FileNotFoundError:
             return True
         except OSError as error:
             if error.errno in DESCRIPTOR_ERRNOS:
                 raise
             return False
+        return True
 
     @contextlib.contextmanager
     def _parent(self, names: Sequence[str], may_make: bool = False) -> Iterator[tuple[str, int | None]]:
@@ -2930,13 +2931,13 @@ def _replace(source: str, target: str, source_parent: int | None, target_parent:
     retry_while_held(replace, source, target)
 
 
-def _remove(name: str, parent: int, mount: str) -> bool:
-    """Remove whatever has this name, links themselves; return True. Raises OSError when something is left.
+def _remove(name: str, parent: int, mount: str) -> None:
+    """Remove whatever has this name, links themselves. Raises OSError when something is left.
 
     Directories come up one level at a time, so that no depth needs a stack, a long path or many descriptors.
     """
     if _unlink(name, parent):
-        return True
+        return
     top = _open_for_removal(name, parent, mount)
     end_s = time.monotonic() + _REMOVAL_S
     try:
@@ -2950,7 +2951,6 @@ def _remove(name: str, parent: int, mount: str) -> bool:
         os.rmdir(name, dir_fd=parent)
     finally:
         os.close(top)
-    return True
 
 
 def _flatten_into_parent(name: str, top: int, mount: str) -> bool:
@@ -3003,14 +3003,14 @@ def _open_for_removal(name: str, parent: int, mount: str) -> int:
 def _grant_rights(name: str, parent: int) -> None:
     """Give us all rights on a directory, from which a step may have taken them; follow no link. Raises OSError."""
     if not ON_LINUX:
-        return os.chmod(name, 0o700, dir_fd=parent, follow_symlinks=False)
+        os.chmod(name, 0o700, dir_fd=parent, follow_symlinks=False)
+        return
     descriptor = os.open(name, os.O_PATH | _DIRECTORY_FLAGS, dir_fd=parent)  # needs no right to read it
     try:
         if os.fstat(descriptor).st_mode & 0o700 != 0o700:
             os.chmod(f"/proc/self/fd/{descriptor}", 0o700)
     finally:
         os.close(descriptor)
-    return None
 
 
 def _mount_id(descriptor: int) -> str:
