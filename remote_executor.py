@@ -3037,16 +3037,15 @@ def _remove_by_path(path: str) -> bool:
 
 _TOKEN_NAME = "token"
 _RESTART = "restart the daemon, with a --root that nothing cleans up"
+_RESULTS_LOST = f"new results are lost, and no task is accepted; {_RESTART}"
 _ROOT_ADVICE = {
-    "": f"new results are lost, and no task is accepted; {_RESTART}",
+    "": _RESULTS_LOST,
     "lock": "another daemon might start on this root; restart this one, which adopts what runs",
-    "remote_executor.db": f"new results are lost, and no task is accepted; {_RESTART}",
-    "remote_executor.db-wal": f"new results are lost, and no task is accepted; {_RESTART}",
+    "remote_executor.db": _RESULTS_LOST,
+    "remote_executor.db-wal": _RESULTS_LOST,
     "tasks": f"its outputs and workspaces are lost; {_RESTART}",
     _TOKEN_NAME: "it is no longer valid; restart the daemon, which writes a new one",
 }
-
-
 _OPEN_FILES = ("lock", "remote_executor.db", "remote_executor.db-wal")  # by the daemon, all its life
 
 
@@ -3094,11 +3093,10 @@ class RootWatch:
         """Return whether a file that was there is gone, or another has its name."""
         try:
             status = os.lstat(path)
-        except OSError as error:
-            return name in self._identities and error.errno in (
-                errno.ENOENT,
-                errno.ENOTDIR,
-            )  # from others nothing follows
+        except (FileNotFoundError, NotADirectoryError):
+            return name in self._identities
+        except OSError:  # from which nothing follows
+            return False
         identity = (status.st_dev, status.st_ino)
         is_same = self._identities.setdefault(name, identity) == identity
         return not is_same and name != _TOKEN_NAME  # which an editor may replace
