@@ -5300,7 +5300,7 @@ class PosixProcesses(StepProcesses):
         self._is_reaper = False  # until the first step starts: ctypes takes memory that an idle daemon need not
         self._environment = _user_environment()
         for name, value in os.environb.items():
-            if not name.startswith(b"REMOTE_EXECUTOR_"):
+            if not name.startswith(ENV_PREFIX.encode()):
                 self._environment[name] = value
         self._null = os.open(os.devnull, os.O_RDWR)
         self._children: set[int] = set()  # wrappers, until `release`
@@ -5575,17 +5575,8 @@ def _user_environment() -> dict[bytes, bytes]:
         user = pwd.getpwuid(os.getuid())
     except KeyError:  # a container's user need not be in the database
         return {}
-    entries = {
-        b"HOME": user.pw_dir,
-        b"USER": user.pw_name,
-        b"LOGNAME": user.pw_name,
-        b"SHELL": user.pw_shell,
-    }
-    environment = {}
-    for name, value in entries.items():
-        if value:
-            environment[name] = os.fsencode(value)
-    return environment
+    entries = {b"HOME": user.pw_dir, b"USER": user.pw_name, b"LOGNAME": user.pw_name, b"SHELL": user.pw_shell}
+    return {name: os.fsencode(value) for name, value in entries.items() if value}
 
 
 def _env_bytes(text: str) -> bytes:
