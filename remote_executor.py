@@ -1020,9 +1020,11 @@ class LogFile(logging.FileHandler):
 
     def _close_stream(self) -> None:
         """Close the file; the next record opens it again."""
-        if self.stream:
-            self.stream.close()
-            self.stream = None
+        stream = self.stream
+        self.stream = None
+        if stream:
+            with contextlib.suppress(OSError):  # of a full disk, which has been told: no thread that logs may fail
+                stream.close()
 
 
 # ======================================================================================================================

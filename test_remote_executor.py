@@ -11509,6 +11509,22 @@ def test_log_file_begins_anew_where_its_directory_is_deleted_while_it_is_closed(
         shutil.rmtree(path.parent)
 
 
+@linux_only
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_log_file_that_is_removed_from_a_full_disk_fails_no_thread_that_logs(tmp_path: Path, is_replaced: bool) -> None:
+    path = tmp_path / "log"
+    path.symlink_to("/dev/full")
+    handler = module().LogFile(str(path))
+    handler.emit(logging.LogRecord("x", logging.INFO, "", 0, "first", None, None))  # a part stays in the buffer
+    path.unlink()
+    if is_replaced:
+        path.touch()
+    for line in ("second", "third"):
+        handler.emit(logging.LogRecord("x", logging.INFO, "", 0, line, None, None))
+    assert path.read_text() == "second\nthird\n"
+    handler.close()
+
+
 @pytest.mark.parametrize("flag", ["--addr=:0", "--require_token", "--insecure"])
 def test_log_begins_with_what_one_needs_to_go_on(launch: Callable[..., Daemon], flag: str) -> None:
     daemon = launch(flag)
