@@ -4532,7 +4532,7 @@ class PosixTree(ProcessTree):
         self._shared = shared
         self._ended = not pid  # whether the wrapper has
         self._start = self._system.start_time(pid) if pid and not child else ""
-        self._outputs: _Outputs | None = None  # looked up when it is stopped
+        self._outputs: set[FileIdentity] | None = None  # looked up when it is stopped
         self._wake_out, self._wake_in = wake_pipe  # -1 where no descriptor was free
         self._is_woken = False
         self._is_signalled = False  # the script, if it ran, had the signal to its group
@@ -4728,8 +4728,8 @@ class PosixTree(ProcessTree):
     def _scan(self) -> list[ProcessInfo]:
         """Return the live members that we may signal."""
         if self._system.hides_environments and self._outputs is None:
-            self._outputs = _Outputs(self.step_dirs)
-            self._shared.table.look_for_outputs(self._outputs.begin_s)
+            self._outputs, begin_s = _find_outputs(self.step_dirs)
+            self._shared.table.look_for_outputs(begin_s)
         try:
             snapshot = self._shared.table.snapshot()
         except OSError:  # no descriptor or memory for a scan
@@ -4754,7 +4754,7 @@ class PosixTree(ProcessTree):
             evident.update(snapshot.by_session.get(self.pid, ()))
         for step_dir in self.step_dirs:
             evident.update(snapshot.by_mark.get(step_dir, ()))
-        for file in self._outputs.files if self._outputs else ():
+        for file in self._outputs or ():
             evident.update(snapshot.writers.get(file, ()))
         for process in snapshot.orphans if self._system.has_subreaper else ():
             if self._shared.lifetimes.can_only_be_of(self.step_dirs, int(process.start)):
@@ -4762,26 +4762,26 @@ class PosixTree(ProcessTree):
         return evident
 
 
-class _Outputs:
-    """The outputs of steps that have begun; `begin_s` is before that, in seconds since the epoch."""
+def _find_outputs(step_dirs: Iterable[bytes]) -> tuple[set[FileIdentity], float]:
+    """Return the outputs of steps that have begun, and a time before that, in seconds since the epoch."""
+    files: set[FileIdentity] = set()
+    begin_s = float("inf")
+    for step_dir in step_dirs:
+        for name in _STEP_OUTPUTS:
+            with contextlib.suppress(OSError):  # it is gone, or there is none
+                output = os.lstat(os.path.join(step_dir, name))
+                if stat.S_ISREG(output.st_mode):  # a script may have put something else there
+                    files.add(file_identity(output))
+                    begin_s = min(begin_s, _begin_of(step_dir))
+    return files, begin_s
 
-    def __init__(self, step_dirs: Iterable[bytes]) -> None:
-        self.files: set[FileIdentity] = set()
-        self.begin_s = float("inf")
-        for step_dir in step_dirs:
-            for name in _STEP_OUTPUTS:
-                with contextlib.suppress(OSError):  # it is gone, or there is none
-                    output = os.lstat(os.path.join(step_dir, name))
-                    if stat.S_ISREG(output.st_mode):  # a script may have put something else there
-                        self.files.add(file_identity(output))
-                        self.begin_s = min(self.begin_s, self._begin_of(step_dir))
 
-    def _begin_of(self, step_dir: bytes) -> float:
-        """Return when the wrapper wrote that it begins; 0 where the script has removed that."""
-        try:
-            return os.lstat(os.path.join(step_dir, b"pid")).st_mtime
-        except OSError:
-            return 0.0
+def _begin_of(step_dir: bytes) -> float:
+    """Return when the wrapper of a step wrote that it begins; 0 where the script has removed that."""
+    try:
+        return os.lstat(os.path.join(step_dir, b"pid")).st_mtime
+    except OSError:
+        return 0.0
 
 
 def _add_descendants(members: set[ProcessInfo], snapshot: _Snapshot) -> None:
