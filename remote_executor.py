@@ -353,10 +353,6 @@ class Clock:
                 self.on_sleep()
             return self._sleeps
 
-    def offset_ns(self) -> int:
-        """Return how far the wall clock is set ahead of this one, sleep aside."""
-        return self.wall_times().offset_ns
-
     def wall_times(self) -> WallTimes:
         """Return how to show times.
 
