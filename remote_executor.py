@@ -2027,7 +2027,7 @@ def reset_inherited_signals() -> None:
         if number in _RESET_TO_DEFAULT:
             signal.signal(number, signal.SIG_DFL)
         else:
-            signal.signal(number, _do_nothing)
+            signal.signal(number, lambda *_: None)
     _reset_library_signals()
 
 
@@ -2063,10 +2063,6 @@ def detach() -> None:
     if sys.platform != "win32":
         with contextlib.suppress(PermissionError):  # it leads a group of its own already
             os.setsid()
-
-
-def _do_nothing(*_: Any) -> None:
-    """Handle a signal."""
 
 
 # Whoever ignores SIGCHLD gets no exit code of a child; the next three are harmless by default. With a handler, a write
