@@ -4610,18 +4610,10 @@ class PosixTree(ProcessTree):
         if self._ended:
             return True
         if self._child is None:
-            self._ended = self._has_vanished()
+            self._ended = not _is_running((self.pid, self._start))
         else:
             self._ended = self._system.has_ended(self._child)
         return self._ended
-
-    def _has_vanished(self) -> bool:
-        """Return whether an adopted wrapper is gone; False where that cannot be read."""
-        try:
-            start = self._system.start_time(self.pid)
-        except OSError:
-            return False
-        return not start or start != self._start
 
     def _owns_session(self) -> bool:
         """Return whether the number of the session is certain to be ours."""
@@ -4852,10 +4844,13 @@ def is_live_process(pid: int) -> bool:
 
 
 def _is_running(process: _Identity) -> bool:
-    """Return whether the process with this pid and start time lives; True where that cannot be read."""
+    """Return whether the process with this pid and start time lives; True where that cannot be read.
+
+    Without a start time it had ended when that was asked.
+    """
     pid, start = process
     try:
-        return _system().start_time(pid) == start
+        return start != "" and _system().start_time(pid) == start
     except OSError:
         return True
 
