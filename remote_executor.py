@@ -3505,15 +3505,18 @@ def fits_environment(value: str) -> bool:
     return not ON_WINDOWS or len(value.encode("utf-16-le")) <= 2 * MAX_VARIABLE_UNITS
 
 
-def own_environment() -> dict[str, str]:
-    """Return the environment of this process, with the names as it got them: os.environ of Windows has capitals."""
-    own = dict(os.environ)
+def inherited_environment() -> dict[str, str]:
+    """Return the environment of this process but for the variables of its own.
+
+    The names are as it got them: os.environ of Windows has capitals.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
     if sys.platform == "win32":
         import nt
 
         names = {name.upper(): name for name in nt.environ}
-        own = {names.get(name, name): value for name, value in own.items()}
-    return own
+        inherited = {names.get(name, name): value for name, value in inherited.items()}
+    return inherited
 
 
 @functools.lru_cache(maxsize=1)
@@ -3948,16 +3951,12 @@ def _starts(command: Sequence[str]) -> bool:
 @functools.lru_cache(maxsize=64)
 def _try_python(command: tuple[str, ...], _modified_ns: int, _size: int) -> bool:
     """Return whether Python runs an empty script by this command. Raises OSError and TimeoutExpired."""
-    environment = {}
-    for name, value in os.environ.items():
-        if not name.startswith(ENV_PREFIX):  # the PATH that led to the file may be a step's
-            environment[name] = value
     process = subprocess.run(
         [*command, "-c", ""],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=environment,
+        env=inherited_environment(),  # the PATH that led to the file may be a step's
         timeout=_TRIAL_TIMEOUT_S,
         creationflags=CREATE_NO_WINDOW,
     )
@@ -5257,9 +5256,8 @@ class PosixProcesses(StepProcesses):
         self._reaper_lock = threading.Lock()  # guards _is_reaper
         self._is_reaper = False  # until the first step starts: ctypes takes memory that an idle daemon need not
         self._environment = _user_environment()
-        for name, value in os.environb.items():
-            if not name.startswith(ENV_PREFIX.encode()):
-                self._environment[name] = value
+        for name, value in inherited_environment().items():
+            self._environment[os.fsencode(name)] = os.fsencode(value)
         self._null = os.open(os.devnull, os.O_RDWR)
         self._children: set[int] = set()  # wrappers, until `release`
         self._orphans: set[int] = set()  # other zombies at the last `reap`
@@ -6245,10 +6243,7 @@ class WindowsProcesses:
     """Starts, adopts and reaps trees. Thread-safe, but for `reap`."""
 
     def __init__(self, umask: int, descriptors: str, reserve: object) -> None:
-        self._environment = {}
-        for name, value in own_environment().items():
-            if not name.upper().startswith("REMOTE_EXECUTOR_"):
-                self._environment[name] = value
+        self._environment = inherited_environment()
         # What a step starts inherits it: else a crash, a missing DLL or disk opens a box that nobody sees, and waits.
         SetErrorMode(SetErrorMode(0) | SEM_FAILCRITICALERRORS | SEM_NOGPFAULTERRORBOX)
         if not GetConsoleWindow():  # so none reaches us; but steps would inherit that what started us ignores it
@@ -21691,10 +21686,6 @@ class _TestDaemon:
 
     def start(self) -> None:
         """Start it and wait for its ready line. Raise StartupError with what it said instead."""
-        environment = {}
-        for name, value in os.environ.items():
-            if not name.startswith(ENV_PREFIX):
-                environment[name] = value
         command = [
             *own_command(),
             "run",
@@ -21707,7 +21698,7 @@ class _TestDaemon:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
-                env=environment,
+                env=inherited_environment(),
             )
         ready = _until(lambda: self._read("output").endswith("\n") or self._has_ended())
         ready_line = self._read("output").strip()

@@ -3028,7 +3028,7 @@ def test_environment_keeps_the_case_of_names_and_takes_the_last_of_each(daemon: 
     daemon.ended(task)
     *names, values = daemon.console(task).data
     assert {"target", "ODD", "Path", "TASK_ID"} <= set(names) and not {"PATH", "Odd", "task_id"} & set(names)
-    assert values == f"2 {task}" and "ProgramFiles" in module().own_environment()
+    assert values == f"2 {task}" and "ProgramFiles" in module().inherited_environment()
 
 
 @windows_only
