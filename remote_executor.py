@@ -16356,10 +16356,14 @@ def _task_outcome(task: TaskRow, steps: Sequence[StepRow]) -> tuple[Code, str]:
     return Code.SUCCESS, "success"
 
 
+def _or_not_found(data: Json | None = None, codes: Sequence[int] = (Code.SUCCESS,)) -> Json:
+    """Return the schema of an envelope with this data, or of one that says that there is no such task."""
+    return {"oneOf": [envelope_schema(codes, data), schema_reference("NotFound")]}
+
+
 def _progress_schema(data: Json) -> Json:
     """Return the schema of an envelope that tells how far something is: over, in progress, failed, or not found."""
-    codes = (Code.SUCCESS, Code.IN_PROGRESS, Code.FAILED)
-    return {"oneOf": [envelope_schema(codes, data), schema_reference("NotFound")]}
+    return _or_not_found(data, (Code.SUCCESS, Code.IN_PROGRESS, Code.FAILED))
 
 
 def _task_detail_response() -> Json:
@@ -16433,14 +16437,14 @@ def _submission_response() -> Json:
             "steps": array_schema({"type": "object"}, description="The body"),
         }
     )
-    schema = {"oneOf": [envelope_schema([Code.SUCCESS], data), schema_reference("NotFound")]}
-    return response_object("The submission", schema, {"submission": example, "gone": _NOT_FOUND_EXAMPLE})
+    examples = {"submission": example, "gone": _NOT_FOUND_EXAMPLE}
+    return response_object("The submission", _or_not_found(data), examples)
 
 
-def _deleted_response() -> Json:
-    schema = {"oneOf": [envelope_schema([Code.SUCCESS]), schema_reference("NotFound")]}
-    examples = {"deleted": {"code": 0, "message": "success"}, "gone": _NOT_FOUND_EXAMPLE}
-    return response_object("The task is deleted", schema, examples)
+def _done_response(description: str, title: str) -> Json:
+    """Return the response to what changes a task; its example has this title."""
+    examples = {title: {"code": 0, "message": "success"}, "gone": _NOT_FOUND_EXAMPLE}
+    return response_object(description, _or_not_found(), examples)
 
 
 def _parameter(query: Pairs, name: str) -> str:
@@ -16587,12 +16591,6 @@ def _action_audit(action: str, reason: str) -> str:
     return f"{action}, reason: {reason}" if reason else action
 
 
-def _stopped_response() -> Json:
-    schema = {"oneOf": [envelope_schema([Code.SUCCESS]), schema_reference("NotFound")]}
-    examples = {"stopped": {"code": 0, "message": "success"}, "gone": _NOT_FOUND_EXAMPLE}
-    return response_object("The action is recorded", schema, examples)
-
-
 def accepted_json(
     step_count: int,
     task_id: str,
@@ -16615,8 +16613,8 @@ def accepted_json(
     return data
 
 
-def _accepted_response() -> Json:
-    data = object_schema(
+def _accepted_schema() -> Json:
+    return object_schema(
         {
             "id": {"type": "string"},
             "url": {"type": "string"},
@@ -16627,17 +16625,18 @@ def _accepted_response() -> Json:
         },
         optional=["warnings", "dry"],
     )
+
+
+def _accepted_response() -> Json:
     example = accepted_json(4, "release-1", _EXAMPLE_BASE_URL, 1668649373430555500)
-    schema = envelope_schema([Code.SUCCESS], data)
+    schema = envelope_schema([Code.SUCCESS], _accepted_schema())
     return response_object("The task is stored", schema, {"stored": success_example(example)}, "X-Task-ID")
 
 
 def _rerun_response() -> Json:
-    (content,) = _accepted_response()["content"].values()
-    schema = {"oneOf": [content["schema"], schema_reference("NotFound")]}
     example = accepted_json(4, "release-2", _EXAMPLE_BASE_URL, 1668649373430555500)
     examples = {"stored": success_example(example), "gone": _NOT_FOUND_EXAMPLE}
-    return response_object("The task is stored", schema, examples, "X-Task-ID")
+    return response_object("The task is stored", _or_not_found(_accepted_schema()), examples, "X-Task-ID")
 
 
 def _console_outcome(step: StepRow) -> tuple[Code, str]:
@@ -17443,8 +17442,8 @@ def task_components() -> Components:
             "Accepted": _accepted_response(),
             "Rerun": _rerun_response(),
             "TaskDetail": _task_detail_response(),
-            "Stopped": _stopped_response(),
-            "Deleted": _deleted_response(),
+            "Stopped": _done_response("The action is recorded", "stopped"),
+            "Deleted": _done_response("The task is deleted", "deleted"),
             "StepDetail": _step_detail_response(),
             "SubmissionDetail": _submission_response(),
             "Console": _console_response(),
@@ -18254,19 +18253,9 @@ def _bytes_content() -> Json:
     return {media_type: {"schema": schema}}
 
 
-def _or_not_found(data: Json | None = None) -> Json:
-    """Return the schema of an envelope with this data, or of one that says that there is no such task."""
-    success = envelope_schema([Code.SUCCESS], data)
-    return {"oneOf": [success, schema_reference("NotFound")]}
-
-
 def _file_response_object() -> Json:
-    entries = array_schema(schema_reference("Entry"))
-    schema = _or_not_found(entries)
-    examples = {
-        "directory": success_example([_entry_example()]),
-        "gone": _NOT_FOUND_EXAMPLE,
-    }
+    schema = _or_not_found(array_schema(schema_reference("Entry")))
+    examples = {"directory": success_example([_entry_example()]), "gone": _NOT_FOUND_EXAMPLE}
     response = response_object("A file, or the entries of a directory", schema, examples)
     response["content"].update(_bytes_content())
     return response
