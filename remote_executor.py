@@ -15848,6 +15848,11 @@ def string_schema(description: str, **keywords: Any) -> Json:
     return {"type": "string", "description": description, **keywords}
 
 
+def choice_schema(choices: Sequence[str]) -> Json:
+    """Return the schema of a parameter that is one of these, the first by default."""
+    return {"type": "string", "enum": [*choices], "default": choices[0]}
+
+
 def time_schema(description: str) -> Json:
     return string_schema(description, format="date-time")
 
@@ -15876,19 +15881,23 @@ def success_example(data: Any) -> Json:
     return {"code": 0, "message": "success", "data": data}
 
 
-def parameter_objects(location: str, parameters: Mapping[str, ParameterSpec]) -> Json:
-    """Return the parameters in "path" or "query", by name."""
+def parameter_objects(
+    location: str,
+    parameters: Mapping[str, ParameterSpec],
+    names: Mapping[str, str] = types.MappingProxyType({}),
+) -> Json:
+    """Return the parameters in "path" or "query", by key; `names` has the names that are not the key."""
     objects: Json = {}
-    for name, (description, schema, example) in parameters.items():
-        objects[name] = {
-            "name": name,
+    for key, (description, schema, example) in parameters.items():
+        objects[key] = {
+            "name": names.get(key, key),
             "in": location,
             "description": description,
             "schema": schema,
             "example": example,
         }
         if location == "path":
-            objects[name]["required"] = True
+            objects[key]["required"] = True
     return objects
 
 
@@ -16558,6 +16567,8 @@ def _parse_reason(reason: Any) -> str:
 
 
 _RERUN_CHOICES = ("all", "failed")
+_TASK_ACTIONS = ("stop", "pause", "resume")
+_STEP_ACTIONS = ("stop",)
 
 
 def steps_done(steps: Sequence[StepRow]) -> list[DoneStep]:
@@ -16722,14 +16733,14 @@ def _both_cases(character: str) -> str:
     return character + character.upper() if character.isalpha() else character
 
 
-def _bool_pattern() -> str:
-    """Return the pattern of the words for true and false in any case: JSON Schema has no flag for that."""
+def _boolean_schema() -> Json:
+    """Return the schema of the words for true and false in any case: a pattern of JSON Schema has no flag for that."""
     letters = "".join(_both_cases(word) for word in BOOLEANS if len(word) == 1)
     alternatives = [f"[{letters}]"]
     for word in BOOLEANS:
         if len(word) > 1:
             alternatives.append("".join(f"[{_both_cases(letter)}]" for letter in word))
-    return f"^({'|'.join(alternatives)})?$"
+    return {"type": "string", "pattern": f"^({'|'.join(alternatives)})?$"}
 
 
 def _duration_schema(may_be_zero: bool = False) -> Json:
@@ -16806,8 +16817,7 @@ def _pool_size_body() -> Json:
 
 def _task_parameters() -> Json:
     non_empty = {"type": "string", "minLength": 1}
-    boolean = {"type": "string", "pattern": _bool_pattern()}
-    sort_key = {"type": "string", "enum": [*_SORT_KEYS], "default": "st"}
+    boolean = _boolean_schema()
     task_id = {"type": "string", "pattern": f"^({ID_PATTERN.pattern})?$"}
     variables = array_schema(schema_reference("Variable"))
     reason = string_schema("One line", maxLength=_MAX_REASON_LENGTH)
@@ -16820,11 +16830,11 @@ def _task_parameters() -> Json:
         "step": ("Index of the step, or its name", non_empty, "0"),
     }
     query: dict[str, ParameterSpec] = {
-        "sort": ("By begin (st), end (et) or expiry (rt)", sort_key, "st"),
+        "sort": ("By begin (st), end (et) or expiry (rt)", choice_schema(_SORT_KEYS), "st"),
         "result": ("With this result; may be repeated", results, ["failed", "timed_out"]),
         "limit": ("At most so many tasks", integer_schema("Tasks", 1, maximum=_MAX_LIMIT), 50),
         "cursor": ("The `next` of the page before, with the other parameters as they were", cursor, "1234"),
-        "order": ("Ascending or descending", {"type": "string", "enum": [*_ORDERS], "default": "asc"}, "desc"),
+        "order": ("Ascending or descending", choice_schema(_ORDERS), "desc"),
         "ansync": ("true: only `depets_on` orders the steps", boolean, "true"),
         "async": ("The same as `ansync`", boolean, "true"),
         "id": ("Id of the task; sent again, the same submission runs once", task_id, "release-1"),
@@ -16839,28 +16849,22 @@ def _task_parameters() -> Json:
         "text": ("Part of id, message, label or reason, or of a step's name or reason, in any case", text, "disk full"),
         "only": (
             "failed: what succeeded counts as done, and the workspace begins as a copy",
-            {"type": "string", "enum": [*_RERUN_CHOICES], "default": _RERUN_CHOICES[0]},
+            choice_schema(_RERUN_CHOICES),
             "failed",
         ),
-        "action": ("What to do", {"type": "string", "enum": ["stop", "pause", "resume"], "default": "stop"}, "pause"),
+        "action": ("What to do", choice_schema(_TASK_ACTIONS), "pause"),
         "reason": ("Why, for those who read it later", reason, "maintenance"),
         "signal": (
             "What its processes get 5 seconds before they are killed; nothing on Windows",
-            {"type": "string", "enum": [*STOP_SIGNALS], "default": "TERM"},
+            choice_schema(STOP_SIGNALS),
             "INT",
         ),
+        "step_action": ("What to do", choice_schema(_STEP_ACTIONS), "stop"),
+        "id_glob": ("A pattern of ids: `*`, `?` and `[a-z]`", string_schema("A glob"), "web-*"),
     }
-    step_action = {"type": "string", "enum": ["stop"], "default": "stop"}
-    others: dict[str, ParameterSpec] = {  # whose names mean something else in other routes
-        "action": ("What to do", step_action, "stop"),
-        "id": ("A pattern of ids: `*`, `?` and `[a-z]`", string_schema("A glob"), "web-*"),
-    }
-    other_objects = parameter_objects("query", others)
     return {
         **parameter_objects("path", path),
-        **parameter_objects("query", query),
-        "step_action": other_objects["action"],
-        "id_glob": other_objects["id"],
+        **parameter_objects("query", query, {"step_action": "action", "id_glob": "id"}),
     }
 
 
@@ -17371,7 +17375,7 @@ class TaskApi:
             raise StorageFull(f"a copy of its files takes {needed} bytes, and {free} are free on the disk of --root")
 
     def act_on_task(self, request: Request) -> Response:
-        action = _choice(request.query, "action", ("stop", "pause", "resume"))
+        action = _choice(request.query, "action", _TASK_ACTIONS)
         reason = _parse_reason(_parameter(request.query, "reason"))
         task = self._store.task(request.params["task"])
         check_owner(request, task.submitted_by)
@@ -17382,7 +17386,7 @@ class TaskApi:
         return json_response(audit=_action_audit(action, reason))
 
     def stop_step(self, request: Request) -> Response:
-        action = _choice(request.query, "action", ("stop",))
+        action = _choice(request.query, "action", _STEP_ACTIONS)
         signal_name = _choice(request.query, "signal", STOP_SIGNALS)
         reason = _parse_reason(_parameter(request.query, "reason"))
         task = self._store.task(request.params["task"])
@@ -17491,6 +17495,7 @@ _COMMENT_INTERVAL_S = 15.0
 _KEPT_EVENTS = 10_000
 _EVENTS_AT_ONCE = 200
 _MAX_CACHED_NAMES = 10_000  # of steps, by each client of events
+_STREAMS = ("stdout", "stderr")
 _UNSTORED = ("Cache-Control", "no-cache")
 _UNBUFFERED = ("X-Accel-Buffering", "no")  # a proxy is to pass on each part at once (nginx, ngx_http_proxy_module)
 _Wake = Callable[[], None]
@@ -17683,7 +17688,7 @@ def _parse_output_query(request: Request) -> _OutputQuery:
         raise BadRequest("offset, tail: give one of them")
     if _has_range(request) and (offset is not None or tail is not None or request.hold):
         raise BadRequest("Range: does not go with offset, tail or follow")
-    stream = _choice(query, "stream", ("stdout", "stderr"))
+    stream = _choice(query, "stream", _STREAMS)
     attempt = _parse_number(query, "attempt")
     if attempt == 0:
         raise BadRequest("attempt: they are counted from 1")
@@ -18068,23 +18073,19 @@ def _events_response() -> Json:
 
 def follow_components() -> Components:
     """Return what the API document says of the routes of outputs and events."""
-    boolean = {"type": "string", "pattern": _bool_pattern()}
-    stream = {"type": "string", "enum": ["stdout", "stderr"], "default": "stdout"}
     number = {"type": "string", "pattern": "^[0-9]{0,18}$"}
     attempt = integer_schema("Attempt", 1, maximum=10**15 - 1)
     query: dict[str, ParameterSpec] = {
-        "stream": ("stderr: what was written there, where it is apart", stream, "stdout"),
+        "stream": ("stderr: what was written there, where it is apart", choice_schema(_STREAMS), "stdout"),
         "offset": ("Where to begin, in bytes", integer_schema("Bytes", maximum=10**15 - 1), 0),
         "tail": ("Begin with so many last lines", integer_schema("Lines", maximum=10**15 - 1), 100),
-        "follow": ("true: goes on until the step has ended", boolean, "true"),
+        "follow": ("true: goes on until the step has ended", _boolean_schema(), "true"),
         "attempt": ("Of this attempt; default the last that has begun. With follow also the next one", attempt, 1),
         "last_event_id": ("The last event that is known; the header Last-Event-ID wins", number, "1668649373430556"),
+        "event_task": ("Id of a task: its events alone", {"type": "string"}, "release-1"),
     }
-    parameters = parameter_objects("query", query)
-    task: ParameterSpec = ("Id of a task: its events alone", {"type": "string"}, "release-1")
-    parameters["event_task"] = parameter_objects("query", {"task": task})["task"]
     return Components(
-        parameters=parameters,
+        parameters=parameter_objects("query", query, {"event_task": "task"}),
         request_bodies={},
         responses={"Output": _output_response(), "Events": _events_response()},
         schemas={},
@@ -18515,14 +18516,15 @@ class WorkspaceApi:
 def workspace_components() -> Components:
     """Return what the API document says of the routes of workspaces."""
     any_path = {"type": "string"}
-    boolean = {"type": "string", "pattern": _bool_pattern()}
+    entry_path = {"type": "string", "pattern": "[^/]"}
     in_url = ("Path in the workspace, whose slashes may be escaped", any_path, "dist/app.tar")
-    in_query = ("Path in the workspace; default the workspace itself", any_path, "dist/app.tar")
-    recursive = ("true: a directory is removed with all that is in it", boolean, "true")
-    entry = ("Path of a file or directory in the workspace", {"type": "string", "pattern": "[^/]"}, "dist/app.tar")
-    parameters = parameter_objects("query", {"recursive": recursive})
-    parameters["workspace_path"] = parameter_objects("query", {"path": in_query})["path"]
-    parameters["workspace_entry"] = {**parameter_objects("query", {"path": entry})["path"], "required": True}
+    query: dict[str, ParameterSpec] = {
+        "recursive": ("true: a directory is removed with all that is in it", _boolean_schema(), "true"),
+        "workspace_path": ("Path in the workspace; default the workspace itself", any_path, "dist/app.tar"),
+        "workspace_entry": ("Path of a file or directory in the workspace", entry_path, "dist/app.tar"),
+    }
+    parameters = parameter_objects("query", query, {"workspace_path": "path", "workspace_entry": "path"})
+    parameters["workspace_entry"]["required"] = True
     parameters.update(parameter_objects("path", {"path": in_url}))
     part = {"description": "The part of the file that Range asks for", "content": _bytes_content()}
     return Components(
@@ -19364,14 +19366,9 @@ class ProfileApi:
 def profile_components() -> Components:
     """Return what the API document says of the routes of profiles."""
     seconds = {"type": "number", "exclusiveMinimum": 0}
-    debug = {
-        "type": "string",
-        "enum": [*_DEBUG_LEVELS],
-        "default": "0",
-    }
     parameters: dict[str, ParameterSpec] = {
         "seconds": ("Duration; at most --profile_timeout", seconds, "5"),
-        "debug": ("1: as text; 2: of goroutine, as text with whole stacks", debug, "1"),
+        "debug": ("1: as text; 2: of goroutine, as text with whole stacks", choice_schema(_DEBUG_LEVELS), "1"),
     }
     events = array_schema({"type": "object"})
     trace = object_schema({"traceEvents": events, "displayTimeUnit": {"const": "ms"}})
