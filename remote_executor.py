@@ -16293,6 +16293,13 @@ def step_json(
     return value
 
 
+def written_bytes(files: SafeDirectory, task_number: int, step: StepRow) -> int:
+    """Return how much a step has written: it is stored at its end, until then its file tells."""
+    if step.output_bytes is not None:
+        return step.output_bytes
+    return StepDirectory(files, task_number, step.step_index).output_bytes(step.attempt)
+
+
 def _step_names_schema() -> Json:
     return array_schema({"type": "string"}, description="Names of the steps that must succeed first")
 
@@ -17303,18 +17310,8 @@ class TaskApi:
         request: Request,
         time_format: TimeFormat,
     ) -> Json:
-        """Return a step; how much it has written is stored at its end, until then its file tells."""
-        output_bytes = step.output_bytes
-        if output_bytes is None:
-            output_bytes = StepDirectory(self._files, task.task_number, step.step_index).output_bytes(step.attempt)
-        return step_json(
-            step,
-            task,
-            names,
-            request.base_url,
-            time_format,
-            output_bytes,
-        )
+        output_bytes = written_bytes(self._files, task.task_number, step)
+        return step_json(step, task, names, request.base_url, time_format, output_bytes)
 
     def show_step(self, request: Request) -> Response:
         task = self._store.task(request.params["task"])
@@ -18050,17 +18047,8 @@ class FollowApi:
                 names.clear()
             names[number] = [row.name for row in self._store.steps(number)]
         step = self._store.step(number, str(event.step_index))
-        output_bytes = step.output_bytes
-        if output_bytes is None:
-            output_bytes = StepDirectory(self._files, number, step.step_index).output_bytes(step.attempt)
-        shown = step_json(
-            step,
-            task,
-            names[number],
-            base_url,
-            time_format,
-            output_bytes,
-        )
+        output_bytes = written_bytes(self._files, number, step)
+        shown = step_json(step, task, names[number], base_url, time_format, output_bytes)
         return "step", {"task": task.id, **shown}
 
 
