@@ -20628,6 +20628,16 @@ def _run_tool(command: Sequence[str]) -> tuple[int, str]:
     return done.returncode, done.stdout.decode(errors="replace")
 
 
+def _until(condition: Callable[[], Any], wait_s: float) -> Any:
+    """Return the first true value of a condition, or the last one when the time is over."""
+    end_s = time.monotonic() + wait_s
+    while True:
+        value = condition()
+        if value or time.monotonic() >= end_s:
+            return value
+        time.sleep(_POLL_S)
+
+
 class UnixServices(Services):
     """A service manager that reads a file; with $DESTDIR the file goes below it, and the manager is not called."""
 
@@ -21025,9 +21035,7 @@ class LaunchdServices(UnixServices):
             self._launchctl("kickstart", self._target, accepted=(_LAUNCHD_ALREADY_IN_PROGRESS,))
         else:
             self._bootstrap()
-        end_s = time.monotonic() + _LAUNCHD_START_S
-        while self.status()[0] and time.monotonic() < end_s:
-            time.sleep(_POLL_S)
+        _until(lambda: self.status()[0] == 0, _LAUNCHD_START_S)
         return self.status()[1]
 
     def stop(self) -> str:
@@ -21035,11 +21043,8 @@ class LaunchdServices(UnixServices):
         self._require_file()
         not_loaded = (_LAUNCHD_NO_SUCH_PROCESS, _LAUNCHD_NOT_FOUND)
         self._launchctl("bootout", self._target, accepted=(_LAUNCHD_IN_PROGRESS, *not_loaded))
-        end_s = time.monotonic() + _LAUNCHD_STOP_S
-        while self._print() is not None:  # before, a bootstrap would fail
-            if time.monotonic() > end_s:
-                return f"still stopping: {self.status()[1]}"
-            time.sleep(_POLL_S)
+        if not _until(lambda: self._print() is None, _LAUNCHD_STOP_S):  # before, a bootstrap would fail
+            return f"still stopping: {self.status()[1]}"
         return self.status()[1] + self._steps_left()
 
     def status(self) -> tuple[int, str]:
@@ -21528,7 +21533,7 @@ class WindowsTasks(Services):
         self._require_task()
         if self.status()[0]:
             self._schtasks("/Run")
-            self._wait_for(0)
+            _until(lambda: self.status()[0] == 0, _TASK_CHANGE_S)
         return self.status()[1]
 
     def stop(self) -> str:
@@ -21536,7 +21541,7 @@ class WindowsTasks(Services):
         self._require_task()
         if not self.status()[0]:
             self._schtasks("/End")
-            self._wait_for(3)
+            _until(lambda: self.status()[0] == 3, _TASK_CHANGE_S)
         return self.status()[1] + self._steps_left()
 
     def status(self) -> tuple[int, str]:
@@ -21572,12 +21577,6 @@ class WindowsTasks(Services):
         """Return the definition of the installed task; empty where there is none."""
         code, text = _run_tool(["schtasks.exe", "/Query", "/TN", SERVICE, "/XML"])
         return "" if code else text
-
-    def _wait_for(self, code: int) -> None:
-        """Wait until this is the code of the status."""
-        end_s = time.monotonic() + _TASK_CHANGE_S
-        while self.status()[0] != code and time.monotonic() < end_s:
-            time.sleep(_POLL_S)
 
     def _require_task(self) -> None:
         if not self._definition():
@@ -21674,7 +21673,7 @@ class _TestDaemon:
                 stderr=errors,
                 env=inherited_environment(),
             )
-        ready = _until(lambda: self._read("output").endswith("\n") or self._has_ended())
+        ready = _until(lambda: self._read("output").endswith("\n") or self._has_ended(), _SELF_TEST_WAIT_S)
         ready_line = self._read("output").strip()
         match = re.search(":([0-9]+)$", ready_line)
         if not ready or not match:
@@ -21751,16 +21750,6 @@ class _TestDaemon:
             return file.read()
 
 
-def _until(condition: Callable[[], Any], wait_s: float = _SELF_TEST_WAIT_S) -> Any:
-    """Return the first true value of a condition, or the last one when the time is over."""
-    end_s = time.monotonic() + wait_s
-    while True:
-        value = condition()
-        if value or time.monotonic() >= end_s:
-            return value
-        time.sleep(_POLL_S)
-
-
 _DAEMON_FAULTS = (
     OSError,
     ValueError,
@@ -21823,7 +21812,7 @@ class _SelfTest:
             return _Check("stop", _FAILED, f"the step wrote nothing: {self._daemon.steps('tree')[0]['msg']}")
         begin_s = time.monotonic()
         self._daemon.request("PUT", "/api/v1/task/tree")
-        if not _until(lambda: self._daemon.has_finished("tree")):
+        if not _until(lambda: self._daemon.has_finished("tree"), _SELF_TEST_WAIT_S):
             return _Check("stop", _FAILED, "a stopped step runs on")
         seconds = time.monotonic() - begin_s
         if not _until(lambda: _has_gone(lines[0], held), 1.0):
@@ -21839,7 +21828,7 @@ class _SelfTest:
         self._daemon.start()
         is_adopted = not self._daemon.has_finished("adopted")
         with open(gate, "wb"):
-            _until(lambda: self._daemon.has_finished("adopted"))
+            _until(lambda: self._daemon.has_finished("adopted"), _SELF_TEST_WAIT_S)
         step = self._daemon.steps("adopted")[0]
         lines = self._daemon.console("adopted")
         if not is_adopted or step["code"] or lines != ["begun", "over"]:
@@ -21848,7 +21837,7 @@ class _SelfTest:
 
     def _first_lines(self, task: str) -> list[str]:
         """Return what the step of a task has written, as soon as there is something; nothing if it ends without."""
-        _until(lambda: self._daemon.console(task) or self._daemon.has_finished(task))
+        _until(lambda: self._daemon.console(task) or self._daemon.has_finished(task), _SELF_TEST_WAIT_S)
         return self._daemon.console(task)
 
     def _submit_script(
