@@ -20781,12 +20781,11 @@ class UnixServices(Services):
     def _before_removal(self) -> None:
         """Stop the service."""
 
-    def _call(self, *command: str) -> str:
-        """Run a command of the manager; return its output on one line. Raise StartupError with it when it fails."""
-        return self._run(*command)[1]
-
     def _run(self, *command: str, accepted: Sequence[int] = ()) -> tuple[int, str]:
-        """Do the same; return the exit code too, which is 0 or one of those accepted."""
+        """Run a command of the manager; return its exit code, 0 or one of those accepted, and its output on one line.
+
+        Raise StartupError with the output for another code.
+        """
         code, text = _run_tool(command)
         output = " ".join(text.split())
         if code and code not in accepted:
@@ -20894,7 +20893,7 @@ class SystemdServices(UnixServices):
     def status(self) -> tuple[int, str]:
         if not os.path.exists(self._file):
             return 4, "not installed"
-        output = self._call(*self._systemctl, "show", "--property=ActiveState,SubState,MainPID", SERVICE)
+        output = self._run(*self._systemctl, "show", "--property=ActiveState,SubState,MainPID", SERVICE)[1]
         properties = dict(line.split("=", 1) for line in output.split())
         state = properties.get("ActiveState")
         if state != "active":
@@ -20911,7 +20910,7 @@ class SystemdServices(UnixServices):
     def _control(self, action: str) -> str:
         """Have systemd do this with the service; return its status."""
         self._require_rights()
-        self._call(*self._systemctl, action, SERVICE)
+        self._run(*self._systemctl, action, SERVICE)
         return self.status()[1]
 
     def _give_root(self, command: Sequence[str]) -> None:
@@ -20947,16 +20946,16 @@ class SystemdServices(UnixServices):
             return
         if not is_installed:
             self._remove_link()  # systemctl does it, where it can be called
-        self._call(*self._systemctl, "daemon-reload")
+        self._run(*self._systemctl, "daemon-reload")
         if is_installed:
-            self._call(*self._systemctl, "enable", SERVICE)
+            self._run(*self._systemctl, "enable", SERVICE)
 
     def _reload(self) -> None:
         with contextlib.suppress(StartupError):  # the failure itself is what the user has to know
             if not os.path.exists(self._file):
                 self._remove_link()
             if not self._destdir:
-                self._call(*self._systemctl, "daemon-reload")
+                self._run(*self._systemctl, "daemon-reload")
 
     def _wants_link(self) -> str:
         directory, name = os.path.split(self._file)
@@ -20975,7 +20974,7 @@ class SystemdServices(UnixServices):
             os.symlink(f"../{os.path.basename(self._file)}", link)
 
     def _before_removal(self) -> None:
-        self._call(*self._systemctl, "disable", "--now", SERVICE)
+        self._run(*self._systemctl, "disable", "--now", SERVICE)
 
 
 class LaunchdServices(UnixServices):

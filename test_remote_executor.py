@@ -13821,7 +13821,7 @@ try:
     {code.strip().replace(chr(10), chr(10) + "    ")}
 finally:
     os.environ.pop("DARWIN_LAUNCHCTL_FAIL", None)
-    services._call("sh", "-c", "launchctl bootout system/remote_executor || true")
+    services._run("sh", "-c", "launchctl bootout system/remote_executor || true")
 """
     return result_on_mac([*mac, "--launchctl", str(place / "state")], prepared, env=env)
 
