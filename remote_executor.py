@@ -19656,6 +19656,11 @@ def _ignore_signals(numbers: Iterable[int]) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def log_path(root: str) -> str:
+    """Return the log of a daemon with this root."""
+    return os.path.join(root, "logs", "remote_executor.log")
+
+
 def _resolve_root(path: str) -> str:
     """Return the root's absolute path; a link at its end, which the root must not be, stays. Raise StartupError."""
     parent, name = os.path.split(os.path.abspath(path))
@@ -19855,7 +19860,8 @@ class Daemon:
         directory = lock_directory(self._root)
         if directory is not None:
             closing.callback(os.close, directory)
-        self._log_to(os.path.join(self._root, "logs"))
+        self._log_file = LogFile(log_path(self._root))
+        self._add_log_handler(self._log_file)
 
     def _prepare_process(self) -> str:
         """Free this process of what its launcher left in it; return the limit of open files that steps get."""
@@ -20018,12 +20024,6 @@ class Daemon:
             self._error_stream = QueuedStreamHandler(sys.stderr)
             self._error_stream.start()
             self._add_log_handler(self._error_stream)
-
-    def _log_to(self, directory: str) -> None:
-        with contextlib.suppress(OSError):  # it is there, or it cannot be made, of which LogFile warns
-            os.mkdir(directory)
-        self._log_file = LogFile(os.path.join(directory, "remote_executor.log"))
-        self._add_log_handler(self._log_file)
 
     def _add_log_handler(self, handler: logging.Handler) -> None:
         formatter: logging.Formatter = LineFormatter("%(asctime)s %(levelname)s %(message)s")
@@ -20224,11 +20224,6 @@ def report_wrong_service(error: UsageError, root: str) -> bool:
     if not ON_WINDOWS:
         return False
     return WindowsSupervisor(lambda _: _RefusedDaemon(error), root or WINDOWS_SERVICE_ROOT).run() is not None
-
-
-def log_path(root: str) -> str:
-    """Return the log of a daemon with this root."""
-    return os.path.join(root, "logs", "remote_executor.log")
 
 
 def _log_failed_start(root: str, reason: str) -> None:
