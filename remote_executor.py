@@ -24118,12 +24118,12 @@ CLIENT_COMMANDS = (
 )
 
 
-def client_parser(command: ClientCommand, program: str) -> argparse.ArgumentParser:
+def client_parser(command: ClientCommand) -> argparse.ArgumentParser:
     """Return the parser of a client's command, which raises UsageError."""
     parser = UsageParser(
-        prog=f"{program} {command.name}",
+        prog=f"{SERVICE} {command.name}",
         description=command.help,
-        epilog=f"example: {program} {command.example}",
+        epilog=f"example: {SERVICE} {command.example}",
         allow_abbrev=False,
     )
     for argument in (*command.arguments, *_WHERE):
@@ -24145,13 +24145,9 @@ def client_parser(command: ClientCommand, program: str) -> argparse.ArgumentPars
     return parser
 
 
-def client_command(
-    command: ClientCommand,
-    argv: Sequence[str],
-    program: str,
-) -> int:
+def client_command(command: ClientCommand, argv: Sequence[str]) -> int:
     """Run a client's command; return its exit code. Raise UsageError."""
-    options = client_parser(command, program).parse_args(argv)
+    options = client_parser(command).parse_args(argv)
     try:
         with contextlib.ExitStack() as options.closing:
             code = command.run(options)
@@ -24828,7 +24824,7 @@ def run_command(argv: Sequence[str]) -> int:
         return 0
     client = _find_client_command(argv[0] if argv else None)
     if client:
-        return client_command(client, argv[1:], _PROGRAM)
+        return client_command(client, argv[1:])
     args, flags = parse_command_line(argv)
     if flags.get("version"):
         print(version_line())
@@ -24841,7 +24837,7 @@ def run_command(argv: Sequence[str]) -> int:
         topic = rest[0] if rest else None
         client = _find_client_command(topic)
         if client:
-            print(client_parser(client, _PROGRAM).format_help(), end="")
+            print(client_parser(client).format_help(), end="")
             return 0
         print(help_text(topic, "help_long" in flags), end="")
         return 0

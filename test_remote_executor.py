@@ -12869,7 +12869,7 @@ def answer_of(body: bytes, length: int | None = None, status: str = "200 OK", *h
 def test_exec_says_what_an_older_daemon_cannot() -> None:
     version = {"code": 0, "message": "", "data": {"python": {"os": "linux"}, "features": ["wait", "output", "follow"]}}
     faulty = Faulty(answer_of(json.dumps(version).encode()))
-    options = module().client_parser(module().CLIENT_COMMANDS[0], "").parse_args(["--", "sort"])
+    options = module().client_parser(module().CLIENT_COMMANDS[0]).parse_args(["--", "sort"])
     job = module()._ExecJob(faulty.endpoint, options, b"b\na\n", True)
     refused = pytest.raises(module().ClientError, match="too old for this: no stderr, stdin; upgrade it")
     with module().Api(faulty.endpoint) as api, refused:
