@@ -24756,14 +24756,7 @@ def service_command(args: Sequence[str], flags: dict[str, Any]) -> int:
         code, line = services.status()
         print(line)
         return code
-    actions: dict[str, Callable[[], str]] = {
-        "uninstall": services.uninstall,
-        "start": services.start,
-        "stop": services.stop,
-        "restart": services.restart,
-        "logs": services.logs,
-    }
-    print(actions[action]())
+    print(getattr(services, action)())  # each other action is the method of its name
     return 0
 
 
