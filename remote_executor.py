@@ -20310,9 +20310,7 @@ def leave_step() -> None:
     del environment[STEP_ENV_VAR]
     detach()
     command = [*own_command(), *sys.argv[1:]]
-    with contextlib.suppress(
-        OSError
-    ):  # the program has been replaced meanwhile: better with the marker than not at all
+    with contextlib.suppress(OSError):  # it has been replaced meanwhile: better with the marker than not at all
         os.execve(command[0], command, environment)
 
 
@@ -20475,8 +20473,7 @@ class Services:
 
     def _installed_root(self) -> str:
         """Return the root of the installed service, as its daemon names it."""
-        parent, name = os.path.split(_root_of(self._installed_command()) or self.default_root)
-        return os.path.join(os.path.realpath(parent), name)
+        return _resolve_root(_root_of(self._installed_command()) or self.default_root)
 
     def _has_earlier_command(self, command: Sequence[str], was_changed: bool) -> bool:
         """Return whether the service runs, and not as it has just been installed."""
