@@ -17482,7 +17482,6 @@ def task_components() -> Components:
 # A client that was cut off goes on by itself: with the offset of an output, with the last id of the events.
 
 _EVENTS_PATH = "/api/v1/event"
-_OUTPUT_PATH = _STEP_PATH + "/output"
 _LOOK_INTERVAL_S = 0.1
 _MAX_LOOK_SHARE = 0.02  # of a processor, that the looks take
 _FOLLOW_INTERVAL_S = 3600.0  # after which a follower looks by itself
@@ -17842,7 +17841,7 @@ class FollowApi:
         return [
             Route(
                 "GET",
-                _OUTPUT_PATH,
+                _STEP_PATH + "/output",
                 self.show_output,
                 "Sends what a step wrote, byte by byte",
                 "Output",
@@ -18089,7 +18088,6 @@ def follow_components() -> Components:
 # alone. An upload is received beside the tasks, so that no step meets half a file, and renamed into place.
 
 _WORKSPACE_PATH = _TASK_PATH + "/workspace"
-_WORKSPACE_FILE_PATH = _WORKSPACE_PATH + "/{path}"
 _LISTED_AT_ONCE = 5000
 _Entries = Iterator[os.DirEntry[str]]
 _NO_PLAIN_CHARACTER = pattern(r'[^\x20-\x7e]|["\\]')
@@ -18161,14 +18159,6 @@ def _answer_os_errors(place: _Place) -> Iterator[None]:
         raise Conflict(f"{problem}; links and mounts are not followed, and only files and directories opened") from None
 
 
-_ENTRY_TYPES = (
-    "file",
-    "directory",
-    "link",
-    "other",
-)
-
-
 def _entry_type(status: os.stat_result) -> str:
     if _is_link(status):
         return "link"
@@ -18214,7 +18204,7 @@ def _entry_schema() -> Json:
     return object_schema(
         {
             "name": string_schema("Name; bytes that are not UTF-8 as \\xff"),
-            "type": {"type": "string", "enum": [*_ENTRY_TYPES]},
+            "type": {"type": "string", "enum": ["file", "directory", "link", "other"]},
             "url": _url_schema(),
             "bytes": integer_schema("Size of a file"),
             "modified_at": time_schema("When its content was changed"),
@@ -18304,7 +18294,7 @@ class WorkspaceApi:
     def routes(self) -> list[Route]:
         return [
             *self._routes(_WORKSPACE_PATH, "POST", ("workspace_path",), ("workspace_entry",)),
-            *self._routes(_WORKSPACE_FILE_PATH, "PUT", (), ()),
+            *self._routes(_WORKSPACE_PATH + "/{path}", "PUT", (), ()),
         ]
 
     def _routes(
@@ -18898,7 +18888,7 @@ _PROFILE_TYPE = ("Content-Type", "application/octet-stream")
 _FOREIGN_THREAD = "not Python's"
 _DEBUG_LEVELS = ("0", "1", "2")
 
-ValueTypes = Sequence[tuple[str, str]]  # the name and the unit of each value of a stack
+# The name and the unit of each value of a stack.
 _SAMPLE_TYPES = (("samples", "count"), ("wall", "nanoseconds"))
 _HEAP_TYPES = (("inuse_objects", "count"), ("inuse_space", "bytes"))
 _THREAD_TYPES = (("threads", "count"),)
@@ -19014,7 +19004,7 @@ class Profile:
 
     def __init__(
         self,
-        value_types: ValueTypes,
+        value_types: Sequence[tuple[str, str]],
         comment: str,
         seconds: float = 0.0,
     ) -> None:
@@ -24481,8 +24471,6 @@ if __name__.startswith("ansible."):
 
 _PROGRAM = SERVICE
 _SUMMARY = "Turns this host into a remote executor of scripts with an HTTP/JSON API."
-_HELP_FLAG_HELP = "Show context-sensitive help (also try --help-long and --help-man)."
-_VERSION_FLAG_HELP = "Show application version."
 
 
 class _Command(NamedTuple):
@@ -24562,7 +24550,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 def _flag_rows(is_service: bool = False) -> Iterator[tuple[str, str]]:
     """Yield each flag as the help shows it, and its help."""
-    yield "-h, --[no-]help", _HELP_FLAG_HELP
+    yield "-h, --[no-]help", "Show context-sensitive help (also try --help-long and --help-man)."
     for option in OPTIONS:
         default = default_text(option)
         if is_service and option.name == "root":
@@ -24574,7 +24562,7 @@ def _flag_rows(is_service: bool = False) -> Iterator[tuple[str, str]]:
         else:
             flag = f"--{option.name}={default}"
         yield f"    {flag}", option.help
-    yield "    --[no-]version", _VERSION_FLAG_HELP
+    yield "    --[no-]version", "Show application version."
 
 
 def _service_lines() -> Iterator[str]:
