@@ -15991,13 +15991,7 @@ class TimeFormat(NamedTuple):
     wall_times: WallTimes
     key_expire_ns: int
 
-    def task_times(self, task: TaskRow) -> Json:
-        return self._times_json(task.accepted_ns, task.ended_ns, task.ended_ns)
-
-    def step_times(self, step: StepRow, task: TaskRow) -> Json:
-        return self._times_json(step.started_ns, step.ended_ns, step.ended_ns or task.ended_ns)
-
-    def _times_json(
+    def times(
         self,
         begin_ns: int | None,
         end_ns: int | None,
@@ -16163,7 +16157,7 @@ def task_json(
         "code": task.code,
         "count": task.step_count,
         "msg": message,
-        "times": time_format.task_times(task),
+        "times": time_format.times(task.accepted_ns, task.ended_ns, task.ended_ns),
         **result_words(task, task, time_format),
     }
 
@@ -16284,7 +16278,7 @@ def step_json(
             step.reason,
         ),
         "depets_on": depends_on,
-        "times": time_format.step_times(step, task),
+        "times": time_format.times(step.started_ns, step.ended_ns, step.ended_ns or task.ended_ns),
         **result_words(task, step, time_format),
         **step_words(step, output_bytes),
     }
@@ -16549,10 +16543,6 @@ def _parse_limit(query: Pairs) -> int:
 
 
 _MAX_WAIT = "1h"
-
-
-def _has_wait(request: Request) -> bool:
-    return any(name == "wait" for name, _ in request.query)
 
 
 def _parse_wait(query: Pairs) -> float:
@@ -17107,7 +17097,7 @@ class TaskApi:
                 "TaskDetail",
                 ("wait",),
                 is_limited=True,
-                is_held=_has_wait,
+                is_held=lambda request: "wait" in dict(request.query),
                 is_quick=True,
             ),
             Route(
@@ -19055,11 +19045,6 @@ class Profile:
         return gzip.compress(b"".join(fields), 6)
 
 
-def _thread_names() -> dict[int, str]:
-    threads = threading.enumerate()
-    return {thread.ident: thread.name for thread in threads if thread.ident}
-
-
 def _walk(innermost: types.FrameType) -> Iterator[tuple[types.CodeType, int]]:
     """Yield code and line of a frame and of its callers."""
     frame: types.FrameType | None = innermost
@@ -19108,7 +19093,7 @@ class Sampler:
 
     def _key(self, thread: int, innermost: types.FrameType) -> _StackKey:
         if thread not in self._thread_names:
-            self._thread_names.update(_thread_names())
+            self._thread_names.update({live.ident: live.name for live in threading.enumerate() if live.ident})
         stack = []
         for code, line in _walk(innermost):
             self._codes[id(code)] = code
@@ -23940,11 +23925,6 @@ def _fish_lines(with_ids: Sequence[str]) -> Iterator[str]:
                 yield f"{seen} -f -a '({program} completion ids 2>/dev/null)'\n"
 
 
-def _is_plain_id(task_id: str) -> bool:
-    """Return whether an id may be given to a shell, which expands what it completes (compgen -W)."""
-    return bool(re.fullmatch("[A-Za-z0-9._-]+", task_id))
-
-
 def _print_ids(options: Options) -> None:
     """Print the ids of the newest tasks, if the daemon tells them in time."""
     ids: list[str] = []
@@ -23952,7 +23932,9 @@ def _print_ids(options: Options) -> None:
     def ask() -> None:
         with contextlib.suppress(ClientError, UsageError), Api(endpoints_of(options)[0]) as api:
             page = api.call("GET", "/api/v1/task", {"order": "desc", "limit": 50}).data
-            ids.extend(filter(_is_plain_id, [task["id"] for task in page["tasks"]]))
+            for task in page["tasks"]:
+                if re.fullmatch("[A-Za-z0-9._-]+", task["id"]):  # for a shell expands what it completes (compgen -W)
+                    ids.append(task["id"])
 
     thread = threading.Thread(target=ask, name="ids", daemon=True)
     thread.start()
@@ -24156,7 +24138,8 @@ def client_command(command: ClientCommand, argv: Sequence[str]) -> int:
 # VI program / alerts: rules for Prometheus
 # ======================================================================================================================
 
-_ALERTS = """\
+# As Prometheus reads them, for targets of a job `remote_executor`.
+ALERT_RULES = """\
 groups:
   - name: remote_executor
     rules:
@@ -24184,12 +24167,7 @@ groups:
         for: 5m
         labels: {severity: warning}
         annotations: {summary: "{{ $labels.instance }}: /healthyz says what is wrong, with its files perhaps"}
-"""
-
-
-def alert_rules() -> str:
-    """Return alert rules as Prometheus reads them, for targets of a job `remote_executor`."""
-    return _ALERTS.replace("PREFIX", METRIC_PREFIX)
+""".replace("PREFIX", METRIC_PREFIX)
 
 
 # ======================================================================================================================
@@ -24833,7 +24811,7 @@ def run_command(argv: Sequence[str]) -> int:
     if command == "config":
         return config_command(flags, is_json)
     if command == "alerts":
-        print(alert_rules(), end="")
+        print(ALERT_RULES, end="")
         return 0
     if is_json and command != "selftest":
         raise UsageError(f"{command}: unexpected flag --json")
