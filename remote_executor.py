@@ -22505,28 +22505,6 @@ def follow_output(api: Api, step_path: str, stream: str, write: Write) -> Any:
         attempt += 1
 
 
-def copy_file(
-    api: Api,
-    path: str,
-    begin: Callable[[int], Any],
-    write: Write,
-) -> None:
-    """Write a file; `begin` is told its size. Raise ClientError, and as `write` does."""
-
-    def open_at(offset: int | None) -> http.client.HTTPResponse:
-        headers = {"Accept": "*/*"}
-        if offset:
-            headers["Range"] = f"bytes={offset}-"
-        response = api.open("GET", path, headers=headers)
-        if response.getheader("Content-Disposition") is None:
-            raise ClientError(f"{api.endpoint.name}: no such task, or a directory and no file: {path}; see `ls`")
-        if offset is None:
-            begin(response.length or 0)
-        return response
-
-    _copy_body(api, open_at, write)
-
-
 def await_events(api: Api, task_id: str = "") -> Iterator[None]:
     """Yield for ever: when the daemon tells of a change, and when one may have been missed. Raise ClientError."""
     query = {"task": task_id} if task_id else {}
@@ -23690,13 +23668,25 @@ def upload(api: Api, task_id: str, local: str, remote: str) -> None:
 
 def _download(api: Api, task_id: str, path: str, write: Write) -> None:
     """Write a file of a workspace. Raise ClientError, and as `write` does."""
+    target = _workspace_path(task_id, path)
     with contextlib.closing(Progress(f"get {path}")) as progress:
+
+        def open_at(offset: int | None) -> http.client.HTTPResponse:
+            headers = {"Accept": "*/*"}
+            if offset:
+                headers["Range"] = f"bytes={offset}-"
+            response = api.open("GET", target, headers=headers)
+            if response.getheader("Content-Disposition") is None:
+                raise ClientError(f"{api.endpoint.name}: no such task, or a directory and no file: {target}; see `ls`")
+            if offset is None:
+                progress.begin(response.length or 0)
+            return response
 
         def write_and_count(part: bytes) -> None:
             write(part)
             progress.add(len(part))
 
-        copy_file(api, _workspace_path(task_id, path), progress.begin, write_and_count)
+        _copy_body(api, open_at, write_and_count)
 
 
 def run_put(options: Options) -> None:
