@@ -20998,7 +20998,7 @@ class LaunchdServices(UnixServices):
         self._require_rights()
         self._require_file()
         if self._print() is not None:
-            self._launchctl("kickstart", self._target, accepted=(_LAUNCHD_ALREADY_IN_PROGRESS,))
+            self._run("launchctl", "kickstart", self._target, accepted=(_LAUNCHD_ALREADY_IN_PROGRESS,))
         else:
             self._bootstrap()
         _until(lambda: self.status()[0] == 0, _LAUNCHD_START_S)
@@ -21008,7 +21008,7 @@ class LaunchdServices(UnixServices):
         self._require_rights()
         self._require_file()
         not_loaded = (_LAUNCHD_NO_SUCH_PROCESS, _LAUNCHD_NOT_FOUND)
-        self._launchctl("bootout", self._target, accepted=(_LAUNCHD_IN_PROGRESS, *not_loaded))
+        self._run("launchctl", "bootout", self._target, accepted=(_LAUNCHD_IN_PROGRESS, *not_loaded))
         if not _until(lambda: self._print() is None, _LAUNCHD_STOP_S):  # before, a bootstrap would fail
             return f"still stopping: {self.status()[1]}"
         return self.status()[1] + self._steps_left()
@@ -21063,20 +21063,16 @@ class LaunchdServices(UnixServices):
     def _bootstrap(self) -> None:
         """Load the service, which starts it. It is tried again while launchd may still be removing an earlier one."""
         for _ in range(_LAUNCHD_ATTEMPTS - 1):
-            code, _ = self._launchctl("bootstrap", self._domain, self._file, accepted=(_LAUNCHD_IO_ERROR,))
+            code, _ = self._run("launchctl", "bootstrap", self._domain, self._file, accepted=(_LAUNCHD_IO_ERROR,))
             if not code:
                 return
             time.sleep(_LAUNCHD_RETRY_S)
-        self._launchctl("bootstrap", self._domain, self._file)
+        self._run("launchctl", "bootstrap", self._domain, self._file)
 
     def _print(self) -> str | None:
         """Return what launchd shows of the service; None where it is not loaded."""
-        code, output = self._launchctl("print", self._target, accepted=(_LAUNCHD_NOT_FOUND,))
+        code, output = self._run("launchctl", "print", self._target, accepted=(_LAUNCHD_NOT_FOUND,))
         return None if code else output
-
-    def _launchctl(self, *words: str, accepted: Sequence[int] = ()) -> tuple[int, str]:
-        """Run launchctl; return its code, 0 or one of those accepted, and its output."""
-        return self._run("launchctl", *words, accepted=accepted)
 
 
 # Exit codes of launchctl, which are errors of launchd (`launchctl error N`).
@@ -21578,7 +21574,6 @@ _MISSING = "missing"
 _SLOW = "slow"
 _NOTE = "note"
 _NEEDED = ("sh", "cmd", "python")
-_READY = "ready"
 _READY_SCRIPTS = {
     ".sh": "echo ready",
     ".py": 'print("ready")',
@@ -21668,8 +21663,7 @@ class _TestDaemon:
         """Return the envelope of an answer."""
         headers = {}
         if has_token:
-            path_of_token = os.path.join(self._root, "token")
-            with open(path_of_token, encoding="ascii") as file:
+            with open(os.path.join(self._root, "token"), encoding="ascii") as file:
                 headers["Authorization"] = f"Bearer {file.read().strip()}"
         data = None if body is None else json.dumps(body)
         connection = http.client.HTTPConnection(
@@ -21691,13 +21685,11 @@ class _TestDaemon:
 
     def steps(self, task: str) -> list[Json]:
         """Return the steps of a task as its detail shows them."""
-        detail = self.request("GET", f"/api/v1/task/{task}")
-        steps: list[Json] = detail["data"]
+        steps: list[Json] = self.request("GET", f"/api/v1/task/{task}")["data"]
         return steps
 
     def has_finished(self, task: str) -> bool:
-        detail = self.request("GET", f"/api/v1/task/{task}")
-        return bool(detail["code"] != Code.IN_PROGRESS)
+        return bool(self.request("GET", f"/api/v1/task/{task}")["code"] != Code.IN_PROGRESS)
 
     def console(self, task: str, step: int = 0) -> list[str]:
         """Return the lines that a step has written so far."""
@@ -21837,7 +21829,7 @@ class _SelfTest:
         if step["state"] != State.ENDED:
             return _Check(name, _SLOW, f"{program}: has not ended within {_SLOW_INTERPRETERS_S:.0f} s")
         lines = self._daemon.console("interpreters", step["step"])
-        if step["code"] or lines[:1] != [_READY]:
+        if step["code"] or lines[:1] != ["ready"]:
             result = _FAILED if name in _NEEDED else _BROKEN
             return _Check(name, result, f"{program}: code {step['code']}: {' '.join(lines)[:80]}")
         detail = [program, *lines[1:]]
@@ -21848,12 +21840,8 @@ class _SelfTest:
         with contextlib.suppress(*_DAEMON_FAULTS):  # it is not there
             for task in ("interpreters", "tree", "adopted"):
                 self._daemon.request("PUT", f"/api/v1/task/{task}")
-            _until(self._is_idle, 6.0)
+            _until(lambda: not self._daemon.request("GET", "/api/v1/pool")["data"]["running"], 6.0)
         self._daemon.kill()
-
-    def _is_idle(self) -> bool:
-        pool = self._daemon.request("GET", "/api/v1/pool")["data"]
-        return not pool["running"]
 
 
 def _has_gone(line: str, file: str) -> bool:
