@@ -22953,13 +22953,13 @@ class JobOutcome(NamedTuple):
 
 
 class Job:
-    """A task on one host, made and followed by one thread; `stop` is for another."""
+    """A task on one host, made and followed by one thread; `interrupt` is for another."""
 
     def __init__(self, endpoint: Endpoint, task_id: str, options: Options) -> None:
         self.endpoint = endpoint
         self.task_id = task_id
         self._options = options
-        self._was_stopped = False
+        self._was_interrupted = False
 
     def run(self) -> JobOutcome:
         """Do it to its end. A ClientError is an outcome too."""
@@ -22967,16 +22967,20 @@ class Job:
             outcome = self.do()
         except ClientError as error:
             outcome = JobOutcome("error", _CLIENT_FAILED, message=str(error))
-        if self._was_stopped:
+        if self._was_interrupted:
             return outcome._replace(code=_INTERRUPTED)
         return outcome
 
     def do(self) -> JobOutcome:
         raise NotImplementedError
 
+    def interrupt(self) -> None:
+        """Stop the task for its user."""
+        self._was_interrupted = True
+        self.stop()
+
     def stop(self, *_: object) -> None:
         """Stop the task; a second time at once."""
-        self._was_stopped = True
         query = {"action": "stop", "reason": "interrupted at the client"}
         with contextlib.suppress(ClientError), Api(self.endpoint) as api:  # who follows the task tells of it
             api.call("PUT", _task_path(self.task_id), query)
@@ -22988,7 +22992,7 @@ class Job:
         data = api.call("POST", "/api/v1/task", {"id": self.task_id, **query}, steps).data
         for warning in data.get("warnings", ()):
             print_error(f"{self.endpoint.name}: {printable(warning)}")
-        if self._was_stopped:
+        if self._was_interrupted:
             self.stop()  # the first one came too early
         return data
 
@@ -23024,7 +23028,7 @@ def _run_jobs(jobs: Sequence[Job], parallel: int, is_fail_fast: bool) -> dict[Jo
                 is_over.set()
                 print_error("stopping what runs; Ctrl-C again kills it at once")
                 for future in filter(Future.running, pending):
-                    threading.Thread(target=futures[future].stop, name="stop", daemon=True).start()
+                    threading.Thread(target=futures[future].interrupt, name="stop", daemon=True).start()
     return outcomes
 
 

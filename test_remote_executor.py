@@ -12507,6 +12507,16 @@ def test_exec_loses_no_byte_when_the_daemon_is_killed_and_started_again(launch: 
     assert process.returncode == 3
 
 
+@linux_only
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["plain", "json"])
+def test_exec_stops_its_step_when_its_output_cannot_be_written(daemon: Daemon, flags: list[str]) -> None:
+    command = [*CLI_ARGV, "exec", *flags, "-c", "echo begun; while :; do sleep 0.1; done"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, env=client_env(daemon))
+    assert (done.returncode, b"the output cannot be written: No space left" in done.stderr) == (125, True), done
+    until_idle(daemon)
+
+
 def test_exec_stops_its_step_when_nobody_reads(daemon: Daemon) -> None:
     endless = "while True: print('y' * 1000)"
     with subprocess.Popen(
