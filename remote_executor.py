@@ -16418,11 +16418,9 @@ def submitted_json(item: Json) -> Json:
 
 def _step_outcome(step: StepRow) -> tuple[Code, str]:
     """Return code and message of the envelope in which a step is shown."""
-    if step.state != State.PENDING:
-        return _console_outcome(step)
-    if step.result == Result.NOT_RUN:
+    if step.state == State.PENDING and step.result == Result.NOT_RUN:
         return Code.FAILED, STEP_PENDING
-    return Code.IN_PROGRESS, "pending"
+    return _console_outcome(step)
 
 
 def _step_detail_response() -> Json:
@@ -16648,10 +16646,10 @@ def _rerun_response() -> Json:
 
 
 def _console_outcome(step: StepRow) -> tuple[Code, str]:
-    """Return code and message of the envelope in which the console of a step that has started is shown."""
+    """Return code and message of the envelope in which the console of a step is shown."""
     if step.state == State.RUNNING:
         return Code.IN_PROGRESS, "in progress"
-    if step.state == State.PENDING:  # it has failed, and is tried again
+    if step.state == State.PENDING:  # for the first time, or it has failed and is tried again
         return Code.IN_PROGRESS, "pending"
     if step.code:
         reason = step.reason or format_failure(step.step_index, step.name, step.code, "")
