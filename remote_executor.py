@@ -23862,33 +23862,25 @@ def _flags_of(command: ClientCommand) -> list[str]:
 
 
 def _fill_in(template: str, values: Mapping[str, str]) -> str:
-    return re.sub(
-        "@([A-Z_]+)@",
-        lambda match: values[match[1]],
-        template,
-    )
+    return re.sub("@([A-Z_]+)@", lambda match: values[match[1]], template)
 
 
 def _completion_script(shell: str) -> str:
     """Return the script that has a shell complete commands, flags and ids of tasks."""
     flags = {command.name: " ".join(_flags_of(command)) for command in CLIENT_COMMANDS}
     with_ids = [command.name for command in CLIENT_COMMANDS if command.arguments[0].placeholder == "ID"]
-    names = " ".join([*_DAEMON_COMMANDS, *flags])
+    values = {"NAMES": " ".join([*_DAEMON_COMMANDS, *flags])}
     if shell == "fish":
         return "".join(_fish_lines(with_ids))
     if shell == "powershell":
-        rows = [f"        '{name}' = '{text}'" for name, text in flags.items()]
-        values = {"PROGRAMS": ", ".join(_COMPLETED_NAMES), "WITH_IDS": " ".join(with_ids)}
-        return _fill_in(
-            _POWERSHELL_COMPLETION,
-            {**values, "NAMES": names, "FLAGS": "\n".join(rows)},
-        )
-    rows = [f'            {name}) words="{text}" ;;' for name, text in flags.items()]
-    values = {"PROGRAMS": " ".join(_COMPLETED_NAMES), "WITH_IDS": "|".join(f"*/{name}" for name in with_ids)}
-    script = _fill_in(
-        _BASH_COMPLETION,
-        {**values, "NAMES": names, "FLAGS": "\n".join(rows)},
-    )
+        values["PROGRAMS"] = ", ".join(_COMPLETED_NAMES)
+        values["WITH_IDS"] = " ".join(with_ids)
+        values["FLAGS"] = "\n".join(f"        '{name}' = '{text}'" for name, text in flags.items())
+        return _fill_in(_POWERSHELL_COMPLETION, values)
+    values["PROGRAMS"] = " ".join(_COMPLETED_NAMES)
+    values["WITH_IDS"] = "|".join(f"*/{name}" for name in with_ids)
+    values["FLAGS"] = "\n".join(f'            {name}) words="{text}" ;;' for name, text in flags.items())
+    script = _fill_in(_BASH_COMPLETION, values)
     if shell == "zsh":
         return _ZSH_BEGIN + script
     return script
@@ -23922,7 +23914,7 @@ def _print_ids(options: Options) -> None:
     print("\n".join(ids))
 
 
-def run_completion(options: Options) -> int:
+def run_completion(options: Options) -> None:
     """Print a shell's script for completion, or what that asks for: ids of tasks."""
     if options.shell == "ids":
         _print_ids(options)
@@ -23930,7 +23922,6 @@ def run_completion(options: Options) -> int:
         raise UsageError(f"completion: unknown shell {options.shell!r}: expected one of {', '.join(_SHELLS)}")
     else:
         print(_completion_script(options.shell), end="")
-    return 0
 
 
 _DAEMON_COMMANDS = ("help", "run", "config", "alerts", "selftest", "service")
