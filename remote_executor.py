@@ -17756,10 +17756,10 @@ class EventLog:
             return self._oldest() - 1 <= number < self._next
 
     def after(self, number: int) -> list[Event]:
-        """Return the next events after this one, some hundred at most. Raise LookupError if they are not kept."""
+        """Return the next events after this one, some hundred at most. Raise ConnectionEnded if they are not kept."""
         with self._lock:
             if number < self._oldest() - 1:
-                raise LookupError(number)
+                raise ConnectionEnded("the client reads too slowly")
             end = min(self._next, number + 1 + _EVENTS_AT_ONCE)
             return [self._event(current) for current in range(number + 1, end)]
 
@@ -17967,7 +17967,7 @@ class FollowApi:
                 yield b"retry: 1000\n" + format_event("reset", {}, position)
             sent = position
             while not hold.is_ending:
-                events = self._events_after(position)
+                events = self._log.after(position)
                 position += len(events)
                 shown = [event for event in events if task_number in (None, event.task_number)]
                 if shown:
@@ -17981,12 +17981,6 @@ class FollowApi:
                     yield b":\n\n" if sent == position else f":\nid: {position}\n\n".encode()
                     sent = position
         raise ConnectionEnded("the daemon shuts down")
-
-    def _events_after(self, position: int) -> list[Event]:
-        try:
-            return self._log.after(position)
-        except LookupError:
-            raise ConnectionEnded("the client reads too slowly") from None
 
     def _render(
         self,
