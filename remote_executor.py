@@ -20287,7 +20287,6 @@ def leave_step() -> None:
 
 _SERVICE_TITLE = "Remote executor"
 _LOG_LINES = 100  # that `service logs` shows
-_LOG_TAIL_BYTES = 64 * 1024
 _MAX_LINKS = 40  # on the way to a file, as for the kernel (path_resolution(7))
 
 
@@ -20480,9 +20479,9 @@ def _count_running_steps(root: str) -> int:
 def _read_tail(path: str) -> str:
     """Return the last lines of a log."""
     try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _LOG_TAIL_BYTES))
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(tail_offset(file, size, _LOG_LINES))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError as error:
         raise StartupError(f"service: the log {path} cannot be read: {error.strerror}") from None
