@@ -22117,6 +22117,13 @@ class Api:
             raise ClientError(f"{self.endpoint.name}: {problem}")
         return version
 
+    def read(self, response: http.client.HTTPResponse) -> Reply:
+        """Return the envelope of an answer that is not asked for again. Raise ClientError."""
+        try:
+            return self.parse(response.read())
+        except (OSError, http.client.HTTPException) as error:
+            raise ClientError(self._fault(error)) from None
+
     def parse(self, text: bytes) -> Reply:
         """Return an answer's envelope. Raise ClientError."""
         try:
@@ -23644,7 +23651,7 @@ def upload(api: Api, task_id: str, local: str, remote: str) -> None:
 
         headers = {"Content-Length": str(size)}
         with api.open("PUT", _workspace_path(task_id, remote), None, read_parts, headers) as response:
-            reply = api.parse(response.read())
+            reply = api.read(response)
     if reply.code:
         raise ClientError(f"{api.endpoint.name}: {printable(reply.message)}")
 
@@ -23706,7 +23713,7 @@ def run_ls(options: Options) -> None:
     with api.open("GET", _workspace_path(options.id, options.path)) as response:
         if response.getheader("Content-Disposition"):
             raise ClientError(f"{api.endpoint.name}: {options.path!r} is a file: `get` copies it")
-        entries = api.parse(response.read()).data
+        entries = api.read(response).data
     if entries is None:
         raise ClientError(f"{api.endpoint.name}: no task {options.id!r}: never there, expired or deleted; see `list`")
     if options.json:

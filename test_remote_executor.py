@@ -93,6 +93,7 @@ import functools
 import gzip
 import hashlib
 import http.client
+import http.server
 import io
 import ipaddress
 import itertools
@@ -12738,6 +12739,34 @@ def test_files_go_to_a_task_and_come_back(daemon: Daemon, tmp_path: Path) -> Non
         assert line in ask(daemon, *words.split()).stderr
     failed = ask(daemon, "get", task, "missing", str(tmp_path / "missing"))
     assert failed.returncode == 125 and sorted(os.listdir(tmp_path)) == ["back", "in.bin", "job.json"]
+
+
+class TornAnswers(http.server.BaseHTTPRequestHandler):
+    """A daemon whose answers break off, but for /version."""
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        body = b'{"code":0,"message":"success","data":{"features":["workspace"]}}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body) if self.path == "/version" else 100))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_PUT = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("command", ["ls", "put"])
+def test_answer_about_files_that_breaks_off_is_told(daemon: Daemon, tmp_path: Path, command: str) -> None:
+    (tmp_path / "file").write_text("content")
+    files = [str(tmp_path / "file")] if command == "put" else []
+    with http.server.HTTPServer(("127.0.0.1", 0), TornAnswers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = ask(daemon, command, "-H", f"127.0.0.1:{server.server_port}", "task", *files)
+        server.shutdown()
+    assert (done.returncode, "cannot be reached: IncompleteRead" in done.stderr) == (125, True), done
 
 
 def test_many_hosts_are_worked_on_side_by_side_and_summed_up(daemon: Daemon, tmp_path: Path) -> None:
