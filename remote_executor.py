@@ -18333,19 +18333,10 @@ class WorkspaceApi:
                 return Response(headers=(JSON_TYPE,), body=body)
             with self._files.enter(*place.workspace) as workspace:
                 file = workspace.read(*place.names)
-        return self._file_response(request, file, place)
-
-    def _file_response(
-        self,
-        request: Request,
-        file: io.FileIO,
-        place: _Place,
-    ) -> Response:
-        """Return what `file_response` does; close the file where it is not sent."""
         with contextlib.ExitStack() as closing:
             closing.callback(file.close)
             response = file_response(request, file, place.names[-1])
-            if isinstance(response.body, FileSlice):
+            if isinstance(response.body, FileSlice):  # which is sent, and then closed
                 closing.pop_all()
         return response
 
