@@ -24306,12 +24306,10 @@ def _ansible_endpoint(option: Callable[[str], Any]) -> Endpoint:
     token = option("token") or ""
     if not token and option("token_file"):
         token = _read_token(option("token_file"))
-    authority = host
-    if ":" in host:
-        authority = f"[{host}]"
+    authority = _show_endpoint((host, option("port")))
     return Endpoint(
         host,
-        f"{option('scheme')}://{authority}:{option('port')}",
+        f"{option('scheme')}://{authority}",
         token,
         option("ca_file") or "",
         option("cert_file") or "",
