@@ -19935,12 +19935,10 @@ class Daemon:
             self._log_file.reopen()
         authenticator.reload()
         log.info("SIGHUP: the log file is opened again, the tokens are read again")
-        if self._tls:
-            self._reload_certificates(self._tls)
-
-    def _reload_certificates(self, tls: Tls) -> None:
+        if not self._tls:
+            return
         try:
-            tls.load()
+            self._tls.load()
             log.info("certificates reloaded")
         except StartupError as error:
             log.error("certificates not reloaded, the previous ones stay in use: %s", error)
