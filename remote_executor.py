@@ -15866,7 +15866,7 @@ def nullable(schema: Json) -> Json:
     return {**schema, "type": [schema["type"], "null"]}
 
 
-def envelope_schema(codes: Sequence[int], data: Json | None = None) -> Json:
+def envelope_schema(data: Json | None = None, codes: Sequence[int] = (Code.SUCCESS,)) -> Json:
     """Return the schema of an envelope with one of these codes, and with `data` where it has a schema."""
     code: Json = {"type": "integer", "enum": [*codes]}
     if len(codes) == 1:
@@ -16250,7 +16250,7 @@ def _task_list_response() -> Json:
         "one task": success_example({"running": 0, "tasks": [task], "total": 1}),
         "none": success_example({"running": 0, "tasks": [], "total": 0}),
     }
-    return response_object("All tasks", envelope_schema([Code.SUCCESS], data), examples)
+    return response_object("All tasks", envelope_schema(data), examples)
 
 
 def step_json(
@@ -16368,7 +16368,7 @@ def _task_outcome(task: TaskRow, steps: Sequence[StepRow]) -> tuple[Code, str]:
 
 def _or_not_found(data: Json | None = None, codes: Sequence[int] = (Code.SUCCESS,)) -> Json:
     """Return the schema of an envelope with this data, or of one that says that there is no such task."""
-    return {"oneOf": [envelope_schema(codes, data), schema_reference("NotFound")]}
+    return {"oneOf": [envelope_schema(data, codes), schema_reference("NotFound")]}
 
 
 def _progress_schema(data: Json) -> Json:
@@ -16635,7 +16635,7 @@ def _accepted_schema() -> Json:
 
 def _accepted_response() -> Json:
     example = accepted_json(4, "release-1", _EXAMPLE_BASE_URL, 1668649373430555500)
-    schema = envelope_schema([Code.SUCCESS], _accepted_schema())
+    schema = envelope_schema(_accepted_schema())
     return response_object("The task is stored", schema, {"stored": success_example(example)}, "X-Task-ID")
 
 
@@ -16691,7 +16691,7 @@ def _pool_schema() -> Json:
 
 def _pool_response() -> Json:
     example = pool_json(PoolStats(size=30, running=1, waiting=0))
-    schema = envelope_schema([Code.SUCCESS], schema_reference("Pool"))
+    schema = envelope_schema(schema_reference("Pool"))
     return response_object("The pool", schema, {"pool": success_example(example)})
 
 
@@ -17451,7 +17451,7 @@ def task_components() -> Components:
             "Step": _step_schema(),
             "StepDetail": _step_detail_schema(),
             "Pool": _pool_schema(),
-            "NotFound": envelope_schema([Code.NOT_FOUND]),
+            "NotFound": envelope_schema(codes=[Code.NOT_FOUND]),
         },
     )
 
@@ -18655,7 +18655,7 @@ def _index_response() -> Json:
     links = object_schema({name: _url_schema() for name in _LINKS})
     data = object_schema({"version": string_schema("Version of the program"), "links": links})
     example = success_example(index_json(_EXAMPLE_BASE_URL))
-    return response_object("The version, and links", envelope_schema([Code.SUCCESS], data), {"index": example})
+    return response_object("The version, and links", envelope_schema(data), {"index": example})
 
 
 def health_json(server: str, client: str, timestamp_ns: int) -> Json:
@@ -18676,7 +18676,7 @@ def _health_schema() -> Json:
 
 
 def _health_response() -> Json:
-    envelope = envelope_schema([Code.SUCCESS], schema_reference("Health"))
+    envelope = envelope_schema(schema_reference("Health"))
     return response_object("The daemon is alive", object_schema({**envelope["properties"], **_health_properties()}))
 
 
@@ -18823,14 +18823,13 @@ class OperatorApi:
 
 def operator_components() -> Components:
     """Return what the API document says of the routes about the daemon itself."""
-    success = [Code.SUCCESS]
     return Components(
         parameters={},
         request_bodies={},
         responses={
             "Index": _index_response(),
-            "Version": response_object("The version", envelope_schema(success, schema_reference("Version"))),
-            "State": response_object("Host, process and work", envelope_schema(success, schema_reference("State"))),
+            "Version": response_object("The version", envelope_schema(schema_reference("Version"))),
+            "State": response_object("Host, process and work", envelope_schema(schema_reference("State"))),
             "Health": _health_response(),
             "Empty": {"description": "An empty body"},
             "Metrics": text_response_object("Text format 0.0.4 of Prometheus", "text/plain"),
@@ -19401,7 +19400,7 @@ def _error_response(status: int) -> Json:
     description, message = _ERRORS[status]
     example = {"code": status, "message": message}
     header = _ERROR_HEADERS.get(status, "")
-    return response_object(description, envelope_schema([status]), {"refused": example}, header)
+    return response_object(description, envelope_schema(codes=[status]), {"refused": example}, header)
 
 
 def _operation_id(route: Route) -> str:
