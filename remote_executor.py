@@ -715,7 +715,12 @@ class DaemonThread(threading.Thread):
     in 2 of 12 runs under `ulimit -v 150000`, each time with the thread that accepts connections.
     """
 
-    def __init__(self, target: Callable[..., Any], name: str, args: tuple[Any, ...] = ()) -> None:
+    def __init__(
+        self,
+        target: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...] = (),
+    ) -> None:
         super().__init__(target=target, name=name, args=args, daemon=True)
         self._started = _BoundedEvent()  # Thread's own attribute, which its `start` waits for
         # Popped, which is atomic, by whoever comes first: the thread that begins, or `start` that gives it up.
@@ -2691,7 +2696,11 @@ class SafeDirectory:
         with other._parent([name]) as (source, source_parent), self._parent(names, may_make=True) as (target, parent):
             _replace(source, target, source_parent, parent)
 
-    def copy_from(self, other: SafeDirectory, is_wanted: Callable[[], bool]) -> None:
+    def copy_from(
+        self,
+        other: SafeDirectory,
+        is_wanted: Callable[[], bool],
+    ) -> None:
         """Copy all that is in `other`, as long as it is wanted: holes as holes, links as links; no pipe and no device.
 
         Nothing that is mounted there is copied. Raises OSError.
@@ -2857,7 +2866,10 @@ class WalkedEntry(NamedTuple):
 _COPY_BLOCK_BYTES = 1 << 20
 
 
-def _data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+def _data_ranges(
+    descriptor: int,
+    size: int,
+) -> Iterator[tuple[int, int]]:
     """Yield begin and end of what a file holds between its holes (lseek(2)); all of it where none are told."""
     if not hasattr(os, "SEEK_DATA"):
         yield 0, size
@@ -2874,7 +2886,12 @@ def _data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
         yield begin, end
 
 
-def _copy_range(source: io.FileIO, target: io.FileIO, begin: int, end: int) -> None:
+def _copy_range(
+    source: io.FileIO,
+    target: io.FileIO,
+    begin: int,
+    end: int,
+) -> None:
     source.seek(begin)
     target.seek(begin)
     while begin < end:
@@ -3359,7 +3376,11 @@ def _read_windows_table(table: str) -> bytes:
             raise PeersUnknown(f"GetExtendedTcpTable: error {error}")
 
 
-def _connections_on_windows(table: str, content: bytes, port: int) -> Iterator[tuple[_Ends, tuple[int, int]]]:
+def _connections_on_windows(
+    table: str,
+    content: bytes,
+    port: int,
+) -> Iterator[tuple[_Ends, tuple[int, int]]]:
     """Yield the ends of each connection to a port that a process holds, its pid, and when it was opened.
 
     The time is in units of 100 ns since 1601, 0 where the system does not tell.
@@ -3443,7 +3464,13 @@ def _has_developer_tools() -> bool:
     command = ["/usr/bin/xcode-select", "-p"]
     null = subprocess.DEVNULL
     try:
-        process = subprocess.run(command, stdin=null, stdout=null, stderr=null, timeout=_XCODE_SELECT_TIMEOUT_S)
+        process = subprocess.run(
+            command,
+            stdin=null,
+            stdout=null,
+            stderr=null,
+            timeout=_XCODE_SELECT_TIMEOUT_S,
+        )
     except (OSError, subprocess.TimeoutExpired):  # it comes with every Mac; better to run the program than not
         return True
     return not process.returncode
@@ -3770,7 +3797,12 @@ def _checked_out_commit() -> str:
     command = [git, f"--git-dir={git_dir}", "rev-parse", "--verify", "HEAD"]
     null = subprocess.DEVNULL
     try:
-        process = subprocess.run(command, stdin=null, stdout=subprocess.PIPE, stderr=null)
+        process = subprocess.run(
+            command,
+            stdin=null,
+            stdout=subprocess.PIPE,
+            stderr=null,
+        )
     except OSError:  # there is no process left for it
         return ""
     if process.returncode:  # such as a checkout without a commit
