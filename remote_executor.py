@@ -18021,8 +18021,7 @@ class FollowApi:
         names: _NamesByTask,
     ) -> bytes:
         """Return events as they are sent. `names` caches those of a task's steps. Raise ConnectionEnded."""
-        now_ns = self._clock.now_ns()
-        time_format = TimeFormat(now_ns, self._clock.wall_times(), self._key_expire_ns)
+        time_format = TimeFormat(self._clock.now_ns(), self._clock.wall_times(), self._key_expire_ns)
         rendered = []
         try:
             running = self._store.running_steps()
