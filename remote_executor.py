@@ -13749,17 +13749,21 @@ document.getElementById("use").addEventListener("submit", (event) => {
 load();
 """
 )
-API_PAGE = r"""<!DOCTYPE html>
+_PAGE = r"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<link rel="icon" href="data:,">
-<title>remote_executor</title>
+<link rel="icon" id="icon" href="data:,">
+<title>{title}</title>
 <style>{style}</style>
 </head>
 <body>
+{body}
+</body>
+</html>
+"""
+API_PAGE = r"""
 <header>
 <nav><a href="../#/">Dashboard</a> · <a href="../debug/pprof/">Profiles</a></nav>
 <h1>remote_executor <span id="version" class="soft"></span></h1>
@@ -13775,19 +13779,8 @@ API_PAGE = r"""<!DOCTYPE html>
 <main id="content"></main>
 <noscript><p>This page needs JavaScript; the API document is <a href="doc.json">doc.json</a>.</p></noscript>
 <script>{script}</script>
-</body>
-</html>
 """
-PROFILES_PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>profiles of remote_executor</title>
-<style>{style}</style>
-</head>
-<body>
+PROFILES_PAGE = r"""
 <nav><a href="../../#/">Dashboard</a> · <a href="../../swagger/index.html">API</a></nav>
 <h1>Profiles</h1>
 <p class="soft">Profiles that take time run one at a time. <code>?seconds=5</code> sets how long,
@@ -13796,8 +13789,6 @@ Perfetto.</p>
 <dl>
 {rows}
 </dl>
-</body>
-</html>
 """
 
 
@@ -13818,8 +13809,10 @@ def _digest(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _make_page(page: str, style: str, script: str) -> Response:
+def _make_page(title: str, body: str, style: str, script: str) -> Response:
     """Return a page with this style and script, which loads nothing and calls this daemon only (CSP Level 3)."""
+    page = _PAGE.replace("{title}", title).replace("{body}", body.strip())
+    page = page.replace("{style}", style).replace("{script}", script)
     directives = (
         "default-src 'none'",
         f"style-src 'sha256-{_digest(style)}'",  # inline, with this text alone
@@ -13837,15 +13830,14 @@ def _make_page(page: str, style: str, script: str) -> Response:
         ("Referrer-Policy", "no-referrer"),
         ("Cache-Control", "no-cache"),
         ("Vary", "Accept"),  # the root is an index for programs
-        ("ETag", f'"{_digest(page + style + script)}"'),
+        ("ETag", f'"{_digest(page)}"'),
     )
-    html = page.replace("{style}", style).replace("{script}", script)
-    return Response(200, headers, html.encode())
+    return Response(200, headers, page.encode())
 
 
-def page_response(request: Request, page: str, style: str, script: str) -> Response:
+def page_response(request: Request, body: str, style: str, script: str, title: str = "remote_executor") -> Response:
     """Return a page, or its headers alone where the browser has it."""
-    response = _make_page(page, style, script)
+    response = _make_page(title, body, style, script)
     if dict(response.headers)["ETag"] in request.headers.get("if-none-match", ""):
         return response._replace(status=304, body=b"")
     return response
@@ -14027,16 +14019,7 @@ dialog form, .form, .two { display: grid; gap: .75rem 2rem; }
   .field { grid: auto / minmax(0, 1fr); }
 }
 """
-DASHBOARD_PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" id="icon" href="data:,">
-<title>remote_executor</title>
-<style>{style}</style>
-</head>
-<body>
+DASHBOARD_PAGE = r"""
 <header>
 <h1><a href="#/" id="host">remote_executor</a></h1>
 <nav aria-label="Pages">
@@ -14056,8 +14039,6 @@ DASHBOARD_PAGE = r"""<!DOCTYPE html>
 <div id="toast" role="status"></div>
 <noscript><p class="pad">This page needs JavaScript.</p></noscript>
 <script>{script}</script>
-</body>
-</html>
 """
 
 
@@ -19277,7 +19258,7 @@ class ProfileApi:
             level = _INDEX_DEBUG_LEVELS.get(name)
             link = f"{name}?debug={level}" if level else name
             rows.append((link, description))
-        return page_response(request, profiles_page(rows), API_STYLE, "")
+        return page_response(request, profiles_page(rows), API_STYLE, "", "profiles of remote_executor")
 
     def show_command_line(self, _: Request) -> Response:
         argv = getattr(sys, "orig_argv", None) or [sys.executable, *sys.argv]  # Python 3.10
