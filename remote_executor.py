@@ -13475,19 +13475,20 @@ PALETTE = r"""
     --link: #79b8ff; --get: #79b8ff; --post: #7ee787; --put: #ffa657; --bad: #ff8b82; }
 }
 * { box-sizing: border-box; }
+body { background: var(--back); color: var(--text); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+code, pre { font: var(--code); }
 a { color: var(--link); }
 .soft { color: var(--soft); }
 .bad { color: var(--bad); }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 1px; }
 """
 API_STYLE = PALETTE + r"""
-body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--back); color: var(--text);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: 0; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 h3 { font-size: .9rem; margin: 1rem 0 .25rem; color: var(--soft); }
 p { margin: .25rem 0; }
-code, pre, textarea, .path { font: var(--code); }
+textarea, .path { font: var(--code); }
 pre { margin: .25rem 0; padding: .5rem .75rem; max-height: 30rem; overflow: auto; background: var(--box);
   border: 1px solid var(--line); border-radius: .375rem; white-space: pre-wrap; }
 input, textarea, select, button { font-size: 1rem; padding: .4rem .6rem; max-width: 100%; color: inherit;
@@ -13527,6 +13528,9 @@ function h(name, ...parts) {
   return element;
 }
 
+const byId = (id) => document.getElementById(id);
+const on = (target, type, listener, options) => target.addEventListener(type, listener, options);
+
 function storedToken() {
   return sessionStorage.getItem(TOKEN_KEY) || localStorage.getItem(TOKEN_KEY) || "";
 }
@@ -13534,16 +13538,13 @@ function storedToken() {
 function authorizationHeaders(token) {
   return token ? { Authorization: "Bearer " + token } : {};
 }
-
-const on = (target, type, listener, options) => target.addEventListener(type, listener, options);
 """
 API_SCRIPT = (
     COMMON_SCRIPT
     + r"""
 const MAX_SHOWN_CHARACTERS = 100000;
-const content = document.getElementById("content");
-const note = document.getElementById("note");
-const tokenInput = document.getElementById("token");
+const note = byId("note");
+const tokenInput = byId("token");
 let openapi = null;
 
 function createPre(text, label) {
@@ -13556,7 +13557,7 @@ function codeText(text) {
 }
 
 function resolve(object) {
-  if (!object || !object.$ref) return object;
+  if (!object?.$ref) return object;
   return object.$ref.split("/").slice(1).reduce((parent, name) => parent[name], openapi);
 }
 
@@ -13573,7 +13574,7 @@ function typeText(reference, indent = "") {
   const required = schema.required || [];
   const lines = Object.entries(schema.properties).map(([name, property]) => {
     const mark = required.includes(name) ? "" : "?";
-    const description = (resolve(property) || {}).description;
+    const description = resolve(property)?.description;
     const comment = description ? "  // " + description : "";
     return deeper + name + mark + ": " + typeText(property, deeper) + comment;
   });
@@ -13608,8 +13609,7 @@ function createInputs(operation) {
 function createLabel({ parameter, input, isArray }) {
   let hint = parameter.required ? "" : "; optional";
   if (isArray) hint = "; one a line";
-  return h("label", h("code", parameter.name), input,
-    h("small", codeText(parameter.description + hint)));
+  return h("label", h("code", parameter.name), input, h("small", codeText(parameter.description + hint)));
 }
 
 function createBody(operation) {
@@ -13619,12 +13619,12 @@ function createBody(operation) {
   const examples = Object.entries(media.examples || { "": { value: media.example } });
   const titles = examples.map(([title]) => h("option", title));
   const area = h("textarea", { "aria-label": "Body", spellcheck: "false" });
-  const choice = h("select", { "aria-label": "Example" }, ...titles);
+  const choice = h("select", { "aria-label": "Example" }, titles);
   const fill = () => {
     const value = examples[choice.selectedIndex][1].value;
     area.value = typeof value === "string" ? value : JSON.stringify(value, null, 2);
   };
-  choice.addEventListener("change", fill);
+  on(choice, "change", fill);
   fill();
   return [area, [h("h3", "Body"), createPre(typeText(media.schema)), choice, area]];
 }
@@ -13636,11 +13636,10 @@ function createResponses(operation) {
     for (const [type, media] of Object.entries(response.content || {})) {
       parts.push(h("p.soft", type), createPre(typeText(media.schema)));
       for (const [title, example] of Object.entries(media.examples || {}))
-        parts.push(h("p.soft", "Example: " + title),
-          createPre(JSON.stringify(example.value, null, 2)));
+        parts.push(h("p.soft", "Example: " + title), createPre(JSON.stringify(example.value, null, 2)));
     }
     const summary = h("summary", h("code", status), " ", codeText(response.description));
-    return h("details", summary, h("div.body", ...parts));
+    return h("details", summary, h("div.body", parts));
   });
 }
 
@@ -13679,10 +13678,9 @@ function showOperation(path, method, operation, parent) {
   const [area, body] = createBody(operation);
   const button = h("button", "Send");
   const result = h("div", { "aria-live": "polite" });
-  const form = h("form", {},
-    ...inputs.map(createLabel), ...body, h("p", button), result);
+  const form = h("form", inputs.map(createLabel), body, h("p", button), result);
   let controller = null;
-  form.addEventListener("submit", async (event) => {
+  on(form, "submit", async (event) => {
     event.preventDefault();
     if (controller) return controller.abort();
     controller = new AbortController();
@@ -13696,7 +13694,7 @@ function showOperation(path, method, operation, parent) {
     controller = null;
     button.textContent = "Send";
   });
-  form.addEventListener("keydown", (event) => {
+  on(form, "keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
   });
   parent.append(form, h("h3", "Responses"), ...createResponses(operation));
@@ -13704,11 +13702,10 @@ function showOperation(path, method, operation, parent) {
 
 function createOperation(path, method, operation) {
   const body = h("div.body");
-  const summary = h("summary", {},
-    h("span", { class: "method " + method }, method.toUpperCase()),
+  const summary = h("summary", h("span.method." + method, method.toUpperCase()),
     h("span.path", path), " ", h("small", operation.summary));
   const details = h("details", { id: operation.operationId }, summary, body);
-  details.addEventListener("toggle", () => showOperation(path, method, operation, body), { once: true });
+  on(details, "toggle", () => showOperation(path, method, operation, body), { once: true });
   return details;
 }
 
@@ -13720,10 +13717,10 @@ function showDocument() {
       if (!sections.has(tag)) sections.set(tag, h("section", h("h2", tag)));
       sections.get(tag).append(createOperation(path, method, operation));
     }
-  content.replaceChildren(...sections.values());
-  document.getElementById("version").textContent = openapi.info.version;
-  document.getElementById("description").replaceChildren(...codeText(openapi.info.description));
-  const target = document.getElementById(location.hash.slice(1));
+  byId("content").replaceChildren(...sections.values());
+  byId("version").textContent = openapi.info.version;
+  byId("description").replaceChildren(...codeText(openapi.info.description));
+  const target = byId(location.hash.slice(1));
   if (target) { target.open = true; target.scrollIntoView(); }
 }
 
@@ -13741,7 +13738,7 @@ async function load() {
 
 document.title = "API · " + location.host;
 tokenInput.value = storedToken();
-document.getElementById("use").addEventListener("submit", (event) => {
+on(byId("use"), "submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem(TOKEN_KEY, tokenInput.value);
   load();
@@ -13854,14 +13851,13 @@ DASHBOARD_STYLE = PALETTE + r"""
   --c5: light-dark(#8250df, #d2a8ff); --c6: light-dark(#0b6b75, #56d4dd); }
 html { font-size: clamp(15px, .35vw + 11px, 20px); }
 body, main, .list { display: flex; flex-direction: column; }
-body { margin: 0; min-height: 100vh; background: var(--back); color: var(--text);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+body { margin: 0; min-height: 100vh; }
 body.filled { height: 100dvh; }
 h1, h2, h3, p, dl, dd { margin: 0; font-size: 1rem; }
 h2 { font-size: 1.25rem; }
 a { text-decoration: none; }
 a:hover, h2 a, p a { text-decoration: underline; }
-code, pre, .code { font: var(--code); }
+.code { font: var(--code); }
 small, .small, .stats dt, .stats button, .head { font-size: var(--small); }
 .stats small, dt, .head, .empty, .number, .script span::before { color: var(--soft); }
 .row > *, .row button, .node { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
@@ -14054,7 +14050,6 @@ const SIGNS = {  // beside a word, so that nobody depends on the colour
 const wordOf = (result) => result.replace("_", " ");
 const UNFINISHED = ["waiting", "running", "paused"];
 const BAD = ["failed", "timed_out", "output_limit", "lost", "not_started"];
-const byId = (id) => document.getElementById(id);
 const main = byId("main");
 const dialog = byId("dialog");
 const connection = byId("connection");
