@@ -14052,14 +14052,13 @@ const UNFINISHED = ["waiting", "running", "paused"];
 const BAD = ["failed", "timed_out", "output_limit", "lost", "not_started"];
 const main = byId("main");
 const dialog = byId("dialog");
-const connection = byId("connection");
 const state = {
   client: {}, daemon: null, pool: null,
   tasks: [], next: null, total: 0, filter: { group: "All", text: "" },
   details: new Map(),  // of tasks: { task, steps }, as far as they were asked for
   hasFailures: false,
 };
-let view = null;  // what is shown: { update, keys, close }
+let view = null;  // what is shown: { elements, load, update, keys }, and what else it can do
 
 const requestError = (status, message) => Object.assign(new Error(message), { status });
 
@@ -14324,7 +14323,7 @@ class RowList {
 
 function createTable(label, className, titles) {
   const head = h("div", { class: `row head ${className}`, role: "row" },
-    ...titles.map((title) => h("span", { role: "columnheader" }, title)));
+    titles.map((title) => h("span", { role: "columnheader" }, title)));
   const scroller = h("div.scroller", { role: "presentation" });
   h("div.panel.list", { role: "table", "aria-label": label }, h("div", { role: "rowgroup" }, head), scroller);
   return scroller;
@@ -14404,8 +14403,8 @@ const wait = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); nextTur
 const stream = {
   controller: null, lastId: "", delayMs: 500, hasAccess: true,
   show(text, result) {
-    connection.className = "push small " + result;
-    setText(connection, text);
+    byId("connection").className = "push small " + result;
+    setText(byId("connection"), text);
   },
   async run() {
     for (;;) {
@@ -14477,7 +14476,6 @@ async function load() {
   state.isListed = false;
   await loadDaemon();  // with what this client may do
   await loadView();
-  update();
 }
 
 async function loadView() {
@@ -14550,14 +14548,6 @@ function showFrame() {
   const icon = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>" +
     `<circle cx='8' cy='8' r='7' fill='${colour}'/></svg>`;
   if (isNews(byId("icon"), icon)) byId("icon").href = icon;
-}
-
-function show(newView) {
-  view?.close?.();
-  view = newView;
-  document.body.classList.toggle("filled", Boolean(view.isFilled));
-  main.replaceChildren(...view.elements);
-  update();
 }
 """
 
@@ -14726,19 +14716,14 @@ function showStats(list) {
   );
 }
 
-function setPool(settings) {
-  return ask("api/v1/pool", { method: "POST", body: JSON.stringify(settings) }).then(({ data }) => {
-    state.pool = data;
-    update();
-    return data;
-  });
-}
+// An event tells what comes of it.
+const setPool = (settings) => ask("api/v1/pool", { method: "POST", body: JSON.stringify(settings) });
 
 function setPoolSize() {
   const input = h("input", { name: "size", type: "number", min: 1, max: 10000, required: "", value: state.pool.size });
   act({ question: "Size of the pool", explanation: "So many steps run at once; what runs goes on.", accept: "Set it",
     input: field("Steps", input), run: ({ size }) => setPool({ size: Number(size) }),
-    done: (pool) => `the pool has ${pool.size} slots` });
+    done: ({ data }) => `the pool has ${data.size} slots` });
 }
 
 function pausePool() {
@@ -14886,7 +14871,6 @@ function createTask(id) {
       detail = await loadDetail(id);
       if (!submitted.childElementCount) showSubmission(submitted, id);
       if (!files.childElementCount) showFiles(files, id, "");
-      update();
     },
     update() {
       if (!state.details.has(id) || !detail) return;
@@ -15092,8 +15076,7 @@ async function showSubmission(panel, id) {
 
 function createScript(text) {
   const lines = text.replace(/\n$/, "").split("\n").slice(0, 5000);
-  return h("pre.script", { tabindex: "0", "aria-label": "Script" },
-    ...lines.map((line) => h("span", line || " ")));
+  return h("pre.script", { tabindex: "0", "aria-label": "Script" }, lines.map((line) => h("span", line || " ")));
 }
 
 // -- the files of a workspace
@@ -15199,7 +15182,7 @@ class Output {
   }
   get length() { return this.rows + (this.splitter.end > this.splitter.rowStart ? 1 : 0); }
   get end() { return this.splitter.end; }
-  address(query) { return this.path + (this.path.includes("?") ? "&" : "?") + new URLSearchParams(query); }
+  address(query) { return this.path + "&" + new URLSearchParams(query); }
   close() { this.controller.abort(); }
   async read() {
     let waitMs = 250;
@@ -15442,10 +15425,8 @@ function createConsole(id, place, line) {
   let text = "";
 
   function path() {
-    const query = new URLSearchParams();
-    if (streamChoice.value !== "stdout") query.set("stream", streamChoice.value);
-    if (attemptChoice.value) query.set("attempt", attemptChoice.value);
-    return taskPath(id, place, "output") + (String(query) ? "?" + query : "");
+    const query = new URLSearchParams({ stream: streamChoice.value, attempt: attemptChoice.value });
+    return taskPath(id, place, "output") + "?" + query;
   }
   function open(offset) {
     output?.close();
@@ -15455,7 +15436,6 @@ function createConsole(id, place, line) {
     update();
   }
   const list = new RowList(scroller, createRow, keyOf);
-  const rowHeight = () => list.rowHeight();
   function keyOf(index) {
     const row = output.row(index);
     if (!row) return "empty " + index;
@@ -15465,7 +15445,7 @@ function createConsole(id, place, line) {
     const row = output.row(index);
     const element = h("div.line");
     if (!row) return element;
-    const content = h("span.text", ...terminalNodes(row.text));
+    const content = h("span.text", terminalNodes(row.text));
     if (text) markMatches(content, text);
     const number = row.isFirst && output.offset === 0
       ? h("a", { href: `#${id}/${place}/L${row.line + 1}`, tabindex: "-1" }, String(row.line + 1)) : "";
@@ -15484,7 +15464,7 @@ function createConsole(id, place, line) {
   }
   function toEnd() { scroller.scrollTop = scroller.scrollHeight; }
   on(scroller, "scroll", () => {
-    const isAtEnd = scroller.scrollTop + scroller.clientHeight > scroller.scrollHeight - rowHeight() * 1.5;
+    const isAtEnd = scroller.scrollTop + scroller.clientHeight > scroller.scrollHeight - list.rowHeight() * 1.5;
     if (isAtEnd !== isFollowing && !isJumping) { isFollowing = isAtEnd; showTools(); }
   });
   function jump() {
@@ -15493,7 +15473,7 @@ function createConsole(id, place, line) {
     const row = output.rowOfLine(Math.min(target, output.lines));
     if (row === null) return;
     list.setLength(output.length);
-    scroller.scrollTop = row * rowHeight() / list.scale;
+    scroller.scrollTop = row * list.rowHeight() / list.scale;
     setTimeout(() => { isJumping = false; }, 100);
     list.draw();
     list.window.children[row - list.first]?.scrollIntoView({ block: "center" });
@@ -15573,7 +15553,6 @@ function createConsole(id, place, line) {
           streamChoice.hidden = data.steps[step.step].stderr !== "apart";
         }).catch(() => {});
       }
-      update();
     },
     update() {
       const detail = state.details.get(id);
@@ -15590,7 +15569,7 @@ function createConsole(id, place, line) {
       "/": () => search.focus(), n: () => go(1), N: () => go(-1), w: switchWrap,
       f: () => setFollow(!isFollowing), G: () => setFollow(true),
       g: () => { setFollow(false); scroller.scrollTop = 0; },
-      j: () => { scroller.scrollTop += rowHeight(); }, k: () => { scroller.scrollTop -= rowHeight(); },
+      j: () => scroller.scrollBy(0, list.rowHeight()), k: () => scroller.scrollBy(0, -list.rowHeight()),
       s: () => { if (step) stop(state.details.get(id).task, step); }, u: () => { location.hash = "#" + id; },
     },
     close() {
@@ -15764,14 +15743,16 @@ function route() {
   const number = /^L([1-9]\d{0,11})$/.exec(line || "");
   const place = [task, step].join("/");
   if (view?.place === place && number && view.goTo) { view.goTo(Number(number[1]) - 1); return; }
-  let newView;
-  if (task && step) newView = createConsole(task, step, number ? Number(number[1]) : 0);
-  else if (task) newView = createTask(task);
-  else if (step === "new") newView = createEditor(line);
-  else newView = createOverview();
-  newView.place = place;
-  newView.id = task;
-  show(newView);
+  view?.close?.();
+  if (task && step) view = createConsole(task, step, number ? Number(number[1]) : 0);
+  else if (task) view = createTask(task);
+  else if (step === "new") view = createEditor(line);
+  else view = createOverview();
+  view.place = place;
+  view.id = task;
+  document.body.classList.toggle("filled", Boolean(view.isFilled));
+  main.replaceChildren(...view.elements);
+  update();
   for (const link of document.querySelectorAll("nav a"))
     link.ariaCurrent = link.hash && link.hash === (location.hash || "#/") ? "page" : "false";
   if (state.daemon) loadView().catch((error) => say(error.message));
