@@ -14518,14 +14518,14 @@ async function loadTasks(cursor, isMerged) {
 // -- the page around the views
 
 let isScheduled = false;
+function draw() {
+  isScheduled = false;
+  showFrame();
+  view.update();
+}
 function update() {
   if (isScheduled) return;
   isScheduled = true;
-  const draw = () => {
-    isScheduled = false;
-    showFrame();
-    view.update();
-  };
   if (document.hidden) setTimeout(draw, 1000);
   else requestAnimationFrame(draw);
 }
@@ -15775,7 +15775,10 @@ for (const [id, action] of [["metrics", () => download("metrics", "metrics.txt")
 on(window, "hashchange", () => { route(); main.focus({ preventScroll: true }); });
 on(window, "pagehide", () => { stream.isAway = true; stream.controller.abort(); });
 on(window, "pageshow", () => { stream.isAway = false; });
-on(document, "visibilitychange", () => stream.rest());
+on(document, "visibilitychange", () => {
+  draw();  // for a frame that was asked for does not come while nobody sees the page
+  stream.rest();
+});
 on(window, "focus", () => { state.hasFailures = false; update(); });
 setInterval(() => { if (!document.hidden) tick(); }, 1000);
 route();

@@ -11095,6 +11095,16 @@ def test_dashboard_reddens_its_dot_until_somebody_looks(board: Board) -> None:
 
 
 @chromium_only
+def test_dashboard_reddens_its_dot_though_a_frame_never_came(board: Board) -> None:
+    """As where it was asked for just before the page was hidden."""
+    board.open()
+    board.browser.value("window.requestAnimationFrame = () => {}; update(); 0")
+    board.browser.value("Object.defineProperty(document, 'hidden', {value: true, configurable: true}); 0")
+    board.browser.value("document.dispatchEvent(new Event('visibilitychange')); state.hasFailures = true; update(); 0")
+    board.browser.find("document.getElementById('icon').href.includes('%23b42318')")
+
+
+@chromium_only
 def test_dashboard_reddens_its_dot_for_what_no_event_told(board: Board) -> None:
     """As after a restart of the daemon, whose events are others."""
     dot = "/fill='(.*?)'/.exec(document.getElementById('icon').href)[1]"
