@@ -14354,6 +14354,7 @@ const handlers = {
     });
     const results = GROUPS[state.filter.group];
     const isListed = !results.length || results.includes(task.result);
+    if (!before) view.added?.(task);
     if (before && isListed) state.tasks[index] = task;
     else if (before) dropTask(index);
     else if (isListed && !state.filter.text) insertTask(task);
@@ -14367,6 +14368,7 @@ const handlers = {
     const index = state.tasks.findIndex((task) => task.id === id);
     if (index >= 0) dropTask(index);
     state.details.delete(id);
+    changeDetail(view.id, ({ task }) => { task.reruns = task.reruns?.filter((other) => other !== id); });
     if (view.id === id) { leave(); say(`${id} is gone`); }
   },
   reset() {
@@ -14791,6 +14793,7 @@ function createTask(id) {
   let detail = null;
   let colour = null;
   let span = [0, 1];
+  let lookUp = 0;
 
   const list = new RowList(scroller, createRow, (index) => {
     const step = detail.steps[index];
@@ -14880,6 +14883,14 @@ function createTask(id) {
       showGraph();
       list.setLength(detail.steps.length);
       list.fit(12);
+    },
+    // No event says what a task repeats: a later one with as many steps may be a rerun of this one.
+    added({ count: steps, accepted_at: acceptedAt }) {
+      if (steps !== detail?.task.count || Date.parse(acceptedAt) <= Date.parse(detail.task.accepted_at)) return;
+      lookUp ||= setTimeout(() => {
+        lookUp = 0;
+        loadDetail(id).then(update, () => {});
+      }, 200);
     },
     keys: {
       ...list.keys(),

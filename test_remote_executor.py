@@ -10994,6 +10994,31 @@ def test_dashboard_shows_attempts_and_repeats_what_failed(board: Board) -> None:
 
 
 @chromium_only
+def test_dashboard_names_reruns_as_they_come_and_go(board: Board, gate: Path) -> None:
+    """Those that another client makes and deletes, of a task that is open; what has another shape is not asked about."""
+    task = board.daemon.submit(held(gate))
+    board.open("#" + task)
+    board.text("running", ".result")
+    gate.touch()
+    board.text("succeeded", ".result")
+    for _ in range(2):
+        again = rerun(board.daemon, task, "").data["id"]
+        board.text("repeated by " + again)
+    board.daemon.ended(again)
+    assert board.daemon.request("DELETE", f"/api/v1/task/{again}").code == 0
+    board.browser.find(f"!document.querySelector('main').innerText.includes({again!r})")
+    board.browser.find("document.querySelector('main').innerText.includes('repeated by')")
+    board.browser.events.clear()
+    other = board.daemon.submit(step(), step())
+    board.daemon.ended(other)
+    board.browser.find(f"state.tasks.find((one) => one.id === {other!r}).ended_at")
+    time.sleep(0.5)
+    board.browser.value("0")  # with whose answer the events come
+    asked = [one["params"]["request"] for one in board.browser.events if one["method"] == "Network.requestWillBeSent"]
+    assert not [request for request in asked if task in request["url"]]
+
+
+@chromium_only
 def test_dashboard_marks_what_the_end_of_a_task_waited_for(board: Board, gate: Path) -> None:
     follows = functools.partial(step, depends_on=["first"])
     steps = [step(name="first"), follows(name="quick"), held(gate, name="slow", depends_on=["first"])]
