@@ -13468,11 +13468,11 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
 
 PALETTE = r"""
 :root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #57606a; --line: #d0d7de; --box: #f6f8fa;
-  --link: #0550ae; --get: #0550ae; --post: #116329; --put: #953800; --bad: #b42318;
+  --link: #0550ae; --post: #116329; --put: #953800; --bad: #b42318;
   --small: .8125rem; --code: .875rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 @media (prefers-color-scheme: dark) {
   :root { --back: #0d1117; --text: #e6edf3; --soft: #9aa4af; --line: #3d444d; --box: #161b22;
-    --link: #79b8ff; --get: #79b8ff; --post: #7ee787; --put: #ffa657; --bad: #ff8b82; }
+    --link: #79b8ff; --post: #7ee787; --put: #ffa657; --bad: #ff8b82; }
 }
 * { box-sizing: border-box; }
 body { background: var(--back); color: var(--text); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -13508,7 +13508,7 @@ summary .path { font-weight: 600; }
 summary small { display: inline-block; }
 .body { padding: 0 .75rem .75rem; border-top: 1px solid var(--line); }
 .method { display: inline-block; min-width: 3.5rem; font-weight: 700; }
-.get, .head { color: var(--get); } .post { color: var(--post); } .put { color: var(--put); }
+.get, .head { color: var(--link); } .post { color: var(--post); } .put { color: var(--put); }
 .delete { color: var(--bad); }
 @media (max-width: 40rem) { label { grid-template-columns: 1fr; } label small { grid-column: 1; } }
 """
@@ -13852,7 +13852,7 @@ DASHBOARD_STYLE = PALETTE + r"""
 html { font-size: clamp(15px, .35vw + 11px, 20px); }
 body, main, .list { display: flex; flex-direction: column; }
 body { margin: 0; min-height: 100vh; }
-body.filled { height: 100dvh; }
+body:has(> main > .stats, > main > .console) { height: 100dvh; }
 h1, h2, h3, p, dl, dd { margin: 0; font-size: 1rem; }
 h2 { font-size: 1.25rem; }
 a { text-decoration: none; }
@@ -13990,19 +13990,19 @@ dialog form, .form, .two { display: grid; gap: .75rem 2rem; }
   :root { --row: 4.5rem; --head: 0rem; --gap: .75rem; }
   .head { display: none; }
   header nav { order: 9; width: 100%; justify-content: space-between; }
-  main { gap: .75rem; }
   [type="search"] { width: 100%; }
   [role="search"] [type="search"] { flex: 1; }
   [role="group"].bar { order: 1; flex-wrap: nowrap; overflow-x: auto; gap: .5rem; padding: 3px; scrollbar-width: none; }
   .task { grid: auto / auto minmax(0, 1fr) auto; align-content: center; }
   .task .id { grid-area: 1 / 1 / auto / 3; }
   .task .result { grid-area: 2 / 1; }
-  .task .begun { grid-area: 1 / 3; color: var(--soft); font-size: var(--small); }
+  .task .begun { grid-area: 1 / 3; color: var(--soft); }
   .task .length { grid-area: 2 / 3; text-align: right; }
   .task .steps { display: none; }
-  .task .why { grid-area: 2 / 2; font-size: var(--small); }
+  .task .why { grid-area: 2 / 2; }
+  .row .why, .task .begun { font-size: var(--small); }
   .step { grid: auto / 8.5rem minmax(0, 1fr) auto; align-content: center; }
-  .step .why { grid-area: 2 / 2 / auto / 4; font-size: var(--small); }
+  .step .why { grid-area: 2 / 2 / auto / 4; }
   .step .lane { grid-area: 3 / 1 / auto / 4; }
   .stats .version, .stats .free small { display: none; }
   .graph .bar { position: static; justify-content: end; padding: .5rem; }
@@ -14256,8 +14256,7 @@ class RowList {
     }, { passive: false });
     new ResizeObserver(() => { if (scroller.isConnected) this.draw(); }).observe(scroller);
   }
-  // Be as high as the rows are, up to so many.
-  fit(max) { this.table.style.height = `calc(${Math.min(this.length, max)} * var(--row) + var(--head) + 2px)`; }
+  fit() { this.table.style.height = `calc(${Math.min(this.length, 12)} * var(--row) + var(--head) + 2px)`; }
   rowHeight() { return parseFloat(getComputedStyle(this.spacer).lineHeight); }
   setLength(length) {
     this.length = length;
@@ -14342,10 +14341,12 @@ function received(row) {
 
 const GROUPS = { All: [], Unfinished: UNFINISHED, Failed: BAD, Stopped: ["stopped"], Succeeded: ["succeeded"] };
 
+const indexOf = (id) => state.tasks.findIndex((task) => task.id === id);
+
 const handlers = {
   task(task) {
     received(task);
-    const index = state.tasks.findIndex((other) => other.id === task.id);
+    const index = indexOf(task.id);
     const before = state.tasks[index];
     notice(task);
     changeDetail(task.id, (detail) => {
@@ -14365,7 +14366,7 @@ const handlers = {
   },
   pool(pool) { state.pool = pool; },
   expired({ id }) {
-    const index = state.tasks.findIndex((task) => task.id === id);
+    const index = indexOf(id);
     if (index >= 0) dropTask(index);
     state.details.delete(id);
     changeDetail(view.id, ({ task }) => { task.reruns = task.reruns?.filter((other) => other !== id); });
@@ -14379,7 +14380,7 @@ const handlers = {
 
 // The dot reddens for what fails while nobody looks.
 function notice(task) {
-  const before = state.tasks.find((other) => other.id === task.id);
+  const before = state.tasks[indexOf(task.id)];
   if (BAD.includes(task.result) && before?.result !== task.result) state.hasFailures ||= !document.hasFocus();
 }
 
@@ -14523,7 +14524,7 @@ let isScheduled = false;
 function draw() {
   isScheduled = false;
   showFrame();
-  view.update();
+  view.update?.();
 }
 function update() {
   if (isScheduled) return;
@@ -14621,7 +14622,6 @@ function createOverview() {
   const filters = h("div.bar", { role: "search", "aria-label": "Tasks" }, search,
     h("span.bar", { role: "group", "aria-label": "Result" }, groups), shown);
   return {
-    isFilled: true,
     elements: [stats, filters, list.table],
     update() {
       showStats(stats);
@@ -14854,8 +14854,8 @@ function createTask(id) {
     if (task.submitted_by) parts.push(` from ${task.submitted_by}`);
     const link = (other) => h("a", { href: "#" + other }, other);
     if (task.parent) parts.push(" · repeats ", link(task.parent));
-    if (task.reruns?.length) parts.push(" · repeated by");
-    for (const other of task.reruns?.slice(0, 3) || []) parts.push(" ", link(other));
+    if (task.reruns.length) parts.push(" · repeated by");
+    for (const other of task.reruns.slice(0, 3)) parts.push(" ", link(other));
     if (task.expires_at) parts.push(" · kept for ", formatAge(task.expires_at).replace("in ", ""));
     facts.replaceChildren(...parts);
   }
@@ -14882,11 +14882,11 @@ function createTask(id) {
       measure();
       showGraph();
       list.setLength(detail.steps.length);
-      list.fit(12);
+      list.fit();
     },
-    // No event says what a task repeats: a later one with as many steps may be a rerun of this one.
-    added({ count: steps, accepted_at: acceptedAt }) {
-      if (steps !== detail?.task.count || Date.parse(acceptedAt) <= Date.parse(detail.task.accepted_at)) return;
+    // No event says what a task repeats: one with as many steps may be a rerun of this one.
+    added(task) {
+      if (task.count !== detail?.task.count) return;
       lookUp ||= setTimeout(() => {
         lookUp = 0;
         loadDetail(id).then(update, () => {});
@@ -15127,7 +15127,7 @@ async function showFiles(panel, id, path) {
   const list = new RowList(createTable("Files", "file", ["Name", "Size", "Changed", "Act"]), createRow, String);
   panel.append(list.table);
   list.setLength(entries.length);
-  list.fit(12);
+  list.fit();
 }
 
 // With a token the bytes come by a request of this page, for an address never has one.
@@ -15483,7 +15483,6 @@ function createConsole(id, place, line) {
     if (output.lines <= target && !output.isComplete) return;
     const row = output.rowOfLine(Math.min(target, output.lines));
     if (row === null) return;
-    list.setLength(output.length);
     scroller.scrollTop = row * list.rowHeight() / list.scale;
     setTimeout(() => { isJumping = false; }, 100);
     list.draw();
@@ -15548,7 +15547,6 @@ function createConsole(id, place, line) {
     }
   }
   return {
-    isFilled: true,
     elements: [heading, bar, scroller],
     title: () => step ? titleOf(step.result, step.name) : place,
     async load() {
@@ -15641,10 +15639,11 @@ function createEditor(from) {
   let known = null;
   let asked = 0;  // the number of the last question: the answer to an earlier one is dropped
 
-  const add = (step = {}) => {
-    const { depets_on: names, ...properties } = known.properties;
-    const create = (name) => createInput(name, name === "depends_on" ? names : properties[name],
-      step[name] ?? (name === "depends_on" ? step.depets_on : ""), known.required.includes(name));
+  const add = ({ depets_on: names, ...step } = {}) => {
+    const { depets_on: schema, ...properties } = known.properties;
+    properties.depends_on = schema;
+    step.depends_on ??= names;
+    const create = (name) => createInput(name, properties[name], step[name], known.required.includes(name));
     const others = Object.keys(properties).filter((name) => !STEP_FIELDS.includes(name));
     const more = h("details", h("summary", "More"), h("div.two", others.map(create)));
     more.open = others.some((name) => step[name]);
@@ -15718,7 +15717,6 @@ function createEditor(from) {
     async load() {
       if (!known) fill(from ? (await ask(taskPath(from, "submission"))).data : TEMPLATES["One step"]);
     },
-    update() {},
     keys: { u: leave },
   };
 }
@@ -15761,7 +15759,6 @@ function route() {
   else view = createOverview();
   view.place = place;
   view.id = task;
-  document.body.classList.toggle("filled", Boolean(view.isFilled));
   main.replaceChildren(...view.elements);
   update();
   for (const link of document.querySelectorAll("nav a"))
