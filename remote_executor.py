@@ -15229,7 +15229,7 @@ class Output {
     joined.set(this.newest);
     joined.set(bytes, this.newest.length);
     this.splitter.feed(bytes);
-    this.newest = joined.slice(this.blocks[this.blocks.length - 1].offset - begin);
+    this.newest = joined.slice(this.blocks.at(-1).offset - begin);
     this.changed();
   }
   // The rows of a block, if they are here; else they are asked for, and `changed` tells when they have come.
@@ -15749,11 +15749,11 @@ function decodePart(part) {
 
 function route() {
   const [task, step, line] = location.hash.slice(1).split("/").map(decodePart);
-  const number = /^L([1-9]\d{0,11})$/.exec(line || "");
+  const number = Number(/^L([1-9]\d{0,11})$/.exec(line)?.[1]);
   const place = [task, step].join("/");
-  if (view?.place === place && number && view.goTo) { view.goTo(Number(number[1]) - 1); return; }
+  if (view?.place === place && number && view.goTo) { view.goTo(number - 1); return; }
   view?.close?.();
-  if (task && step) view = createConsole(task, step, number ? Number(number[1]) : 0);
+  if (task && step) view = createConsole(task, step, number);
   else if (task) view = createTask(task);
   else if (step === "new") view = createEditor(line);
   else view = createOverview();

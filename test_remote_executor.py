@@ -10995,7 +10995,7 @@ def test_dashboard_shows_attempts_and_repeats_what_failed(board: Board) -> None:
 
 @chromium_only
 def test_dashboard_names_reruns_as_they_come_and_go(board: Board, gate: Path) -> None:
-    """Those that another client makes and deletes, of a task that is open; what has another shape is not asked about."""
+    """Those of a task that is open, which another client makes and deletes; nothing is asked for other tasks."""
     task = board.daemon.submit(held(gate))
     board.open("#" + task)
     board.text("running", ".result")
