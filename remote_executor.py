@@ -6075,8 +6075,8 @@ def _quote_word(word: str) -> str:
     return word if _UNQUOTED_WORD.fullmatch(word) else f'"{word}"'
 
 
-class WindowsTree:
-    """One step's wrapper and what it started, in a Job Object. `wake` is thread-safe, the rest for one thread.
+class WindowsTree(ProcessTree):
+    """One step's wrapper and what it started, in a Job Object.
 
     The step ends with its own process, which the wrapper has started and waits for. A wrapper that was killed, or ended
     by Ctrl-C, leaves no result and may end before that process: then the tree waits for the latter.
@@ -6104,7 +6104,6 @@ class WindowsTree:
         self._close_lock = threading.Lock()  # guards _woken: a closed handle's number may be another's
 
     def wait(self, deadline_s: float | None) -> bool:
-        """Wait for the step's end until time.monotonic() is `deadline_s`, or a `wake`; return whether it has ended."""
         while not self._has_ended():
             left_s = _MAX_WAIT_S if deadline_s is None else deadline_s - time.monotonic()
             if left_s <= 0:
@@ -6121,7 +6120,6 @@ class WindowsTree:
         return True
 
     def wake(self) -> None:
-        """Make `wait` return."""
         with self._close_lock:
             if self._woken:
                 SetEvent(self._woken)
@@ -6140,11 +6138,9 @@ class WindowsTree:
         return None if code.value == _ENDED_BY_STOP else int(code.value)
 
     def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
-        """Ask all processes of the job to end, also those that outlived the wrapper; terminate them after GRACE_S."""
         _JobStop(self._asker, [self._job], self.pid).run(is_hurried, first_signal)
 
     def close(self) -> None:
-        """Close the handles; idempotent."""
         with self._close_lock:
             if self._woken:
                 for handle in (self._wrapper, self._own_process, self._job, self._woken):
@@ -6194,7 +6190,7 @@ class WindowsTree:
         return not self.find_own_process() or _is_signalled(self._own_process)
 
 
-class WatchedTree:
+class WatchedTree(ProcessTree):
     """A step that a daemon with more rights has started: it cannot be opened, so it is only watched until its end."""
 
     def __init__(self, record: _WrapperRecord) -> None:
@@ -6203,7 +6199,6 @@ class WatchedTree:
         self._woken = threading.Event()
 
     def wait(self, deadline_s: float | None) -> bool:
-        """Wait for the wrapper's end, a `wake` or the deadline; return whether it has ended."""
         while _may_be_alive(self._record):
             left_s = _MAX_WAIT_S if deadline_s is None else deadline_s - time.monotonic()
             if left_s <= 0:
@@ -6214,11 +6209,9 @@ class WatchedTree:
         return True
 
     def wake(self) -> None:
-        """Make `wait` return."""
         self._woken.set()
 
     def exit_code(self) -> int | None:
-        """Return None: the result file may have the code."""
         return None
 
     def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
@@ -6233,7 +6226,7 @@ class WatchedTree:
 _WATCH_S = 0.5  # between looks at a process that cannot be waited for
 
 
-class WindowsRemains:
+class WindowsRemains(ProcessTree):
     """What steps whose wrappers have ended left running in their jobs."""
 
     pid = 0
@@ -6243,18 +6236,15 @@ class WindowsRemains:
         self._asker = asker
 
     def wait(self, deadline_s: float | None) -> bool:
-        """Return True: the wrappers have ended."""
         return True
 
     def wake(self) -> None:
         """Do nothing: `wait` never blocks."""
 
     def exit_code(self) -> int | None:
-        """Return None: the results of these steps are stored."""
         return None
 
     def stop(self, is_hurried: Callable[[], bool], first_signal: int = signal.SIGTERM) -> None:
-        """Ask all processes of the jobs to end; terminate them after GRACE_S."""
         jobs = []
         for step_dir in self._step_dirs:
             with contextlib.suppress(OSError):  # nothing is left in it, or we may not open it
@@ -6271,8 +6261,8 @@ class WindowsRemains:
         """Do nothing: no handle is held between calls."""
 
 
-class WindowsProcesses:
-    """Starts, adopts and reaps trees. Thread-safe, but for `reap`."""
+class WindowsProcesses(StepProcesses):
+    """Steps in Job Objects."""
 
     def __init__(self, umask: int, descriptors: str, reserve: object) -> None:
         self._environment = inherited_environment()
@@ -6295,10 +6285,7 @@ class WindowsProcesses:
         has_stdin: bool = False,
         stderr_is_apart: bool = False,
     ) -> WindowsTree:
-        """Start the command behind the wrapper, its output into the step's files; `env` is added to the daemon's own.
-
-        The wrapper is suspended until it is in its job and its pid is on disk. Raises OSError.
-        """
+        """Keep the wrapper suspended until it is in its job and its pid is on disk."""
         directory = os.path.relpath(step_dir, cwd)
         result = os.path.join(directory, "rc")
         before = ""
@@ -6410,10 +6397,7 @@ class WindowsProcesses:
         return tree
 
     def adopt(self, step_dir: str) -> WindowsTree | WatchedTree | None:
-        """Return the live tree of a step that an earlier daemon started; None when its wrapper is gone.
-
-        A wrapper that may not have started is ended: the step can start anew.
-        """
+        """End a wrapper that may not have started: the step can start anew."""
         record = None
         try:
             record = _WrapperRecord.read(step_dir)
@@ -6444,11 +6428,9 @@ class WindowsProcesses:
         return tree
 
     def remains(self, step_dirs: Sequence[str]) -> WindowsRemains:
-        """Return what these steps, whose wrappers have ended, left running in their jobs."""
         return WindowsRemains(step_dirs, self._asker)
 
     def may_have_started(self, step_dir: str) -> bool:
-        """Return whether anything of the step may have run: the daemon records it first."""
         if os.path.exists(os.path.join(step_dir, "rc")):
             return True
         try:
@@ -6458,14 +6440,10 @@ class WindowsProcesses:
         return record is not None and record.may_have_started
 
     def death_signal(self, code: int) -> int | None:
-        """Return None: Windows has no signals."""
         return None
 
     def release(self, tree: ProcessTree) -> None:
-        """Release what the tree holds; it has ended, or runs on without us.
-
-        The job of a step that left processes stays open, for `remains` to find it by its name.
-        """
+        """Keep the job of a step that left processes open, for `remains` to find it by its name."""
         try:
             job = tree.keep_job() if isinstance(tree, WindowsTree) else 0
             if job:
@@ -6474,7 +6452,7 @@ class WindowsProcesses:
             tree.close()
 
     def reap(self) -> bool:
-        """Close the jobs in which nothing is left; return whether there are others. For one thread."""
+        """Close the jobs in which nothing is left; return whether there are others."""
         for _ in range(len(self._left_jobs)):
             job = self._left_jobs.popleft()
             if _count_active(job):
