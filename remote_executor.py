@@ -1124,12 +1124,7 @@ if ON_WINDOWS:
             ("PageFaultCount", _DWORD),
             ("PeakWorkingSet", ctypes.c_size_t),
             ("WorkingSet", ctypes.c_size_t),
-            ("PeakPagedPool", ctypes.c_size_t),
-            ("PagedPool", ctypes.c_size_t),
-            ("PeakNonPagedPool", ctypes.c_size_t),
-            ("NonPagedPool", ctypes.c_size_t),
-            ("Pagefile", ctypes.c_size_t),
-            ("PeakPagefile", ctypes.c_size_t),
+            ("PoolsAndPagefile", ctypes.c_size_t * 6),
             ("Private", ctypes.c_size_t),
         )
 
@@ -1175,10 +1170,7 @@ if ON_WINDOWS:
         """JOBOBJECT_BASIC_ACCOUNTING_INFORMATION."""
 
         _fields_ = (
-            ("TotalUser", ctypes.c_int64),
-            ("TotalKernel", ctypes.c_int64),
-            ("PeriodUser", ctypes.c_int64),
-            ("PeriodKernel", ctypes.c_int64),
+            ("Times", ctypes.c_int64 * 4),
             ("PageFaults", _DWORD),
             ("Processes", _DWORD),
             ("ActiveProcesses", _DWORD),
@@ -1189,15 +1181,12 @@ if ON_WINDOWS:
         """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, with the basic limits and the IO_COUNTERS in it."""
 
         _fields_ = (
-            ("PerProcessUserTimeLimit", ctypes.c_int64),
-            ("PerJobUserTimeLimit", ctypes.c_int64),
+            ("TimeLimits", ctypes.c_int64 * 2),
             ("LimitFlags", _DWORD),
-            ("MinimumWorkingSetSize", ctypes.c_size_t),
-            ("MaximumWorkingSetSize", ctypes.c_size_t),
+            ("WorkingSetLimits", ctypes.c_size_t * 2),
             ("ActiveProcessLimit", _DWORD),
             ("Affinity", ctypes.c_size_t),
-            ("PriorityClass", _DWORD),
-            ("SchedulingClass", _DWORD),
+            ("Classes", _DWORD * 2),
             ("IoInfo", ctypes.c_uint64 * 6),
             ("Memory", ctypes.c_size_t * 4),
         )
@@ -1376,9 +1365,7 @@ if ON_WINDOWS:
         """QUERY_SERVICE_CONFIGW."""
 
         _fields_ = (
-            ("ServiceType", _DWORD),
-            ("StartType", _DWORD),
-            ("ErrorControl", _DWORD),
+            ("TypesAndErrorControl", _DWORD * 3),
             ("BinaryPathName", _TEXT),
             ("LoadOrderGroup", _TEXT),
             ("TagId", _DWORD),
