@@ -2320,14 +2320,7 @@ def _granted_sids(descriptor: Any) -> set[str]:
 
     Source: Security Descriptor String Format (MSDN).
     """
-    text = _TEXT()
-    ConvertSecurityDescriptorToStringSecurityDescriptorW(
-        descriptor, SDDL_REVISION_1, DACL_SECURITY_INFORMATION, ctypes.byref(text), None
-    )
-    try:
-        entries = _ACCESS_ENTRY.findall(text.value or "")
-    finally:
-        LocalFree(ctypes.cast(text, ctypes.c_void_p))
+    entries = _ACCESS_ENTRY.findall(_descriptor_text(descriptor, DACL_SECURITY_INFORMATION))
     granted = {sid for kind, sid in entries if kind != "D"}
     return granted or {"everyone"}  # without a list there is no limit
 
@@ -2404,11 +2397,23 @@ def _read_security_descriptor(path: str, parts: int) -> Any:
     return descriptor
 
 
+def _descriptor_text(descriptor: Any, parts: int) -> str:
+    """Return these parts of a security descriptor, as SDDL. Raises OSError."""
+    text = _TEXT()
+    ConvertSecurityDescriptorToStringSecurityDescriptorW(descriptor, SDDL_REVISION_1, parts, ctypes.byref(text), None)
+    return _take_text(text)
+
+
 def _sid_text(sid: Any) -> str:
     text = _TEXT()
     ConvertSidToStringSidW(sid, ctypes.byref(text))
+    return _take_text(text)
+
+
+def _take_text(text: Any) -> str:
+    """Return a text that the system has allocated, and free it."""
     try:
-        return str(text.value)
+        return text.value or ""
     finally:
         LocalFree(ctypes.cast(text, ctypes.c_void_p))
 
@@ -21075,24 +21080,14 @@ def _parse_rights(text: str) -> int:
     return rights
 
 
-def _describe_security(path: str) -> str:
-    """Return owner and access list of a file, as SDDL. Raises OSError."""
-    parts = OWNER_SECURITY_INFORMATION | DACL_SECURITY_INFORMATION
-    text = _TEXT()
-    descriptor = _read_security_descriptor(path, parts)
-    ConvertSecurityDescriptorToStringSecurityDescriptorW(descriptor, SDDL_REVISION_1, parts, ctypes.byref(text), None)
-    try:
-        return text.value or ""
-    finally:
-        LocalFree(ctypes.cast(text, ctypes.c_void_p))
-
-
 def _find_changeable_on_windows(path: str) -> tuple[str, str] | None:
     """Return what of a program's path others than administrators may change, and who; None where nobody may."""
     entry = path
     rights = _FILE_CHANGE_RIGHTS
+    parts = OWNER_SECURITY_INFORMATION | DACL_SECURITY_INFORMATION
     while True:
-        writers = untrusted_writers(_describe_security(entry), rights)
+        descriptor = _descriptor_text(_read_security_descriptor(entry, parts), parts)
+        writers = untrusted_writers(descriptor, rights)
         if writers:
             return entry, ", ".join(writers)
         rights = _DIRECTORY_CHANGE_RIGHTS
