@@ -19972,28 +19972,22 @@ FAILED_START = "did not start: "  # in the log of a service of Windows, before t
 class SystemdSupervisor(Supervisor):
     """systemd, over its socket (sd_notify(3), sd_watchdog_enabled(3)); without systemd it does nothing."""
 
-    def __init__(self, address: str, watchdog_us: int) -> None:
-        self._address = address
-        self._ping_interval_s = watchdog_us / 2e6  # half the timeout, as the manual recommends; 0 for never
-        if watchdog_us:
+    def __init__(self) -> None:
+        """Take systemd's variables out of the environment: they are not meant for the steps."""
+        address = os.environ.pop("NOTIFY_SOCKET", "")
+        watchdog_us = os.environ.pop("WATCHDOG_USEC", "")
+        watchdog_pid = os.environ.pop("WATCHDOG_PID", "")
+        self._address = re.sub("^@", "\0", address)  # a socket in the abstract namespace, unix(7)
+        self._ping_interval_s = 0.0  # half the timeout, as the manual recommends; 0 for never
+        is_for_us = watchdog_pid in ("", str(os.getpid()))
+        if is_for_us and watchdog_us.isdigit() and int(watchdog_us):
+            self._ping_interval_s = int(watchdog_us) / 2e6
             self.check_interval_s = min(_CHECK_INTERVAL_S, self._ping_interval_s)
         self._last_ping_s = 0.0  # of time.monotonic()
         # Open from the beginning: for lack of a descriptor systemd would kill the daemon.
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
         if self._sock:
             self._sock.setblocking(False)
-
-    @classmethod
-    def from_environ(cls) -> SystemdSupervisor:
-        """Return the one that the environment names; remove its variables, which are not meant for the steps."""
-        address = os.environ.pop("NOTIFY_SOCKET", "")
-        watchdog_us = os.environ.pop("WATCHDOG_USEC", "")
-        watchdog_pid = os.environ.pop("WATCHDOG_PID", "")
-        is_for_us = watchdog_pid in ("", str(os.getpid()))
-        if not is_for_us or not watchdog_us.isdigit():
-            watchdog_us = "0"
-        address = re.sub("^@", "\0", address)  # a socket in the abstract namespace, unix(7)
-        return cls(address, int(watchdog_us))
 
     def ready(self, url: str) -> None:
         self._notify(f"READY=1\nSTATUS=listening on {url}")
@@ -20133,7 +20127,7 @@ def _started_by_scm() -> bool:
 def run_supervised(settings: Settings) -> int:
     """Run the daemon under whatever started it; return the exit code. Raise StartupError."""
     if not ON_WINDOWS:
-        return Daemon(settings, SystemdSupervisor.from_environ()).run()
+        return Daemon(settings, SystemdSupervisor()).run()
     code = WindowsSupervisor(functools.partial(Daemon, settings), settings.root).run()
     if code is None:
         code = Daemon(settings, Supervisor()).run()
