@@ -20376,8 +20376,7 @@ class Services:
         """Remove the program that the service ran, where it was a copy of ours."""
         for word in command[:4]:
             if os.path.dirname(word) == self.copy_dir:
-                with contextlib.suppress(OSError):  # it is gone; or, on Windows, it is the exe that runs just now
-                    os.unlink(destdir + word)
+                unlink_if_there(destdir + word)  # on Windows it stays where it is the exe that runs just now
                 shutil.rmtree(f"{destdir}{self.copy_dir}/__pycache__", ignore_errors=True)
                 _remove_empty(destdir + self.copy_dir)
 
