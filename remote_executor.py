@@ -1061,6 +1061,7 @@ if ON_WINDOWS:
         return result
 
     _kernel32 = _WinDLL("kernel32", use_last_error=True)
+    _from_kernel32 = functools.partial(_declare, _kernel32)
     _HANDLE = wintypes.HANDLE
     _BOOL = wintypes.BOOL
     _DWORD = wintypes.DWORD
@@ -1087,14 +1088,14 @@ if ON_WINDOWS:
     CREATE_SUSPENDED = 0x0000_0004
     DETACHED_PROCESS = 0x0000_0008
     CREATE_NO_WINDOW = 0x0800_0000
-    OpenProcess = _declare(_kernel32, "OpenProcess", _HANDLE, _DWORD, _BOOL, _DWORD)
-    GetCurrentProcess = _declare(_kernel32, "GetCurrentProcess", _HANDLE)
-    GetProcessTimes = _declare(_kernel32, "GetProcessTimes", _BOOL, _HANDLE, _TIME_OUT, _TIME_OUT, _TIME_OUT, _TIME_OUT)
-    GetExitCodeProcess = _declare(_kernel32, "GetExitCodeProcess", _BOOL, _HANDLE, _DWORD_OUT)
-    TerminateProcess = _declare(_kernel32, "TerminateProcess", _BOOL, _HANDLE, _UINT)
+    OpenProcess = _from_kernel32("OpenProcess", _HANDLE, _DWORD, _BOOL, _DWORD)
+    GetCurrentProcess = _from_kernel32("GetCurrentProcess", _HANDLE)
+    GetProcessTimes = _from_kernel32("GetProcessTimes", _BOOL, _HANDLE, _TIME_OUT, _TIME_OUT, _TIME_OUT, _TIME_OUT)
+    GetExitCodeProcess = _from_kernel32("GetExitCodeProcess", _BOOL, _HANDLE, _DWORD_OUT)
+    TerminateProcess = _from_kernel32("TerminateProcess", _BOOL, _HANDLE, _UINT)
     ENABLE_VIRTUAL_TERMINAL_PROCESSING = 0x0004
-    GetConsoleMode = _declare(_kernel32, "GetConsoleMode", _BOOL, _HANDLE, _DWORD_OUT)
-    SetConsoleMode = _declare(_kernel32, "SetConsoleMode", _BOOL, _HANDLE, _DWORD)
+    GetConsoleMode = _from_kernel32("GetConsoleMode", _BOOL, _HANDLE, _DWORD_OUT)
+    SetConsoleMode = _from_kernel32("SetConsoleMode", _BOOL, _HANDLE, _DWORD)
     _ntdll = _WinDLL("ntdll")
     NtSuspendProcess = _ntdll.NtSuspendProcess
     NtSuspendProcess.argtypes = (_HANDLE,)
@@ -1102,19 +1103,17 @@ if ON_WINDOWS:
     NtResumeProcess.argtypes = (_HANDLE,)
     NtQueryInformationProcess = _ntdll.NtQueryInformationProcess
     NtQueryInformationProcess.argtypes = (_HANDLE, _INT, _VOID, _DWORD, _VOID)
-    QueryFullProcessImageNameW = _declare(
-        _kernel32, "QueryFullProcessImageNameW", _BOOL, _HANDLE, _DWORD, _TEXT, _DWORD_OUT
-    )
+    QueryFullProcessImageNameW = _from_kernel32("QueryFullProcessImageNameW", _BOOL, _HANDLE, _DWORD, _TEXT, _DWORD_OUT)
     GetConsoleWindow = _kernel32.GetConsoleWindow
     GetConsoleWindow.restype = _HANDLE
-    SetConsoleCtrlHandler = _declare(_kernel32, "SetConsoleCtrlHandler", _BOOL, _VOID, _BOOL)
+    SetConsoleCtrlHandler = _from_kernel32("SetConsoleCtrlHandler", _BOOL, _VOID, _BOOL)
     SEM_FAILCRITICALERRORS = 0x0001
     SEM_NOGPFAULTERRORBOX = 0x0002
     SetErrorMode = _kernel32.SetErrorMode
     SetErrorMode.argtypes = (_UINT,)
     SetErrorMode.restype = _UINT
-    SetDllDirectoryW = _declare(_kernel32, "SetDllDirectoryW", _BOOL, _TEXT)
-    GetProcessHandleCount = _declare(_kernel32, "GetProcessHandleCount", _BOOL, _HANDLE, _DWORD_OUT)
+    SetDllDirectoryW = _from_kernel32("SetDllDirectoryW", _BOOL, _TEXT)
+    GetProcessHandleCount = _from_kernel32("GetProcessHandleCount", _BOOL, _HANDLE, _DWORD_OUT)
 
     class ProcessMemory(ctypes.Structure):
         """PROCESS_MEMORY_COUNTERS_EX."""
@@ -1128,8 +1127,8 @@ if ON_WINDOWS:
             ("Private", ctypes.c_size_t),
         )
 
-    GetProcessMemoryInfo = _declare(
-        _kernel32, "K32GetProcessMemoryInfo", _BOOL, _HANDLE, ctypes.POINTER(ProcessMemory), _DWORD
+    GetProcessMemoryInfo = _from_kernel32(
+        "K32GetProcessMemoryInfo", _BOOL, _HANDLE, ctypes.POINTER(ProcessMemory), _DWORD
     )
 
     # Handles and waits (Synchronization Functions)
@@ -1137,7 +1136,7 @@ if ON_WINDOWS:
     WAIT_OBJECT_0 = 0
     WAIT_FAILED = 0xFFFF_FFFF
     ERROR_MORE_DATA = 234
-    CloseHandle = _declare(_kernel32, "CloseHandle", _BOOL, _HANDLE)
+    CloseHandle = _from_kernel32("CloseHandle", _BOOL, _HANDLE)
     GENERIC_READ = 0x8000_0000
     OPEN_EXISTING = 3
     FILE_SHARE_ALL = 0x07  # FILE_SHARE_READ, WRITE and DELETE, the last of which os.open leaves out
@@ -1146,13 +1145,13 @@ if ON_WINDOWS:
     CreateFileW.argtypes = (_TEXT, _DWORD, _DWORD, _VOID, _DWORD, _DWORD, _HANDLE)
     CreateFileW.restype = _HANDLE
     CreateFileW.errcheck = _raise_on_invalid_handle
-    CreateEventW = _declare(_kernel32, "CreateEventW", _HANDLE, _VOID, _BOOL, _BOOL, _TEXT)
-    SetEvent = _declare(_kernel32, "SetEvent", _BOOL, _HANDLE)
+    CreateEventW = _from_kernel32("CreateEventW", _HANDLE, _VOID, _BOOL, _BOOL, _TEXT)
+    SetEvent = _from_kernel32("SetEvent", _BOOL, _HANDLE)
     WaitForMultipleObjects = _kernel32.WaitForMultipleObjects
     WaitForMultipleObjects.argtypes = (_DWORD, _HANDLE_OUT, _BOOL, _DWORD)
     WaitForMultipleObjects.restype = _DWORD
-    DuplicateHandle = _declare(
-        _kernel32, "DuplicateHandle", _BOOL, _HANDLE, _HANDLE, _HANDLE, _HANDLE_OUT, _DWORD, _BOOL, _DWORD
+    DuplicateHandle = _from_kernel32(
+        "DuplicateHandle", _BOOL, _HANDLE, _HANDLE, _HANDLE, _HANDLE_OUT, _DWORD, _BOOL, _DWORD
     )
 
     # Job Objects
@@ -1191,17 +1190,15 @@ if ON_WINDOWS:
             ("Memory", ctypes.c_size_t * 4),
         )
 
-    CreateJobObjectW = _declare(_kernel32, "CreateJobObjectW", _HANDLE, _VOID, _TEXT)
-    OpenJobObjectW = _declare(_kernel32, "OpenJobObjectW", _HANDLE, _DWORD, _BOOL, _TEXT)
-    AssignProcessToJobObject = _declare(_kernel32, "AssignProcessToJobObject", _BOOL, _HANDLE, _HANDLE)
-    TerminateJobObject = _declare(_kernel32, "TerminateJobObject", _BOOL, _HANDLE, _UINT)
-    SetInformationJobObject = _declare(_kernel32, "SetInformationJobObject", _BOOL, _HANDLE, _INT, _VOID, _DWORD)
-    QueryInformationJobObject = _declare(
-        _kernel32, "QueryInformationJobObject", _BOOL, _HANDLE, _INT, _VOID, _DWORD, _VOID
-    )
+    CreateJobObjectW = _from_kernel32("CreateJobObjectW", _HANDLE, _VOID, _TEXT)
+    OpenJobObjectW = _from_kernel32("OpenJobObjectW", _HANDLE, _DWORD, _BOOL, _TEXT)
+    AssignProcessToJobObject = _from_kernel32("AssignProcessToJobObject", _BOOL, _HANDLE, _HANDLE)
+    TerminateJobObject = _from_kernel32("TerminateJobObject", _BOOL, _HANDLE, _UINT)
+    SetInformationJobObject = _from_kernel32("SetInformationJobObject", _BOOL, _HANDLE, _INT, _VOID, _DWORD)
+    QueryInformationJobObject = _from_kernel32("QueryInformationJobObject", _BOOL, _HANDLE, _INT, _VOID, _DWORD, _VOID)
 
     # Access control (Security Functions, Security Descriptor Definition Language)
-    _advapi32 = _WinDLL("advapi32", use_last_error=True)
+    _from_advapi32 = functools.partial(_declare, _WinDLL("advapi32", use_last_error=True))
     TOKEN_QUERY = 0x0008
     TOKEN_USER = 1
     TOKEN_GROUPS = 2
@@ -1218,20 +1215,18 @@ if ON_WINDOWS:
 
     LocalFree = _kernel32.LocalFree
     LocalFree.argtypes = (_VOID,)
-    OpenProcessToken = _declare(_advapi32, "OpenProcessToken", _BOOL, _HANDLE, _DWORD, _HANDLE_OUT)
-    GetTokenInformation = _declare(_advapi32, "GetTokenInformation", _BOOL, _HANDLE, _INT, _VOID, _DWORD, _DWORD_OUT)
-    ConvertSidToStringSidW = _declare(_advapi32, "ConvertSidToStringSidW", _BOOL, _VOID, _TEXT_OUT)
-    ConvertStringSecurityDescriptorToSecurityDescriptorW = _declare(
-        _advapi32, "ConvertStringSecurityDescriptorToSecurityDescriptorW", _BOOL, _TEXT, _DWORD, _VOID_OUT, _VOID
+    OpenProcessToken = _from_advapi32("OpenProcessToken", _BOOL, _HANDLE, _DWORD, _HANDLE_OUT)
+    GetTokenInformation = _from_advapi32("GetTokenInformation", _BOOL, _HANDLE, _INT, _VOID, _DWORD, _DWORD_OUT)
+    ConvertSidToStringSidW = _from_advapi32("ConvertSidToStringSidW", _BOOL, _VOID, _TEXT_OUT)
+    ConvertStringSecurityDescriptorToSecurityDescriptorW = _from_advapi32(
+        "ConvertStringSecurityDescriptorToSecurityDescriptorW", _BOOL, _TEXT, _DWORD, _VOID_OUT, _VOID
     )
-    ConvertSecurityDescriptorToStringSecurityDescriptorW = _declare(
-        _advapi32,
-        "ConvertSecurityDescriptorToStringSecurityDescriptorW",
-        *(_BOOL, _VOID, _DWORD, _DWORD, _TEXT_OUT, _VOID),
+    ConvertSecurityDescriptorToStringSecurityDescriptorW = _from_advapi32(
+        "ConvertSecurityDescriptorToStringSecurityDescriptorW", _BOOL, _VOID, _DWORD, _DWORD, _TEXT_OUT, _VOID
     )
-    ConvertStringSidToSidW = _declare(_advapi32, "ConvertStringSidToSidW", _BOOL, _TEXT, _VOID_OUT)
-    LookupAccountSidW = _declare(
-        _advapi32, "LookupAccountSidW", _BOOL, _TEXT, _VOID, _TEXT, _DWORD_OUT, _TEXT, _DWORD_OUT, _DWORD_OUT
+    ConvertStringSidToSidW = _from_advapi32("ConvertStringSidToSidW", _BOOL, _TEXT, _VOID_OUT)
+    LookupAccountSidW = _from_advapi32(
+        "LookupAccountSidW", _BOOL, _TEXT, _VOID, _TEXT, _DWORD_OUT, _TEXT, _DWORD_OUT, _DWORD_OUT
     )
     _netapi32 = _WinDLL("netapi32")
     LG_INCLUDE_INDIRECT = 1
@@ -1239,9 +1234,9 @@ if ON_WINDOWS:
     NetUserGetLocalGroups.argtypes = (_TEXT, _TEXT, _DWORD, _DWORD, _VOID_OUT, _DWORD, _DWORD_OUT, _DWORD_OUT)
     NetApiBufferFree = _netapi32.NetApiBufferFree
     NetApiBufferFree.argtypes = (_VOID,)
-    GetSecurityDescriptorOwner = _declare(_advapi32, "GetSecurityDescriptorOwner", _BOOL, _VOID, _VOID_OUT, _BOOL_OUT)
-    GetFileSecurityW = _declare(_advapi32, "GetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID, _DWORD, _DWORD_OUT)
-    SetFileSecurityW = _declare(_advapi32, "SetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID)
+    GetSecurityDescriptorOwner = _from_advapi32("GetSecurityDescriptorOwner", _BOOL, _VOID, _VOID_OUT, _BOOL_OUT)
+    GetFileSecurityW = _from_advapi32("GetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID, _DWORD, _DWORD_OUT)
+    SetFileSecurityW = _from_advapi32("SetFileSecurityW", _BOOL, _TEXT, _DWORD, _VOID)
 
     # Connections of the host (IP Helper)
     TCP_TABLE_OWNER_MODULE_CONNECTIONS = 7
@@ -1269,7 +1264,7 @@ if ON_WINDOWS:
             ("ExeFile", ctypes.c_wchar * 260),
         )
 
-    CreateToolhelp32Snapshot = _declare(_kernel32, "CreateToolhelp32Snapshot", _HANDLE, _DWORD, _DWORD)
+    CreateToolhelp32Snapshot = _from_kernel32("CreateToolhelp32Snapshot", _HANDLE, _DWORD, _DWORD)
     Process32FirstW = _kernel32.Process32FirstW
     Process32NextW = _kernel32.Process32NextW
     Process32FirstW.argtypes = (_HANDLE, ctypes.POINTER(ProcessEntry))
@@ -1315,13 +1310,11 @@ if ON_WINDOWS:
         _fields_ = (("ServiceName", _TEXT), ("ServiceProc", ServiceMain))
 
     _STATUS = ctypes.POINTER(ServiceStatus)
-    StartServiceCtrlDispatcherW = _declare(
-        _advapi32, "StartServiceCtrlDispatcherW", _BOOL, ctypes.POINTER(ServiceEntry)
+    StartServiceCtrlDispatcherW = _from_advapi32("StartServiceCtrlDispatcherW", _BOOL, ctypes.POINTER(ServiceEntry))
+    RegisterServiceCtrlHandlerExW = _from_advapi32(
+        "RegisterServiceCtrlHandlerExW", _HANDLE, _TEXT, ServiceHandler, _VOID
     )
-    RegisterServiceCtrlHandlerExW = _declare(
-        _advapi32, "RegisterServiceCtrlHandlerExW", _HANDLE, _TEXT, ServiceHandler, _VOID
-    )
-    SetServiceStatus = _declare(_advapi32, "SetServiceStatus", _BOOL, _HANDLE, _STATUS)
+    SetServiceStatus = _from_advapi32("SetServiceStatus", _BOOL, _HANDLE, _STATUS)
 
     # Services, as installed and controlled from outside
     SC_MANAGER_CONNECT = 1
@@ -1374,34 +1367,32 @@ if ON_WINDOWS:
             ("DisplayName", _TEXT),
         )
 
-    OpenSCManagerW = _declare(_advapi32, "OpenSCManagerW", _HANDLE, _TEXT, _TEXT, _DWORD)
-    OpenServiceW = _declare(_advapi32, "OpenServiceW", _HANDLE, _HANDLE, _TEXT, _DWORD)
-    CreateServiceW = _declare(
-        _advapi32, "CreateServiceW", _HANDLE, _HANDLE, _TEXT, _TEXT, *[_DWORD] * 4, _TEXT, _TEXT, _VOID,
+    OpenSCManagerW = _from_advapi32("OpenSCManagerW", _HANDLE, _TEXT, _TEXT, _DWORD)
+    OpenServiceW = _from_advapi32("OpenServiceW", _HANDLE, _HANDLE, _TEXT, _DWORD)
+    CreateServiceW = _from_advapi32(
+        "CreateServiceW", _HANDLE, _HANDLE, _TEXT, _TEXT, *[_DWORD] * 4, _TEXT, _TEXT, _VOID,
         _TEXT, _TEXT, _TEXT,
     )  # fmt: skip
-    ChangeServiceConfig2W = _declare(_advapi32, "ChangeServiceConfig2W", _BOOL, _HANDLE, _DWORD, _VOID)
-    ChangeServiceConfigW = _declare(
-        _advapi32, "ChangeServiceConfigW", _BOOL, _HANDLE, *[_DWORD] * 3, *[_TEXT] * 2, _VOID, *[_TEXT] * 4
+    ChangeServiceConfig2W = _from_advapi32("ChangeServiceConfig2W", _BOOL, _HANDLE, _DWORD, _VOID)
+    ChangeServiceConfigW = _from_advapi32(
+        "ChangeServiceConfigW", _BOOL, _HANDLE, *[_DWORD] * 3, *[_TEXT] * 2, _VOID, *[_TEXT] * 4
     )
-    QueryServiceConfigW = _declare(_advapi32, "QueryServiceConfigW", _BOOL, _HANDLE, _VOID, _DWORD, _DWORD_OUT)
+    QueryServiceConfigW = _from_advapi32("QueryServiceConfigW", _BOOL, _HANDLE, _VOID, _DWORD, _DWORD_OUT)
     CommandLineToArgvW = _declare(
         _WinDLL("shell32", use_last_error=True), "CommandLineToArgvW", _TEXT_OUT, _TEXT, ctypes.POINTER(_INT)
     )
-    StartServiceW = _declare(_advapi32, "StartServiceW", _BOOL, _HANDLE, _DWORD, _VOID)
-    ControlService = _declare(_advapi32, "ControlService", _BOOL, _HANDLE, _DWORD, _STATUS)
-    DeleteService = _declare(_advapi32, "DeleteService", _BOOL, _HANDLE)
-    CloseServiceHandle = _declare(_advapi32, "CloseServiceHandle", _BOOL, _HANDLE)
-    QueryServiceStatusEx = _declare(
-        _advapi32, "QueryServiceStatusEx", _BOOL, _HANDLE, _INT, _STATUS, _DWORD, _DWORD_OUT
-    )
+    StartServiceW = _from_advapi32("StartServiceW", _BOOL, _HANDLE, _DWORD, _VOID)
+    ControlService = _from_advapi32("ControlService", _BOOL, _HANDLE, _DWORD, _STATUS)
+    DeleteService = _from_advapi32("DeleteService", _BOOL, _HANDLE)
+    CloseServiceHandle = _from_advapi32("CloseServiceHandle", _BOOL, _HANDLE)
+    QueryServiceStatusEx = _from_advapi32("QueryServiceStatusEx", _BOOL, _HANDLE, _INT, _STATUS, _DWORD, _DWORD_OUT)
 
     # Event log
     EVENTLOG_ERROR_TYPE = 1
-    RegisterEventSourceW = _declare(_advapi32, "RegisterEventSourceW", _HANDLE, _TEXT, _TEXT)
-    DeregisterEventSource = _declare(_advapi32, "DeregisterEventSource", _BOOL, _HANDLE)
-    ReportEventW = _declare(
-        _advapi32, "ReportEventW", _BOOL, _HANDLE, _WORD, _WORD, _DWORD, _VOID,
+    RegisterEventSourceW = _from_advapi32("RegisterEventSourceW", _HANDLE, _TEXT, _TEXT)
+    DeregisterEventSource = _from_advapi32("DeregisterEventSource", _BOOL, _HANDLE)
+    ReportEventW = _from_advapi32(
+        "ReportEventW", _BOOL, _HANDLE, _WORD, _WORD, _DWORD, _VOID,
         _WORD, _DWORD, _TEXT_OUT, _VOID,
     )  # fmt: skip
 
