@@ -1440,7 +1440,6 @@ PROC_BSDINFO = Layout(  # bsd/sys/proc_info.h, line 59
         "pbi_xstatus": (8, "<I"),
         "pbi_pid": (12, "<I"),
         "pbi_ppid": (16, "<I"),
-        "pbi_pgid": (100, "<I"),
         "pbi_start_tvsec": (120, "<Q"),
         "pbi_start_tvusec": (128, "<Q"),
     },
