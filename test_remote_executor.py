@@ -13275,7 +13275,6 @@ def test_service_that_runs_with_earlier_flags_is_told_of(systemd: Systemd) -> No
         process.communicate(b"")
 
 
-@posix_only
 @pytest.mark.parametrize("count", [0, 3, 100, 150])
 def test_logs_of_a_service_are_its_last_100_lines_however_long(tmp_path: Path, count: int) -> None:
     lines = [f"{number} {'x' * 1000}" for number in range(count)]
@@ -13283,6 +13282,7 @@ def test_logs_of_a_service_are_its_last_100_lines_however_long(tmp_path: Path, c
     assert module()._read_tail(str(tmp_path / "log")).splitlines() == lines[-100:]
 
 
+@posix_only
 @pytest.mark.parametrize("refused_call", ["daemon-reload", "enable"])
 def test_service_install_that_fails_is_taken_back(systemd: Systemd, refused_call: str) -> None:
     unit_file = Path(systemd.services._file)
