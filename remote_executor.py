@@ -2440,22 +2440,24 @@ def lock_directory(path: str) -> int | None:
 def lock_file(path: str) -> int:
     """Lock a file exclusively while the process lives; return the descriptor. Raises StartupError if it is locked."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        if sys.platform == "win32":
-            import msvcrt
+    for _ in range(_LOCK_ATTEMPTS):
+        with contextlib.suppress(OSError):
+            if sys.platform == "win32":
+                import msvcrt
 
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
 
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        root = os.path.dirname(path)
-        raise StartupError(f"--root: {root} is in use by another daemon; choose another root") from None
-    return descriptor
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        time.sleep(0.02)
+    os.close(descriptor)
+    root = os.path.dirname(path)
+    raise StartupError(f"--root: {root} is in use by another daemon; choose another root")
 
 
+_LOCK_ATTEMPTS = 5  # who asks for the status of a task of Windows holds the lock for a moment
 _HELD_RETRY_S = 5.0
 
 

@@ -13652,6 +13652,14 @@ def test_service_step_that_may_not_be_adopted_is_awaited(
     assert (daemon.root / "tasks" / "1" / "0" / "rc").read_text().strip() == "0"
 
 
+def test_service_status_does_not_refuse_the_root_to_a_daemon_that_starts(tmp_path: Path, monkeypatch: Any) -> None:
+    path = str(tmp_path / "lock")
+    held = [module().lock_file(path)]  # as the status of a task of Windows does for a moment
+    monkeypatch.setattr(module(), "time", types.SimpleNamespace(sleep=lambda _: os.close(held.pop())))
+    os.close(module().lock_file(path))
+    assert not held
+
+
 class OpenedByOthers:
     """OpenProcess to a process without elevation: it may do no more than ask whether one lives."""
 
