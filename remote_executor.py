@@ -20015,7 +20015,6 @@ class _RefusedDaemon:
         self._error = error
 
     def run(self) -> int:
-        """Raise the UsageError."""
         raise self._error
 
     def request_shutdown(self) -> None:
@@ -20167,7 +20166,6 @@ def register_event_source() -> None:
 
 
 def unregister_event_source() -> None:
-    """Remove what `register_event_source` has registered."""
     if sys.platform == "win32":
         import winreg
 
@@ -21349,7 +21347,6 @@ class WindowsServices(Services):
 
     @contextlib.contextmanager
     def _service(self, access: int) -> Iterator[int]:
-        """Open the service."""
         with self._manager(SC_MANAGER_CONNECT) as manager:
             service = OpenServiceW(manager, SERVICE, access)
             try:
@@ -21400,7 +21397,6 @@ class WindowsTasks(Services):
         return words
 
     def content(self, command: Sequence[str]) -> str:
-        """Return the definition of the task that runs the command."""
         return _TASK_XML.format(
             title=_SERVICE_TITLE,
             user=_own_sid(),
