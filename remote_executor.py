@@ -1265,6 +1265,7 @@ if ON_WINDOWS:
         )
 
     CreateToolhelp32Snapshot = _from_kernel32("CreateToolhelp32Snapshot", _HANDLE, _DWORD, _DWORD)
+    CreateToolhelp32Snapshot.errcheck = _raise_on_invalid_handle
     Process32FirstW = _kernel32.Process32FirstW
     Process32NextW = _kernel32.Process32NextW
     Process32FirstW.argtypes = (_HANDLE, ctypes.POINTER(ProcessEntry))
@@ -5803,7 +5804,7 @@ def _end_job(job: int) -> None:
 
 
 def list_processes() -> Iterator[tuple[int, int, str]]:
-    """Yield pid, parent's pid and lower-case file name of the host's processes."""
+    """Yield pid, parent's pid and lower-case file name of the host's processes. Raises OSError."""
     entry = ProcessEntry(Size=ctypes.sizeof(ProcessEntry))
     snapshot = CreateToolhelp32Snapshot(TH32CS_SNAPPROCESS, 0)
     try:
@@ -20107,9 +20108,10 @@ def _started_by_scm() -> bool:
     """
     parents: dict[int, int] = {}
     names: dict[int, str] = {}
-    for pid, parent_pid, name in list_processes():
-        parents[pid] = parent_pid
-        names[pid] = name
+    with contextlib.suppress(OSError):  # who started it cannot be told
+        for pid, parent_pid, name in list_processes():
+            parents[pid] = parent_pid
+            names[pid] = name
     parent = parents.get(os.getpid(), 0)
     grandparent = parents.get(parent, 0)
     return "services.exe" in (names.get(parent), names.get(grandparent))
