@@ -22006,6 +22006,7 @@ class Api:
         self._was_reached = False
         self._failures = 0
         self._failing_since_s = 0.0
+        self._answered_s = 0.0  # when the last answer began
 
     def __enter__(self) -> Api:
         return self
@@ -22055,7 +22056,8 @@ class Api:
             raise ClientError(self._fault(error)) from None
 
     def parse(self, text: bytes) -> Reply:
-        """Return an answer's envelope. Raise ClientError."""
+        """Return the envelope of an answer that came whole. Raise ClientError."""
+        self.forget_failures()
         try:
             envelope = json.loads(text)
             return Reply(envelope["code"], envelope["message"], envelope.get("data"), envelope.get("task"))
@@ -22081,18 +22083,27 @@ class Api:
                 self.wait_to_retry(error)
                 continue
             self._was_reached = True
+            self._answered_s = time.monotonic()
             if response.status not in _RETRIED_STATUS:
                 break
             self.wait_to_retry(self._refusal(response))
-        self._failures = 0
         if response.status >= 400:
             raise self._refusal(response)
         return response
 
-    def wait_to_retry(self, error: Exception) -> None:
-        """Wait before a request is made again, longer each time. Raise ClientError when that has no prospect."""
+    def forget_failures(self) -> None:
+        """Be as patient as at first: something has come that is not asked for again. A head alone is no such thing."""
+        self._failures = 0
+
+    def wait_to_retry(self, error: Exception, is_endless: bool = False) -> None:
+        """Wait before a request is made again, longer each time. Raise ClientError when that has no prospect.
+
+        An answer that is endless may be silent for hours, and be cut for that: then it was no failure.
+        """
         self.close()
         now_s = time.monotonic()
+        if is_endless and now_s - self._answered_s > _FIRST_PATIENCE_S:
+            self.forget_failures()
         if not self._failures:
             self._failing_since_s = now_s
         self._failures += 1
@@ -22380,11 +22391,12 @@ def _copy_body(
                 except (OSError, http.client.HTTPException) as error:
                     broken = error
                     break
+                api.forget_failures()
                 if not part:
                     return
                 write(part)  # its errors are not the connection's
                 offset += len(part)
-        api.wait_to_retry(broken)
+        api.wait_to_retry(broken, is_endless=response.length is None)
 
 
 def copy_output(api: Api, path: str, query: Mapping[str, Any], write: Write) -> None:
@@ -22431,10 +22443,11 @@ def await_events(api: Api, task_id: str = "") -> Iterator[None]:
             try:
                 while line := response.readline():
                     if line.startswith(b"event:"):
+                        api.forget_failures()
                         yield
             except (OSError, http.client.HTTPException) as error:
                 broken = error
-        api.wait_to_retry(broken)
+        api.wait_to_retry(broken, is_endless=True)
 
 
 class Interrupts:

@@ -12919,9 +12919,10 @@ def test_completion_knows_every_command() -> None:
 class Faulty:
     """A server that answers each request by the next of these bytes, then cuts the connection; what it was sent."""
 
-    def __init__(self, *answers: bytes) -> None:
+    def __init__(self, *answers: bytes, stands_s: float = 0.0) -> None:
         self.requests: list[str] = []
         self._answers = answers
+        self._stands_s = stands_s  # each answer, before the cut
         self._server = socket.create_server(("127.0.0.1", 0))
         self.endpoint = module().Endpoint("faulty", f"http://127.0.0.1:{self._server.getsockname()[1]}")
         threading.Thread(target=self._serve, daemon=True).start()
@@ -12932,6 +12933,7 @@ class Faulty:
             with link:
                 self.requests.append(link.recv(65536).decode().splitlines()[0].split()[1])
                 link.sendall(answer)
+                time.sleep(self._stands_s)
         self._server.close()
 
 
@@ -12979,6 +12981,49 @@ def test_requests_are_made_again_over_faults() -> None:
     with module().Api(faulty.endpoint) as api:
         assert api.call("GET", "/x").data == 7
     assert faulty.requests == ["/x"] * 4
+
+
+ENDLESS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nX-Output-Offset: 0\r\n\r\n"
+REPEATED_REQUESTS = {
+    "call": lambda api: api.call("GET", "/x"),
+    "output": lambda api: module().copy_output(api, "/x", {}, [].append),
+    "events": lambda api: list(module().await_events(api)),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED_REQUESTS)
+def test_answers_that_all_break_off_are_given_up(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(module(), "_LATER_PATIENCE_S", 1.0)
+    begin = answer_of(b"", 9, "200 OK", "X-Output-Offset: 0")
+    if name == "events":
+        begin = ENDLESS + b"14\r\nretry: 1000\nid: 1\n\n\n\r\n"
+    if name == "call":
+        begin += b"{"
+    faulty = Faulty(*[begin] * 30)
+    refused = pytest.raises(module().ClientError, match="does the daemon run there")
+    with refused, module().Api(faulty.endpoint) as api:
+        REPEATED_REQUESTS[name](api)
+    assert 3 <= len(faulty.requests) <= 6, faulty.requests
+
+
+def test_output_that_is_silent_is_followed_however_often_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module(), "_FIRST_PATIENCE_S", 0.1)
+    monkeypatch.setattr(module(), "_LATER_PATIENCE_S", 0.5)
+    faulty = Faulty(*[ENDLESS] * 5, ENDLESS + b"1\r\na\r\n0\r\n\r\n", stands_s=0.3)
+    parts: list[bytes] = []
+    with module().Api(faulty.endpoint) as api:
+        module().copy_output(api, "/x", {}, parts.append)
+    assert parts == [b"a"] and len(faulty.requests) == 6
+
+
+def test_output_that_comes_a_byte_at_a_time_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module(), "_LATER_PATIENCE_S", 0.3)
+    count = 8
+    faulty = Faulty(*(answer_of(b"a", count - i, "200 OK", f"X-Output-Offset: {i}") for i in range(count)))
+    parts: list[bytes] = []
+    with module().Api(faulty.endpoint) as api:
+        module().copy_output(api, "/x", {}, parts.append)
+    assert parts == [b"a"] * count
 
 
 def test_output_is_taken_up_at_the_byte_where_it_broke_off() -> None:
