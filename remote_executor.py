@@ -20407,14 +20407,20 @@ def _root_of(command: Sequence[str]) -> str:
 def _count_running_steps(root: str) -> int:
     """Return how many steps below a root have a live wrapper; 0 where that cannot be read."""
     count = 0
+    tasks = os.path.join(root, "tasks")
     with contextlib.suppress(OSError):
-        tasks = os.path.join(root, "tasks")
-        for task in os.listdir(tasks):
-            if not _TASK_NUMBER.fullmatch(task):
-                continue
-            with os.scandir(os.path.join(tasks, task)) as entries:
-                step_dirs = [entry.path for entry in entries if entry.name.isdigit()]
-            count += sum(map(has_live_wrapper, step_dirs))
+        for task in filter(_TASK_NUMBER.fullmatch, os.listdir(tasks)):
+            count += _count_live_wrappers(os.path.join(tasks, task))
+    return count
+
+
+def _count_live_wrappers(task_dir: str) -> int:
+    """Return how many steps of a task have a live wrapper; those of it that vanish or cannot be read count as none."""
+    count = 0
+    with contextlib.suppress(OSError):
+        for step in filter(str.isdigit, os.listdir(task_dir)):
+            with contextlib.suppress(OSError):
+                count += has_live_wrapper(os.path.join(task_dir, step))
     return count
 
 

@@ -13370,6 +13370,28 @@ def test_service_stop_and_uninstall_tell_how_many_steps_run_on(
     daemon.start()
 
 
+def test_running_steps_are_counted_though_others_vanish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("1/0", "2/0", "2/1", "3/0", "3/1", "3/x", "4.gone-1/0"):
+        (tmp_path / "tasks" / name).mkdir(parents=True)
+    (tmp_path / "tasks" / "5").touch()
+    list_entries = os.listdir
+
+    def list_and_remove(path: str) -> list[str]:
+        names = sorted(list_entries(path), key=len)
+        if os.path.basename(path) == "tasks":
+            shutil.rmtree(tmp_path / "tasks" / "1")
+        return names
+
+    def has_live_wrapper(step_dir: str) -> bool:
+        if step_dir.endswith(os.path.join("2", "0")):
+            raise PermissionError(step_dir)
+        return True
+
+    monkeypatch.setattr(module().os, "listdir", list_and_remove)
+    monkeypatch.setattr(module(), "has_live_wrapper", has_live_wrapper)
+    assert module()._count_running_steps(str(tmp_path)) == 3
+
+
 @posix_only
 def test_service_restart_starts_it_with_what_is_installed(systemd: Systemd) -> None:
     systemd.services.install(systemd.command())
