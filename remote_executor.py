@@ -22615,6 +22615,10 @@ def _cut(line: str, width: int) -> str:
     return line[:end] + "".join(_ANSI_SEQUENCE.findall(line[end:]))
 
 
+def unwritable_output(error: OSError) -> str:
+    return f"the output cannot be written: {error.strerror or error}"
+
+
 class OutputWriter:
     """Writes a step's output to a stream of this process: its bytes, or on the console of Windows its letters.
 
@@ -22637,7 +22641,7 @@ class OutputWriter:
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EINVAL):  # the latter on Windows
                 raise BrokenPipeError from None
-            raise ClientError(f"the output cannot be written: {error.strerror or error}") from None
+            raise ClientError(unwritable_output(error)) from None
 
     def close(self) -> None:
         """Do nothing: the stream stays open. LineWriter has a rest to write."""
@@ -22752,6 +22756,7 @@ _CMD_SPECIAL = pattern(r'([()!^"<>&|])')
 _INTERRUPT_CHECK_S = 0.2
 _EVENTS_TRUST_S = 15.0
 _TAIL_OF_FAILED_STEP = 10
+_MAX_SHOWN_FAULT = 500
 _UNBEGUN_RESULTS = ("waiting", "paused", "not_run", "not_started")
 _QUIET_RESULTS = ("waiting", "running", "paused", "succeeded", "not_run")  # of which nothing has to be explained
 
@@ -22926,9 +22931,9 @@ class Job:
         self._was_interrupted = True
         self.stop()
 
-    def stop(self, *_: object) -> None:
+    def stop(self, reason: str = "interrupted at the client") -> None:
         """Stop the task; a second time at once."""
-        query = {"action": "stop", "reason": "interrupted at the client"}
+        query = {"action": "stop", "reason": reason}
         with contextlib.suppress(ClientError), Api(self.endpoint) as api:  # who follows the task tells of it
             api.call("PUT", _task_path(self.task_id), query)
 
@@ -23022,12 +23027,13 @@ class _ExecJob(Job):
         super().__init__(endpoint, f"exec-{os.urandom(16).hex()}", options)
         self._stdin = stdin
         self._labels = {} if is_single and not options.json else {"host": endpoint.name}
+        self._fault = threading.Lock()  # taken by the first stream that breaks off
 
     def do(self) -> JobOutcome:
         with Api(self.endpoint) as api:
             self.post(api, [self._step(api)])
         writers = _own_streams(("stdout", "stderr"), self._labels, self._options.json)
-        end = follow_step(self.endpoint, _task_path(self.task_id, "0"), writers, self.stop)
+        end = follow_step(self.endpoint, _task_path(self.task_id, "0"), writers, self._give_up)
         result = end["result"]
         message = ""
         if result == "timed_out":
@@ -23035,6 +23041,17 @@ class _ExecJob(Job):
         elif result != "failed" and _message_of(end):
             message = f"{self.endpoint.name}: {_message_of(end)}"
         return JobOutcome(result, _exit_code(result, end["code"]), end["seconds"], message)
+
+    def _give_up(self, error: Exception) -> None:
+        """Stop the step, whose output cannot be shown; once for both streams, as a second stop kills."""
+        if self._fault.acquire(blocking=False):
+            problem = str(error)
+            if isinstance(error, BrokenPipeError):
+                problem = "nobody reads the output"
+            elif isinstance(error, OSError):
+                problem = unwritable_output(error)
+            shown = "".join(filter(str.isprintable, problem))  # a reason has nothing else
+            self.stop(f"the client gave up: {shown[:_MAX_SHOWN_FAULT]}")
 
     def _step(self, api: Api) -> dict[str, Any]:
         """Return the step: a script as it is, or a command as its host's shell takes it."""
@@ -24048,7 +24065,7 @@ def client_command(command: ClientCommand, argv: Sequence[str]) -> int:
     except BrokenPipeError:  # of who reads our output, such as head(1)
         os._exit(_BROKEN_PIPE)  # what is still buffered cannot be written
     except OSError as error:
-        print_error(f"the output cannot be written: {error.strerror or error}")
+        print_error(unwritable_output(error))
         os._exit(_CLIENT_FAILED)
     except KeyboardInterrupt:
         os._exit(_INTERRUPTED)  # its threads may be in the middle of a line

@@ -12543,6 +12543,11 @@ def test_exec_loses_no_byte_when_the_daemon_is_killed_and_started_again(launch: 
     assert process.returncode == 3
 
 
+def newest_stop_reason(daemon: Daemon) -> str:
+    task = daemon.get("/api/v1/task?order=desc&limit=1").data["tasks"][0]["id"]
+    return str(daemon.detail(task).json["task"]["stop_reason"])
+
+
 @linux_only
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["plain", "json"])
 def test_exec_stops_its_step_when_its_output_cannot_be_written(daemon: Daemon, flags: list[str]) -> None:
@@ -12551,6 +12556,18 @@ def test_exec_stops_its_step_when_its_output_cannot_be_written(daemon: Daemon, f
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, env=client_env(daemon))
     assert (done.returncode, b"the output cannot be written: No space left" in done.stderr) == (125, True), done
     until_idle(daemon)
+    reason = newest_stop_reason(daemon)
+    assert reason.startswith("the client gave up: the output cannot be written: No space left"), reason
+
+
+@linux_only
+def test_exec_lets_its_step_clean_up_when_none_of_its_output_can_be_written(daemon: Daemon, tmp_path: Path) -> None:
+    clean_up = f"echo ending >&2; sleep 1; touch {tmp_path}/clean; exit 1"
+    command = [*CLI_ARGV, "exec", "-c", f"trap '{clean_up}' TERM; echo begun; while :; do sleep 0.1; done"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=full, timeout=60, env=client_env(daemon))
+    until_idle(daemon)
+    assert (tmp_path / "clean").exists(), done
 
 
 def test_exec_stops_its_step_when_nobody_reads(daemon: Daemon) -> None:
@@ -12563,6 +12580,8 @@ def test_exec_stops_its_step_when_nobody_reads(daemon: Daemon) -> None:
         process.stdout.close()
         assert process.wait(30) == 141
     until_idle(daemon)
+    reason = newest_stop_reason(daemon)
+    assert reason == "the client gave up: nobody reads the output"
 
 
 @contextlib.contextmanager
