@@ -21930,7 +21930,7 @@ _CLIENT_PORT = 2376
 _FIRST_PATIENCE_S = 3.0
 _LATER_PATIENCE_S = 300.0
 _MAX_RETRY_DELAY_S = 5.0
-_ANSWER_TIMEOUT_S = 90.0  # events have a comment every 15 s; a wait is answered after a minute
+_ANSWER_TIMEOUT_S = 90.0  # events have a comment every 15 s; a wait is answered after 50
 _RETRIED_STATUS = (429, 502, 503, 504)
 _TRANSFER_BYTES = 1 << 18
 _CLIENT_FAILED = 125  # as of env(1), timeout(1) and docker: the command itself, not what it ran
@@ -22794,7 +22794,7 @@ def _await_task(endpoint: Endpoint, task_id: str) -> Reply:
     """Wait for a task's end; return its detail. Raise ClientError."""
     with Api(endpoint) as api:
         while True:
-            reply = _call_task(api, "GET", task_id, wait="1m")  # below the time that an answer may take
+            reply = _call_task(api, "GET", task_id, wait="50s")  # nginx gives up after 60 s (proxy_read_timeout)
             if reply.code != Code.IN_PROGRESS:
                 return reply
 

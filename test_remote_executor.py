@@ -12570,6 +12570,14 @@ def test_exec_lets_its_step_clean_up_when_none_of_its_output_can_be_written(daem
     assert (tmp_path / "clean").exists(), done
 
 
+def test_wait_is_answered_before_a_proxy_gives_up() -> None:
+    ended = b'{"code": 0, "message": "", "data": [], "task": {}}'
+    faulty = Faulty(answer_of(ended))
+    module()._await_task(faulty.endpoint, "a")
+    wait = urllib.parse.parse_qs(faulty.requests[0].partition("?")[2])["wait"][0]
+    assert module().parse_duration("30s") < module().parse_duration(wait) < module().parse_duration("1m")
+
+
 def test_exec_stops_its_step_when_nobody_reads(daemon: Daemon) -> None:
     endless = "while True: print('y' * 1000)"
     with subprocess.Popen(
