@@ -18116,8 +18116,10 @@ def _entry_type(status: os.stat_result) -> str:
 def _format_modified(status: os.stat_result) -> str:
     """Return when a file was changed, RFC 3339 with milliseconds; empty for a year that has not four digits."""
     try:
-        modified_s = status.st_mtime_ns // 10**6 / 1000
-        moment = datetime.datetime.fromtimestamp(modified_s).astimezone()
+        seconds, milliseconds = divmod(status.st_mtime_ns // 10**6, 1000)
+        moment = datetime.datetime.fromtimestamp(seconds).replace(microsecond=milliseconds * 1000).astimezone()
+        if moment.strftime("%z")[5:]:  # seconds, of the time before there were zones, which RFC 3339 has not
+            moment = moment.astimezone(datetime.timezone.utc)
     except (OverflowError, ValueError, OSError):
         return ""
     return moment.isoformat(timespec="milliseconds")

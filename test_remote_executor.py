@@ -9239,6 +9239,20 @@ def test_files_go_to_steps_and_come_back(daemon: Daemon, gate: Path) -> None:
     assert daemon.get(urllib.parse.urlsplit(entry["url"]).path).body == content[::-1]
 
 
+@posix_only
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin"])  # which was 53 minutes and 28 seconds ahead until 1893
+@pytest.mark.parametrize("modified_ms", [-10280105641162, -6000000000003, -1, 0, 1668752186123, 200000000000077])
+def test_modified_at_is_right_to_the_millisecond_of_any_year(
+    monkeypatch: pytest.MonkeyPatch, zone: str, modified_ms: int
+) -> None:
+    with monkeypatch.context() as changes:
+        changes.setenv("TZ", zone)
+        time.tzset()
+        text = module()._format_modified(types.SimpleNamespace(st_mtime_ns=modified_ms * 10**6 + 999_999))
+    time.tzset()
+    assert module().parse_time(text) == modified_ms * 10**6
+
+
 LEADS_ELSEWHERE = """
 .. . ../0/output a/../../0/output ./a %2e%2e %2e%2e%2f0%2foutput ..%2f.. a/.. .%2e/x a%00b %00 in/..//../0
 """
