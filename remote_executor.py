@@ -12638,10 +12638,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise StartupError(
                 f"--addr: {self._settings.addr} cannot be used: {reason}; port 0 takes a free one"
             ) from None
-        host = self._host or "localhost"
-        if ":" in host:
-            host = f"[{host}]"
-        self.authority = f"{host}:{self.server_address[1]}"
+        self.authority = _show_endpoint((self._host or "localhost", self.server_address[1]))
 
     def _bind(self) -> None:
         families = [socket.AF_INET6 if ":" in self._host else socket.AF_INET]
