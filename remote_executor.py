@@ -6731,6 +6731,7 @@ STEP_FIELDS = (
 _MAX_WARNINGS = 20  # of a submission; each names up to so many steps
 _MAX_SHOWN_LENGTH = 64  # of an unknown name
 _REQUIRED_FIELDS = {"command_type": "CommandType", "command_content": "CommandContent"}
+_MAX_DIGITS = 4300  # which int() takes at most from 3.11 on
 Pairs = Sequence[tuple[str, str]]
 
 
@@ -6738,7 +6739,7 @@ def parse_json(body: bytes) -> Any:
     """Return the value of a body in UTF-8, or in UTF-16 behind a byte order mark. Raises BadRequest."""
     text = _decode_body(body)
     try:
-        return json.loads(text, parse_constant=_reject_constant)
+        return json.loads(text, parse_int=_parse_integer, parse_constant=_reject_constant)
     except RecursionError:
         raise BadRequest("the body is not JSON: nested too deeply") from None
     except ValueError as error:
@@ -6763,6 +6764,13 @@ def _decode_body(body: bytes) -> str:
 
 # The begin of application/x-www-form-urlencoded, of which no field has a quote or a brace, or of multipart/form-data.
 _FORM_START = pattern(r"[^\s\"'{}\[\]=&]+=|--\S+\r?\nContent-", re.IGNORECASE)
+
+
+def _parse_integer(digits: str) -> int | float:
+    """Return an integer; one of thousands of digits as infinite, as Python's parser returns 1e400: no range has it."""
+    if len(digits) > _MAX_DIGITS:
+        return float(digits)
+    return int(digits)
 
 
 def _reject_constant(word: str) -> None:
@@ -6850,10 +6858,19 @@ def _step_fields(index: int, value: Any, unknown: _UnknownNames) -> dict[str, An
     if not isinstance(value, dict):
         raise BadRequest(f"{where}: a step must be a JSON object")
     fields = lower_keys(where, value)
-    for name in fields:
+    for name, item in fields.items():
         if name not in STEP_FIELDS:
             unknown.add("field", name, where)
+            _require_finite(f"{where}.{_shorten(name)}", item)
     return fields
+
+
+def _require_finite(where: str, value: Any) -> None:
+    """Raise BadRequest for a value with a number that is infinite to us, for which JSON has no word."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise BadRequest(f"{where}: has a number that is out of range") from None
 
 
 def lower_keys(where: str, value: Mapping[str, Any]) -> dict[str, Any]:

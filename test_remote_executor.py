@@ -4453,6 +4453,22 @@ def test_pool_refuses_other_sizes(daemon: Daemon, body: str) -> None:
     assert daemon.get("/api/v1/pool").data["size"] == 30
 
 
+@pytest.mark.parametrize("number", ["9" * 5000, "-" + "9" * 5000, "1e400"], ids=["long", "negative", "float"])
+def test_numbers_out_of_any_range_are_refused_where_they_stand(daemon: Daemon, number: str) -> None:
+    step_text = '{"command_type": "sh", "command_content": "exit", '
+    for body, message in {
+        f'[{step_text}"retry": {{"limit": {number}}}}}]': "[0].retry.limit: must be a number from 1 to 100",
+        f'[{step_text}"retry": {{"codes": [{number}]}}}}]': "[0].retry.codes: must be a list of exit codes from 1",
+        f'[{step_text}"timeout": {number}}}]': "[0].timeout: must be a string, a duration",
+        f'[{step_text}"priority": {{"x": [{number}]}}}}]': "[0].'priority': has a number that is out of range",
+        f"[{number}]": "[0]: a step must be a JSON object",
+    }.items():
+        answer = daemon.request("POST", "/api/v1/task", body)
+        assert answer.code == 400 and answer.json["message"].startswith(message), answer
+    answer = daemon.request("POST", "/api/v1/pool", f'{{"size": {number}}}')
+    assert answer.json["message"].startswith('invalid body: expected {"size": n} with n from 1 to 10000'), answer
+
+
 # A step that tells its begin and its end, by a clock that all processes of the host share.
 BREATH = python(f"import time\nprint(time.monotonic())\ntime.sleep({script('0.2', '0.5')})\nprint(time.monotonic())")
 
