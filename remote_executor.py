@@ -22049,8 +22049,8 @@ class Api:
         body: Any = None,
     ) -> Reply:
         """Make a request until it is answered. Raise ClientError when it is refused, or never answered."""
-        content = None
-        if body is not None:
+        content = body
+        if body is not None and not isinstance(body, bytes):
             content = json.dumps(body).encode()
         while True:
             with self.open(method, path, query, content) as response:
@@ -22953,7 +22953,7 @@ class Job:
         with contextlib.suppress(ClientError), Api(self.endpoint) as api:  # who follows the task tells of it
             api.call("PUT", _task_path(self.task_id), query)
 
-    def post(self, api: Api, steps: Sequence[Any], **query: Any) -> Any:
+    def post(self, api: Api, steps: Any, **query: Any) -> Any:
         """Submit the task under its id and return what the daemon says. Raise ClientError."""
         if self._options.timeout:
             query["timeout"] = self._options.timeout
@@ -23392,17 +23392,19 @@ def _read_text(path: str) -> str:
         raise ClientError(f"{path} is not text in UTF-8") from None
 
 
-def _steps_of(options: Options) -> list[Any]:
-    """Return the steps of a task in JSON, or one for each script. Raise ClientError and UsageError."""
+def _steps_of(options: Options) -> Any:
+    """Return a task in JSON as it is, or a step for each script. Raise ClientError and UsageError."""
     texts = [_read_text(path) for path in options.files]
     first = options.files[0]
     has_type = options.type or _suffix(first) in _TYPE_BY_SUFFIX
     if len(texts) == 1 and not has_type and re.match(r"\s*[\[{]", texts[0]):
+        content = texts[0].encode()
         try:
-            task = json.loads(texts[0])
-        except ValueError as error:
-            raise ClientError(f"{first} is not JSON: {error}; for a script give --type") from None
-        return task if isinstance(task, list) else [task]
+            task = parse_json(content)
+        except BadRequest as error:
+            problem = error.message.replace("the body", first, 1)
+            raise ClientError(f"{problem}; for a script give --type") from None
+        return content if isinstance(task, list) else b"[" + content + b"]"
     steps = []
     for path, text in zip(options.files, texts):
         command_type = options.type or _script_type(path, text)
@@ -23427,7 +23429,7 @@ def _split_file(text: str) -> tuple[str, str]:
 class _SubmitJob(Job):
     """Submits a task, and follows or awaits it where that is asked for."""
 
-    def __init__(self, endpoint: Endpoint, options: Options, steps: Sequence[Any]) -> None:
+    def __init__(self, endpoint: Endpoint, options: Options, steps: Any) -> None:
         super().__init__(endpoint, options.id or os.urandom(16).hex(), options)
         self._steps = steps
 

@@ -12608,6 +12608,29 @@ def test_wait_is_answered_before_a_proxy_gives_up() -> None:
     assert module().parse_duration("30s") < module().parse_duration(wait) < module().parse_duration("1m")
 
 
+@pytest.mark.parametrize(
+    ("field", "problem"),
+    [
+        ('"u": 1e400', ": [0].'u': has a number that is out of range"),
+        (f'"u": {"9" * 5000}', ": [0].'u': has a number that is out of range"),
+        ('"u": NaN', "task.json is not JSON: NaN is not a JSON value; for a script give --type"),
+        ('"u": x', "task.json is not JSON: Expecting value: line 1 column 57 (char 56); for a script give --type"),
+        (f'"u": {"[" * 50000}', "task.json is not JSON: nested too deeply; for a script give --type"),
+    ],
+    ids=["float", "long", "nan", "broken", "deep"],
+)
+@pytest.mark.parametrize("form", ["[%s]", "%s"], ids=["list", "step"])
+def test_submit_tells_what_is_wrong_with_a_task_in_json(
+    daemon: Daemon, tmp_path: Path, field: str, problem: str, form: str
+) -> None:
+    text = form % f'{{"command_type": "sh", "command_content": "exit", {field}}}'
+    (tmp_path / "task.json").write_text(text if form == "[%s]" else f" {text}")
+    done = subprocess.run(
+        [*CLI_ARGV, "submit", "task.json"], cwd=tmp_path, capture_output=True, text=True, env=client_env(daemon)
+    )
+    assert (done.returncode, done.stdout, problem in done.stderr) == (125, "", True), done
+
+
 def test_exec_stops_its_step_when_nobody_reads(daemon: Daemon) -> None:
     endless = "while True: print('y' * 1000)"
     with subprocess.Popen(
