@@ -22272,15 +22272,21 @@ def _proxy_for(scheme: str, host: str) -> Any:
 # -- which daemon, with which token
 
 
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Raise ClientError for what cannot be read as a text."""
+    try:
+        yield
+    except OSError as error:
+        raise ClientError(f"{what} cannot be read: {error.strerror or error}") from None
+    except ValueError:
+        raise ClientError(f"{what} is not text in UTF-8") from None
+
+
 def _read_lines(flag: str, path: str) -> list[str]:
     """Raise ClientError."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read().splitlines()
-    except OSError as error:
-        raise ClientError(f"{flag}: {path} cannot be read: {error.strerror or error}") from None
-    except ValueError:
-        raise ClientError(f"{flag}: {path} is not text in UTF-8") from None
+    with _reading(f"{flag}: {path}"), open(path, encoding="utf-8-sig") as file:
+        return file.read().splitlines()
 
 
 def _read_token(path: str) -> str:
@@ -23374,22 +23380,16 @@ def _script_type(path: str, script: str) -> str:
 
 
 def _open_local(path: str) -> io.BufferedReader:
-    try:
+    with _reading(path):
         return open(path, "rb")
-    except OSError as error:
-        raise ClientError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _read_text(path: str) -> str:
-    try:
+    with _reading(path):
         if path == "-":
             return sys.stdin.buffer.read().decode("utf-8-sig")
-        with _open_local(path) as file:
+        with open(path, "rb") as file:
             return file.read().decode("utf-8-sig")
-    except OSError as error:
-        raise ClientError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError:
-        raise ClientError(f"{path} is not text in UTF-8") from None
 
 
 def _steps_of(options: Options) -> Any:
