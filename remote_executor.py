@@ -19171,29 +19171,19 @@ class ProfileApi:
         self._busy = threading.Lock()  # held while something is taken that takes time
 
     def routes(self) -> list[Route]:
-        cmdline = _PPROF_PATH + "cmdline"
         symbol = _PPROF_PATH + "symbol"
-        trace = _PPROF_PATH + "trace"
         return [
             Route("GET", _PPROF_PATH, self.show_index, "Lists the profiles", "Page"),
-            Route("GET", cmdline, self.show_command_line, _PROFILES["cmdline"], "Text"),
+            self._route("cmdline", self.show_command_line, "Text"),
             self._timed_route("profile", profile_time, _DEFAULT_PROFILE_S),
-            self._instant_route("goroutine", self.show_threads),
+            self._route("goroutine", self.show_threads, "Profile", "debug"),
             self._timed_route("heap", profile_memory, _DEFAULT_S),
             self._timed_route("allocs", profile_memory, _DEFAULT_S),
-            self._instant_route("threadcreate", self.show_thread_starts),
+            self._route("threadcreate", self.show_thread_starts, "Profile", "debug"),
             self._timed_route("block", empty_waits, _DEFAULT_S),
             self._timed_route("mutex", empty_waits, _DEFAULT_S),
-            Route(
-                "GET",
-                trace,
-                self.trace,
-                _PROFILES["trace"],
-                "Trace",
-                ("seconds",),
-                errors=(409,),
-            ),
-            Route("GET", symbol, self.show_symbols, _PROFILES["symbol"], "Text"),
+            self._route("trace", self.trace, "Trace", "seconds"),
+            self._route("symbol", self.show_symbols, "Text"),
             Route("POST", symbol, self.show_symbols, _PROFILES["symbol"], "Text", body="Addresses", role=Role.READ),
         ]
 
@@ -19204,19 +19194,18 @@ class ProfileApi:
         default_s: float,
     ) -> Route:
         handle = functools.partial(self._take, take=take, default_s=default_s)
-        query = ("seconds", "debug")
-        return Route(
-            "GET",
-            _PPROF_PATH + name,
-            handle,
-            _PROFILES[name],
-            "Profile",
-            query,
-            errors=(409,),
-        )
+        return self._route(name, handle, "Profile", "seconds", "debug")
 
-    def _instant_route(self, name: str, handle: Callable[[Request], Response]) -> Route:
-        return Route("GET", _PPROF_PATH + name, handle, _PROFILES[name], "Profile", ("debug",))
+    def _route(
+        self,
+        name: str,
+        handle: Callable[[Request], Response],
+        response: str,
+        *query: str,
+    ) -> Route:
+        """Return the route of a profile; what takes `seconds` is taken once at a time."""
+        errors = (409,) if "seconds" in query else ()
+        return Route("GET", _PPROF_PATH + name, handle, _PROFILES[name], response, query, errors=errors)
 
     def show_index(self, request: Request) -> Response:
         rows = []
