@@ -7151,6 +7151,10 @@ def _parse_word(
     """Return one of these words, the first by default."""
     if value in (None, ""):
         return words[0]
+    return require_word(where, value, words)
+
+
+def require_word(where: str, value: Any, words: Sequence[str]) -> str:
     if value not in words:
         raise BadRequest(f"{where}: invalid {value!r}: expected one of {', '.join(words)}")
     return str(value)
@@ -16442,12 +16446,9 @@ def _parameter(query: Pairs, name: str) -> str:
 
 def _choice(query: Pairs, name: str, choices: Sequence[str]) -> str:
     """Return a parameter that is one of these, the first by default. Raise BadRequest."""
-    value = _parameter(query, name)
     if name not in dict(query):
-        value = choices[0]
-    if value not in choices:
-        raise BadRequest(f"{name}: invalid {value!r}: expected one of {', '.join(choices)}")
-    return value
+        return choices[0]
+    return require_word(name, _parameter(query, name), choices)
 
 
 _MAX_LIMIT = 10_000
