@@ -23617,9 +23617,16 @@ def upload(api: Api, task_id: str, local: str, remote: str) -> None:
         size = os.fstat(file.fileno()).st_size
 
         def read_parts() -> Iterator[bytes]:
+            """Yield as many bytes as the head of the request says, though others write the file meanwhile."""
             file.seek(0)
             progress.begin(size)
-            while part := file.read(_TRANSFER_BYTES):
+            left_bytes = size
+            while left_bytes:
+                with _reading(local):
+                    part = file.read(min(left_bytes, _TRANSFER_BYTES))
+                if not part:
+                    raise ClientError(f"{local} has become shorter while it was sent")
+                left_bytes -= len(part)
                 progress.add(len(part))
                 yield part
 

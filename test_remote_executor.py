@@ -13119,6 +13119,26 @@ def test_output_is_taken_up_at_the_byte_where_it_broke_off() -> None:
     assert b"".join(parts) == b"abcdefgh" and faulty.requests == ["/o?tail=1", "/o?offset=9", "/o?offset=12"]
 
 
+@pytest.mark.parametrize("change", [100_000, -100_000])
+def test_upload_of_a_file_that_changes_leaves_the_connection_well(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: int
+) -> None:
+    place = tmp_path / "file"
+    content = b"\0" * 1_000_000  # more than a buffer
+    place.write_bytes(content)
+    monkeypatch.setattr(module(), "_TRANSFER_BYTES", 50_000)
+    monkeypatch.setattr(module().Progress, "add", lambda *_: os.truncate(place, len(content) + change))
+    endpoint = module().Endpoint("daemon", f"http://127.0.0.1:{workspace.daemon.port}")
+    with module().Api(endpoint) as api:
+        if change < 0:
+            with pytest.raises(module().ClientError, match="has become shorter while it was sent"):
+                module().upload(api, workspace.task, str(place), "sent")
+            return
+        module().upload(api, workspace.task, str(place), "sent")
+        assert api.call("GET", "/api/v1/pool").code == 0
+    assert workspace.ask("GET", "/sent").body == content
+
+
 def test_answers_of_others_are_told_as_such() -> None:
     faulty = Faulty(answer_of(b"<html>"), answer_of(b"[]"), answer_of(b"gone", None, "404 Not Found"))
     for words in ("not a remote_executor", "not a remote_executor", "faulty: HTTP status 404"):
