@@ -23649,6 +23649,8 @@ def _download(api: Api, task_id: str, path: str, write: Write) -> None:
             response = api.open("GET", target, headers=headers)
             if response.getheader("Content-Disposition") is None:
                 raise ClientError(f"{api.endpoint.name}: no such task, or a directory and no file: {target}; see `ls`")
+            if offset and response.status != 206:
+                raise ClientError(f"{api.endpoint.name}: {path} broke off at byte {offset}, and a proxy takes no Range")
             if offset is None:
                 progress.begin(response.length or 0)
             return response

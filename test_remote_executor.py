@@ -13119,6 +13119,20 @@ def test_output_is_taken_up_at_the_byte_where_it_broke_off() -> None:
     assert b"".join(parts) == b"abcdefgh" and faulty.requests == ["/o?tail=1", "/o?offset=9", "/o?offset=12"]
 
 
+@pytest.mark.parametrize("status", ["206 Partial Content", "200 OK"])
+def test_download_is_taken_up_by_a_range_or_not_at_all(status: str) -> None:
+    name = 'Content-Disposition: attachment; filename="a"'
+    faulty = Faulty(answer_of(b"abcd", 8, "200 OK", name), answer_of(b"efgh", None, status, name))
+    parts: list[bytes] = []
+    with module().Api(faulty.endpoint) as api:
+        if status.startswith("206"):
+            module()._download(api, "t", "a", parts.append)
+        else:
+            with pytest.raises(module().ClientError, match="broke off at byte 4"):
+                module()._download(api, "t", "a", parts.append)
+    assert b"".join(parts) == (b"abcdefgh" if status.startswith("206") else b"abcd")
+
+
 @pytest.mark.parametrize("change", [100_000, -100_000])
 def test_upload_of_a_file_that_changes_leaves_the_connection_well(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: int
