@@ -18880,9 +18880,7 @@ class Frame(NamedTuple):
 
 
 Stack = tuple[Frame, ...]  # the innermost frame first
-_StackKey = tuple[
-    str, tuple[tuple[int, int], ...]
-]  # a thread's name, and the id of the code and the line of each frame
+_StackKey = tuple[str, tuple[tuple[int, int], ...]]  # a thread's name, the id of the code and the line of each frame
 
 
 def _varint(value: int) -> bytes:
@@ -21943,7 +21941,6 @@ _CLIENT_FAILED = 125  # as of env(1), timeout(1) and docker: the command itself,
 _TIMED_OUT = 124  # as of timeout(1)
 _INTERRUPTED = 130  # as a shell shows a death by SIGINT
 _BROKEN_PIPE = 141  # as a shell shows a death by SIGPIPE
-_MAX_EXIT_CODE = 0x7FFF_FFFF  # of Windows, as a C long
 
 
 _ANSI_SEQUENCE = pattern(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
@@ -22853,8 +22850,8 @@ def _exit_code(result: str, code: int) -> int:
         return _TIMED_OUT
     if code > 255 and not ON_WINDOWS:
         return 255  # exit(3) keeps 8 bits, which may be 0
-    if code > _MAX_EXIT_CODE:
-        return code - 2 * (_MAX_EXIT_CODE + 1)  # the same 32 bits as sys.exit takes them
+    if code >= 2**31:
+        return code - 2**32  # the same 32 bits as a C long, which sys.exit takes
     return code or 1
 
 
