@@ -1697,7 +1697,9 @@ class MacKernel:
         if len(record) != KINFO_PROC.size:
             return f"kinfo_proc has {len(record)} bytes, {KINFO_PROC.size} were expected"
         own = _mac_process(record, 0)
-        if own[:3] != (pid, os.getppid(), os.getpgrp()) or abs(own.start / 10**6 - time.time()) > _YEARS_S:
+        identity = (pid, os.getppid(), os.getpgrp())
+        age_s = abs(own.start / 10**6 - time.time())
+        if own[:3] != identity or age_s > _YEARS_S:
             return "kinfo_proc has other members"
         info = self._pid_structure(pid, _PROC_PIDTBSDINFO, PROC_BSDINFO)
         if PROC_BSDINFO.read(info, "pbi_pid") != pid or PROC_BSDINFO.read(info, "pbi_ppid") != own.parent:
@@ -22202,7 +22204,9 @@ class Api:
         connection.getresponse().read()  # so the connection has been accepted: who holds its end is known now
         root = self.endpoint.root
         try:
-            user = LocalPeers(DescriptorReserve()).user(sock.getpeername()[:2], sock.getsockname()[:2])
+            peer = sock.getpeername()[:2]
+            ours = sock.getsockname()[:2]
+            user = LocalPeers(DescriptorReserve()).user(peer, ours)
             is_root_safe = not is_temporary(os.path.realpath(root))  # no other user has made it
             if is_trusted_user(user) or (is_root_safe and user == os.stat(root).st_uid):
                 return
@@ -23704,7 +23708,9 @@ def run_ls(options: Options) -> None:
     for entry in entries:
         slash = "/" if entry["type"] == "directory" else ""
         size = format_bytes(entry["bytes"]) if "bytes" in entry else ""
-        rows.append((printable(entry["name"]) + slash, size, format_ago(entry.get("modified_at", ""))))
+        name = printable(entry["name"]) + slash
+        age = format_ago(entry.get("modified_at", ""))
+        rows.append((name, size, age))
     screen.print(*screen.table(("NAME", "SIZE", "MODIFIED"), rows))
 
 
