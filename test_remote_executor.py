@@ -8834,9 +8834,9 @@ def test_user_of_a_connection_that_cannot_be_watched_is_forgotten(caplog: pytest
 @pytest.mark.parametrize("place", ["socket", "bind"])
 def test_every_address_is_of_ipv4_where_the_kernel_has_no_ipv6(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     class Socket(socket.socket):
-        def __init__(self, family: int = socket.AF_INET, *arguments: Any) -> None:
+        def __init__(self, family: int = socket.AF_INET, *arguments: Any, **options: Any) -> None:
             self.fails(place == "socket" and family == socket.AF_INET6)
-            super().__init__(family, *arguments)
+            super().__init__(family, *arguments, **options)
 
         def bind(self, address: Any) -> None:
             self.fails(self.family == socket.AF_INET6)
