@@ -8934,6 +8934,7 @@ def test_requests_are_answered_when_no_descriptor_is_left(launch: Callable[..., 
     daemon.until_printed(task, "held")
     wait_until(lambda: daemon.get("/api/v1/pool").data["running"] == 1)
     with limited(daemon, "RLIMIT_NOFILE", taken_descriptors(daemon)):
+        wait_until(lambda: daemon.console(task).status == 200, "its next look at how many are free")
         for _ in range(20):
             assert daemon.console(task).data == ["held"]
             assert daemon.put("/api/v1/task/none").code == 1003
