@@ -15473,7 +15473,7 @@ def cpu_of_steps_s(daemon: Daemon) -> float:
 @bench
 @linux_only
 def test_bench_steps_per_second(table: list[Row], light: Path, launch: Callable[..., Daemon]) -> None:
-    daemon, body, count = launch(root=light / "root"), json.dumps([step()] * 2000), 2000
+    daemon, body, count = launch(root=light / "root", env=CACHED), json.dumps([step()] * 2000), 2000
     (light / "script.sh").write_text("exit 0\n")
     paths = f"{light / 'script.sh'}\n" * count
 
@@ -15499,7 +15499,7 @@ def test_bench_steps_per_second(table: list[Row], light: Path, launch: Callable[
 @bench
 @linux_only
 def test_bench_tasks_of_one_step(table: list[Row], light: Path, launch: Callable[..., Daemon]) -> None:
-    daemon, body, count = launch(root=light / "root"), json.dumps([step()]), 2000
+    daemon, body, count = launch(root=light / "root", env=CACHED), json.dumps([step()]), 2000
     (light / "script.sh").write_text("exit 0\n")
     command = ["sh", str(light / "script.sh")]
     request = f"POST /api/v1/task HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
@@ -15525,7 +15525,7 @@ def test_bench_tasks_of_one_step(table: list[Row], light: Path, launch: Callable
 @bench
 @linux_only
 def test_bench_chain(table: list[Row], light: Path, launch: Callable[..., Daemon]) -> None:
-    daemon, body, count = launch(root=light / "root"), json.dumps([step()] * 1000), 1000
+    daemon, body, count = launch(root=light / "root", env=CACHED), json.dumps([step()] * 1000), 1000
     (light / "script.sh").write_text("exit 0\n")
     command = ["sh", str(light / "script.sh")]
 
@@ -15577,7 +15577,7 @@ def test_bench_wrapper(table: list[Row], tmp_path: Path) -> None:
 @bench
 @posix_only
 def test_bench_post_to_first_step_started(table: list[Row], light: Path, launch: Callable[..., Daemon]) -> None:
-    daemon, pipe, file = launch(root=light / "root"), light / "pipe", light / "script.sh"
+    daemon, pipe, file = launch(root=light / "root", env=CACHED), light / "pipe", light / "script.sh"
     os.mkfifo(pipe)
     file.write_text(f"echo x >{pipe}\n")
     body = json.dumps([step(file.read_text())])
