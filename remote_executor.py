@@ -12339,7 +12339,7 @@ _LAST_ANSWERS_S = 1.0  # that an exit waits for those who waited
 _KEEP_ALIVE_OPTIONS = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3}  # tcp(7): a client that vanishes
 _RESERVE_THREADS = 2
 _MAX_PENDING_CONNECTIONS = 8
-_RESERVE_DESCRIPTORS = 4  # of 8, for connections: the others are for what their responses open
+_RESERVED_CONNECTIONS = 4  # of 8, for connections: the others are for what their responses open
 _LISTENER_END_S = 1.0  # that an exit waits for it
 _ACCEPT_RETRY_S = 0.05
 _MAX_RESTART_PAUSE_S = 5.0
@@ -12803,7 +12803,7 @@ class Server(http.server.ThreadingHTTPServer):
                     raise
         with self._lock:
             borrowers = len(self._on_reserve)
-        if borrowers >= _RESERVE_DESCRIPTORS:
+        if borrowers >= _RESERVED_CONNECTIONS:
             raise OSError(errno.EMFILE, "the connections have their share of the reserve")
         with self.descriptors.lend():
             sock, address = super().get_request()
