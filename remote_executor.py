@@ -2440,6 +2440,9 @@ def lock_directory(path: str) -> int | None:
         time.sleep(0.05)
 
 
+_LOCK_ATTEMPTS = 5  # who asks for the status of a task of Windows holds the lock for a moment
+
+
 def lock_file(path: str) -> int:
     """Lock a file exclusively while the process lives; return the descriptor. Raises StartupError if it is locked."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -2460,7 +2463,6 @@ def lock_file(path: str) -> int:
     raise StartupError(f"--root: {root} is in use by another daemon; choose another root")
 
 
-_LOCK_ATTEMPTS = 5  # who asks for the status of a task of Windows holds the lock for a moment
 _HELD_RETRY_S = 5.0
 
 
@@ -12339,7 +12341,7 @@ _LAST_ANSWERS_S = 1.0  # that an exit waits for those who waited
 _KEEP_ALIVE_OPTIONS = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3}  # tcp(7): a client that vanishes
 _RESERVE_THREADS = 2
 _MAX_PENDING_CONNECTIONS = 8
-_RESERVED_CONNECTIONS = 4  # of 8, for connections: the others are for what their responses open
+_CONNECTIONS_ON_RESERVE = 4  # of 8, for connections: the others are for what their responses open
 _LISTENER_END_S = 1.0  # that an exit waits for it
 _ACCEPT_RETRY_S = 0.05
 _MAX_RESTART_PAUSE_S = 5.0
@@ -12803,7 +12805,7 @@ class Server(http.server.ThreadingHTTPServer):
                     raise
         with self._lock:
             borrowers = len(self._on_reserve)
-        if borrowers >= _RESERVED_CONNECTIONS:
+        if borrowers >= _CONNECTIONS_ON_RESERVE:
             raise OSError(errno.EMFILE, "the connections have their share of the reserve")
         with self.descriptors.lend():
             sock, address = super().get_request()
@@ -18322,7 +18324,7 @@ class WorkspaceApi:
         return response
 
     def upload(self, request: Request) -> Response:
-        place = self._place_of_entry(request, "a file")
+        place = self._place(request, "a file")
         check_owner(request, place.task.submitted_by)
         self._check_upload(request, place)
         with _answer_os_errors(place), self._files.temporary_file() as (name, file):
@@ -18344,7 +18346,7 @@ class WorkspaceApi:
     def remove(self, request: Request) -> Response:
         flags = [value for name, value in request.query if name == "recursive"] or [""]
         is_recursive = _parse_bool("recursive", flags[-1])
-        place = self._place_of_entry(request, "a file or directory")
+        place = self._place(request, "a file or directory")
         with _answer_os_errors(place), self._files.enter(*place.workspace) as workspace:
             status = workspace.status(*place.names)
             is_directory = stat.S_ISDIR(status.st_mode)
@@ -18356,17 +18358,13 @@ class WorkspaceApi:
                 raise Conflict(f"not all of {place} could be removed; try again")
         return json_response(audit=f"removal of {place}")
 
-    def _place(self, request: Request) -> _Place:
-        """Return what a request is about. Raise NotFound for its task, BadRequest for its path."""
+    def _place(self, request: Request, entry: str = "") -> _Place:
+        """Return what a request is about; where it has to be an entry, say of what kind. Raise NotFound, BadRequest."""
         names = _parse_path(request)
+        if entry and not names:
+            raise BadRequest(f"path: expected that of {entry} in the workspace")
         task = self._store.task(request.params["task"])
         return _Place(task, names)
-
-    def _place_of_entry(self, request: Request, kind: str) -> _Place:
-        """Return what a request is about that cannot be about the workspace itself. Raise NotFound, BadRequest."""
-        if not _parse_path(request):
-            raise BadRequest(f"path: expected that of {kind} in the workspace")
-        return self._place(request)
 
     def _url(self, place: _Place, base_url: str) -> str:
         path = "/".join(map(_quote_name, place.names))

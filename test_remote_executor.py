@@ -14917,6 +14917,17 @@ def tokens_by_line() -> collections.Counter[int]:
     return counts
 
 
+def test_source_gives_each_constant_once() -> None:
+    names = collections.Counter(
+        target.id
+        for node in tree().body
+        if isinstance(node, (ast.Assign, ast.AnnAssign))
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    )
+    assert [name for name, count in names.items() if count > 1] == []
+
+
 def test_source_lines_have_8_tokens_in_the_mean_and_22_at_most_but_for_5_percent() -> None:
     counts = sorted(tokens_by_line().values())
     mean = statistics.mean(counts)
